@@ -1,0 +1,1 @@
+"""The Django side of gw_celery: settings, preset and system checks."""

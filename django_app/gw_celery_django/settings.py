@@ -1,0 +1,44 @@
+"""The only reader of Django's settings: ``GW_CELERY = {"start_timeout": 900, ...}``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import django.conf
+
+from gw_celery import conf, errors
+
+
+def given() -> Mapping[str, Any]:
+    """Return what the project wrote in ``GW_CELERY``.
+
+    Raises:
+        ConfigurationError: when it is not a dict.
+    """
+    value = getattr(django.conf.settings, "GW_CELERY", {})
+    if not isinstance(value, Mapping):
+        raise errors.ConfigurationError(
+            f"GW_CELERY={value!r}: must be a dict of setting names, such as "
+            f'{{"start_timeout": 900}}'
+        )
+    return value
+
+
+def apply(app: Any) -> None:
+    """Check ``GW_CELERY`` and give its values to the Celery app.
+
+    Raises:
+        ConfigurationError: for an unknown key or a wrong type, or one that ``gw_<key>`` sets, too.
+    """
+    values = given()
+    conf.from_mapping(values)
+    own = app.conf.without_defaults()
+    for name, value in values.items():
+        key = conf.PREFIX + name
+        if own.get(key, value) != value:
+            raise errors.ConfigurationError(
+                f"GW_CELERY[{name!r}]={value!r} and app.conf.{key}={own[key]!r} contradict each "
+                f"other: keep one"
+            )
+        app.conf[key] = value

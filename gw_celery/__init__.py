@@ -1,0 +1,57 @@
+"""gw_celery: serve GPU models from the Celery and Django that a team already runs."""
+
+from __future__ import annotations
+
+from gw_celery.app import App
+from gw_celery.codec import register_type
+from gw_celery.declare.gpu import Gpu
+from gw_celery.declare.markers import batched, concurrent, method, on_enter, on_exit
+from gw_celery.declare.parameters import parameter
+from gw_celery.declare.probes import Probe
+from gw_celery.errors import (
+    BlockingCallError,
+    CallTimeout,
+    ConfigurationError,
+    ContextLookupError,
+    DeclarationError,
+    GWCeleryError,
+    NotServedError,
+    RemoteTaskError,
+    RemoteTraceback,
+    SerializationError,
+    ServerFailed,
+    ServerNotFound,
+    StartupError,
+    UsageError,
+)
+from gw_celery.worker.preset import preset
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "App",
+    "BlockingCallError",
+    "CallTimeout",
+    "ConfigurationError",
+    "ContextLookupError",
+    "DeclarationError",
+    "GWCeleryError",
+    "Gpu",
+    "NotServedError",
+    "Probe",
+    "RemoteTaskError",
+    "RemoteTraceback",
+    "SerializationError",
+    "ServerFailed",
+    "ServerNotFound",
+    "StartupError",
+    "UsageError",
+    "batched",
+    "concurrent",
+    "method",
+    "on_enter",
+    "on_exit",
+    "parameter",
+    "preset",
+    "register_type",
+]

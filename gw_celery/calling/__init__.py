@@ -1,0 +1,1 @@
+"""How a task is called, and how its answer comes back."""

@@ -1,0 +1,122 @@
+"""Turn what a result backend stored into a value or an exception that is safe to raise.
+
+A stored error names a class. Celery looks the name up among all loaded modules and would raise a
+``SystemExit`` that somebody wrote into the backend. Here only classes that are known beforehand
+come back: built-in ones, Celery's, ours, registered ones, and those defined in a module that
+declares a service. Everything else is a ``RemoteTaskError``.
+"""
+
+from __future__ import annotations
+
+import builtins
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import billiard.exceptions
+import celery.exceptions
+import kombu.exceptions
+from celery import states
+
+from gw_celery import codec, errors
+
+#: Longest message and traceback that a caller is shown, in characters.
+_MOST = 20_000
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+_LIBRARIES = (builtins, celery.exceptions, billiard.exceptions, kombu.exceptions, errors)
+#: Modules that declare services: the exceptions defined there are known.
+_modules: set[str] = set()
+#: Exceptions that task options name.
+_named: dict[str, type[Exception]] = {}
+
+
+def know_module(name: str) -> None:
+    """Let callers get the exceptions that the module ``name`` defines."""
+    _modules.add(name)
+
+
+def know_exceptions(options: Mapping[str, Any]) -> None:
+    """Let callers get the exceptions that a task's options name."""
+    for option in ("throws", "autoretry_for", "dont_autoretry_for"):
+        for cls in options.get(option) or ():
+            _named[f"{cls.__module__}.{cls.__qualname__}"] = cls
+
+
+def value_of(meta: Mapping[str, Any]) -> Any:
+    """Return the answer in a backend's record of a finished task, or raise its error.
+
+    Args:
+        meta: ``status``, ``result`` and ``traceback``; ``result`` of an error is Celery's
+            mapping of ``exc_type``, ``exc_message`` and ``exc_module``, or an exception.
+    """
+    if meta["status"] not in states.PROPAGATE_STATES:
+        return meta["result"]
+    stored, text = meta["result"], meta.get("traceback")
+    if isinstance(stored, BaseException):
+        raise checked(stored, text)
+    raise restored(stored, text)
+
+
+def restored(stored: Any, traceback: str | None) -> Exception:
+    """Return the exception that the mapping ``stored`` describes."""
+    if not isinstance(stored, Mapping) or "exc_type" not in stored:
+        return _unknown("unknown error", (repr(stored),), traceback)
+    module, name = str(stored.get("exc_module") or ""), str(stored["exc_type"])
+    given = stored.get("exc_message", "")
+    arguments = tuple(given) if isinstance(given, list | tuple) else (given,)
+    cls = _class(f"{module or 'builtins'}.{name}")
+    if cls is None:
+        return _unknown(f"{module}.{name}" if module else name, arguments, traceback)
+    try:
+        return _with_cause(cls(*arguments), traceback)
+    except Exception:  # a class whose constructor wants other arguments than its ``args``
+        return _unknown(f"{module}.{name}", arguments, traceback)
+
+
+def checked(exc: BaseException, traceback: str | None) -> Exception:
+    """Return ``exc``, which Celery restored, when its class is known, else ``RemoteTaskError``."""
+    cls = type(exc)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if isinstance(exc, Exception) and _class(name) is cls:
+        return _with_cause(exc, traceback)
+    return _unknown(name, exc.args, traceback)
+
+
+def _class(name: str) -> type[Exception] | None:
+    return _known().get(name) or codec.exception_class(name)
+
+
+def _known() -> dict[str, type[Exception]]:
+    modules = [sys.modules[name] for name in _modules if name in sys.modules]
+    found = _exceptions_of(_LIBRARIES)
+    for module in modules:
+        found.update(_exceptions_of([module]))
+    return {**found, **_named}
+
+
+def _exceptions_of(modules: Iterable[Any]) -> dict[str, type[Exception]]:
+    return {
+        f"{one.__module__}.{one.__qualname__}": one
+        for module in modules
+        for one in vars(module).values()
+        if isinstance(one, type) and issubclass(one, Exception) and one.__module__ in sys.modules
+    }
+
+
+def _with_cause(exc: Exception, traceback: str | None) -> Exception:
+    if traceback:
+        exc.__cause__ = errors.RemoteTraceback(_clean(traceback))
+    return exc
+
+
+def _unknown(name: str, arguments: tuple[Any, ...], traceback: str | None) -> Exception:
+    message = _clean(", ".join(str(one) for one in arguments))
+    text = _clean(traceback or "")
+    return _with_cause(errors.RemoteTaskError(_clean(name), message, text), traceback)
+
+
+def _clean(text: str) -> str:
+    """Cut ``text`` and take out what a terminal would obey."""
+    return _CONTROL.sub("", text)[:_MOST]

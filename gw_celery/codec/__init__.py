@@ -1,0 +1,32 @@
+"""gw-json: a JSON serializer that keeps Python types and runs nothing that a message names."""
+
+from __future__ import annotations
+
+from gw_celery.codec.annotations import register_annotations
+from gw_celery.codec.envelope import (
+    CONTENT_TYPE,
+    NAME,
+    Codec,
+    Limits,
+    configure,
+    dumps,
+    loads,
+    register,
+)
+from gw_celery.codec.types import TypeRegistry, exception_class, register_type, registry
+
+__all__ = [
+    "CONTENT_TYPE",
+    "NAME",
+    "Codec",
+    "Limits",
+    "TypeRegistry",
+    "configure",
+    "dumps",
+    "exception_class",
+    "loads",
+    "register",
+    "register_annotations",
+    "register_type",
+    "registry",
+]

@@ -1,0 +1,174 @@
+"""How a single value that JSON lacks is written: a marker, its payload, and the way back.
+
+A payload comes from a message: each ``read`` checks its type before anything else looks at it.
+Whatever a ``read`` raises is turned into a ``SerializationError`` that names the marker.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime as dt
+import decimal
+import functools
+import math
+import uuid
+import zoneinfo
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from gw_celery import errors
+
+T = TypeVar("T")
+Moment = TypeVar("Moment", dt.datetime, dt.time)
+
+#: Python refuses to convert longer integers to and from decimal digits, by default above 4300
+#: digits and at the strictest above 640; hexadecimal digits are never refused.
+_DECIMAL_BITS = 2048
+
+_MICROSECOND = dt.timedelta(microseconds=1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scalar:
+    """One kind of value: its class, its marker, and both ways between value and payload."""
+
+    cls: type
+    marker: str
+    write: Callable[[Any], object]
+    read: Callable[[object], object]
+
+
+def json_changes(value: object) -> bool:
+    """Tell whether JSON text would lose this str, int or float, or refuse it."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, str):
+        return not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value)
+    return isinstance(value, int) and value.bit_length() > _DECIMAL_BITS
+
+
+def expect(cls: type[T], payload: object) -> T:
+    """Return ``payload`` if it is exactly a ``cls``; raise ``SerializationError`` otherwise."""
+    if type(payload) is cls:
+        return payload
+    raise errors.SerializationError(
+        f"the payload is of type {type(payload).__name__} where {cls.__name__} is needed: "
+        "the message was not written by gw-json"
+    )
+
+
+def _write_bytes(value: bytes) -> str:
+    return base64.b64encode(value).decode("ascii")
+
+
+def _read_bytes(payload: object) -> bytes:
+    return base64.b64decode(expect(str, payload), validate=True)
+
+
+def _write_text(value: str) -> str:
+    # UTF-8 and not UTF-16, which would join two lone surrogates to one letter.
+    return _write_bytes(value.encode("utf-8", "surrogatepass"))
+
+
+def _read_text(payload: object) -> str:
+    return _read_bytes(payload).decode("utf-8", "surrogatepass")
+
+
+def _read_int(payload: object) -> int:
+    return int(expect(str, payload), 16)
+
+
+def _read_float(payload: object) -> float:
+    return float(expect(str, payload))
+
+
+def _write_timedelta(value: dt.timedelta) -> int:
+    return value // _MICROSECOND
+
+
+def _read_timedelta(payload: object) -> dt.timedelta:
+    return dt.timedelta(microseconds=expect(int, payload))
+
+
+def _read_date(payload: object) -> dt.date:
+    return dt.date.fromisoformat(expect(str, payload))
+
+
+def _read_decimal(payload: object) -> decimal.Decimal:
+    return decimal.Decimal(expect(str, payload))
+
+
+def _read_uuid(payload: object) -> uuid.UUID:
+    return uuid.UUID(expect(str, payload))
+
+
+def _write_moment(value: dt.datetime | dt.time) -> object:
+    zone = _write_zone(value.tzinfo)
+    if value.fold == 0 and (zone is None or (isinstance(zone, list) and len(zone) == 1)):
+        return value.isoformat()
+    return [value.replace(tzinfo=None, fold=0).isoformat(), value.fold, zone]
+
+
+def _moment_reader(cls: type[Moment]) -> Callable[[object], Moment]:
+    def read(payload: object) -> Moment:
+        if isinstance(payload, str):
+            return cls.fromisoformat(payload)
+        text, fold, zone = expect(list, payload)
+        moment = cls.fromisoformat(expect(str, text))
+        return moment.replace(tzinfo=_read_zone(zone), fold=expect(int, fold))
+
+    return read
+
+
+def _write_zone(zone: dt.tzinfo | None) -> object:
+    """Write a named zone as its key, and a fixed offset as ``[microseconds]`` with its name."""
+    if type(zone) is zoneinfo.ZoneInfo and zone.key is not None:
+        return zone.key
+    if type(zone) is dt.timezone:
+        # The only documented place that tells a name that was given from one that is derived.
+        offset, *name = zone.__getinitargs__()  # type: ignore[attr-defined]
+        return [_write_timedelta(offset), *name]
+    if zone is None:
+        return None
+    raise errors.SerializationError(
+        f"gw-json cannot write the time zone {zone!r} of type {type(zone).__qualname__}: "
+        "use zoneinfo.ZoneInfo(key) or datetime.timezone(offset)"
+    )
+
+
+def _read_zone(payload: object) -> dt.tzinfo | None:
+    if isinstance(payload, str):
+        return _named_zone(payload)
+    if payload is None:
+        return None
+    offset, *name = expect(list, payload)
+    return dt.timezone(_read_timedelta(offset), *(expect(str, part) for part in name))
+
+
+def _named_zone(key: str) -> zoneinfo.ZoneInfo:
+    # ZoneInfo looks for an unknown key in the tzdata package, and imports what the key spells.
+    if key not in _zone_keys():
+        raise errors.SerializationError(
+            f"the time zone {key[:80]!r} is not known here: install the tzdata package"
+        )
+    return zoneinfo.ZoneInfo(key)
+
+
+@functools.cache
+def _zone_keys() -> frozenset[str]:
+    return frozenset(zoneinfo.available_timezones())
+
+
+SCALARS = (
+    Scalar(str, "~str", _write_text, _read_text),
+    Scalar(int, "~int", hex, _read_int),
+    Scalar(float, "~float", repr, _read_float),
+    Scalar(bytes, "~bytes", _write_bytes, _read_bytes),
+    Scalar(dt.datetime, "~datetime", _write_moment, _moment_reader(dt.datetime)),
+    Scalar(dt.date, "~date", dt.date.isoformat, _read_date),
+    Scalar(dt.time, "~time", _write_moment, _moment_reader(dt.time)),
+    Scalar(dt.timedelta, "~timedelta", _write_timedelta, _read_timedelta),
+    Scalar(decimal.Decimal, "~decimal", str, _read_decimal),
+    Scalar(uuid.UUID, "~uuid", str, _read_uuid),
+)

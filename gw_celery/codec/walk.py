@@ -1,0 +1,205 @@
+"""The two walks: from any value to plain JSON values with markers, and back.
+
+A value that JSON lacks becomes ``{"~marker": payload}``. A dict of the user's with one key that
+begins with ``~`` is written as ``{"~dict": [[key, value]]}``, so no data can be taken for a marker.
+
+Both walks count depth alike, one for each value inside another, so what can be written can be read.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gw_celery import errors
+from gw_celery.codec import scalars, types
+
+_ATOMS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
+_NEVER_CHANGED: frozenset[type] = frozenset({bool, type(None)})
+_STR: frozenset[type] = frozenset({str})
+_COLLECTIONS: dict[type, str] = {tuple: "~tuple", set: "~set", frozenset: "~frozenset"}
+_COLLECTION_OF: dict[str, type[Any]] = {marker: cls for cls, marker in _COLLECTIONS.items()}
+_SCALARS = {scalar.cls: scalar for scalar in scalars.SCALARS}
+_SCALAR_OF = {scalar.marker: scalar for scalar in scalars.SCALARS}
+_PAIRS = "~dict"
+_OBJECT = "~obj"
+
+#: What Celery and Django themselves put into messages, by the dotted name of a base, since nothing
+#: here may import them. Celery's own JSON writes them as these too. (Signatures: ``__json__``.)
+_LOWERED: dict[str, Callable[[Any], object]] = {
+    "celery.utils.functional._regen": list,
+    "django.utils.functional.Promise": str,
+    "kombu.utils.functional.lazy": lambda value: value.evaluate(),
+}
+
+
+class Writer:
+    """Turns values into plain JSON values with markers.
+
+    ``careful=False`` takes every str, int and float for one that JSON can write. That is nearly
+    always so, and far quicker; the JSON encoder refuses the others, and a second, careful walk
+    marks them.
+    """
+
+    def __init__(self, registry: types.TypeRegistry, depth: int, *, careful: bool = False) -> None:
+        self._registry = registry
+        self._depth = depth
+        self._careful = careful
+        self._atoms = _NEVER_CHANGED if careful else _ATOMS
+
+    def write(self, value: object, depth: int = 1) -> object:
+        """Return ``value`` as JSON values; raise ``SerializationError`` for what cannot be."""
+        cls = type(value)
+        if cls in _ATOMS and not (self._careful and scalars.json_changes(value)):
+            return value
+        if depth > self._depth:
+            raise _too_deep(self._depth, "or contains itself: break the cycle, or send it flatter")
+        if cls is list:
+            return self._items(value, depth + 1)  # type: ignore[arg-type]
+        if cls is dict:
+            return self._dict(value, depth + 1)  # type: ignore[arg-type]
+        if cls in _COLLECTIONS:
+            items = [*value]  # type: ignore[misc]
+            return {_COLLECTIONS[cls]: self._items(items, depth + 1)}
+        if cls in _SCALARS:
+            return {_SCALARS[cls].marker: _SCALARS[cls].write(value)}
+        return self._object(value, depth)
+
+    def _items(self, values: list[object], depth: int) -> list[object]:
+        atoms = self._atoms
+        # Two C loops: quicker than a comprehension by far when a list is long and flat.
+        if atoms.issuperset(map(type, values)):
+            return values
+        return [v if type(v) in atoms else self.write(v, depth) for v in values]
+
+    def _dict(self, value: dict[Any, object], depth: int) -> object:
+        if not _STR.issuperset(map(type, value)) or self._misleads(value):
+            # A list for each pair: the keys are any values, and are written as such.
+            return {_PAIRS: [self._items([*pair], depth) for pair in value.items()]}
+        atoms = self._atoms
+        if atoms.issuperset(map(type, value.values())):
+            return value
+        return {k: v if type(v) in atoms else self.write(v, depth) for k, v in value.items()}
+
+    def _misleads(self, value: dict[str, object]) -> bool:
+        if len(value) == 1 and next(iter(value)).startswith("~"):
+            return True
+        return self._careful and any(map(scalars.json_changes, value))
+
+    def _object(self, value: object, depth: int) -> object:
+        cls = type(value)
+        entry = self._registry.written_as(cls)
+        if entry is not None:
+            payload = _ask(cls, entry.shape.take, value)
+            return {_OBJECT: [entry.wire_name, self.write(payload, depth + 1)]}
+        lower = _lowering(cls)
+        if lower is None:
+            raise errors.SerializationError(self._unregistered(cls))
+        # One level more than is read, so that a ``__json__`` that returns itself ends.
+        return self.write(_ask(cls, lower, value), depth + 1)
+
+    def _unregistered(self, cls: type) -> str:
+        fact = f"gw-json cannot write {cls.__module__}.{cls.__qualname__}: it is not registered"
+        remedy = f"register it with gw.register_type({cls.__name__})"
+        for base in cls.__mro__:
+            if base in types.BUILT_IN:
+                plain = base.__name__
+                return f"{fact}, and would come back as {plain}: send a plain {plain}, or {remedy}"
+            if self._registry.written_as(base) is not None:
+                return f"{fact}, only its base class {base.__qualname__} is: {remedy}"
+        return f"{fact}: {remedy}, or send plain data instead"
+
+
+class Reader:
+    """Turns parsed JSON with markers back into values."""
+
+    def __init__(self, registry: types.TypeRegistry, depth: int) -> None:
+        self._registry = registry
+        self._depth = depth
+
+    def read(self, node: Any, depth: int = 1) -> object:
+        """Return the value that ``node`` describes; raise ``SerializationError`` if there is none.
+
+        ``node`` is what the JSON decoder made: str, int, float, bool, None, lists and dicts.
+        """
+        if type(node) in _ATOMS:
+            return node
+        if depth > self._depth:
+            raise _too_deep(self._depth, "which is the limit here: send it flatter")
+        if type(node) is list:
+            return self._items(node, depth + 1)
+        if len(node) == 1:
+            [(marker, payload)] = node.items()
+            if marker.startswith("~"):
+                return self._marked(marker, payload, depth + 1)
+        if _ATOMS.issuperset(map(type, node.values())):
+            return node
+        return {k: v if type(v) in _ATOMS else self.read(v, depth + 1) for k, v in node.items()}
+
+    def _items(self, nodes: list[object], depth: int) -> list[object]:
+        if _ATOMS.issuperset(map(type, nodes)):
+            return nodes
+        return [n if type(n) in _ATOMS else self.read(n, depth) for n in nodes]
+
+    def _marked(self, marker: str, payload: object, depth: int) -> object:
+        try:
+            if marker in _COLLECTION_OF:
+                return _COLLECTION_OF[marker](self._items(scalars.expect(list, payload), depth))
+            if marker in _SCALAR_OF:
+                return _SCALAR_OF[marker].read(payload)
+            if marker == _PAIRS:
+                return dict(self._pairs(payload, depth))
+            if marker == _OBJECT:
+                return self._object(payload, depth)
+        except (errors.SerializationError, RecursionError):
+            raise
+        except Exception as error:
+            # Beside bad payloads: __hash__ and __eq__ of registered classes, which are users' code.
+            raise errors.SerializationError(
+                f"the marker {marker!r} holds {reprlib.repr(payload)}, which cannot be read "
+                f"({type(error).__name__}: {error}): the message was not written by gw-json"
+            ) from error
+        raise errors.SerializationError(
+            f"the marker {marker[:80]!r} is not known here: update gw_celery in this process"
+        )
+
+    def _pairs(self, payload: object, depth: int) -> Iterable[tuple[object, object]]:
+        for pair in scalars.expect(list, payload):
+            key, value = self._items(scalars.expect(list, pair), depth)
+            yield key, value
+
+    def _object(self, payload: object, depth: int) -> object:
+        wire_name, content = scalars.expect(list, payload)
+        entry = self._registry.called(scalars.expect(str, wire_name))
+        value = self.read(content, depth)
+        return _ask(entry.cls, entry.shape.build, value)
+
+
+def _lowering(cls: type) -> Callable[[Any], object] | None:
+    """Return what turns an object that kombu's JSON knows into something plainer, if anything."""
+    reduce: Callable[[Any], object] | None = getattr(cls, "__json__", None)
+    if reduce is not None:
+        return reduce
+    for base in cls.__mro__:
+        lower = _LOWERED.get(f"{base.__module__}.{base.__qualname__}")
+        if lower is not None:
+            return lower
+    return None
+
+
+def _ask(cls: type, function: Callable[[Any], object], argument: object) -> object:
+    """Call what a user's class brings, and name the class when that fails."""
+    try:
+        return function(argument)
+    except (errors.SerializationError, RecursionError):
+        raise
+    except Exception as error:
+        raise errors.SerializationError(
+            f"{cls.__module__}.{cls.__qualname__} failed in gw-json "
+            f"({type(error).__name__}: {error}): check its fields, or its encode and decode"
+        ) from error
+
+
+def _too_deep(limit: int, remedy: str) -> errors.SerializationError:
+    return errors.SerializationError(f"the value is nested deeper than {limit} levels, {remedy}")

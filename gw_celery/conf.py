@@ -1,0 +1,109 @@
+"""The settings: one frozen dataclass of typed defaults, and the only reader of them.
+
+Priority: what the caller passes > ``app.conf.gw_<name>`` (Django's ``GW_CELERY`` lands there) >
+the default below. Environment variables name programs and fake devices only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gw_celery import errors
+
+PREFIX = "gw_"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting with its default. Durations are seconds, sizes are bytes."""
+
+    #: Kinds of GPU that ``gw.Gpu`` accepts beside the built-in ones.
+    gpu_kinds: tuple[str, ...] = ()
+    #: Time that contexts and ``on_enter`` hooks have until they count as failed.
+    start_timeout: float = 600.0
+    #: Time that each context or ``on_exit`` hook has to leave.
+    exit_timeout: float = 30.0
+    #: Time that a cancelled body has to end before its process goes on without it.
+    cancel_timeout: float = 5.0
+    #: Longest wait of a blocking ``.remote()`` that names no timeout.
+    call_timeout: float = 600.0
+    #: Loaded instances of one class, of different parameters, that a process keeps.
+    max_instances: int = 3
+    #: Threads that publish calls for event loops.
+    publish_threads: int = 4
+    #: Calls of one process that may wait for an answer at a time.
+    max_waiting: int = 100_000
+    #: Interval at which a result backend without notifications is asked.
+    poll_interval: float = 0.5
+    #: Largest gw-json document, written or read.
+    max_payload_bytes: int = 64 * 1024 * 1024
+    #: Deepest nesting of a gw-json document.
+    max_payload_depth: int = 100
+
+
+def read(conf: Mapping[str, Any]) -> Settings:
+    """Return the settings in ``conf``, a mapping whose own keys begin with ``gw_``.
+
+    Raises:
+        ConfigurationError: for an unknown key, with the nearest known one, or a wrong type.
+    """
+    given = {key.removeprefix(PREFIX): conf[key] for key in conf if key.startswith(PREFIX)}
+    return from_mapping(given, "app.conf." + PREFIX)
+
+
+def from_mapping(given: Mapping[str, Any], label: str = "GW_CELERY ") -> Settings:
+    """Return settings from bare names; ``label`` says in errors where they were written."""
+    hints = typing.get_type_hints(Settings)
+    checked: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in hints:
+            raise errors.ConfigurationError(_unknown(label, name, hints))
+        checked[name] = _typed(f"{label}{name}", value, hints[name])
+    return Settings(**checked)
+
+
+def server_program() -> str | None:
+    """Return the server program that ``GW_CELERY_SERVER`` names, if any."""
+    return os.environ.get("GW_CELERY_SERVER") or None
+
+
+def _unknown(label: str, name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), list(known), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+    return f"unknown setting {label}{name}{hint}"
+
+
+def _typed(label: str, value: Any, expected: Any) -> Any:
+    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    for option in options:
+        if _fits(value, option):
+            return _converted(value, option)
+    wanted = getattr(expected, "__name__", str(expected))
+    raise errors.ConfigurationError(
+        f"setting {label}={value!r}: must be {wanted}"
+        + (" over 0" if expected in (int, float) else "")
+    )
+
+
+def _fits(value: Any, option: Any) -> bool:
+    if option is type(None):
+        return value is None
+    if option in (int, float):
+        is_number = isinstance(value, int | option) and not isinstance(value, bool)
+        return is_number and math.isfinite(value) and value > 0
+    if typing.get_origin(option) is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    return isinstance(value, option)
+
+
+def _converted(value: Any, option: Any) -> Any:
+    if option is float:
+        return float(value)
+    return tuple(value) if typing.get_origin(option) is tuple else value

@@ -1,0 +1,1 @@
+"""What users declare: pure data, validated when it is written down."""

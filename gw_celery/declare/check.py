@@ -1,0 +1,52 @@
+"""The rules that several declarations share, each raising ``DeclarationError``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from gw_celery import errors
+
+
+def integer(argument: str, value: object, low: int, high: int | None = None) -> int:
+    """Return ``value`` when it is an int (not a bool) within ``low..high``."""
+    span = f"{low} or more" if high is None else f"{low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise errors.DeclarationError(argument, value, f"must be an int, {span}")
+    if value < low or (high is not None and value > high):
+        raise errors.DeclarationError(argument, value, f"must be {span}")
+    return value
+
+
+def seconds(argument: str, value: object, *, above: float = 0.0) -> float:
+    """Return ``value`` as float seconds when it is a finite number over ``above``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise errors.DeclarationError(argument, value, "must be a number of seconds")
+    if not math.isfinite(value) or value <= above:
+        raise errors.DeclarationError(argument, value, f"must be finite and over {above:g}")
+    return float(value)
+
+
+def optional_seconds(argument: str, value: object) -> float | None:
+    """As ``seconds``, with ``None`` for "no limit"."""
+    return None if value is None else seconds(argument, value)
+
+
+def function(argument: str, value: Any) -> Any:
+    """Return ``value`` when it is ``None`` or can be called."""
+    if value is not None and not callable(value):
+        raise errors.DeclarationError(argument, value, "must be a function")
+    return value
+
+
+def replicas(low: object, high: object) -> tuple[int, int | None]:
+    """Return ``(min_workers, max_workers)``: 0 <= min <= max, and max at least 1."""
+    least = integer("min_workers", low, 0)
+    if high is None:
+        return least, None
+    most = integer("max_workers", high, 1)
+    if most < least:
+        raise errors.DeclarationError(
+            "max_workers", most, f"must not be less than min_workers={least}"
+        )
+    return least, most

@@ -1,0 +1,89 @@
+"""Which device a service needs, and the family of queues that follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Collection
+
+from gw_celery import errors
+from gw_celery.declare import check
+
+#: The kinds that are known without configuration; ``gw_gpu_kinds`` adds to them.
+KINDS = ("CPU", "T4", "A10G", "L4", "L40S", "A100", "A100_80", "H100", "H200")
+
+#: The family of services that name no kind.
+ANY = "gpu"
+
+_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A device that one replica of a service needs.
+
+    Args:
+        kind: one of ``KINDS``, or one that the setting ``gw_gpu_kinds`` adds; ``"CPU"`` for none.
+        count: how many of them one replica takes, 1 to 8.
+        memory_gb: memory that one replica needs; replicas may share a device only when it is given.
+
+    Raises:
+        DeclarationError: for a kind that cannot be a name, or a count out of range.
+    """
+
+    kind: str
+    count: int = 1
+    memory_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str) or not _NAME.fullmatch(self.kind):
+            raise errors.DeclarationError("kind", self.kind, _known_kinds(self.kind, KINDS))
+        check.integer("count", self.count, 1, 8)
+        if self.memory_gb is not None:
+            check.seconds("memory_gb", self.memory_gb)
+        if self.kind == "CPU" and self.count != 1:
+            raise errors.DeclarationError("count", self.count, 'must be 1 for Gpu("CPU")')
+
+    @property
+    def family(self) -> str:
+        """The family of queues, such as ``gpu.A100`` or ``gpu.A100x2``; ``cpu`` for the CPU."""
+        if self.kind == "CPU":
+            return "cpu"
+        return f"gpu.{self.kind}" if self.count == 1 else f"gpu.{self.kind}x{self.count}"
+
+
+def family_of(gpu: Gpu | None) -> str:
+    """Return the family of a service's queue; ``gpu`` where no kind is named."""
+    return ANY if gpu is None else gpu.family
+
+
+def is_family(queue: str) -> bool:
+    """Whether ``queue`` is named as families and their service queues are."""
+    return queue in (ANY, "cpu") or queue.startswith((f"{ANY}.", "cpu."))
+
+
+def require_known(gpu: object, added: Callable[[], Collection[str]]) -> Gpu | None:
+    """Return ``gpu`` when its kind is known; ``added()`` returns those of ``gw_gpu_kinds``.
+
+    The setting is read only for kinds that are not built in: declaring a service must not make
+    Celery load its configuration.
+    """
+    if gpu is None:
+        return None
+    if not isinstance(gpu, Gpu):
+        raise errors.DeclarationError("gpu", gpu, 'must be a gw.Gpu, such as gw.Gpu("A100")')
+    if gpu.kind in KINDS:
+        return gpu
+    kinds = (*KINDS, *added())
+    if gpu.kind not in kinds:
+        raise errors.DeclarationError("gpu", gpu.kind, _known_kinds(gpu.kind, kinds))
+    return gpu
+
+
+def _known_kinds(kind: object, kinds: Collection[str]) -> str:
+    near = difflib.get_close_matches(str(kind).upper(), kinds, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return (
+        f"unknown GPU kind{hint} Known: {', '.join(kinds)} (add others in the setting gw_gpu_kinds)"
+    )

@@ -1,0 +1,178 @@
+"""Runtime parameters of a class task: ``threshold: float = gw.parameter(default=0.5)``.
+
+Inside an instance a parameter reads as its value. Reads are recorded while ``on_enter`` runs:
+what the loaded state was made from decides which calls can share it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import types
+import typing
+from typing import Any, Literal
+
+from gw_celery import errors
+from gw_celery.types import ParameterValues
+
+#: Attribute of an instance: parameter name -> value.
+VALUES = "_gw_values"
+#: Attribute of an instance while it loads: the names that were read so far.
+READS = "_gw_reads"
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED = _Required()
+
+
+class Parameter:
+    """A declared parameter; on an instance it is a read-only attribute with the call's value."""
+
+    def __init__(self, default: Any, scope: Literal["load", "call"] | None) -> None:
+        if scope not in (None, "load", "call"):
+            raise errors.DeclarationError("scope", scope, 'must be "load", "call" or left out')
+        self.default = default
+        self.scope = scope
+        self.name = ""
+        self.annotation: Any = Any
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        if instance is None:
+            return self
+        values = getattr(instance, VALUES, None)
+        if values is None:
+            raise errors.UsageError(
+                f"parameter {self.name!r} was read on an object of {owner.__name__} that was not "
+                f"made by its service; call it through {owner.__name__}(...)"
+            )
+        reads: set[str] | None = getattr(instance, READS, None)
+        if reads is not None:
+            reads.add(self.name)
+        return values[self.name]
+
+    def __set__(self, instance: object, value: object) -> None:
+        raise AttributeError(
+            f"parameter {self.name!r} is read-only: pass {self.name}={value!r} at the call, "
+            f"or keep state in another attribute"
+        )
+
+    @property
+    def is_required(self) -> bool:
+        return isinstance(self.default, _Required)
+
+    def accept(self, value: Any) -> Any:
+        """Return ``value`` as the annotated type, or raise ``DeclarationError``.
+
+        An int becomes a float where a float is declared; a bool is never taken for a number.
+        """
+        if self.annotation is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not _matches(value, self.annotation):
+            raise errors.DeclarationError(self.name, value, f"must be {_readable(self.annotation)}")
+        _require_json(self.name, value)
+        return value
+
+
+def parameter(default: Any = REQUIRED, *, scope: Literal["load", "call"] | None = None) -> Any:
+    """Declare a parameter that callers set: ``Cls(threshold=0.7).classify.delay(...)``.
+
+    Args:
+        default: value when the caller gives none; without it the caller must.
+        scope: ``"load"``: a new value is a new instance; ``"call"``: it never is; left out, a
+            parameter that ``on_enter`` reads is a load parameter.
+    """
+    return Parameter(default, scope)
+
+
+def declared(cls: type) -> dict[str, Parameter]:
+    """Return the parameters of ``cls`` and its bases, with their annotations resolved.
+
+    Raises:
+        DeclarationError: when a default does not fit its annotation.
+    """
+    found: dict[str, Parameter] = {}
+    for base in reversed(cls.__mro__):
+        hints = _annotations(base)
+        for name, value in vars(base).items():
+            if isinstance(value, Parameter):
+                value.annotation = hints.get(name, Any)
+                found[name] = value
+            else:
+                found.pop(name, None)
+    for declaration in found.values():
+        if not declaration.is_required:
+            declaration.default = declaration.accept(declaration.default)
+    return found
+
+
+def bind(owner: str, known: dict[str, Parameter], given: ParameterValues) -> dict[str, Any]:
+    """Return the values that a caller gave, checked; those left out are not in it.
+
+    Raises:
+        DeclarationError: for an unknown name, a wrong type, or a required one left out.
+    """
+    for name in given:
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            raise errors.DeclarationError(name, given[name], f"{owner} has parameters: {listed}")
+    for name, declaration in known.items():
+        if declaration.is_required and name not in given:
+            raise errors.DeclarationError(name, None, f"{owner} needs a value for it")
+    return {name: known[name].accept(value) for name, value in given.items()}
+
+
+def complete(known: dict[str, Parameter], given: ParameterValues) -> dict[str, Any]:
+    """Return ``given`` with the defaults of what it leaves out."""
+    return {name: given.get(name, declaration.default) for name, declaration in known.items()}
+
+
+def canonical(values: ParameterValues) -> str:
+    """Return the one JSON text of ``values``, as it travels in a message header."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _annotations(cls: type) -> dict[str, Any]:
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception:  # a name that exists only for type checkers: fall back to what is there
+        hints = inspect.get_annotations(cls)
+    return {name: hints[name] for name in inspect.get_annotations(cls) if name in hints}
+
+
+def _matches(value: Any, annotation: Any) -> bool:
+    if annotation is Any or isinstance(annotation, str):
+        return True
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(annotation))
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in typing.get_args(annotation))
+    expected = origin or annotation
+    if expected is None or expected is types.NoneType:
+        return value is None
+    if isinstance(value, bool):
+        return expected in (bool, object)
+    return isinstance(value, expected) if isinstance(expected, type) else True
+
+
+def _readable(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _require_json(name: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise errors.DeclarationError(name, value, "must be a finite number")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise errors.DeclarationError(
+            name, value, f"parameters travel as JSON (str, numbers, bool, list, dict): {exc}"
+        ) from exc

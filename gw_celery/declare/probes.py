@@ -1,0 +1,72 @@
+"""Health probes of a class task, in Kubernetes' three kinds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gw_celery import errors
+from gw_celery.declare import check
+
+KINDS = ("startup", "liveness", "readiness")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A method that is called on a schedule to learn whether a replica is well.
+
+    It fails when it raises, times out, returns ``False``, or a mapping whose ``ok`` is falsy.
+    Make one with ``Probe.on``.
+    """
+
+    method: str
+    kind: str
+    period_s: float
+    timeout_s: float
+    failures: int
+
+    @classmethod
+    def on(
+        cls,
+        method: str,
+        kind: str = "liveness",
+        period_s: float = 30,
+        timeout_s: float = 5,
+        failures: int = 3,
+    ) -> Probe:
+        """Declare a probe on the method named ``method``.
+
+        Args:
+            kind: ``startup`` gates readiness, ``liveness`` restarts, ``readiness`` drains.
+            period_s: seconds between two calls.
+            timeout_s: seconds after which a call counts as failed.
+            failures: failures in a row that it takes to act.
+
+        Raises:
+            DeclarationError: for an unknown kind or a number out of range.
+        """
+        if not isinstance(method, str) or not method:
+            raise errors.DeclarationError("method", method, "must be the name of a method")
+        if kind not in KINDS:
+            raise errors.DeclarationError("kind", kind, f"must be one of {', '.join(KINDS)}")
+        return cls(
+            method=method,
+            kind=kind,
+            period_s=check.seconds("period_s", period_s),
+            timeout_s=check.seconds("timeout_s", timeout_s),
+            failures=check.integer("failures", failures, 1),
+        )
+
+
+def require_methods(probes: object, methods: frozenset[str]) -> tuple[Probe, ...]:
+    """Return ``probes`` as a tuple when each of them names one of ``methods``."""
+    listed = tuple(probes) if isinstance(probes, list | tuple) else None
+    if listed is None or not all(isinstance(probe, Probe) for probe in listed):
+        raise errors.DeclarationError("probes", probes, "must be a list of gw.Probe.on(...)")
+    for probe in listed:
+        if probe.method not in methods:
+            raise errors.DeclarationError(
+                "probes",
+                probe.method,
+                f"names no @gw.method() of the class; it has: {', '.join(sorted(methods)) or '-'}",
+            )
+    return listed

@@ -1,0 +1,258 @@
+"""A service: one remote function, or one class with its methods, as it was declared."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from gw_celery import errors
+from gw_celery.declare import benchmark, check, gpu, markers, parameters, probes
+from gw_celery.types import AnyFunction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One callable of a service, which is one Celery task."""
+
+    name: str
+    task_name: str
+    function: AnyFunction
+    #: As callers see it: without ``self``.
+    signature: inspect.Signature
+    is_async: bool
+    batched: markers.Batched | None
+    benchmark: benchmark.Benchmark | None
+    workload_calculator: AnyFunction | None
+    #: Celery task options, as the user gave them.
+    options: dict[str, Any]
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the body takes the Celery task as its first argument."""
+        return bool(self.options.get("bind"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a service runs and how many replicas it wants."""
+
+    gpu: gpu.Gpu | None = None
+    queue: str | None = None
+    min_workers: int = 0
+    max_workers: int | None = None
+    timeout: float | None = 300.0
+    max_queue_time: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Service:
+    """What has its own queue, concurrency, batching and score."""
+
+    name: str
+    #: The decorated function or class.
+    target: Any
+    placement: Placement
+    concurrent: markers.Concurrent | None
+    methods: dict[str, Method]
+    probes: tuple[probes.Probe, ...] = ()
+    parameters: dict[str, parameters.Parameter] = dataclasses.field(default_factory=dict)
+    enter_hooks: tuple[str, ...] = ()
+    exit_hooks: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The dotted name of the function or class: what tells two services apart."""
+        return f"{self.target.__module__}.{self.target.__qualname__}"
+
+    @property
+    def family(self) -> str:
+        return gpu.family_of(self.placement.gpu)
+
+    @property
+    def queue(self) -> str:
+        return self.placement.queue or f"{self.family}.{self.name}"
+
+    @property
+    def is_class(self) -> bool:
+        return inspect.isclass(self.target)
+
+    @property
+    def max_inputs(self) -> int:
+        """Inputs in flight that one replica takes for this service."""
+        if self.concurrent is not None:
+            return self.concurrent.max_inputs
+        sizes = [m.batched.max_batch_size for m in self.methods.values() if m.batched]
+        return 2 * max(sizes) if sizes else 1
+
+
+def placement(
+    *,
+    queue: object,
+    min_workers: object,
+    max_workers: object,
+    timeout: object,
+    max_queue_time: object,
+    device: gpu.Gpu | None,
+) -> Placement:
+    """Return the checked placement of a service.
+
+    Raises:
+        DeclarationError: naming the argument that breaks its rule.
+    """
+    if queue is not None and (not isinstance(queue, str) or not queue):
+        raise errors.DeclarationError("queue", queue, "must be the name of a queue")
+    least, most = check.replicas(min_workers, max_workers)
+    return Placement(
+        gpu=device,
+        queue=queue,
+        min_workers=least,
+        max_workers=most,
+        timeout=check.optional_seconds("timeout", timeout),
+        max_queue_time=check.optional_seconds("max_queue_time", max_queue_time),
+    )
+
+
+def from_function(fn: AnyFunction, where: Placement, mark: markers.TaskMark) -> Service:
+    """Return the service that ``@app.remote`` makes of an ``async def``.
+
+    Raises:
+        DeclarationError: for anything but an ``async def``, or a benchmark that does not fit it.
+    """
+    if not inspect.isfunction(fn):
+        raise errors.DeclarationError("fn", fn, "@app.remote decorates a function")
+    if not inspect.iscoroutinefunction(fn):
+        raise errors.DeclarationError(
+            "fn", fn.__qualname__, "a remote function is asynchronous: write `async def`"
+        )
+    is_bound = bool(mark.options.get("bind"))
+    if is_bound and hasattr(fn, markers.BATCHED):
+        raise errors.DeclarationError("bind", True, "a batched body serves many requests at once")
+    method = _method(fn, fn.__name__, f"{fn.__module__}.{fn.__name__}", mark, drop_first=is_bound)
+    service = Service(
+        name=fn.__name__,
+        target=fn,
+        placement=where,
+        concurrent=getattr(fn, markers.CONCURRENT, None),
+        methods={fn.__name__: method},
+    )
+    _require_room(service)
+    return service
+
+
+def from_class(cls: type, where: Placement, declared_probes: object) -> Service:
+    """Return the service that ``@app.cls`` makes of a class.
+
+    Raises:
+        DeclarationError: for a class without methods, one that cannot be made without arguments,
+            a probe that names no method, or a benchmark that does not fit its method.
+    """
+    _require_instantiable(cls)
+    marked = _marked_members(cls, markers.METHOD)
+    if not marked:
+        raise errors.DeclarationError(
+            "class", cls.__qualname__, "has no method marked with @gw.method()"
+        )
+    prefix = f"{cls.__module__}.{cls.__name__}"
+    methods = {
+        name: _method(fn, name, f"{prefix}.{name}", getattr(fn, markers.METHOD), drop_first=True)
+        for name, fn in marked.items()
+    }
+    service = Service(
+        name=cls.__name__,
+        target=cls,
+        placement=where,
+        concurrent=getattr(cls, markers.CONCURRENT, None),
+        methods=methods,
+        probes=probes.require_methods(declared_probes, frozenset(methods)),
+        parameters=parameters.declared(cls),
+        enter_hooks=tuple(_marked_members(cls, markers.ENTER)),
+        exit_hooks=tuple(reversed(_marked_members(cls, markers.EXIT))),
+    )
+    _require_room(service)
+    return service
+
+
+def _method(
+    fn: AnyFunction, name: str, task_name: str, mark: markers.TaskMark, *, drop_first: bool
+) -> Method:
+    signature = _caller_signature(fn, drop_first=drop_first)
+    benchmark.require_matching(mark.benchmark, signature)
+    return Method(
+        name=name,
+        task_name=mark.options.get("name") or task_name,
+        function=fn,
+        signature=signature,
+        is_async=inspect.iscoroutinefunction(fn),
+        batched=getattr(fn, markers.BATCHED, None),
+        benchmark=mark.benchmark,
+        workload_calculator=mark.workload_calculator,
+        options={key: value for key, value in mark.options.items() if key != "name"},
+    )
+
+
+def full_signature(method: Method) -> inspect.Signature:
+    """The signature with its first parameter, which callers do not give."""
+    return inspect.signature(method.function)
+
+
+def _caller_signature(fn: AnyFunction, *, drop_first: bool) -> inspect.Signature:
+    signature = inspect.signature(fn)
+    if not drop_first:
+        return signature
+    first, *rest = signature.parameters.values() or (None,)
+    if first is None:
+        raise errors.DeclarationError(fn.__qualname__, str(signature), "needs a `self` parameter")
+    return signature.replace(parameters=rest)
+
+
+def _marked_members(cls: type, mark: str) -> dict[str, AnyFunction]:
+    """Members with ``mark`` in definition order, base classes first, overrides in place."""
+    names: dict[str, None] = {}
+    for base in reversed(cls.__mro__):
+        for name, member in vars(base).items():
+            if hasattr(_plain(member), mark):
+                names.setdefault(name)
+    members = {name: _plain(inspect.getattr_static(cls, name)) for name in names}
+    return {name: fn for name, fn in members.items() if hasattr(fn, mark)}
+
+
+def _plain(member: Any) -> Any:
+    """Return the user's function behind what an earlier ``@app.cls`` put into a base class."""
+    return getattr(member, markers.FUNCTION, member)
+
+
+def _require_instantiable(cls: object) -> None:
+    if not inspect.isclass(cls):
+        raise errors.DeclarationError("class", cls, "@app.cls decorates a class")
+    if markers.SERVICE in vars(cls):
+        raise errors.DeclarationError("class", cls.__qualname__, "is decorated twice")
+    if not cls.__dictoffset__:
+        raise errors.DeclarationError(
+            "class", cls.__qualname__, 'keeps no __dict__; add "__dict__" to its __slots__'
+        )
+    if cls.__init__ is object.__init__:
+        return
+    try:
+        inspect.signature(cls.__init__).bind(object())
+    except TypeError as exc:
+        raise errors.DeclarationError(
+            "class",
+            cls.__qualname__,
+            f"is made without arguments in each replica ({exc}); use gw.parameter() for values "
+            f"that callers set, and @gw.on_enter() to load",
+        ) from exc
+
+
+def _require_room(service: Service) -> None:
+    for method in service.methods.values():
+        if method.batched is None:
+            continue
+        needed = method.batched.max_batch_size * method.batched.max_running_batches
+        if needed > service.max_inputs:
+            raise errors.DeclarationError(
+                "max_inputs",
+                service.max_inputs,
+                f"must be at least max_batch_size x max_running_batches = {needed} for "
+                f"{service.name}.{method.name}, or its batches never fill",
+            )

@@ -1,0 +1,77 @@
+"""Where a server lives: the lock on its data folder, and the path of its socket."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import stat
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from gw_celery import errors
+from gw_celery.devserver.polling import poll
+
+#: A unix socket's path ends at 107 bytes; kombu's URL takes these characters as they are.
+SOCKET_PATH = re.compile(rb"[A-Za-z0-9/._-]{1,104}")
+#: The server of an owner that was just killed may need this long to leave.
+HANDOVER = 2.0
+
+
+def take(data_dir: Path) -> IO[str]:
+    """Lock ``data_dir``. The server inherits the lock, so it holds until the server is gone."""
+    lock = (data_dir / "server.lock").open("a+")
+    if not poll(lambda: _lock(lock), HANDOVER):
+        lock.seek(0)
+        with lock:
+            holder = lock.read() or "a server that is being started"
+        raise errors.ServerFailed(
+            f"{holder} already uses {data_dir}: stop it first, or choose another data_dir"
+        )
+    note(lock, f"a server that process {os.getpid()} is starting")
+    return lock
+
+
+def _lock(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def note(lock: IO[str], holder: str) -> None:
+    lock.truncate(0)
+    lock.write(holder)
+    lock.flush()
+
+
+def socket_path(data_dir: Path) -> Path:
+    path = data_dir / "server.sock"
+    if SOCKET_PATH.fullmatch(os.fsencode(path)):
+        return path
+    name = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]
+    for parent in (tempfile.gettempdir(), "/tmp"):
+        path = Path(parent, f"gw-celery-{os.getuid()}-{name}", "s.sock")
+        if SOCKET_PATH.fullmatch(os.fsencode(path)):
+            break
+    _make_private(path.parent)
+    return path
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that is ours alone: others can write where it lies."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if (
+        not stat.S_ISDIR(status.st_mode)
+        or status.st_uid != os.getuid()
+        or stat.S_IMODE(status.st_mode) & 0o077
+    ):
+        raise errors.ServerFailed(
+            f"{folder} for the server's socket is not a private folder of this user: remove it"
+        )

@@ -1,0 +1,109 @@
+"""Every exception that gw_celery raises.
+
+Two branches tell whose fault it is: ``DeclarationError`` and ``ConfigurationError`` are the
+developer's, found before anything runs; the others happen while calls are made and served. Each
+message states the fact, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class GWCeleryError(Exception):
+    """Root of every exception that gw_celery raises."""
+
+
+class DeclarationError(GWCeleryError, ValueError):
+    """Raised at decoration when a declared argument breaks its rule."""
+
+    def __init__(self, argument: str, value: object, rule: str) -> None:
+        super().__init__(argument, value, rule)
+        self.argument = argument
+        self.value = value
+        self.rule = rule
+
+    def __str__(self) -> str:
+        return f"{self.argument}={self.value!r}: {self.rule}"
+
+
+class ConfigurationError(GWCeleryError):
+    """Raised when the settings are unknown, of a wrong type, or contradict each other."""
+
+
+class UsageError(GWCeleryError, TypeError):
+    """Raised when a declared object is called in a way that it does not support."""
+
+
+class BlockingCallError(GWCeleryError, RuntimeError):
+    """Raised instead of blocking a running event loop."""
+
+
+class StartupError(GWCeleryError):
+    """Raised when contexts or ``on_enter`` hooks fail, with every cause."""
+
+    def __init__(self, causes: dict[str, BaseException]) -> None:
+        super().__init__(causes)
+        self.causes = causes
+
+    def __str__(self) -> str:
+        listed = "; ".join(
+            f"{name}: {type(cause).__name__}: {cause}" for name, cause in self.causes.items()
+        )
+        return f"{len(self.causes)} of the classes to load failed: {listed}"
+
+
+class NotServedError(GWCeleryError):
+    """Raised when a task reaches a process that has not loaded its service."""
+
+
+class ContextLookupError(GWCeleryError, KeyError):
+    """Raised by ``get_context`` for a class that is not entered in this process."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument: a sentence should read as one.
+        return str(self.args[0]) if self.args else ""
+
+
+class CallTimeout(GWCeleryError, TimeoutError):
+    """Raised when a call was not answered within its ``timeout``."""
+
+
+class RemoteTaskError(GWCeleryError):
+    """Raised for an error of a task whose class is not known here.
+
+    Attributes:
+        type_name: the dotted name of the class that was raised remotely.
+        message: what it said.
+        traceback: the remote traceback as text, or ``""``.
+    """
+
+    def __init__(self, type_name: str, message: str, traceback: str = "") -> None:
+        super().__init__(type_name, message, traceback)
+        self.type_name = type_name
+        self.message = message
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.message}"
+
+
+class RemoteTraceback(GWCeleryError):
+    """Carries the remote traceback as the ``__cause__`` of a re-raised error."""
+
+    def __init__(self, traceback: str) -> None:
+        super().__init__(traceback)
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"\n\n(remote traceback)\n{self.traceback}"
+
+
+class SerializationError(GWCeleryError, ValueError):
+    """Raised when a value cannot be written to, or read from, gw-json."""
+
+
+class ServerNotFound(GWCeleryError):
+    """Raised when no Redis or Valkey server program can be found for the embedded server."""
+
+
+class ServerFailed(GWCeleryError):
+    """Raised when the embedded server ends, or does not answer in time."""

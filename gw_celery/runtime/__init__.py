@@ -1,0 +1,1 @@
+"""What runs inside a process that serves: its loop, its loaded state, the bodies of its tasks."""

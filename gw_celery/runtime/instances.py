@@ -1,0 +1,177 @@
+"""The loaded instances of one class task, by the parameter values that they were loaded with.
+
+Which parameters shape the loaded state is observed: those that ``on_enter`` read. An instance
+serves a call when each value that it read while loading is the call's value, too; all other
+parameters are given to the call by a view, a second object over the same state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gw_celery.declare import parameters, services
+from gw_celery.runtime import lifecycle, loop
+from gw_celery.types import ParameterValues
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Loaded:
+    """One instance with the parameter values that its state depends on."""
+
+    instance: Any
+    life: lifecycle.Entered | None
+    reads: Mapping[str, Any]
+    is_pinned: bool
+    in_use: int = 0
+
+    def suits(self, values: ParameterValues) -> bool:
+        return all(values[name] == value for name, value in self.reads.items())
+
+
+class Instances:
+    """Builds, shares and drops the instances of one service in one process."""
+
+    def __init__(self, service: services.Service, most: int, exit_timeout: float) -> None:
+        self._service = service
+        self._most = most
+        self._exit_timeout = exit_timeout
+        self._view_class = _view_class(service.target)
+        self._loaded: list[Loaded] = []  # least recently used first
+        self._lock = threading.Lock()
+        self._building = asyncio.Lock()
+
+    def default_unit(self) -> lifecycle.Unit | None:
+        """The instance of the default parameters; none when a parameter has no default."""
+        if any(one.is_required for one in self._service.parameters.values()):
+            return None
+        return self._unit(parameters.complete(self._service.parameters, {}), is_pinned=True)
+
+    def adopt(self, life: lifecycle.Entered) -> None:
+        """Take over an instance that the start-up has entered."""
+        self._keep(life)
+
+    def take(self, values: ParameterValues) -> Loaded | None:
+        """Return a suitable instance and count its use, without waiting; from any thread."""
+        with self._lock:
+            for position, loaded in enumerate(self._loaded):
+                if loaded.suits(values):
+                    self._loaded.append(self._loaded.pop(position))
+                    loaded.in_use += 1
+                    return loaded
+        return None
+
+    def give_back(self, loaded: Loaded) -> None:
+        with self._lock:
+            loaded.in_use -= 1
+
+    async def load(self, values: ParameterValues) -> Loaded:
+        """Return a suitable instance, entering a new one when there is none; on the loop.
+
+        Concurrent first uses build it once. A build that fails raises and is not kept.
+        """
+        async with self._building:
+            found = self.take(values)
+            if found is not None:
+                return found
+            life = lifecycle.Entered(self._unit(values, is_pinned=False), self._exit_timeout)
+            failure = await life.settle()
+            if failure is not None:
+                raise failure
+            loaded = self._keep(life)
+            loaded.in_use += 1
+            await self._evict()
+            return loaded
+
+    def view(self, loaded: Loaded, values: ParameterValues) -> Any:
+        """Return the object that a call with ``values`` sees: shared state, own parameters."""
+        view: Any = object.__new__(self._view_class)
+        view.__dict__ = loaded.instance.__dict__
+        object.__setattr__(view, parameters.VALUES, values)
+        return view
+
+    async def leave(self) -> None:
+        """Leave every instance that ``load`` built; the start-up's own are not among them."""
+        with self._lock:
+            built = [one for one in self._loaded if not one.is_pinned]
+            self._loaded.clear()
+        await asyncio.gather(*(one.life.leave() for one in built if one.life is not None))
+
+    def _keep(self, life: lifecycle.Entered) -> Loaded:
+        loaded: Loaded = life.value.result()
+        loaded.life = life
+        with self._lock:
+            self._loaded.append(loaded)
+        return loaded
+
+    async def _evict(self) -> None:
+        with self._lock:
+            idle = [one for one in self._loaded if not one.is_pinned and not one.in_use]
+            dropped = idle[: max(0, len(self._loaded) - self._most)]
+            for one in dropped:
+                self._loaded.remove(one)
+        await asyncio.gather(*(one.life.leave() for one in dropped if one.life is not None))
+
+    def _unit(self, values: ParameterValues, *, is_pinned: bool) -> lifecycle.Unit:
+        instance: list[Any] = []
+
+        async def enter() -> Loaded:
+            made, reads = await self._build(values)
+            instance.append(made)
+            return Loaded(instance=made, life=None, reads=reads, is_pinned=is_pinned)
+
+        async def leave() -> None:
+            await _run_exit_hooks(instance[0], self._service.exit_hooks)
+
+        return lifecycle.Unit(name=self._service.key, enter=enter, leave=leave)
+
+    async def _build(self, values: ParameterValues) -> tuple[Any, dict[str, Any]]:
+        reads: set[str] = set()
+        instance: Any = object.__new__(self._view_class)
+        object.__setattr__(instance, parameters.VALUES, values)
+        object.__setattr__(instance, parameters.READS, reads)
+        await loop.in_thread(instance.__init__)  # a constructor that loads must not stop the loop
+        await _run_hooks(instance, self._service.enter_hooks)
+        object.__setattr__(instance, parameters.READS, None)
+        declared = self._service.parameters
+        shaping = {
+            name
+            for name, one in declared.items()
+            if one.scope == "load" or (name in reads and one.scope != "call")
+        }
+        return instance, {name: values[name] for name in shaping}
+
+
+def _view_class(cls: type) -> type:
+    """A subclass with room for parameter values beside the shared ``__dict__``."""
+    body = {
+        "__slots__": (parameters.VALUES, parameters.READS),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        # The class's own __new__ makes handles for callers.
+        "__new__": lambda view_class, *args, **kwargs: object.__new__(view_class),
+    }
+    return type(cls.__name__, (cls,), body)
+
+
+async def _run_hooks(instance: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        hook: Callable[[], Any] = getattr(instance, name)
+        await (hook() if inspect.iscoroutinefunction(hook) else loop.in_thread(hook))
+
+
+async def _run_exit_hooks(instance: Any, names: tuple[str, ...]) -> None:
+    """Run every hook, also when one before it failed; each failure is logged."""
+    for name in names:
+        try:
+            await _run_hooks(instance, (name,))
+        except Exception:
+            logger.exception("%s.%s failed", type(instance).__qualname__, name)

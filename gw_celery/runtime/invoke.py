@@ -1,0 +1,183 @@
+"""Run the body of one input: find its instance, wrap what is batched, enforce its limits."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from celery.exceptions import SoftTimeLimitExceeded
+
+from gw_celery import errors
+from gw_celery.declare import parameters, services
+from gw_celery.runtime import bridge, instances, process
+from gw_celery.types import ParameterValues
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Input:
+    """One input of one method, with the limits of its task in seconds."""
+
+    task_id: str
+    service: services.Service
+    method: services.Method
+    given: ParameterValues
+    soft_limit: float | None = None
+    hard_limit: float | None = None
+    #: What Celery hands to a task declared with ``bind=True``, before the user's arguments.
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Stopped(BaseException):
+    """Ends the tracer's wait for a body that goes on or is being cancelled.
+
+    A ``BaseException``, so that ``autoretry_for=(Exception,)`` does not catch it.
+    """
+
+
+class HardLimit(Stopped):
+    """The hard time limit of an input passed."""
+
+
+class Revoked(Stopped):
+    """The input was revoked while it ran."""
+
+
+class Running:
+    """The calls that run in this process, by task id."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, bridge.Call[Any]] = {}
+
+    def run(self, runtime: process.Process, one: Input) -> Any:
+        """Run an asynchronous input for a thread that waits, within its limits."""
+        call = runtime.call(run_async(runtime, one))
+        self._calls[one.task_id] = call
+        has_limit = runtime.enforces_limits and (one.soft_limit or one.hard_limit)
+        limits = _Limits(runtime.loop, call, one) if has_limit else None
+        try:
+            return call.run(runtime.settings.cancel_timeout)
+        finally:
+            self._calls.pop(one.task_id, None)
+            if limits is not None:
+                limits.disarm()
+
+    def revoke(self, task_id: str) -> bool:
+        """Stop a running input; whether there was one."""
+        call = self._calls.get(task_id)
+        if call is not None:
+            call.abandon(Revoked())
+        return call is not None
+
+
+running = Running()
+
+
+def run(runtime: process.Process, one: Input) -> Any:
+    """Run ``one`` to its end and return its answer, from Celery's tracer."""
+    if one.method.is_async:
+        if runtime.is_on_loop():
+            return bridge.drive(run_async(runtime, one))
+        return running.run(runtime, one)
+    return _run_sync(runtime, one)
+
+
+async def run_async(runtime: process.Process, one: Input) -> Any:
+    """Run ``one`` on the loop, where an asynchronous caller can await it."""
+    token = process.held.set(process.held.get() | {one.service.key})
+    try:
+        if not one.service.is_class:
+            return await _answer(one, one.method.function, one.args, one.kwargs)
+        values, owner = _values(one), runtime.instances_of(one.service)
+        loaded = owner.take(values) or await owner.load(values)
+        try:
+            bound = _bound(one, owner, loaded, values)
+            return await _answer(one, bound, one.args, one.kwargs)
+        finally:
+            owner.give_back(loaded)
+    finally:
+        process.held.reset(token)
+
+
+def _run_sync(runtime: process.Process, one: Input) -> Any:
+    values, owner = _values(one), runtime.instances_of(one.service)
+    loaded = owner.take(values) or runtime.wait(owner.load(values))
+    try:
+        bound = _bound(one, owner, loaded, values)
+        if one.method.batched is None:
+            return bound(*one.args, **one.kwargs)
+        return _single(one, bound(**_singletons(one, one.args, one.kwargs)))
+    finally:
+        owner.give_back(loaded)
+
+
+async def _answer(
+    one: Input, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if one.method.batched is None:
+        answer = fn(*args, **kwargs)
+        return await answer if one.method.is_async else answer
+    answer = fn(**_singletons(one, args, kwargs))
+    return _single(one, await answer if one.method.is_async else answer)
+
+
+def _values(one: Input) -> dict[str, Any]:
+    return parameters.complete(one.service.parameters, one.given)
+
+
+def _bound(
+    one: Input, owner: instances.Instances, loaded: instances.Loaded, values: ParameterValues
+) -> Callable[..., Any]:
+    bound: Callable[..., Any] = getattr(owner.view(loaded, values), one.method.name)
+    return bound
+
+
+def _singletons(one: Input, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Any]]:
+    """A batched body takes lists: without a batcher, lists of one."""
+    bound = one.method.signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return {name: [value] for name, value in bound.arguments.items()}
+
+
+def _single(one: Input, answer: Any) -> Any:
+    """Return the only entry of a batched body's answer, raising it when it is an exception."""
+    is_listed = not isinstance(answer, str | bytes | dict) and (
+        isinstance(answer, Sequence) or hasattr(answer, "__array__")
+    )
+    if not is_listed or len(answer) != 1:
+        size = len(answer) if hasattr(answer, "__len__") else "no"
+        raise errors.UsageError(
+            f"{one.method.task_name} got 1 input and answered with a {type(answer).__name__} of "
+            f"{size} entries; a batched function returns a list with one entry for each input"
+        )
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
+
+
+class _Limits:
+    """The time limits of one call, as timers that another thread sets and cancels."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, call: bridge.Call[Any], one: Input) -> None:
+        self._loop = loop
+        self._call = call
+        self._handles: list[asyncio.TimerHandle] = []
+        loop.call_soon_threadsafe(self._arm, one)
+
+    def disarm(self) -> None:
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def _arm(self, one: Input) -> None:
+        if one.soft_limit:
+            limit = SoftTimeLimitExceeded(one.soft_limit)
+            self._handles.append(self._loop.call_later(one.soft_limit, self._call.interrupt, limit))
+        if one.hard_limit:
+            self._handles.append(
+                self._loop.call_later(one.hard_limit, self._call.abandon, HardLimit(one.hard_limit))
+            )
+
+    def _cancel(self) -> None:
+        for handle in self._handles:
+            handle.cancel()

@@ -1,0 +1,120 @@
+"""Enter contexts and ``on_enter`` hooks in parallel, and leave them again.
+
+Each unit lives in a task of its own from entering to leaving, because libraries built on anyio
+require that a cancel scope is left in the task that entered it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from gw_celery import errors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Something that is entered once and left once."""
+
+    name: str
+    enter: Callable[[], Awaitable[Any]]
+    leave: Callable[[], Awaitable[None]]
+
+
+class Entered:
+    """A unit that is being entered, is entered, or was left."""
+
+    def __init__(self, unit: Unit, exit_timeout: float) -> None:
+        self.unit = unit
+        self.value: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._leave = asyncio.Event()
+        self._exit_timeout = exit_timeout
+        self._life = asyncio.create_task(self._live(), name=f"gw-{unit.name}")
+
+    def abandon(self) -> None:
+        """Cancel the entering; what is entered already stays so."""
+        if not self.value.done():
+            self._life.cancel()
+
+    async def settle(self) -> BaseException | None:
+        """Wait until the entering is over and return what it raised."""
+        await asyncio.wait([self.value])
+        return asyncio.CancelledError() if self.value.cancelled() else self.value.exception()
+
+    async def leave(self) -> None:
+        """Leave the unit when it is entered; errors and time-outs are logged, never raised."""
+        self._leave.set()
+        await asyncio.wait([self._life])
+
+    async def _live(self) -> None:
+        try:
+            entered = await self.unit.enter()
+        except asyncio.CancelledError:
+            self.value.cancel()
+            return
+        except BaseException as exc:
+            self.value.set_exception(exc)
+            self.value.exception()  # retrieved: `settle` reports it
+            return
+        self.value.set_result(entered)
+        await self._leave.wait()
+        await self._exit()
+
+    async def _exit(self) -> None:
+        try:
+            async with asyncio.timeout(self._exit_timeout):
+                await self.unit.leave()
+        except TimeoutError:
+            logger.error(
+                "%s did not leave within %.0f s and was left behind (setting gw_exit_timeout)",
+                self.unit.name,
+                self._exit_timeout,
+            )
+        except Exception:
+            logger.exception("%s failed to leave", self.unit.name)
+
+
+async def settle_all(lives: Sequence[Entered], timeout: float) -> None:
+    """Wait until all of ``lives`` have entered.
+
+    When one fails the rest are cancelled, every one that entered is left again, and all causes
+    are reported together.
+
+    Raises:
+        StartupError: with the cause of each unit that failed, or did not enter in ``timeout``.
+    """
+    if not lives:
+        return
+    values = [life.value for life in lives]
+    await asyncio.wait(values, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
+    causes = {life.unit.name: cause for life in lives if (cause := _failure(life)) is not None}
+    late = [life.unit.name for life in lives if not life.value.done()]
+    if not causes and late:
+        causes = {name: _too_late(timeout) for name in late}
+    if causes:
+        await leave_all(lives)
+        raise errors.StartupError(causes)
+
+
+async def leave_all(lives: Sequence[Entered]) -> None:
+    """Leave all of ``lives`` in parallel; those still entering are cancelled first."""
+    for life in lives:
+        life.abandon()
+    await asyncio.gather(*(life.leave() for life in lives))
+
+
+def _failure(life: Entered) -> BaseException | None:
+    if not life.value.done():
+        return None
+    if life.value.cancelled():
+        return asyncio.CancelledError("cancelled while entering")
+    return life.value.exception()
+
+
+def _too_late(timeout: float) -> TimeoutError:
+    return TimeoutError(f"did not enter within {timeout:.0f} s (setting gw_start_timeout)")

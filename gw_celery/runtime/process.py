@@ -1,0 +1,202 @@
+"""What one process serves: its loop, its entered contexts, its loaded instances.
+
+There is one ``Process`` per process at most. It is made by the worker (never in a web process),
+by eager mode, or by ``gw_celery.testing``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import os
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+from gw_celery import conf, errors
+from gw_celery.declare import registry, services
+from gw_celery.runtime import bridge, identity, instances, lifecycle, loop
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+#: Keys of the services whose slots the running body holds.
+held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "gw_held", default=frozenset()
+)
+
+
+class Process:
+    """The loaded state of this process; ``start`` enters it, ``stop`` leaves it."""
+
+    def __init__(self, settings: conf.Settings, *, enforces_limits: bool = True) -> None:
+        self.settings = settings
+        #: False where the pool itself enforces time limits.
+        self.enforces_limits = enforces_limits
+        self.pid = os.getpid()
+        self._loop = loop.LoopThread()
+        self._contexts: dict[str, lifecycle.Entered] = {}
+        self._served: set[str] = set()
+        self._instances: dict[str, instances.Instances] = {}
+        self._lives: dict[str, lifecycle.Entered] = {}
+        self._growing = asyncio.Lock()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop.loop
+
+    def start(self) -> None:
+        """Start the loop, and make Celery's current task follow the body onto it."""
+        identity.install()
+        self._loop.start()
+
+    def enter(
+        self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
+    ) -> None:
+        """Enter what ``served`` needs and is not entered yet; blocks until all of it is.
+
+        Contexts belong to an App: they are entered when one of its services is served.
+
+        Raises:
+            StartupError: with every cause; what had entered is left again.
+        """
+        self.wait(self._grow(registries, served))
+
+    def stop(self) -> None:
+        """Leave everything and end the loop; errors are logged, the waits are bounded."""
+        bound = self.settings.exit_timeout
+        future = asyncio.run_coroutine_threadsafe(self._leave(), self.loop)
+        try:
+            # Each unit has its own bound; the margin is for the loop to report them.
+            future.result(2 * bound + 5)
+        except TimeoutError:
+            logger.error("pid %d did not leave its contexts in %.0f s", self.pid, 2 * bound + 5)
+        self._loop.stop(timeout=5.0)
+
+    def serves(self, service_key: str) -> bool:
+        return service_key in self._served
+
+    def context(self, key: str) -> Any:
+        """Return what the context's ``__aenter__`` returned.
+
+        Raises:
+            KeyError: when it is not entered in this process.
+        """
+        life = self._contexts[key]
+        if not life.value.done():
+            raise KeyError(key)
+        return life.value.result()
+
+    def is_entering(self, key: str) -> bool:
+        return key in self._contexts
+
+    def instances_of(self, service: services.Service) -> instances.Instances:
+        """Return the instances of a class task that this process serves."""
+        return self._instances[service.key]
+
+    def is_on_loop(self) -> bool:
+        return self._loop.is_current()
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> bridge.Call[T]:
+        """Prepare ``coroutine`` to run on the loop, in the context of the caller."""
+        context = contextvars.copy_context()
+        context.run(identity.follow)
+        return bridge.Call(self.loop, coroutine, context)
+
+    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run ``coroutine`` on the loop and wait for it, from the loop's greenlets or elsewhere."""
+        if self.is_on_loop():
+            return bridge.drive(coroutine)
+        return self.call(coroutine).run(self.settings.cancel_timeout)
+
+    async def _grow(
+        self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
+    ) -> None:
+        async with self._growing:
+            contexts = self._missing_contexts(registries, served)
+            added = [one for one in served if one.key not in self._served]
+            await self._enter(contexts, [one for one in added if one.is_class])
+            self._served.update(one.key for one in added)
+
+    def _missing_contexts(
+        self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
+    ) -> list[registry.Context]:
+        keys = {service.key for service in served}
+        return [
+            context
+            for one in registries
+            if keys & one.services.keys()
+            for context in one.contexts.values()
+            if context.key not in self._contexts
+        ]
+
+    async def _enter(
+        self, contexts: Sequence[registry.Context], classes: Sequence[services.Service]
+    ) -> None:
+        made = {one.key: self._instances_for(one) for one in classes}
+        defaults = [one.default_unit() for one in made.values()]
+        units = [_context_unit(one) for one in contexts]
+        entering = [
+            lifecycle.Entered(unit, self.settings.exit_timeout)
+            for unit in (*units, *filter(None, defaults))
+        ]
+        lives = {life.unit.name: life for life in entering}
+        self._contexts.update({unit.name: lives[unit.name] for unit in units})
+        try:
+            await lifecycle.settle_all(entering, self.settings.start_timeout)
+        except errors.StartupError:
+            for unit in units:
+                del self._contexts[unit.name]
+            raise
+        for key in made.keys() & lives.keys():
+            made[key].adopt(lives[key])
+        self._lives.update(lives)
+        self._instances.update(made)
+
+    def _instances_for(self, service: services.Service) -> instances.Instances:
+        return instances.Instances(service, self.settings.max_instances, self.settings.exit_timeout)
+
+    async def _leave(self) -> None:
+        await asyncio.gather(*(one.leave() for one in self._instances.values()))
+        await lifecycle.leave_all(list(self._lives.values()))
+        self._served.clear()
+        self._lives.clear()
+        self._contexts.clear()
+        self._instances.clear()
+
+
+def _context_unit(context: registry.Context) -> lifecycle.Unit:
+    """A unit that builds the object here, in the replica, and enters it."""
+    made: list[Any] = []
+
+    async def enter() -> Any:
+        manager = await loop.in_thread(lambda: context.cls(*context.args, **context.kwargs))
+        made.append(manager)
+        if hasattr(manager, "__aenter__"):
+            return await manager.__aenter__()
+        return await loop.in_thread(manager.__enter__)
+
+    async def leave() -> None:
+        manager = made[0]
+        if hasattr(manager, "__aexit__"):
+            await manager.__aexit__(None, None, None)
+        else:
+            await loop.in_thread(manager.__exit__, None, None, None)
+
+    return lifecycle.Unit(name=context.key, enter=enter, leave=leave)
+
+
+_current: Process | None = None
+
+
+def current() -> Process | None:
+    """Return this process's runtime; ``None`` where nothing is served."""
+    # A fork copies the variable but not the loop's thread.
+    return _current if _current is not None and _current.pid == os.getpid() else None
+
+
+def adopt(process: Process | None) -> None:
+    """Make ``process`` the runtime of this process."""
+    global _current
+    _current = process

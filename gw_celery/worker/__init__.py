@@ -1,0 +1,1 @@
+"""How we hang in a Celery worker: signals, bootsteps, a request class, control commands."""

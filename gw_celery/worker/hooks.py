@@ -1,0 +1,59 @@
+"""The Celery signals by which a worker learns what to load, and loads it.
+
+``worker_init`` comes once in the worker's parent, after its options are known and before its pool
+is made; ``worker_process_init`` and ``worker_process_shutdown`` come in each child of prefork, and
+in the one process of solo. The threads pool sends neither: a bootstep does its part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import signals
+
+from gw_celery.declare import registry
+from gw_celery.worker import fatal, serving
+
+_registries: list[registry.Registry] = []
+#: What this worker serves; set in the parent, inherited by forked children.
+_plan: serving.Plan | None = None
+
+
+def connect(declared: registry.Registry) -> None:
+    """Add an App's declarations and connect the receivers, once per process."""
+    _registries.append(declared)
+    signals.worker_init.connect(_on_worker_init, dispatch_uid="gw_celery.worker_init")
+    signals.worker_process_init.connect(_on_process_init, dispatch_uid="gw_celery.process_init")
+    signals.worker_process_shutdown.connect(
+        _on_process_shutdown, dispatch_uid="gw_celery.process_shutdown"
+    )
+    signals.worker_shutdown.connect(_on_shutdown, dispatch_uid="gw_celery.shutdown")
+
+
+def registries() -> tuple[registry.Registry, ...]:
+    """Return the declarations of every App of this process."""
+    return tuple(_registries)
+
+
+def _on_worker_init(sender: Any, **_: Any) -> None:
+    global _plan
+    # Celery swallows an Exception of a receiver and would start all the same.
+    with fatal.fatal_errors():
+        # Here, because it imports Celery's worker: every client imports this module.
+        from gw_celery.worker import startup
+
+        _plan = startup.prepare(sender, registries())
+
+
+def _on_process_init(**_: Any) -> None:
+    if _plan is not None and _plan.loads_in_children:
+        with fatal.fatal_errors(_plan.report):
+            serving.start(_plan)
+
+
+def _on_process_shutdown(**_: Any) -> None:
+    serving.stop()
+
+
+def _on_shutdown(**_: Any) -> None:
+    serving.stop()

@@ -1,0 +1,107 @@
+"""Configuration that our tasks need: what every process gets, and what serving workers get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gw_celery import codec, conf, errors
+from gw_celery.declare import registry
+
+#: Seconds over the longest time limit until Redis gives a message to another worker.
+_MARGIN = 600
+_DEFAULT_VISIBILITY = 3600
+
+
+def preset(app: Any) -> None:
+    """Fill in what our tasks need, where the user left Celery's default.
+
+    Only what is harmless to every process: accepted content, the serializer of results, how soon
+    Redis gives lost messages back, and retrying the broker at start-up. In Django the app config
+    calls it.
+    """
+    codec.register()
+    given = app.conf.without_defaults()
+    defaults: dict[str, Any] = {
+        "accept_content": [codec.NAME, "json"],
+        "result_serializer": codec.NAME,
+        "broker_connection_retry_on_startup": True,
+    }
+    for name, value in defaults.items():
+        if given.get(name) is None:
+            app.conf[name] = value
+    app.conf.broker_transport_options = {
+        "visibility_timeout": _DEFAULT_VISIBILITY,
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+        **(app.conf.broker_transport_options or {}),
+    }
+
+
+def configure_codec(settings: conf.Settings) -> None:
+    """Apply the limits of gw-json that the settings give."""
+    codec.configure(
+        codec.Limits(depth=settings.max_payload_depth, size=settings.max_payload_bytes)
+    )
+
+
+def require_content(app: Any) -> None:
+    """Check that messages and results of our tasks are accepted.
+
+    Raises:
+        ConfigurationError: with the setting to change.
+    """
+    for name in ("accept_content", "result_accept_content"):
+        accepted = app.conf[name]
+        if accepted is not None and not {codec.NAME, codec.CONTENT_TYPE} & set(accepted):
+            raise errors.ConfigurationError(
+                f"{name}={list(accepted)!r} lacks {codec.NAME!r}, the serializer of our tasks: "
+                f"call gw_celery.preset(app), or add it"
+            )
+    if app.conf.result_serializer != codec.NAME:
+        raise errors.ConfigurationError(
+            f"result_serializer={app.conf.result_serializer!r} would change the types of answers: "
+            f"call gw_celery.preset(app), or set result_serializer={codec.NAME!r}"
+        )
+
+
+def require_visibility(app: Any, registries: Sequence[registry.Registry]) -> None:
+    """Check, or raise where it is a default, the time until Redis redelivers a message.
+
+    Raises:
+        ConfigurationError: when a task could run longer, and so would run twice.
+    """
+    longest = max(_limits(app, registries), default=0.0)
+    options = dict(app.conf.broker_transport_options or {})
+    visible = options.get("visibility_timeout", _DEFAULT_VISIBILITY)
+    if longest < visible:
+        return
+    if visible != _DEFAULT_VISIBILITY:
+        raise errors.ConfigurationError(
+            f"broker_transport_options['visibility_timeout']={visible} is not over the longest "
+            f"time limit, {longest:.0f} s: a running task would be delivered again; raise it"
+        )
+    app.conf.broker_transport_options = {**options, "visibility_timeout": longest + _MARGIN}
+
+
+def tune_worker(worker: Any, settings: conf.Settings) -> None:
+    """Set what a worker that loads models needs, for this worker only."""
+    app = worker.app
+    # A replacement child of prefork is killed when it is not up in this time: 4 s by default.
+    app.conf.worker_proc_alive_timeout = max(
+        app.conf.worker_proc_alive_timeout, settings.start_timeout + 30
+    )
+    app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
+    if "worker_prefetch_multiplier" not in app.conf.without_defaults():
+        worker.prefetch_multiplier = 1
+
+
+def _limits(app: Any, registries: Sequence[registry.Registry]) -> list[float]:
+    names = [
+        method.task_name
+        for declared in registries
+        for service in declared.services.values()
+        for method in service.methods.values()
+    ]
+    tasks = [app.tasks[name] for name in names if name in app.tasks]
+    return [float(one.time_limit) for one in tasks if one.time_limit]

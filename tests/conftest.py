@@ -1,0 +1,119 @@
+"""Fixtures that tests of several folders share.
+
+A service that is missing skips the test, and fails it where ``CI`` is set. For workers that one
+module shares, use ``processes.workers`` with ``redis_server`` in a fixture of that module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+import redis
+
+from tests import processes, services
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gw_celery import devserver
+
+
+def missing(why: object) -> NoReturn:
+    """Skip for a service that is not here; in CI that is a failure."""
+    if services.IN_CI:
+        pytest.fail(f"{why} (required in CI)", pytrace=False)
+    pytest.skip(str(why))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    report = yield
+    if report.failed:
+        for process in processes.running:
+            report.sections.append((f"log of {process}", process.log_tail()))
+    return report
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[devserver.Server]:
+    """An embedded server of this test run alone."""
+    from gw_celery import devserver, errors
+
+    with ExitStack() as stack:
+        try:
+            data_dir = tmp_path_factory.mktemp("redis")
+            yield stack.enter_context(devserver.running(data_dir))
+        except errors.ServerNotFound as error:
+            missing(error)
+
+
+@pytest.fixture
+def redis_url(redis_server: devserver.Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The broker URL of ``redis_server``, emptied before the test.
+
+    Celery apps of this process use it, and its second database for results, whatever their own
+    configuration says.
+    """
+    with redis.Redis(unix_socket_path=str(redis_server.socket)) as client:
+        client.flushall()
+    monkeypatch.setenv("CELERY_BROKER_URL", redis_server.broker_url)
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", redis_server.result_url)
+    return redis_server.broker_url
+
+
+@pytest.fixture
+def result_url(redis_server: devserver.Server, redis_url: str) -> str:
+    return redis_server.result_url
+
+
+@pytest.fixture(scope="session")
+def redis_tcp_urls() -> Iterator[tuple[str, str]]:
+    """Broker and result URL of two empty databases of the Redis on 127.0.0.1:6379."""
+    with ExitStack() as stack:
+        try:
+            urls = stack.enter_context(services.redis_on_tcp())
+        except services.Missing as why:
+            missing(why)
+        yield urls
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url() -> Iterator[str]:
+    """A virtual host of this test run alone on the RabbitMQ on 127.0.0.1:5672."""
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(services.rabbitmq_vhost())
+        except services.Missing as why:
+            missing(why)
+        yield url
+
+
+@pytest.fixture
+def start_worker(
+    redis_url: str, result_url: str, tmp_path: Path
+) -> Iterator[processes.StartWorker]:
+    """Start ``celery -A <module> worker``: see ``processes.StartWorker``; stopped at the end."""
+    with processes.workers(tmp_path, redis_url, result_url) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, driven by Playwright's sync API.
+
+    For a module at a time: while it is open, its event loop runs in this thread and
+    ``asyncio.run`` of another test would fail.
+    """
+    from playwright.sync_api import sync_playwright
+
+    try:
+        path = services.chromium()
+    except services.Missing as why:
+        missing(why)
+    with sync_playwright() as playwright:
+        # Root (a container) has no user namespace for the sandbox; nothing here leaves the host.
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        yield playwright.chromium.launch(executable_path=path, args=flags)

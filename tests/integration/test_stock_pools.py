@@ -1,0 +1,234 @@
+"""Contexts, class tasks and async bodies under Celery's own prefork, solo and threads pools."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ledger
+import pytest
+import served
+from celery.exceptions import TaskRevokedError
+
+from gw_celery import errors
+from tests.processes import StartWorker, WorkerProcess, eventually
+
+pytestmark = pytest.mark.integration
+
+POOLS = ["prefork", "solo", "threads"]
+StartServed = Callable[..., WorkerProcess]
+
+
+@pytest.fixture
+def start_served(start_worker: StartWorker, ledger_path: Path) -> StartServed:
+    """Start a worker of ``served`` whose bodies write to the ledger of the test."""
+
+    def start(pool: str, env: dict[str, str] | None = None, **options: Any) -> WorkerProcess:
+        env = {"LEDGER": str(ledger_path), **(env or {})}
+        return start_worker("served:celery", pool=pool, env=env, **options)
+
+    return start
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_contexts_and_hooks_enter_once_in_parallel_and_leave_on_warm_shutdown(
+    pool: str, start_served: StartServed, ledger_path: Path
+) -> None:
+    worker = start_served(pool, {"LOAD": "1"})
+    assert [served.square.delay(x).get(timeout=20) for x in range(4)] == [0, 1, 4, 9]
+    assert served.Classifier().classify.remote(0.6) == "positive"
+    done = [line[1:] for line in ledger.read(ledger_path)]
+    # Parallel: both have begun before either has entered, a second later.
+    first_entered = min(done.index(["entered", name]) for name in ("Model", "Tokenizer"))
+    assert {"Model", "Tokenizer"} <= {words[1] for words in done[:first_entered]}
+    assert worker.stop() == 0
+    for line in (["entering", "Model"], ["entering", "Tokenizer"], ["loading", "small"]):
+        assert [words[1:] for words in ledger.read(ledger_path)].count(line) == 1
+    left = {tuple(words[1:]) for words in ledger.read(ledger_path)[-3:]}
+    assert left == {("left", "Model"), ("left", "Tokenizer"), ("unloaded", "smallsmall")}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_loop_of_a_context_runs_on_between_two_tasks(
+    pool: str, start_served: StartServed
+) -> None:
+    start_served(pool)
+    first = served.beats.remote()
+    eventually(lambda: served.beats.remote() > first + 5)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_worker_of_other_queues_enters_nothing(
+    pool: str, start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served(pool, queues="celery")
+    assert served.plain.delay(1).get(timeout=20) == 2
+    (why,) = served.has_contexts.delay().get(timeout=20)
+    assert "this is not a GPU worker" in why
+    with pytest.raises(errors.NotServedError, match="start a worker with -Q cpu"):
+        served.square.apply_async((2,), queue="celery").get(timeout=20)
+    assert ledger.read(ledger_path) == []
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("context", "served.Model: OSError: the weights are not there"),
+        ("hook", "served.Classifier: RuntimeError: CUDA is not there"),
+    ],
+)
+def test_a_worker_that_cannot_load_ends_and_leaves_its_messages_in_the_broker(
+    pool: str, what: str, reason: str, start_served: StartServed, ledger_path: Path
+) -> None:
+    sent = [served.record.delay(f"r{n}") for n in range(3)]
+    worker = start_served(pool, {"FAIL": what, "LOAD": "2"}, wait_ready=False)
+    assert worker.wait_exit(40) != 0
+    assert reason in worker.log_text()
+    assert ledger.words(ledger_path, "began") == []
+    # Whoever entered is left again before the process ends.
+    entered = {line[2] for line in ledger.words(ledger_path, "entered")}
+    assert entered == {line[2] for line in ledger.words(ledger_path, "left")}
+    start_served(pool)
+    assert [one.get(timeout=20) for one in sent] == ["r0", "r1", "r2"]
+    assert len(ledger.words(ledger_path, "began")) == 3
+
+
+def test_a_killed_child_is_replaced_by_one_that_loads_for_8_seconds(
+    start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served("prefork", {"LOAD_AGAIN": "8"})
+    first = served.who.remote()
+    os.kill(first, signal.SIGKILL)
+    second = served.who.options(timeout=40).remote()
+    assert second != first
+    entered = [line for line in ledger.words(ledger_path, "entered") if line[2] == "Model"]
+    assert [int(line[0]) for line in entered] == [first, second]
+
+
+def test_a_child_that_dies_with_an_input_gives_it_to_the_next(
+    start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served("prefork")
+    sent = served.record.delay("survivor", 1.0)
+    (began,) = eventually(lambda: ledger.words(ledger_path, "began"))
+    os.kill(int(began[0]), signal.SIGKILL)
+    assert sent.get(timeout=30) == "survivor"
+    assert len(ledger.words(ledger_path, "began")) == 2
+    assert len(ledger.words(ledger_path, "ended")) == 1
+
+
+@pytest.mark.parametrize("pool", ["eventlet", "gevent"])
+def test_green_pools_are_refused_with_the_reason(pool: str, start_served: StartServed) -> None:
+    pytest.importorskip(pool)
+    worker = start_served(pool, wait_ready=False)
+    assert worker.wait_exit(40) != 0
+    assert f"the pool {pool!r} cannot serve" in worker.log_text()
+
+
+def test_what_does_not_act_on_a_stock_pool_is_said_once(start_served: StartServed) -> None:
+    worker = start_served("prefork", concurrency=2)
+    text = worker.log_text()
+    assert text.count("without effect on the prefork pool") == 1
+    assert "Classifier: concurrent, batched, min_workers" in text
+    assert "square: benchmark" in text
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_soft_limit_is_raised_inside_the_coroutine(
+    pool: str, start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served(pool)
+    sent = served.rest.apply_async((30.0,), soft_time_limit=1, time_limit=20)
+    assert sent.get(timeout=10) == "soft"
+    assert len(ledger.words(ledger_path, "softly")) == 1
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_hard_limit_fails_the_task_and_the_worker_goes_on(
+    pool: str, start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served(pool)
+    sent = served.rest.apply_async((30.0,), time_limit=1)
+    assert (
+        "TimeLimitExceeded" in type(pytest.raises(Exception, sent.get, timeout=15).value).__name__
+    )
+    assert served.square.options(timeout=20).remote(3) == 9
+    if pool != "prefork":  # there the whole child is killed
+        assert len(ledger.words(ledger_path, "cancelled")) == 1
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_revoke_with_terminate_cancels_the_coroutine(
+    pool: str, start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served(pool, concurrency=2)
+    sent = served.rest.delay(30.0)
+    neighbour = served.record.delay("neighbour", 2.0)
+    eventually(lambda: len(ledger.words(ledger_path, "began")) == 2)
+    sent.revoke(terminate=True)
+    with pytest.raises(TaskRevokedError):
+        sent.get(timeout=10)
+    eventually(lambda: ledger.words(ledger_path, "cancelled"))
+    assert neighbour.get(timeout=10) == "neighbour"
+    assert served.square.options(timeout=20).remote(3) == 9
+
+
+def test_a_family_expands_to_the_queues_of_its_services(start_served: StartServed) -> None:
+    worker = start_served("solo")
+    active = served.celery.control.inspect(destination=[worker.node]).active_queues()
+    names = {queue["name"] for queue in active[worker.node]}
+    assert {"cpu.square", "cpu.Classifier"} <= names
+    assert "cpu" not in names
+
+
+def test_one_service_queue_serves_that_service_alone(
+    start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served("solo", queues="cpu.square")
+    assert served.square.options(timeout=20).remote(3) == 9
+    assert ledger.words(ledger_path, "loading") == []
+    with pytest.raises(errors.CallTimeout):
+        served.echo.options(timeout=1).remote(1)
+
+
+def test_an_unknown_family_is_refused_at_start(start_served: StartServed) -> None:
+    worker = start_served("solo", queues="gpu.H100", wait_ready=False)
+    assert worker.wait_exit(40) != 0
+    assert "no service belongs to this family" in worker.log_text()
+
+
+def test_a_queue_whose_service_is_not_loaded_is_refused_at_run_time(
+    start_served: StartServed,
+) -> None:
+    worker = start_served("solo", queues="cpu.square")
+    control = served.celery.control
+    (answer,) = control.add_consumer("cpu.echo", destination=[worker.node], reply=True)
+    assert "has not loaded its service" in answer[worker.node]["error"]
+    (answer,) = control.add_consumer("other", destination=[worker.node], reply=True)
+    assert answer[worker.node] == {"ok": "add consumer other"}
+
+
+def test_a_body_awaits_another_service_of_its_process_without_a_message(
+    start_served: StartServed,
+) -> None:
+    start_served("prefork")
+    label = served.Classifier(threshold=0.1).label.remote(0.5)
+    assert label == served.Label("positive", 0.25)
+
+
+def test_the_current_task_is_right_everywhere_in_interleaved_bodies(
+    start_served: StartServed,
+) -> None:
+    start_served("threads", concurrency=8)
+
+    async def all_right() -> list[tuple[str, list[str]]]:
+        sent = [served.current.spawn(3) for _ in range(40)]
+        return [(one.id, await one) for one in sent]
+
+    for task_id, seen in asyncio.run(all_right()):
+        assert seen == [task_id] * 5
