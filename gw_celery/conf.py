@@ -49,12 +49,19 @@ class Settings:
 
 
 def read(conf: Mapping[str, Any]) -> Settings:
-    """Return the settings in ``conf``, a mapping whose own keys begin with ``gw_``.
+    """Return the settings in ``conf``, a Celery configuration: its keys that begin with ``gw_``.
+
+    A project that keeps Celery's settings in a namespace writes ``CELERY_GW_START_TIMEOUT``.
 
     Raises:
         ConfigurationError: for an unknown key, with the nearest known one, or a wrong type.
     """
     given = {key.removeprefix(PREFIX): conf[key] for key in conf if key.startswith(PREFIX)}
+    if namespace := getattr(conf, "prefix", None):
+        begin = f"{namespace}{PREFIX}".upper()
+        given |= {
+            key.removeprefix(begin).lower(): conf[key] for key in conf if key.startswith(begin)
+        }
     return from_mapping(given, "app.conf." + PREFIX)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
+from unittest import mock
 from uuid import uuid4
 
 import psutil
@@ -166,7 +167,9 @@ class WorkerProcess(Process):
 
     def wait_ready(self, timeout: float = READY_TIMEOUT) -> None:
         """Wait until the worker answers a ping; fail at once when it ends before."""
-        with Celery(set_as_current=False, broker=self.broker) as app:
+        # An app reads this variable before the URL that it is given.
+        url = {"CELERY_BROKER_URL": self.broker}
+        with mock.patch.dict(os.environ, url), Celery(set_as_current=False) as app:
             eventually(lambda: self.exit_code is not None or self._pings(app), timeout, 0)
         if self.exit_code is not None:
             raise AssertionError(f"{self} ended with {self.exit_code}:\n{self.log_tail()}")

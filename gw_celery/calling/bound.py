@@ -43,7 +43,7 @@ class BoundTask:
 
     def options(self, *, timeout: float | None = None, **given: Any) -> BoundTask:
         """Return the same task with a ``timeout`` and any option of ``apply_async``."""
-        bound = self._timeout if timeout is None else check.seconds("timeout", timeout)
+        bound = self._timeout if timeout is None else check.positive("timeout", timeout)
         return BoundTask(self._task, self._merged(given), bound)
 
     def delay(self, *args: Any, **kwargs: Any) -> Any:

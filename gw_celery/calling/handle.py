@@ -84,9 +84,11 @@ class MethodOfClass:
         )
 
 
-_CALLS = frozenset(
-    "delay apply_async s si signature remote aremote spawn local options map starmap chunks".split()
-)
+_CALLS = frozenset(name for name in vars(bound.BoundTask) if not name.startswith("_")) | {
+    "map",
+    "starmap",
+    "chunks",
+}
 
 
 def install(service: services.Service, tasks: dict[str, Any]) -> None:

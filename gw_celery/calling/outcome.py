@@ -18,6 +18,7 @@ import billiard.exceptions
 import celery.exceptions
 import kombu.exceptions
 from celery import states
+from celery.utils.serialization import UnpickleableExceptionWrapper
 
 from gw_celery import codec, errors
 
@@ -66,6 +67,9 @@ def restored(stored: Any, traceback: str | None) -> Exception:
     module, name = str(stored.get("exc_module") or ""), str(stored["exc_type"])
     given = stored.get("exc_message", "")
     arguments = tuple(given) if isinstance(given, list | tuple) else (given,)
+    if name == UnpickleableExceptionWrapper.__name__ and len(arguments) == 4:
+        # Celery's stand-in for a class that cannot be imported: (module, class, args, text).
+        return _unknown(f"{arguments[0]}.{arguments[1]}", tuple(arguments[2]), traceback)
     cls = _class(f"{module or 'builtins'}.{name}")
     if cls is None:
         return _unknown(f"{module}.{name}" if module else name, arguments, traceback)
@@ -77,6 +81,8 @@ def restored(stored: Any, traceback: str | None) -> Exception:
 
 def checked(exc: BaseException, traceback: str | None) -> Exception:
     """Return ``exc``, which Celery restored, when its class is known, else ``RemoteTaskError``."""
+    if isinstance(exc, UnpickleableExceptionWrapper):
+        return _unknown(f"{exc.exc_module}.{exc.exc_cls_name}", tuple(exc.exc_args), traceback)
     cls = type(exc)
     name = f"{cls.__module__}.{cls.__qualname__}"
     if isinstance(exc, Exception) and _class(name) is cls:
@@ -107,16 +113,17 @@ def _exceptions_of(modules: Iterable[Any]) -> dict[str, type[Exception]]:
 
 def _with_cause(exc: Exception, traceback: str | None) -> Exception:
     if traceback:
-        exc.__cause__ = errors.RemoteTraceback(_clean(traceback))
+        exc.__cause__ = errors.RemoteTraceback(_clean(traceback, from_end=True))
     return exc
 
 
 def _unknown(name: str, arguments: tuple[Any, ...], traceback: str | None) -> Exception:
     message = _clean(", ".join(str(one) for one in arguments))
-    text = _clean(traceback or "")
+    text = _clean(traceback or "", from_end=True)
     return _with_cause(errors.RemoteTaskError(_clean(name), message, text), traceback)
 
 
-def _clean(text: str) -> str:
-    """Cut ``text`` and take out what a terminal would obey."""
-    return _CONTROL.sub("", text)[:_MOST]
+def _clean(text: str, *, from_end: bool = False) -> str:
+    """Cut ``text`` and take out what a terminal would obey; a traceback matters at its end."""
+    cut = text[-_MOST:] if from_end else text[:_MOST]
+    return _CONTROL.sub("", cut)

@@ -24,11 +24,11 @@ SWEEP = 5.0
 _LOST = (OSError, redis.exceptions.RedisError)
 
 
-def of(backend: Any, resolve: Resolve, settings: conf.Settings) -> RedisSource | PolledSource:
-    """Return the source for ``backend``; ``resolve(task_id, record)`` is called on its loop."""
-    if type(backend) is celery.backends.redis.RedisBackend:
-        return RedisSource(backend, resolve)
-    return PolledSource(backend, resolve, settings.poll_interval)
+def of(app: Any, resolve: Resolve, settings: conf.Settings) -> RedisSource | PolledSource:
+    """Return the source for ``app``; ``resolve(task_id, record)`` is called on its loop."""
+    if type(app.backend) is celery.backends.redis.RedisBackend:
+        return RedisSource(app.backend, resolve)
+    return PolledSource(app, resolve, settings.poll_interval)
 
 
 class RedisSource:
@@ -137,13 +137,13 @@ class RedisSource:
 class PolledSource:
     """Asks the backend for each waiting task, ``interval`` seconds apart."""
 
-    def __init__(self, backend: Any, resolve: Resolve, interval: float) -> None:
-        self._backend = backend
+    def __init__(self, app: Any, resolve: Resolve, interval: float) -> None:
+        self._app = app
         self._resolve = resolve
         self._interval = interval
         self._ids: dict[str, None] = {}
         self._life: asyncio.Task[None] | None = None
-        self.owns_reply_queue = isinstance(backend, celery.backends.rpc.RPCBackend)
+        self.owns_reply_queue = isinstance(app.backend, celery.backends.rpc.RPCBackend)
 
     def watch(self, task_id: str) -> None:
         self._ids[task_id] = None
@@ -164,7 +164,8 @@ class PolledSource:
 
     def _ask(self, task_id: str) -> None:
         try:
-            self._resolve(task_id, self._backend.get_task_meta(task_id))
+            # Looked up here: backends belong to threads, and so do the queues of RPC's answers.
+            self._resolve(task_id, self._app.backend.get_task_meta(task_id))
         except Exception:
             logger.exception("cannot read the result of %s, asking again", task_id)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import types
 from typing import Any
 
 from celery.app.task import Task
@@ -17,6 +19,7 @@ from gw_celery.runtime import identity, invoke, process
 
 #: Set on a request once its body has begun: a call of the task from inside it is a new call.
 _BEGUN = "gw_begun"
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 class ServingTask(Task):
@@ -51,6 +54,9 @@ class ServingTask(Task):
             raise TimeLimitExceeded(*limit.args) from None
         except invoke.Revoked:
             raise Ignore from None  # the worker has stored and announced the revocation
+        except Exception as exc:
+            exc.__traceback__ = _user_frames(exc.__traceback__)
+            raise
 
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one input for the tracer: what ``run`` does behind Celery's own wrappers.
@@ -155,6 +161,14 @@ class ServingTask(Task):
 def _parameters(given: dict[str, Any]) -> dict[str, Any]:
     text = (given.get("headers") or {}).get(bound.PARAMETERS)
     return json.loads(text) if text else {}
+
+
+def _user_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:
+    """Skip our frames before the body's: what is stored and logged should show the body."""
+    first = traceback
+    while first is not None and first.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        first = first.tb_next
+    return first or traceback
 
 
 @functools.cache

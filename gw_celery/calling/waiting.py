@@ -34,7 +34,7 @@ class Watcher:
         self.settings = conf.read(app.conf)
         self.pid = os.getpid()
         self._thread = loop.LoopThread("gw-watcher")
-        self._source = sources.of(app.backend, self._resolve, self.settings)
+        self._source = sources.of(app, self._resolve, self.settings)
         self._waiting: dict[str, list[_Waiter]] = {}
         self._publishers = concurrent.futures.ThreadPoolExecutor(
             self.settings.publish_threads, thread_name_prefix="gw-publish"

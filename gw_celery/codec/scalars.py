@@ -26,6 +26,7 @@ Moment = TypeVar("Moment", dt.datetime, dt.time)
 #: digits and at the strictest above 640; hexadecimal digits are never refused.
 _DECIMAL_BITS = 2048
 
+_MICROSECONDS_OF_A_MINUTE = 60_000_000
 _MICROSECOND = dt.timedelta(microseconds=1)
 
 
@@ -105,9 +106,16 @@ def _read_uuid(payload: object) -> uuid.UUID:
 
 def _write_moment(value: dt.datetime | dt.time) -> object:
     zone = _write_zone(value.tzinfo)
-    if value.fold == 0 and (zone is None or (isinstance(zone, list) and len(zone) == 1)):
+    if value.fold == 0 and _iso_tells(zone):
         return value.isoformat()
     return [value.replace(tzinfo=None, fold=0).isoformat(), value.fold, zone]
+
+
+def _iso_tells(zone: object) -> bool:
+    # fromisoformat takes an offset of some microseconds for UTC: only whole minutes are ISO's.
+    return zone is None or (
+        isinstance(zone, list) and len(zone) == 1 and zone[0] % _MICROSECONDS_OF_A_MINUTE == 0
+    )
 
 
 def _moment_reader(cls: type[Moment]) -> Callable[[object], Moment]:
@@ -123,17 +131,17 @@ def _moment_reader(cls: type[Moment]) -> Callable[[object], Moment]:
 
 def _write_zone(zone: dt.tzinfo | None) -> object:
     """Write a named zone as its key, and a fixed offset as ``[microseconds]`` with its name."""
-    if type(zone) is zoneinfo.ZoneInfo and zone.key is not None:
+    if type(zone) is zoneinfo.ZoneInfo and zone.key in _zone_keys():
         return zone.key
     if type(zone) is dt.timezone:
-        # The only documented place that tells a name that was given from one that is derived.
+        # The only place that tells a name that was given from one that is derived.
         offset, *name = zone.__getinitargs__()  # type: ignore[attr-defined]
         return [_write_timedelta(offset), *name]
     if zone is None:
         return None
     raise errors.SerializationError(
         f"gw-json cannot write the time zone {zone!r} of type {type(zone).__qualname__}: "
-        "use zoneinfo.ZoneInfo(key) or datetime.timezone(offset)"
+        "use one of zoneinfo.available_timezones(), or datetime.timezone(offset)"
     )
 
 

@@ -117,18 +117,20 @@ class Raised:
 
     def __init__(self, cls: type[Exception]) -> None:
         self.cls = cls
+        self._native: Any = next(base for base in cls.__mro__ if _is_native(base))
 
     def take(self, value: Exception) -> object:
         """Return ``[args, attributes]``."""
-        return [value.args, vars(value)]
+        # Not value.args: OSError keeps the name of the file elsewhere.
+        args: object = self._native.__reduce__(value)[1]
+        return [args, vars(value)]
 
     def build(self, payload: object) -> object:
         """Return an exception with those ``args`` and attributes."""
         args, attributes = scalars.expect(list, payload)
-        native: Any = next(base for base in self.cls.__mro__ if _is_native(base))
-        made: Exception = native.__new__(self.cls, *scalars.expect(tuple, args))
+        made: Exception = self._native.__new__(self.cls, *scalars.expect(tuple, args))
         # Some keep what str() shows beside args: UnicodeDecodeError, StopIteration.
-        native.__init__(made, *args)
+        self._native.__init__(made, *args)
         vars(made).update(_attributes(attributes))
         return made
 

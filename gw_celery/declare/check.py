@@ -18,18 +18,17 @@ def integer(argument: str, value: object, low: int, high: int | None = None) -> 
     return value
 
 
-def seconds(argument: str, value: object, *, above: float = 0.0) -> float:
-    """Return ``value`` as float seconds when it is a finite number over ``above``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise errors.DeclarationError(argument, value, "must be a number of seconds")
-    if not math.isfinite(value) or value <= above:
-        raise errors.DeclarationError(argument, value, f"must be finite and over {above:g}")
+def positive(argument: str, value: Any) -> float:
+    """Return ``value`` as a float when it is a finite number (not a bool) over 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:
+        raise errors.DeclarationError(argument, value, "must be a finite number over 0")
     return float(value)
 
 
-def optional_seconds(argument: str, value: object) -> float | None:
-    """As ``seconds``, with ``None`` for "no limit"."""
-    return None if value is None else seconds(argument, value)
+def optional(argument: str, value: object) -> float | None:
+    """As ``positive``, with ``None`` for "no limit"."""
+    return None if value is None else positive(argument, value)
 
 
 def function(argument: str, value: Any) -> Any:

@@ -40,8 +40,7 @@ class Gpu:
         if not isinstance(self.kind, str) or not _NAME.fullmatch(self.kind):
             raise errors.DeclarationError("kind", self.kind, _known_kinds(self.kind, KINDS))
         check.integer("count", self.count, 1, 8)
-        if self.memory_gb is not None:
-            check.seconds("memory_gb", self.memory_gb)
+        check.optional("memory_gb", self.memory_gb)
         if self.kind == "CPU" and self.count != 1:
             raise errors.DeclarationError("count", self.count, 'must be 1 for Gpu("CPU")')
 
@@ -85,5 +84,5 @@ def _known_kinds(kind: object, kinds: Collection[str]) -> str:
     near = difflib.get_close_matches(str(kind).upper(), kinds, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return (
-        f"unknown GPU kind{hint} Known: {', '.join(kinds)} (add others in the setting gw_gpu_kinds)"
+        f"unknown GPU kind{hint}; known: {', '.join(kinds)} (the setting gw_gpu_kinds adds others)"
     )

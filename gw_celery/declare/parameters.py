@@ -73,12 +73,12 @@ class Parameter:
 
         An int becomes a float where a float is declared; a bool is never taken for a number.
         """
-        if self.annotation is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not _matches(value, self.annotation):
-            raise errors.DeclarationError(self.name, value, f"must be {_readable(self.annotation)}")
-        _require_json(self.name, value)
-        return value
+        plain = _as_json(self.name, value)
+        if _matches(plain, self.annotation):
+            return plain
+        if type(plain) is int and _matches(float(plain), self.annotation):
+            return float(plain)
+        raise errors.DeclarationError(self.name, value, f"must be {_readable(self.annotation)}")
 
 
 def parameter(default: Any = REQUIRED, *, scope: Literal["load", "call"] | None = None) -> Any:
@@ -100,10 +100,9 @@ def declared(cls: type) -> dict[str, Parameter]:
     """
     found: dict[str, Parameter] = {}
     for base in reversed(cls.__mro__):
-        hints = _annotations(base)
         for name, value in vars(base).items():
             if isinstance(value, Parameter):
-                value.annotation = hints.get(name, Any)
+                value.annotation = _annotation(base, name)
                 found[name] = value
             else:
                 found.pop(name, None)
@@ -139,16 +138,20 @@ def canonical(values: ParameterValues) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _annotations(cls: type) -> dict[str, Any]:
+def _annotation(cls: type, name: str) -> Any:
+    """The annotation of one attribute: one that cannot be resolved must not hide the others."""
+    written = inspect.get_annotations(cls).get(name, Any)
+    holder = type(
+        cls.__name__, (), {"__annotations__": {name: written}, "__module__": cls.__module__}
+    )
     try:
-        hints = typing.get_type_hints(cls)
-    except Exception:  # a name that exists only for type checkers: fall back to what is there
-        hints = inspect.get_annotations(cls)
-    return {name: hints[name] for name in inspect.get_annotations(cls) if name in hints}
+        return typing.get_type_hints(holder, localns=dict(vars(cls)))[name]
+    except Exception:  # a name that exists only for type checkers
+        return Any
 
 
 def _matches(value: Any, annotation: Any) -> bool:
-    if annotation is Any or isinstance(annotation, str):
+    if annotation is Any:
         return True
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
@@ -167,12 +170,16 @@ def _readable(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def _require_json(name: str, value: Any) -> None:
+def _as_json(name: str, value: Any) -> Any:
+    """Return ``value`` as it will arrive; refuse what would arrive as something else."""
     if isinstance(value, float) and not math.isfinite(value):
         raise errors.DeclarationError(name, value, "must be a finite number")
     try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as exc:
+        arriving = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        arriving = REQUIRED
+    if arriving != value:
         raise errors.DeclarationError(
-            name, value, f"parameters travel as JSON (str, numbers, bool, list, dict): {exc}"
-        ) from exc
+            name, value, "parameters travel as JSON: str, numbers, bool, None, list, dict of str"
+        )
+    return arriving

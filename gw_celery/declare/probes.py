@@ -51,8 +51,8 @@ class Probe:
         return cls(
             method=method,
             kind=kind,
-            period_s=check.seconds("period_s", period_s),
-            timeout_s=check.seconds("timeout_s", timeout_s),
+            period_s=check.positive("period_s", period_s),
+            timeout_s=check.positive("timeout_s", timeout_s),
             failures=check.integer("failures", failures, 1),
         )
 

@@ -56,6 +56,7 @@ class Registry:
         """
         for other in self.services.values():
             _require_distinct(service, other)
+        _require_free_names(service, self.services.values())
         self.services[service.key] = service
 
 
@@ -82,15 +83,17 @@ def families(registries: Iterable[Registry]) -> dict[str, list[str]]:
 def _require_distinct(service: services.Service, other: services.Service) -> None:
     if service.key == other.key:
         raise errors.DeclarationError("service", service.key, "is declared twice")
-    taken = {method.task_name for method in other.methods.values()}
-    for method in service.methods.values():
-        if method.task_name in taken:
-            raise errors.DeclarationError(
-                "name", method.task_name, f"is a task of {other.key} already"
-            )
     if service.queue == other.queue and not (service.placement.queue and other.placement.queue):
         raise errors.DeclarationError(
             "queue",
             service.queue,
             f"is the queue of {other.key} too: rename one, or give both the same queue= on purpose",
         )
+
+
+def _require_free_names(service: services.Service, others: Iterable[services.Service]) -> None:
+    taken = {method.task_name: other.key for other in others for method in other.methods.values()}
+    for method in service.methods.values():
+        owner = taken.setdefault(method.task_name, f"{service.key}.{method.name}")
+        if owner != f"{service.key}.{method.name}":
+            raise errors.DeclarationError("name", method.task_name, f"is a task of {owner} already")

@@ -108,8 +108,8 @@ def placement(
         queue=queue,
         min_workers=least,
         max_workers=most,
-        timeout=check.optional_seconds("timeout", timeout),
-        max_queue_time=check.optional_seconds("max_queue_time", max_queue_time),
+        timeout=check.optional("timeout", timeout),
+        max_queue_time=check.optional("max_queue_time", max_queue_time),
     )
 
 
@@ -153,6 +153,7 @@ def from_class(cls: type, where: Placement, declared_probes: object) -> Service:
         raise errors.DeclarationError(
             "class", cls.__qualname__, "has no method marked with @gw.method()"
         )
+    _require_marks_in_place(cls, marked)
     prefix = f"{cls.__module__}.{cls.__name__}"
     methods = {
         name: _method(fn, name, f"{prefix}.{name}", getattr(fn, markers.METHOD), drop_first=True)
@@ -215,6 +216,20 @@ def _marked_members(cls: type, mark: str) -> dict[str, AnyFunction]:
                 names.setdefault(name)
     members = {name: _plain(inspect.getattr_static(cls, name)) for name in names}
     return {name: fn for name, fn in members.items() if hasattr(fn, mark)}
+
+
+def _require_marks_in_place(cls: type, methods: dict[str, AnyFunction]) -> None:
+    """Refuse marks that nobody would read."""
+    for name in _marked_members(cls, markers.CONCURRENT):
+        raise errors.DeclarationError("gw.concurrent", name, "marks the class, not a method of it")
+    for name in _marked_members(cls, markers.BATCHED):
+        if name not in methods:
+            raise errors.DeclarationError("gw.batched", name, "marks a task: add @gw.method()")
+    for fn in methods.values():
+        if getattr(fn, markers.METHOD).options.get("bind"):
+            raise errors.DeclarationError(
+                "bind", True, "`self` of a method is its instance: use celery.current_task"
+            )
 
 
 def _plain(member: Any) -> Any:

@@ -1,0 +1,229 @@
+"""Calling our tasks from clients: Celery's ways, and ours, with answers and errors."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ledger
+import pytest
+import served
+from celery import chain, chord, group
+from celery.exceptions import Ignore, TaskRevokedError
+
+from gw_celery import devserver, errors
+from tests import processes
+from tests.processes import eventually
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def module_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calling") / "ledger"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def worker(
+    redis_server: devserver.Server, module_ledger: Path
+) -> Iterator[processes.WorkerProcess]:
+    """One worker for this module: its tests look at answers, not at processes."""
+    log_dir = module_ledger.parent
+    with processes.workers(log_dir, redis_server.broker_url, redis_server.result_url) as start:
+        yield start(
+            "served:celery",
+            pool="threads",
+            concurrency=8,
+            queues="cpu,celery",
+            env={"LEDGER": str(module_ledger)},
+        )
+
+
+@pytest.fixture(autouse=True)
+def this_server(redis_server: devserver.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unlike ``redis_url``, this keeps what the worker of the module has in its server."""
+    monkeypatch.setenv("CELERY_BROKER_URL", redis_server.broker_url)
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", redis_server.result_url)
+
+
+def test_every_way_to_call_gives_the_answer() -> None:
+    async def all_ways() -> list[Any]:
+        return [
+            await served.square(5),
+            await served.square.aremote(5),
+            await served.square.spawn(5),
+            await served.Classifier(threshold=0.9).classify(0.8),
+        ]
+
+    assert served.square.delay(5).get(timeout=10) == 25
+    assert served.square.apply_async((5,), countdown=0.1).get(timeout=10) == 25
+    assert served.square.remote(5) == 25
+    assert served.square.spawn(5).get(timeout=10) == 25
+    assert served.Classifier(threshold=0.9).classify.delay(0.8).get(timeout=10) == "negative"
+    assert asyncio.run(all_ways()) == [25, 25, 25, "negative"]
+
+
+def test_canvas_works_with_our_tasks_and_class_methods() -> None:
+    assert chain(served.square.s(2), served.plain.s(), served.square.s())().get(timeout=10) == 25
+    assert group(served.square.s(x) for x in range(4))().get(timeout=10) == [0, 1, 4, 9]
+    total = chord([served.square.s(x) for x in range(4)])(served.echo.s())
+    assert total.get(timeout=10) == [0, 1, 4, 9]
+    labelled = chain(served.echo.s(0.8), served.Classifier(threshold=0.9).classify.s())
+    assert labelled().get(timeout=10) == "negative"
+    assert chain(served.echo.s(1), served.square.si(3))().get(timeout=10) == 9
+
+
+def test_retry_and_autoretry_run_the_body_again() -> None:
+    assert served.retried.delay(2).get(timeout=10) == (2, True)
+    assert served.autoretried.delay(2).get(timeout=10) == 2.0
+    with pytest.raises(ZeroDivisionError):
+        served.autoretried.delay(9).get(timeout=10)
+
+
+def test_a_retry_keeps_the_parameters_of_a_class_task() -> None:
+    sent = served.Classifier(threshold=0.9).classify.s(0.8)
+    assert sent.options["headers"] == {"gw_params": '{"threshold":0.9}'}
+
+
+def test_ignore_and_reject_are_celerys(module_ledger: Path) -> None:
+    sent = served.ignored.delay()
+    eventually(lambda: sent.state == "CUSTOM")
+    assert Ignore.__name__ not in str(sent.result)
+    rejected = served.rejected.delay()
+    eventually(lambda: ledger.words(module_ledger, "rejected"))
+    assert served.square.remote(2) == 4
+    assert rejected.state in ("PENDING", "FAILURE")  # Celery 5.6, 5.7
+    assert len(ledger.words(module_ledger, "rejected")) == 1
+
+
+def test_replace_hands_the_answer_over() -> None:
+    assert served.replaced.delay(4).get(timeout=10) == 16
+
+
+def test_pydantic_models_arrive_validated_and_come_back_as_dicts() -> None:
+    query = served.Query(text="hi")
+    assert served.typed.delay(query.model_dump()).get(timeout=10) == {"text": "HI", "top_k": 3}
+
+
+def test_wrong_arguments_raise_at_the_caller() -> None:
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        served.square.delay()
+    with pytest.raises(TypeError):
+        served.Classifier().classify.delay(1, 2)
+    with pytest.raises(TypeError):
+        asyncio.run(served.square(1, 2))
+
+
+def test_an_error_comes_back_as_its_class_with_the_remote_traceback() -> None:
+    with pytest.raises(served.ModelError) as caught:
+        served.fail.remote("known")
+    assert caught.value.args == ("no such token", 7)
+    assert "served.py" in str(caught.value.__cause__)
+
+    async def awaited() -> None:
+        await served.fail("known")
+
+    with pytest.raises(served.ModelError) as caught:
+        asyncio.run(awaited())
+    assert caught.value.args == ("no such token", 7)
+    assert "in fail" in str(caught.value.__cause__)
+
+
+def test_an_unknown_error_comes_back_as_a_remote_task_error() -> None:
+    with pytest.raises(errors.RemoteTaskError, match="Unheard: of") as caught:
+        served.fail.remote("local")
+    assert "in fail" in caught.value.traceback
+
+
+def test_a_system_exit_of_a_body_never_reaches_the_caller() -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - it must not be a SystemExit
+        served.fail.delay("exit").get(timeout=10)
+    assert isinstance(caught.value, Exception)
+    assert served.square.options(timeout=10).remote(2) == 4
+
+
+def test_what_a_stranger_wrote_into_the_backend_is_not_raised() -> None:
+    sent = served.echo.apply_async((1,), queue="nobody")
+    record = {
+        "status": "FAILURE",
+        "result": {"exc_type": "SystemExit", "exc_module": "builtins", "exc_message": [3]},
+        "traceback": "\x1b[2Jgone",
+        "task_id": sent.id,
+        "children": [],
+    }
+    backend = served.celery.backend
+    backend.set(backend.get_key_for_task(sent.id), backend.encode(record))
+    with pytest.raises(errors.RemoteTaskError, match=r"builtins\.SystemExit") as caught:
+        sent.get(timeout=10)
+    assert "\x1b" not in caught.value.traceback
+
+
+def test_types_survive_the_way_there_and_back() -> None:
+    value = {"t": (1, 2), 3: {b"x", b"y"}, "l": [None, True, 1.5], "label": served.Label("a", 0.1)}
+    back = served.echo.remote(value)
+    assert back == value
+    assert type(back["t"]) is tuple
+
+
+def test_a_thousand_awaits_take_a_handful_of_threads_and_never_block_the_loop() -> None:
+    async def thousand() -> tuple[list[int], int, float]:
+        lag, most = 0.0, 0
+        calls = asyncio.gather(*(served.square(x) for x in range(1000)))
+        while not calls.done():
+            before = time.perf_counter()
+            await asyncio.sleep(0.01)
+            lag = max(lag, time.perf_counter() - before - 0.01)
+            most = max(most, threading.active_count())
+        return await calls, most, lag
+
+    answers, threads, lag = asyncio.run(thousand())
+    assert answers == [x * x for x in range(1000)]
+    # This thread, 4 that publish and one that watches; Celery's own get() adds none.
+    assert threads <= 8
+    assert lag < 0.25
+
+
+def test_a_cancelled_await_revokes_the_task(
+    worker: processes.WorkerProcess, module_ledger: Path
+) -> None:
+    async def cancelled() -> None:
+        call = asyncio.ensure_future(served.record.options(countdown=3)("cancelled"))
+        await asyncio.sleep(0.5)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+
+    asyncio.run(cancelled())
+    inspect = served.celery.control.inspect(destination=[worker.node])
+    eventually(lambda: inspect.revoked()[worker.node])
+    (revoked,) = inspect.revoked()[worker.node]
+    with pytest.raises(TaskRevokedError):
+        served.celery.AsyncResult(revoked).get(timeout=10)
+    assert ["cancelled"] not in [line[2:] for line in ledger.words(module_ledger, "began")]
+
+
+def test_a_call_without_a_worker_times_out_and_says_what_to_do() -> None:
+    with pytest.raises(errors.CallTimeout, match="is a worker consuming its queue"):
+        served.square.options(timeout=0.3, queue="nobody").remote(1)
+
+    async def awaited() -> None:
+        await served.square.options(timeout=0.3, queue="nobody")(1)
+
+    with pytest.raises(errors.CallTimeout, match="not answered within 0.3 s"):
+        asyncio.run(awaited())
+
+
+def test_blocking_calls_are_refused_on_an_event_loop() -> None:
+    async def blocking() -> None:
+        served.square.remote(1)
+
+    with pytest.raises(errors.BlockingCallError, match="await it instead"):
+        asyncio.run(blocking())
+
+
+def test_a_queue_that_the_caller_names_wins_over_the_queue_of_the_service() -> None:
+    sent = served.square.apply_async((3,), queue="celery")
+    assert sent.get(timeout=10) == 9
