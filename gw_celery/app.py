@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import celery
 from celery import _state
 
-from gw_celery import codec, errors
+from gw_celery import codec, conf, errors
 from gw_celery.calling import handle, outcome, task
 from gw_celery.declare import benchmark, check, gpu, markers, registry, services
 from gw_celery.runtime import process
@@ -216,8 +216,8 @@ class App:
     def _base_class(self) -> type:
         if self._celery is not None:
             return task.base_class(self._celery.task_cls)
-        # As Celery's own fixup decides: tasks of a Django project have delay_on_commit().
-        is_django = bool(os.environ.get("DJANGO_SETTINGS_MODULE"))
+        # Tasks of a Django project have delay_on_commit().
+        is_django = conf.is_django_project()
         return task.base_class(
             "celery.contrib.django.task:DjangoTask" if is_django else "celery.app.task:Task"
         )

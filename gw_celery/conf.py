@@ -76,6 +76,11 @@ def from_mapping(given: Mapping[str, Any], label: str = "GW_CELERY ") -> Setting
     return Settings(**checked)
 
 
+def is_django_project() -> bool:
+    """Whether this process belongs to a Django project, as Celery's own fixup decides it."""
+    return bool(os.environ.get("DJANGO_SETTINGS_MODULE"))
+
+
 def server_program() -> str | None:
     """Return the server program that ``GW_CELERY_SERVER`` names, if any."""
     return os.environ.get("GW_CELERY_SERVER") or None

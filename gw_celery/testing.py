@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gw_celery.calling import eager
+from gw_celery.runtime import process
 
 if TYPE_CHECKING:
     from gw_celery.app import App
@@ -30,14 +31,16 @@ except ModuleNotFoundError:  # ``in_process`` serves other test runners, too
 def in_process(app: App) -> Iterator[None]:
     """Serve everything that ``app`` declares in this process, eagerly, until the block ends.
 
-    Contexts and ``on_enter`` hooks are entered now and left at the end. Inside, ``.delay()``,
-    ``.remote()``, ``await`` and canvas run the bodies here, through the same serializer.
+    Contexts and ``on_enter`` hooks are entered now and left at the end, of the outermost block
+    where several Apps are served. Inside, ``.delay()``, ``.remote()``, ``await`` and canvas run
+    the bodies here, through the same serializer.
 
     Raises:
         StartupError: when a context or hook fails, with every cause.
     """
     conf = app.celery.conf
     before = conf.task_always_eager
+    is_outermost = process.current() is None
     runtime = eager.started(app.celery)
     conf.task_always_eager = True
     try:
@@ -45,7 +48,8 @@ def in_process(app: App) -> Iterator[None]:
         yield
     finally:
         conf.task_always_eager = before
-        eager.stop(runtime)
+        if is_outermost:
+            eager.stop(runtime)
 
 
 if pytest is not None:

@@ -100,6 +100,14 @@ def start_worker(
         yield start
 
 
+@pytest.fixture
+def ledger_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in which the test apps write what they do, in whatever process."""
+    path = tmp_path / "ledger"
+    monkeypatch.setenv("LEDGER", str(path))
+    return path
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium, driven by Playwright's sync API.

@@ -9,7 +9,7 @@ from typing import Any
 from celery._state import get_current_task, task_join_will_block
 
 from gw_celery import conf, errors
-from gw_celery.calling import results, waiting
+from gw_celery.calling import eager, results, waiting
 from gw_celery.declare import check
 from gw_celery.runtime import invoke, process
 
@@ -81,8 +81,7 @@ class BoundTask:
             CallTimeout: after ``.options(timeout=...)`` or ``gw_call_timeout`` seconds.
         """
         waiting.require_no_loop(f"{self._task.name}.remote()")
-        eager = self._task.app.conf.task_always_eager
-        if not eager and task_join_will_block() and get_current_task() is not None:
+        if task_join_will_block() and get_current_task() is not None:
             raise errors.BlockingCallError(
                 f"{self._task.name}.remote() inside a task would hold a worker while it waits for "
                 f"another one: chain the tasks, or `await` it in an asynchronous task"
@@ -100,8 +99,8 @@ class BoundTask:
         """
         self._require_result()
         if self._task.app.conf.task_always_eager:
-            sent = await asyncio.to_thread(self.apply_async, args, kwargs)
-            return sent.get()
+            sent = await asyncio.to_thread(eager.apart, self.apply_async, args, kwargs)
+            return await waiting.answer(sent, self._task.name, self._timeout)
         watch = waiting.watcher(self._task.app)
         publishing = asyncio.ensure_future(
             watch.publish(functools.partial(self.apply_async, args, kwargs))
@@ -136,7 +135,8 @@ class BoundTask:
 
     def local(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body in this process, entering what it needs first, and return its answer."""
-        return self._task.apply(args, kwargs, throw=True, **self._merged({})).get()
+        done = self._task.apply(args, kwargs, throw=True, **self._merged({}))
+        return done.get(disable_sync_subtasks=False)
 
     def _merged(self, options: dict[str, Any]) -> dict[str, Any]:
         merged = {**self._given, **options}

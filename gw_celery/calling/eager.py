@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from celery import _state
 
 from gw_celery import conf
 from gw_celery.declare import registry, services
-from gw_celery.runtime import process
+from gw_celery.runtime import identity, process
 
 _making = threading.Lock()
+_flagging = threading.Lock()
+#: Eager calls under way, and what Celery's flag was before the first of them.
+_under_way: list[bool] = []
 
 
 def serving(app: Any, declared: registry.Registry, service: services.Service) -> process.Process:
@@ -32,6 +39,8 @@ def started(app: Any) -> process.Process:
         if runtime is None:
             runtime = process.Process(conf.read(app.conf))
             runtime.start()
+            # Celery's current app is the thread's: bodies call tasks that are bound lazily.
+            runtime.loop.call_soon_threadsafe(app.set_current)
             process.adopt(runtime)
             atexit.register(stop, runtime)
         return runtime
@@ -43,3 +52,26 @@ def stop(runtime: process.Process) -> None:
         process.adopt(None)
         atexit.unregister(stop)
         runtime.stop()
+
+
+def apart(send: Callable[..., Any], *args: Any) -> Any:
+    """Call ``send`` in a thread as a caller of its own: bodies at once need stacks of their own."""
+    identity.follow_none()
+    return send(*args)
+
+
+@contextlib.contextmanager
+def own_join_flag() -> Iterator[None]:
+    """Put back Celery's flag against joining results in tasks, which is one for all threads.
+
+    Celery saves and restores it around each eager call: when two overlap, it would stay set.
+    """
+    with _flagging:
+        _under_way.append(_under_way[0] if _under_way else _state.task_join_will_block())
+    try:
+        yield
+    finally:
+        with _flagging:
+            before = _under_way.pop()
+            if not _under_way:
+                _state._set_task_join_will_block(before)

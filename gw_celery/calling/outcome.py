@@ -69,7 +69,9 @@ def restored(stored: Any, traceback: str | None) -> Exception:
     arguments = tuple(given) if isinstance(given, list | tuple) else (given,)
     if name == UnpickleableExceptionWrapper.__name__ and len(arguments) == 4:
         # Celery's stand-in for a class that cannot be imported: (module, class, args, text).
-        return _unknown(f"{arguments[0]}.{arguments[1]}", tuple(arguments[2]), traceback)
+        module, name, given, _ = arguments
+        arguments = tuple(given) if isinstance(given, list | tuple) else (given,)
+        return _unknown(f"{module}.{name}", arguments, traceback)
     cls = _class(f"{module or 'builtins'}.{name}")
     if cls is None:
         return _unknown(f"{module}.{name}" if module else name, arguments, traceback)

@@ -14,7 +14,7 @@ from kombu.utils.imports import symbol_by_name
 
 from gw_celery import codec, errors
 from gw_celery.calling import bound, eager, results
-from gw_celery.declare import registry, services
+from gw_celery.declare import parameters, registry, services
 from gw_celery.runtime import identity, invoke, process
 
 #: Set on a request once its body has begun: a call of the task from inside it is a new call.
@@ -82,7 +82,7 @@ class ServingTask(Task):
             task_id=request.id or "",
             service=self.gw_service,
             method=self.gw_method,
-            given=_parameters(given),
+            given=self._parameters(given),
             soft_limit=soft or self.soft_time_limit,
             hard_limit=hard or self.time_limit,
             args=args,
@@ -100,7 +100,11 @@ class ServingTask(Task):
         """Send the task to its service's queue, unless the options or ``task_routes`` say else."""
         if not self._is_routed(options, args, kwargs):
             options["queue"] = self.gw_service.queue
-        return super().apply_async(args, kwargs, *positional, **options)
+        send = super().apply_async
+        if self.app.conf.task_always_eager:
+            with eager.own_join_flag():
+                return send(args, kwargs, *positional, **options)
+        return send(args, kwargs, *positional, **options)
 
     def AsyncResult(self, task_id: str, **kwargs: Any) -> results.Result:  # noqa: N802
         return results.Result(
@@ -142,6 +146,12 @@ class ServingTask(Task):
         router = self.app.amqp.router
         return bool(router.routes and router.lookup_route(self.name, args, kwargs, options, self))
 
+    def _parameters(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The parameters that a message carries: checked again, for no handle may have made it."""
+        service = self.gw_service
+        text = (given.get("headers") or {}).get(bound.PARAMETERS)
+        return parameters.bind(service.name, service.parameters, json.loads(text) if text else {})
+
     def _not_served(self, request: Any) -> errors.NotServedError:
         queue = (request.delivery_info or {}).get("routing_key")
         service = self.gw_service
@@ -156,11 +166,6 @@ class ServingTask(Task):
             f"{self.name}.{name}() would call the body one by one in a plain Celery task, where "
             f"its model is not loaded: write group({self.name}.s(x) for x in xs)"
         )
-
-
-def _parameters(given: dict[str, Any]) -> dict[str, Any]:
-    text = (given.get("headers") or {}).get(bound.PARAMETERS)
-    return json.loads(text) if text else {}
 
 
 def _user_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from celery import states
 
 from gw_celery import conf, errors
-from gw_celery.calling import outcome, sources
+from gw_celery.calling import outcome
 from gw_celery.runtime import loop
 
 T = TypeVar("T")
@@ -31,6 +31,10 @@ class Watcher:
     """Resolves the answers that this process waits for, for one Celery app."""
 
     def __init__(self, app: Any) -> None:
+        # Here: the Redis clients take half of the package's import time, and most processes
+        # that import it never wait on an event loop.
+        from gw_celery.calling import sources
+
         self.settings = conf.read(app.conf)
         self.pid = os.getpid()
         self._thread = loop.LoopThread("gw-watcher")
@@ -143,7 +147,7 @@ async def answer(result: Any, task_name: str, timeout: float | None) -> Any:
         CallTimeout: when no answer came in ``timeout`` seconds.
     """
     if hasattr(result, "_result"):  # eager: answered already
-        return result.get()
+        return result.get(disable_sync_subtasks=False)
     watch = watcher(result.app)
     try:
         async with asyncio.timeout(timeout):

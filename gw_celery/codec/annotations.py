@@ -80,8 +80,6 @@ class _Annotated:
 
 def _inside(hint: object) -> Iterator[type]:
     origin = typing.get_origin(hint)
-    if origin is typing.Literal:
-        return
     if isinstance(origin or hint, type):
         yield typing.cast("type", origin or hint)
     for argument in typing.get_args(hint):

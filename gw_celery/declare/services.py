@@ -77,6 +77,22 @@ class Service:
     def is_class(self) -> bool:
         return inspect.isclass(self.target)
 
+    def pool_features(self) -> list[str]:
+        """Name what is declared that only the GPU pool can act on."""
+        methods, where = self.methods.values(), self.placement
+        declared = {
+            "concurrent": self.concurrent is not None,
+            "batched": any(one.batched for one in methods),
+            "probes": bool(self.probes),
+            "benchmark": any(one.benchmark for one in methods),
+            "workload_calculator": any(one.workload_calculator for one in methods),
+            "min_workers": where.min_workers > 0,
+            "max_workers": where.max_workers is not None,
+            "max_queue_time": where.max_queue_time is not None,
+            "memory_gb": where.gpu is not None and where.gpu.memory_gb is not None,
+        }
+        return [name for name, is_declared in declared.items() if is_declared]
+
     @property
     def max_inputs(self) -> int:
         """Inputs in flight that one replica takes for this service."""

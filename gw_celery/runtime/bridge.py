@@ -143,7 +143,11 @@ class Call(Generic[T]):
             self._coroutine.close()
             return
         self._task = self._loop.create_task(self._await(), context=self._context)
-        self._task.add_done_callback(lambda _: self._over.set())
+        self._task.add_done_callback(self._finish)
+
+    def _finish(self, _: asyncio.Task[T]) -> None:
+        self._coroutine.close()  # it never began when it was cancelled before its first step
+        self._over.set()
 
     async def _await(self) -> T:
         try:
@@ -170,5 +174,5 @@ class Call(Generic[T]):
         if self._task is None:
             raise RuntimeError("the call ended before it began")
         if self._task.cancelled():
-            raise errors.GWCeleryError("the body of the task cancelled itself")
+            raise self._interrupt or errors.GWCeleryError("the body of the task cancelled itself")
         return self._task.result()

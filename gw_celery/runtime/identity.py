@@ -30,6 +30,11 @@ def follow() -> None:
     _followed.set(identify())
 
 
+def follow_none() -> None:
+    """Bind no identity to the context: what runs in it is a caller of its own."""
+    _followed.set(None)
+
+
 def install() -> None:
     """Make the stack of current tasks follow context variables; requests: ``follow_requests``.
 

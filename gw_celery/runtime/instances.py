@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from gw_celery.declare import parameters, services
@@ -28,12 +28,14 @@ class Loaded:
 
     instance: Any
     life: lifecycle.Entered | None
-    reads: Mapping[str, Any]
+    reads: frozenset[str]
+    #: The canonical text of what was read: as values, 1 and True are equal.
+    text: str
     is_pinned: bool
     in_use: int = 0
 
     def suits(self, values: ParameterValues) -> bool:
-        return all(values[name] == value for name, value in self.reads.items())
+        return _text(values, self.reads) == self.text
 
 
 class Instances:
@@ -47,6 +49,8 @@ class Instances:
         self._loaded: list[Loaded] = []  # least recently used first
         self._lock = threading.Lock()
         self._building = asyncio.Lock()
+        self._builds: dict[str, asyncio.Task[None]] = {}
+        self._awaited: list[ParameterValues] = []
 
     def default_unit(self) -> lifecycle.Unit | None:
         """The instance of the default parameters; none when a parameter has no default."""
@@ -75,20 +79,16 @@ class Instances:
     async def load(self, values: ParameterValues) -> Loaded:
         """Return a suitable instance, entering a new one when there is none; on the loop.
 
-        Concurrent first uses build it once. A build that fails raises and is not kept.
+        Concurrent first uses build it once. A build that fails raises in all that wait for it,
+        and is not kept; one whose callers give up goes on, for the next.
         """
-        async with self._building:
-            found = self.take(values)
-            if found is not None:
-                return found
-            life = lifecycle.Entered(self._unit(values, is_pinned=False), self._exit_timeout)
-            failure = await life.settle()
-            if failure is not None:
-                raise failure
-            loaded = self._keep(life)
-            loaded.in_use += 1
-            await self._evict()
-            return loaded
+        self._awaited.append(values)
+        try:
+            while (found := self.take(values)) is None:
+                await asyncio.shield(self._build(values))
+            return found
+        finally:
+            self._awaited.remove(values)
 
     def view(self, loaded: Loaded, values: ParameterValues) -> Any:
         """Return the object that a call with ``values`` sees: shared state, own parameters."""
@@ -104,35 +104,64 @@ class Instances:
             self._loaded.clear()
         await asyncio.gather(*(one.life.leave() for one in built if one.life is not None))
 
-    def _keep(self, life: lifecycle.Entered) -> Loaded:
+    def _build(self, values: ParameterValues) -> asyncio.Task[None]:
+        """Return the task that builds an instance for ``values``: one for all that wait for it."""
+        key = parameters.canonical(values)
+        if key not in self._builds:
+            build = self._builds[key] = asyncio.create_task(self._build_missing(values))
+            build.add_done_callback(lambda _: self._builds.pop(key))
+        return self._builds[key]
+
+    async def _build_missing(self, values: ParameterValues) -> None:
+        async with self._building:
+            if any(one.suits(values) for one in self._loaded):
+                return  # of other values, but of the same that shape the state
+            await self._make_room()
+            life = lifecycle.Entered(self._unit(values, is_pinned=False), self._exit_timeout)
+            failure = await life.settle()
+            if failure is not None:
+                raise failure
+            self._keep(life)
+
+    def _keep(self, life: lifecycle.Entered) -> None:
         loaded: Loaded = life.value.result()
         loaded.life = life
         with self._lock:
             self._loaded.append(loaded)
-        return loaded
 
-    async def _evict(self) -> None:
+    async def _make_room(self) -> None:
+        """Leave the least recently used idle instances, so that one more fits in memory."""
         with self._lock:
-            idle = [one for one in self._loaded if not one.is_pinned and not one.in_use]
-            dropped = idle[: max(0, len(self._loaded) - self._most)]
+            idle = [one for one in self._loaded if self._is_idle(one)]
+            dropped = idle[: max(0, len(self._loaded) + 1 - self._most)]
             for one in dropped:
                 self._loaded.remove(one)
         await asyncio.gather(*(one.life.leave() for one in dropped if one.life is not None))
+
+    def _is_idle(self, one: Loaded) -> bool:
+        is_awaited = any(one.suits(values) for values in self._awaited)
+        return not (one.is_pinned or one.in_use or is_awaited)
 
     def _unit(self, values: ParameterValues, *, is_pinned: bool) -> lifecycle.Unit:
         instance: list[Any] = []
 
         async def enter() -> Loaded:
-            made, reads = await self._build(values)
+            made, reads = await self._made(values)
             instance.append(made)
-            return Loaded(instance=made, life=None, reads=reads, is_pinned=is_pinned)
+            return Loaded(
+                instance=made,
+                life=None,
+                reads=reads,
+                text=_text(values, reads),
+                is_pinned=is_pinned,
+            )
 
         async def leave() -> None:
             await _run_exit_hooks(instance[0], self._service.exit_hooks)
 
         return lifecycle.Unit(name=self._service.key, enter=enter, leave=leave)
 
-    async def _build(self, values: ParameterValues) -> tuple[Any, dict[str, Any]]:
+    async def _made(self, values: ParameterValues) -> tuple[Any, frozenset[str]]:
         reads: set[str] = set()
         instance: Any = object.__new__(self._view_class)
         object.__setattr__(instance, parameters.VALUES, values)
@@ -141,12 +170,15 @@ class Instances:
         await _run_hooks(instance, self._service.enter_hooks)
         object.__setattr__(instance, parameters.READS, None)
         declared = self._service.parameters
-        shaping = {
+        return instance, frozenset(
             name
             for name, one in declared.items()
             if one.scope == "load" or (name in reads and one.scope != "call")
-        }
-        return instance, {name: values[name] for name in shaping}
+        )
+
+
+def _text(values: ParameterValues, names: frozenset[str]) -> str:
+    return parameters.canonical({name: values[name] for name in names})
 
 
 def _view_class(cls: type) -> type:

@@ -116,11 +116,12 @@ def _run_sync(runtime: process.Process, one: Input) -> Any:
 async def _answer(
     one: Input, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    if one.method.batched is None:
-        answer = fn(*args, **kwargs)
-        return await answer if one.method.is_async else answer
-    answer = fn(**_singletons(one, args, kwargs))
-    return _single(one, await answer if one.method.is_async else answer)
+    if one.method.batched is not None:
+        args, kwargs = (), _singletons(one, args, kwargs)
+    # A synchronous body that another one awaits must not stop the loop that it shares.
+    running = fn(*args, **kwargs) if one.method.is_async else asyncio.to_thread(fn, *args, **kwargs)
+    answer = await running
+    return answer if one.method.batched is None else _single(one, answer)
 
 
 def _values(one: Input) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class Entered:
         self._exit_timeout = exit_timeout
         self._life = asyncio.create_task(self._live(), name=f"gw-{unit.name}")
 
+    @property
+    def has_entered(self) -> bool:
+        return self.value.done() and not self.value.cancelled() and not self.value.exception()
+
     def abandon(self) -> None:
         """Cancel the entering; what is entered already stays so."""
         if not self.value.done():
@@ -49,7 +53,15 @@ class Entered:
     async def leave(self) -> None:
         """Leave the unit when it is entered; errors and time-outs are logged, never raised."""
         self._leave.set()
-        await asyncio.wait([self._life])
+        _, late = await asyncio.wait([self._life], timeout=self._exit_timeout)
+        if late:
+            # Not awaited: what swallows the cancellation must not hold up the others.
+            self._life.cancel()
+            logger.error(
+                "%s did not leave within %.0f s and was left behind (setting gw_exit_timeout)",
+                self.unit.name,
+                self._exit_timeout,
+            )
 
     async def _live(self) -> None:
         try:
@@ -67,14 +79,7 @@ class Entered:
 
     async def _exit(self) -> None:
         try:
-            async with asyncio.timeout(self._exit_timeout):
-                await self.unit.leave()
-        except TimeoutError:
-            logger.error(
-                "%s did not leave within %.0f s and was left behind (setting gw_exit_timeout)",
-                self.unit.name,
-                self._exit_timeout,
-            )
+            await self.unit.leave()
         except Exception:
             logger.exception("%s failed to leave", self.unit.name)
 

@@ -84,12 +84,9 @@ class Process:
             KeyError: when it is not entered in this process.
         """
         life = self._contexts[key]
-        if not life.value.done():
+        if not life.has_entered:
             raise KeyError(key)
         return life.value.result()
-
-    def is_entering(self, key: str) -> bool:
-        return key in self._contexts
 
     def instances_of(self, service: services.Service) -> instances.Instances:
         """Return the instances of a class task that this process serves."""

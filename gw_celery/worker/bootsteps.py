@@ -24,6 +24,8 @@ class ServingStep(bootsteps.StartStopStep):
     plan: serving.Plan
 
     def start(self, worker: Any) -> None:
+        # Not earlier: Celery sets up logging after ``worker_init``.
+        _log_what_waits(self.plan)
         if self.plan.pool == "threads":
             with fatal.fatal_errors():
                 serving.start(self.plan)
@@ -65,6 +67,19 @@ def install(worker: Any, plan: serving.Plan) -> None:
     """Add the step to ``worker``, before its blueprint is made."""
     step = type("ServingStep", (ServingStep,), {"plan": plan})
     worker.app.steps["worker"].add(step)
+
+
+def _log_what_waits(plan: serving.Plan) -> None:
+    """Say once what is declared but does not act on the pool in use."""
+    waiting = [
+        f"{service.name}: {', '.join(named)}"
+        for service in plan.served
+        if (named := service.pool_features())
+    ]
+    if waiting:
+        logger.warning(
+            "declared, but without effect on the %s pool: %s", plan.pool, "; ".join(waiting)
+        )
 
 
 def _served(plan: serving.Plan) -> dict[str, str]:

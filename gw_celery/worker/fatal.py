@@ -26,17 +26,17 @@ def fatal_errors(report: Callable[[str], None] = lambda reason: None) -> Iterato
     try:
         yield
     except Exception as exc:
-        _log_causes(exc)
+        if logging.getLogger().hasHandlers():
+            _log_causes(exc)
+        else:  # Celery has not set up logging yet
+            sys.stderr.write(f"gw_celery: {type(exc).__name__}: {exc}\n")
         report(str(exc))
-        # Before logging is set up, or under a log level that hides it, somebody must see why.
-        sys.stderr.write(f"gw_celery: {type(exc).__name__}: {exc}\n")
         code = EX_CONFIG if isinstance(exc, errors.ConfigurationError) else EX_FAILURE
         raise SystemExit(code) from exc
 
 
 def _log_causes(exc: Exception) -> None:
+    logger.critical("pid %d cannot serve: %s", os.getpid(), exc)
     if isinstance(exc, errors.StartupError):
         for name, cause in exc.causes.items():
-            logger.critical("%s failed to load in pid %d", name, os.getpid(), exc_info=cause)
-    else:
-        logger.critical("this worker cannot serve: %s", exc)
+            logger.error("%s failed to load", name, exc_info=cause)

@@ -19,8 +19,12 @@ def preset(app: Any) -> None:
     Only what is harmless to every process: accepted content, the serializer of results, how soon
     Redis gives lost messages back, and retrying the broker at start-up. In Django the app config
     calls it.
+
+    Raises:
+        ConfigurationError: for an unknown ``gw_*`` setting or one of a wrong type.
     """
     codec.register()
+    configure_codec(conf.read(app.conf))
     given = app.conf.without_defaults()
     defaults: dict[str, Any] = {
         "accept_content": [codec.NAME, "json"],

@@ -6,7 +6,6 @@ Celery logs a failed check and goes on, so that the checks here end the process 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +15,6 @@ from celery import concurrency
 from gw_celery import conf, errors
 from gw_celery.declare import gpu, registry, services
 from gw_celery.worker import bootsteps, control, preset, serving
-
-logger = logging.getLogger(__name__)
 
 _POOLS = {
     "celery.concurrency.prefork": "prefork",
@@ -47,7 +44,6 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
         preset.tune_worker(worker, settings)
         bootsteps.install(worker, plan)
         control.guard(plan)
-        _log_what_waits(plan)
     return plan
 
 
@@ -96,33 +92,3 @@ def _require_supported(pool: str, served: Sequence[services.Service]) -> None:
             f"the pool {pool!r} cannot serve {names}: asynchronous tasks need an event loop beside "
             f"Celery's; start this worker with -P prefork, threads or solo"
         )
-
-
-def _log_what_waits(plan: serving.Plan) -> None:
-    """Say once what is declared but does not act on the pool in use."""
-    waiting = [
-        f"{service.name}: {', '.join(named)}"
-        for service in plan.served
-        if (named := _inactive(service))
-    ]
-    if waiting:
-        logger.warning(
-            "declared, but without effect on the %s pool: %s", plan.pool, "; ".join(waiting)
-        )
-
-
-def _inactive(service: services.Service) -> list[str]:
-    methods = service.methods.values()
-    where = service.placement
-    facts = {
-        "concurrent": service.concurrent is not None,
-        "batched": any(one.batched for one in methods),
-        "probes": bool(service.probes),
-        "benchmark": any(one.benchmark for one in methods),
-        "workload_calculator": any(one.workload_calculator for one in methods),
-        "min_workers": where.min_workers > 0,
-        "max_workers": where.max_workers is not None,
-        "max_queue_time": where.max_queue_time is not None,
-        "memory_gb": where.gpu is not None and where.gpu.memory_gb is not None,
-    }
-    return [name for name, is_declared in facts.items() if is_declared]

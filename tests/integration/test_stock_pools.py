@@ -232,3 +232,23 @@ def test_the_current_task_is_right_everywhere_in_interleaved_bodies(
 
     for task_id, seen in asyncio.run(all_right()):
         assert seen == [task_id] * 5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "remedy"),
+    [
+        ("content", "accept_content=['json'] lacks 'gw-json'"),
+        ("results", "result_serializer='json' would change the types of answers"),
+        ("visibility", "is not over the longest time limit, 300 s"),
+        ("unknown", "did you mean 'start_timeout'?"),
+        ("type", "gw_start_timeout='soon': must be float over 0"),
+    ],
+)
+def test_a_worker_refuses_a_configuration_that_cannot_work(
+    wrong: str, remedy: str, start_worker: StartWorker, ledger_path: Path
+) -> None:
+    env = {"WRONG": wrong, "LEDGER": str(ledger_path)}
+    worker = start_worker("misconfigured:celery", env=env, wait_ready=False)
+    assert worker.wait_exit(40) == 78
+    assert remedy in worker.log_text()
+    assert ledger.read(ledger_path) == []

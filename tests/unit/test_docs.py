@@ -1,0 +1,36 @@
+"""The documentation says what the code does."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from gw_celery import conf
+from tests.processes import ROOT
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    documented = dict(re.findall(r"^\| `gw_(\w+)` \| [^|]+ \| `([^`]+)` \|", text, re.MULTILINE))
+    defaults = {field.name: field.default for field in dataclasses.fields(conf.Settings)}
+    assert documented.keys() == defaults.keys()
+    assert {name: _number(text) for name, text in documented.items()} == defaults
+
+
+def test_every_link_of_the_documentation_leads_somewhere() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_is_at_most_120_lines() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def _number(text: str) -> object:
+    if text == "()":
+        return ()
+    product = 1.0
+    for factor in text.split("*"):
+        product *= float(factor)
+    return product
