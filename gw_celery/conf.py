@@ -65,6 +65,14 @@ def read(conf: Mapping[str, Any]) -> Settings:
     return from_mapping(given, "app.conf." + PREFIX)
 
 
+def is_set(conf: Any, name: str) -> bool:
+    """Whether the user set ``name`` in a Celery configuration that has been read.
+
+    Celery's own ``without_defaults`` forgets the namespace that a project keeps its settings in.
+    """
+    return any(key in given for given in conf.maps[:-1] for key in conf._to_keys(name))
+
+
 def from_mapping(given: Mapping[str, Any], label: str = "GW_CELERY ") -> Settings:
     """Return settings from bare names; ``label`` says in errors where they were written."""
     hints = typing.get_type_hints(Settings)

@@ -226,6 +226,8 @@ def workers(log_dir: Path, broker: str, result: str) -> Iterator[StartWorker]:
         command = [sys.executable, "-m", "celery", "-A", app_module, "worker", "-n", node]
         command += ["-P", pool, "-c", str(concurrency), "-l", "INFO", *extra_args]
         command += ["-Q", queues] if queues else []
+        # Each worker would wait a second for the answers of others, and there are none.
+        command += ["--without-mingle", "--without-gossip"]
         log = log_dir / f"{node}.log"
         worker = WorkerProcess(
             node, urls["CELERY_BROKER_URL"], command, log, {**urls, **(env or {})}

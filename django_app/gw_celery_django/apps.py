@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from celery import current_app
 from django.apps import AppConfig
 
@@ -19,8 +21,8 @@ class GWCeleryConfig(AppConfig):
 
     def ready(self) -> None:
         checks.register_all()
-        try:
+        # The system check reports what is wrong, and a worker refuses to start.
+        with contextlib.suppress(errors.ConfigurationError):
             settings.apply(current_app)
-        except errors.ConfigurationError:
-            return  # the system check reports it, and a worker refuses to start
-        gw_celery.preset(current_app)
+        with contextlib.suppress(errors.ConfigurationError):
+            gw_celery.preset(current_app)

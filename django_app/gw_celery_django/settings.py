@@ -33,12 +33,12 @@ def apply(app: Any) -> None:
     """
     values = given()
     conf.from_mapping(values)
-    own = app.conf.without_defaults()
+    conf.read(app.conf)
     for name, value in values.items():
         key = conf.PREFIX + name
-        if own.get(key, value) != value:
+        if app.conf.get(key, value) != value:
             raise errors.ConfigurationError(
-                f"GW_CELERY[{name!r}]={value!r} and app.conf.{key}={own[key]!r} contradict each "
-                f"other: keep one"
+                f"GW_CELERY[{name!r}]={value!r} and app.conf.{key}={app.conf[key]!r} contradict "
+                f"each other: keep one"
             )
         app.conf[key] = value

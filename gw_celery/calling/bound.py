@@ -102,9 +102,8 @@ class BoundTask:
             sent = await asyncio.to_thread(eager.apart, self.apply_async, args, kwargs)
             return await waiting.answer(sent, self._task.name, self._timeout)
         watch = waiting.watcher(self._task.app)
-        publishing = asyncio.ensure_future(
-            watch.publish(functools.partial(self.apply_async, args, kwargs))
-        )
+        send = functools.partial(self.apply_async, args, kwargs, **watch.sending)
+        publishing = asyncio.ensure_future(watch.publish(send))
         try:
             sent = await asyncio.shield(publishing)
         except asyncio.CancelledError:

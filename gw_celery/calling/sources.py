@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import celery.backends.redis
 import celery.backends.rpc
@@ -36,6 +36,14 @@ class RedisSource:
 
     #: Whether answers come to a queue of the thread that published, so that it must be this one.
     owns_reply_queue = False
+    #: Options for sending a call that this source will see the answer of. Celery's backend would
+    #: subscribe to it, too, on a connection that nobody reads here, and wait 20 s for a server
+    #: that is away. It does not for a call without a result; the header tells the worker that
+    #: there is one.
+    sending: ClassVar[dict[str, Any]] = {
+        "ignore_result": True,
+        "headers": {"ignore_result": False},
+    }
 
     def __init__(self, backend: Any, resolve: Resolve) -> None:
         self._backend = backend
@@ -136,6 +144,9 @@ class RedisSource:
 
 class PolledSource:
     """Asks the backend for each waiting task, ``interval`` seconds apart."""
+
+    #: As ``RedisSource.sending``; here Celery's backend has to prepare each answer.
+    sending: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, app: Any, resolve: Resolve, interval: float) -> None:
         self._app = app

@@ -46,6 +46,11 @@ class Watcher:
         self._thread.start()
         atexit.register(self.close)
 
+    @property
+    def sending(self) -> dict[str, Any]:
+        """Options of ``apply_async`` for a call whose answer this watcher will wait for."""
+        return self._source.sending
+
     def close(self) -> None:
         """End the watcher's threads; calls that still wait get no answer any more."""
         self._publishers.shutdown(wait=False, cancel_futures=True)

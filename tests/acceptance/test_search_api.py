@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import urllib.request
+from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from uuid import uuid4
 
 import psutil
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(300)]
 SAME_MEANING = [
     ("my website is down since the new release", "Roll back first"),
     ("guiding sailors through the dark", "The lighthouse lens"),
-    ("turning damage into something beautiful", "Kintsugi"),
+    ("how an epidemic was ended", "The first vaccine"),
     ("insects that survive the cold months", "The shivering cluster"),
     ("getting rid of an annoying spasm", "A cure for hiccups"),
 ]
@@ -53,8 +53,8 @@ def test_top_k_says_how_many_results_come(web: Web) -> None:
 
 
 def test_an_added_document_can_be_found(web: Web) -> None:
-    title = f"Elevators {uuid4().hex[:8]}"
-    text = "A lift has brakes that clamp the rails by themselves when the cable goes slack."
+    title = "Tattoos"
+    text = "Ink put into the dermis is swallowed by cells that cannot digest it, and so it stays."
 
     sent = web.post("/api/documents/", {"title": title, "text": text})
 
@@ -62,7 +62,7 @@ def test_an_added_document_can_be_found(web: Web) -> None:
     assert web.finished(sent.body["task_id"])["state"] == "SUCCESS"
     for step in sent.body["steps"]:
         assert web.get(f"/api/tasks/{step}/").body["state"] == "SUCCESS"
-    best = web.search("is it dangerous when the rope of a hoist snaps")[0]
+    best = web.search("a drawing on my skin that never fades")[0]
     assert (best["title"], best["text"]) == (title, text)
     assert best["document_id"] == sent.body["document_id"]
     listed = web.get("/api/documents/").body["documents"][0]
@@ -71,7 +71,7 @@ def test_an_added_document_can_be_found(web: Web) -> None:
 
 
 def test_a_text_that_the_model_cannot_read_whole_fails_and_is_not_kept(web: Web) -> None:
-    title = f"Endless {uuid4().hex[:8]}"
+    title = "Endless"
 
     sent = web.post("/api/documents/", {"title": title, "text": TOO_LONG})
     task = web.finished(sent.body["task_id"])
@@ -167,24 +167,30 @@ def test_torch_is_loaded_where_the_model_runs_and_nowhere_else(project: Project)
     assert not any(_has_torch(pid) for pid in [project.web.process.pid, *plain])
 
 
-@pytest.mark.parametrize("path", ["/api/search/", "/api/ask/", "/api/documents/"])
-def test_a_broker_that_is_down_is_said_within_seconds(
-    project: Project, tmp_path: Path, path: str
-) -> None:
-    nowhere = f"redis+socket://{tmp_path}/no.sock?virtual_host="
+@pytest.fixture(scope="module")
+def cut_off(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    """Django on the same library, with a broker that nobody started."""
+    home = tmp_path_factory.mktemp("cut-off")
+    nowhere = f"redis+socket://{home}/no.sock?virtual_host="
     urls = {"EXAMPLE_BROKER_URL": f"{nowhere}0", "EXAMPLE_RESULT_URL": f"{nowhere}1"}
     with ExitStack() as stack:
-        web = start_web(stack, tmp_path, {**project.environment, **urls})
-        began = time.monotonic()
-        answer = web.post(path, {"query": "x", "title": "Lost", "text": "x"})
-        took = time.monotonic() - began
-        state = web.get(f"/api/tasks/{uuid4()}/")
+        yield start_web(stack, home, {**project.environment, **urls})
+
+
+@pytest.mark.parametrize("path", ["/api/search/", "/api/ask/", "/api/documents/"])
+def test_a_broker_that_is_down_is_said_within_seconds(cut_off: Web, path: str) -> None:
+    began = time.monotonic()
+    answer = cut_off.post(path, {"query": "x", "title": "Lost", "text": "x"})
+    took = time.monotonic() - began
 
     assert answer.status == 503
     assert "broker does not answer" in answer.message
     assert took < 5
-    assert state.status == 503
-    assert "Lost" not in _titles(project.web)
+    assert "Lost" not in _titles(cut_off)
+
+
+def test_a_task_cannot_be_asked_for_while_the_result_store_is_down(cut_off: Web) -> None:
+    assert cut_off.get(f"/api/tasks/{uuid4()}/").status == 503
 
 
 def _titles(web: Web) -> list[str]:

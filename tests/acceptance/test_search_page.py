@@ -46,12 +46,11 @@ def test_a_sentence_is_answered_with_the_text_that_means_the_same(page: Any) -> 
     hits = page.locator(".hit")
     expect(hits).to_have_count(5)
     expect(hits.first).to_contain_text("Roll back first")
-    expect(hits.first.locator("[data-field=score]")).to_have_text("0.38")
-    widths = [rule.bounding_box()["width"] for rule in page.locator(".rule").all()]
-    assert widths == sorted(widths, reverse=True)
-    assert widths[0] == pytest.approx(
-        page.locator(".hit").first.bounding_box()["width"] * 0.38, abs=5
-    )
+    score = float(hits.first.locator("[data-field=score]").text_content())
+    bars = [bar.bounding_box()["width"] for bar in page.locator(".rule").all()]
+    assert bars == sorted(bars, reverse=True)
+    assert bars[0] == pytest.approx(score * hits.first.bounding_box()["width"], rel=0.05)
+    expect(page.locator("#search-progress .elapsed")).to_have_text(re.compile(r"^\d+\.\d\d s$"))
 
 
 def test_the_async_view_answers_the_same(page: Any) -> None:
@@ -122,14 +121,12 @@ def test_the_error_goes_away_with_the_next_try(page: Any) -> None:
 
 
 def test_an_added_text_can_be_found(page: Any) -> None:
-    add(
-        page, "Hot air", "A balloon rises because the burner makes its inside lighter than outside."
-    )
-    expect(page.locator("#shelf li").first).to_contain_text("Hot air")
+    add(page, "Kimchi", "Cabbage, chilli and salt turn sour in a crock, and keep until spring.")
+    expect(page.locator("#shelf li").first).to_contain_text("Kimchi")
 
-    search(page, "flying without wings or an engine")
+    search(page, "preserving vegetables without a fridge")
 
-    expect(page.locator(".hit").first).to_contain_text("Hot air")
+    expect(page.locator(".hit").first).to_contain_text("Kimchi")
 
 
 def test_markup_in_a_text_is_text(page: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -227,3 +229,16 @@ def test_blocking_calls_are_refused_on_an_event_loop() -> None:
 def test_a_queue_that_the_caller_names_wins_over_the_queue_of_the_service() -> None:
     sent = served.square.apply_async((3,), queue="celery")
     assert sent.get(timeout=10) == 9
+
+
+def test_an_awaited_call_fails_soon_and_clearly_while_the_server_is_away(tmp_path: Path) -> None:
+    """A client of a server that has gone: its loop is free and the error comes in seconds."""
+    with devserver.running(tmp_path / "gone") as gone:
+        urls = {"CELERY_BROKER_URL": gone.broker_url, "CELERY_RESULT_BACKEND": gone.result_url}
+    client = processes.Process(
+        [sys.executable, "-m", "ask", "away"], tmp_path / "away.log", env=urls
+    )
+    assert client.wait_exit(30) == 0, client.log_text()
+    name, seconds = json.loads(client.log_text().splitlines()[-1])
+    assert name == "OperationalError"
+    assert seconds < 10

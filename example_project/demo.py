@@ -1,0 +1,201 @@
+"""Run the whole example: server, workers, beat, Django and Flower. ``./run demo`` calls it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+from celery import Celery
+from parts import HERE, Part, PartFailed, free_port, stop_all, wait_until
+
+from gw_celery import devserver, errors
+
+RUN = HERE.parent / ".run"
+LOGS = RUN / "logs"
+START_TIMEOUT = 180.0
+ANSWER_TIMEOUT = 60.0
+STOP_TIMEOUT = 15.0
+NODES = ("model@demo", "tasks@demo")
+QUESTION = "How does bread get its bubbles?"
+
+
+class Demo:
+    """The running example, asked over HTTP as a browser would ask it."""
+
+    def __init__(self, server: devserver.Server) -> None:
+        self.server = server
+        self.web_port = free_port(8000)
+        self.flower_port = free_port(5555)
+        self.env = {
+            **os.environ,
+            "EXAMPLE_BROKER_URL": server.broker_url,
+            "EXAMPLE_RESULT_URL": server.result_url,
+            "EXAMPLE_DB": str(RUN / "db.sqlite3"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        # Flower asks for a password, or serves no API: never an open one by accident.
+        self.env.pop("FLOWER_UNAUTHENTICATED_API", None)
+        self.parts = list(self._parts())
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.web_port}/"
+
+    @property
+    def flower_url(self) -> str:
+        return f"http://127.0.0.1:{self.flower_port}/"
+
+    def _parts(self) -> Iterator[Part]:
+        celery = ["-m", "celery", "-A", "example"]
+        worker = [*celery, "worker", "-l", "INFO", "-E", "-P", "prefork"]
+        web = ["-m", "uvicorn", "example.asgi:application", "--host", "127.0.0.1"]
+        # "cpu" is the family of the services that say Gpu("CPU"): this worker loads the model.
+        yield Part("model", LOGS, [*worker, "-c", "1", "-Q", "cpu", "-n", NODES[0]])
+        yield Part("tasks", LOGS, [*worker, "-c", "1", "-Q", "celery", "-n", NODES[1]])
+        yield Part("beat", LOGS, [*celery, "beat", "-l", "INFO", "-s", str(RUN / "beat")])
+        yield Part("web", LOGS, [*web, "--port", str(self.web_port), "--lifespan", "off"])
+        flower = ["flower", "--address=127.0.0.1", f"--port={self.flower_port}"]
+        yield Part("flower", LOGS, [*celery, *flower])
+
+    def start(self) -> None:
+        """Start every part, and return when each has shown that it works."""
+        self._manage("migrate")
+        for part in self.parts:
+            part.start(self.env)
+        self._manage("seed")
+        self._wait_for_workers()
+        model, _, beat, web, flower = self.parts
+        self._wait("beat", beat, lambda: "beat: Starting" in beat.log.read_text())
+        self._wait("Flower", flower, lambda: answers(self.flower_url))
+        self._wait("Django", web, lambda: answers(self.url + "healthz"))
+        # An answer proves the whole way: Django, broker, a worker with its model loaded, results.
+        self._wait("an answer of the model", model, lambda: self._try_ask() is not None)
+        self._wait("the library", model, self._is_library_searchable)
+
+    def _manage(self, command: str) -> None:
+        part = Part(command, LOGS, ["manage.py", command])
+        part.start(self.env)
+        part.finish()
+
+    def _wait(self, what: str, suspect: Part, ask: Any) -> None:
+        others = [part for part in self.parts if part is not suspect]
+        wait_until(ask, [suspect, *others], what, START_TIMEOUT)
+
+    def _wait_for_workers(self) -> None:
+        with Celery("demo", broker=self.server.broker_url, set_as_current=False) as app:
+            for part, node in zip(self.parts, NODES, strict=False):
+                ping = app.control.inspect([node], timeout=0.5).ping
+                self._wait(f"the worker {node}", part, ping)
+
+    def _try_ask(self) -> Any:
+        with contextlib.suppress(urllib.error.URLError, TimeoutError):
+            return post(self.url + "api/ask/", {"query": QUESTION})
+        return None
+
+    def _is_library_searchable(self) -> bool:
+        listed = get(self.url + "api/documents/")["documents"]
+        return bool(listed) and all(document["searchable"] for document in listed)
+
+    def search(self, query: str) -> list[dict[str, Any]]:
+        """Search as the page does: send a task, then ask how far it is."""
+        task = (
+            self.url + f"api/tasks/{post(self.url + 'api/search/', {'query': query})['task_id']}/"
+        )
+        deadline = time.monotonic() + ANSWER_TIMEOUT
+        while (answer := get(task))["state"] not in {"SUCCESS", "FAILURE"}:
+            if time.monotonic() > deadline:
+                raise PartFailed(f"no answer within {ANSWER_TIMEOUT:.0f} s: {answer}")
+            time.sleep(0.1)
+        if answer["state"] == "FAILURE":
+            raise PartFailed(f"the search failed: {answer['error']}")
+        return list(answer["result"])
+
+    def watch(self) -> None:
+        """Return never: raise PartFailed when something dies."""
+        while self.server.is_running:
+            for part in self.parts:
+                part.check()
+            time.sleep(0.5)
+        raise PartFailed(f"the server ended; see {self.server.log}")
+
+    def stop(self) -> None:
+        stop_all(self.parts, STOP_TIMEOUT)
+
+
+def get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return json.load(answer)
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT + 10) as answer:
+        return json.load(answer)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def check(demo: Demo) -> None:
+    """Ask one question over HTTP and print the answer."""
+    hits = demo.search(QUESTION)
+    if not hits:
+        raise PartFailed("the search found nothing in a library that is not empty")
+    best = hits[0]
+    print(f"question: {QUESTION}\nanswer:   {best['title']} ({best['score']:.2f})")
+    print(f"          {best['text']}")
+
+
+def run(is_check: bool) -> None:
+    print("Starting the server, two workers, beat, Django and Flower ...", flush=True)
+    with devserver.running(RUN / "server") as server:
+        demo = Demo(server)
+        try:
+            demo.start()
+            print(f"  page    {demo.url}\n  Flower  {demo.flower_url}\n  logs    {LOGS}")
+            print("ready" if is_check else "ready: Ctrl-C stops everything", flush=True)
+            if is_check:
+                check(demo)
+            else:
+                demo.watch()
+        finally:
+            demo.stop()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="./run demo", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="ask one question, then stop")
+    is_check = parser.parse_args(argv).check
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    # While a worker starts, a ping without an answer is no news.
+    logging.getLogger("celery").setLevel(logging.ERROR)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    try:
+        run(is_check)
+    except KeyboardInterrupt:
+        print("stopped")
+    except (PartFailed, errors.GWCeleryError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The processes that make up the demo: started with a log, watched, stopped together."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TAIL_LINES = 20
+POLL = 0.2
+PR_SET_PDEATHSIG = 1
+
+
+class PartFailed(Exception):
+    """Raised when a part ends before it should; carries the end of its log."""
+
+
+class Part:
+    """One ``python -m ...`` of the demo, with its output in a file."""
+
+    def __init__(self, name: str, logs: Path, arguments: Sequence[str]) -> None:
+        self.name = name
+        self.log = logs / f"{name}.log"
+        self._arguments = arguments
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, env: Mapping[str, str]) -> None:
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, *self._arguments],
+                cwd=HERE,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # A Ctrl-C in the terminal is for demo.py alone, which stops the parts in order.
+                start_new_session=True,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - demo.py has one thread
+            )
+
+    def check(self) -> None:
+        """Raise PartFailed when the process has ended."""
+        if self._process is not None and (code := self._process.poll()) is not None:
+            raise PartFailed(f"{self.name} ended with code {code}; {self.tail()}")
+
+    def finish(self) -> None:
+        """Wait for a part that ends by itself."""
+        if self._process is not None and (code := self._process.wait()):
+            raise PartFailed(f"{self.name} failed with code {code}; {self.tail()}")
+
+    def tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        return "\n  ".join((f"the end of {self.log}:", *lines))
+
+    def request_stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+    def stop(self, deadline: float) -> None:
+        """Wait until ``deadline`` for the process to end, then end it with its children."""
+        if self._process is None:
+            return
+        try:
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def _end_with_parent() -> None:
+    # Should demo.py be killed, nothing is left behind: Linux tells its children.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def stop_all(parts: Sequence[Part], timeout: float) -> None:
+    """Ask all parts to stop at once, and give them ``timeout`` seconds together."""
+    deadline = time.monotonic() + timeout
+    for part in parts:
+        part.request_stop()
+    for part in parts:
+        part.stop(deadline)
+
+
+def wait_until(ask: Callable[[], object], parts: Sequence[Part], what: str, timeout: float) -> None:
+    """Ask until the answer is truthy; fail at once when a part dies, or at the deadline."""
+    deadline = time.monotonic() + timeout
+    while not ask():
+        for part in parts:
+            part.check()
+        if time.monotonic() > deadline:
+            raise PartFailed(f"{what}: not within {timeout:.0f} s; {parts[0].tail()}")
+        time.sleep(POLL)
+
+
+def free_port(preferred: int) -> int:
+    """Return ``preferred``, or any other port of 127.0.0.1 when that one is taken."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise PartFailed("no free port on 127.0.0.1")

@@ -1,0 +1,1 @@
+"""Texts, and a search over them by meaning."""

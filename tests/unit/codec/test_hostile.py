@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import pytest
+
+from gw_celery import errors
+from tests.unit.codec import models
+
+DOCUMENTS = 10_000
+#: Modules of the standard library that nobody imports, so that an import would show.
+NEVER_IMPORTED = ["this", "antigravity", "turtledemo", "idlelib.idle"]
+MARKERS = [
+    "~tuple", "~set", "~frozenset", "~dict", "~obj", "~bytes", "~str", "~int", "~float",
+    "~datetime", "~date", "~time", "~timedelta", "~decimal", "~uuid", "~", "~eval", "__type__",
+]  # fmt: skip
+NAMES = [
+    *(f"{name}@1" for name in NEVER_IMPORTED),
+    *(f"{cls.__module__}.{cls.__qualname__}@1" for cls in (models.Doc, models.Point, models.Bag)),
+    *(f"{cls.__module__}.{cls.__qualname__}@1" for cls in (models.Color, models.Access)),
+    f"{models.Doc.__module__}.OutOfMemory@1", "Celsius@3", "Celsius@4", "os.system@1",
+    "builtins.eval@1", "subprocess.Popen@1", "this", "", "@", "tests.unit.codec.models.registry@1",
+]  # fmt: skip
+KEYS = ["title", "body", "x", "y", "norm", "__class__", "__dict__", "__init__", "__value__", "a"]
+LEAVES = [
+    None, True, 0, 1, -1, 2.5, 10**30, "", "RED", "READ", "__class__", "1", "0x1", "nan", "AP8=",
+    "2024-01-02", "2024-01-02T03:04:05+00:00", "03:04:05", "Europe/Paris", "this", "idlelib.idle",
+    "\ud800", "00000000-0000-0000-0000-000000000000",
+]  # fmt: skip
+
+
+def document(random, depth=0):
+    pick = random.random()
+    if depth > 4 or pick < 0.2:
+        return random.choice(LEAVES)
+    children = [document(random, depth + 1) for _ in range(random.randrange(4))]
+    if pick < 0.35:
+        return children
+    if pick < 0.5:
+        return {random.choice(KEYS): child for child in children}
+    if pick < 0.75:
+        attributes = {random.choice(KEYS): child for child in children}
+        payload = random.choice([attributes, attributes, children, random.choice(LEAVES)])
+        return {"~obj": [random.choice(NAMES), payload]}
+    if pick < 0.8:
+        return {"~dict": [[child, random.choice(LEAVES)] for child in children]}
+    payload = random.choice([children, children, random.choice(LEAVES)])
+    return {random.choice(MARKERS): payload}
+
+
+def outcome(text):
+    try:
+        models.knowing.loads(text)
+    except errors.SerializationError:
+        return "refused"
+    return "read"
+
+
+def test_random_documents_give_a_value_or_our_error_and_import_nothing():
+    randomness = random.Random(20_260_101)
+    # What reading a zone imports of the standard library, it imports here.
+    models.knowing.loads('{"~datetime": ["2024-01-02", 0, "Europe/Paris"]}')
+    before = set(sys.modules)
+    assert before.isdisjoint(NEVER_IMPORTED)
+    outcomes = [outcome(json.dumps(document(randomness))) for _ in range(DOCUMENTS)]
+    assert set(sys.modules) == before
+    assert min(outcomes.count("read"), outcomes.count("refused")) > DOCUMENTS / 10
+
+
+def test_damaged_documents_give_a_value_or_our_error():
+    randomness = random.Random(7)
+    value = [
+        (1, {2: b"x", "k": {models.Color.RED}}), models.Point(1.5, None), models.Doc([0]),
+        models.Access(3), models.OutOfMemory(1, "GiB"), {"~tuple": 1}, 2**5000, "\ud800",
+    ]  # fmt: skip
+    original = models.knowing.dumps(value).encode()
+    outcomes = set()
+    for _ in range(DOCUMENTS // 5):
+        damaged = bytearray(original)
+        for _ in range(randomness.randrange(1, 4)):
+            damaged[randomness.randrange(len(damaged))] = randomness.choice(b'"~{}[]:,01azAZ\xff')
+        outcomes.add(outcome(bytes(damaged)))
+    assert outcomes == {"read", "refused"}
+
+
+class Trap:
+    """Does something as soon as it is made, changed or dropped; never registered."""
+
+    def __init__(self):
+        pytest.fail("made")
+
+    def __setattr__(self, name, value):
+        pytest.fail("changed")
+
+
+@pytest.mark.parametrize("name", [f"{__name__}.Trap@1", f"{__name__}.Trap", f"{__name__}:Trap@1"])
+def test_a_class_that_is_loaded_but_not_registered_is_out_of_reach(name):
+    text = json.dumps({"~obj": [name, {"a": 1}]})
+    with pytest.raises(errors.SerializationError, match="is not registered here"):
+        models.knowing.loads(text)
+
+
+def test_kombus_own_markers_mean_nothing():
+    value = {"__type__": "uuid", "__value__": {"hex": "0" * 32}}
+    assert models.knowing.loads(json.dumps(value)) == value
+
+
+def test_attributes_cannot_change_the_class_of_an_object():
+    bag = models.knowing.loads(
+        json.dumps({"~obj": ["tests.unit.codec.models.Bag@1", {"__class__": "os._wrap_close"}]})
+    )
+    assert type(bag) is models.Bag
+    assert bag.__class__ is models.Bag

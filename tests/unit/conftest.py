@@ -1,0 +1,50 @@
+"""What unit tests share: Celery apps that no broker, and no other test, knows of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+from celery import Celery, _state
+
+import gw_celery as gw
+from gw_celery import testing
+from gw_celery.runtime import process
+
+
+@pytest.fixture
+def celery_app() -> Celery:
+    made = Celery("unit", broker="memory://", backend="cache+memory://", set_as_current=False)
+    gw.preset(made)
+    return made
+
+
+@pytest.fixture
+def app(celery_app: Celery) -> gw.App:
+    """An App that is bound to a Celery app of its own."""
+    return gw.App("unit", celery=celery_app)
+
+
+@pytest.fixture
+def serve(app: gw.App) -> Iterator[Callable[[], None]]:
+    """A function that enters what ``app`` has declared, until the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(testing.in_process(app))
+
+
+@pytest.fixture(autouse=True)
+def _tasks_stay_in_their_test() -> Iterator[None]:
+    """Celery gives every task to every app of the process that is finalized later."""
+    before = set(_state._on_app_finalizers)
+    yield
+    _state._on_app_finalizers.intersection_update(before)
+
+
+@pytest.fixture(autouse=True)
+def _every_runtime_is_stopped() -> Iterator[None]:
+    yield
+    left = process.current()
+    if left is not None:
+        process.adopt(None)
+        left.stop()

@@ -1,0 +1,415 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+import gw_celery as gw
+from gw_celery.declare import parameters, services
+from gw_celery.runtime import instances, lifecycle
+
+LONG = 60.0
+
+
+class Model:
+    """Loads for each value of ``name`` and notes what is alive."""
+
+    name: str = gw.parameter(default="small")
+    threshold: float = gw.parameter(default=0.5)
+    alive: list[str] = []
+    loads: list[str] = []
+    most: int = 0
+    has_begun: asyncio.Event  # a load of another model than the default
+
+    @gw.on_enter()
+    async def load(self) -> None:
+        cls = Model
+        cls.loads.append(self.name)
+        cls.alive.append(self.name)
+        cls.most = max(cls.most, len(cls.alive))
+        self.loaded = self.name
+        if self.name != "small":
+            cls.has_begun.set()
+        await asyncio.sleep(0)
+
+    @gw.on_exit()
+    def unload(self) -> None:
+        Model.alive.remove(self.loaded)
+
+    @gw.method()
+    def predict(self) -> tuple[str, str, float]:
+        return self.loaded, self.name, self.threshold
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> None:
+    Model.alive, Model.loads, Model.most = [], [], 0
+    Model.has_begun = asyncio.Event()
+
+
+def service_of(cls: type) -> services.Service:
+    return services.from_class(cls, services.Placement(), ())
+
+
+class Owner:
+    """The instances of one class, and the calls that a process would make of them."""
+
+    def __init__(self, cls: type, most: int = 3) -> None:
+        self.service = service_of(cls)
+        self.instances = instances.Instances(self.service, most, LONG)
+        self.default: lifecycle.Entered | None = None
+
+    async def start(self) -> Owner:
+        unit = self.instances.default_unit()
+        if unit is not None:
+            self.default = lifecycle.Entered(unit, LONG)
+            await lifecycle.settle_all([self.default], LONG)
+            self.instances.adopt(self.default)
+        return self
+
+    async def stop(self) -> None:
+        await self.instances.leave()
+        if self.default is not None:
+            await self.default.leave()
+
+    def values(self, **given: Any) -> dict[str, Any]:
+        known = self.service.parameters
+        return parameters.complete(known, parameters.bind(self.service.name, known, given))
+
+    async def taken(self, **given: Any) -> instances.Loaded:
+        values = self.values(**given)
+        return self.instances.take(values) or await self.instances.load(values)
+
+    async def call(self, **given: Any) -> Any:
+        loaded = await self.taken(**given)
+        try:
+            return self.instances.view(loaded, self.values(**given)).predict()
+        finally:
+            self.instances.give_back(loaded)
+
+
+def test_a_call_parameter_costs_nothing() -> None:
+    async def main() -> None:
+        owner = await Owner(Model).start()
+        for tenths in range(1, 10):
+            answer = await owner.call(threshold=tenths / 10)
+            assert answer == ("small", "small", tenths / 10)
+        await owner.stop()
+
+    asyncio.run(main())
+    assert Model.loads == ["small"]
+
+
+def test_ten_models_load_ten_times_and_three_are_alive_at_most() -> None:
+    async def main() -> None:
+        owner = await Owner(Model).start()
+        for number in range(10):
+            assert (await owner.call(name=f"model {number}"))[0] == f"model {number}"
+            assert "small" in Model.alive
+        assert (await owner.call())[0] == "small"
+        assert Model.alive == ["small", "model 8", "model 9"]
+        await owner.stop()
+
+    asyncio.run(main())
+    assert Model.loads == ["small", *(f"model {number}" for number in range(10))]
+    assert Model.most == 3
+    assert Model.alive == []
+
+
+def test_the_least_recently_used_one_is_evicted() -> None:
+    async def main() -> None:
+        owner = await Owner(Model).start()
+        for name in ("a", "b", "a", "c"):
+            await owner.call(name=name)
+
+        assert sorted(Model.alive) == ["a", "c", "small"]
+        await owner.stop()
+
+    asyncio.run(main())
+
+
+def test_only_idle_ones_are_evicted() -> None:
+    async def main() -> None:
+        owner = await Owner(Model).start()
+        busy = [await owner.taken(name=name) for name in ("a", "b")]
+        await owner.call(name="c")
+
+        assert sorted(Model.alive) == ["a", "b", "c", "small"]
+        for one in busy:
+            owner.instances.give_back(one)
+        await owner.call(name="d")
+        assert len(Model.alive) == 3
+        await owner.stop()
+
+    asyncio.run(main())
+
+
+def test_concurrent_first_uses_build_it_once() -> None:
+    async def main() -> None:
+        owner = await Owner(Model).start()
+        answers = await asyncio.gather(
+            *(owner.call(name="large", threshold=tenths / 10) for tenths in range(1, 6))
+        )
+        assert {answer[0] for answer in answers} == {"large"}
+        await owner.stop()
+
+    asyncio.run(main())
+    assert Model.loads == ["small", "large"]
+
+
+class Fragile:
+    name: str = gw.parameter(default="small")
+    builds: list[str] = []
+    is_broken = True
+
+    @gw.on_enter()
+    async def load(self) -> None:
+        Fragile.builds.append(self.name)
+        await asyncio.sleep(0)
+        if self.name == "large" and Fragile.is_broken:
+            raise OSError("no weights")
+
+    @gw.method()
+    def predict(self) -> str:
+        return self.name
+
+
+def test_a_failed_build_fails_those_who_wait_and_is_not_kept() -> None:
+    async def main() -> None:
+        Fragile.builds, Fragile.is_broken = [], True
+        owner = await Owner(Fragile).start()
+        answers = await asyncio.gather(
+            *(owner.call(name="large") for _ in range(3)), return_exceptions=True
+        )
+        assert [str(answer) for answer in answers] == ["no weights"] * 3
+        assert Fragile.builds == ["small", "large"]
+
+        Fragile.is_broken = False
+        assert await owner.call(name="large") == "large"
+        await owner.stop()
+
+    asyncio.run(main())
+
+
+def test_a_caller_that_gives_up_leaves_the_build_to_the_others() -> None:
+    async def main() -> None:
+        owner = await Owner(Model).start()
+        first = asyncio.ensure_future(owner.call(name="large"))
+        await asyncio.sleep(0)
+        second = asyncio.ensure_future(owner.call(name="large"))
+        await Model.has_begun.wait()
+        first.cancel()
+
+        assert (await second)[0] == "large"
+        assert Model.loads == ["small", "large"]
+        await owner.stop()
+
+    asyncio.run(main())
+    assert Model.alive == []
+
+
+def test_what_a_caller_that_gave_up_had_built_is_left_at_the_end() -> None:
+    async def main() -> None:
+        owner = await Owner(Model).start()
+        only = asyncio.ensure_future(owner.call(name="large"))
+        await Model.has_begun.wait()
+        only.cancel()
+        await asyncio.wait([only])
+
+        assert (await owner.call(name="large"))[0] == "large"
+        assert Model.loads == ["small", "large"]
+        await owner.stop()
+
+    asyncio.run(main())
+    assert Model.alive == []
+
+
+def test_without_a_default_nothing_is_loaded_before_a_call() -> None:
+    class Required:
+        name: str = gw.parameter()
+
+        @gw.method()
+        def predict(self) -> str:
+            return self.name
+
+    async def main() -> None:
+        owner = await Owner(Required).start()
+        assert owner.default is None
+        assert await owner.call(name="large") == "large"
+        await owner.stop()
+
+    asyncio.run(main())
+
+
+def test_a_scope_overrides_what_was_observed() -> None:
+    loads: list[str] = []
+
+    class Told:
+        unread: str = gw.parameter(default="a", scope="load")
+        read: str = gw.parameter(default="a", scope="call")
+
+        @gw.on_enter()
+        def load(self) -> None:
+            loads.append(self.read)
+
+        @gw.method()
+        def predict(self) -> str:
+            return self.unread + self.read
+
+    async def main() -> None:
+        owner = await Owner(Told).start()
+        assert await owner.call(read="b") == "ab"
+        assert loads == ["a"]
+        assert await owner.call(unread="c", read="d") == "cd"
+        assert loads == ["a", "d"]
+        await owner.stop()
+
+    asyncio.run(main())
+
+
+def test_what_a_constructor_reads_shapes_the_loaded_state() -> None:
+    class Made:
+        name: str = gw.parameter(default="small")
+
+        def __init__(self) -> None:
+            self.thread = threading.current_thread().name
+            self.made_with = self.name
+
+        @gw.method()
+        def predict(self) -> str:
+            return self.made_with
+
+    async def main() -> None:
+        owner = await Owner(Made).start()
+        assert await owner.call(name="large") == "large"
+        assert owner.default.value.result().instance.thread != threading.current_thread().name
+        await owner.stop()
+
+    asyncio.run(main())
+
+
+def test_what_a_call_keeps_on_self_is_there_for_the_next() -> None:
+    class Counting:
+        step: int = gw.parameter(default=1)
+
+        @gw.on_enter()
+        def load(self) -> None:
+            self.count = 0
+
+        @gw.method()
+        def predict(self) -> int:
+            self.count += self.step
+            return self.count
+
+    async def main() -> None:
+        owner = await Owner(Counting).start()
+        assert await owner.call() == 1
+        assert await owner.call(step=10) == 11
+        await owner.stop()
+
+    asyncio.run(main())
+
+
+def test_true_and_one_are_different_values() -> None:
+    loads: list[Any] = []
+
+    class Loose:
+        value: Any = gw.parameter(default=1)
+
+        @gw.on_enter()
+        def load(self) -> None:
+            loads.append(self.value)
+
+        @gw.method()
+        def predict(self) -> str:
+            return repr(self.value)
+
+    async def main() -> None:
+        owner = await Owner(Loose).start()
+        assert await owner.call(value=True) == "True"
+        await owner.stop()
+
+    asyncio.run(main())
+    assert repr(loads) == "[1, True]"
+
+
+class Base:
+    log: list[str] = []
+
+    @gw.on_enter()
+    def connect(self) -> None:
+        self.log.append("connect")
+
+    @gw.on_exit()
+    async def disconnect(self) -> None:
+        self.log.append("disconnect")
+
+    @gw.method()
+    def predict(self) -> str:
+        return "base"
+
+
+class Derived(Base):
+    @gw.on_enter()
+    async def load(self) -> None:
+        self.log.append("load")
+
+    @gw.on_exit()
+    def fail(self) -> None:
+        raise RuntimeError("cannot unload")
+
+    @gw.on_exit()
+    def unload(self) -> None:
+        self.log.append("unload")
+
+    @gw.method()
+    def predict(self) -> str:
+        return f"derived {super().predict()}"
+
+
+def test_hooks_run_base_first_and_every_exit_hook_runs_in_reverse(caplog) -> None:
+    Base.log.clear()
+
+    async def main() -> None:
+        owner = await Owner(Derived).start()
+        assert await owner.call() == "derived base"
+        await owner.stop()
+
+    asyncio.run(main())
+    assert Base.log == ["connect", "load", "unload", "disconnect"]
+    assert "Derived.fail failed" in caplog.text
+
+
+@contextmanager
+def noted_thread(names: list[str]) -> Iterator[None]:
+    names.append(threading.current_thread().name)
+    yield
+
+
+def test_sync_hooks_run_in_threads_of_their_own_and_async_ones_on_the_loop() -> None:
+    names: list[str] = []
+
+    class Hooked:
+        @gw.on_enter()
+        def load(self) -> None:
+            names.append(threading.current_thread().name)
+
+        @gw.on_enter()
+        async def connect(self) -> None:
+            names.append(threading.current_thread().name)
+
+        @gw.method()
+        def predict(self) -> None: ...
+
+    async def main() -> None:
+        owner = await Owner(Hooked).start()
+        await owner.stop()
+
+    asyncio.run(main())
+    mine = threading.current_thread().name
+    assert names[0].startswith("gw-hook-")
+    assert names[1] == mine

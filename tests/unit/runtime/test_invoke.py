@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import current_task
+from celery.exceptions import SoftTimeLimitExceeded
+
+import gw_celery as gw
+from gw_celery import conf
+from gw_celery.declare import services
+from gw_celery.runtime import invoke, process
+
+LONG = 60.0
+
+
+@pytest.fixture
+def run(app: gw.App):
+    """A function that runs one input of the only service, as the tracer of a stock pool does."""
+    runtime = process.Process(conf.Settings(cancel_timeout=LONG))
+    runtime.start()
+    process.adopt(runtime)
+
+    def run(method: str, *args: Any, **given: Any) -> Any:
+        (service,) = app.registry.services.values()
+        runtime.enter([app.registry], [service])
+        return invoke.run(runtime, one_input(service, method, args, **given))
+
+    return run
+
+
+def one_input(service: services.Service, method: str, args: tuple, **given: Any) -> invoke.Input:
+    known = {
+        "task_id": "1",
+        "service": service,
+        "method": service.methods[method],
+        "given": {},
+        "args": args,
+    }
+    return invoke.Input(**{**known, **given})
+
+
+def answering(app: gw.App, answer: Callable[[list[Any]], Any], *, is_async: bool) -> None:
+    """Declare a batched class whose method ``embed`` answers with ``answer(texts)``."""
+
+    class Embedder:
+        @gw.method()
+        @gw.batched(max_batch_size=4)
+        def embed(self, texts, language="en"):
+            return answer([texts, language])
+
+    class AsyncEmbedder:
+        @gw.method()
+        @gw.batched(max_batch_size=4)
+        async def embed(self, texts, language="en"):
+            return answer([texts, language])
+
+    app.cls(AsyncEmbedder if is_async else Embedder)
+
+
+EITHER = pytest.mark.parametrize("is_async", [False, True])
+
+
+@EITHER
+def test_a_batched_method_gets_lists_of_one_with_its_defaults(app, run, is_async: bool) -> None:
+    answering(app, lambda got: [got], is_async=is_async)
+
+    assert run("embed", "a text") == [["a text"], ["en"]]
+    assert run("embed", "a text", kwargs={"language": "de"}) == [["a text"], ["de"]]
+
+
+class Array:
+    """What numpy and torch answer with, as far as it is looked at."""
+
+    def __init__(self, *rows: object) -> None:
+        self.rows = rows
+
+    def __array__(self) -> None: ...
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> object:
+        return self.rows[index]
+
+
+@EITHER
+@pytest.mark.parametrize("answer", [["one"], ("one",), Array("one")])
+def test_the_answer_of_one_input_is_taken_out_of_the_list(app, run, is_async, answer) -> None:
+    answering(app, lambda _: answer, is_async=is_async)
+
+    assert run("embed", "a text") == "one"
+
+
+@EITHER
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([], "a list of 0 entries"),
+        ([1, 2], "a list of 2 entries"),
+        ("x", "a str of 1 entries"),
+        (b"x", "a bytes of 1 entries"),
+        ({0: 1}, "a dict of 1 entries"),
+        ((one for one in [1]), "a generator of no entries"),
+        ({1}, "a set of 1 entries"),
+        (None, "a NoneType of no entries"),
+        (Array(1, 2, 3), "a Array of 3 entries"),
+    ],
+)
+def test_an_answer_of_another_length_or_kind_is_an_error_with_both(
+    app, run, is_async, answer, said
+) -> None:
+    answering(app, lambda _: answer, is_async=is_async)
+
+    with pytest.raises(gw.UsageError, match=f"got 1 input and answered with {said}"):
+        run("embed", "a text")
+
+
+@EITHER
+def test_an_exception_in_a_batched_answer_is_raised(app, run, is_async) -> None:
+    answering(app, lambda _: [KeyError("unknown language")], is_async=is_async)
+
+    with pytest.raises(KeyError, match="unknown language"):
+        run("embed", "a text")
+
+
+def test_a_batched_function_gets_lists_of_one(app, run) -> None:
+    @app.remote
+    @gw.batched(max_batch_size=2)
+    async def embed(texts):
+        return [len(texts)]
+
+    assert run("embed", "a text") == 1
+
+
+def test_a_sync_method_runs_in_the_thread_of_the_tracer(app, run) -> None:
+    @app.cls
+    class Model:
+        @gw.method()
+        def predict(self):
+            return threading.current_thread()
+
+    assert run("predict") is threading.current_thread()
+
+
+def test_a_sync_method_that_is_awaited_does_not_block_the_loop(app, run) -> None:
+    @app.cls
+    class Slow:
+        @gw.method()
+        def wait(self):
+            return went_on.wait(LONG), bool(current_task)
+
+    @app.remote
+    async def ask():
+        asyncio.get_running_loop().call_later(0, went_on.set)
+        return await Slow().wait()
+
+    went_on = threading.Event()
+    runtime = process.current()
+    runtime.enter([app.registry], list(app.registry.services.values()))
+
+    assert ask.local() == (True, True)
+
+
+def test_an_async_body_runs_on_the_loop(app, run) -> None:
+    @app.remote
+    async def where():
+        return process.current().is_on_loop()
+
+    assert run("where") is True
+
+
+class Waiting:
+    """Declares a body that waits, and knows when it began and how it ended."""
+
+    def __init__(self, app: gw.App) -> None:
+        self.began = threading.Event()
+        self.ended = threading.Event()
+        self.how = ""
+
+        @app.remote
+        async def wait():
+            self.began.set()
+            try:
+                await asyncio.Event().wait()
+            except BaseException as exc:
+                self.how = type(exc).__name__
+                raise
+            finally:
+                self.ended.set()
+
+
+def test_a_soft_limit_is_raised_in_the_body(app, run) -> None:
+    waiting = Waiting(app)
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        run("wait", soft_limit=0.01)
+    assert waiting.how == "SoftTimeLimitExceeded"
+
+
+def test_a_hard_limit_ends_the_wait_and_cancels_the_body(app, run) -> None:
+    waiting = Waiting(app)
+
+    with pytest.raises(invoke.HardLimit):
+        run("wait", hard_limit=0.01)
+    waiting.ended.wait(LONG)
+    assert waiting.how == "CancelledError"
+
+
+def test_a_revoked_input_ends_the_wait_and_cancels_the_body(app, run) -> None:
+    waiting = Waiting(app)
+
+    def revoke() -> None:
+        waiting.began.wait(LONG)
+        assert invoke.running.revoke("42")
+
+    helper = threading.Thread(target=revoke)
+    helper.start()
+    with pytest.raises(invoke.Revoked):
+        run("wait", task_id="42")
+    helper.join()
+    waiting.ended.wait(LONG)
+    assert waiting.how == "CancelledError"
+    assert not invoke.running.revoke("42")
+
+
+def test_limits_that_the_pool_enforces_are_not_ours(app) -> None:
+    runtime = process.Process(conf.Settings(), enforces_limits=False)
+    runtime.start()
+    process.adopt(runtime)
+
+    @app.remote
+    async def rest():
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return "rested"
+
+    (service,) = app.registry.services.values()
+    runtime.enter([app.registry], [service])
+    one = one_input(service, "rest", (), soft_limit=1e-9, hard_limit=1e-9)
+    assert invoke.run(runtime, one) == "rested"
+
+
+def test_an_instance_is_given_back_when_its_body_fails(app, run) -> None:
+    @app.cls
+    class Model:
+        @gw.method()
+        async def fail(self):
+            raise ValueError
+
+        @gw.method()
+        def fail_too(self):
+            raise ValueError
+
+    for method in ("fail", "fail_too"):
+        with pytest.raises(ValueError):
+            run(method)
+    (service,) = app.registry.services.values()
+    (loaded,) = process.current().instances_of(service)._loaded
+    assert loaded.in_use == 0

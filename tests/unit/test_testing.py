@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+from celery import Celery
+
+import gw_celery as gw
+from gw_celery import errors, testing
+from gw_celery.runtime import process
+from gw_celery.testing import gw_in_process  # noqa: F401
+
+
+def app_with(name: str, log: list[str]) -> gw.App:
+    app = gw.App(name, celery=Celery(name, broker="memory://", set_as_current=False))
+
+    class Weights:
+        def __enter__(self):
+            log.append(f"enter {name}")
+
+        def __exit__(self, *exc):
+            log.append(f"leave {name}")
+
+    async def body(): ...
+
+    Weights.__qualname__, body.__qualname__ = f"{name}.Weights", f"{name}.body"
+    app.context()(Weights)
+    app.remote(name=f"{name}.body")(body)
+    return app
+
+
+def test_everything_is_entered_for_the_block_and_left_after_it() -> None:
+    log: list[str] = []
+    app = app_with("first", log)
+
+    for _ in range(2):
+        with testing.in_process(app):
+            assert log == ["enter first"]
+            assert app.celery.conf.task_always_eager
+        assert log == ["enter first", "leave first"]
+        log.clear()
+    assert not app.celery.conf.task_always_eager
+    assert process.current() is None
+    assert not [one for one in threading.enumerate() if one.name == "gw-loop"]
+
+
+def test_an_inner_block_leaves_the_outer_one_alone() -> None:
+    log: list[str] = []
+    outer, inner = app_with("outer", log), app_with("inner", log)
+
+    with testing.in_process(outer):
+        with testing.in_process(inner):
+            pass
+        assert "leave outer" not in log
+    assert sorted(log) == ["enter inner", "enter outer", "leave inner", "leave outer"]
+
+
+def test_a_start_that_fails_raises_and_leaves_nothing_behind(app) -> None:
+    @app.cls
+    class Model:
+        @gw.on_enter()
+        def load(self):
+            raise OSError("no weights")
+
+        @gw.method()
+        def predict(self): ...
+
+    with pytest.raises(errors.StartupError, match="no weights"), testing.in_process(app):
+        pass
+    assert process.current() is None
+    assert not app.celery.conf.task_always_eager
+
+
+def test_the_fixture_serves_several_apps(gw_in_process) -> None:  # noqa: F811
+    log: list[str] = []
+    first, second = app_with("first", log), app_with("second", log)
+    gw_in_process(first)
+    gw_in_process(second)
+
+    assert log == ["enter first", "enter second"]
+    assert first.celery.tasks["first.body"].remote() is None
+    assert second.celery.tasks["second.body"].remote() is None
