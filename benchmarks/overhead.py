@@ -64,9 +64,7 @@ def _start(server: devserver.Server, pool: str) -> subprocess.Popen[bytes]:
     return worker
 
 
-def _measure(
-    worker: subprocess.Popen[bytes], tasks: int, rounds: int
-) -> dict[str, list[float]]:
+def _measure(worker: subprocess.Popen[bytes], tasks: int, rounds: int) -> dict[str, list[float]]:
     figures: dict[str, list[float]] = {kind: [] for kind in overhead_app.TASKS}
     for kind in overhead_app.TASKS:
         _cost(worker, kind, 200)

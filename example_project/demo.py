@@ -7,44 +7,53 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from celery import Celery
-from parts import HERE, Part, PartFailed, free_port, stop_all, wait_until
+from parts import HERE, Ending, Part, PartFailed, free_port, stop_all, wait_until
 
 from gw_celery import devserver, errors
 
-RUN = HERE.parent / ".run"
-LOGS = RUN / "logs"
+DATA = HERE.parent / ".run"
 START_TIMEOUT = 180.0
 ANSWER_TIMEOUT = 60.0
-STOP_TIMEOUT = 15.0
+#: A worker that still loads its model would finish that first; nobody waits for it.
+STOP_TIMEOUT = 8.0
 NODES = ("model@demo", "tasks@demo")
+#: What a developer's shell may say of another project: the demo is this one and its own server's.
+#: And never an open API of Flower by accident: it asks for a password, or serves none.
+FOREIGN = (
+    "CELERY_BROKER_URL",
+    "CELERY_RESULT_BACKEND",
+    "DJANGO_SETTINGS_MODULE",
+    "FLOWER_UNAUTHENTICATED_API",
+)
 QUESTION = "How does bread get its bubbles?"
 
 
 class Demo:
     """The running example, asked over HTTP as a browser would ask it."""
 
-    def __init__(self, server: devserver.Server) -> None:
+    def __init__(self, server: devserver.Server, data: Path, ending: Ending) -> None:
         self.server = server
+        self.ending = ending
+        self.data = data
+        self.logs = data / "logs"
         self.web_port = free_port(8000)
         self.flower_port = free_port(5555)
         self.env = {
             **os.environ,
             "EXAMPLE_BROKER_URL": server.broker_url,
             "EXAMPLE_RESULT_URL": server.result_url,
-            "EXAMPLE_DB": str(RUN / "db.sqlite3"),
+            "EXAMPLE_DB": str(data / "db.sqlite3"),
             "PYTHONUNBUFFERED": "1",
         }
-        # Flower asks for a password, or serves no API: never an open one by accident.
-        self.env.pop("FLOWER_UNAUTHENTICATED_API", None)
         self.parts = list(self._parts())
 
     @property
@@ -57,15 +66,16 @@ class Demo:
 
     def _parts(self) -> Iterator[Part]:
         celery = ["-m", "celery", "-A", "example"]
+        beat = ["beat", "-l", "INFO", "-s", str(self.data / "beat")]
         worker = [*celery, "worker", "-l", "INFO", "-E", "-P", "prefork"]
         web = ["-m", "uvicorn", "example.asgi:application", "--host", "127.0.0.1"]
         # "cpu" is the family of the services that say Gpu("CPU"): this worker loads the model.
-        yield Part("model", LOGS, [*worker, "-c", "1", "-Q", "cpu", "-n", NODES[0]])
-        yield Part("tasks", LOGS, [*worker, "-c", "1", "-Q", "celery", "-n", NODES[1]])
-        yield Part("beat", LOGS, [*celery, "beat", "-l", "INFO", "-s", str(RUN / "beat")])
-        yield Part("web", LOGS, [*web, "--port", str(self.web_port), "--lifespan", "off"])
+        yield Part("model", self.logs, [*worker, "-c", "1", "-Q", "cpu", "-n", NODES[0]])
+        yield Part("tasks", self.logs, [*worker, "-c", "1", "-Q", "celery", "-n", NODES[1]])
+        yield Part("beat", self.logs, [*celery, *beat])
+        yield Part("web", self.logs, [*web, "--port", str(self.web_port), "--lifespan", "off"])
         flower = ["flower", "--address=127.0.0.1", f"--port={self.flower_port}"]
-        yield Part("flower", LOGS, [*celery, *flower])
+        yield Part("flower", self.logs, [*celery, *flower])
 
     def start(self) -> None:
         """Start every part, and return when each has shown that it works."""
@@ -75,27 +85,33 @@ class Demo:
         self._manage("seed")
         self._wait_for_workers()
         model, _, beat, web, flower = self.parts
-        self._wait("beat", beat, lambda: "beat: Starting" in beat.log.read_text())
-        self._wait("Flower", flower, lambda: answers(self.flower_url))
-        self._wait("Django", web, lambda: answers(self.url + "healthz"))
+        self._wait(beat, lambda: "beat: Starting" in beat.log.read_text())
+        self._wait(flower, lambda: answers(self.flower_url))
+        self._wait(web, lambda: answers(self.url + "healthz"))
         # An answer proves the whole way: Django, broker, a worker with its model loaded, results.
-        self._wait("an answer of the model", model, lambda: self._try_ask() is not None)
-        self._wait("the library", model, self._is_library_searchable)
+        self._wait(model, lambda: self._try_ask() is not None)
+        self._wait(model, self._is_library_searchable)
+
+    def check(self) -> None:
+        """Raise PartFailed when something died, KeyboardInterrupt when the end was asked for."""
+        self.ending.check()
+        if not self.server.is_running:
+            raise PartFailed(f"the server ended; see {self.server.log}")
+        for part in self.parts:
+            part.check()
 
     def _manage(self, command: str) -> None:
-        part = Part(command, LOGS, ["manage.py", command])
+        part = Part(command, self.logs, ["manage.py", command])
         part.start(self.env)
         part.finish()
 
-    def _wait(self, what: str, suspect: Part, ask: Any) -> None:
-        others = [part for part in self.parts if part is not suspect]
-        wait_until(ask, [suspect, *others], what, START_TIMEOUT)
+    def _wait(self, suspect: Part, ask: Callable[[], object]) -> None:
+        wait_until(ask, self.check, suspect, START_TIMEOUT)
 
     def _wait_for_workers(self) -> None:
         with Celery("demo", broker=self.server.broker_url, set_as_current=False) as app:
             for part, node in zip(self.parts, NODES, strict=False):
-                ping = app.control.inspect([node], timeout=0.5).ping
-                self._wait(f"the worker {node}", part, ping)
+                self._wait(part, app.control.inspect([node], timeout=0.5).ping)
 
     def _try_ask(self) -> Any:
         with contextlib.suppress(urllib.error.URLError, TimeoutError):
@@ -121,12 +137,10 @@ class Demo:
         return list(answer["result"])
 
     def watch(self) -> None:
-        """Return never: raise PartFailed when something dies."""
-        while self.server.is_running:
-            for part in self.parts:
-                part.check()
+        """Return never: ``check`` ends it."""
+        while True:
+            self.check()
             time.sleep(0.5)
-        raise PartFailed(f"the server ended; see {self.server.log}")
 
     def stop(self) -> None:
         stop_all(self.parts, STOP_TIMEOUT)
@@ -152,7 +166,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def check(demo: Demo) -> None:
+def ask_once(demo: Demo) -> None:
     """Ask one question over HTTP and print the answer."""
     hits = demo.search(QUESTION)
     if not hits:
@@ -162,16 +176,17 @@ def check(demo: Demo) -> None:
     print(f"          {best['text']}")
 
 
-def run(is_check: bool) -> None:
+def run(data: Path, ending: Ending, is_check: bool) -> None:
+    (data / "logs").mkdir(parents=True, exist_ok=True)
     print("Starting the server, two workers, beat, Django and Flower ...", flush=True)
-    with devserver.running(RUN / "server") as server:
-        demo = Demo(server)
+    with devserver.running(data / "server") as server:
+        demo = Demo(server, data, ending)
         try:
             demo.start()
-            print(f"  page    {demo.url}\n  Flower  {demo.flower_url}\n  logs    {LOGS}")
+            print(f"  page    {demo.url}\n  Flower  {demo.flower_url}\n  logs    {demo.logs}")
             print("ready" if is_check else "ready: Ctrl-C stops everything", flush=True)
             if is_check:
-                check(demo)
+                ask_once(demo)
             else:
                 demo.watch()
         finally:
@@ -181,14 +196,16 @@ def run(is_check: bool) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run demo", description=__doc__)
     parser.add_argument("--check", action="store_true", help="ask one question, then stop")
-    is_check = parser.parse_args(argv).check
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder that keeps everything")
+    given = parser.parse_args(argv)
+    ending = Ending()
+    ending.install()
+    for name in FOREIGN:
+        os.environ.pop(name, None)
     # While a worker starts, a ping without an answer is no news.
     logging.getLogger("celery").setLevel(logging.ERROR)
-    LOGS.mkdir(parents=True, exist_ok=True)
     try:
-        run(is_check)
+        run(given.data.resolve(), ending, given.check)
     except KeyboardInterrupt:
         print("stopped")
     except (PartFailed, errors.GWCeleryError, OSError) as error:

@@ -89,14 +89,36 @@ def stop_all(parts: Sequence[Part], timeout: float) -> None:
         part.stop(deadline)
 
 
-def wait_until(ask: Callable[[], object], parts: Sequence[Part], what: str, timeout: float) -> None:
-    """Ask until the answer is truthy; fail at once when a part dies, or at the deadline."""
+class Ending:
+    """Ctrl-C, TERM or a closed terminal: the first raises KeyboardInterrupt, others do nothing."""
+
+    def __init__(self) -> None:
+        self._is_asked = False
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, *_: object) -> None:
+        if not self._is_asked:
+            self._is_asked = True
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        # Python drops what a signal raises inside a destructor or a hook of fork: raise it again.
+        if self._is_asked:
+            raise KeyboardInterrupt
+
+
+def wait_until(
+    ask: Callable[[], object], check: Callable[[], None], suspect: Part, timeout: float
+) -> None:
+    """Ask until the answer is truthy; ``check`` may end the wait; ``suspect`` is to blame."""
     deadline = time.monotonic() + timeout
     while not ask():
-        for part in parts:
-            part.check()
+        check()
         if time.monotonic() > deadline:
-            raise PartFailed(f"{what}: not within {timeout:.0f} s; {parts[0].tail()}")
+            raise PartFailed(f"{suspect.name} not ready in {timeout:.0f} s; {suspect.tail()}")
         time.sleep(POLL)
 
 

@@ -6,6 +6,8 @@ module shares, use ``processes.workers`` with ``redis_server`` in a fixture of t
 
 from __future__ import annotations
 
+import gc
+import signal
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,6 +30,11 @@ def missing(why: object) -> NoReturn:
     pytest.skip(str(why))
 
 
+def pytest_configure() -> None:
+    # The background job of a script ignores Ctrl-C, and so would every process started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, Any, Any]:
     report = yield
@@ -46,6 +53,8 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[devserver
         try:
             data_dir = tmp_path_factory.mktemp("redis")
             yield stack.enter_context(devserver.running(data_dir))
+            # A result unsubscribes when it is collected: it needs the server once more.
+            gc.collect()
         except errors.ServerNotFound as error:
             missing(error)
 

@@ -112,7 +112,7 @@ class Process:
         except psutil.NoSuchProcess:
             return []
         self._family.update(found)
-        return [child.pid for child in found if child.status() != psutil.STATUS_ZOMBIE]
+        return [child.pid for child in found if is_alive(child.pid)]
 
     def signal(self, number: signal.Signals) -> None:
         if self.exit_code is None:

@@ -44,9 +44,7 @@ def preset(app: Any) -> None:
 
 def configure_codec(settings: conf.Settings) -> None:
     """Apply the limits of gw-json that the settings give."""
-    codec.configure(
-        codec.Limits(depth=settings.max_payload_depth, size=settings.max_payload_bytes)
-    )
+    codec.configure(codec.Limits(depth=settings.max_payload_depth, size=settings.max_payload_bytes))
 
 
 def require_content(app: Any) -> None:

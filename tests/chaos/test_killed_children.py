@@ -58,8 +58,8 @@ def test_no_input_is_lost_when_a_child_is_killed_every_2_seconds(
         sent = [served.record.delay(f"n{number}") for number in range(TASKS)]
         answers = [one.get(timeout=600) for one in sent]
         # Kills while nothing runs prove little: go on until there were some under load.
-        for number in itertools.takewhile(lambda _: len(kills) < 3, itertools.count(TASKS)):
-            answers.append(served.record.delay(f"n{number}").get(timeout=60))
+        more = itertools.takewhile(lambda _: len(kills) < 3, itertools.count(TASKS))
+        answers += [served.record.delay(f"n{number}").get(timeout=60) for number in more]
     ended = collections.Counter(line[2] for line in ledger.words(ledger_path, "ended"))
     began = collections.Counter(line[2] for line in ledger.words(ledger_path, "began"))
     counts = {

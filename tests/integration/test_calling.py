@@ -142,7 +142,7 @@ def test_an_unknown_error_comes_back_as_a_remote_task_error() -> None:
 
 
 def test_a_system_exit_of_a_body_never_reaches_the_caller() -> None:
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - it must not be a SystemExit
+    with pytest.raises(Exception) as caught:
         served.fail.delay("exit").get(timeout=10)
     assert isinstance(caught.value, Exception)
     assert served.square.options(timeout=10).remote(2) == 4
@@ -186,7 +186,8 @@ def test_a_thousand_awaits_take_a_handful_of_threads_and_never_block_the_loop() 
     assert answers == [x * x for x in range(1000)]
     # This thread, 4 that publish and one that watches; Celery's own get() adds none.
     assert threads <= 8
-    assert lag < 0.25
+    # The loop stops for 10-30 ms on an idle machine; a blocking publish or wait is seconds.
+    assert lag < 1.0
 
 
 def test_a_cancelled_await_revokes_the_task(
@@ -214,7 +215,7 @@ def test_a_call_without_a_worker_times_out_and_says_what_to_do() -> None:
     async def awaited() -> None:
         await served.square.options(timeout=0.3, queue="nobody")(1)
 
-    with pytest.raises(errors.CallTimeout, match="not answered within 0.3 s"):
+    with pytest.raises(errors.CallTimeout, match=r"not answered within 0\.3 s"):
         asyncio.run(awaited())
 
 

@@ -115,3 +115,17 @@ def test_the_server_program_comes_from_the_environment(monkeypatch) -> None:
 
     monkeypatch.setenv("GW_CELERY_SERVER", "/opt/valkey-server")
     assert conf.server_program() == "/opt/valkey-server"
+
+
+def test_what_the_user_set_is_told_from_a_default_in_any_namespace() -> None:
+    class Project:
+        CELERY_ACCEPT_CONTENT = ["json"]
+
+    app = celery_app()
+    app.config_from_object(Project, namespace="CELERY")
+    app.conf.task_acks_late = False
+    conf.read(app.conf)
+
+    assert conf.is_set(app.conf, "accept_content")
+    assert conf.is_set(app.conf, "task_acks_late")
+    assert not conf.is_set(app.conf, "result_serializer")

@@ -161,6 +161,17 @@ def test_concurrent_first_uses_build_it_once() -> None:
     assert Model.loads == ["small", "large"]
 
 
+def test_what_was_built_for_a_caller_is_not_evicted_before_it_is_taken() -> None:
+    async def main() -> None:
+        owner = await Owner(Model, most=2).start()
+        answers = await asyncio.gather(*(owner.call(name=name) for name in "abc"))
+        assert [answer[0] for answer in answers] == ["a", "b", "c"]
+        await owner.stop()
+
+    asyncio.run(main())
+    assert Model.loads == ["small", "a", "b", "c"]
+
+
 class Fragile:
     name: str = gw.parameter(default="small")
     builds: list[str] = []
