@@ -42,7 +42,9 @@ def know_exceptions(options: Mapping[str, Any]) -> None:
     """Let callers get the exceptions that a task's options name."""
     for option in ("throws", "autoretry_for", "dont_autoretry_for"):
         for cls in options.get(option) or ():
-            _named[f"{cls.__module__}.{cls.__qualname__}"] = cls
+            # What a caller gets is an Exception, whatever a body may throw.
+            if issubclass(cls, Exception):
+                _named[f"{cls.__module__}.{cls.__qualname__}"] = cls
 
 
 def value_of(meta: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import types
+from collections.abc import Mapping
 from typing import Any
 
 from celery.app.task import Task
@@ -141,10 +142,13 @@ class ServingTask(Task):
         raise self._not_for_canvas("chunks")
 
     def _is_routed(self, options: dict[str, Any], args: Any, kwargs: Any) -> bool:
-        if any(options.get(one) for one in ("queue", "exchange", "routing_key")):
+        if _names_queue(options):
             return True
         router = self.app.amqp.router
-        return bool(router.routes and router.lookup_route(self.name, args, kwargs, options, self))
+        if not router.routes:
+            return False
+        # A route may say something else alone, such as a priority.
+        return _names_queue(router.lookup_route(self.name, args, kwargs, options, self) or {})
 
     def _parameters(self, given: dict[str, Any]) -> dict[str, Any]:
         """The parameters that a message carries: checked again, for no handle may have made it."""
@@ -166,6 +170,10 @@ class ServingTask(Task):
             f"{self.name}.{name}() would call the body one by one in a plain Celery task, where "
             f"its model is not loaded: write group({self.name}.s(x) for x in xs)"
         )
+
+
+def _names_queue(options: Mapping[str, Any]) -> bool:
+    return any(options.get(one) for one in ("queue", "exchange", "routing_key"))
 
 
 def _user_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:

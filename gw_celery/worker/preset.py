@@ -25,14 +25,13 @@ def preset(app: Any) -> None:
     """
     codec.register()
     configure_codec(conf.read(app.conf))
-    given = app.conf.without_defaults()
     defaults: dict[str, Any] = {
         "accept_content": [codec.NAME, "json"],
         "result_serializer": codec.NAME,
         "broker_connection_retry_on_startup": True,
     }
     for name, value in defaults.items():
-        if given.get(name) is None:
+        if not conf.is_set(app.conf, name):
             app.conf[name] = value
     app.conf.broker_transport_options = {
         "visibility_timeout": _DEFAULT_VISIBILITY,
@@ -94,7 +93,7 @@ def tune_worker(worker: Any, settings: conf.Settings) -> None:
         app.conf.worker_proc_alive_timeout, settings.start_timeout + 30
     )
     app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
-    if "worker_prefetch_multiplier" not in app.conf.without_defaults():
+    if not conf.is_set(app.conf, "worker_prefetch_multiplier"):
         worker.prefetch_multiplier = 1
 
 

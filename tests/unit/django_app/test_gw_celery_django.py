@@ -111,7 +111,6 @@ def test_the_same_setting_in_two_places_is_fine(project) -> None:
     assert project("said()", 'GW_CELERY = {"start_timeout": 900}', body) == []
 
 
-@pytest.mark.xfail(reason="the preset does not see the namespace of the project's settings")
 def test_content_that_is_not_accepted_is_an_error(project) -> None:
     ((code, message, _),) = project("said()", 'CELERY_ACCEPT_CONTENT = ["json"]')
 
