@@ -12,11 +12,11 @@ import celery.backends.rpc
 import redis.asyncio
 import redis.exceptions
 
-from gw_celery import conf
+from gw_celery import conf, errors
 
 logger = logging.getLogger(__name__)
 
-Resolve = Callable[[str, Mapping[str, Any]], None]
+Resolve = Callable[[str, Mapping[str, Any] | Exception], None]
 
 #: Seconds after which the records of all waiting calls are read again, in case a notification
 #: was lost with its connection.
@@ -120,8 +120,8 @@ class RedisSource:
     async def _read(self, client: redis.asyncio.Redis, channels: Iterable[str]) -> None:
         keys = list(channels)
         if keys:
-            for stored in await client.mget(keys):
-                self._report(stored)
+            for key, stored in zip(keys, await client.mget(keys), strict=True):
+                self._report(key, stored)
 
     async def _listen(self, pubsub: Any) -> None:
         while True:
@@ -130,16 +130,21 @@ class RedisSource:
                 await self._subscribed.wait()
             message = await pubsub.get_message(timeout=None)
             if message is not None and message["type"] == "message":
-                self._report(message["data"])
+                self._report(_text(message["channel"]), message["data"])
 
-    def _report(self, stored: Any) -> None:
-        if not stored:
+    def _report(self, channel: str, stored: Any) -> None:
+        task_id = self._ids.get(channel)
+        if task_id is None or not stored:
             return
         try:
             record = self._backend.decode(stored)
-            self._resolve(record["task_id"], record)
-        except Exception:
-            logger.exception("a record of the result backend cannot be read and is ignored")
+            status = record["status"]
+        except Exception as exc:
+            # Whoever waits must learn of it: nothing better will be stored.
+            self._resolve(task_id, _unreadable(task_id, exc))
+            return
+        if status is not None:
+            self._resolve(task_id, record)
 
 
 class PolledSource:
@@ -179,6 +184,14 @@ class PolledSource:
             self._resolve(task_id, self._app.backend.get_task_meta(task_id))
         except Exception:
             logger.exception("cannot read the result of %s, asking again", task_id)
+
+
+def _unreadable(task_id: str, exc: Exception) -> errors.SerializationError:
+    error = errors.SerializationError(
+        f"the answer of {task_id} cannot be read: {exc}; are its types registered here, too?"
+    )
+    error.__cause__ = exc
+    return error
 
 
 def _client(backend: Any) -> redis.asyncio.Redis:

@@ -95,8 +95,8 @@ class Watcher:
         if not waiters and self._waiting.pop(task_id, None) is not None:
             self._source.forget(task_id)
 
-    def _resolve(self, task_id: str, meta: Meta) -> None:
-        if meta["status"] not in states.READY_STATES:
+    def _resolve(self, task_id: str, meta: Meta | Exception) -> None:
+        if not isinstance(meta, Exception) and meta["status"] not in states.READY_STATES:
             return
         if self._waiting.get(task_id):
             self._source.forget(task_id)

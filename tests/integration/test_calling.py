@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ledger
 import pytest
@@ -18,6 +19,7 @@ from celery import chain, chord, group
 from celery.exceptions import Ignore, TaskRevokedError
 
 from gw_celery import devserver, errors
+from gw_celery.calling import waiting
 from tests import processes
 from tests.processes import eventually
 
@@ -162,6 +164,20 @@ def test_what_a_stranger_wrote_into_the_backend_is_not_raised() -> None:
     with pytest.raises(errors.RemoteTaskError, match=r"builtins\.SystemExit") as caught:
         sent.get(timeout=10)
     assert "\x1b" not in caught.value.traceback
+
+
+def test_an_answer_that_cannot_be_read_ends_the_wait_with_its_reason() -> None:
+    # Never sent: Celery's own client would subscribe to it, and fail at it in a later test.
+    unread = served.celery.AsyncResult(uuid4().hex)
+    backend = served.celery.backend
+    stored = '{"status": "SUCCESS", "result": {"~obj": ["other.Type@1", {}]}}'
+    backend.set(backend.get_key_for_task(unread.id), stored)
+
+    async def awaited() -> None:
+        await waiting.answer(unread, "served.echo", 5)
+
+    with pytest.raises(errors.SerializationError, match=r"other\.Type"):
+        asyncio.run(awaited())
 
 
 def test_types_survive_the_way_there_and_back() -> None:
