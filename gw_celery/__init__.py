@@ -10,6 +10,7 @@ from gw_celery.declare.parameters import parameter
 from gw_celery.declare.probes import Probe
 from gw_celery.errors import (
     BlockingCallError,
+    BodyExited,
     CallTimeout,
     ConfigurationError,
     ContextLookupError,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "App",
     "BlockingCallError",
+    "BodyExited",
     "CallTimeout",
     "ConfigurationError",
     "ContextLookupError",

@@ -55,6 +55,10 @@ class NotServedError(GWCeleryError):
     """Raised when a task reaches a process that has not loaded its service."""
 
 
+class BodyExited(GWCeleryError):
+    """Raised in place of a ``SystemExit`` or ``KeyboardInterrupt`` of an asynchronous body."""
+
+
 class ContextLookupError(GWCeleryError, KeyError):
     """Raised by ``get_context`` for a class that is not entered in this process."""
 

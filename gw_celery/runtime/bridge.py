@@ -153,9 +153,11 @@ class Call(Generic[T]):
         try:
             return await _Stepped(self._coroutine, self)
         except (SystemExit, KeyboardInterrupt) as exc:
-            # asyncio would end the loop with it; it belongs to the thread that waits.
-            self._abandoned = exc
-            raise asyncio.CancelledError from exc
+            # asyncio would end the loop with it, and Celery's tracer its process, with the loaded
+            # model: for the caller it is a failure of this one body.
+            raise errors.BodyExited(
+                f"the body raised {exc!r}, which would end its process"
+            ) from exc
 
     def _cancel(self, instead: BaseException | None = None) -> None:
         if self._task is not None and not self._task.done():

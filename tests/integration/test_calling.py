@@ -144,9 +144,8 @@ def test_an_unknown_error_comes_back_as_a_remote_task_error() -> None:
 
 
 def test_a_system_exit_of_a_body_never_reaches_the_caller() -> None:
-    with pytest.raises(Exception) as caught:
+    with pytest.raises(errors.BodyExited, match="SystemExit"):
         served.fail.delay("exit").get(timeout=10)
-    assert isinstance(caught.value, Exception)
     assert served.square.options(timeout=10).remote(2) == 4
 
 

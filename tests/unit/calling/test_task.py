@@ -423,14 +423,14 @@ def test_a_soft_limit_in_a_body_is_its_error(app, serve) -> None:
     assert slow.remote() == "stopped"
 
 
-def test_an_exit_in_a_body_reaches_the_tracer_and_the_loop_lives_on(app, square, serve) -> None:
+def test_an_exit_in_a_body_is_a_failure_and_the_loop_lives_on(app, square, serve) -> None:
     @app.remote
     async def leave():
         raise SystemExit(3)
 
     serve()
-    with pytest.raises(SystemExit):
-        leave.delay()
+    with pytest.raises(errors.BodyExited, match="SystemExit"):
+        leave.delay().get()
     assert square.remote(5) == 25
 
 

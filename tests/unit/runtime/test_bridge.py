@@ -217,17 +217,17 @@ def test_a_soft_limit_in_the_waiting_thread_reaches_the_coroutine(thread: loop.L
 
 
 @pytest.mark.parametrize("exc", [SystemExit(3), KeyboardInterrupt()])
-def test_an_exit_in_a_body_reaches_the_caller_and_leaves_the_loop_alive(
+def test_an_exit_in_a_body_fails_that_body_and_leaves_the_loop_alive(
     thread: loop.LoopThread, exc: BaseException
 ) -> None:
     async def body() -> None:
         await asyncio.sleep(0)
         raise exc
 
-    with pytest.raises(type(exc)) as caught:
+    with pytest.raises(errors.BodyExited, match=type(exc).__name__) as caught:
         run(thread, body())
 
-    assert caught.value is exc
+    assert caught.value.__cause__ is exc
     assert run(thread, asyncio.sleep(0, "alive")) == "alive"
 
 
