@@ -429,7 +429,7 @@ def test_an_exit_in_a_body_is_a_failure_and_the_loop_lives_on(app, square, serve
         raise SystemExit(3)
 
     serve()
-    with pytest.raises(errors.BodyExited, match="SystemExit"):
+    with pytest.raises(gw.BodyExited, match="SystemExit"):
         leave.delay().get()
     assert square.remote(5) == 25
 
