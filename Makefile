@@ -1,3 +1,3 @@
-.PHONY: demo test test-previous coverage lint format wheel venv
-demo test test-previous coverage lint format wheel venv:
+.PHONY: help demo test test-previous coverage lint format wheel venv
+help demo test test-previous coverage lint format wheel venv:
 	./run $@

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from celery import Celery
-from parts import HERE, Ending, Part, PartFailed, free_port, stop_all, wait_until
+from parts import HERE, Ending, Part, PartFailed, claimed_port, stop_all, wait_until
 
 from gw_celery import devserver, errors
 
@@ -40,13 +40,15 @@ QUESTION = "How does bread get its bubbles?"
 class Demo:
     """The running example, asked over HTTP as a browser would ask it."""
 
-    def __init__(self, server: devserver.Server, data: Path, ending: Ending) -> None:
+    def __init__(
+        self, server: devserver.Server, data: Path, ending: Ending, *, web: int, flower: int
+    ) -> None:
         self.server = server
         self.ending = ending
         self.data = data
         self.logs = data / "logs"
-        self.web_port = free_port(8000)
-        self.flower_port = free_port(5555)
+        self.web_port = web
+        self.flower_port = flower
         self.env = {
             **os.environ,
             "EXAMPLE_BROKER_URL": server.broker_url,
@@ -67,10 +69,13 @@ class Demo:
     def _parts(self) -> Iterator[Part]:
         celery = ["-m", "celery", "-A", "example"]
         beat = ["beat", "-l", "INFO", "-s", str(self.data / "beat")]
-        worker = [*celery, "worker", "-l", "INFO", "-E", "-P", "prefork"]
+        worker = [*celery, "worker", "-l", "INFO", "-E"]
         web = ["-m", "uvicorn", "example.asgi:application", "--host", "127.0.0.1"]
-        # "cpu" is the family of the services that say Gpu("CPU"): this worker loads the model.
-        yield Part("model", self.logs, [*worker, "-c", "1", "-Q", "cpu", "-n", NODES[0]])
+        # "cpu" is the family of the services that say Gpu("CPU"): this worker loads the model, in
+        # one replica of the GPU pool. Other workers of the project keep Celery's own pool.
+        on_gpu_pool = [*worker, "-P", "custom", "-Q", "cpu", "-n", NODES[0]]
+        pool = {"CELERY_CUSTOM_WORKER_POOL": "gw_celery.pool:TaskPool"}
+        yield Part("model", self.logs, on_gpu_pool, env=pool)
         yield Part("tasks", self.logs, [*worker, "-c", "1", "-Q", "celery", "-n", NODES[1]])
         yield Part("beat", self.logs, [*celery, *beat])
         yield Part("web", self.logs, [*web, "--port", str(self.web_port), "--lifespan", "off"])
@@ -176,11 +181,24 @@ def ask_once(demo: Demo) -> None:
     print(f"          {best['text']}")
 
 
+@contextlib.contextmanager
+def own_server(data: Path) -> Iterator[devserver.Server]:
+    try:
+        server = devserver.start(data / "server")
+    except errors.ServerFailed as error:
+        # What is an argument of the library is an option here.
+        raise PartFailed(str(error).replace("another data_dir", "another --data")) from error
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
 def run(data: Path, ending: Ending, is_check: bool) -> None:
     (data / "logs").mkdir(parents=True, exist_ok=True)
     print("Starting the server, two workers, beat, Django and Flower ...", flush=True)
-    with devserver.running(data / "server") as server:
-        demo = Demo(server, data, ending)
+    with own_server(data) as server, claimed_port(8000) as web, claimed_port(5555) as flower:
+        demo = Demo(server, data, ending, web=web, flower=flower)
         try:
             demo.start()
             print(f"  page    {demo.url}\n  Flower  {demo.flower_url}\n  logs    {demo.logs}")
@@ -196,7 +214,12 @@ def run(data: Path, ending: Ending, is_check: bool) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run demo", description=__doc__)
     parser.add_argument("--check", action="store_true", help="ask one question, then stop")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder that keeps everything")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=DATA,
+        help="folder that keeps everything",
+    )
     given = parser.parse_args(argv)
     ending = Ending()
     ending.install()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -9,13 +10,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TAIL_LINES = 20
 POLL = 0.2
 PR_SET_PDEATHSIG = 1
+#: How many ports are tried. They stay below those that the system gives to outgoing connections.
+PORTS = 100
 
 
 class PartFailed(Exception):
@@ -25,8 +28,16 @@ class PartFailed(Exception):
 class Part:
     """One ``python -m ...`` of the demo, with its output in a file."""
 
-    def __init__(self, name: str, logs: Path, arguments: Sequence[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        logs: Path,
+        arguments: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
+        self._env = env or {}
         self.log = logs / f"{name}.log"
         self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
@@ -36,7 +47,7 @@ class Part:
             self._process = subprocess.Popen(
                 [sys.executable, *self._arguments],
                 cwd=HERE,
-                env=dict(env),
+                env={**env, **self._env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -122,14 +133,24 @@ def wait_until(
         time.sleep(POLL)
 
 
-def free_port(preferred: int) -> int:
-    """Return ``preferred``, or any other port of 127.0.0.1 when that one is taken."""
-    for port in (preferred, 0):
-        with socket.socket() as probe:
+@contextlib.contextmanager
+def claimed_port(preferred: int) -> Iterator[int]:
+    """Keep ``preferred``, or a port soon after it, from all other demos until the end.
+
+    A part binds its port seconds after it was found free. So the UDP port of the same number is
+    taken too, which no part needs: other demos see that, and it is gone when the process is.
+    """
+    for port in range(preferred, preferred + PORTS):
+        with socket.socket(type=socket.SOCK_DGRAM) as claim, socket.socket() as probe:
+            # Without it, connections of a server that has ended keep its port for a minute.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
+                claim.bind(("127.0.0.1", port))
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return int(probe.getsockname()[1])
-    raise PartFailed("no free port on 127.0.0.1")
+            probe.close()
+            yield port
+            return
+    last = preferred + PORTS - 1
+    raise PartFailed(f"no port of 127.0.0.1 from {preferred} to {last} is free: stop another demo")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import celery
-from celery import _state
+from celery import Celery, _state
+from celery.local import Proxy
 
-from gw_celery import codec, conf, errors
-from gw_celery.calling import handle, outcome, task
-from gw_celery.declare import benchmark, check, gpu, markers, registry, services
+from gw_celery import codec, errors
+from gw_celery.calling import handle, names, outcome, registration
+from gw_celery.declare import benchmark, check, gpu, markers, options, registry, services
 from gw_celery.runtime import process
 from gw_celery.types import AnyFunction
 from gw_celery.worker import hooks
@@ -30,11 +30,15 @@ class App:
     """
 
     def __init__(self, name: str, celery: celery.Celery | None = None) -> None:
-        self.name = name
+        self.name = _require_name(name)
+        self._celery = _require_celery(celery)
         self.registry = registry.Registry(name)
-        self._celery = celery
+        if self._celery is not None:
+            self.registry.join(self._celery, beside=hooks.registries())
         codec.register()
         hooks.connect(self.registry)
+        # What is declared after ours, and before the Celery app is finalized, is seen only then.
+        _state.connect_on_app_finalize(self._require_names)
 
     def __repr__(self) -> str:
         return f"<App {self.name}: {len(self.registry.services)} services>"
@@ -44,6 +48,18 @@ class App:
         """The Celery app that it is bound to, else the current one."""
         return self._celery or celery.current_app
 
+    @property
+    def user_options(self) -> Any:
+        """Tell ``celery -A`` that it has found this object instead of the Celery app.
+
+        Raises:
+            UsageError: always; it is the first thing that Celery asks an app for.
+        """
+        raise errors.UsageError(
+            f"celery -A found {self!r}, for its module calls it `app`: name the Celery app, as in "
+            f"`celery -A proj:celery`"
+        )
+
     def context(self, *args: Any, **kwargs: Any) -> Callable[[C], C]:
         """Register a context class; it is made with these arguments in each replica.
 
@@ -51,12 +67,15 @@ class App:
         entered once per replica, in parallel with the others, before any input is taken.
 
         Raises:
-            DeclarationError: for anything but such a class, or one that is registered already.
+            DeclarationError: for anything but such a class, one that is registered already, or
+                arguments that its constructor does not take.
         """
+        _require_called(args, kwargs)
 
         def register(cls: C) -> C:
             _require_context(cls)
-            self.registry.add_context(registry.Context(cls=cls, args=args, kwargs=kwargs))
+            context = registry.Context(cls=cls, args=args, kwargs=kwargs)
+            self.registry.add_context(context, beside=hooks.registries())
             outcome.know_module(cls.__module__)
             return cls
 
@@ -102,7 +121,7 @@ class App:
         benchmark_runs: int = 10,
         benchmark_concurrency: int = 10,
         workload_calculator: AnyFunction | None = None,
-        **options: Any,
+        **task_options: Any,
     ) -> Any:
         """Make a Celery task of an ``async def``, served on a queue of its own.
 
@@ -118,7 +137,8 @@ class App:
             benchmark_runs: timed rounds.
             benchmark_concurrency: parallel inputs of one round.
             workload_calculator: cost of one input, from its arguments; 1.0 without it.
-            options: any Celery task option, such as ``autoretry_for`` or ``rate_limit``.
+            task_options: any Celery task option, such as ``autoretry_for``, ``rate_limit`` or
+                ``base``, and attributes of your own.
 
         Raises:
             DeclarationError: when an argument breaks its rule; the message names all three.
@@ -129,7 +149,7 @@ class App:
                 benchmark_dataset, benchmark_generator, benchmark_runs, benchmark_concurrency
             ),
             workload_calculator=check.function("workload_calculator", workload_calculator),
-            options=options,
+            options=options.of_remote(task_options),
         )
 
         def register(function: AnyFunction) -> Any:
@@ -151,6 +171,7 @@ class App:
         timeout: float | None = 300.0,
         max_queue_time: float | None = None,
         probes: Any = (),
+        **unknown: Any,
     ) -> Any:
         """Make Celery tasks of the methods of a class that is loaded once per replica.
 
@@ -161,6 +182,7 @@ class App:
         Raises:
             DeclarationError: when an argument breaks its rule; the message names all three.
         """
+        options.refuse_unknown_of_class(unknown)
         where = self._placement(gpu, queue, min_workers, max_workers, timeout, max_queue_time)
 
         def register(target: C) -> C:
@@ -194,52 +216,52 @@ class App:
         return tuple(self.celery.conf.get("gw_gpu_kinds") or ())
 
     def _add(self, service: services.Service) -> None:
-        self.registry.add_service(service)
+        for method in service.methods.values():
+            registration.require_options(method)
+        if (app := self._celery or names.current_app()) is not None:
+            names.require_free(app, service)
+        self.registry.add_service(service, beside=hooks.registries())
         outcome.know_module(service.target.__module__)
         for method in service.methods.values():
             codec.register_annotations(method.function)
             outcome.know_exceptions(method.options)
 
+    def _require_names(self, celery_app: Any) -> None:
+        if self._celery in (None, celery_app):
+            for service in self.registry.services.values():
+                names.require_free(celery_app, service)
+
     def _task(self, service: services.Service, method: services.Method) -> Any:
-        options = {
-            "time_limit": service.placement.timeout,
-            **method.options,
-            "name": method.task_name,
-            "base": self._base_class(),
-            "gw_service": service,
-            "gw_method": method,
-            "gw_registry": self.registry,
-        }
-        decorate = celery.shared_task if self._celery is None else self._celery.task
-        return decorate(**options)(_runner(method))
+        return registration.register(self._celery, self.registry, service, method)
 
-    def _base_class(self) -> type:
-        if self._celery is not None:
-            return task.base_class(self._celery.task_cls)
-        # Tasks of a Django project have delay_on_commit().
-        is_django = conf.is_django_project()
-        return task.base_class(
-            "celery.contrib.django.task:DjangoTask" if is_django else "celery.app.task:Task"
+
+def _require_name(name: object) -> str:
+    if not isinstance(name, str) or not name.strip():
+        raise errors.DeclarationError(
+            "name", name, 'must be a name: write gw.App("search", celery_app)'
         )
+    return name
 
 
-def _runner(method: services.Method) -> Callable[..., Any]:
-    """Return the synchronous function that Celery sees: its wrappers expect one on every pool."""
-
-    @functools.wraps(method.function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        current = _state.get_current_task()
-        if current is None or current.name != method.task_name:
-            raise errors.UsageError(
-                f"{method.task_name}.run() is what a worker calls: write .local(...) to run it "
-                f"here, or .delay(...), .remote(...) or `await` to send it"
-            )
-        return current.execute(args, kwargs)
-
-    run.__signature__ = (  # type: ignore[attr-defined]
-        services.full_signature(method) if method.is_bound else method.signature
+def _require_celery(value: Any) -> Any:
+    if type(value) is Proxy:  # ``celery.current_app`` is another app in another thread
+        return value._get_current_object()
+    if value is None or isinstance(value, Celery):
+        return value
+    raise errors.DeclarationError(
+        "celery", value, "must be a Celery app, or left out for the current one"
     )
-    return run
+
+
+def _require_called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a bare ``@app.context``, which would put a function in the place of the class."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], type):
+        raise errors.DeclarationError(
+            "context",
+            args[0],
+            "write @app.context() above the class, with parentheses; a class that the constructor "
+            "takes is passed by its name: @app.context(model_class=...)",
+        )
 
 
 def _require_context(cls: object) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from gw_celery import errors
@@ -28,6 +28,20 @@ class Settings:
     gpu_kinds: tuple[str, ...] = ()
     #: Time that contexts and ``on_enter`` hooks have until they count as failed.
     start_timeout: float = 600.0
+    #: Time that a child of the pool has to import the app.
+    boot_timeout: float = 30.0
+    #: Time that a draining replica has, unless an input in flight may run for longer.
+    drain_timeout: float = 30.0
+    #: Silence after which a child of the pool counts as frozen.
+    heartbeat_timeout: float = 30.0
+    #: Time that a stopping worker waits for its inputs in flight.
+    shutdown_timeout: float = 3600.0
+    #: Time that a result is tried to be stored while the result backend is away.
+    store_timeout: float = 60.0
+    #: Children that an input may kill, running alone, until it is given up.
+    max_deaths: int = 3
+    #: Replicas of a worker with the GPU pool; without it, as many as its slots need.
+    replicas: int | None = None
     #: Time that each context or ``on_exit`` hook has to leave.
     exit_timeout: float = 30.0
     #: Time that a cancelled body has to end before its process goes on without it.
@@ -56,13 +70,11 @@ def read(conf: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigurationError: for an unknown key, with the nearest known one, or a wrong type.
     """
-    given = {key.removeprefix(PREFIX): conf[key] for key in conf if key.startswith(PREFIX)}
+    checked = _checked(_beginning_with(PREFIX, conf), "app.conf.", PREFIX)
     if namespace := getattr(conf, "prefix", None):
         begin = f"{namespace}{PREFIX}".upper()
-        given |= {
-            key.removeprefix(begin).lower(): conf[key] for key in conf if key.startswith(begin)
-        }
-    return from_mapping(given, "app.conf." + PREFIX)
+        checked |= _checked(_beginning_with(begin, conf), "", begin)
+    return Settings(**checked)
 
 
 def is_set(conf: Any, name: str) -> bool:
@@ -73,15 +85,13 @@ def is_set(conf: Any, name: str) -> bool:
     return any(key in given for given in conf.maps[:-1] for key in conf._to_keys(name))
 
 
-def from_mapping(given: Mapping[str, Any], label: str = "GW_CELERY ") -> Settings:
-    """Return settings from bare names; ``label`` says in errors where they were written."""
-    hints = typing.get_type_hints(Settings)
-    checked: dict[str, Any] = {}
-    for name, value in given.items():
-        if name not in hints:
-            raise errors.ConfigurationError(_unknown(label, name, hints))
-        checked[name] = _typed(f"{label}{name}", value, hints[name])
-    return Settings(**checked)
+def from_mapping(given: Mapping[str, Any]) -> Settings:
+    """Return settings from the bare names that Django's ``GW_CELERY`` has.
+
+    Raises:
+        ConfigurationError: for an unknown key, with the nearest known one, or a wrong type.
+    """
+    return Settings(**_checked(given, "GW_CELERY ", ""))
 
 
 def is_django_project() -> bool:
@@ -89,15 +99,40 @@ def is_django_project() -> bool:
     return bool(os.environ.get("DJANGO_SETTINGS_MODULE"))
 
 
+def environment() -> dict[str, str]:
+    """Return a copy of this process's environment, for a child of it."""
+    return dict(os.environ)
+
+
 def server_program() -> str | None:
     """Return the server program that ``GW_CELERY_SERVER`` names, if any."""
     return os.environ.get("GW_CELERY_SERVER") or None
 
 
-def _unknown(label: str, name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), list(known), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-    return f"unknown setting {label}{name}{hint}"
+def _beginning_with(prefix: str, conf: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): conf[key] for key in conf if key.startswith(prefix)}
+
+
+def _checked(given: Mapping[str, Any], where: str, prefix: str) -> dict[str, Any]:
+    """Return the values of known settings by their names; ``prefix`` is how they begin there."""
+    hints = typing.get_type_hints(Settings)
+    known = {(name.upper() if prefix.isupper() else name): name for name in hints}
+    checked: dict[str, Any] = {}
+    for written, value in given.items():
+        if written not in known:
+            raise errors.ConfigurationError(_unknown(where, prefix, written, known))
+        name = known[written]
+        checked[name] = _typed(f"{where}{prefix}{written}", value, hints[name])
+    return checked
+
+
+def _unknown(where: str, prefix: str, written: str, known: Collection[str]) -> str:
+    """Say what to write instead, in the form in which it must be written there."""
+    spelt = written.upper() if prefix.isupper() else written.lower()
+    near = difflib.get_close_matches(spelt, known, n=1)
+    listed = ", ".join(f"{prefix}{name}" for name in known)
+    hint = f"did you mean {f'{prefix}{near[0]}'!r}?" if near else f"known: {listed}"
+    return f"unknown setting {where}{prefix}{written}; {hint}"
 
 
 def _typed(label: str, value: Any, expected: Any) -> Any:

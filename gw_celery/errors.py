@@ -56,7 +56,15 @@ class NotServedError(GWCeleryError):
 
 
 class BodyExited(GWCeleryError):
-    """Raised in place of a ``SystemExit`` or ``KeyboardInterrupt`` of an asynchronous body."""
+    """Raised in place of what a body raised that is no ``Exception``, such as a ``SystemExit``."""
+
+
+class PoisonedInput(GWCeleryError):
+    """Raised in place of the answer of an input whose replica died each time that it ran alone."""
+
+
+class WorkerStopped(GWCeleryError):
+    """Raised in place of the answer of an acknowledged input that a shutdown cut off."""
 
 
 class ContextLookupError(GWCeleryError, KeyError):

@@ -6,11 +6,12 @@ module shares, use ``processes.workers`` with ``redis_server`` in a fixture of t
 
 from __future__ import annotations
 
+import functools
 import gc
 import signal
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NoReturn
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pytest
 import redis
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gw_celery import devserver
+    from tests.pooling import StartPooled
+
+T = TypeVar("T")
 
 
 def missing(why: object) -> NoReturn:
@@ -78,25 +82,27 @@ def result_url(redis_server: devserver.Server, redis_url: str) -> str:
     return redis_server.result_url
 
 
+@contextmanager
+def needed(service: AbstractContextManager[T]) -> Iterator[T]:
+    with ExitStack() as stack:
+        try:
+            given = stack.enter_context(service)
+        except services.Missing as why:
+            missing(why)
+        yield given
+
+
 @pytest.fixture(scope="session")
 def redis_tcp_urls() -> Iterator[tuple[str, str]]:
     """Broker and result URL of two empty databases of the Redis on 127.0.0.1:6379."""
-    with ExitStack() as stack:
-        try:
-            urls = stack.enter_context(services.redis_on_tcp())
-        except services.Missing as why:
-            missing(why)
+    with needed(services.redis_on_tcp()) as urls:
         yield urls
 
 
 @pytest.fixture(scope="session")
 def rabbitmq_url() -> Iterator[str]:
     """A virtual host of this test run alone on the RabbitMQ on 127.0.0.1:5672."""
-    with ExitStack() as stack:
-        try:
-            url = stack.enter_context(services.rabbitmq_vhost())
-        except services.Missing as why:
-            missing(why)
+    with needed(services.rabbitmq_vhost()) as url:
         yield url
 
 
@@ -115,6 +121,26 @@ def ledger_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "ledger"
     monkeypatch.setenv("LEDGER", str(path))
     return path
+
+
+@pytest.fixture
+def start_pooled(start_worker: processes.StartWorker, ledger_path: Path) -> StartPooled:
+    """Start a worker on the GPU pool: see ``pooling.start``; stopped at the end."""
+    # The app that it serves is imported where it is needed.
+    from tests import pooling
+
+    return functools.partial(pooling.start, start_worker, ledger_path)
+
+
+@pytest.fixture(scope="module")
+def pooled_worker(
+    redis_server: devserver.Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[processes.WorkerProcess]:
+    """A worker on the GPU pool that all tests of a module share; its ledger is beside its log."""
+    from tests import pooling
+
+    with pooling.module_worker(redis_server, tmp_path_factory.mktemp("worker")) as worker:
+        yield worker
 
 
 @pytest.fixture(scope="module")

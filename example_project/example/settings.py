@@ -70,6 +70,8 @@ CELERY_RESULT_BACKEND = os.environ.get("EXAMPLE_RESULT_URL", "redis://127.0.0.1:
 # The page tells "queued" from "running".
 CELERY_TASK_TRACK_STARTED = True
 CELERY_RESULT_EXPIRES = 3600
+# One copy of the model, whatever the number of processor cores.
+GW_CELERY = {"replicas": 1}
 # A visitor hears within seconds that the server is down; by Celery's default it would take 19.
 CELERY_RESULT_BACKEND_TRANSPORT_OPTIONS = {"retry_policy": {"timeout": 1.0}}
 CELERY_REDIS_SOCKET_CONNECT_TIMEOUT = 2

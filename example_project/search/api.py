@@ -21,7 +21,7 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from search import requests
 from search.errors import ApiError
 from search.models import Document
-from search.tasks import Ranker, make_searchable
+from search.tasks import Ranker, embed, make_searchable
 
 #: Seconds that ``ask`` waits: long enough for a worker that still loads the model.
 ASK_TIMEOUT = 60.0
@@ -75,7 +75,8 @@ def search(request: HttpRequest) -> HttpResponse:
 @require_GET
 def task(request: HttpRequest, task_id: UUID) -> HttpResponse:
     """Tell how far a task is. Celery cannot tell a queued task from one it never heard of."""
-    answer = AsyncResult(str(task_id))
+    # Not Celery's plain one, which makes whatever class a stored error names.
+    answer = embed.AsyncResult(str(task_id))
     state = answer.state
     error = _described(answer) if state in states.EXCEPTION_STATES else None
     result = answer.result if state == states.SUCCESS else None

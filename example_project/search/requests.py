@@ -37,6 +37,8 @@ def text_field(given: dict[str, Any], name: str, longest: int | None = None) -> 
     value = given.get(name)
     if not isinstance(value, str) or not value.strip():
         raise bad_input(f'"{name}" must be a text that is not empty.')
+    if any("\ud800" <= one <= "\udfff" for one in value):
+        raise bad_input(f'"{name}" has half of a character: it cannot be written as UTF-8.')
     value = value.strip()
     if longest is not None and len(value) > longest:
         raise bad_input(f'"{name}" has {len(value)} characters; at most {longest} fit.')

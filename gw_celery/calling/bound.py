@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Coroutine
 from typing import Any
 
-from celery._state import get_current_task, task_join_will_block
-
 from gw_celery import conf, errors
-from gw_celery.calling import eager, results, waiting
+from gw_celery.calling import calls, eager, local, outcome, results, waiting
+from gw_celery.calling import options as call_options
 from gw_celery.declare import check
-from gw_celery.runtime import invoke, process
+from gw_celery.runtime import process
 
 #: Message header with the parameter values of a class task, as canonical JSON.
 PARAMETERS = "gw_params"
@@ -42,7 +42,12 @@ class BoundTask:
         return self._task
 
     def options(self, *, timeout: float | None = None, **given: Any) -> BoundTask:
-        """Return the same task with a ``timeout`` and any option of ``apply_async``."""
+        """Return the same task with a ``timeout`` and any option of ``apply_async``.
+
+        Raises:
+            UsageError: for an option that is nearly a known one.
+        """
+        call_options.refuse_misspelt(given)
         bound = self._timeout if timeout is None else check.positive("timeout", timeout)
         return BoundTask(self._task, self._merged(given), bound)
 
@@ -68,9 +73,17 @@ class BoundTask:
         return self.signature(args, kwargs, immutable=True)
 
     def spawn(self, *args: Any, **kwargs: Any) -> results.Spawned:
-        """Send the task and return a handle to ``get``, ``await`` or ``cancel``."""
+        """Send the task and return a handle to ``get``, ``await`` or ``cancel``.
+
+        Raises:
+            CallTimeout: when it could not be sent in ``.options(timeout=...)`` seconds.
+        """
         self._require_result()
-        sent = self.apply_async(args, kwargs)
+        if self._task.app.conf.task_always_eager:
+            sent = self.apply_async(args, kwargs)
+        else:
+            send = functools.partial(self.apply_async, args, kwargs)
+            sent = calls.send_now(self._task.app, send, self._task.name, self._timeout)
         return results.Spawned(sent, self._task.name, self._timeout)
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,16 +93,14 @@ class BoundTask:
             BlockingCallError: on a running event loop, or inside a task.
             CallTimeout: after ``.options(timeout=...)`` or ``gw_call_timeout`` seconds.
         """
-        waiting.require_no_loop(f"{self._task.name}.remote()")
-        if task_join_will_block() and get_current_task() is not None:
-            raise errors.BlockingCallError(
-                f"{self._task.name}.remote() inside a task would hold a worker while it waits for "
-                f"another one: chain the tasks, or `await` it in an asynchronous task"
-            )
+        calls.require_may_block(f"{self._task.name}.remote()")
+        self._require_result()
+        if self._task.app.conf.task_always_eager:
+            return self.apply_async(args, kwargs).get()
         bound = self._timeout
         if bound is None:
             bound = conf.read(self._task.app.conf).call_timeout
-        return self.spawn(*args, **kwargs).get(timeout=bound)
+        return outcome.value_of(calls.block(self._answer(args, kwargs, bound)))
 
     async def aremote(self, *args: Any, **kwargs: Any) -> Any:
         """Send the task and wait for its answer without blocking the event loop.
@@ -100,16 +111,8 @@ class BoundTask:
         self._require_result()
         if self._task.app.conf.task_always_eager:
             sent = await asyncio.to_thread(eager.apart, self.apply_async, args, kwargs)
-            return await waiting.answer(sent, self._task.name, self._timeout)
-        watch = waiting.watcher(self._task.app)
-        send = functools.partial(self.apply_async, args, kwargs, **watch.sending)
-        publishing = asyncio.ensure_future(watch.publish(send))
-        try:
-            sent = await asyncio.shield(publishing)
-        except asyncio.CancelledError:
-            publishing.add_done_callback(functools.partial(_revoke_sent, watch))
-            raise
-        return await waiting.answer(sent, self._task.name, self._timeout)
+            return sent.get(disable_sync_subtasks=False)
+        return outcome.value_of(await self._answer(args, kwargs, self._timeout))
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """``await task(x)``: run it here when this process serves it, send it otherwise.
@@ -118,24 +121,32 @@ class BoundTask:
         caller holds already.
         """
         runtime = process.current()
-        service = self._task.gw_service
-        is_local = (
-            runtime is not None
-            and runtime.is_on_loop()
-            and runtime.serves(service.key)
-            and service.key not in process.held.get()
-        )
-        if runtime is None or not is_local:
-            return await self.aremote(*args, **kwargs)
-        self._task.check_arguments(args, kwargs)
-        if self._task.gw_method.is_bound:
-            args = (self._task, *args)
-        return await invoke.run_async(runtime, self._task.input_for(self._given, args, kwargs))
+        if runtime is not None and local.can_run(self._task, runtime):
+            return await local.run(self._task, runtime, self._given, args, kwargs)
+        return await self.aremote(*args, **kwargs)
 
     def local(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body in this process, entering what it needs first, and return its answer."""
         done = self._task.apply(args, kwargs, throw=True, **self._merged({}))
         return done.get(disable_sync_subtasks=False)
+
+    def map(self, it: Any) -> Any:
+        """Refused: Celery's would not run the body where its model is."""
+        raise self._not_for_canvas("map")
+
+    def starmap(self, it: Any) -> Any:
+        """Refused, as ``map``."""
+        raise self._not_for_canvas("starmap")
+
+    def chunks(self, it: Any, n: int) -> Any:
+        """Refused, as ``map``."""
+        raise self._not_for_canvas("chunks")
+
+    def _answer(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
+    ) -> Coroutine[Any, Any, waiting.Meta]:
+        send = functools.partial(self.apply_async, args, kwargs)
+        return calls.call(self._task.app, send, self._task.name, timeout)
 
     def _merged(self, options: dict[str, Any]) -> dict[str, Any]:
         merged = {**self._given, **options}
@@ -144,15 +155,18 @@ class BoundTask:
             merged["headers"] = headers
         return merged
 
+    def _not_for_canvas(self, name: str) -> errors.UsageError:
+        service = self._task.gw_service
+        method = self._task.gw_method.name
+        written = f"{service.name}(...).{method}" if service.is_class else self._task.name
+        return errors.UsageError(
+            f"{self._task.name}.{name}() would call the body one by one in a plain Celery task, "
+            f"where its model is not loaded: write group({written}.s(x) for x in xs)"
+        )
+
     def _require_result(self) -> None:
         if self._given.get("ignore_result", self._task.ignore_result):
             raise errors.UsageError(
                 f"{self._task.name} ignores its result, so there is no answer to wait for: call "
                 f".delay(), or declare it with ignore_result=False"
             )
-
-
-def _revoke_sent(watch: waiting.Watcher, publishing: asyncio.Future[Any]) -> None:
-    """Revoke a call whose caller gave up while it was being sent."""
-    if not publishing.cancelled() and publishing.exception() is None:
-        watch.publish_later(publishing.result().revoke)

@@ -56,8 +56,19 @@ def stop(runtime: process.Process) -> None:
 
 def apart(send: Callable[..., Any], *args: Any) -> Any:
     """Call ``send`` in a thread as a caller of its own: bodies at once need stacks of their own."""
+    parent = _state.get_current_task()
+    request = None if parent is None else parent.request_stack.top
     identity.follow_none()
-    return send(*args)
+    if parent is None or request is None:
+        return send(*args)
+    # Celery takes the parent of an eager call from the stacks of the thread that makes it.
+    _state._task_stack.push(parent)
+    parent.request_stack.push(request)
+    try:
+        return send(*args)
+    finally:
+        parent.request_stack.pop()
+        _state._task_stack.pop()
 
 
 @contextlib.contextmanager

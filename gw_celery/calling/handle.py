@@ -14,39 +14,39 @@ from gw_celery.types import AnyFunction
 class Handle:
     """A class task with the parameters of one caller; its attributes are the methods."""
 
+    # Two underscores: Python renames these to what no user's method is called.
     def __init__(
         self, service: services.Service, tasks: dict[str, Any], given: dict[str, Any]
     ) -> None:
-        self._service = service
-        self._tasks = tasks
-        self._given = parameters.bind(service.name, service.parameters, given)
+        self.__service = service
+        self.__tasks = tasks
+        self.__given = parameters.bind(service.name, service.parameters, given)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self._given.items())
-        return f"{self._service.name}({shown})"
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.__given.items())
+        return f"{self.__service.name}({shown})"
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._tasks:
-            return bound.BoundTask(self._tasks[name], self._options())
-        if name.startswith("__"):
+        if name.startswith("__"):  # first: ``copy`` asks before there is anything to look in
             raise AttributeError(name)
-        raise self._no_method(name)
+        if name in self.__tasks:
+            return bound.BoundTask(self.__tasks[name], _options(self.__given))
+        raise _no_method(self.__service, name)
 
-    def _options(self) -> dict[str, Any]:
-        if not self._given:
-            return {}
-        return {"headers": {bound.PARAMETERS: parameters.canonical(self._given)}}
 
-    def _no_method(self, name: str) -> errors.UsageError | AttributeError:
-        service = self._service
-        if name in service.enter_hooks or name in service.exit_hooks:
-            return errors.UsageError(
-                f"{service.name}.{name} is a hook: the worker calls it when it loads or unloads"
-            )
-        listed = ", ".join(self._tasks)
-        return AttributeError(
-            f"{service.name}() has no method {name!r} marked with @gw.method(); it has: {listed}"
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    return {"headers": {bound.PARAMETERS: parameters.canonical(given)}} if given else {}
+
+
+def _no_method(service: services.Service, name: str) -> errors.UsageError | AttributeError:
+    if name in service.enter_hooks or name in service.exit_hooks:
+        return errors.UsageError(
+            f"{service.name}.{name} is a hook: the worker calls it when it loads or unloads"
         )
+    listed = ", ".join(service.methods)
+    return AttributeError(
+        f"{service.name}() has no method {name!r} marked with @gw.method(); it has: {listed}"
+    )
 
 
 class MethodOfClass:
@@ -84,11 +84,7 @@ class MethodOfClass:
         )
 
 
-_CALLS = frozenset(name for name in vars(bound.BoundTask) if not name.startswith("_")) | {
-    "map",
-    "starmap",
-    "chunks",
-}
+_CALLS = frozenset(name for name in vars(bound.BoundTask) if not name.startswith("_"))
 
 
 def install(service: services.Service, tasks: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import re
 import sys
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -67,20 +68,18 @@ def restored(stored: Any, traceback: str | None) -> Exception:
     if not isinstance(stored, Mapping) or "exc_type" not in stored:
         return _unknown("unknown error", (repr(stored),), traceback)
     module, name = str(stored.get("exc_module") or ""), str(stored["exc_type"])
-    given = stored.get("exc_message", "")
-    arguments = tuple(given) if isinstance(given, list | tuple) else (given,)
+    arguments = _arguments(stored.get("exc_message", ""))
     if name == UnpickleableExceptionWrapper.__name__ and len(arguments) == 4:
         # Celery's stand-in for a class that cannot be imported: (module, class, args, text).
         module, name, given, _ = arguments
-        arguments = tuple(given) if isinstance(given, list | tuple) else (given,)
-        return _unknown(f"{module}.{name}", arguments, traceback)
+        return _unknown(f"{module}.{name}", _arguments(given), traceback)
     cls = _class(f"{module or 'builtins'}.{name}")
     if cls is None:
         return _unknown(f"{module}.{name}" if module else name, arguments, traceback)
-    try:
-        return _with_cause(cls(*arguments), traceback)
-    except Exception:  # a class whose constructor wants other arguments than its ``args``
+    made = _made(cls, arguments, traceback or "")
+    if made is None:
         return _unknown(f"{module}.{name}", arguments, traceback)
+    return _with_cause(made, traceback)
 
 
 def checked(exc: BaseException, traceback: str | None) -> Exception:
@@ -94,16 +93,49 @@ def checked(exc: BaseException, traceback: str | None) -> Exception:
     return _unknown(name, exc.args, traceback)
 
 
+def _made(cls: type[Exception], arguments: tuple[Any, ...], traceback: str) -> Exception | None:
+    """Return an exception that says what the remote one said, if ``cls`` can be made so.
+
+    A class with a constructor of its own may want other arguments than its ``args``, or take these
+    for something else: ``CodeError("nope", 404)`` whose ``args`` are ``("E404: nope",)`` would
+    become ``"E500: E404: nope"``.
+    """
+    try:
+        made = cls(*arguments)
+        is_same = made.args == arguments and not _says_else(made, traceback)
+    except Exception:
+        return None
+    return made if is_same else None
+
+
+def _says_else(made: Exception, traceback: str) -> bool:
+    """Whether the last line of the remote traceback has another text for this exception."""
+    cls, text = type(made), str(made)
+    if sys.modules.get(cls.__module__) in _LIBRARIES or not _is_custom(cls):
+        return False  # they may show what does not travel: a file's name, an object's own text
+    line = f"{cls.__qualname__}: {text}\n" if text else f"{cls.__qualname__}\n"
+    return cls.__qualname__ in traceback and line not in f"{traceback}\n"
+
+
+def _is_custom(cls: type[Exception]) -> bool:
+    """Whether its arguments, or its text, are made by Python code."""
+    return any(
+        isinstance(getattr(cls, name), types.FunctionType)
+        for name in ("__new__", "__init__", "__str__")
+    )
+
+
+def _arguments(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, list | tuple) else (given,)
+
+
 def _class(name: str) -> type[Exception] | None:
     return _known().get(name) or codec.exception_class(name)
 
 
 def _known() -> dict[str, type[Exception]]:
     modules = [sys.modules[name] for name in _modules if name in sys.modules]
-    found = _exceptions_of(_LIBRARIES)
-    for module in modules:
-        found.update(_exceptions_of([module]))
-    return {**found, **_named}
+    return {**_exceptions_of([*_LIBRARIES, *modules]), **_named}
 
 
 def _exceptions_of(modules: Iterable[Any]) -> dict[str, type[Exception]]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
-import celery.exceptions
 from celery import states
-from celery.result import AsyncResult
+from celery.result import AsyncResult, EagerResult
 
-from gw_celery import errors
-from gw_celery.calling import outcome, waiting
+from gw_celery.calling import calls, outcome
 
 
 class Result(AsyncResult):
@@ -28,12 +26,19 @@ class Result(AsyncResult):
 
     maybe_reraise = maybe_throw
 
+    def _set_cache(self, d: dict[str, Any]) -> Any:
+        """Keep a record whose error is safe to raise: a group raises it as it finds it here."""
+        stored = d["result"]
+        if d["status"] in states.PROPAGATE_STATES and isinstance(stored, BaseException):
+            d = {**d, "result": outcome.checked(stored, d.get("traceback"))}
+        return super()._set_cache(d)
+
 
 class Spawned:
     """A call under way: ``get`` it, ``await`` it, or ``cancel`` it."""
 
-    def __init__(self, result: Any, task_name: str, timeout: float | None) -> None:
-        self.result = result
+    def __init__(self, sent: Any, task_name: str, timeout: float | None) -> None:
+        self._sent = sent
         self._task_name = task_name
         self._timeout = timeout
 
@@ -42,26 +47,29 @@ class Spawned:
 
     @property
     def id(self) -> str:
-        return str(self.result.id)
+        return str(self._sent.id)
 
     def get(self, timeout: float | None = None) -> Any:
         """Wait for the answer, ``timeout`` seconds at most, and return it or raise its error.
 
         Raises:
-            BlockingCallError: on a running event loop; ``await`` it there.
+            BlockingCallError: on a running event loop, or inside a task; ``await`` it there.
             CallTimeout: when it is not there in time; the call is revoked.
         """
-        waiting.require_no_loop(f"{self._task_name}[{self.id}].get()")
+        calls.require_may_block(f"{self._task_name}[{self.id}].get()")
+        if isinstance(self._sent, EagerResult):
+            return self._sent.get()
         bound = timeout if timeout is not None else self._timeout
-        try:
-            return self.result.get(timeout=bound)
-        except celery.exceptions.TimeoutError as exc:
-            self.cancel()
-            raise errors.CallTimeout(waiting.too_late(self._task_name, self.id, bound)) from exc
+        return outcome.value_of(calls.block(calls.answer(self._sent, self._task_name, bound)))
 
     def cancel(self) -> None:
         """Revoke the call: it is not started any more; a body that runs goes on."""
-        self.result.revoke()
+        self._sent.revoke()
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        return waiting.answer(self.result, self._task_name, self._timeout).__await__()
+        return self._value().__await__()
+
+    async def _value(self) -> Any:
+        if isinstance(self._sent, EagerResult):
+            return self._sent.get(disable_sync_subtasks=False)
+        return outcome.value_of(await calls.answer(self._sent, self._task_name, self._timeout))

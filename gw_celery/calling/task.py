@@ -43,6 +43,10 @@ class ServingTask(Task):
         super().on_bound(app)
         identity.follow_requests(cls)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ServingTask:
+        """A copied signature or handle is for the same task; Celery asks the current app for it."""
+        return self
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body when Celery's tracer calls, else return an awaitable of the answer."""
         request = self.request_stack.top
@@ -133,13 +137,16 @@ class ServingTask(Task):
         return bound.BoundTask(self).local(*args, **kwargs)
 
     def map(self, it: Any) -> Any:
-        raise self._not_for_canvas("map")
+        """Refused: see ``BoundTask.map``."""
+        return bound.BoundTask(self).map(it)
 
     def starmap(self, it: Any) -> Any:
-        raise self._not_for_canvas("starmap")
+        """Refused, as ``map``."""
+        return bound.BoundTask(self).starmap(it)
 
     def chunks(self, it: Any, n: int) -> Any:
-        raise self._not_for_canvas("chunks")
+        """Refused, as ``map``."""
+        return bound.BoundTask(self).chunks(it, n)
 
     def _is_routed(self, options: dict[str, Any], args: Any, kwargs: Any) -> bool:
         if _names_queue(options):
@@ -165,12 +172,6 @@ class ServingTask(Task):
             f"worker with -Q {service.family}"
         )
 
-    def _not_for_canvas(self, name: str) -> errors.UsageError:
-        return errors.UsageError(
-            f"{self.name}.{name}() would call the body one by one in a plain Celery task, where "
-            f"its model is not loaded: write group({self.name}.s(x) for x in xs)"
-        )
-
 
 def _names_queue(options: Mapping[str, Any]) -> bool:
     return any(options.get(one) for one in ("queue", "exchange", "routing_key"))
@@ -187,7 +188,7 @@ def _user_frames(traceback: types.TracebackType | None) -> types.TracebackType |
 @functools.cache
 def base_class(task_class: str | type) -> type[ServingTask]:
     """Return our task over ``task_class``, so that an app's own base class keeps its methods."""
-    base = symbol_by_name(task_class)  # type: ignore[no-untyped-call]
+    base = symbol_by_name(task_class)
     if issubclass(ServingTask, base):
         return ServingTask
     return type("ServingTask", (ServingTask, base), {"abstract": True})

@@ -1,9 +1,8 @@
-"""Wait for answers on event loops: one watcher per process for any number of calls.
+"""Send calls and wait for their answers: one watcher per process for any number of calls.
 
 The watcher is a thread with a loop of its own, because callers come from many loops (an ASGI
 server's, one per ``async_to_sync``, scripts). With the Redis backend it holds one subscription
-connection; any other backend is asked at intervals. Publishing is synchronous in Celery and may
-block for as long as a broker is away, so it happens in a few threads, never on the caller's loop.
+connection; any other backend is asked at intervals.
 """
 
 from __future__ import annotations
@@ -11,62 +10,93 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
-import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from celery import states
+from celery.app import backends
+from celery.backends.base import DisabledBackend
 
 from gw_celery import conf, errors
-from gw_celery.calling import outcome
+from gw_celery.calling import publishing
 from gw_celery.runtime import loop
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
 Meta = Mapping[str, Any]
+#: Sends a call with the options of ``apply_async`` that the watcher adds; its ``AsyncResult``.
+Send = Callable[..., Any]
+
+#: Seconds that the exit of a process waits for calls and revocations that are being sent.
+_LAST_WORDS = 2.0
 
 
 class Watcher:
-    """Resolves the answers that this process waits for, for one Celery app."""
+    """Sends the calls of this process for one Celery app, and resolves their answers."""
 
     def __init__(self, app: Any) -> None:
         # Here: the Redis clients take half of the package's import time, and most processes
-        # that import it never wait on an event loop.
+        # that import it never wait for an answer.
         from gw_celery.calling import sources
 
+        _require_backend(app)
         self.settings = conf.read(app.conf)
         self.pid = os.getpid()
-        self._thread = loop.LoopThread("gw-watcher")
-        self._source = sources.of(app, self._resolve, self.settings)
         self._waiting: dict[str, list[_Waiter]] = {}
-        self._publishers = concurrent.futures.ThreadPoolExecutor(
-            self.settings.publish_threads, thread_name_prefix="gw-publish"
-        )
+        # Celery makes it at the first use. Of threads that came at once each would make one, and
+        # RabbitMQ may drop what was published over a connection that is dropped with its pool.
+        _ = app.amqp.producer_pool
+        self._publisher = publishing.Publisher(self.settings.publish_threads)
+        self._thread = loop.LoopThread("gw-watcher")
         self._thread.start()
-        atexit.register(self.close)
 
-    @property
-    def sending(self) -> dict[str, Any]:
-        """Options of ``apply_async`` for a call whose answer this watcher will wait for."""
-        return self._source.sending
+        async def made() -> sources.Source:
+            return sources.of(app, self._resolve, self.settings)
+
+        # Made on its thread: Celery gives each thread a result backend of its own.
+        self._source = asyncio.run_coroutine_threadsafe(made(), self._thread.loop).result()
+        atexit.register(self.close)
 
     def close(self) -> None:
         """End the watcher's threads; calls that still wait get no answer any more."""
-        self._publishers.shutdown(wait=False, cancel_futures=True)
-        self._thread.stop(timeout=2.0)
+        self._publisher.close(_LAST_WORDS)
+        self._thread.stop(_LAST_WORDS)
 
-    async def publish(self, send: Callable[[], T]) -> T:
-        """Run the blocking ``send`` off the caller's loop and return what it returned."""
-        if self._source.owns_reply_queue:
-            return await asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(_called(send), self._thread.loop)
-            )
-        return await asyncio.get_running_loop().run_in_executor(self._publishers, send)
+    def submit(self, send: Send) -> concurrent.futures.Future[Any]:
+        """Send a call off the caller's thread, so that its answer comes to this watcher."""
+        if self._publisher.backlog >= self.settings.max_waiting:
+            raise _too_many(self._publisher.backlog, "to be sent")
 
-    def publish_later(self, send: Callable[[], object]) -> None:
-        """Run ``send`` off the loop without waiting for it."""
-        self._publishers.submit(send)
+        def prepared() -> Any:
+            self._source.prepare()
+            return send(**self._source.sending)
+
+        return self._publisher.submit(prepared)
+
+    async def publish(self, send: Send) -> Any:
+        """Send a call and return its ``AsyncResult``; revoke it when that is not waited for."""
+        sending = self.submit(send)
+        try:
+            return await asyncio.wrap_future(sending)
+        except asyncio.CancelledError:
+            self.give_up(sending)
+            raise
+
+    def give_up(self, sending: concurrent.futures.Future[Any]) -> None:
+        """Do not send a call, or revoke it once it is sent."""
+        if not sending.cancel():
+            sending.add_done_callback(self._revoke_sent)
+
+    async def answered(self, result: Any) -> Meta:
+        """Wait for the record of a finished call; revoke the call when that is not waited for."""
+        try:
+            return await self.meta(result.id)
+        except asyncio.CancelledError:
+            self._revoke(result)
+            raise
 
     async def meta(self, task_id: str) -> Meta:
         """Wait for the record of the finished task ``task_id``."""
@@ -77,13 +107,17 @@ class Watcher:
         finally:
             self._thread.loop.call_soon_threadsafe(self._remove, task_id, waiter)
 
+    def _revoke_sent(self, sending: concurrent.futures.Future[Any]) -> None:
+        if sending.exception() is None:
+            self._revoke(sending.result())
+
+    def _revoke(self, result: Any) -> None:
+        """Revoke off the caller's thread; nobody waits for it."""
+        self._publisher.submit(result.revoke).add_done_callback(_log_failure)
+
     def _add(self, task_id: str, waiter: _Waiter) -> None:
         if len(self._waiting) >= self.settings.max_waiting:
-            waiter.settle(
-                errors.UsageError(
-                    f"{len(self._waiting)} calls wait for answers already (setting gw_max_waiting)"
-                )
-            )
+            waiter.settle(_too_many(len(self._waiting), "for answers"))
             return
         self._waiting.setdefault(task_id, []).append(waiter)
         self._source.watch(task_id)
@@ -126,16 +160,16 @@ class _Waiter:
             self.future.set_result(answer)
 
 
-async def _called(send: Callable[[], T]) -> T:
-    return send()
-
-
 _watchers: dict[int, Watcher] = {}
 _making = threading.Lock()
 
 
 def watcher(app: Any) -> Watcher:
-    """Return this process's watcher for ``app``, starting it at the first use."""
+    """Return this process's watcher for ``app``, starting it at the first use.
+
+    Raises:
+        ConfigurationError: when the app has no result backend, so that no answer would ever come.
+    """
     with _making:
         found = _watchers.get(id(app))
         if found is None or found.pid != os.getpid():  # a fork does not copy threads
@@ -143,44 +177,21 @@ def watcher(app: Any) -> Watcher:
         return found
 
 
-async def answer(result: Any, task_name: str, timeout: float | None) -> Any:
-    """Wait for ``result`` and return its value or raise its error.
-
-    A cancelled wait, or one over ``timeout`` seconds, revokes the task.
-
-    Raises:
-        CallTimeout: when no answer came in ``timeout`` seconds.
-    """
-    if hasattr(result, "_result"):  # eager: answered already
-        return result.get(disable_sync_subtasks=False)
-    watch = watcher(result.app)
-    try:
-        async with asyncio.timeout(timeout):
-            meta = await watch.meta(result.id)
-    except TimeoutError as exc:
-        watch.publish_later(functools.partial(result.revoke))
-        raise errors.CallTimeout(too_late(task_name, result.id, timeout)) from exc
-    except asyncio.CancelledError:
-        watch.publish_later(functools.partial(result.revoke))
-        raise
-    return outcome.value_of(meta)
+def _require_backend(app: Any) -> None:
+    found, _ = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+    if issubclass(found, DisabledBackend):
+        raise errors.ConfigurationError(
+            f"the Celery app {app.main!r} has no result backend (result_backend="
+            f"{app.conf.result_backend!r}), so that no answer would ever come: set result_backend, "
+            f"or CELERY_RESULT_BACKEND, to the URL that its workers have (redis://... is the "
+            f"quickest), or send the task with .delay()"
+        )
 
 
-def require_no_loop(what: str) -> None:
-    """Refuse to block a running event loop.
-
-    Raises:
-        BlockingCallError: when this thread runs one.
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    raise errors.BlockingCallError(f"{what} would block the running event loop: await it instead")
+def _too_many(number: int, what: str) -> errors.UsageError:
+    return errors.UsageError(f"{number} calls wait {what} already (setting gw_max_waiting)")
 
 
-def too_late(task_name: str, task_id: str, timeout: float | None) -> str:
-    return (
-        f"{task_name}[{task_id}] was not answered within {timeout} s and was revoked; is a worker "
-        f"consuming its queue? (give more with .options(timeout=...))"
-    )
+def _log_failure(revoking: concurrent.futures.Future[Any]) -> None:
+    if exc := revoking.exception():
+        logger.warning("a call that nobody waits for could not be revoked: %r", exc)

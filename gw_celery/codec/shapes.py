@@ -52,12 +52,19 @@ class Members:
     def build(self, payload: object) -> object:
         """Return the member of that name; only a Flag class is asked for a value."""
         if issubclass(self.cls, enum.Flag) and type(payload) is int:
-            return self.cls(payload)
+            return self._combination(payload)
         name = scalars.expect(str, payload)
         if name not in self.cls.__members__:
             known = ", ".join(self.cls.__members__)
             raise _misfit(self.cls, f"has no member {reprlib.repr(name)}, only {known}")
         return self.cls.__members__[name]
+
+    def _combination(self, bits: int) -> object:
+        # Some Pythons drop an unknown bit without a word; a class can ask for that, too.
+        made = self.cls(bits)
+        if made.value != bits:
+            raise _misfit(self.cls, f"has no member for some of the bits {bits:#b}")
+        return made
 
 
 class Fields:

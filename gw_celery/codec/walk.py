@@ -3,13 +3,15 @@
 A value that JSON lacks becomes ``{"~marker": payload}``. A dict of the user's with one key that
 begins with ``~`` is written as ``{"~dict": [[key, value]]}``, so no data can be taken for a marker.
 
-Both walks count depth alike, one for each value inside another, so what can be written can be read.
+Both walks count depth alike, one for each value inside another, and refuse the same sets and dicts,
+so what can be written can be read.
 """
 
 from __future__ import annotations
 
+import collections
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from gw_celery import errors
@@ -23,6 +25,10 @@ _COLLECTION_OF: dict[str, type[Any]] = {marker: cls for cls, marker in _COLLECTI
 _SCALARS = {scalar.cls: scalar for scalar in scalars.SCALARS}
 _SCALAR_OF = {scalar.marker: scalar for scalar in scalars.SCALARS}
 _PAIRS = "~dict"
+#: How many members of a set, or keys of a dict, may have the same hash.
+_MOST_OF_ONE_HASH = 128
+#: Python salts the hashes of these, so that nobody can choose many of one hash.
+_SALTED: frozenset[type] = frozenset({str, bytes})
 _OBJECT = "~obj"
 
 #: What Celery and Django themselves put into messages, by the dotted name of a base, since nothing
@@ -60,7 +66,8 @@ class Writer:
         if cls is dict:
             return self._dict(value, depth + 1)  # type: ignore[arg-type]
         if cls in _COLLECTIONS:
-            items = [*value]  # type: ignore[misc]
+            items: list[object] = [*value]  # type: ignore[misc]
+            _check_hashes(cls, items)
             return {_COLLECTIONS[cls]: self._items(items, depth + 1)}
         if cls in _SCALARS:
             return {_SCALARS[cls].marker: _SCALARS[cls].write(value)}
@@ -75,6 +82,7 @@ class Writer:
 
     def _dict(self, value: dict[Any, object], depth: int) -> object:
         if not _STR.issuperset(map(type, value)) or self._misleads(value):
+            _check_hashes(dict, value)
             # A list for each pair: the keys are any values, and are written as such.
             return {_PAIRS: [self._items([*pair], depth) for pair in value.items()]}
         atoms = self._atoms
@@ -145,11 +153,13 @@ class Reader:
     def _marked(self, marker: str, payload: object, depth: int) -> object:
         try:
             if marker in _COLLECTION_OF:
-                return _COLLECTION_OF[marker](self._items(scalars.expect(list, payload), depth))
+                return self._collection(marker, scalars.expect(list, payload), depth)
             if marker in _SCALAR_OF:
                 return _SCALAR_OF[marker].read(payload)
             if marker == _PAIRS:
-                return dict(self._pairs(payload, depth))
+                pairs = list(self._pairs(payload, depth))
+                _check_hashes(dict, [key for key, _ in pairs])
+                return dict(pairs)
             if marker == _OBJECT:
                 return self._object(payload, depth)
         except (errors.SerializationError, RecursionError):
@@ -163,6 +173,11 @@ class Reader:
         raise errors.SerializationError(
             f"the marker {marker[:80]!r} is not known here: update gw_celery in this process"
         )
+
+    def _collection(self, marker: str, payload: list[object], depth: int) -> object:
+        cls, items = _COLLECTION_OF[marker], self._items(payload, depth)
+        _check_hashes(cls, items)
+        return cls(items)
 
     def _pairs(self, payload: object, depth: int) -> Iterable[tuple[object, object]]:
         for pair in scalars.expect(list, payload):
@@ -199,6 +214,24 @@ def _ask(cls: type, function: Callable[[Any], object], argument: object) -> obje
             f"{cls.__module__}.{cls.__qualname__} failed in gw-json "
             f"({type(error).__name__}: {error}): check its fields, or its encode and decode"
         ) from error
+
+
+def _check_hashes(cls: type, keys: Collection[object]) -> None:
+    """Refuse a set or dict of which many keys have one hash: each is compared with all before it.
+
+    Anybody can write such numbers, and tuples and objects that hold them; 64 MB of them would take
+    a day. So that is counted before the container is built.
+    """
+    if len(keys) <= _MOST_OF_ONE_HASH or cls is tuple or _SALTED.issuperset(map(type, keys)):
+        return
+    if len(keys) - len(set(map(hash, keys))) < _MOST_OF_ONE_HASH:
+        return
+    most = max(collections.Counter(map(hash, keys)).values())
+    if most > _MOST_OF_ONE_HASH:
+        raise errors.SerializationError(
+            f"{most} keys of a {cls.__name__} of {len(keys)} have the same hash, over the limit of "
+            f"{_MOST_OF_ONE_HASH}: send a list instead"
+        )
 
 
 def _too_deep(limit: int, remedy: str) -> errors.SerializationError:

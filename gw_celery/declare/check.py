@@ -21,9 +21,13 @@ def integer(argument: str, value: object, low: int, high: int | None = None) -> 
 def positive(argument: str, value: Any) -> float:
     """Return ``value`` as a float when it is a finite number (not a bool) over 0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
+    try:
+        number = float(value) if is_number else math.nan
+    except OverflowError:  # an int of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number) or number <= 0:
         raise errors.DeclarationError(argument, value, "must be a finite number over 0")
-    return float(value)
+    return number
 
 
 def optional(argument: str, value: object) -> float | None:

@@ -6,9 +6,10 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Collection
+from typing import Any, Self
 
 from gw_celery import errors
-from gw_celery.declare import check
+from gw_celery.declare import check, options
 
 #: The kinds that are known without configuration; ``gw_gpu_kinds`` adds to them.
 KINDS = ("CPU", "T4", "A10G", "L4", "L40S", "A100", "A100_80", "H100", "H200")
@@ -17,6 +18,7 @@ KINDS = ("CPU", "T4", "A10G", "L4", "L40S", "A100", "A100_80", "H100", "H200")
 ANY = "gpu"
 
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+_FAMILY = re.compile(rf"cpu|{ANY}(\.({'|'.join(KINDS[1:])})(x[2-8])?)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Gpu:
     kind: str
     count: int = 1
     memory_gb: float | None = None
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Judge the keywords before the ``__init__`` of the dataclass does."""
+        options.refuse_unknown("gw.Gpu", given, [one.name for one in dataclasses.fields(cls)])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or not _NAME.fullmatch(self.kind):
@@ -59,7 +66,17 @@ def family_of(gpu: Gpu | None) -> str:
 
 def is_family(queue: str) -> bool:
     """Whether ``queue`` is named as families and their service queues are."""
-    return queue in (ANY, "cpu") or queue.startswith((f"{ANY}.", "cpu."))
+    return is_bare(queue) or queue.startswith((f"{ANY}.", "cpu."))
+
+
+def is_bare(queue: str) -> bool:
+    """Whether ``queue`` is a family that a project may use for a queue of its own."""
+    return queue in (ANY, "cpu")
+
+
+def is_name_of_family(queue: str) -> bool:
+    """Whether ``queue`` is the family of a built-in kind: ``-Q`` would mean both."""
+    return _FAMILY.fullmatch(queue) is not None
 
 
 def require_known(gpu: object, added: Callable[[], Collection[str]]) -> Gpu | None:

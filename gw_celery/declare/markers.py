@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar, overload
 
 from gw_celery import errors
-from gw_celery.declare import benchmark, check
+from gw_celery.declare import benchmark, check, options
 from gw_celery.types import AnyFunction
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,19 +59,21 @@ class TaskMark:
 
 
 @overload
-def on_enter(fn: F) -> F: ...
+def on_enter(fn: F, /) -> F: ...
 @overload
 def on_enter() -> Callable[[F], F]: ...
-def on_enter(fn: AnyFunction | None = None) -> Any:
+@options.knows_its_keywords("gw.on_enter")
+def on_enter(fn: AnyFunction | None = None, /) -> Any:
     """Mark a method that loads: it runs once per replica, before the first input."""
     return _marked(ENTER, True, "gw.on_enter", fn)
 
 
 @overload
-def on_exit(fn: F) -> F: ...
+def on_exit(fn: F, /) -> F: ...
 @overload
 def on_exit() -> Callable[[F], F]: ...
-def on_exit(fn: AnyFunction | None = None) -> Any:
+@options.knows_its_keywords("gw.on_exit")
+def on_exit(fn: AnyFunction | None = None, /) -> Any:
     """Mark a method that unloads: it runs when the replica stops or drops the instance."""
     return _marked(EXIT, True, "gw.on_exit", fn)
 
@@ -84,7 +86,7 @@ def method(
     benchmark_runs: int = 10,
     benchmark_concurrency: int = 10,
     workload_calculator: AnyFunction | None = None,
-    **options: Any,
+    **task_options: Any,
 ) -> Any:
     """Mark a method as a task: ``Cls().name.delay(...)``, ``await Cls().name(...)``.
 
@@ -94,21 +96,23 @@ def method(
         benchmark_runs: timed rounds.
         benchmark_concurrency: parallel inputs of one round.
         workload_calculator: cost of one input, from its arguments; 1.0 without it.
-        options: any Celery task option, such as ``autoretry_for`` or ``rate_limit``.
+        task_options: any Celery task option, such as ``autoretry_for`` or ``rate_limit``, and
+            attributes of your own.
 
     Raises:
-        DeclarationError: when an argument breaks its rule.
+        DeclarationError: when an argument breaks its rule, is misspelt, or concerns the class.
     """
     mark = TaskMark(
         benchmark=benchmark.declare(
             benchmark_dataset, benchmark_generator, benchmark_runs, benchmark_concurrency
         ),
         workload_calculator=check.function("workload_calculator", workload_calculator),
-        options=options,
+        options=options.of_method(task_options),
     )
     return _marked(METHOD, mark, "gw.method", fn)
 
 
+@options.knows_its_keywords("gw.concurrent")
 def concurrent(*, max_inputs: int, target_inputs: int | None = None) -> Callable[[F], F]:
     """Let one replica take ``max_inputs`` inputs of the service at a time.
 
@@ -134,6 +138,7 @@ def concurrent(*, max_inputs: int, target_inputs: int | None = None) -> Callable
     return apply
 
 
+@options.knows_its_keywords("gw.batched")
 def batched(
     *,
     max_batch_size: int,
@@ -198,11 +203,17 @@ def _require_batchable(fn: AnyFunction) -> None:
 def _marked(attribute: str, mark: object, label: str, fn: AnyFunction | None) -> Any:
     def apply(target: Any) -> Any:
         if not inspect.isfunction(target):
-            raise errors.DeclarationError(label, target, "marks a method of a class")
+            raise errors.DeclarationError(label, target, f"marks a method of a class{_why(target)}")
         setattr(target, attribute, mark)
         return target
 
     return apply if fn is None else apply(fn)
+
+
+def _why(target: object) -> str:
+    if isinstance(target, staticmethod | classmethod):
+        return f": take @{type(target).__name__} away, the worker calls it on an instance"
+    return ""
 
 
 def _misplaced(label: str, target: object) -> errors.DeclarationError:

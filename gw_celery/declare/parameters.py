@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import types
 import typing
 from typing import Any, Literal
 
 from gw_celery import errors
+from gw_celery.declare import fitting, options
 from gw_celery.types import ParameterValues
 
 #: Attribute of an instance: parameter name -> value.
@@ -41,6 +41,9 @@ class Parameter:
         self.name = ""
         self.annotation: Any = Any
 
+    def __repr__(self) -> str:
+        return f"gw.parameter({'' if self.is_required else f'default={self.default!r}'})"
+
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
@@ -59,6 +62,8 @@ class Parameter:
         return values[self.name]
 
     def __set__(self, instance: object, value: object) -> None:
+        if value is self:
+            return  # the __init__ of a dataclass, which takes this for the field's default
         raise AttributeError(
             f"parameter {self.name!r} is read-only: pass {self.name}={value!r} at the call, "
             f"or keep state in another attribute"
@@ -74,13 +79,14 @@ class Parameter:
         An int becomes a float where a float is declared; a bool is never taken for a number.
         """
         plain = _as_json(self.name, value)
-        if _matches(plain, self.annotation):
-            return plain
-        if type(plain) is int and _matches(float(plain), self.annotation):
-            return float(plain)
-        raise errors.DeclarationError(self.name, value, f"must be {_readable(self.annotation)}")
+        try:
+            return fitting.fitted(plain, self.annotation)
+        except fitting.Misfit:
+            rule = f"must be {_readable(self.annotation)}"
+            raise errors.DeclarationError(self.name, value, rule) from None
 
 
+@options.knows_its_keywords("gw.parameter")
 def parameter(default: Any = REQUIRED, *, scope: Literal["load", "call"] | None = None) -> Any:
     """Declare a parameter that callers set: ``Cls(threshold=0.7).classify.delay(...)``.
 
@@ -106,10 +112,23 @@ def declared(cls: type) -> dict[str, Parameter]:
                 found[name] = value
             else:
                 found.pop(name, None)
+    _require_kept(cls, found)
     for declaration in found.values():
         if not declaration.is_required:
             declaration.default = declaration.accept(declaration.default)
     return found
+
+
+def _require_kept(cls: type, found: dict[str, Parameter]) -> None:
+    """Refuse what another decorator has made into an attribute of its own: nobody would set it."""
+    for name, one in inspect.signature(inspect.getattr_static(cls, "__init__")).parameters.items():
+        if isinstance(one.default, Parameter) and one.default is not found.get(name):
+            raise errors.DeclarationError(
+                name,
+                one.default,
+                "is no attribute of the class any more: `slots=True` of its decorator takes it "
+                "away, so leave that out",
+            )
 
 
 def bind(owner: str, known: dict[str, Parameter], given: ParameterValues) -> dict[str, Any]:
@@ -148,22 +167,6 @@ def _annotation(cls: type, name: str) -> Any:
         return typing.get_type_hints(holder, localns=dict(vars(cls)))[name]
     except Exception:  # a name that exists only for type checkers
         return Any
-
-
-def _matches(value: Any, annotation: Any) -> bool:
-    if annotation is Any:
-        return True
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, option) for option in typing.get_args(annotation))
-    if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in typing.get_args(annotation))
-    expected = origin or annotation
-    if expected is None or expected is types.NoneType:
-        return value is None
-    if isinstance(value, bool):
-        return expected in (bool, object)
-    return isinstance(value, expected) if isinstance(expected, type) else True
 
 
 def _readable(annotation: Any) -> str:

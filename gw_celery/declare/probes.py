@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Mapping
 
 from gw_celery import errors
-from gw_celery.declare import check
+from gw_celery.declare import check, options
 
 KINDS = ("startup", "liveness", "readiness")
 
@@ -25,8 +27,10 @@ class Probe:
     failures: int
 
     @classmethod
+    @options.knows_its_keywords("gw.Probe.on")
     def on(
         cls,
+        /,
         method: str,
         kind: str = "liveness",
         period_s: float = 30,
@@ -57,16 +61,32 @@ class Probe:
         )
 
 
-def require_methods(probes: object, methods: frozenset[str]) -> tuple[Probe, ...]:
-    """Return ``probes`` as a tuple when each of them names one of ``methods``."""
+def require_methods(probes: object, methods: Mapping[str, inspect.Signature]) -> tuple[Probe, ...]:
+    """Return ``probes`` as a tuple when each is a call of one of ``methods``, and declared once."""
     listed = tuple(probes) if isinstance(probes, list | tuple) else None
     if listed is None or not all(isinstance(probe, Probe) for probe in listed):
         raise errors.DeclarationError("probes", probes, "must be a list of gw.Probe.on(...)")
+    seen: set[tuple[str, str]] = set()
     for probe in listed:
-        if probe.method not in methods:
+        _require_callable(probe, methods)
+        if (probe.method, probe.kind) in seen:
             raise errors.DeclarationError(
-                "probes",
-                probe.method,
-                f"names no @gw.method() of the class; it has: {', '.join(sorted(methods)) or '-'}",
+                "probes", probe.method, f"is a {probe.kind} probe twice: keep one of the two"
             )
+        seen.add((probe.method, probe.kind))
     return listed
+
+
+def _require_callable(probe: Probe, methods: Mapping[str, inspect.Signature]) -> None:
+    if probe.method not in methods:
+        raise errors.DeclarationError(
+            "probes",
+            probe.method,
+            f"names no @gw.method() of the class; it has: {', '.join(sorted(methods)) or '-'}",
+        )
+    try:
+        methods[probe.method].bind()
+    except TypeError as exc:
+        raise errors.DeclarationError(
+            "probes", probe.method, f"is called without arguments by the probe: {exc}"
+        ) from exc

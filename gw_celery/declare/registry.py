@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gw_celery import errors
-from gw_celery.declare import services
+from gw_celery.declare import gpu, services
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,29 +37,76 @@ class Registry:
         self.name = name
         self.contexts: dict[str, Context] = {}
         self.services: dict[str, services.Service] = {}
+        #: The Celery apps that have its tasks; other Apps of theirs must use other names.
+        self.celery_apps: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def add_context(self, context: Context) -> None:
-        """Add a context class.
+    def add_context(self, context: Context, beside: Iterable[Registry] = ()) -> None:
+        """Add a context class; ``beside`` are other Apps, which may share a Celery app with it.
 
         Raises:
-            DeclarationError: when the class is registered already.
+            DeclarationError: when the class is registered already, or cannot be made.
         """
-        if context.key in self.contexts:
-            raise errors.DeclarationError(
-                "context", context.key, f"is registered already in App({self.name!r})"
-            )
+        for owner in (self, *self._neighbours(beside)):
+            if context.key in owner.contexts:
+                raise errors.DeclarationError(
+                    "context", context.key, f"is registered already in App({owner.name!r})"
+                )
+        _require_makeable(context)
         self.contexts[context.key] = context
 
-    def add_service(self, service: services.Service) -> None:
-        """Add a service.
+    def add_service(self, service: services.Service, beside: Iterable[Registry] = ()) -> None:
+        """Add a service; ``beside`` are other Apps, which may share a Celery app with it.
 
         Raises:
             DeclarationError: when its class, function, queue or a task name is taken.
         """
+        _require_no_family(service, service)
         for other in self.services.values():
             _require_distinct(service, other)
-        _require_free_names(service, self.services.values())
+        for owner in (self, *self._neighbours(beside)):
+            owner._require_free(service)
+        _require_free_inside(service)
         self.services[service.key] = service
+
+    def join(self, celery_app: Any, beside: Iterable[Registry]) -> None:
+        """Let a Celery app have its tasks, together with those of ``beside`` that it has already.
+
+        Raises:
+            DeclarationError: when one of those has a context or task of the same name.
+        """
+        if celery_app in self.celery_apps:
+            return
+        for other in beside:
+            if other is not self and celery_app in other.celery_apps:
+                self._require_apart(other)
+        self.celery_apps.add(celery_app)
+
+    def _neighbours(self, others: Iterable[Registry]) -> list[Registry]:
+        mine = set(self.celery_apps)
+        return [one for one in others if one is not self and not mine.isdisjoint(one.celery_apps)]
+
+    def _require_apart(self, other: Registry) -> None:
+        for key in self.contexts:
+            if key in other.contexts:
+                raise errors.DeclarationError(
+                    "context", key, f"is registered in App({other.name!r}) and App({self.name!r})"
+                )
+        for service in self.services.values():
+            other._require_free(service)
+
+    def _require_free(self, service: services.Service) -> None:
+        for owner in self.services.values():
+            _require_no_family(service, owner)
+            _require_no_family(owner, service)
+            taken = {method.task_name for method in owner.methods.values()}
+            for method in service.methods.values():
+                if method.task_name in taken:
+                    raise errors.DeclarationError(
+                        "name",
+                        method.task_name,
+                        f"is a task of {owner.key} in App({self.name!r}) already: give one of the "
+                        f"two another name=",
+                    )
 
 
 def serving(registries: Iterable[Registry], queues: Iterable[str]) -> Iterator[services.Service]:
@@ -80,6 +129,19 @@ def families(registries: Iterable[Registry]) -> dict[str, list[str]]:
     return found
 
 
+def _require_makeable(context: Context) -> None:
+    try:
+        signature = inspect.signature(context.cls)
+    except ValueError:  # a class written in C does not tell
+        return
+    try:
+        signature.bind(*context.args, **context.kwargs)
+    except TypeError as exc:
+        raise errors.DeclarationError(
+            "context", context.key, f"cannot be made with the arguments of @app.context(): {exc}"
+        ) from exc
+
+
 def _require_distinct(service: services.Service, other: services.Service) -> None:
     if service.key == other.key:
         raise errors.DeclarationError("service", service.key, "is declared twice")
@@ -91,9 +153,22 @@ def _require_distinct(service: services.Service, other: services.Service) -> Non
         )
 
 
-def _require_free_names(service: services.Service, others: Iterable[services.Service]) -> None:
-    taken = {method.task_name: other.key for other in others for method in other.methods.values()}
+def _require_no_family(service: services.Service, other: services.Service) -> None:
+    """Refuse a queue that is named as a family: ``-Q`` with it would reach that queue alone."""
+    if gpu.is_name_of_family(service.queue) or service.queue == other.family:
+        raise errors.DeclarationError(
+            "queue",
+            service.queue,
+            f"is the name of a family: `-Q {service.queue}` means every service of it, and would "
+            f"reach {service.name} alone; give another queue=",
+        )
+
+
+def _require_free_inside(service: services.Service) -> None:
+    owners: dict[str, str] = {}
     for method in service.methods.values():
-        owner = taken.setdefault(method.task_name, f"{service.key}.{method.name}")
-        if owner != f"{service.key}.{method.name}":
-            raise errors.DeclarationError("name", method.task_name, f"is a task of {owner} already")
+        owner = owners.setdefault(method.task_name, method.name)
+        if owner != method.name:
+            raise errors.DeclarationError(
+                "name", method.task_name, f"is the task of {service.key}.{owner} already"
+            )

@@ -7,8 +7,11 @@ import inspect
 from typing import Any
 
 from gw_celery import errors
-from gw_celery.declare import benchmark, check, gpu, markers, parameters, probes
+from gw_celery.declare import benchmark, check, gpu, markers, members, options, parameters, probes
 from gw_celery.types import AnyFunction
+
+#: The key of what belongs to no service: plain Celery tasks.
+PLAIN = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,7 @@ class Service:
 
 def placement(
     *,
-    queue: object,
+    queue: Any,
     min_workers: object,
     max_workers: object,
     timeout: object,
@@ -116,8 +119,7 @@ def placement(
     Raises:
         DeclarationError: naming the argument that breaks its rule.
     """
-    if queue is not None and (not isinstance(queue, str) or not queue):
-        raise errors.DeclarationError("queue", queue, "must be the name of a queue")
+    _require_queue(queue)
     least, most = check.replicas(min_workers, max_workers)
     return Placement(
         gpu=device,
@@ -137,6 +139,7 @@ def from_function(fn: AnyFunction, where: Placement, mark: markers.TaskMark) -> 
     """
     if not inspect.isfunction(fn):
         raise errors.DeclarationError("fn", fn, "@app.remote decorates a function")
+    members.require_one_answer("fn", fn)
     if not inspect.iscoroutinefunction(fn):
         raise errors.DeclarationError(
             "fn", fn.__qualname__, "a remote function is asynchronous: write `async def`"
@@ -144,7 +147,8 @@ def from_function(fn: AnyFunction, where: Placement, mark: markers.TaskMark) -> 
     is_bound = bool(mark.options.get("bind"))
     if is_bound and hasattr(fn, markers.BATCHED):
         raise errors.DeclarationError("bind", True, "a batched body serves many requests at once")
-    method = _method(fn, fn.__name__, f"{fn.__module__}.{fn.__name__}", mark, drop_first=is_bound)
+    task_name = f"{fn.__module__}.{fn.__name__}"
+    method = _method(fn, fn.__name__, task_name, mark, where, drop_first=is_bound)
     service = Service(
         name=fn.__name__,
         target=fn,
@@ -163,17 +167,13 @@ def from_class(cls: type, where: Placement, declared_probes: object) -> Service:
         DeclarationError: for a class without methods, one that cannot be made without arguments,
             a probe that names no method, or a benchmark that does not fit its method.
     """
-    _require_instantiable(cls)
-    marked = _marked_members(cls, markers.METHOD)
-    if not marked:
-        raise errors.DeclarationError(
-            "class", cls.__qualname__, "has no method marked with @gw.method()"
-        )
-    _require_marks_in_place(cls, marked)
+    members.require_instantiable(cls)
     prefix = f"{cls.__module__}.{cls.__name__}"
     methods = {
-        name: _method(fn, name, f"{prefix}.{name}", getattr(fn, markers.METHOD), drop_first=True)
-        for name, fn in marked.items()
+        name: _method(
+            fn, name, f"{prefix}.{name}", getattr(fn, markers.METHOD), where, drop_first=True
+        )
+        for name, fn in members.methods(cls).items()
     }
     service = Service(
         name=cls.__name__,
@@ -181,18 +181,27 @@ def from_class(cls: type, where: Placement, declared_probes: object) -> Service:
         placement=where,
         concurrent=getattr(cls, markers.CONCURRENT, None),
         methods=methods,
-        probes=probes.require_methods(declared_probes, frozenset(methods)),
+        probes=probes.require_methods(
+            declared_probes, {name: one.signature for name, one in methods.items()}
+        ),
         parameters=parameters.declared(cls),
-        enter_hooks=tuple(_marked_members(cls, markers.ENTER)),
-        exit_hooks=tuple(reversed(_marked_members(cls, markers.EXIT))),
+        enter_hooks=members.hooks(cls, markers.ENTER),
+        exit_hooks=members.hooks(cls, markers.EXIT)[::-1],
     )
     _require_room(service)
     return service
 
 
 def _method(
-    fn: AnyFunction, name: str, task_name: str, mark: markers.TaskMark, *, drop_first: bool
+    fn: AnyFunction,
+    name: str,
+    task_name: str,
+    mark: markers.TaskMark,
+    where: Placement,
+    *,
+    drop_first: bool,
 ) -> Method:
+    options.require_soft_before_hard(mark.options, where.timeout)
     signature = _caller_signature(fn, drop_first=drop_first)
     benchmark.require_matching(mark.benchmark, signature)
     return Method(
@@ -223,56 +232,14 @@ def _caller_signature(fn: AnyFunction, *, drop_first: bool) -> inspect.Signature
     return signature.replace(parameters=rest)
 
 
-def _marked_members(cls: type, mark: str) -> dict[str, AnyFunction]:
-    """Members with ``mark`` in definition order, base classes first, overrides in place."""
-    names: dict[str, None] = {}
-    for base in reversed(cls.__mro__):
-        for name, member in vars(base).items():
-            if hasattr(_plain(member), mark):
-                names.setdefault(name)
-    members = {name: _plain(inspect.getattr_static(cls, name)) for name in names}
-    return {name: fn for name, fn in members.items() if hasattr(fn, mark)}
-
-
-def _require_marks_in_place(cls: type, methods: dict[str, AnyFunction]) -> None:
-    """Refuse marks that nobody would read."""
-    for name in _marked_members(cls, markers.CONCURRENT):
-        raise errors.DeclarationError("gw.concurrent", name, "marks the class, not a method of it")
-    for name in _marked_members(cls, markers.BATCHED):
-        if name not in methods:
-            raise errors.DeclarationError("gw.batched", name, "marks a task: add @gw.method()")
-    for fn in methods.values():
-        if getattr(fn, markers.METHOD).options.get("bind"):
-            raise errors.DeclarationError(
-                "bind", True, "`self` of a method is its instance: use celery.current_task"
-            )
-
-
-def _plain(member: Any) -> Any:
-    """Return the user's function behind what an earlier ``@app.cls`` put into a base class."""
-    return getattr(member, markers.FUNCTION, member)
-
-
-def _require_instantiable(cls: object) -> None:
-    if not inspect.isclass(cls):
-        raise errors.DeclarationError("class", cls, "@app.cls decorates a class")
-    if markers.SERVICE in vars(cls):
-        raise errors.DeclarationError("class", cls.__qualname__, "is decorated twice")
-    if not cls.__dictoffset__:
-        raise errors.DeclarationError(
-            "class", cls.__qualname__, 'keeps no __dict__; add "__dict__" to its __slots__'
-        )
-    if cls.__init__ is object.__init__:
+def _require_queue(queue: object) -> None:
+    if queue is None:
         return
-    try:
-        inspect.signature(cls.__init__).bind(object())
-    except TypeError as exc:
+    # ``celery worker -Q`` divides at commas and takes spaces away: others could not be consumed.
+    if not isinstance(queue, str) or not queue or "," in queue or queue != queue.strip():
         raise errors.DeclarationError(
-            "class",
-            cls.__qualname__,
-            f"is made without arguments in each replica ({exc}); use gw.parameter() for values "
-            f"that callers set, and @gw.on_enter() to load",
-        ) from exc
+            "queue", queue, "must be the name of a queue, without a comma or a space at its ends"
+        )
 
 
 def _require_room(service: Service) -> None:

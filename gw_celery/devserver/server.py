@@ -122,11 +122,12 @@ def start(
 
     Raises:
         ServerNotFound: when there is no server program.
-        ServerFailed: when a server already runs on ``data_dir``, or the new one does not answer.
+        ServerFailed: when ``data_dir`` cannot be made, a server already runs on it, or the new one
+            does not answer.
     """
     command = find_program(program)
     where = Path(data_dir).resolve()
-    where.mkdir(mode=0o700, parents=True, exist_ok=True)
+    place.make(where)
     lock = place.take(where)
     try:
         server = _launch(command, where, lock)

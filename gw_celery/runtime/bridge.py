@@ -14,21 +14,25 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Coroutine, Generator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Generic, Protocol, TypeVar
 
 import greenlet
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery import errors
+from gw_celery.runtime import exits
 
 T = TypeVar("T")
+
+#: Seconds between two questions of a thread that waits whether it still should.
+_INTERVAL = 0.2
 
 
 class _Stepping(greenlet.greenlet):
     """A greenlet that steps one coroutine; ``call`` can replace a cancellation."""
 
-    call: Call[Any] | None = None
+    call: Interrupted
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -57,20 +61,42 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def _replaced(current: _Stepping, exc: BaseException) -> Any:
-    if isinstance(exc, asyncio.CancelledError) and current.call is not None:
+    if isinstance(exc, asyncio.CancelledError):
         return current.call.take_interrupt() or exc
     return exc
 
 
-class _Stepped(Generic[T]):
-    """Awaits a coroutine that is stepped in a greenlet of its own."""
+def can_park() -> bool:
+    """Whether the caller runs in a greenlet that ``drive`` can park."""
+    current = greenlet.getcurrent()
+    return isinstance(current, _Stepping) and current.parent is not None
 
-    def __init__(self, coroutine: Coroutine[Any, Any, T], call: Call[T] | None) -> None:
-        self._coroutine = coroutine
+
+def would_block_loop() -> bool:
+    """Whether the caller runs on an event loop, in something that ``drive`` cannot park."""
+    return not can_park() and asyncio._get_running_loop() is not None
+
+
+async def step(fn: Callable[[], T], call: Interrupted) -> T:
+    """Run a synchronous ``fn`` in a greenlet of its own, which ``drive`` parks while it waits."""
+    return await _Stepped(fn, call)
+
+
+class Interrupted(Protocol):
+    """Whose coroutine is interrupted by cancelling what it waits for."""
+
+    def take_interrupt(self) -> BaseException | None: ...
+
+
+class _Stepped(Generic[T]):
+    """Awaits a function that is run in a greenlet of its own."""
+
+    def __init__(self, fn: Callable[[], T], call: Interrupted) -> None:
+        self._fn = fn
         self._call = call
 
     def __await__(self) -> Generator[Any, Any, T]:
-        stepping = _Stepping(lambda: drive(self._coroutine))
+        stepping = _Stepping(self._fn)
         stepping.call = self._call
         # The greenlet shares the context of the task, so that context variables set in the
         # body are seen by what it awaits.
@@ -94,34 +120,31 @@ class Call(Generic[T]):
         loop: asyncio.AbstractEventLoop,
         coroutine: Coroutine[Any, Any, T],
         context: contextvars.Context,
+        at_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._loop = loop
         self._coroutine = coroutine
         self._context = context
+        self._at_end = at_end
         self._task: asyncio.Task[T] | None = None
         self._interrupt: BaseException | None = None
         self._abandoned: BaseException | None = None
         self._over = threading.Event()
 
-    def run(self, cancel_timeout: float) -> T:
+    def run(self, cancel_timeout: float, meanwhile: Callable[[], None] | None = None) -> T:
         """Start the coroutine, wait for it, and return or raise its outcome.
 
         A ``SoftTimeLimitExceeded`` that interrupts the wait is raised *in the coroutine*, as a
         sync task would get it; anything else cancels it and is raised here, once the coroutine
-        has ended or ``cancel_timeout`` seconds have passed.
+        has ended or ``cancel_timeout`` seconds have passed. ``meanwhile`` is called a few times a
+        second during the wait: what it raises interrupts the wait, too.
         """
         self._loop.call_soon_threadsafe(self._start)
-        while True:
-            try:
-                self._over.wait()
-                break
-            except SoftTimeLimitExceeded as limit:
-                self.interrupt(limit)
-            except BaseException:
-                self._loop.call_soon_threadsafe(self._cancel)
-                self._over.wait(cancel_timeout)
-                raise
-        return self._outcome()
+        try:
+            self._wait(cancel_timeout, meanwhile)
+            return self._outcome()
+        finally:
+            self._at_end()
 
     def interrupt(self, exc: BaseException) -> None:
         """Raise ``exc`` in the coroutine at its next (or present) wait; from any thread."""
@@ -138,6 +161,25 @@ class Call(Generic[T]):
             self._task.uncancel()
         return exc
 
+    def _wait(self, cancel_timeout: float, meanwhile: Callable[[], None] | None) -> None:
+        while True:
+            try:
+                self._wait_asking(meanwhile)
+                return
+            except SoftTimeLimitExceeded as limit:
+                self.interrupt(limit)
+            except BaseException:
+                self._loop.call_soon_threadsafe(self._cancel)
+                self._over.wait(cancel_timeout)
+                raise
+
+    def _wait_asking(self, meanwhile: Callable[[], None] | None) -> None:
+        if meanwhile is None:
+            self._over.wait()
+            return
+        while not self._over.wait(_INTERVAL):
+            meanwhile()
+
     def _start(self) -> None:
         if self._abandoned is not None:
             self._coroutine.close()
@@ -150,14 +192,8 @@ class Call(Generic[T]):
         self._over.set()
 
     async def _await(self) -> T:
-        try:
-            return await _Stepped(self._coroutine, self)
-        except (SystemExit, KeyboardInterrupt) as exc:
-            # asyncio would end the loop with it, and Celery's tracer its process, with the loaded
-            # model: for the caller it is a failure of this one body.
-            raise errors.BodyExited(
-                f"the body raised {exc!r}, which would end its process"
-            ) from exc
+        with exits.Contained():  # asyncio would end the loop with an exit
+            return await _Stepped(lambda: drive(self._coroutine), self)
 
     def _cancel(self, instead: BaseException | None = None) -> None:
         if self._task is not None and not self._task.done():

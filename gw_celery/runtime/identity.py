@@ -17,17 +17,51 @@ from celery.utils import threads
 
 from gw_celery import errors
 
-_followed: contextvars.ContextVar[Any] = contextvars.ContextVar("gw_identity", default=None)
+
+class Followed:
+    """The identity of one tracer, for as long as its call runs.
+
+    A task that a body created may outlive it, in the same context. The thread of the tracer then
+    runs another request, which is not that task's: it has no identity but its own thread's.
+    """
+
+    def __init__(self, ident: Any) -> None:
+        self.ident = ident
+
+    def end(self) -> None:
+        self.ident = None
+
+
+_followed: contextvars.ContextVar[Followed | None] = contextvars.ContextVar(
+    "gw_identity", default=None
+)
 
 
 def identify() -> Any:
     """Return the identity that Celery's stacks are looked up by."""
-    return _followed.get() or threads.get_ident()
+    followed = _followed.get()
+    ident = None if followed is None else followed.ident
+    return threads.get_ident() if ident is None else ident
 
 
-def follow() -> None:
-    """Bind the present identity to the context, for what will run in it elsewhere."""
-    _followed.set(identify())
+def follow() -> Followed:
+    """Bind the present identity to the context, for what will run in it elsewhere.
+
+    Whoever follows ends it with the call.
+    """
+    followed = Followed(identify())
+    _followed.set(followed)
+    return followed
+
+
+def bind() -> Followed:
+    """Bind an identity of its own to the context, for an input that runs in no thread of its own.
+
+    Whoever binds ends it with the input.
+    """
+    followed = Followed(object())
+    _followed.set(followed)
+    return followed
 
 
 def follow_none() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import lifecycle, loop
+from gw_celery.runtime import lifecycle, loop, views
 from gw_celery.types import ParameterValues
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Instances:
         self._service = service
         self._most = most
         self._exit_timeout = exit_timeout
-        self._view_class = _view_class(service.target)
+        self._view_class = views.view_class(service.target)
         self._loaded: list[Loaded] = []  # least recently used first
         self._lock = threading.Lock()
         self._building = asyncio.Lock()
@@ -59,8 +59,11 @@ class Instances:
         return self._unit(parameters.complete(self._service.parameters, {}), is_pinned=True)
 
     def adopt(self, life: lifecycle.Entered) -> None:
-        """Take over an instance that the start-up has entered."""
-        self._keep(life)
+        """Take over an instance that has entered."""
+        loaded: Loaded = life.value.result()
+        loaded.life = life
+        with self._lock:
+            self._loaded.append(loaded)
 
     def take(self, values: ParameterValues) -> Loaded | None:
         """Return a suitable instance and count its use, without waiting; from any thread."""
@@ -92,10 +95,7 @@ class Instances:
 
     def view(self, loaded: Loaded, values: ParameterValues) -> Any:
         """Return the object that a call with ``values`` sees: shared state, own parameters."""
-        view: Any = object.__new__(self._view_class)
-        view.__dict__ = loaded.instance.__dict__
-        object.__setattr__(view, parameters.VALUES, values)
-        return view
+        return views.view(loaded.instance, values)
 
     async def leave(self) -> None:
         """Leave every instance that ``load`` built; the start-up's own are not among them."""
@@ -121,13 +121,7 @@ class Instances:
             failure = await life.settle()
             if failure is not None:
                 raise failure
-            self._keep(life)
-
-    def _keep(self, life: lifecycle.Entered) -> None:
-        loaded: Loaded = life.value.result()
-        loaded.life = life
-        with self._lock:
-            self._loaded.append(loaded)
+            self.adopt(life)
 
     async def _make_room(self) -> None:
         """Leave the least recently used idle instances, so that one more fits in memory."""
@@ -163,8 +157,7 @@ class Instances:
 
     async def _made(self, values: ParameterValues) -> tuple[Any, frozenset[str]]:
         reads: set[str] = set()
-        instance: Any = object.__new__(self._view_class)
-        object.__setattr__(instance, parameters.VALUES, values)
+        instance = views.instance(self._view_class, values)
         object.__setattr__(instance, parameters.READS, reads)
         await loop.in_thread(instance.__init__)  # a constructor that loads must not stop the loop
         await _run_hooks(instance, self._service.enter_hooks)
@@ -179,19 +172,6 @@ class Instances:
 
 def _text(values: ParameterValues, names: frozenset[str]) -> str:
     return parameters.canonical({name: values[name] for name in names})
-
-
-def _view_class(cls: type) -> type:
-    """A subclass with room for parameter values beside the shared ``__dict__``."""
-    body = {
-        "__slots__": (parameters.VALUES, parameters.READS),
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        # The class's own __new__ makes handles for callers.
-        "__new__": lambda view_class, *args, **kwargs: object.__new__(view_class),
-    }
-    return type(cls.__name__, (cls,), body)
 
 
 async def _run_hooks(instance: Any, names: tuple[str, ...]) -> None:

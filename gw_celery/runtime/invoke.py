@@ -11,7 +11,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery import errors
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import bridge, instances, process
+from gw_celery.runtime import bridge, exits, instances, process
 from gw_celery.types import ParameterValues
 
 
@@ -25,23 +25,16 @@ class Input:
     given: ParameterValues
     soft_limit: float | None = None
     hard_limit: float | None = None
-    #: What Celery hands to a task declared with ``bind=True``, before the user's arguments.
+    #: The user's arguments, behind the task itself where it is declared with ``bind=True``.
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class Stopped(BaseException):
-    """Ends the tracer's wait for a body that goes on or is being cancelled.
-
-    A ``BaseException``, so that ``autoretry_for=(Exception,)`` does not catch it.
-    """
-
-
-class HardLimit(Stopped):
+class HardLimit(exits.Stopped):
     """The hard time limit of an input passed."""
 
 
-class Revoked(Stopped):
+class Revoked(exits.Stopped):
     """The input was revoked while it ran."""
 
 
@@ -63,6 +56,15 @@ class Running:
             self._calls.pop(one.task_id, None)
             if limits is not None:
                 limits.disarm()
+
+    def interrupt(self, task_id: str, exc: BaseException | None) -> bool:
+        """Raise ``exc`` in a running input, or stop it without one; whether there was one."""
+        if exc is None:
+            return self.revoke(task_id)
+        call = self._calls.get(task_id)
+        if call is not None:
+            call.interrupt(exc)
+        return call is not None
 
     def revoke(self, task_id: str) -> bool:
         """Stop a running input; whether there was one."""
@@ -89,12 +91,11 @@ async def run_async(runtime: process.Process, one: Input) -> Any:
     token = process.held.set(process.held.get() | {one.service.key})
     try:
         if not one.service.is_class:
-            return await _answer(one, one.method.function, one.args, one.kwargs)
+            return await _answer(runtime, one, one.method.function)
         values, owner = _values(one), runtime.instances_of(one.service)
         loaded = owner.take(values) or await owner.load(values)
         try:
-            bound = _bound(one, owner, loaded, values)
-            return await _answer(one, bound, one.args, one.kwargs)
+            return await _answer(runtime, one, _bound(one, owner, loaded, values))
         finally:
             owner.give_back(loaded)
     finally:
@@ -107,21 +108,30 @@ def _run_sync(runtime: process.Process, one: Input) -> Any:
     try:
         bound = _bound(one, owner, loaded, values)
         if one.method.batched is None:
-            return bound(*one.args, **one.kwargs)
-        return _single(one, bound(**_singletons(one, one.args, one.kwargs)))
+            return _contained(runtime, bound, *one.args, **one.kwargs)
+        listed = _singletons(one, one.args, one.kwargs)
+        return _single(one, _contained(runtime, bound, **listed))
     finally:
         owner.give_back(loaded)
 
 
-async def _answer(
-    one: Input, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+async def _answer(runtime: process.Process, one: Input, fn: Callable[..., Any]) -> Any:
+    args, kwargs = one.args, one.kwargs
     if one.method.batched is not None:
         args, kwargs = (), _singletons(one, args, kwargs)
-    # A synchronous body that another one awaits must not stop the loop that it shares.
-    running = fn(*args, **kwargs) if one.method.is_async else asyncio.to_thread(fn, *args, **kwargs)
-    answer = await running
+    if one.method.is_async:
+        with exits.Contained(runtime.is_ending):
+            answer = await fn(*args, **kwargs)
+    else:  # it must not stop the loop that it shares with the body that awaits it
+        answer = await asyncio.to_thread(_contained, runtime, fn, *args, **kwargs)
     return answer if one.method.batched is None else _single(one, answer)
+
+
+def _contained(
+    runtime: process.Process, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    with exits.Contained(runtime.is_ending):
+        return fn(*args, **kwargs)
 
 
 def _values(one: Input) -> dict[str, Any]:

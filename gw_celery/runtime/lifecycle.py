@@ -38,7 +38,20 @@ class Entered:
 
     @property
     def has_entered(self) -> bool:
-        return self.value.done() and not self.value.cancelled() and not self.value.exception()
+        return self.value.done() and self.failure is None
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the entering, if it is over and failed."""
+        if not self.value.done():
+            return None
+        if self.value.cancelled():
+            return asyncio.CancelledError("cancelled while entering")
+        return self.value.exception()
+
+    def is_life(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether ``task`` is the one that enters and leaves the unit."""
+        return task is self._life
 
     def abandon(self) -> None:
         """Cancel the entering; what is entered already stays so."""
@@ -48,7 +61,7 @@ class Entered:
     async def settle(self) -> BaseException | None:
         """Wait until the entering is over and return what it raised."""
         await asyncio.wait([self.value])
-        return asyncio.CancelledError() if self.value.cancelled() else self.value.exception()
+        return self.failure
 
     async def leave(self) -> None:
         """Leave the unit when it is entered; errors and time-outs are logged, never raised."""
@@ -88,7 +101,7 @@ async def settle_all(lives: Sequence[Entered], timeout: float) -> None:
     """Wait until all of ``lives`` have entered.
 
     When one fails the rest are cancelled, every one that entered is left again, and all causes
-    are reported together.
+    are reported together. So it is when the wait is cancelled.
 
     Raises:
         StartupError: with the cause of each unit that failed, or did not enter in ``timeout``.
@@ -96,8 +109,12 @@ async def settle_all(lives: Sequence[Entered], timeout: float) -> None:
     if not lives:
         return
     values = [life.value for life in lives]
-    await asyncio.wait(values, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
-    causes = {life.unit.name: cause for life in lives if (cause := _failure(life)) is not None}
+    try:
+        await asyncio.wait(values, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
+    except asyncio.CancelledError:
+        await leave_all(lives)
+        raise
+    causes = {life.unit.name: cause for life in lives if (cause := life.failure) is not None}
     late = [life.unit.name for life in lives if not life.value.done()]
     if not causes and late:
         causes = {name: _too_late(timeout) for name in late}
@@ -111,14 +128,6 @@ async def leave_all(lives: Sequence[Entered]) -> None:
     for life in lives:
         life.abandon()
     await asyncio.gather(*(life.leave() for life in lives))
-
-
-def _failure(life: Entered) -> BaseException | None:
-    if not life.value.done():
-        return None
-    if life.value.cancelled():
-        return asyncio.CancelledError("cancelled while entering")
-    return life.value.exception()
 
 
 def _too_late(timeout: float) -> TimeoutError:

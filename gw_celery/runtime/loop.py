@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,20 +20,43 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-class LoopThread:
-    """Owns the thread and its loop; ``stop`` ends both."""
+class Host:
+    """A loop and the thread that runs it."""
 
-    def __init__(self, name: str = "gw-loop") -> None:
-        self.loop = asyncio.new_event_loop()
-        self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
+    def __init__(self, hosted: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+        self.loop = hosted
+        self._thread = thread
 
     def is_current(self) -> bool:
         """Whether the caller runs on this loop's thread."""
         return threading.current_thread() is self._thread
+
+    def answers(self, within: float) -> bool:
+        """Whether the loop takes its turn ``within`` seconds; False while something blocks it."""
+        answered = threading.Event()
+        self.loop.call_soon_threadsafe(answered.set)
+        return answered.wait(within)
+
+    def running_task(self) -> asyncio.Task[Any] | None:
+        """The task whose step the loop runs right now; from any thread."""
+        return asyncio.current_task(self.loop)
+
+    def stack(self) -> traceback.StackSummary:
+        """What the loop's thread is doing right now, the innermost call last."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return traceback.extract_stack(frame) if frame else traceback.StackSummary()
+
+
+class LoopThread(Host):
+    """Owns the thread and its loop; ``stop`` ends both."""
+
+    def __init__(self, name: str = "gw-loop") -> None:
+        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        super().__init__(asyncio.new_event_loop(), thread)
+        self._is_stopping = False
+
+    def start(self) -> None:
+        self._thread.start()
 
     def stop(self, timeout: float) -> None:
         """End the loop, cancelling what is left on it; waits ``timeout`` seconds at most."""
@@ -64,6 +89,19 @@ class LoopThread:
         if rest:
             self.loop.run_until_complete(asyncio.wait(rest, timeout=1.0))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+
+
+class MainLoop(Host):
+    """The running loop of a process whose main thread it has; whoever made it ends it."""
+
+    def __init__(self, running: asyncio.AbstractEventLoop) -> None:
+        super().__init__(running, threading.current_thread())
+
+    def start(self) -> None:
+        """Do nothing: it runs."""
+
+    def stop(self, timeout: float) -> None:
+        """Do nothing."""
 
 
 async def in_thread(fn: Callable[..., T], *args: Any) -> T:

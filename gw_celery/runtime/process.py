@@ -10,12 +10,12 @@ import asyncio
 import contextvars
 import logging
 import os
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from gw_celery import conf, errors
 from gw_celery.declare import registry, services
-from gw_celery.runtime import bridge, identity, instances, lifecycle, loop
+from gw_celery.runtime import bridge, identity, instances, lifecycle, loop, vigil
 
 T = TypeVar("T")
 
@@ -30,17 +30,28 @@ held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
 class Process:
     """The loaded state of this process; ``start`` enters it, ``stop`` leaves it."""
 
-    def __init__(self, settings: conf.Settings, *, enforces_limits: bool = True) -> None:
+    def __init__(
+        self,
+        settings: conf.Settings,
+        *,
+        enforces_limits: bool = True,
+        is_ending: Callable[[], bool] = lambda: False,
+        host: loop.LoopThread | loop.MainLoop | None = None,
+    ) -> None:
         self.settings = settings
         #: False where the pool itself enforces time limits.
         self.enforces_limits = enforces_limits
+        #: Whether a signal has told this process to end: a body's exit is then the process's.
+        self.is_ending = is_ending
         self.pid = os.getpid()
-        self._loop = loop.LoopThread()
+        self._loop = loop.LoopThread() if host is None else host
         self._contexts: dict[str, lifecycle.Entered] = {}
         self._served: set[str] = set()
         self._instances: dict[str, instances.Instances] = {}
         self._lives: dict[str, lifecycle.Entered] = {}
         self._growing = asyncio.Lock()
+        self._entering: list[lifecycle.Entered] = []
+        self._is_blocked = False
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -52,21 +63,45 @@ class Process:
         self._loop.start()
 
     def enter(
-        self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
+        self,
+        registries: Iterable[registry.Registry],
+        served: Sequence[services.Service],
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Enter what ``served`` needs and is not entered yet; blocks until all of it is.
 
-        Contexts belong to an App: they are entered when one of its services is served.
+        Contexts belong to an App: they are entered when one of its services is served. ``check``
+        is called a few times a second; what it raises ends the load.
 
         Raises:
             StartupError: with every cause; what had entered is left again.
         """
-        self.wait(self._grow(registries, served))
+        coroutine = self.grow(registries, served)
+        if self.is_on_loop():
+            bridge.drive(coroutine)
+            return
+        watching = vigil.Vigil(
+            self._loop,
+            self._entering,
+            start_timeout=self.settings.start_timeout,
+            grace=self.settings.cancel_timeout,
+            check=check,
+        )
+        try:
+            self.call(coroutine).run(self.settings.cancel_timeout, meanwhile=watching)
+        finally:
+            self._is_blocked = watching.saw_blocked_loop
 
     def stop(self) -> None:
-        """Leave everything and end the loop; errors are logged, the waits are bounded."""
+        """Leave everything and end the loop; errors are logged, the waits are bounded.
+
+        What is still entering is cancelled. A loop that a load blocks cannot leave anything.
+        """
+        if self._is_blocked:
+            self._loop.stop(timeout=0.0)
+            return
         bound = self.settings.exit_timeout
-        future = asyncio.run_coroutine_threadsafe(self._leave(), self.loop)
+        future = asyncio.run_coroutine_threadsafe(self.leave(), self.loop)
         try:
             # Each unit has its own bound; the margin is for the loop to report them.
             future.result(2 * bound + 5)
@@ -98,8 +133,8 @@ class Process:
     def call(self, coroutine: Coroutine[Any, Any, T]) -> bridge.Call[T]:
         """Prepare ``coroutine`` to run on the loop, in the context of the caller."""
         context = contextvars.copy_context()
-        context.run(identity.follow)
-        return bridge.Call(self.loop, coroutine, context)
+        followed = context.run(identity.follow)
+        return bridge.Call(self.loop, coroutine, context, at_end=followed.end)
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run ``coroutine`` on the loop and wait for it, from the loop's greenlets or elsewhere."""
@@ -107,9 +142,10 @@ class Process:
             return bridge.drive(coroutine)
         return self.call(coroutine).run(self.settings.cancel_timeout)
 
-    async def _grow(
+    async def grow(
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
     ) -> None:
+        """As ``enter``, for a caller on the loop: nothing watches for a load that blocks it."""
         async with self._growing:
             contexts = self._missing_contexts(registries, served)
             added = [one for one in served if one.key not in self._served]
@@ -140,12 +176,15 @@ class Process:
         ]
         lives = {life.unit.name: life for life in entering}
         self._contexts.update({unit.name: lives[unit.name] for unit in units})
+        self._entering.extend(entering)
         try:
             await lifecycle.settle_all(entering, self.settings.start_timeout)
-        except errors.StartupError:
+        except (errors.StartupError, asyncio.CancelledError):
             for unit in units:
                 del self._contexts[unit.name]
             raise
+        finally:
+            self._entering.clear()
         for key in made.keys() & lives.keys():
             made[key].adopt(lives[key])
         self._lives.update(lives)
@@ -154,13 +193,17 @@ class Process:
     def _instances_for(self, service: services.Service) -> instances.Instances:
         return instances.Instances(service, self.settings.max_instances, self.settings.exit_timeout)
 
-    async def _leave(self) -> None:
-        await asyncio.gather(*(one.leave() for one in self._instances.values()))
-        await lifecycle.leave_all(list(self._lives.values()))
-        self._served.clear()
-        self._lives.clear()
-        self._contexts.clear()
-        self._instances.clear()
+    async def leave(self) -> None:
+        """Leave everything, in parallel, and cancel what is still entering."""
+        for life in self._entering:
+            life.abandon()
+        async with self._growing:  # whoever grows leaves what it entered
+            await asyncio.gather(*(one.leave() for one in self._instances.values()))
+            await lifecycle.leave_all(list(self._lives.values()))
+            self._served.clear()
+            self._lives.clear()
+            self._contexts.clear()
+            self._instances.clear()
 
 
 def _context_unit(context: registry.Context) -> lifecycle.Unit:

@@ -27,7 +27,7 @@ def fatal_errors(report: Callable[[str], None] = lambda reason: None) -> Iterato
         yield
     except Exception as exc:
         if logging.getLogger().hasHandlers():
-            _log_causes(exc)
+            log_causes(exc)
         else:  # Celery has not set up logging yet
             sys.stderr.write(f"gw_celery: {type(exc).__name__}: {exc}\n")
         report(str(exc))
@@ -35,7 +35,8 @@ def fatal_errors(report: Callable[[str], None] = lambda reason: None) -> Iterato
         raise SystemExit(code) from exc
 
 
-def _log_causes(exc: Exception) -> None:
+def log_causes(exc: BaseException) -> None:
+    """Log that this process cannot serve, and each class that failed to load with its traceback."""
     logger.critical("pid %d cannot serve: %s", os.getpid(), exc)
     if isinstance(exc, errors.StartupError):
         for name, cause in exc.causes.items():

@@ -12,7 +12,7 @@ from typing import Any
 from celery import signals
 
 from gw_celery.declare import registry
-from gw_celery.worker import fatal, serving
+from gw_celery.worker import ending, fatal, serving
 
 _registries: list[registry.Registry] = []
 #: What this worker serves; set in the parent, inherited by forked children.
@@ -22,17 +22,25 @@ _plan: serving.Plan | None = None
 def connect(declared: registry.Registry) -> None:
     """Add an App's declarations and connect the receivers, once per process."""
     _registries.append(declared)
+    listen()
+
+
+def listen() -> None:
+    """Connect the receivers, once per process; the pool does it where there is no App."""
     signals.worker_init.connect(_on_worker_init, dispatch_uid="gw_celery.worker_init")
     signals.worker_process_init.connect(_on_process_init, dispatch_uid="gw_celery.process_init")
-    signals.worker_process_shutdown.connect(
-        _on_process_shutdown, dispatch_uid="gw_celery.process_shutdown"
-    )
+    signals.worker_process_shutdown.connect(_on_shutdown, dispatch_uid="gw_celery.process_shutdown")
     signals.worker_shutdown.connect(_on_shutdown, dispatch_uid="gw_celery.shutdown")
 
 
 def registries() -> tuple[registry.Registry, ...]:
     """Return the declarations of every App of this process."""
     return tuple(_registries)
+
+
+def plan() -> serving.Plan | None:
+    """Return what the worker of this process serves; ``None`` before it starts, or elsewhere."""
+    return _plan
 
 
 def _on_worker_init(sender: Any, **_: Any) -> None:
@@ -46,13 +54,9 @@ def _on_worker_init(sender: Any, **_: Any) -> None:
 
 
 def _on_process_init(**_: Any) -> None:
-    if _plan is not None and _plan.loads_in_children:
-        with fatal.fatal_errors(_plan.report):
-            serving.start(_plan)
-
-
-def _on_process_shutdown(**_: Any) -> None:
-    serving.stop()
+    if _plan is not None and (pipes := _plan.pipes) is not None:
+        with fatal.fatal_errors(pipes.report), ending.heeding(pipes.bell) as check:
+            serving.start(_plan, check)
 
 
 def _on_shutdown(**_: Any) -> None:

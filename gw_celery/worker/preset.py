@@ -70,11 +70,16 @@ def require_visibility(app: Any, registries: Sequence[registry.Registry]) -> Non
     """Check, or raise where it is a default, the time until Redis redelivers a message.
 
     Raises:
-        ConfigurationError: when a task could run longer, and so would run twice.
+        ConfigurationError: when it is no number, or a task could run longer, and so would run
+            twice.
     """
     longest = max(_limits(app, registries), default=0.0)
     options = dict(app.conf.broker_transport_options or {})
     visible = options.get("visibility_timeout", _DEFAULT_VISIBILITY)
+    if isinstance(visible, bool) or not isinstance(visible, int | float):
+        raise errors.ConfigurationError(
+            f"broker_transport_options['visibility_timeout']={visible!r}: must be seconds, a number"
+        )
     if longest < visible:
         return
     if visible != _DEFAULT_VISIBILITY:

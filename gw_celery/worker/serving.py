@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gw_celery import conf
 from gw_celery.declare import registry, services
 from gw_celery.runtime import process
+from gw_celery.worker import ending
+from gw_celery.worker.pipes import Pipes
 
 logger = logging.getLogger(__name__)
+
+#: What the plan calls our own pool.
+GPU_POOL = "gpu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,33 +26,45 @@ class Plan:
     registries: Sequence[registry.Registry]
     served: Sequence[services.Service]
     settings: conf.Settings
-    #: The pool, as its users call it: prefork, solo or threads.
+    #: The pool, as its users call it: prefork, solo or threads; or ``GPU_POOL``.
     pool: str
-    #: Where a child writes why it cannot start; the parent reads the other end.
-    failures: tuple[int, int] = (-1, -1)
+    #: The queues that it consumes, with families expanded.
+    queues: Sequence[str] = ()
+    #: To the processes that load because Celery sends them ``worker_process_init``; ``None`` where
+    #: something else has them load, or nothing is served.
+    pipes: Pipes | None = None
 
     @property
-    def loads_in_children(self) -> bool:
-        """Whether Celery sends ``worker_process_init`` where bodies run."""
-        return bool(self.served) and self.pool != "threads"
+    def slots(self) -> dict[str, int]:
+        """Inputs in flight of each service in one replica of our pool; ``""`` for other tasks."""
+        return {one.key: one.max_inputs for one in self.served} | {services.PLAIN: 1}
 
-    def report(self, reason: str) -> None:
-        """Tell the parent why this process cannot serve; short, so that it is one write."""
-        message = json.dumps({"pid": os.getpid(), "reason": reason[:2000]}) + "\n"
-        os.write(self.failures[1], message.encode())
+    @property
+    def service_queues(self) -> dict[str, str]:
+        """The service of each queue; of the first one where several share a queue."""
+        return {one.queue: one.key for one in reversed(self.served)}
 
 
-def start(plan: Plan) -> None:
+def start(plan: Plan, check: Callable[[], None]) -> None:
     """Enter everything that ``plan`` serves in this process, before its first task.
+
+    ``check`` raises when the process should give up; what has entered is then left.
 
     Raises:
         StartupError: naming each class that failed, and why.
     """
-    runtime = process.Process(plan.settings, enforces_limits=plan.pool != "prefork")
+    runtime = process.Process(
+        plan.settings, enforces_limits=plan.pool != "prefork", is_ending=ending.is_ending
+    )
     runtime.start()
     process.adopt(runtime)
     logger.info("pid %d loads %s", runtime.pid, ", ".join(one.name for one in plan.served))
-    runtime.enter(plan.registries, plan.served)
+    try:
+        runtime.enter(plan.registries, plan.served, check)
+        check()
+    except BaseException:
+        stop()
+        raise
     logger.info("pid %d has loaded %d services", runtime.pid, len(plan.served))
 
 

@@ -5,22 +5,26 @@ Celery logs a failed check and goes on, so that the checks here end the process 
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from celery import concurrency
 
 from gw_celery import conf, errors
+from gw_celery.calling import names
 from gw_celery.declare import gpu, registry, services
-from gw_celery.worker import bootsteps, control, preset, serving
+from gw_celery.worker import bootsteps, commands, control, gate, notices, preset, serving
+from gw_celery.worker.pipes import Pipes
 
 _POOLS = {
     "celery.concurrency.prefork": "prefork",
     "celery.concurrency.solo": "solo",
     "celery.concurrency.thread": "threads",
+    "gw_celery.pool": serving.GPU_POOL,
+    "gw_celery.pool.taskpool": serving.GPU_POOL,
 }
+#: Those in whose processes Celery sends ``worker_process_init``.
+_LOADING_BY_SIGNAL = ("prefork", "solo")
 
 
 def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Plan:
@@ -28,30 +32,53 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
 
     Raises:
         ConfigurationError: for settings that contradict each other or the pool.
+        DeclarationError: for a service and a plain task of the same name.
     """
     settings = conf.read(worker.app.conf)
     preset.configure_codec(settings)
     known = [one for one in registries if _belongs(one, worker.app)]
+    _require_names(worker.app, known)
     preset.require_visibility(worker.app, known)
     expand_families(worker.app.amqp.queues, known)
     served = list(registry.serving(known, worker.app.amqp.queues.consume_from))
     pool = _pool_name(worker.pool_cls)
-    plan = serving.Plan(registries=known, served=served, settings=settings, pool=pool)
+    loads_by_signal = bool(served) and pool in _LOADING_BY_SIGNAL
+    plan = serving.Plan(
+        registries=known,
+        served=served,
+        settings=settings,
+        pool=pool,
+        queues=tuple(worker.app.amqp.queues.consume_from),
+        pipes=Pipes() if loads_by_signal else None,
+    )
     if served:
-        plan = dataclasses.replace(plan, failures=os.pipe())
         _require_supported(pool, served)
         preset.require_content(worker.app)
         preset.tune_worker(worker, settings)
-        bootsteps.install(worker, plan)
         control.guard(plan)
+    if pool == serving.GPU_POOL:
+        _prepare_gpu_pool(worker, plan)
+    elif served or notices.strays(plan):
+        bootsteps.install(worker, plan)
     return plan
+
+
+def _prepare_gpu_pool(worker: Any, plan: serving.Plan) -> None:
+    if plan.settings.replicas is not None:
+        worker.concurrency = plan.settings.replicas * sum(plan.slots.values())
+    # The gate owns the prefetch count, and sets it anew at every connection.
+    worker.app.conf.worker_enable_prefetch_count_reduction = False
+    commands.install()
+    worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
+    worker.app.steps["consumer"].add(gate.GateStep)
 
 
 def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> None:
     """Replace the name of a family among the consumed queues by its service queues.
 
     Raises:
-        ConfigurationError: for a family that no service belongs to.
+        ConfigurationError: for a dotted family or service queue that no service belongs to; a
+            plain ``cpu`` or ``gpu`` may be a queue of the project's own.
     """
     families = registry.families(registries)
     served = {queue for listed in families.values() for queue in listed}
@@ -59,12 +86,20 @@ def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> Non
         if name in families:
             queues.deselect(name)
             for queue in families[name]:
-                queues.select_add(queue)
-        elif gpu.is_family(name):
+                # The queue that a client makes of this name, with its type and priorities.
+                queues.select_add(queues[queue])
+        elif "." in name and gpu.is_family(name):  # a project's own may be named just "cpu"
             known = ", ".join(sorted(families)) or "none: is the module that declares them imported"
             raise errors.ConfigurationError(
                 f"-Q {name}: no service belongs to this family or queue; families here: {known}"
             )
+
+
+def _require_names(app: Any, registries: Sequence[registry.Registry]) -> None:
+    """Judge what has been declared since the app was finalized, too."""
+    for declared in registries:
+        for service in declared.services.values():
+            names.require_free(app, service)
 
 
 def _belongs(declared: registry.Registry, app: Any) -> bool:
@@ -90,5 +125,6 @@ def _require_supported(pool: str, served: Sequence[services.Service]) -> None:
         names = ", ".join(one.name for one in served)
         raise errors.ConfigurationError(
             f"the pool {pool!r} cannot serve {names}: asynchronous tasks need an event loop beside "
-            f"Celery's; start this worker with -P prefork, threads or solo"
+            f"Celery's; start this worker with the GPU pool (CELERY_CUSTOM_WORKER_POOL="
+            f"gw_celery.pool:TaskPool and -P custom), or with -P prefork, threads or solo"
         )

@@ -105,8 +105,11 @@ def running(home: Path) -> Iterator[Project]:
         for command in ("migrate", "seed"):
             assert start(command, "manage.py", command).wait_exit(60) == 0
         worker = ("-m", "celery", "-A", "example", "worker", "-c", "1")
+        pool = {"CELERY_CUSTOM_WORKER_POOL": "gw_celery.pool:TaskPool"}
+        start_gpu = _Starter(stack, home, {**environment, **pool})
+        on_gpu_pool = (*worker, "-P", "custom", "-Q", "cpu", "-n", "model@test")
         found = Project(
-            model_worker=start("model", *worker, "-Q", "cpu", "-n", "model@test"),
+            model_worker=start_gpu("model", *on_gpu_pool),
             plain_worker=start("plain", *worker, "-n", "plain@test"),
             web=start_web(stack, home, environment),
             database=database,

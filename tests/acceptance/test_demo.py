@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ def start_demo(redis_server: devserver.Server, tmp_path: Path) -> Iterator[Start
         command = [sys.executable, str(DEMO), "--data", str(tmp_path / "data"), *arguments]
         # What another project left in the shell must not lead the demo to its server.
         foreign = {"CELERY_BROKER_URL": "redis://127.0.0.1:1/0"}
-        started.append(Process(command, tmp_path / "demo.log", env=foreign))
+        started.append(Process(command, tmp_path / f"demo-{len(started)}.log", env=foreign))
         return started[-1]
 
     yield start
@@ -90,6 +91,26 @@ def test_a_part_that_dies_ends_the_demo_and_shows_the_end_of_its_log(
     assert "beat: Starting" in demo.log_text()
 
 
+def test_a_second_demo_on_the_same_data_is_refused_with_the_option_that_helps(
+    start_demo: StartDemo,
+) -> None:
+    first = start_demo()
+    child_of(first, "worker", "cpu")
+    second = start_demo()
+    assert second.wait_exit(40) == 1
+    assert "already uses" in second.log_text()
+    assert "stop it first, or choose another --data" in second.log_text()
+
+
+def test_demos_that_start_at_once_have_ports_of_their_own(
+    start_demo: StartDemo, tmp_path: Path
+) -> None:
+    demos = [start_demo("--data", str(tmp_path / name)) for name in ("one", "two")]
+    for part in ("uvicorn", "flower"):
+        ports = [re.findall(r"--port\W(\d+)", " ".join(command(child_of(d, part)))) for d in demos]
+        assert ports[0] != ports[1], ports
+
+
 def test_ctrl_c_stops_everything_even_while_it_starts(start_demo: StartDemo) -> None:
     demo = start_demo()
     child_of(demo, "worker", "cpu")
@@ -103,5 +124,5 @@ def test_a_killed_demo_leaves_nothing_behind(start_demo: StartDemo) -> None:
     child_of(demo, "flower")
     family = demo.children()
     demo.signal(signal.SIGKILL)
-    demo.wait_exit()
+    assert demo.wait_exit() == -signal.SIGKILL
     eventually(lambda: not [pid for pid in family if is_alive(pid)], 40)

@@ -104,6 +104,8 @@ def test_an_awaited_query_that_is_too_long_is_refused_with_the_models_reason(web
     [
         ("/api/search/", {}, '"query" must be a text'),
         ("/api/search/", {"query": "   "}, '"query" must be a text'),
+        ("/api/ask/", {"query": "\ud800"}, '"query" has half of a character'),
+        ("/api/documents/", {"title": "x", "text": "\udfff"}, '"text" has half'),
         ("/api/search/", {"query": 7}, '"query" must be a text'),
         ("/api/search/", {"query": "x", "top_k": True}, '"top_k" must be a whole number'),
         ("/api/ask/", {"query": "x", "top_k": 21}, "from 1 to 20"),

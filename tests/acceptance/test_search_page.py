@@ -110,6 +110,63 @@ def test_an_error_of_the_worker_is_shown(page: Any) -> None:
     expect(page.locator("#count")).to_have_text(before)
 
 
+def test_a_search_that_fails_leaves_the_old_results_dimmed(page: Any) -> None:
+    search(page, QUERY)
+    expect(page.locator(".hit")).to_have_count(5)
+    expect(page.locator("#results")).to_have_css("opacity", "1")
+
+    search(page, "and then it went on " * 100)
+    expect(page.locator("#search-problem")).to_contain_text("ValueError: The text has")
+    expect(page.locator("#results")).to_have_css("opacity", "0.45")
+
+    search(page, QUERY)
+    expect(page.locator("#search-problem")).to_be_empty()
+    expect(page.locator("#results")).to_have_css("opacity", "1")
+
+
+@pytest.mark.parametrize("query", ["", "   "])
+def test_an_empty_sentence_is_not_sent(page: Any, query: str) -> None:
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.method))
+    search(page, query)
+
+    expect(page.get_by_label("Your sentence")).to_be_focused()
+    expect(page.locator("#search-progress")).to_have_attribute("data-state", "idle")
+    assert "POST" not in sent
+
+
+def test_what_is_asked_while_a_search_runs_is_answered_next(page: Any, project: Project) -> None:
+    with suspended(project.model_worker):
+        search(page, QUERY)
+        expect(page.locator("#search-progress")).to_have_attribute("data-state", "queued")
+        page.get_by_label("Your sentence").fill("getting rid of an annoying spasm")
+        page.keyboard.press("Enter")
+
+    expect(page.locator(".hit").first).to_contain_text("A cure for hiccups")
+    expect(page.locator("#search-progress")).to_have_attribute("data-state", "done")
+
+
+def test_a_text_that_is_sent_twice_is_added_once(page: Any, project: Project) -> None:
+    before = int(page.locator("#count").text_content())
+    with suspended(project.model_worker):
+        add(page, "Twice", "An echo needs a wall that stands seventeen metres away, or more.")
+        page.get_by_role("button", name="Add", exact=True).click()
+
+    expect(page.locator("#add-progress")).to_have_attribute("data-state", "done")
+    expect(page.locator("#count")).to_have_text(str(before + 1))
+    expect(page.get_by_label("Title")).to_be_empty()
+    expect(page.locator("form#add")).not_to_have_attribute("aria-busy", "true")
+
+
+def test_an_awaited_search_does_not_claim_to_run(page: Any, project: Project) -> None:
+    page.get_by_label("await in an async view").check()
+    with suspended(project.model_worker):
+        search(page, QUERY)
+        expect(page.locator("#search-progress")).to_have_attribute("data-state", "awaiting")
+        expect(page.locator("#search-progress [data-step=running]")).to_be_hidden()
+    expect(page.locator(".hit")).to_have_count(5)
+
+
 def test_the_error_goes_away_with_the_next_try(page: Any) -> None:
     page.get_by_role("button", name="Try one that is too long").click()
     expect(page.locator("#add-problem")).to_contain_text("ValueError")

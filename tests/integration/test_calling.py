@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -19,7 +21,7 @@ from celery import chain, chord, group
 from celery.exceptions import Ignore, TaskRevokedError
 
 from gw_celery import devserver, errors
-from gw_celery.calling import waiting
+from gw_celery.calling import calls
 from tests import processes
 from tests.processes import eventually
 
@@ -71,6 +73,11 @@ def test_every_way_to_call_gives_the_answer() -> None:
     assert asyncio.run(all_ways()) == [25, 25, 25, "negative"]
 
 
+def test_calls_in_a_body_name_it_as_their_parent() -> None:
+    own, *named = served.parents.remote()
+    assert named == [own, own]
+
+
 def test_canvas_works_with_our_tasks_and_class_methods() -> None:
     assert chain(served.square.s(2), served.plain.s(), served.square.s())().get(timeout=10) == 25
     assert group(served.square.s(x) for x in range(4))().get(timeout=10) == [0, 1, 4, 9]
@@ -89,8 +96,8 @@ def test_retry_and_autoretry_run_the_body_again() -> None:
 
 
 def test_a_retry_keeps_the_parameters_of_a_class_task() -> None:
-    sent = served.Classifier(threshold=0.9).classify.s(0.8)
-    assert sent.options["headers"] == {"gw_params": '{"threshold":0.9}'}
+    assert served.Classifier(threshold=0.9).on_second_thoughts.remote(0.8) == "negative"
+    assert served.Classifier().on_second_thoughts.remote(0.8) == "positive"
 
 
 def test_ignore_and_reject_are_celerys(module_ledger: Path) -> None:
@@ -143,6 +150,30 @@ def test_an_unknown_error_comes_back_as_a_remote_task_error() -> None:
     assert "in fail" in caught.value.traceback
 
 
+def test_an_error_whose_class_cannot_be_made_again_says_what_it_said() -> None:
+    """Not what its class makes of its ``args``; the same from every way of ours to call."""
+
+    async def awaited() -> None:
+        await served.fail("coded")
+
+    for call in (
+        lambda: asyncio.run(awaited()),
+        lambda: served.fail.remote("coded"),
+        lambda: served.fail.spawn("coded").get(timeout=10),
+    ):
+        with pytest.raises(errors.RemoteTaskError) as caught:
+            call()
+        assert (caught.value.type_name, caught.value.message) == ("served.CodeError", "E404: nope")
+        assert "in fail" in caught.value.traceback
+
+
+def test_a_group_of_errors_comes_back_as_a_remote_task_error() -> None:
+    with pytest.raises(errors.RemoteTaskError, match=r"both.*ModelError\('one'\)") as caught:
+        served.fail.remote("errors")
+    assert caught.value.type_name == "builtins.ExceptionGroup"
+    assert "in fail" in caught.value.traceback
+
+
 def test_a_system_exit_of_a_body_never_reaches_the_caller() -> None:
     with pytest.raises(errors.BodyExited, match="SystemExit"):
         served.fail.delay("exit").get(timeout=10)
@@ -165,6 +196,24 @@ def test_what_a_stranger_wrote_into_the_backend_is_not_raised() -> None:
     assert "\x1b" not in caught.value.traceback
 
 
+def test_what_a_stranger_wrote_into_the_backend_is_not_raised_by_a_group() -> None:
+    sent = group(served.echo.s(x).set(queue="nobody") for x in range(2))()
+    backend = served.celery.backend
+    for one in sent.results:
+        record = {
+            "status": "FAILURE",
+            "result": {"exc_type": "SystemExit", "exc_module": "builtins", "exc_message": [3]},
+            "traceback": None,
+            "task_id": one.id,
+            "children": [],
+        }
+        backend.set(backend.get_key_for_task(one.id), backend.encode(record))
+    with pytest.raises(errors.RemoteTaskError, match=r"builtins\.SystemExit"):
+        sent.get(timeout=10)
+    with pytest.raises(errors.RemoteTaskError, match=r"builtins\.SystemExit"):
+        sent.join(timeout=10)
+
+
 def test_an_answer_that_cannot_be_read_ends_the_wait_with_its_reason() -> None:
     # Never sent: Celery's own client would subscribe to it, and fail at it in a later test.
     unread = served.celery.AsyncResult(uuid4().hex)
@@ -173,7 +222,7 @@ def test_an_answer_that_cannot_be_read_ends_the_wait_with_its_reason() -> None:
     backend.set(backend.get_key_for_task(unread.id), stored)
 
     async def awaited() -> None:
-        await waiting.answer(unread, "served.echo", 5)
+        await calls.answer(unread, "served.echo", 5)
 
     with pytest.raises(errors.SerializationError, match=r"other\.Type"):
         asyncio.run(awaited())
@@ -198,6 +247,7 @@ def test_a_thousand_awaits_take_a_handful_of_threads_and_never_block_the_loop() 
         return await calls, most, lag
 
     answers, threads, lag = asyncio.run(thousand())
+    print(f"1,000 awaits: {threads} threads at most, loop lag {lag * 1000:.0f} ms at most")
     assert answers == [x * x for x in range(1000)]
     # This thread, 4 that publish and one that watches; Celery's own get() adds none.
     assert threads <= 8
@@ -208,14 +258,15 @@ def test_a_thousand_awaits_take_a_handful_of_threads_and_never_block_the_loop() 
 def test_a_cancelled_await_revokes_the_task(
     worker: processes.WorkerProcess, module_ledger: Path
 ) -> None:
+    inspect = served.celery.control.inspect(destination=[worker.node])
+
     async def cancelled() -> None:
         call = asyncio.ensure_future(served.record.options(countdown=3)("cancelled"))
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(eventually, lambda: inspect.scheduled()[worker.node])
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
 
     asyncio.run(cancelled())
-    inspect = served.celery.control.inspect(destination=[worker.node])
     eventually(lambda: inspect.revoked()[worker.node])
     (revoked,) = inspect.revoked()[worker.node]
     with pytest.raises(TaskRevokedError):
@@ -258,3 +309,25 @@ def test_an_awaited_call_fails_soon_and_clearly_while_the_server_is_away(tmp_pat
     name, seconds = json.loads(client.log_text().splitlines()[-1])
     assert name == "OperationalError"
     assert seconds < 10
+
+
+def test_a_timeout_ends_calls_and_their_process_while_the_broker_is_frozen(tmp_path: Path) -> None:
+    """A server that is stopped, or a network that drops packets: accepted, never answered."""
+    with devserver.running(tmp_path / "frozen") as frozen:
+        env = {
+            "CELERY_BROKER_URL": frozen.broker_url,
+            "CELERY_RESULT_BACKEND": frozen.result_url,
+            "FREEZE": str(frozen.pid),
+        }
+        command = [sys.executable, "-m", "ask", "frozen"]
+        client = processes.Process(command, tmp_path / "frozen.log", env=env)
+        try:
+            assert client.wait_exit(60) == 0, client.log_text()
+        finally:
+            os.kill(frozen.pid, signal.SIGCONT)
+            client.stop()
+    endings = json.loads(client.log_text().splitlines()[-1])
+    assert {way: name for way, (name, _) in endings.items()} == dict.fromkeys(
+        ("remote", "await", "spawn"), "CallTimeout"
+    )
+    assert max(seconds for _, seconds in endings.values()) < 10

@@ -50,6 +50,9 @@ def test_calls_are_answered_over_rabbitmq(asking: Callable[[str], Process]) -> N
         "delay": 9,
         "remote": "negative",
         "awaited": [x * x for x in range(20)],
+        "spawned": [x * x for x in range(5)],
+        "spawned and got": 36,
+        "got by another thread": 49,
         "chain": 16,
     }
 

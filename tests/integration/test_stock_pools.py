@@ -58,7 +58,8 @@ def test_the_loop_of_a_context_runs_on_between_two_tasks(
 ) -> None:
     start_served(pool)
     first = served.beats.remote()
-    eventually(lambda: served.beats.remote() > first + 5)
+    later = eventually(lambda: beats if (beats := served.beats.remote()) > first + 5 else 0)
+    assert later > first + 5
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -96,6 +97,102 @@ def test_a_worker_that_cannot_load_ends_and_leaves_its_messages_in_the_broker(
     start_served(pool)
     assert [one.get(timeout=20) for one in sent] == ["r0", "r1", "r2"]
     assert len(ledger.words(ledger_path, "began")) == 3
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_context_that_blocks_the_event_loop_fails_the_worker_at_the_deadline(
+    pool: str, start_served: StartServed, ledger_path: Path
+) -> None:
+    sent = served.record.delay("kept")
+    env = {"FAIL": "blocked", "START_TIMEOUT": "2", "CANCEL_TIMEOUT": "1"}
+    worker = start_served(pool, env, wait_ready=False)
+    assert worker.wait_exit(60) == 1
+    log = worker.log_text()
+    assert "served.Model: TimeoutError: still blocks the event loop" in log
+    assert "in __aenter__" in log
+    assert ledger.words(ledger_path, "began") == []
+    start_served(pool)
+    assert sent.get(timeout=20) == "kept"
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_warm_shutdown_ends_a_load_and_leaves_what_has_entered(
+    pool: str, start_served: StartServed, ledger_path: Path
+) -> None:
+    worker = start_served(pool, {"LOAD": "120", "LOAD_TOKENIZER": "0"}, wait_ready=False)
+    (entered,) = eventually(lambda: ledger.words(ledger_path, "entered"), 40)
+    worker.signal(signal.SIGTERM)
+    assert worker.wait_exit(40) == 0
+    assert ledger.words(ledger_path, "left") == [[entered[0], "left", "Tokenizer"]]
+
+
+def test_a_child_that_is_told_to_end_while_it_loads_leaves_what_has_entered(
+    start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served("prefork", {"LOAD": "120", "LOAD_TOKENIZER": "0"}, wait_ready=False)
+    (entered,) = eventually(lambda: ledger.words(ledger_path, "entered"), 40)
+    os.kill(int(entered[0]), signal.SIGTERM)
+    left = eventually(lambda: ledger.words(ledger_path, "left"), 20)
+    assert left == [[entered[0], "left", "Tokenizer"]]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("body", ["leave", "fail"])
+def test_what_is_no_exception_fails_its_task_and_the_process_goes_on(
+    pool: str, body: str, start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served(pool)
+    classifier = served.Classifier()
+    task = classifier.leave if body == "leave" else served.fail
+    raised = {
+        "exit": "SystemExit",
+        "interrupt": "KeyboardInterrupt",
+        "panic": "Panic",
+        "group": "BaseExceptionGroup",
+        "close": "GeneratorExit",
+        "cancel": "CancelledError",
+    }
+    for how, named in raised.items():
+        with pytest.raises(errors.BodyExited, match=named) as caught:
+            task.options(timeout=20).remote(how)
+        assert "misdeeds.py" in str(caught.value.__cause__)
+    assert classifier.loaded.options(timeout=20).remote() == "smallsmall"
+    assert len(ledger.words(ledger_path, "loading")) == 1
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_warm_shutdown_lets_a_synchronous_body_end(
+    pool: str, start_served: StartServed, ledger_path: Path
+) -> None:
+    worker = start_served(pool)
+    sent = served.Classifier().slow.delay(2.0)
+    eventually(lambda: ledger.words(ledger_path, "began"))
+    assert worker.stop() == 0
+    assert sent.get(timeout=10) == "slow"
+
+
+def test_a_cold_shutdown_gives_the_input_of_a_synchronous_body_to_the_next_worker(
+    start_served: StartServed, ledger_path: Path
+) -> None:
+    worker = start_served("prefork")
+    sent = served.Classifier().slow.delay(3.0)
+    eventually(lambda: ledger.words(ledger_path, "began"))
+    worker.signal(signal.SIGQUIT)
+    worker.wait_exit(30)
+    assert ledger.words(ledger_path, "ended") == []
+    start_served("prefork")
+    assert sent.get(timeout=30) == "slow"
+
+
+def test_a_child_that_is_told_to_end_gives_its_synchronous_body_to_the_next(
+    start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served("prefork")
+    sent = served.Classifier().slow.delay(3.0)
+    (began,) = eventually(lambda: ledger.words(ledger_path, "began"))
+    os.kill(int(began[0]), signal.SIGTERM)
+    assert sent.get(timeout=30) == "slow"
+    assert len(ledger.words(ledger_path, "began")) == 2
 
 
 def test_a_killed_child_is_replaced_by_one_that_loads_for_8_seconds(
@@ -136,6 +233,14 @@ def test_what_does_not_act_on_a_stock_pool_is_said_once(start_served: StartServe
     assert text.count("without effect on the prefork pool") == 1
     assert "Classifier: concurrent, batched, min_workers" in text
     assert "square: benchmark" in text
+
+
+def test_a_task_without_limit_that_redis_would_deliver_twice_is_said_once(
+    start_served: StartServed,
+) -> None:
+    text = start_served("prefork", concurrency=2).log_text()
+    assert text.count("no time limit: served.unlimited. Redis delivers a task again") == 1
+    assert "broker_transport_options['visibility_timeout']=3600 s: declare a timeout=" in text
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -239,7 +344,7 @@ def test_the_current_task_is_right_everywhere_in_interleaved_bodies(
         ("content", "accept_content=['json'] lacks 'gw-json'"),
         ("results", "result_serializer='json' would change the types of answers"),
         ("visibility", "is not over the longest time limit, 300 s"),
-        ("unknown", "did you mean 'start_timeout'?"),
+        ("unknown", "did you mean 'gw_start_timeout'?"),
         ("type", "gw_start_timeout='soon': must be float over 0"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from celery import Celery, _state
+from kombu.transport import memory
 
 import gw_celery as gw
 from gw_celery import testing
@@ -39,6 +40,14 @@ def _tasks_stay_in_their_test() -> Iterator[None]:
     before = set(_state._on_app_finalizers)
     yield
     _state._on_app_finalizers.intersection_update(before)
+
+
+@pytest.fixture(autouse=True)
+def _messages_stay_in_their_test() -> Iterator[None]:
+    """Every ``memory://`` of a process is the same broker."""
+    yield
+    for queue in memory.Channel.queues.values():
+        queue.queue.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -58,7 +58,7 @@ def test_an_unknown_key_in_the_namespace_of_a_project_is_an_error() -> None:
     app = celery_app()
     app.config_from_object(Project, namespace="CELERY")
 
-    with pytest.raises(errors.ConfigurationError, match="did you mean 'start_timeout'"):
+    with pytest.raises(errors.ConfigurationError, match="did you mean 'CELERY_GW_START_TIMEOUT'"):
         conf.read(app.conf)
 
 
@@ -75,8 +75,16 @@ def test_an_unknown_key_is_an_error_with_the_nearest_one() -> None:
         conf.read(celery_app(gw_start_timout=9).conf)
 
     assert str(caught.value) == (
-        "unknown setting app.conf.gw_start_timout; did you mean 'start_timeout'?"
+        "unknown setting app.conf.gw_start_timout; did you mean 'gw_start_timeout'?"
     )
+    assert refused({"start_timout": 9}) == (
+        "unknown setting GW_CELERY start_timout; did you mean 'start_timeout'?"
+    )
+
+
+def test_what_is_like_no_setting_is_an_error_with_all_of_them_as_they_are_written() -> None:
+    with pytest.raises(errors.ConfigurationError, match="known: gw_gpu_kinds, gw_start_timeout,"):
+        conf.read(celery_app(gw_xyz=1).conf)
 
 
 def test_an_unknown_key_like_no_other_is_an_error_with_all_of_them() -> None:

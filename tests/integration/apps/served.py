@@ -1,7 +1,8 @@
 """An app as a team would write it, that tells a ledger what it does.
 
 Environment: ``LOAD`` seconds that the context takes to enter, ``LOAD_AGAIN`` from the second entry
-on; ``FAIL`` names what fails to load (``context`` or ``hook``).
+on, ``LOAD_TOKENIZER`` of one of them alone; ``FAIL`` names what fails to load (``context`` or
+``hook``), or ``blocked``: a context that blocks the event loop; ``START_TIMEOUT`` is the setting.
 """
 
 from __future__ import annotations
@@ -13,19 +14,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import ledger
+import misdeeds
+import resting
 from celery import Celery, current_task
-from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from celery.exceptions import Ignore, Reject
 from pydantic import BaseModel
 
 import gw_celery as gw
 
 celery = Celery("served", set_as_current=False)
 gw.preset(celery)
+celery.conf.gw_start_timeout = float(os.environ.get("START_TIMEOUT", "600"))
+celery.conf.gw_cancel_timeout = float(os.environ.get("CANCEL_TIMEOUT", "5"))
 app = gw.App("served", celery)
 
 
 class ModelError(Exception):
     """Raised by a body, and known to callers because it is defined beside a service."""
+
+
+class CodeError(Exception):
+    """Its arguments are not those that it is made with."""
+
+    def __init__(self, message: str, code: int = 500) -> None:
+        super().__init__(f"E{code}: {message}")
+        self.code = code
 
 
 def _load_time() -> float:
@@ -41,6 +54,8 @@ class Model:
 
     async def __aenter__(self) -> Model:
         ledger.write("entering", "Model")
+        if os.environ.get("FAIL") == "blocked":
+            time.sleep(120)  # noqa: ASYNC251 the mistake that is tested
         await asyncio.sleep(_load_time())
         if os.environ.get("FAIL") == "context":
             raise OSError("the weights are not there")
@@ -63,8 +78,9 @@ class Model:
 class Tokenizer:
     async def __aenter__(self) -> str:
         ledger.write("entering", "Tokenizer")
-        await asyncio.sleep(_load_time())
-        ledger.write("entered", "Tokenizer")
+        await asyncio.sleep(float(os.environ.get("LOAD_TOKENIZER") or _load_time()))
+        # Written once this method has returned: whoever reads it may rely on it.
+        asyncio.get_running_loop().call_soon(ledger.write, "entered", "Tokenizer")
         return "tokenizer"
 
     async def __aexit__(self, *exc: object) -> None:
@@ -94,17 +110,7 @@ async def who() -> int:
 
 @app.remote(gpu=gw.Gpu("CPU"))
 async def rest(seconds: float, name: str = "rest") -> str:
-    ledger.write("began", name)
-    try:
-        await asyncio.sleep(seconds)
-    except SoftTimeLimitExceeded:
-        ledger.write("softly", name)
-        return "soft"
-    except asyncio.CancelledError:
-        ledger.write("cancelled", name)
-        raise
-    ledger.write("ended", name)
-    return name
+    return await resting.rest(name, seconds)
 
 
 @app.remote(gpu=gw.Gpu("CPU"))
@@ -119,11 +125,17 @@ async def record(name: str, seconds: float = 0.0) -> str:
 async def fail(kind: str) -> None:
     if kind == "known":
         raise ModelError("no such token", 7)
-    if kind == "exit":
-        raise SystemExit(3)
+    if kind == "coded":
+        raise CodeError("nope", 404)
+    if kind == "errors":
+        raise ExceptionGroup("both", [ModelError("one"), ValueError("two")])
     if kind == "local":
         raise type("Unheard", (Exception,), {})("of")
-    raise ValueError(kind)
+    await misdeeds.commit(kind, kind, 0.0)
+
+
+@app.remote(gpu=gw.Gpu("CPU"), timeout=None)
+async def unlimited() -> None: ...
 
 
 @app.remote(gpu=gw.Gpu("CPU"), bind=True, max_retries=3)
@@ -141,6 +153,15 @@ async def retried(self: Any, until: int) -> tuple[int, bool]:
 async def autoretried(until: int) -> float:
     retries = current_task.request.retries
     return retries / (0 if retries < until else 1)
+
+
+@app.remote(gpu=gw.Gpu("CPU"), bind=True)
+async def parents(self: Any, is_first: bool = True) -> list[str]:
+    """The id of this call, and what those that it makes name as their parent."""
+    if not is_first:
+        return [self.request.parent_id]
+    sent = parents.spawn(False)
+    return [self.request.id, *await parents.aremote(False), *await sent]
 
 
 @app.remote(gpu=gw.Gpu("CPU"))
@@ -211,6 +232,12 @@ class Classifier:
         return "positive" if score > self.threshold else "negative"
 
     @gw.method()
+    def on_second_thoughts(self, score: float) -> str:
+        if current_task.request.retries == 0:
+            raise current_task.retry(countdown=0.05)
+        return self.classify(score)
+
+    @gw.method()
     async def label(self, score: float) -> Label:
         name = self.classify(score)
         return Label(name, await square(score))
@@ -225,6 +252,10 @@ class Classifier:
         time.sleep(seconds)
         ledger.write("ended", "slow")
         return "slow"
+
+    @gw.method()
+    def leave(self, how: str) -> None:
+        misdeeds.DEEDS[how](0.0)
 
     @gw.method()
     @gw.batched(max_batch_size=2)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -58,6 +59,12 @@ def test_a_handle_is_light_and_shows_its_parameters(classifier) -> None:
 def test_a_handle_refuses_wrong_parameters_at_once(classifier) -> None:
     assert refused(classifier, threshold="high").argument == "threshold"
     assert "threshold, language" in refused(classifier, treshold=0.7).rule
+
+
+def test_a_handle_can_be_copied(classifier) -> None:
+    copied = copy.deepcopy(classifier(threshold=1))
+
+    assert copied.classify.s("x") == classifier(threshold=1).classify.s("x")
 
 
 def test_parameters_are_given_by_name(classifier) -> None:
@@ -131,6 +138,27 @@ def test_a_method_keeps_its_name_and_its_words(classifier) -> None:
     assert classifier.classify.__name__ == "classify"
     assert classifier.__doc__ == "Tells good from bad."
     assert not hasattr(classifier.classify, "anything_else")
+
+
+@pytest.mark.parametrize("name", ["map", "starmap", "chunks"])
+def test_canvas_that_would_bypass_the_loaded_state_is_refused(classifier, name: str) -> None:
+    args = (["x"], 1) if name == "chunks" else (["x"],)
+
+    with pytest.raises(gw.UsageError) as caught:
+        getattr(classifier(threshold=0.7).classify, name)(*args)
+    assert f"Classifier.classify.{name}() would call the body one by one" in str(caught.value)
+    assert "write group(Classifier(...).classify.s(x) for x in xs)" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["_given", "_service", "_tasks", "_options", "_no_method"])
+def test_a_method_may_have_any_name(app, name: str) -> None:
+    def method(self, x): ...
+
+    method.__name__ = name
+    app.cls(made := type("Named", (), {name: gw.method()(method), "p": gw.parameter(default=1)}))
+
+    assert isinstance(getattr(made(p=2), name), bound.BoundTask)
+    assert repr(made(p=2)) == "Named(p=2)"
 
 
 def test_waiting_for_what_ignores_its_result_is_refused(classifier) -> None:

@@ -86,6 +86,20 @@ def test_an_error_that_task_options_name_is_known() -> None:
         outcome._named.clear()
 
 
+class Exit(SystemExit):
+    """What a body may throw, and no caller gets."""
+
+
+@pytest.mark.parametrize("option", ["throws", "autoretry_for", "dont_autoretry_for"])
+def test_an_exit_that_task_options_name_is_never_raised(app: gw.App, option: str) -> None:
+    @app.remote(**{option: (Exit, SystemExit)})
+    async def body(): ...
+
+    for mapping in (stored("SystemExit", 3), stored("Exit", 3, module=__name__)):
+        assert type(outcome.restored(mapping, None)) is errors.RemoteTaskError
+    assert type(outcome.checked(Exit(3), None)) is errors.RemoteTaskError
+
+
 def test_declaring_makes_the_errors_of_the_options_known(app: gw.App) -> None:
     class Mine(Exception): ...
 
@@ -95,6 +109,75 @@ def test_declaring_makes_the_errors_of_the_options_known(app: gw.App) -> None:
     name = f"{__name__}.{Mine.__qualname__}"
     assert outcome._class(name) is Mine
     outcome._named.clear()
+
+
+CUSTOM = """
+class Coded(Exception):
+    def __init__(self, message, code=500):
+        super().__init__(f"E{code}: {message}")
+class Shown(Exception):
+    def __init__(self, message, code=500):
+        super().__init__(message)
+        self.code = code
+    def __str__(self):
+        return f"{self.code}: {self.args[0]}"
+class Silent(Exception):
+    def __str__(self):
+        return self.args[0].text
+class Plain(Exception): ...
+class Text(str): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("mapping", "traceback", "message"),
+    [
+        (stored("Coded", "E404: nope"), None, "E404: nope"),
+        (stored("Shown", "nope"), "Traceback:\nusers_tasks.Shown: 404: nope\n", "nope"),
+        (stored("Silent", "nope"), None, "nope"),
+    ],
+)
+def test_an_error_that_its_class_would_make_another_one_of_keeps_its_text(
+    module, mapping, traceback, message
+) -> None:
+    exec(CUSTOM, vars(module))  # noqa: S102
+    outcome.know_module("users_tasks")
+
+    error = outcome.restored({**mapping, "exc_module": "users_tasks"}, traceback)
+    assert isinstance(error, gw.RemoteTaskError)
+    assert error.type_name == f"users_tasks.{mapping['exc_type']}"
+    assert error.message == message
+
+
+@pytest.mark.parametrize(
+    ("mapping", "line"),
+    [
+        (stored("Shown", "nope"), "users_tasks.Shown: 500: nope\nand a note"),
+        (stored("Coded"), None),
+        # What does not travel is sent as its repr: the class is worth more than the text.
+        (stored("Plain", "ValueError('x')"), "users_tasks.Plain: x"),
+    ],
+)
+def test_an_error_that_can_be_made_again_keeps_its_class(module, mapping, line) -> None:
+    exec(CUSTOM.replace("message, code", "message='', code"), vars(module))  # noqa: S102
+    outcome.know_module("users_tasks")
+    if mapping["exc_type"] == "Coded":
+        mapping = {**mapping, "exc_message": ()}
+        vars(module)["Coded"].__init__ = lambda self: None
+
+    error = outcome.restored(
+        {**mapping, "exc_module": "users_tasks"}, line and f"Traceback:\n{line}\n"
+    )
+    assert type(error).__name__ == mapping["exc_type"]
+    assert type(error).__module__ == "users_tasks"
+    assert error.args == mapping["exc_message"]
+
+
+def test_a_built_in_error_keeps_its_class_though_a_part_of_its_text_does_not_travel() -> None:
+    traceback = "Traceback:\nFileNotFoundError: [Errno 2] No such file: 'weights'\n"
+
+    error = outcome.restored(stored("FileNotFoundError", 2, "No such file"), traceback)
+    assert type(error) is FileNotFoundError
 
 
 def test_an_unknown_class_is_a_remote_task_error() -> None:

@@ -481,6 +481,45 @@ def test_pydantic_models_are_validated_and_dumped(app, serve) -> None:
         search.remote({"limit": 1})
 
 
+def test_pydantic_models_are_validated_and_dumped_in_a_call_that_stays_here(app, serve) -> None:
+    @app.remote(pydantic=True)
+    async def search(query: Query) -> Query:
+        assert isinstance(query, Query)
+        return Query(text=query.text.upper(), limit=query.limit)
+
+    @app.remote(bind=True, pydantic=True)
+    async def named(self, query: Query) -> str:
+        return f"{self.name} {query.text}"
+
+    @app.cls
+    class Index:
+        @gw.method(pydantic=True, pydantic_dump_kwargs={"exclude": {"limit"}})
+        def search(self, query: Query | None = None) -> Query | None:
+            return query
+
+    @app.remote
+    async def asks():
+        with pytest.raises(ValueError, match="text"):
+            await search({"limit": 1})
+        return [
+            await search({"text": "a"}),
+            *await asyncio.gather(search(query={"text": "b"}), search(Query(text="c"))),
+            await named({"text": "d"}),
+            await Index().search({"text": "e"}),
+            await Index().search(),
+        ]
+
+    serve()
+    assert asks.remote() == [
+        {"text": "A", "limit": 3},
+        {"text": "B", "limit": 3},
+        {"text": "C", "limit": 3},
+        f"{named.name} d",
+        {"text": "e"},
+        None,
+    ]
+
+
 @dataclasses.dataclass
 class Document:
     title: str
@@ -522,6 +561,18 @@ def sent_to(task: Any, **options: Any) -> str:
             channel._purge(name)
     (name,) = queues
     return name
+
+
+@pytest.mark.parametrize("turn", ["one test", "the next"])
+def test_messages_that_a_test_leaves_are_not_seen_by_the_next(app, turn) -> None:
+    @app.remote
+    async def embed(x): ...
+
+    embed.apply_async((turn,))
+    with app.celery.connection_for_read() as connection:
+        channel = connection.default_channel
+        waiting = {name: size for name in channel.queues if (size := channel._size(name))}
+    assert waiting == {"gpu.embed": 1}
 
 
 def test_a_task_goes_to_the_queue_of_its_service(app) -> None:

@@ -6,7 +6,7 @@ import json
 
 import celery
 import pytest
-from celery import canvas
+from celery import _state, canvas
 from kombu import serialization
 from kombu.utils import json as kombu_json
 
@@ -41,6 +41,15 @@ class Strange(Exception):
 @pytest.fixture(autouse=True)
 def _registered():
     codec.register()
+
+
+@pytest.fixture(autouse=True)
+def _current():
+    """The parts of a restored canvas look their tasks up in the current app."""
+    before = _state._tls.current_app
+    app.set_current()
+    yield
+    _state._tls.current_app = before
 
 
 def through_the_wire(value):

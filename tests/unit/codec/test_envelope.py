@@ -9,6 +9,7 @@ from kombu import serialization
 
 from gw_celery import codec, errors
 from tests.unit.codec import models
+from tests.unit.codec.sameness import same
 
 
 class Unknown:
@@ -70,7 +71,7 @@ def test_size_is_counted_in_bytes_alike_on_both_sides(value):
     text = codec.dumps(value)
     size = len(text.encode())
     assert of_size(size).dumps(value) == text
-    assert of_size(size).loads(text) == of_size(size).loads(text.encode()) or value != value
+    assert same(of_size(size).loads(text), of_size(size).loads(text.encode()))
     for refused in (
         lambda: of_size(size - 1).dumps(value),
         lambda: of_size(size - 1).loads(text),

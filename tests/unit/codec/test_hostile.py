@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import datetime as dt
+import decimal
 import json
 import random
 import sys
+import uuid
 
 import pytest
 
@@ -113,3 +116,64 @@ def test_attributes_cannot_change_the_class_of_an_object():
     )
     assert type(bag) is models.Bag
     assert bag.__class__ is models.Bag
+
+
+#: Python hashes each multiple of this to 0.
+MODULUS = 2**61 - 1
+MULTIPLES = [n * MODULUS for n in range(4000)]
+FLOODS = {
+    "set": {"~set": MULTIPLES},
+    "frozenset of tuples": {"~frozenset": [{"~tuple": [n]} for n in MULTIPLES]},
+    "set of Decimals": {"~set": [{"~decimal": str(n)} for n in MULTIPLES]},
+    # hash(-1) == hash(-2), at any depth.
+    "set of tuples of small numbers": {
+        "~set": [{"~tuple": [-1 - (n >> bit & 1) for bit in range(12)]} for n in range(4000)]
+    },
+    "dict": {"~dict": [[n, 0] for n in MULTIPLES]},
+    "dict of objects": {
+        "~dict": [
+            [{"~obj": ["tests.unit.codec.models.Positive@1", {"value": n or 1}]}, 0]
+            for n in MULTIPLES
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_keys_that_were_made_to_have_one_hash_are_refused(flood):
+    said = rf"(4000|3999) keys of a {flood.split()[0]} of 4000 have the same hash, over the limit"
+    with pytest.raises(errors.SerializationError, match=said):
+        models.knowing.loads(json.dumps(FLOODS[flood]))
+
+
+def test_a_tuple_and_a_list_have_no_keys():
+    for value in (MULTIPLES, tuple(MULTIPLES)):
+        assert models.there_and_back(value) == value
+
+
+def test_what_would_not_be_read_is_not_written():
+    for value in (set(MULTIPLES), frozenset(MULTIPLES), dict.fromkeys(MULTIPLES)):
+        with pytest.raises(errors.SerializationError, match="same hash, over the limit of 128"):
+            models.knowing.dumps([value])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [*range(-5000, 5000), *MULTIPLES[:100], *(-n for n in MULTIPLES[:20])],
+        [1 << bit for bit in range(7000)],
+        [2.0**power for power in range(-1074, 1024)],
+        [decimal.Decimal(n) / 7 for n in range(1000)],
+        [(x, y, z) for x in range(-8, 8) for y in range(-8, 8) for z in range(-8, 8)],
+        [models.Positive(n) for n in range(1, 1000)],
+        [uuid.UUID(int=n << 61) for n in range(1000)],
+        [dt.datetime(2024, 1, 1, tzinfo=dt.UTC) + dt.timedelta(minutes=n) for n in range(1000)],
+        [dt.timedelta(seconds=n) for n in range(-1000, 1000)],
+        [str(n) for n in range(1000)],
+        [b"%d" % n for n in range(1000)],
+    ],
+    ids=lambda keys: type(keys[-1]).__name__,
+)
+def test_many_keys_are_read_and_some_of_them_may_share_a_hash(keys):
+    value = [{*keys}, frozenset(keys), {key: str(key) for key in keys}]
+    assert models.there_and_back(value) == value

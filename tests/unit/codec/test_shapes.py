@@ -92,7 +92,8 @@ def test_a_field_that_was_deleted_is_reported_with_its_class():
 
 def test_members_of_every_kind_of_enum_come_back_as_themselves():
     members = [models.Color.RED, models.Level.HIGH, models.Word.YES, models.Access.READ]
-    assert all(map(lambda a, b: a is b, models.there_and_back(members), members))
+    back = models.there_and_back(members)
+    assert [after is before for after, before in zip(back, members, strict=True)] == [True] * 4
 
 
 def test_a_combination_of_flags_comes_back():
@@ -108,7 +109,9 @@ def test_a_combination_of_flags_comes_back():
         ("Color@1", "mro", "no member 'mro'"),
         ("Color@1", 1, "int where str"),
         ("Level@1", 1, "int where str"),
-        ("Access@1", 64, "Access failed"),
+        ("Access@1", 64, "Access"),
+        ("Loose@1", 64, "Loose has no member for some of the bits 0b1000000"),
+        ("Loose@1", 65, "Loose has no member for some of the bits 0b1000001"),
         ("Access@1", True, "bool where str"),
     ],
 )

@@ -57,6 +57,52 @@ def test_a_marker_on_what_is_no_method_is_refused(mark, target) -> None:
     assert "marks a method of a class" in error.rule
 
 
+@pytest.mark.parametrize(
+    ("decorator", "misspelt", "meant"),
+    [
+        (gw.concurrent, "max_input", "max_inputs"),
+        (gw.concurrent, "target", "target_inputs"),
+        (gw.batched, "max_batchsize", "max_batch_size"),
+        (gw.batched, "Wait_ms", "wait_ms"),
+        (gw.method, "autoretry_fr", "autoretry_for"),
+        (gw.Probe.on, "perod_s", "period_s"),
+        (gw.parameter, "defalt", "default"),
+        (gw.Gpu, "cont", "count"),
+        (gw.Gpu, "memory", "memory_gb"),
+    ],
+)
+def test_a_misspelt_keyword_is_refused_with_the_one_that_was_meant(
+    decorator, misspelt: str, meant: str
+) -> None:
+    error = refused(decorator, **{misspelt: 3})
+
+    assert (error.argument, error.value) == (misspelt, 3)
+    assert error.rule == f"unknown argument; did you mean {meant}=?"
+
+
+@pytest.mark.parametrize(
+    ("decorator", "known"),
+    [
+        (gw.concurrent, "gw.concurrent takes max_inputs, target_inputs"),
+        (gw.parameter, "gw.parameter takes default, scope"),
+        (gw.Gpu, "gw.Gpu takes kind, count, memory_gb"),
+        (gw.Probe.on, "gw.Probe.on takes method, kind, period_s, timeout_s, failures"),
+        (gw.on_enter, "gw.on_enter takes none"),
+        (gw.on_exit, "gw.on_exit takes none"),
+    ],
+)
+def test_a_keyword_like_no_other_is_refused_with_all_of_them(decorator, known: str) -> None:
+    error = refused(decorator, zzz=3)
+
+    assert error.rule == f"unknown argument; {known}"
+
+
+def test_a_keyword_is_judged_before_one_that_is_missing() -> None:
+    assert refused(gw.batched, wait=5).argument == "wait"
+    with pytest.raises(TypeError, match="max_inputs"):
+        gw.concurrent()
+
+
 @pytest.mark.parametrize("value", [0, -1, *NOT_COUNTS])
 def test_max_inputs_below_1_is_refused(value: object) -> None:
     error = refused(gw.concurrent, max_inputs=value)

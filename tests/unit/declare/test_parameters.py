@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional, TypedDict
 
 import pytest
 
@@ -18,6 +19,10 @@ class Size(enum.StrEnum):
     SMALL = "small"
 
 
+class Options(TypedDict, total=False):
+    depth: int
+
+
 class Declared:
     model: str = gw.parameter()
     threshold: float = gw.parameter(default=0.5)
@@ -28,6 +33,9 @@ class Declared:
     budget: int | None = gw.parameter(default=None)
     ratio: float | None = gw.parameter(default=None)
     labels: list[str] = gw.parameter(default=["a"])
+    weights: dict[str, float] = gw.parameter(default={})
+    pairs: list[list[int] | None] = gw.parameter(default=[])
+    options: Options = gw.parameter(default={})
     anything = gw.parameter(default=1, scope="call")
 
 
@@ -92,6 +100,15 @@ def test_a_bool_is_never_taken_for_a_number(name: str, value: bool) -> None:
         ("language", 3, "Optional[str]"),
         ("budget", 1.5, "int | None"),
         ("labels", "a", "list[str]"),
+        ("labels", [1], "list[str]"),
+        ("labels", ["a", None], "list[str]"),
+        ("weights", {"a": "1"}, "dict[str, float]"),
+        ("weights", {"a": True}, "dict[str, float]"),
+        ("pairs", [[1, 2], [3.5]], "list[int]"),
+        ("options", [], "Options"),
+        ("threshold", 10**400, "must be float"),
+        ("ratio", 10**400, "float | None"),
+        ("weights", {"a": 10**400}, "dict[str, float]"),
     ],
 )
 def test_a_value_of_another_type_is_refused(name: str, value: object, rule: str) -> None:
@@ -107,6 +124,35 @@ def test_a_value_of_another_type_is_refused(name: str, value: object, rule: str)
 )
 def test_literals_and_optionals_take_what_they_list(name: str, value: object) -> None:
     assert bind(**{name: value})[name] == value
+
+
+def test_elements_are_taken_as_declared() -> None:
+    given = bind(labels=["a", "b"], weights={"a": 1}, pairs=[[1], None], options={"depth": 2})
+
+    assert given["labels"] == ["a", "b"]
+    assert given["pairs"] == [[1], None]
+    assert given["options"] == {"depth": 2}
+    assert [type(one) for one in given["weights"].values()] == [float]
+
+
+def test_a_default_with_a_wrong_element_is_refused_at_decoration(app: gw.App) -> None:
+    class Model:
+        sizes: list[int] = gw.parameter(default=["a"])
+
+        @gw.method()
+        def predict(self): ...
+
+    error = refused(app.cls, Model)
+
+    assert (error.argument, error.value) == ("sizes", ["a"])
+    assert "must be list[int]" in error.rule
+
+
+def test_an_int_stays_one_where_both_numbers_are_declared() -> None:
+    class Model:
+        size: float | int = gw.parameter(default=3)
+
+    assert type(parameters.declared(Model)["size"].default) is int
 
 
 @pytest.mark.parametrize("value", NOT_FINITE)
@@ -190,3 +236,41 @@ def test_a_parameter_of_an_object_that_is_no_instance_of_the_service_says_so() -
 
 def test_a_parameter_of_the_class_is_its_declaration() -> None:
     assert isinstance(Declared.limit, parameters.Parameter)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_dataclass_has_parameters_beside_its_fields(app: gw.App, serve, is_frozen) -> None:
+    @app.cls
+    @dataclasses.dataclass(frozen=is_frozen)
+    class Scaler:
+        needed: int = gw.parameter()
+        factor: float = gw.parameter(default=0.5)
+        seen: list[float] = dataclasses.field(default_factory=list)
+
+        @gw.on_enter()
+        def load(self):
+            self.seen.append(self.factor)
+
+        @gw.method()
+        def scale(self, x):
+            return [self.factor * x + self.needed, self.seen]
+
+    serve()
+    assert Scaler(needed=1).scale.remote(4) == [3.0, [0.5]]
+    assert Scaler(needed=2, factor=3).scale.remote(4) == [14.0, [3.0]]
+
+
+def test_a_parameter_that_a_decorator_has_taken_away_is_refused(app: gw.App) -> None:
+    class Base: ...
+
+    @dataclasses.dataclass(slots=True)
+    class Slotted(Base):
+        factor: float = gw.parameter(default=0.5)
+
+        @gw.method()
+        def scale(self, x): ...
+
+    error = refused(app.cls, Slotted)
+    assert error.argument == "factor"
+    assert repr(error.value) == "gw.parameter(default=0.5)"
+    assert "`slots=True` of its decorator takes it away" in error.rule

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 import gw_celery as gw
@@ -7,6 +9,7 @@ from gw_celery.declare import probes
 from tests.unit.refusals import NOT_FINITE, NOT_NUMBERS, refused
 
 HEALTH = gw.Probe.on("health")
+METHODS = {"health": inspect.Signature()}
 
 
 def test_a_probe_has_the_defaults_that_are_documented() -> None:
@@ -70,7 +73,7 @@ def test_a_probe_that_names_no_method_is_refused(app: gw.App) -> None:
 
 @pytest.mark.parametrize("value", ["health", HEALTH, [HEALTH, "health"], None, {HEALTH}])
 def test_probes_that_are_no_list_of_probes_are_refused(value: object) -> None:
-    error = refused(probes.require_methods, value, frozenset({"health"}))
+    error = refused(probes.require_methods, value, METHODS)
 
     assert (error.argument, error.value) == ("probes", value)
     assert "list of gw.Probe.on(...)" in error.rule
@@ -79,4 +82,33 @@ def test_probes_that_are_no_list_of_probes_are_refused(value: object) -> None:
 def test_a_list_of_probes_is_kept_in_order() -> None:
     listed = [gw.Probe.on("health"), gw.Probe.on("health", kind="readiness")]
 
-    assert probes.require_methods(listed, frozenset({"health"})) == tuple(listed)
+    assert probes.require_methods(listed, METHODS) == tuple(listed)
+
+
+def test_a_probe_of_a_method_that_needs_arguments_is_refused(app: gw.App) -> None:
+    class Model:
+        @gw.method()
+        def health(self, depth): ...
+
+    error = refused(app.cls(probes=[HEALTH]), Model)
+
+    assert (error.argument, error.value) == ("probes", "health")
+    assert "without arguments" in error.rule
+    assert "'depth'" in error.rule
+
+
+def test_a_probe_of_a_method_with_defaults_is_taken(app: gw.App) -> None:
+    @app.cls(probes=[HEALTH])
+    class Model:
+        @gw.method()
+        def health(self, depth=1): ...
+
+    (service,) = app.registry.services.values()
+    assert service.probes == (HEALTH,)
+
+
+def test_the_same_probe_twice_is_refused() -> None:
+    error = refused(probes.require_methods, [HEALTH, gw.Probe.on("health", period_s=5)], METHODS)
+
+    assert (error.argument, error.value) == ("probes", "health")
+    assert "a liveness probe twice" in error.rule

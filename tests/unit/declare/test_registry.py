@@ -62,6 +62,36 @@ def test_the_same_context_twice_is_refused(app: gw.App) -> None:
     assert "registered already in App('unit')" in error.rule
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs", "why"),
+    [((1, 2), {}, "too many"), ((), {}, "'size'"), ((1,), {"sise": 2}, "'sise'")],
+)
+def test_arguments_that_a_context_does_not_take_are_refused(app, args, kwargs, why) -> None:
+    class Sized(Weights):
+        def __init__(self, size): ...
+
+    error = refused(app.context(*args, **kwargs), Sized)
+
+    assert error.argument == "context"
+    assert error.value.endswith("Sized")
+    assert why in error.rule
+    assert app.registry.contexts == {}
+
+
+def test_a_context_without_parentheses_says_what_to_write(app: gw.App) -> None:
+    error = refused(app.context, Weights)
+
+    assert (error.argument, error.value) == ("context", Weights)
+    assert "write @app.context()" in error.rule
+
+
+def test_a_class_reaches_a_context_by_its_name(app: gw.App) -> None:
+    class Loaded(Weights):
+        def __init__(self, model_class): ...
+
+    assert app.context(model_class=int)(Loaded) is Loaded
+
+
 def test_the_same_function_twice_is_refused(app: gw.App) -> None:
     declare(app, "square")
     error = refused(declare, app, "square")
@@ -88,7 +118,7 @@ def test_the_same_task_name_twice_is_refused(app: gw.App) -> None:
     error = refused(declare, app, "second", name="search.rank")
 
     assert (error.argument, error.value) == ("name", "search.rank")
-    assert f"a task of {__name__}.first already" in error.rule
+    assert f"a task of {__name__}.first in App('unit') already" in error.rule
 
 
 def test_the_same_task_name_twice_in_one_class_is_refused(app: gw.App) -> None:
@@ -102,7 +132,7 @@ def test_the_same_task_name_twice_in_one_class_is_refused(app: gw.App) -> None:
     error = refused(app.cls, Model)
 
     assert (error.argument, error.value) == ("name", "search.rank")
-    assert "already" in error.rule
+    assert "Model.first already" in error.rule
 
 
 def test_two_services_that_would_share_a_queue_by_accident_are_refused(app: gw.App) -> None:
@@ -111,6 +141,40 @@ def test_two_services_that_would_share_a_queue_by_accident_are_refused(app: gw.A
 
     assert (error.argument, error.value) == ("queue", "gpu.rank")
     assert "rename one" in error.rule
+
+
+@pytest.mark.parametrize("queue", ["cpu", "gpu", "gpu.A100", "gpu.H200", "gpu.A100_80x8"])
+def test_a_queue_that_is_named_as_a_family_is_refused(app: gw.App, queue: str) -> None:
+    error = refused(declare, app, "rank", gpu=gw.Gpu("T4"), queue=queue)
+
+    assert (error.argument, error.value) == ("queue", queue)
+    assert f"`-Q {queue}` means every service of it, and would reach rank alone" in error.rule
+    assert app.registry.services == {}
+
+
+def test_a_service_whose_own_name_makes_its_queue_a_family_is_refused(app: gw.App) -> None:
+    error = refused(declare, app, "T4")
+
+    assert (error.argument, error.value) == ("queue", "gpu.T4")
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_queue_that_is_the_family_of_an_added_kind_is_refused(celery_app, is_first) -> None:
+    celery_app.conf.gw_gpu_kinds = ("B200",)
+    one, another = gw.App("one", celery_app), gw.App("another", celery_app)
+    on_family = {"gpu": gw.Gpu("B200")}, {"queue": "gpu.B200"}
+    first, second = on_family if is_first else on_family[::-1]
+    declare(one, "first", **first)
+    error = refused(declare, another, "second", **second)
+
+    assert (error.argument, error.value) == ("queue", "gpu.B200")
+
+
+@pytest.mark.parametrize("queue", ["gpu.A100.rank", "gpu.rank", "gpu.A100x9", "gpus", "cpu.x"])
+def test_a_queue_that_is_named_nearly_as_a_family_is_fine(app: gw.App, queue: str) -> None:
+    declare(app, "rank", gpu=gw.Gpu("A100"), queue=queue)
+
+    assert registry.families([app.registry]) == {"gpu.A100": [queue]}
 
 
 def test_two_services_share_a_queue_on_purpose(app: gw.App) -> None:

@@ -252,8 +252,16 @@ def test_a_body_that_cancels_itself_fails_with_the_reason(thread: loop.LoopThrea
     async def body() -> None:
         raise asyncio.CancelledError
 
-    with pytest.raises(errors.GWCeleryError, match="cancelled itself"):
+    async def body_of_a_task() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    with pytest.raises(errors.BodyExited, match="CancelledError"):
         run(thread, body())
+    with pytest.raises(errors.GWCeleryError, match="cancelled itself"):
+        run(thread, body_of_a_task())
 
 
 def test_context_variables_of_the_caller_are_seen_and_kept_apart(thread: loop.LoopThread) -> None:

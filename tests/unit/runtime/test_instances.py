@@ -424,3 +424,36 @@ def test_sync_hooks_run_in_threads_of_their_own_and_async_ones_on_the_loop() -> 
     mine = threading.current_thread().name
     assert names[0].startswith("gw-hook-")
     assert names[1] == mine
+
+
+class Slotted:
+    """Keeps one attribute beside its dict."""
+
+    __slots__ = ("__dict__", "weights")
+    threshold: float = gw.parameter(default=0.5)
+
+    @gw.on_enter()
+    def load(self) -> None:
+        self.weights = ["loaded"]
+        self.calls = 0
+
+    @gw.method()
+    def predict(self) -> tuple[list[str], float, int]:
+        self.weights = [*self.weights, str(self.threshold)]
+        self.calls += 1
+        return self.weights, self.threshold, self.calls
+
+
+def test_attributes_in_slots_are_shared_by_the_calls_as_those_in_the_dict_are() -> None:
+    async def main() -> None:
+        owner = await Owner(Slotted).start()
+        await owner.call(threshold=0.1)
+
+        assert await owner.call(threshold=0.2) == (["loaded", "0.1", "0.2"], 0.2, 2)
+        view = owner.instances.view(await owner.taken(), owner.values())
+        del view.weights
+        with pytest.raises(AttributeError, match="weights"):
+            await owner.call()
+        await owner.stop()
+
+    asyncio.run(main())

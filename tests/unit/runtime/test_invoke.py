@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from celery import current_task
-from celery.exceptions import SoftTimeLimitExceeded
+from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown, WorkerTerminate
 
 import gw_celery as gw
-from gw_celery import conf
+from gw_celery import conf, errors
 from gw_celery.declare import services
 from gw_celery.runtime import invoke, process
 
@@ -261,3 +261,89 @@ def test_an_instance_is_given_back_when_its_body_fails(app, run) -> None:
     (service,) = app.registry.services.values()
     (loaded,) = process.current().instances_of(service)._loaded
     assert loaded.in_use == 0
+
+
+def raising(app: gw.App, exc: BaseException) -> None:
+    """Declare a class whose synchronous bodies raise ``exc``."""
+
+    @app.cls
+    class Model:
+        @gw.method()
+        def leave(self):
+            raise exc
+
+        @gw.method()
+        @gw.batched(max_batch_size=1)
+        def leave_batch(self):
+            raise exc
+
+
+@pytest.mark.parametrize("method", ["leave", "leave_batch"])
+def test_an_exit_of_a_synchronous_body_is_its_failure(app, run, method: str) -> None:
+    exc = SystemExit(3)
+    raising(app, exc)
+
+    with pytest.raises(errors.BodyExited, match=r"SystemExit\(3\)") as caught:
+        run(method)
+    assert caught.value.__cause__ is exc
+
+
+def test_an_interrupt_of_a_synchronous_body_in_a_thread_is_its_failure(app, run) -> None:
+    raising(app, KeyboardInterrupt())
+    caught: list[BaseException] = []
+
+    def trace() -> None:
+        try:
+            run("leave")
+        except BaseException as exc:
+            caught.append(exc)
+
+    thread = threading.Thread(target=trace)
+    thread.start()
+    thread.join(LONG)
+    assert isinstance(caught[0], errors.BodyExited)
+
+
+@pytest.mark.parametrize("exc", [WorkerShutdown(0), WorkerTerminate(1), KeyboardInterrupt()])
+def test_what_ends_the_worker_or_comes_from_the_keyboard_is_not_the_bodys(app, run, exc) -> None:
+    raising(app, exc)
+
+    with pytest.raises(type(exc)) as caught:
+        run("leave")
+    assert caught.value is exc
+
+
+def test_an_exit_in_a_process_that_was_told_to_end_ends_it(app) -> None:
+    raising(app, SystemExit(-241))
+    runtime = process.Process(conf.Settings(), is_ending=lambda: True)
+    runtime.start()
+    process.adopt(runtime)
+    (service,) = app.registry.services.values()
+    runtime.enter([app.registry], [service])
+
+    with pytest.raises(SystemExit):
+        invoke.run(runtime, one_input(service, "leave", ()))
+
+
+def test_a_body_that_awaits_one_that_exits_gets_its_failure(app, run) -> None:
+    @app.cls
+    class Model:
+        @gw.method()
+        def leave(self):
+            raise SystemExit(3)
+
+        @gw.method()
+        async def leave_too(self):
+            raise SystemExit(4)
+
+    @app.remote
+    async def ask(name):
+        try:
+            await getattr(Model(), name)()
+        except errors.BodyExited as exc:
+            return repr(exc.__cause__)
+
+    process.current().enter([app.registry], list(app.registry.services.values()))
+
+    assert ask.local("leave") == "SystemExit(3)"
+    assert ask.local("leave_too") == "SystemExit(4)"

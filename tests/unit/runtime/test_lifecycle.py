@@ -58,6 +58,19 @@ def failing(exc: BaseException) -> Callable[[], Awaitable[object]]:
     return enter
 
 
+def swallowing(release: asyncio.Event, log: list[str]) -> Callable[[], Awaitable[object]]:
+    """Wait for ``release``, whoever cancels it."""
+
+    async def wait() -> None:
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                log.append("swallowed")
+
+    return wait
+
+
 async def forever() -> None:
     await asyncio.Event().wait()
 
@@ -80,13 +93,14 @@ def test_units_enter_in_parallel() -> None:
 
 def test_units_leave_in_parallel() -> None:
     async def main() -> None:
-        (first, second), _ = probes("first", "second")
+        (first, second), log = probes("first", "second")
         met = asyncio.Barrier(2)
-        first.leave = second.leave = met.wait
+        first.leave = second.leave = met.wait  # each needs the other to be leaving, too
         lives = [first.life(), second.life()]
         await lifecycle.settle_all(lives, LONG)
 
         await lifecycle.leave_all(lives)
+        assert sorted(log[2:]) == ["leave first", "leave second"]
 
     asyncio.run(main())
 
@@ -188,54 +202,38 @@ def test_a_start_that_takes_too_long_names_who_was_late() -> None:
     asyncio.run(main())
 
 
-def test_one_that_fails_to_leave_skips_no_other(caplog) -> None:
+@pytest.mark.parametrize(
+    ("leave", "limit", "said"),
+    [
+        (failing(RuntimeError("stuck")), LONG, ["broken failed to leave", "stuck"]),
+        (forever, 0.01, ["broken did not leave", "gw_exit_timeout"]),
+    ],
+    ids=["fails", "takes too long"],
+)
+def test_one_that_does_not_leave_skips_no_other(leave, limit, said, caplog) -> None:
     async def main() -> None:
         (broken, other), log = probes("broken", "other")
-        broken.leave = failing(RuntimeError("stuck"))
-        lives = [broken.life(), other.life()]
+        broken.leave = leave
+        lives = [broken.life(exit_timeout=limit), other.life()]
         await lifecycle.settle_all(lives, LONG)
         await lifecycle.leave_all(lives)
 
         assert log[-1] == "leave other"
 
     asyncio.run(main())
-    assert "broken failed to leave" in caplog.text
-    assert "stuck" in caplog.text
-
-
-def test_each_has_its_own_limit_to_leave(caplog) -> None:
-    async def main() -> None:
-        (slow, other), log = probes("slow", "other")
-        slow.leave = forever
-        lives = [slow.life(exit_timeout=0.01), other.life()]
-        await lifecycle.settle_all(lives, LONG)
-        await lifecycle.leave_all(lives)
-
-        assert log[-1] == "leave other"
-
-    asyncio.run(main())
-    assert "slow did not leave" in caplog.text
-    assert "gw_exit_timeout" in caplog.text
+    assert [one for one in said if one not in caplog.text] == []
 
 
 def test_one_that_ignores_its_limit_holds_nobody_up(caplog) -> None:
     async def main() -> None:
         (stubborn, other), log = probes("stubborn", "other")
         release = asyncio.Event()
-
-        async def never() -> None:
-            while not release.is_set():
-                try:
-                    await release.wait()
-                except asyncio.CancelledError:
-                    log.append("swallowed")
-
-        stubborn.leave = never
+        stubborn.leave = swallowing(release, log)
         lives = [stubborn.life(exit_timeout=0.01), other.life()]
         await lifecycle.settle_all(lives, LONG)
         await lifecycle.leave_all(lives)
 
-        assert "leave other" in log
+        assert {"leave other", "swallowed"} <= set(log)
         release.set()
 
     asyncio.run(main())
@@ -246,20 +244,29 @@ def test_one_that_never_stops_entering_does_not_hold_up_a_failed_start() -> None
     async def main() -> None:
         (stubborn, broken), log = probes("stubborn", "broken")
         release = asyncio.Event()
-
-        async def never() -> None:
-            while not release.is_set():
-                try:
-                    await release.wait()
-                except asyncio.CancelledError:
-                    log.append("swallowed")
-
-        stubborn.enter = never
+        stubborn.enter = swallowing(release, log)
         broken.enter = failing(OSError("no weights"))
 
         with pytest.raises(errors.StartupError, match="no weights"):
             await lifecycle.settle_all([stubborn.life(0.01), broken.life()], LONG)
+        assert "swallowed" in log
         release.set()
+
+    asyncio.run(main())
+
+
+def test_a_start_that_is_cancelled_leaves_those_that_entered() -> None:
+    async def main() -> None:
+        (entered, slow), log = probes("entered", "slow")
+        slow.enter = forever
+        lives = [entered.life(), slow.life()]
+        starting = asyncio.create_task(lifecycle.settle_all(lives, LONG))
+        await lives[0].settle()
+
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert log == ["enter entered", "cancel slow", "leave entered"]
 
     asyncio.run(main())
 

@@ -69,7 +69,7 @@ def test_it_changes_nothing_that_only_workers_need() -> None:
 
 
 def test_it_refuses_unknown_settings() -> None:
-    with pytest.raises(errors.ConfigurationError, match="did you mean 'start_timeout'"):
+    with pytest.raises(errors.ConfigurationError, match="did you mean 'gw_start_timeout'"):
         gw.preset(bare(gw_start_timout=3))
 
 
@@ -97,6 +97,8 @@ def test_after_the_preset_our_content_is_accepted() -> None:
     gw.preset(app)
 
     preset.require_content(app)
+    assert codec.NAME in app.conf.accept_content
+    assert app.conf.result_serializer == codec.NAME
 
 
 @pytest.mark.parametrize("name", ["accept_content", "result_accept_content"])
@@ -131,6 +133,16 @@ def test_a_visibility_that_is_long_enough_is_left(celery_app, timeout) -> None:
     preset.require_visibility(celery_app, [app.registry])
 
     assert celery_app.conf.broker_transport_options["visibility_timeout"] == 3600
+
+
+@pytest.mark.parametrize("value", ["100", None, True])
+def test_a_visibility_that_is_no_number_is_an_error(celery_app, value) -> None:
+    celery_app.conf.broker_transport_options = {"visibility_timeout": value}
+    app = limited(celery_app, 300)
+
+    with pytest.raises(errors.ConfigurationError, match=r"must be seconds, a number") as caught:
+        preset.require_visibility(celery_app, [app.registry])
+    assert f"['visibility_timeout']={value!r}" in str(caught.value)
 
 
 def test_a_visibility_of_the_users_under_a_limit_is_an_error(celery_app) -> None:

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import types
+import warnings
 from typing import Any
 
+import kombu
 import pytest
-from celery import Celery
+from celery import Celery, shared_task
 from celery.worker import control
 
 import gw_celery as gw
 from gw_celery import errors
-from gw_celery.worker import serving, startup
+from gw_celery.worker import notices, serving, startup
 
 
 @pytest.fixture
@@ -41,9 +43,12 @@ def consumed(app: gw.App, *queues: str) -> list[str]:
 
 
 def prepared(app: gw.App, *queues: str, pool: Any = "prefork") -> serving.Plan:
-    app.celery.amqp.queues.select(queues)
-    worker = types.SimpleNamespace(app=app.celery, pool_cls=pool, prefetch_multiplier=4)
-    return startup.prepare(worker, [app.registry])
+    return startup.prepare(worker_of(app.celery, *queues, pool=pool), [app.registry])
+
+
+def worker_of(app: Celery, *queues: str, pool: Any = "prefork") -> Any:
+    app.amqp.queues.select(queues)
+    return types.SimpleNamespace(app=app, pool_cls=pool, prefetch_multiplier=4)
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +62,13 @@ def test_a_family_expands_to_the_queues_of_its_services(declared) -> None:
     assert consumed(declared, "gpu.H100x2") == ["gpu.H100x2.generate"]
 
 
+def test_the_queues_of_a_family_are_those_that_clients_declare(declared) -> None:
+    declared.celery.conf.task_create_missing_queue_type = "quorum"
+    assert consumed(declared, "gpu.H100x2") == ["gpu.H100x2.generate"]
+    queue = declared.celery.amqp.queues.consume_from["gpu.H100x2.generate"]
+    assert queue.queue_arguments == {"x-queue-type": "quorum"}
+
+
 def test_the_family_gpu_is_no_prefix(declared) -> None:
     assert consumed(declared, "gpu") == ["gpu.anywhere"]
 
@@ -65,7 +77,7 @@ def test_a_service_and_other_queues_are_consumed_as_they_are(declared) -> None:
     assert consumed(declared, "gpu.A100.embed", "celery") == ["celery", "gpu.A100.embed"]
 
 
-@pytest.mark.parametrize("queue", ["gpu.T4", "cpu", "gpu.A100.gone"])
+@pytest.mark.parametrize("queue", ["gpu.T4", "cpu.rank", "gpu.A100.gone"])
 def test_a_family_without_a_service_is_refused_with_those_that_are(declared, queue) -> None:
     with pytest.raises(errors.ConfigurationError) as caught:
         consumed(declared, queue)
@@ -73,12 +85,26 @@ def test_a_family_without_a_service_is_refused_with_those_that_are(declared, que
     assert "gpu, gpu.A100, gpu.H100x2" in str(caught.value)
 
 
+def test_a_plain_queue_of_the_project_may_be_named_as_a_family_is(declared, celery_app) -> None:
+    assert consumed(declared, "cpu", "gpu.A100.embed") == ["cpu", "gpu.A100.embed"]
+
+    other = gw.App("other", celery=celery_app)
+    assert consumed(other, "cpu", "gpu") == ["cpu", "gpu"]
+
+
+def test_a_plain_queue_of_the_configuration_may_be_named_as_a_family_is(celery_app) -> None:
+    celery_app.conf.task_queues = [kombu.Queue("celery"), kombu.Queue("gpu")]
+    startup.expand_families(celery_app.amqp.queues, [])
+
+    assert sorted(celery_app.amqp.queues.consume_from) == ["celery", "gpu"]
+
+
 def test_a_worker_serves_what_its_queues_name(declared) -> None:
     plan = prepared(declared, "gpu.A100")
 
     assert [service.name for service in plan.served] == ["embed", "Ranker"]
     assert plan.pool == "prefork"
-    assert plan.loads_in_children
+    assert plan.pipes is not None
 
 
 def test_a_worker_of_other_queues_serves_nothing_and_is_left_alone(declared) -> None:
@@ -86,7 +112,7 @@ def test_a_worker_of_other_queues_serves_nothing_and_is_left_alone(declared) -> 
     plan = prepared(declared, "celery", pool="eventlet")
 
     assert plan.served == []
-    assert not plan.loads_in_children
+    assert plan.pipes is None
     assert declared.celery.conf.worker_proc_alive_timeout == before
 
 
@@ -102,11 +128,45 @@ def test_apps_of_another_celery_app_are_not_served(declared) -> None:
         startup.prepare(worker, [declared.registry])
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gw_celery.pool:TaskPool", "eventlet"])
+def test_a_bare_family_that_no_service_belongs_to_is_said_with_those_that_are(
+    declared, pool, caplog
+) -> None:
+    plan = prepared(declared, "cpu", "celery", pool=pool)
+
+    notices.log(declared.celery, plan)
+    assert "-Q cpu: no service belongs to this family" in caplog.text
+    assert caplog.text.rstrip().endswith("families here: gpu, gpu.A100, gpu.H100x2")
+    if pool != "gw_celery.pool:TaskPool":  # which logs by itself
+        (step,) = (one for one in declared.celery.steps["worker"] if one.__name__ == "ServingStep")
+        assert step.plan is plan
+
+
+def test_a_worker_of_families_that_are_there_is_told_nothing(declared, caplog) -> None:
+    notices.log(declared.celery, prepared(declared, "gpu", "celery"))
+    assert caplog.text == ""
+
+    without = startup.prepare(worker_of(Celery("plain", set_as_current=False), "gpu"), [])
+    assert notices.strays(without) == []
+
+
+def test_a_plain_task_that_came_after_a_service_of_its_name_is_refused(declared) -> None:
+    def plain(x): ...
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Celery 5.7 says so, too
+        shared_task(name=f"{__name__}.embed")(plain)
+
+    with pytest.raises(errors.DeclarationError, match="of the plain Celery task"):
+        prepared(declared, "gpu.A100")
+
+
 @pytest.mark.parametrize("pool", ["gevent", "eventlet", "celery.concurrency.gevent:TaskPool"])
 def test_a_pool_without_a_loop_is_refused_with_those_that_work(declared, pool) -> None:
     with pytest.raises(errors.ConfigurationError) as caught:
         prepared(declared, "gpu.A100", pool=pool)
     assert "cannot serve embed, Ranker" in str(caught.value)
+    assert "CELERY_CUSTOM_WORKER_POOL=gw_celery.pool:TaskPool and -P custom" in str(caught.value)
     assert "-P prefork, threads or solo" in str(caught.value)
 
 
@@ -121,8 +181,9 @@ def test_a_pool_is_known_by_its_alias_and_by_its_class(declared, alias: str, nam
     assert prepared(declared, "gpu.A100", pool=pool_cls).pool == name
 
 
-def test_threads_load_in_the_worker_itself(declared) -> None:
-    assert not prepared(declared, "gpu.A100", pool="threads").loads_in_children
+@pytest.mark.parametrize("pool", ["threads", "gw_celery.pool:TaskPool"])
+def test_what_does_not_load_by_celerys_signal_needs_no_pipes(declared, pool) -> None:
+    assert prepared(declared, "gpu.A100", pool=pool).pipes is None
 
 
 def test_contradictions_are_refused_before_anything_starts(declared) -> None:

@@ -24,23 +24,28 @@ function showHits(hits) {
   byId("prompt").textContent = hits.length ? "Or try one of these:" : "The library is empty.";
 }
 
-// Run a form's task once at a time, and show how far it is.
+// Run a form's task, one at a time, and show how far it is. A submit meanwhile waits for its turn,
+// and is dropped when there is nothing left to send.
 function onSubmit(form, progress, run) {
   let isBusy = false;
+  let isAsked = false;
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
+    isAsked = true;
     if (isBusy) return;
     isBusy = true;
     form.setAttribute("aria-busy", "true");
-    progress.start();
-    try {
-      progress.succeed(await run(Object.fromEntries(new FormData(form))));
-    } catch (error) {
-      progress.fail(error);
-    } finally {
-      isBusy = false;
-      form.removeAttribute("aria-busy");
+    while (isAsked && form.checkValidity()) {
+      isAsked = false;
+      progress.start();
+      try {
+        progress.succeed(await run(Object.fromEntries(new FormData(form))));
+      } catch (error) {
+        progress.fail(error);
+      }
     }
+    isBusy = false;
+    form.removeAttribute("aria-busy");
   });
 }
 
@@ -58,14 +63,12 @@ async function sendAndPoll(query) {
 }
 
 onSubmit(byId("search"), searching, async ({ query, mode }) => {
-  byId("results").setAttribute("aria-busy", "true");
-  try {
-    const hits = await (mode === "await" ? ask(query) : sendAndPoll(query));
-    showHits(hits);
-    return hits.length === 1 ? "One result" : `${hits.length} results`;
-  } finally {
-    byId("results").removeAttribute("aria-busy");
-  }
+  // They answer another sentence, also when this one fails.
+  byId("results").classList.add("stale");
+  const hits = await (mode === "await" ? ask(query) : sendAndPoll(query));
+  showHits(hits);
+  byId("results").classList.remove("stale");
+  return hits.length === 1 ? "One result" : `${hits.length} results`;
 });
 
 onSubmit(byId("add"), adding, async ({ title, text }) => {

@@ -39,7 +39,8 @@ export class Progress {
   fail(error) {
     this.end("failed");
     this.spoken.textContent = "";
-    this.problem.textContent = `${error.type ?? error.name}: ${error.message}`;
+    const kind = error.type ?? error.name;
+    this.problem.textContent = kind === "BadInput" ? error.message : `${kind}: ${error.message}`;
   }
 
   tick() {

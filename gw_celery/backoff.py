@@ -1,0 +1,21 @@
+"""How long to wait before something that failed is tried again."""
+
+from __future__ import annotations
+
+
+class Backoff:
+    """Delays that double from ``first`` to ``longest`` seconds until ``reset``."""
+
+    def __init__(self, first: float, longest: float) -> None:
+        self._first = first
+        self._longest = longest
+        self._next = first
+
+    def reset(self) -> None:
+        """Begin anew: it works."""
+        self._next = self._first
+
+    def next(self) -> float:
+        """Return the seconds to wait now."""
+        delay, self._next = self._next, min(2 * self._next, self._longest)
+        return delay

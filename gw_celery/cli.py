@@ -1,0 +1,132 @@
+"""``celery -A proj gw ...``: what operators type about workers with the GPU pool."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from gw_celery.worker import commands
+
+_TIMEOUT = 2.0
+
+# Every ``celery`` command imports this module, for it is a plugin of the command line.
+commands.describe()
+
+
+@click.group("gw")
+def gw() -> None:
+    """Serve models: see and steer the replicas of GPU workers."""
+
+
+def _destination(function: Any) -> Any:
+    options = [
+        click.option("-d", "--destination", multiple=True, help="Node name; all without it."),
+        click.option(
+            "-t",
+            "--timeout",
+            default=_TIMEOUT,
+            show_default=True,
+            help="Seconds to wait for answers.",
+        ),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@gw.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document for programs.")
+@_destination
+@click.pass_context
+def status(ctx: click.Context, as_json: bool, destination: tuple[str, ...], timeout: float) -> None:
+    """Show each worker's replicas: state, pid, slots, in flight, restarts, last error."""
+    answers = _answers(ctx, "gw_status", {}, destination, timeout)
+    if as_json:
+        click.echo(json.dumps(answers, indent=2, sort_keys=True))
+    else:
+        for worker in sorted(answers):
+            click.echo(_table(worker, answers[worker]))
+    if not answers:
+        raise click.ClickException(
+            f"no worker with the GPU pool answered within {timeout:g} s: is one started, and does "
+            f"-A name its app?"
+        )
+
+
+@gw.command()
+@click.argument("replica", type=int, required=False)
+@_destination
+@click.pass_context
+def drain(
+    ctx: click.Context, replica: int | None, destination: tuple[str, ...], timeout: float
+) -> None:
+    """Let REPLICA, or all of them, finish and stay stopped until a restart."""
+    _command(ctx, "gw_drain", replica, destination, timeout)
+
+
+@gw.command()
+@click.argument("replica", type=int, required=False)
+@_destination
+@click.pass_context
+def restart(
+    ctx: click.Context, replica: int | None, destination: tuple[str, ...], timeout: float
+) -> None:
+    """Replace the process of REPLICA, or of all one by one; inputs in flight finish."""
+    _command(ctx, "gw_restart", replica, destination, timeout)
+
+
+def _command(
+    ctx: click.Context,
+    name: str,
+    replica: int | None,
+    destination: tuple[str, ...],
+    timeout: float,
+) -> None:
+    answers = _answers(ctx, name, {"replica": replica}, destination, timeout)
+    for worker, said in sorted(answers.items()):
+        click.echo(f"{worker}: {said.get('ok') or said.get('error')}")
+    if not answers or any("error" in said for said in answers.values()):
+        raise click.ClickException("a worker refused" if answers else "no worker answered")
+
+
+def _answers(
+    ctx: click.Context,
+    command: str,
+    arguments: dict[str, Any],
+    destination: tuple[str, ...],
+    timeout: float,
+) -> dict[str, Any]:
+    """What each worker answered, by its name."""
+    answers = ctx.obj.app.control.broadcast(
+        command,
+        arguments=arguments,
+        destination=list(destination) or None,
+        reply=True,
+        timeout=timeout,
+    )
+    found = {worker: said for answer in answers or () for worker, said in answer.items()}
+    # Workers without the GPU pool do not know the command, and are not meant.
+    unknown = {"error": f"KeyError({command!r})"}
+    return {worker: said for worker, said in found.items() if said != unknown}
+
+
+def _table(worker: str, answer: dict[str, Any]) -> str:
+    if "error" in answer:
+        return f"{worker}: {answer['error']}"
+    lines = [
+        f"{worker}: {answer['waiting']} waiting; consumes {_listed(answer['open_queues'])}; "
+        f"closed: {_listed(answer['closed_queues'])}"
+    ]
+    for one in answer["replicas"]:
+        line = (
+            f"  replica {one['number']}  {one['state']:<9} pid {one['pid'] or '-'}  "
+            f"{one['in_flight']}/{one['slots']} in flight  {one['restarts']} restarts"
+        )
+        lines.append(f"{line}  {one['last_error']}".rstrip())
+    return "\n".join(lines)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "nothing"

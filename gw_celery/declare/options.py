@@ -1,0 +1,162 @@
+"""The keywords of our decorators: where each belongs, what is misspelt, and what it may hold."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from gw_celery import errors
+from gw_celery.declare import check
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: What concerns a whole service: ``@app.remote`` and ``@app.cls`` take it.
+OF_A_SERVICE = ("gpu", "queue", "min_workers", "max_workers", "timeout", "max_queue_time")
+#: What concerns one task: ``@app.remote`` and ``@gw.method`` take it.
+OF_A_TASK = (
+    "benchmark_dataset", "benchmark_generator", "benchmark_runs", "benchmark_concurrency",
+    "workload_calculator",
+)  # fmt: skip
+#: Celery's own, of a task or of one method; a test compares them with Celery.
+OF_CELERY = (
+    "acks_late", "acks_on_failure", "acks_on_failure_or_timeout", "acks_on_timeout",
+    "after_return", "autoretry_for", "backend", "base", "before_start", "bind", "compression",
+    "default_retry_delay", "delivery_mode", "dont_autoretry_for", "expires", "filter",
+    "ignore_result", "immediate", "lazy", "mandatory", "max_retries", "name", "on_failure",
+    "on_replace", "on_retry", "on_success", "priority", "pydantic", "pydantic_context",
+    "pydantic_dump_kwargs", "pydantic_strict", "rate_limit", "reject_on_worker_lost", "Request",
+    "resultrepr_maxsize", "retry_backoff", "retry_backoff_max", "retry_jitter", "retry_kwargs",
+    "retry_on_worker_lost", "send_events", "serializer", "shadow_name", "shared",
+    "soft_time_limit", "store_errors_even_if_ignored", "Strategy", "throws", "time_limit",
+    "track_started", "trail", "typing",
+)  # fmt: skip
+#: Those that list classes of exceptions; Celery takes some of them without a tuple, too.
+_EXCEPTIONS = ("throws", "autoretry_for", "dont_autoretry_for")
+#: What a worker that serves reads; pickle could run code, and yaml changes types.
+_SERIALIZERS = ("gw-json", "json")
+
+
+def knows_its_keywords(label: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function refuse a misspelt keyword with the nearest known one; Python only refuses."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        declared = inspect.signature(function).parameters.values()
+        known = [one.name for one in declared if one.kind is not one.POSITIONAL_ONLY]
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **given: P.kwargs) -> R:
+            refuse_unknown(label, given, known)
+            return function(*args, **given)
+
+        return checked
+
+    return decorate
+
+
+def refuse_unknown(label: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse the first keyword in ``given`` that is not in ``known``.
+
+    Raises:
+        DeclarationError: with the nearest known keyword, or all of them.
+    """
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            takes = f"{label} takes {', '.join(known) or 'none'}"
+            hint = f"did you mean {near[0]}=?" if near else takes
+            raise errors.DeclarationError(name, value, f"unknown argument; {hint}")
+
+
+def of_remote(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Celery options, and attributes of the user's own, of ``@app.remote``.
+
+    Raises:
+        DeclarationError: for a misspelt or misplaced keyword, or a value that breaks its rule.
+    """
+    _refuse(given, ("probes",), "concerns a class: @app.cls takes it")
+    return _options(given, (*OF_A_SERVICE, *OF_A_TASK, *OF_CELERY))
+
+
+def of_method(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Celery options, and attributes of the user's own, of ``@gw.method``.
+
+    Raises:
+        DeclarationError: for a misspelt or misplaced keyword, or a value that breaks its rule.
+    """
+    whole = (*OF_A_SERVICE, "probes")
+    _refuse(given, whole, "concerns the whole class: give it to @app.cls")
+    return _options(given, (*whole, *OF_A_TASK, *OF_CELERY))
+
+
+def refuse_unknown_of_class(given: Mapping[str, Any]) -> None:
+    """Refuse what ``@app.cls`` does not take: a class is no task, and has no other options.
+
+    Raises:
+        DeclarationError: with the decorator that takes it, or the nearest known keyword.
+    """
+    _refuse(given, (*OF_A_TASK, *OF_CELERY), "concerns one task: give it to @gw.method()")
+    known = (*OF_A_SERVICE, "probes")
+    _refuse_misspelt(given, (*known, *OF_A_TASK, *OF_CELERY))
+    _refuse(given, given, f"is no argument of @app.cls; it takes: {', '.join(known)}")
+
+
+def require_soft_before_hard(options: Mapping[str, Any], timeout: float | None) -> None:
+    """Check that a task's soft limit is not over its hard one, which is ``timeout`` by default."""
+    soft, hard = options.get("soft_time_limit"), options.get("time_limit", timeout)
+    if soft is not None and hard is not None and soft > hard:
+        name = "time_limit" if "time_limit" in options else "timeout"
+        raise errors.DeclarationError(
+            "soft_time_limit", soft, f"would never be reached: must not be over {name}={hard:g}"
+        )
+
+
+def _options(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    routed = "names no queue: a service is reached by its queue alone, which queue= names"
+    _refuse(given, ("exchange", "routing_key"), routed)
+    _refuse_misspelt(given, known)
+    _require_name(given.get("name"))
+    for limit in ("time_limit", "soft_time_limit"):
+        check.optional(limit, given.get(limit))
+    serializer = given.get("serializer", _SERIALIZERS[0])
+    if serializer not in _SERIALIZERS:
+        raise errors.DeclarationError(
+            "serializer",
+            serializer,
+            f"must be {' or '.join(_SERIALIZERS)}; gw.register_type lets a class travel in gw-json",
+        )
+    listed = {name: _exceptions(name, given[name]) for name in _EXCEPTIONS if name in given}
+    return {**given, **listed}
+
+
+def _refuse(given: Mapping[str, Any], names: Collection[str], rule: str) -> None:
+    for name, value in given.items():
+        if name in names:
+            raise errors.DeclarationError(name, value, rule)
+
+
+def _refuse_misspelt(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Celery lets tasks have any attribute; one that is nearly a known name is a mistake."""
+    for name, value in given.items():
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.8)
+        if name not in known and near:
+            raise errors.DeclarationError(
+                name, value, f"unknown argument; did you mean {near[0]}=?"
+            )
+
+
+def _require_name(name: object) -> None:
+    if name is not None and (not isinstance(name, str) or not name.strip()):
+        raise errors.DeclarationError("name", name, "must be the name of a task")
+
+
+def _exceptions(option: str, value: Any) -> tuple[type[BaseException], ...]:
+    listed = (value,) if isinstance(value, type) else value
+    if not isinstance(listed, list | tuple | set | frozenset) or not all(
+        isinstance(one, type) and issubclass(one, BaseException) for one in listed
+    ):
+        raise errors.DeclarationError(option, value, "must be a tuple of exception classes")
+    return tuple(listed)

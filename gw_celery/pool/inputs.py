@@ -1,0 +1,249 @@
+"""The inputs of a pool, from Celery's ``apply_async`` to its callbacks."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gw_celery import conf, errors
+from gw_celery.pool import children, deaths, dispatch, jobs, limits, wire
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that a redelivered input waits for what other workers know of it.
+_LONGEST_QUESTION = 2.0
+
+
+class Inputs:
+    """Inputs that wait for a slot, or that a child holds.
+
+    Args:
+        settings: bounds and grace times.
+        on_let_go: called when a child has let go of an input.
+        on_stuck: called with a child that cannot stop an input.
+        shared_deaths: where the workers' counts of deaths meet, if anywhere.
+    """
+
+    def __init__(
+        self,
+        settings: conf.Settings,
+        on_let_go: Callable[[children.Child], None],
+        on_stuck: Callable[[children.Child], None],
+        shared_deaths: deaths.Shared | None = None,
+    ) -> None:
+        self.waiting = dispatch.Dispatcher()
+        self.limits = limits.Limits()
+        self._settings = settings
+        self._deaths = deaths.Deaths(settings.max_deaths, shared_deaths)
+        #: Redelivered inputs, until it is known whether they kill, and since when.
+        self._asked: dict[int, tuple[jobs.Job, float]] = {}
+        self._on_let_go = on_let_go
+        self._on_stuck = on_stuck
+        self._held: dict[int, jobs.Job] = {}
+        self._numbers = 0
+
+    def in_flight(self) -> int:
+        """Inputs that children hold and that are not answered."""
+        return sum(not job.is_answered for job in self._held.values())
+
+    def submit(
+        self,
+        args: tuple[Any, ...],
+        service: str,
+        options: dict[str, Any],
+        terminate: Callable[[jobs.Job, int], None],
+    ) -> jobs.Job:
+        """Take one input; ``dispatch`` starts it."""
+        self._numbers += 1
+        job = jobs.Job(self._numbers, args, service, options, terminate)
+        if (odd := job.odd_limit()) is not None:
+            job.broken(
+                errors.UsageError(
+                    f"{job.name}[{job.task_id}] has the time limit {odd!r:.100}: send seconds"
+                )
+            )
+            return job
+        twin = self._twin(job)
+        if twin is not None:
+            twin.join(job, jobs.now())
+            return job
+        self._asked[job.number] = (job, jobs.now())
+        is_asked = job.is_redelivered and self._deaths.ask(job.task_id, lambda: self._admit(job))
+        if not is_asked:
+            self._admit(job)
+        return job
+
+    def forget_waiting(self) -> None:
+        """Drop what has not started: the broker delivers it again."""
+        self.waiting.clear()
+        self._asked.clear()
+
+    def settle_asked(self, now: float) -> None:
+        """Take in what Redis has answered, and what it has not in time."""
+        self._deaths.settle()
+        for job, since in list(self._asked.values()):
+            if now - since > _LONGEST_QUESTION:
+                self._admit(job)
+
+    def close(self) -> None:
+        self._deaths.close()
+
+    def dispatch(self, ready: Iterable[children.Child]) -> set[children.Child]:
+        """Start what has a slot; returns the children that were written to."""
+        orders: dict[children.Child, list[tuple[Any, ...]]] = {}
+        for given in self.waiting.assign(ready):
+            job, child = given.input, given.child
+            if job.was_withdrawn():
+                child.room.give_back(job.service)
+                continue
+            job.child = child
+            child.jobs[job.number] = self._held[job.number] = job
+            orders.setdefault(child, []).append((wire.Order.RUN, job.number, *job.args))
+        for child, listed in orders.items():
+            child.send(*listed)
+        return set(orders)
+
+    def handle(self, child: children.Child, report: list[Any], now: float) -> None:
+        """Follow one report about an input.
+
+        Raises:
+            Garbage: when the child does not hold it.
+        """
+        kind = report[0]
+        job = child.jobs.get(report[1])
+        if job is None:
+            raise wire.Garbage(f"a {kind} report of job {report[1]}, which it does not hold")
+        if kind == wire.Report.ACCEPT:
+            if not job.is_answered:
+                job.accept(child.pid, min(report[2], now))
+                self.limits.begin(job, now)
+            return
+        self._let_go(child, job)
+        if kind == wire.Report.DONE:
+            job.done(report[2], report[3])
+        elif kind == wire.Report.ERROR:
+            jobs.answer(job, report)
+        else:
+            job.lost("The replica dropped the input unanswered.")
+        self._on_let_go(child)
+
+    def stop(self, job: jobs.Job, signum: int) -> None:
+        """Answer one input as terminated, before or after its start, and have its child stop it."""
+        if job.is_answered:
+            return
+        self.waiting.remove(job)
+        self._asked.pop(job.number, None)
+        if not job.is_accepted:
+            # Celery announces a revocation when the input is accepted.
+            job.accept(job.child.pid if job.child else 0, jobs.now())
+        job.terminated(signum)
+        job.fail_when_nobody_retries()
+        self._dismiss(job)
+
+    def abandon_unaccepted(self) -> None:
+        """Let go of what was sent but has not begun, and of all limits: the worker ends now."""
+        for job in self._held.values():
+            if not job.is_accepted:
+                job.abandon()
+        self.limits.clear()
+
+    def expire(self, now: float) -> None:
+        """Act on the limits that inputs have reached."""
+        for job, what in self.limits.due(now):
+            if what is limits.Limit.SOFT:
+                job.soft_timed_out()
+                job.child.send((wire.Order.SOFT, job.number, job.soft_limit))
+            elif what is limits.Limit.HARD:
+                job.timed_out()
+                self._dismiss(job)
+            else:
+                self._give_up(job)
+
+    def settle(self, child: children.Child, reason: str, *, is_closing: bool) -> None:
+        """The child is gone: what it had accepted is lost, what it had not starts elsewhere."""
+        held = list(child.jobs.values())
+        child.jobs.clear()
+        for job in held:
+            self._held.pop(job.number, None)
+            self.limits.forget(job)
+            job.child = None
+        unanswered = [job for job in held if not job.is_answered]
+        for job in unanswered:
+            job.losses += 1
+            if job.losses > self._settings.max_deaths and not job.is_accepted:
+                job.accept(child.pid, jobs.now())  # it kills before it can be told to have begun
+        accepted = [job for job in unanswered if job.is_accepted]
+        if is_closing:  # the shutdown ended the child, and no input is to blame
+            for job in accepted:
+                job.lost(reason)
+            return
+        for job in reversed(unanswered):
+            if not job.is_accepted:
+                self.waiting.put(job, first=True)
+        self._deaths.record(accepted)
+        for job in accepted:
+            if self._deaths.is_poison(job.task_id):
+                self._deaths.survived(job.task_id)
+                job.broken(_poisoned(job, self._settings.max_deaths, reason))
+            else:
+                job.lost(reason)
+
+    def _admit(self, job: jobs.Job) -> None:
+        """Let an input wait for a slot, alone when it is a suspect; give up one that kills."""
+        if self._asked.pop(job.number, None) is None:
+            return  # stopped, forgotten, or admitted because Redis took too long
+        if self._deaths.is_poison(job.task_id):
+            self._deaths.survived(job.task_id)
+            job.broken(_poisoned(job, self._settings.max_deaths, "seen by another worker"))
+            return
+        job.runs_alone = self._deaths.is_suspect(job.task_id)
+        self.waiting.put(job)
+
+    def _let_go(self, child: children.Child, job: jobs.Job) -> None:
+        del child.jobs[job.number]
+        self._held.pop(job.number, None)
+        child.room.give_back(job.service)
+        child.served += 1
+        self.limits.forget(job)
+        if job.runs_alone:
+            self._deaths.survived(job.task_id)
+
+    def _dismiss(self, job: jobs.Job) -> None:
+        """The input is answered: its child stops it, or is replaced when it cannot."""
+        child = job.child
+        if child is None or job.number not in child.jobs:
+            self.limits.forget(job)
+            return
+        child.send((wire.Order.STOP, job.number))
+        self.limits.expect_gone(job, jobs.now() + self._settings.cancel_timeout)
+
+    def _give_up(self, job: jobs.Job) -> None:
+        logger.error(
+            "task %s[%s] did not end %.0f s after it was stopped: %r is replaced (setting "
+            "gw_cancel_timeout)",
+            job.name,
+            job.task_id,
+            self._settings.cancel_timeout,
+            job.child,
+        )
+        self._on_stuck(job.child)
+
+    def _twin(self, job: jobs.Job) -> jobs.Job | None:
+        """The same message, which is here already: the broker lost sight of it, and we did not."""
+        if not job.is_redelivered:
+            return None
+        here: Iterable[jobs.Job] = itertools.chain(self._held.values(), self.waiting)
+        for other in here:
+            is_same = other.task_id == job.task_id and not other.is_answered
+            if is_same and other.request.get("retries") == job.request.get("retries"):
+                return other
+        return None
+
+
+def _poisoned(job: jobs.Job, most: int, reason: str) -> errors.PoisonedInput:
+    return errors.PoisonedInput(
+        f"{job.name}[{job.task_id}] was running alone when its replica died, {most} times, and is "
+        f"not tried again (setting gw_max_deaths). The last time: {reason}"
+    )

@@ -1,0 +1,85 @@
+"""When running inputs reach their limits; no clock, no I/O."""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+#: Stale entries that are not worth a clean-up.
+_SLACK = 256
+
+
+class Limit(enum.Enum):
+    """What an input has reached."""
+
+    SOFT = "soft"
+    HARD = "hard"
+    #: It was stopped and should be gone by now.
+    GRACE = "grace"
+
+
+class Limits:
+    """A heap of limits; entries of what ended, or was stopped, before its limit are stale."""
+
+    def __init__(self) -> None:
+        #: When, a number that breaks ties and names the entry, the input, and which limit.
+        self._heap: list[tuple[float, int, Any, Limit]] = []
+        self._count = itertools.count()
+        #: The entries that count, of each input.
+        self._live: dict[int, set[int]] = {}
+        self._hard: dict[int, float] = {}
+
+    def begin(self, job: Any, now: float) -> None:
+        """The input starts: its limits count from here."""
+        if job.soft_limit:
+            self._add(now + job.soft_limit, job, Limit.SOFT)
+        if job.hard_limit:
+            self._hard[job.number] = now + job.hard_limit
+            self._add(now + job.hard_limit, job, Limit.HARD)
+
+    def expect_gone(self, job: Any, when: float) -> None:
+        """The input was stopped; its child has until ``when`` to let go of it."""
+        self.forget(job)
+        self._add(when, job, Limit.GRACE)
+
+    def forget(self, job: Any) -> None:
+        self._live.pop(job.number, None)
+        self._hard.pop(job.number, None)
+        # Inputs end long before their limits: without this, the heap would hold minutes of them.
+        if len(self._heap) > _SLACK + 4 * len(self._live):
+            self._heap = [one for one in self._heap if self._is_live(one)]
+            heapq.heapify(self._heap)
+
+    def clear(self) -> None:
+        """Forget every limit."""
+        self._heap.clear()
+        self._live.clear()
+        self._hard.clear()
+
+    def due(self, now: float) -> Iterator[tuple[Any, Limit]]:
+        """Yield what has reached a limit, once."""
+        while self._heap and self._heap[0][0] <= now:
+            entry = heapq.heappop(self._heap)
+            if self._is_live(entry):
+                yield entry[2], entry[3]
+
+    def next_in(self, now: float) -> float | None:
+        """Seconds until the next limit; ``None`` when there is none."""
+        while self._heap and not self._is_live(self._heap[0]):
+            heapq.heappop(self._heap)
+        return max(0.0, self._heap[0][0] - now) if self._heap else None
+
+    def longest_left(self, jobs: Iterable[Any], now: float) -> float:
+        """Seconds until the last of ``jobs`` reaches its hard limit."""
+        return max((self._hard.get(one.number, now) - now for one in jobs), default=0.0)
+
+    def _add(self, when: float, job: Any, what: Limit) -> None:
+        number = next(self._count)
+        self._live.setdefault(job.number, set()).add(number)
+        heapq.heappush(self._heap, (when, number, job, what))
+
+    def _is_live(self, entry: tuple[float, int, Any, Limit]) -> bool:
+        return entry[1] in self._live.get(entry[2].number, ())

@@ -1,0 +1,64 @@
+"""Where a Celery app was made, so that a child can import the same one."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from typing import Any
+
+from gw_celery import errors
+
+#: Modules in which an app shows up that did not make it.
+_NOT_USERS = ("__mp_main__", "celery", "kombu", "gw_celery", "gw_celery_django", "click", "_pytest")
+
+
+def find(app: Any) -> str:
+    """Return ``module:attribute`` of ``app``, as ``celery -A`` takes it.
+
+    Raises:
+        ConfigurationError: when no importable module has it as a global.
+    """
+    found = [
+        (_rank(module, name, app), f"{module}:{name}")
+        for module, namespace in _modules()
+        for name, value in namespace
+        if value is app
+    ]
+    if not found:
+        raise errors.ConfigurationError(
+            f"no module has the Celery app {app.main!r} as a global, so that a child of the pool "
+            f"cannot import it: assign it in a module, as in proj/celery.py: app = Celery(...), "
+            f"and start the worker with `celery -A proj worker`"
+        )
+    return min(found)[1]
+
+
+def changes(app: Any) -> bytes:
+    """Return the settings that were changed in this process, as far as they can travel."""
+    given: dict[str, Any] = {}
+    for key, value in app.__reduce_keys__()["changes"].items():
+        try:
+            pickle.dumps(value)
+        except Exception:  # a function or a lock: the child's import makes its own
+            continue
+        given[key] = value
+    return pickle.dumps(given)
+
+
+def _modules() -> list[tuple[str, list[tuple[str, Any]]]]:
+    modules = []
+    for known_as, module in list(sys.modules.items()):
+        name = known_as
+        if name == "__main__":
+            # A module that runs as a program is imported by its name in a child.
+            spec = getattr(module, "__spec__", None)
+            name = spec.name if spec is not None else ""
+        if name and name.partition(".")[0] not in _NOT_USERS:
+            modules.append((name, list(getattr(module, "__dict__", {}).items())))
+    return modules
+
+
+def _rank(module: str, name: str, app: Any) -> tuple[bool, bool, bool, int]:
+    """Prefer where apps are made by custom; any module that has it gives the same object."""
+    made_here = module == app.main or module.rpartition(".")[2] in ("celery", "celery_app")
+    return (not made_here, name not in ("app", "celery", "celery_app"), "." in name, len(module))

@@ -1,0 +1,189 @@
+"""The replicas of a pool: numbered places, each filled by one child after the other."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gw_celery import conf, snapshot
+from gw_celery.pool import children, replica
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What every child of a pool gets, and how many inputs it takes."""
+
+    settings: conf.Settings
+    #: Inputs in flight of each service in one replica; ``services.PLAIN`` for other tasks.
+    slots: Mapping[str, int]
+    #: The first frame of a child, but for its number.
+    first: dict[str, Any]
+    max_tasks: int | None = None
+    #: Resident bytes after which a child is replaced.
+    max_bytes: int | None = None
+
+    @property
+    def slots_per_replica(self) -> int:
+        return sum(self.slots.values())
+
+    def is_worn(self, child: children.Child) -> bool:
+        """Whether a child served, or holds, as much as it may."""
+        has_served = self.max_tasks is not None and child.served >= self.max_tasks
+        return has_served or (self.max_bytes is not None and child.resident_bytes > self.max_bytes)
+
+
+class Place:
+    """A replica: a numbered place for a child, which outlives it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.child: children.Child | None = None
+        #: Loads while ``child`` still serves, and takes its place.
+        self.successor: children.Child | None = None
+        self.backoff = replica.Backoff()
+        self.restarts = 0
+        self.last_error = ""
+        self.is_wanted = True
+        #: Drained by an operator: no child is started until it is restarted.
+        self.is_held = False
+
+    @property
+    def should_run(self) -> bool:
+        return self.is_wanted and not self.is_held
+
+    @property
+    def is_ready(self) -> bool:
+        return self.child is not None and self.child.life.is_ready
+
+    def ended(self, child: children.Child, reason: str, now: float, *, is_expected: bool) -> None:
+        """The child is gone: say why, and when the next one may start."""
+        if self.child is child:
+            self.child = None
+        if self.successor is child:
+            self.successor = None
+        if is_expected:
+            self.backoff.succeeded(now)
+            return
+        self.restarts += 1
+        self.last_error = child.reason or reason
+        wait = 0.0
+        # One that dies of an input was started well.
+        if child.life.was_steady(now) or any(job.is_accepted for job in child.jobs.values()):
+            self.backoff.succeeded(now)
+        else:
+            wait = self.backoff.failed(now)
+        logger.error(
+            "%r ended while %s, with %d inputs in flight: %s; the next child starts in %.0f s",
+            child,
+            child.life.state.value,
+            len(child.jobs),
+            self.last_error,
+            wait,
+        )
+
+    def seen(self, slots: int, now: float) -> snapshot.Replica:
+        """Return the picture that operators see."""
+        about: dict[str, Any] = {
+            "number": self.number,
+            "restarts": self.restarts,
+            "last_error": self.last_error,
+        }
+        child = self.child
+        if child is None:
+            state = replica.State.FAILED if self.should_run else replica.State.STOPPED
+            wait = max(0.0, self.backoff.retry_at - now)
+            return snapshot.Replica(**about, state=state.value, retry_in=wait)
+        return snapshot.Replica(
+            **about,
+            state=child.life.state.value,
+            pid=child.pid,
+            slots=slots,
+            in_flight=len(child.jobs),
+            seconds_in_state=now - child.life.since,
+            lag=child.lag,
+            resident_bytes=child.resident_bytes,
+        )
+
+
+class Places:
+    """All replicas of a worker, those that are being drained for good among them."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, Place] = {}
+        self._restarting: collections.deque[int] = collections.deque()
+        self._named: set[int] = set()
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter([place for _, place in sorted(self._places.items())])
+
+    def resize(self, wanted: int) -> list[Place]:
+        """Have ``wanted`` replicas; returns those to drain, the idle and least loaded first."""
+        present = [place for place in self if place.is_wanted]
+        for number in _free_numbers(self._places, wanted - len(present)):
+            self._places[number] = Place(number)
+        surplus = sorted(present, key=_load)[: max(0, len(present) - wanted)]
+        for place in surplus:
+            place.is_wanted = False
+        return surplus
+
+    def remove(self, place: Place) -> None:
+        self._places.pop(place.number, None)
+
+    def hold(self, number: int | None) -> list[Place]:
+        """Return the replicas to drain, one or all; they stay stopped until a restart."""
+        held = [place for place in self if number in (None, place.number)]
+        for place in held:
+            place.is_held = True
+        return held
+
+    def restart(self, number: int | None) -> None:
+        """Have one replica, or all one after the other, restarted; see ``next_to_restart``.
+
+        One that is named does not wait for the others, which may never be ready.
+        """
+        self._named |= {number} if number is not None else set()
+        for place in self:
+            if number in (None, place.number) and place.is_wanted:
+                place.is_held = False
+                if place.number not in self._restarting:
+                    add = self._restarting.append if number is None else self._restarting.appendleft
+                    add(place.number)
+
+    def next_to_restart(self) -> Place | None:
+        """Return a replica to drain now: when all others are ready, so that one goes at a time."""
+        while self._restarting:
+            place = self._places.get(self._restarting[0])
+            if place is not None and place.child is not None:
+                break
+            self._restarting.popleft()  # a new child is as good as a restarted one
+        else:
+            return None
+        others = [one for one in self if one is not place and one.should_run]
+        is_named = place.number in self._named
+        if place.is_ready and (is_named or all(one.is_ready for one in others)):
+            self._restarting.popleft()
+            self._named.discard(place.number)
+            return place
+        return None
+
+
+def _load(place: Place) -> tuple[bool, int, int]:
+    """Order for shrinking: what serves nothing, then the least loaded, the highest number first."""
+    held = len(place.child.jobs) if place.child is not None else 0
+    return (place.is_ready, held, -place.number)
+
+
+def _free_numbers(taken: Mapping[int, Any], count: int) -> list[int]:
+    """The lowest numbers that are not taken: a number stands for its devices."""
+    free: list[int] = []
+    number = 0
+    while len(free) < count:
+        if number not in taken:
+            free.append(number)
+        number += 1
+    return free

@@ -1,0 +1,21 @@
+"""Find the Redis that all workers of an app share, for what they must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from celery.backends.redis import RedisBackend
+
+from gw_celery.worker import broker
+
+
+def redis_of(app: Any) -> Callable[[], Any] | None:
+    """Return what connects to the result backend's or the broker's Redis; None without one."""
+    if isinstance(app.backend, RedisBackend):
+        return lambda: app.backend.client
+    with app.connection_for_write() as connection:
+        if broker.redis_transport(connection) is None:
+            return None
+    # Its channel knows every form of address that the transport knows.
+    return lambda: app.connection_for_write().default_channel.client

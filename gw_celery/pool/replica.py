@@ -1,0 +1,125 @@
+"""The life of one child, as its parent sees it: a state machine without clock or I/O.
+
+STARTING -> ENTERING -> READY -> DRAINING -> gone. The child proves each step by a report; each
+step has a deadline. A replica whose child is gone waits its backoff and starts another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from gw_celery import backoff
+
+#: A child that was ready for less is as bad as one that never was.
+_STEADY = 1.0
+_FIRST_WAIT = 1.0
+_LONGEST_WAIT = 64.0
+
+
+class State(enum.Enum):
+    """What a child, or a replica without one, is doing."""
+
+    STARTING = "starting"
+    ENTERING = "entering"
+    READY = "ready"
+    DRAINING = "draining"
+    #: The replica waits before it starts another child.
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    """How long each step may take, in seconds."""
+
+    boot: float
+    start: float
+    drain: float
+    heartbeat: float
+
+
+@dataclasses.dataclass(kw_only=True)
+class Life:
+    """The state of one child and the time when it must have changed."""
+
+    deadlines: Deadlines
+    now: dataclasses.InitVar[float]
+    state: State = State.STARTING
+    since: float = 0.0
+    deadline: float | None = None
+    last_beat: float = 0.0
+    #: When it became READY; ``None`` before.
+    ready_at: float | None = None
+
+    def __post_init__(self, now: float) -> None:
+        self._enter(State.STARTING, now, self.deadlines.boot)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is State.READY
+
+    def loaded(self, now: float) -> None:
+        if self.state is State.STARTING:
+            self._enter(State.ENTERING, now, self.deadlines.start)
+
+    def entered(self, now: float) -> None:
+        if self.state is State.ENTERING:
+            self._enter(State.READY, now, None)
+            self.ready_at = self.last_beat = now
+
+    def beat(self, now: float) -> None:
+        self.last_beat = now
+
+    def drain(self, now: float, longest_limit: float) -> None:
+        """Take nothing new; what runs has until its own limit, or the drain's, has passed."""
+        if self.state is not State.DRAINING:
+            self._enter(State.DRAINING, now, max(self.deadlines.drain, longest_limit))
+
+    def was_steady(self, now: float) -> bool:
+        """Whether the child served long enough for its end to be no fault of its start."""
+        return self.ready_at is not None and now - self.ready_at >= _STEADY
+
+    def overdue(self, now: float) -> str | None:
+        """Return why the child must be killed now, if it must."""
+        if self.deadline is not None and now >= self.deadline:
+            return f"was {self.state.value} for {now - self.since:.0f} s{_SETTINGS[self.state]}"
+        if self.ready_at is not None and now - self.last_beat >= self.deadlines.heartbeat:
+            return (
+                f"sent no heartbeat for {now - self.last_beat:.0f} s: it is stopped, or a call "
+                f"blocks its event loop or holds the GIL (setting gw_heartbeat_timeout)"
+            )
+        return None
+
+    def _enter(self, state: State, now: float, timeout: float | None) -> None:
+        self.state = state
+        self.since = now
+        self.deadline = None if timeout is None else now + timeout
+
+
+_SETTINGS = {
+    State.STARTING: " (setting gw_boot_timeout)",
+    State.ENTERING: " (setting gw_start_timeout)",
+    State.DRAINING: " (setting gw_drain_timeout)",
+}
+
+
+class Backoff:
+    """When a replica may start its next child."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.retry_at = 0.0
+        self._waits = backoff.Backoff(_FIRST_WAIT, _LONGEST_WAIT)
+
+    def failed(self, now: float) -> float:
+        """Count a failed start and return the seconds to wait: 1, 2, 4 up to 64."""
+        self.failures += 1
+        wait = self._waits.next()
+        self.retry_at = now + wait
+        return wait
+
+    def succeeded(self, now: float) -> None:
+        self.failures = 0
+        self.retry_at = now
+        self._waits.reset()

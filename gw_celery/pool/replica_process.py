@@ -1,0 +1,234 @@
+"""The main part of a child: it loads the app, then serves its parent's orders on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from celery import _state, platforms, signals
+from celery.app import trace
+from celery.app.utils import find_app
+from celery.worker import state as worker_state
+
+from gw_celery import conf, errors
+from gw_celery.declare import registry
+from gw_celery.pool import wire
+from gw_celery.runtime import backends, connections, hygiene, loop, offload, process, tracing
+from gw_celery.worker import fatal, hooks, preset
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two signs of life.
+_BEAT = 1.0
+#: Seconds that the end of a child waits for the broker to take what was published last.
+_FAREWELL = 2.0
+#: Characters of the reason that the parent hears; the log has all of it.
+_LONGEST_REASON = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What loading the app gave this child."""
+
+    app: Any
+    settings: conf.Settings
+    #: Calls what it is given, with whatever must surround work in a thread.
+    around: Callable[..., Any]
+
+
+def run(channel: socket.socket, setup: dict[str, Any]) -> int:
+    """Load, report READY, run inputs until told to leave; returns the exit code."""
+    try:
+        loaded = load(setup)
+    except BaseException as exc:
+        channel.sendall(wire.pack_reports([_failure(exc)]))
+        return 1
+    channel.sendall(wire.pack_reports([(wire.Report.LOADED,)]))
+    running = asyncio.new_event_loop()
+    asyncio.set_event_loop(running)
+    return running.run_until_complete(_serve(channel, loaded, setup))
+
+
+def load(setup: dict[str, Any]) -> Loaded:
+    """Import the app and make this process one of its worker's, as Celery's own pools do."""
+    hostname = setup["hostname"]
+    _state._set_task_join_will_block(True)
+    multiprocessing.current_process().name = f"replica-{setup['number']}"
+    app = find_app(setup["app"])
+    app.conf.update(pickle.loads(setup["changes"]))  # noqa: S301 - from the parent
+    app.set_current()
+    app.set_default()
+    settings = conf.read(app.conf)
+    preset.configure_codec(settings)
+    around = hygiene.around(app)
+    app.loader.init_worker()  # sets up Django
+    app.loader.init_worker_process()
+    backends.install(app, around, settings.store_timeout)
+    _set_up_logging(app, hostname)
+    platforms.set_mp_process_title("gw_celery", hostname=hostname)
+    trace.setup_worker_optimizations(app, hostname)
+    app.amqp = offload.publishing(type(app.amqp), around)(app=app)
+    tracing.prepare(app, hostname)
+    worker_state.reset_state()
+    return Loaded(app=app, settings=settings, around=around)
+
+
+async def _serve(channel: socket.socket, loaded: Loaded, setup: dict[str, Any]) -> int:
+    running = asyncio.get_running_loop()
+    _, child = await running.create_connection(lambda: Child(loaded, setup), sock=channel)
+    return await child.live()
+
+
+class Child(asyncio.Protocol):
+    """The child's end of the socket."""
+
+    def __init__(self, loaded: Loaded, setup: dict[str, Any]) -> None:
+        self._loaded = loaded
+        self._setup = setup
+        self._unpacker = wire.Unpacker(wire.MAX_PARENT_FRAME_BYTES)
+        self._transport: Any = None
+        self._outbox: list[tuple[Any, ...]] = []
+        self._leaving = asyncio.Event()
+        self._orders: dict[int, Callable[..., None]] = {wire.Order.LEAVE: self._leaving.set}
+        self._beat_at = 0.0
+
+    # -- protocol --
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for payload in self._unpacker.feed(data):
+            for order, *rest in wire.unpack_orders(payload):
+                self._orders[order](*rest)
+        # What starts is told before it starts: a body may block the loop from its first line.
+        self._flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        os._exit(1)  # the parent is gone; whatever runs here nobody will hear of
+
+    def report(self, one: tuple[Any, ...]) -> None:
+        """Send a report, together with the others of this turn of the loop."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(one)
+
+    def _flush(self) -> None:
+        reports, self._outbox = self._outbox, []
+        if reports:
+            self._transport.write(wire.pack_reports(reports))
+
+    # -- life --
+
+    async def live(self) -> int:
+        try:
+            runtime = await self._enter_unless_told_to_leave()
+        except BaseException as exc:
+            self._transport.write(wire.pack_reports([_failure(exc)]))
+            return 1
+        if runtime is None:
+            return 0
+        self.report((wire.Report.READY,))
+        self._beat_at = time.monotonic()
+        self._beat()
+        await self._leaving.wait()
+        process.adopt(None)
+        await runtime.leave()
+        signals.worker_process_shutdown.send(
+            sender=self._setup["hostname"], pid=os.getpid(), exitcode=0
+        )
+        await connections.close_all(_FAREWELL)
+        return 0
+
+    async def _enter_unless_told_to_leave(self) -> process.Process | None:
+        """A worker that stops does not wait for a load; what has entered by then is left."""
+        entering = asyncio.create_task(self._enter())
+        leaving = asyncio.create_task(self._leaving.wait())
+        await asyncio.wait([entering, leaving], return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if entering.done():
+            return entering.result()
+        entering.cancel()
+        await asyncio.wait([entering])
+        return None
+
+    async def _enter(self) -> process.Process:
+        """Enter the contexts and hooks of what this replica serves."""
+        known = hooks.registries()
+        served = list(registry.serving(known, self._setup["queues"]))
+        runtime = process.Process(
+            self._loaded.settings,
+            enforces_limits=False,
+            host=loop.MainLoop(asyncio.get_running_loop()),
+        )
+        runtime.start()
+        process.adopt(runtime)
+        threads = sum(one.max_inputs for one in served) + 1  # one for plain tasks
+        inputs = tracing.Inputs(self._loaded.app, self.report, threads, self._loaded.around)
+        self._orders |= {
+            wire.Order.RUN: inputs.run,
+            wire.Order.SOFT: inputs.limit,
+            wire.Order.STOP: inputs.stop,
+        }
+        await runtime.grow(known, served)
+        _send_process_init(self._setup["hostname"])
+        logger.info("pid %d has loaded %d services", os.getpid(), len(served))
+        return runtime
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        lag = max(0.0, now - self._beat_at)
+        self._beat_at = now + _BEAT
+        self.report((wire.Report.BEAT, lag, _resident_bytes()))
+        asyncio.get_running_loop().call_later(_BEAT, self._beat)
+
+
+def _send_process_init(hostname: str) -> None:
+    """Tell the user's receivers; Celery logs what they raise and goes on, this does not.
+
+    Raises:
+        StartupError: naming each receiver that raised.
+    """
+    outcomes = signals.worker_process_init.send(sender=hostname)
+    causes: dict[str, BaseException] = {
+        getattr(receiver, "__qualname__", repr(receiver)): outcome
+        for receiver, outcome in outcomes
+        if isinstance(outcome, Exception)
+    }
+    if causes:
+        raise errors.StartupError(causes)
+
+
+def _set_up_logging(app: Any, hostname: str) -> None:
+    """As Celery does in the children of prefork: what the parent chose is in the environment."""
+    given = conf.environment()
+    app.log.setup(
+        int(given.get("CELERY_LOG_LEVEL") or 0),
+        given.get("CELERY_LOG_FILE") or None,
+        bool(given.get("CELERY_LOG_REDIRECT")),
+        str(given.get("CELERY_LOG_REDIRECT_LEVEL")),
+        hostname=hostname,
+    )
+
+
+def _failure(exc: BaseException) -> tuple[Any, ...]:
+    """Log why this child cannot serve, and return the report that says it to the parent."""
+    fatal.log_causes(exc)
+    if not isinstance(exc, errors.StartupError):
+        logger.error("the app failed to load", exc_info=exc)
+    return (wire.Report.FAILED, f"{type(exc).__name__}: {exc}"[:_LONGEST_REASON])
+
+
+def _resident_bytes() -> int:
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0

@@ -1,0 +1,306 @@
+"""The pool as Celery knows it: what a worker calls, and when.
+
+The unit of everything that Celery counts is the slot, room for one input in flight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from celery.concurrency.base import BasePool
+from celery.worker import state
+from kombu.asynchronous import get_event_loop
+
+from gw_celery import conf, snapshot
+from gw_celery.declare import services
+from gw_celery.pool import jobs, origin, places, supervisor
+from gw_celery.pool.redis_found import redis_of
+from gw_celery.worker import draining, gate, hooks, notices
+
+hooks.listen()
+
+logger = logging.getLogger(__name__)
+
+_TICK = 1.0
+#: Grace of the children at the end, over the bounds of their exit hooks: the supervisor's is less.
+_LEAVE_MARGIN = 15.0
+_SHUT_DOWN = "Worker exited prematurely: the worker shut down."
+
+
+@contextlib.contextmanager
+def _surviving() -> Iterator[None]:
+    """One failure of ours must not leave the worker's loop, which would end the worker."""
+    try:
+        yield
+    except Exception:
+        logger.exception("the pool failed once and goes on")
+
+
+class TaskPool(BasePool):
+    """Replicas behind Celery's pool interface."""
+
+    # Acknowledgements are written by Celery in the thread that runs the callbacks.
+    uses_semaphore = False
+    task_join_will_block = True
+
+    def __init__(self, limit: int | None = None, **options: Any) -> None:
+        super().__init__(limit, **options)
+        plan = hooks.plan()
+        settings = conf.read(self.app.conf) if plan is None else plan.settings
+        slots = plan.slots if plan else {services.PLAIN: 1}
+        self._plan = plan
+        #: Opens and closes the worker's queues; the consumer's step attaches itself.
+        self.gate: gate.Gate | None = None
+        self.limit = limit or 1
+        self._setup = places.Setup(
+            settings=settings,
+            slots=slots,
+            first={},
+            max_tasks=options.get("maxtasksperchild"),
+            max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
+        )
+        self.supervisor: supervisor.Supervisor
+        self._hub: Any = None
+        self._tick_timer: Any = None
+        self._limit_timer: Any = None
+        self._limit_due = 0.0
+        self._thread: threading.Thread | None = None
+        self._is_over = threading.Event()
+        self._replicas: tuple[snapshot.Replica, ...] = ()
+
+    # -- size --
+
+    @property
+    def num_processes(self) -> int:
+        """Slots that were asked for; never 0, which Celery reads as "without limit".
+
+        Not those that are READY: Celery's autoscaler would ask for more while a replica loads.
+        """
+        return max(1, self.limit)
+
+    def grow(self, n: int = 1) -> None:
+        """Add ``n`` slots, in whole replicas."""
+        self._resize(self.limit + n)
+
+    def shrink(self, n: int = 1) -> None:
+        """Take away ``n`` slots, in whole replicas, by draining; never interrupts an input."""
+        self._resize(self.limit - n)
+
+    def restart(self, number: int | None = None) -> None:
+        """Replace the child of one replica, or of all, and start those that were held.
+
+        Inputs in flight finish. Celery calls it without a number.
+        """
+        self.supervisor.restart(number)
+
+    def hold(self, number: int | None) -> None:
+        """Let one replica, or all, finish and stay stopped until they are restarted."""
+        self.supervisor.hold(number)
+
+    def maintain_pool(self, *args: Any, **kwargs: Any) -> None:
+        self.supervisor.tick()
+
+    # -- the life of the worker --
+
+    def on_start(self) -> None:
+        app, hostname = self.options["initargs"]
+        first = {
+            "app": origin.find(app),
+            "changes": origin.changes(app),
+            "hostname": hostname,
+            "path": list(sys.path),
+            "parent": os.getpid(),
+            "queues": list(self._plan.queues) if self._plan else [],
+        }
+        setup = dataclasses.replace(self._setup, first=first)
+        self.supervisor = supervisor.Supervisor(setup, self._on_capacity, redis_of(app))
+        if self._plan is not None:
+            self.gate = gate.Gate(app.amqp.queues, self._plan.service_queues, self)
+            self.gate.close_all()
+            notices.log(app, self._plan)
+        self._resize(self.limit)
+        self.supervisor.tick()
+        self._see()
+        if get_event_loop() is None:
+            self._thread = threading.Thread(target=self._run, name="gw-pool", daemon=True)
+            self._thread.start()
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Called at every start of the consumer, when the hub has forgotten us."""
+        self._hub = hub
+        hub.add_reader(self.supervisor.fileno(), self._on_readable)
+        # Celery 5.7 has cancelled our timers when the connection was lost, 5.6 all timers.
+        for timer in (self._tick_timer, self._limit_timer):
+            if timer is not None:
+                timer.cancel()
+        self._tick_timer = hub.call_repeatedly(_TICK, self._on_tick)
+        self._limit_timer = None
+        self._arm()
+
+    def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> jobs.Job:
+        """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
+        soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
+        options["soft_timeout"] = options.get("soft_timeout") or soft
+        options["timeout"] = options.get("timeout") or hard
+        task = self.app.tasks.get(args[0])
+        service = getattr(task, "gw_service", None)
+        key = services.PLAIN if service is None else service.key
+        return self.supervisor.submit(tuple(args), key, options)
+
+    def terminate_job(self, pid: int, signal: Any = None) -> None:
+        """Do nothing: a pid names a replica. Celery calls the exact ``Job.terminate`` next."""
+
+    def flush(self) -> None:
+        """Drop what has not started; called when the broker is lost, and at every shutdown."""
+        self.supervisor.forget_waiting()
+
+    def on_close(self) -> None:
+        self.supervisor.close()
+
+    def on_stop(self) -> None:
+        """Wait for every input in flight, then let the children leave."""
+        if self._is_over.is_set():
+            return
+        settings = self._setup.settings
+        self.supervisor.close()
+        if state.should_terminate:
+            self.supervisor.abandon_unaccepted()
+            bound = grace = settings.cancel_timeout
+        else:
+            bound, grace = settings.shutdown_timeout, 2 * settings.exit_timeout + _LEAVE_MARGIN
+        if not self._wait(lambda: not self.supervisor.in_flight(), bound):
+            logger.error(
+                "%d inputs are still running after %.0f s; their replicas are killed (setting "
+                "gw_shutdown_timeout)",
+                self.supervisor.in_flight(),
+                bound,
+            )
+            self.supervisor.kill(_SHUT_DOWN)
+        self.supervisor.leave()
+        self._wait(self.supervisor.is_empty, grace)
+        self._finish()
+
+    def on_terminate(self) -> None:
+        self._finish()
+
+    # -- what is seen from outside --
+
+    def ready_by_service(self) -> dict[str, int]:
+        """Slots of the replicas that are READY, by service."""
+        return self.supervisor.ready_by_service()
+
+    def backlog(self, service: str) -> int:
+        """Inputs of a service that this worker has taken and that wait for a slot."""
+        return self.supervisor.backlog(service)
+
+    def waiting(self) -> int:
+        """Inputs that this worker has taken and that wait for a slot."""
+        return self.supervisor.waiting()
+
+    def replicas(self) -> tuple[snapshot.Replica, ...]:
+        """The replicas as they were at the last tick."""
+        return self._replicas
+
+    def _get_info(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            **super()._get_info(),
+            "max-concurrency": self.limit,
+            "processes": [one.pid for one in self._replicas if one.pid],
+            "max-tasks-per-child": self._setup.max_tasks or "N/A",
+            "put-guarded-by-semaphore": False,
+            "timeouts": (options.get("soft_timeout") or 0, options.get("timeout") or 0),
+            "writes": "N/A",
+            "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
+        }
+
+    # -- driving --
+
+    def poll(self) -> None:
+        """Read what children have reported and judge limits, now."""
+        if self._thread is None:
+            self.supervisor.poll()
+
+    def _on_readable(self) -> None:
+        with _surviving():
+            self.supervisor.poll()
+        self._arm()
+
+    def _on_tick(self) -> None:
+        self._step()
+        self._arm()
+
+    def _arm(self) -> None:
+        """Have the hub call us at the next limit, which may be before the next tick."""
+        wait = self.supervisor.next_deadline()
+        if wait is None or wait >= _TICK:
+            return
+        due = jobs.now() + wait
+        if self._limit_timer is not None:
+            if due >= self._limit_due:
+                return
+            self._limit_timer.cancel()
+        self._limit_due = due
+        self._limit_timer = self._hub.call_later(wait, self._on_limit)
+
+    def _on_limit(self) -> None:
+        self._limit_timer = None
+        self._on_readable()
+
+    def _run(self) -> None:
+        """The loop of transports that have none."""
+        while not self._is_over.is_set():
+            wait = self.supervisor.next_deadline()
+            self._step(_TICK if wait is None else min(_TICK, wait))
+
+    def _step(self, timeout: float = 0.0) -> None:
+        with _surviving():
+            self.supervisor.poll(timeout)
+            self.supervisor.tick()
+            self._see()
+
+    def _wait(self, is_done: Callable[[], bool], timeout: float) -> bool:
+        """Drive the pool until ``is_done()``: the hub does not run while a worker stops."""
+        end = jobs.now() + timeout
+        hub = get_event_loop()
+        while not is_done() and jobs.now() < end:
+            if self._thread is not None:
+                self._is_over.wait(0.02)
+                continue
+            self.supervisor.poll(0.1)
+            self.supervisor.tick()
+            if hub is not None:
+                draining.run_meanwhile(hub)
+        self._see()
+        return is_done()
+
+    def _finish(self) -> None:
+        if self._is_over.is_set():
+            return
+        self._is_over.set()
+        self.supervisor.wake()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(5)
+        self.supervisor.kill(_SHUT_DOWN)
+        if self._hub is not None:
+            self._hub.remove_reader(self.supervisor.fileno())
+        self.supervisor.release()
+
+    def _resize(self, slots: int) -> None:
+        self.limit = max(0, slots)
+        self.supervisor.resize(math.ceil(self.limit / self._setup.slots_per_replica))
+
+    def _on_capacity(self) -> None:
+        if self.gate is not None and self._state == self.RUN:
+            self.gate.request()
+
+    def _see(self) -> None:
+        self._replicas = self.supervisor.replicas()

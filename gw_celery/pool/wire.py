@@ -1,0 +1,164 @@
+"""What parent and child write to each other: length-prefixed frames of many records.
+
+The parent writes pickles, for a child must trust its parent. A child writes JSON of a fixed shape,
+checked record by record: code that took over a child gains nothing over the process that holds
+the broker's credentials.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import pickle
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from gw_celery import errors
+
+_LENGTH = struct.Struct("!I")
+#: A child's frame holds texts that it has cut short; anything larger is garbage.
+MAX_CHILD_FRAME_BYTES = 32 * 1024 * 1024
+MAX_PARENT_FRAME_BYTES = 2**32 - 1
+
+
+class Order(enum.IntEnum):
+    """What a parent tells its child."""
+
+    RUN = 1
+    #: Raise a soft time limit in one input.
+    SOFT = 2
+    #: Stop one input; its answer is not wanted any more.
+    STOP = 3
+    #: Leave everything and exit; sent when nothing is in flight.
+    LEAVE = 4
+
+
+class Report(enum.StrEnum):
+    """What a child tells its parent."""
+
+    #: (): the app is imported.
+    LOADED = "loaded"
+    #: (): contexts and hooks are entered.
+    READY = "ready"
+    #: (reason): it cannot serve, and exits.
+    FAILED = "failed"
+    #: (job, monotonic seconds): the input starts.
+    ACCEPT = "accept"
+    #: (job, text of the result, seconds).
+    DONE = "done"
+    #: (job, outcome, class name, text, message, traceback, requeue).
+    ERROR = "error"
+    #: (job,): it is no longer here, and has no answer.
+    GONE = "gone"
+    #: (lag in seconds, resident bytes).
+    BEAT = "beat"
+
+
+class Outcome(enum.StrEnum):
+    """How an input ended that has no result."""
+
+    FAILURE = "failure"
+    RETRY = "retry"
+    IGNORE = "ignore"
+    REJECT = "reject"
+    #: It could not be run, and nothing is stored.
+    INTERNAL = "internal"
+    #: Its outcome could not be stored.
+    UNSTORED = "unstored"
+    #: The body asked to end the process.
+    EXIT = "exit"
+
+
+class Garbage(errors.GWCeleryError):
+    """Raised for bytes that no child of this version writes."""
+
+
+_SHAPES: dict[str, tuple[type, ...]] = {
+    Report.LOADED: (),
+    Report.READY: (),
+    Report.FAILED: (str,),
+    Report.ACCEPT: (int, float),
+    Report.DONE: (int, str, float),
+    Report.ERROR: (int, str, str, str, str, str, bool),
+    Report.GONE: (int,),
+    Report.BEAT: (float, int),
+}
+
+
+def pack_orders(orders: Sequence[tuple[Any, ...]]) -> bytes:
+    """Return one frame of ``orders``, each an ``Order`` and what belongs to it."""
+    payload = pickle.dumps(orders, protocol=pickle.HIGHEST_PROTOCOL)
+    return _LENGTH.pack(len(payload)) + payload
+
+
+def unpack_orders(payload: bytes) -> list[tuple[Any, ...]]:
+    """Return the orders of one frame; for children only."""
+    orders: list[tuple[Any, ...]] = pickle.loads(payload)  # noqa: S301 - written by the parent
+    return orders
+
+
+def pack_reports(reports: Iterable[Sequence[Any]]) -> bytes:
+    """Return one frame of ``reports``, each a ``Report`` and what belongs to it."""
+    payload = json.dumps(list(reports), separators=(",", ":")).encode()
+    return _LENGTH.pack(len(payload)) + payload
+
+
+def unpack_reports(payload: bytes) -> list[list[Any]]:
+    """Return the checked reports of one frame.
+
+    Raises:
+        Garbage: for anything that ``pack_reports`` does not write.
+    """
+    try:
+        reports = json.loads(payload)
+    except (ValueError, RecursionError) as exc:
+        raise Garbage(f"a frame of {len(payload)} bytes is not JSON: {exc}") from None
+    if not isinstance(reports, list):
+        raise Garbage(f"a frame holds a {type(reports).__name__} instead of a list")
+    for report in reports:
+        _check(report)
+    return reports
+
+
+def _check(report: Any) -> None:
+    if not isinstance(report, list) or not report or not isinstance(report[0], str):
+        raise Garbage(f"not a report: {report!r:.100}")
+    shape = _SHAPES.get(report[0])
+    if shape is None or len(shape) != len(report) - 1:
+        raise Garbage(f"not a known report: {report!r:.100}")
+    for value, expected in zip(report[1:], shape, strict=True):
+        is_odd = expected is float and isinstance(value, float) and not math.isfinite(value)
+        if type(value) is not expected or is_odd:
+            raise Garbage(f"a {report[0]} report holds {value!r:.100}, not a {expected.__name__}")
+
+
+class Unpacker:
+    """Cuts a stream of bytes into the payloads of its frames."""
+
+    def __init__(self, largest: int) -> None:
+        #: Why the stream cannot be cut any further, once that is so.
+        self.garbage: Garbage | None = None
+        self._largest = largest
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the payloads that ``data`` completes, up to a length over the largest one."""
+        self._buffer += data
+        payloads = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > self._largest:
+                self.garbage = Garbage(
+                    f"a frame announces {length} bytes; at most {self._largest} are sent"
+                )
+                break
+            end = start + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            payloads.append(bytes(self._buffer[start + _LENGTH.size : end]))
+            start = end
+        del self._buffer[:start]
+        return payloads

@@ -1,0 +1,138 @@
+"""One input that runs in a replica, and how a limit or a revocation reaches its body only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import enum
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from celery.exceptions import SoftTimeLimitExceeded
+
+from gw_celery import errors
+from gw_celery.runtime import exits, invoke, process, thrown
+
+#: The input whose tracer runs in this context.
+current: contextvars.ContextVar[InFlight | None] = contextvars.ContextVar("gw_input", default=None)
+
+#: The inputs that this process holds, by job number.
+held: dict[int, InFlight] = {}
+
+
+class _Phase(enum.Enum):
+    BEFORE = enum.auto()
+    BODY = enum.auto()
+    AFTER = enum.auto()
+
+
+class InFlight:
+    """An input between its arrival in the replica and its answer.
+
+    What is raised from outside is raised between the start and the end of the body, never while
+    Celery's tracer stores a result.
+    """
+
+    def __init__(self, job: int, name: str, task_id: str) -> None:
+        self.job = job
+        self.name = name
+        self.task_id = task_id
+        #: Its message could be read, and Celery's tracer has taken over.
+        self.is_traced = False
+        #: The asyncio task that runs the tracer; ``None`` while a thread does.
+        self.task: asyncio.Task[Any] | None = None
+        self._phase = _Phase.BEFORE
+        self._thread = 0
+        self._thrown: thrown.Thrown | None = None
+        self._instead: BaseException | None = None
+        self._is_stopped = False
+        # Reentrant: an exception raised in this thread can interrupt `_end` itself.
+        self._lock = threading.RLock()
+
+    def run_body(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the body, open to what is raised from outside."""
+        try:
+            self._begin()
+            with exits.Contained():  # of the project's other tasks, too
+                answer = run(*args, **kwargs)
+        except asyncio.CancelledError as exc:
+            if self._is_stopped:
+                raise invoke.Revoked from None
+            if process.current() is None:  # it ends, and the broker has the message still
+                raise
+            reason = "the body cancelled its own task; raise an Exception to fail it"
+            raise errors.BodyExited(reason) from exc
+        finally:
+            try:
+                self._end()
+            finally:
+                self._phase = _Phase.AFTER
+        if self._is_stopped:  # it swallowed the cancellation; nobody waits for its answer
+            raise invoke.Revoked
+        return answer
+
+    def limit(self, seconds: float) -> None:
+        """Raise ``SoftTimeLimitExceeded`` in the body."""
+        self._raise(SoftTimeLimitExceeded(seconds))
+
+    def stop(self) -> None:
+        """Cancel the body; its answer is not wanted any more."""
+        self._is_stopped = True
+        self._raise(None)
+
+    def take_interrupt(self) -> BaseException | None:
+        """Return what stands in for a cancellation that reaches the body's coroutine, once."""
+        instead, self._instead = self._instead, None
+        if instead is not None and self.task is not None:
+            self.task.uncancel()
+        return instead
+
+    def _raise(self, exc: BaseException | None) -> None:
+        with self._lock:
+            if self._phase is _Phase.BEFORE:
+                self._instead = exc
+            elif self._phase is _Phase.BODY:
+                self._raise_in_body(exc)
+
+    def _raise_in_body(self, exc: BaseException | None) -> None:
+        if self.task is not None:
+            self._instead = exc
+            self.task.cancel()
+        elif not invoke.running.interrupt(self.task_id, exc):
+            self._thrown = thrown.Thrown(self._thread, invoke.Revoked if exc is None else type(exc))
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._thread = threading.get_ident()
+            self._phase = _Phase.BODY
+            instead, self._instead = self._instead, None
+        if self._is_stopped or instead is not None:
+            raise instead or invoke.Revoked()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._phase = _Phase.AFTER
+            if self.task is not None and self._is_stopped:
+                self.task.uncancel()
+        if self._thrown is not None:
+            self._thrown.wait()
+
+
+def has_company() -> bool:
+    """Whether more than one input is in flight in this process."""
+    return len(held) > 1
+
+
+def open_body(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the ``run`` of a task, so that limits reach it; a nested call is part of its caller."""
+
+    @functools.wraps(run)
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        one = current.get()
+        if one is None or one._phase is not _Phase.BEFORE:
+            return run(*args, **kwargs)
+        return one.run_body(run, args, kwargs)
+
+    return opened

@@ -1,0 +1,210 @@
+"""Run Celery's tracer, unmodified, for the inputs of a replica.
+
+An asynchronous body has its tracer in a greenlet on the loop; a synchronous one, or one with hooks
+and receivers that could block, in a thread. Either way the outcome is reported in a few words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import kombu.serialization
+from billiard.einfo import ExceptionWithTraceback
+from celery import signals
+from celery.app import trace
+from celery.exceptions import Ignore, Reject, Retry
+from kombu.utils.encoding import safe_repr, safe_str
+
+from gw_celery.pool import wire
+from gw_celery.runtime import bridge, exits, hygiene, identity, inflight, offload
+
+logger = logging.getLogger(__name__)
+
+#: Bodies beyond this many bytes are decoded in a thread.
+_LARGE = 64 * 1024
+_LONGEST_TEXT = 4096
+_LONGEST_TRACEBACK = 64 * 1024
+_HOOKS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
+_RECEIVERS = (
+    signals.task_prerun,
+    signals.task_postrun,
+    signals.task_success,
+    signals.task_failure,
+    signals.task_retry,
+)
+
+
+class Inputs:
+    """The inputs that this replica holds.
+
+    Args:
+        app: the Celery app, with its tasks' tracers built.
+        report: takes a report for the parent; on the loop.
+        threads: how many synchronous bodies run at a time.
+        around: calls what it is given, with whatever must surround work in a thread.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        report: Callable[[tuple[Any, ...]], None],
+        threads: int,
+        around: Callable[..., Any],
+    ) -> None:
+        self._app = app
+        self._report = report
+        self._threads = offload.Offload("body", threads, around)
+        self._shared = hygiene.Shared(app)
+        self._held = inflight.held
+        # asyncio keeps only weak references to its tasks.
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def run(self, job: int, name: str, task_id: str, *message: Any) -> None:
+        """Start one input: it is reported now and runs in the next turn of the loop."""
+        self._report((wire.Report.ACCEPT, job, time.monotonic()))
+        one = inflight.InFlight(job, name, task_id)
+        self._held[job] = one
+        task = asyncio.create_task(self._run(one, *message), name=f"{name}[{task_id}]")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def limit(self, job: int, seconds: float) -> None:
+        if job in self._held:
+            self._held[job].limit(seconds)
+
+    def stop(self, job: int) -> None:
+        if job in self._held:
+            self._held[job].stop()
+
+    async def _run(self, one: inflight.InFlight, *message: Any) -> None:
+        followed = identity.bind()
+        inflight.current.set(one)
+        try:
+            report = await self._outcome(one, *message)
+        except BaseException as exc:
+            report = self._escaped(one, exc)
+        finally:
+            followed.end()
+            self._held.pop(one.job, None)
+        self._report(report)
+
+    async def _outcome(
+        self, one: inflight.InFlight, request: Any, body: Any, *content: Any
+    ) -> tuple[Any, ...]:
+        arguments = await self._decoded(body, *content)
+        one.is_traced = True
+        run = functools.partial(
+            trace.fast_trace_task, one.name, one.task_id, request, arguments, None, None
+        )
+        if _runs_on_loop(self._app.tasks.get(one.name)):
+            await self._shared.look()
+            one.task = asyncio.current_task()
+            failed, answer, runtime = await bridge.step(run, one)
+        else:
+            failed, answer, runtime = await self._threads.run(run)
+        if failed:
+            return _error(one.job, _unwrapped(answer.exception), safe_str(answer.traceback))
+        return (wire.Report.DONE, one.job, _cut(str(answer), _LONGEST_TEXT), float(runtime or 0.0))
+
+    async def _decoded(self, body: Any, content_type: Any, content_encoding: Any) -> Any:
+        if not content_type:
+            return body
+        accept = trace._localized[1]
+        load = functools.partial(
+            kombu.serialization.loads, body, content_type, content_encoding, accept=accept
+        )
+        return load() if len(body) <= _LARGE else await self._threads.run(load)
+
+    def _escaped(self, one: inflight.InFlight, exc: BaseException) -> tuple[Any, ...]:
+        """The report of what no tracer caught.
+
+        The tracer stores whatever a body raises, so that what comes out of it is a failed store.
+        """
+        if isinstance(exc, exits.Stopped | asyncio.CancelledError):
+            return (wire.Report.GONE, one.job)
+        if isinstance(exc, SystemExit | KeyboardInterrupt):
+            return _report_error(one.job, wire.Outcome.EXIT, exc, _exit_text(exc), "")
+        if isinstance(exc, Reject):
+            return _error(one.job, exc, "")
+        outcome = wire.Outcome.UNSTORED if one.is_traced else wire.Outcome.INTERNAL
+        logger.error("task %s[%s]: %s", one.name, one.task_id, outcome.value, exc_info=exc)
+        return _report_error(one.job, outcome, exc, safe_repr(exc), "")
+
+
+def prepare(app: Any, hostname: str) -> None:
+    """Build the tracer of every task, its body open to limits."""
+    for name, task in app.tasks.items():
+        identity.follow_requests(task)
+        task.run = inflight.open_body(task.run)
+        task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
+
+
+def _runs_on_loop(task: Any) -> bool:
+    return _never_blocks(task) and not any(signal.receivers for signal in _RECEIVERS)
+
+
+@functools.cache
+def _never_blocks(task: Any) -> bool:
+    """Whether nothing around the body of a task is the user's own synchronous code."""
+    method = getattr(task, "gw_method", None)
+    if method is None or not method.is_async:
+        return False
+    return not any(trace.task_has_custom(task, hook) for hook in _HOOKS)
+
+
+def _error(job: int, exc: BaseException, traceback: str) -> tuple[Any, ...]:
+    if isinstance(exc, Retry):
+        shown = exc.exc if exc.exc is not None else exc
+        return _report_error(job, wire.Outcome.RETRY, exc, safe_repr(shown), traceback)
+    if isinstance(exc, Reject):
+        return _report_error(job, wire.Outcome.REJECT, exc, safe_repr(exc), traceback)
+    outcome = wire.Outcome.IGNORE if isinstance(exc, Ignore) else wire.Outcome.FAILURE
+    return _report_error(job, outcome, exc, safe_repr(exc), traceback)
+
+
+def _unwrapped(exc: BaseException) -> BaseException:
+    """Billiard wraps an exception to carry its traceback through a pickle."""
+    return exc.exc if isinstance(exc, ExceptionWithTraceback) else exc
+
+
+def _report_error(
+    job: int, outcome: wire.Outcome, exc: BaseException, text: str, traceback: str
+) -> tuple[Any, ...]:
+    # Subclasses, such as numpy's, mean the same: the process is out of memory.
+    kind = MemoryError if isinstance(exc, MemoryError) else type(exc)
+    return (
+        wire.Report.ERROR,
+        job,
+        outcome,
+        f"{kind.__module__}.{kind.__qualname__}",
+        _cut(text, _LONGEST_TEXT),
+        _cut(_message(exc), _LONGEST_TEXT),
+        _cut(traceback, _LONGEST_TRACEBACK),
+        bool(getattr(exc, "requeue", False)),
+    )
+
+
+def _message(exc: BaseException) -> str:
+    """What was given to the exception: the texts of these two put a prefix before it."""
+    given: Any = exc
+    if isinstance(exc, Reject):
+        given = exc.reason
+    elif isinstance(exc, Retry):
+        given = exc.message or ""
+    try:
+        return str(given)
+    except Exception:  # the user's own __str__
+        return object.__repr__(given)
+
+
+def _exit_text(exc: BaseException) -> str:
+    return f"exitcode {exc.code}" if isinstance(exc, SystemExit) else repr(exc)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -1,0 +1,43 @@
+"""The one picture of a worker that operators see: frozen, cached, JSON-able."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replica:
+    """One replica: its state and that of the child that fills it. Durations are seconds."""
+
+    number: int
+    state: str
+    pid: int | None = None
+    slots: int = 0
+    in_flight: int = 0
+    restarts: int = 0
+    last_error: str = ""
+    seconds_in_state: float = 0.0
+    #: Until the next child starts, where there is none.
+    retry_in: float = 0.0
+    #: How late the child's event loop ran at its last heartbeat.
+    lag: float = 0.0
+    resident_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Worker:
+    """One worker: its replicas, and what waits in it for a slot."""
+
+    hostname: str
+    replicas: tuple[Replica, ...] = ()
+    #: Slots of the replicas that are ready, by service; ``""`` for plain tasks.
+    ready_slots: dict[str, int] = dataclasses.field(default_factory=dict)
+    #: Inputs that this worker has taken and that wait for a slot.
+    waiting: int = 0
+    #: Queues that are consumed now, and those that wait until a replica is ready.
+    open_queues: tuple[str, ...] = ()
+    closed_queues: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

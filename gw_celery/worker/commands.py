@@ -1,0 +1,83 @@
+"""Remote-control commands of workers with the GPU pool: see their replicas, drain, restart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from celery.worker import control
+
+from gw_celery import snapshot
+
+
+def status(pool: Any, hostname: str) -> snapshot.Worker:
+    """Return the picture of the worker that ``pool`` belongs to, as of its last tick."""
+    gate = pool.gate
+    return snapshot.Worker(
+        hostname=hostname,
+        replicas=pool.replicas(),
+        ready_slots=pool.ready_by_service(),
+        waiting=pool.waiting(),
+        open_queues=gate.open_queues() if gate else (),
+        closed_queues=gate.closed_queues() if gate else (),
+    )
+
+
+def install() -> None:
+    """Register the commands, in a worker with the GPU pool only."""
+    control.inspect_command()(gw_status)
+    for command in (gw_drain, gw_restart):
+        control.control_command(args=[("replica", int)], signature="[replica]")(command)
+
+
+def describe() -> None:
+    """Let ``celery inspect`` and ``celery control`` know the commands, which they would refuse.
+
+    A worker without the GPU pool is started by the same program, and does not get them.
+    """
+    carried_out = dict(control.Panel.data)
+    install()
+    for name in control.Panel.data.keys() - carried_out.keys():
+        del control.Panel.data[name]
+
+
+def gw_status(state: Any) -> dict[str, Any]:
+    """Show the replicas of a worker: state, pid, slots, in flight, restarts, last error."""
+    return status(state.consumer.pool, state.hostname).as_json()
+
+
+def gw_drain(state: Any, replica: int | None = None) -> dict[str, str]:
+    """Let one replica, or all, finish and stay stopped until gw_restart."""
+    pool = state.consumer.pool
+    return _applied("drain", pool.hold, pool, replica)
+
+
+def gw_restart(state: Any, replica: int | None = None) -> dict[str, str]:
+    """Replace the child of one replica, or of all one by one, by draining."""
+    pool = state.consumer.pool
+    return _applied("restart", pool.restart, pool, replica)
+
+
+def _listed(numbers: list[int]) -> str:
+    """Name the replicas; a number alone would read as how many there are."""
+    if len(numbers) < 2:
+        return f"replica {numbers[0]}" if numbers else "none"
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"replicas {numbers[0]} to {numbers[-1]}"
+    return f"replicas {', '.join(map(str, numbers))}"
+
+
+def _applied(
+    what: str, steer: Callable[[int | None], None], pool: Any, replica: int | None
+) -> dict[str, str]:
+    known = [one.number for one in pool.replicas()]
+    if replica is not None and replica not in known:
+        refusal: dict[str, str] = control.nok(
+            f"there is no replica {replica}: this worker has {_listed(known)}"
+        )
+        return refusal
+    steer(replica)
+    accepted: dict[str, str] = control.ok(
+        f"{what}: {'all replicas' if replica is None else f'replica {replica}'}"
+    )
+    return accepted

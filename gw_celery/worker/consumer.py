@@ -1,0 +1,97 @@
+"""Celery's consumer, safe against a message that would end the worker, and the next one's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from celery.app.task import Context
+from celery.worker.consumer import Consumer as CeleryConsumer
+
+from gw_celery.worker import redis_transport
+
+logger = logging.getLogger(__name__)
+
+
+class Consumer(CeleryConsumer):
+    """Rejects what Celery's strategy cannot read; the gate follows the control commands."""
+
+    def connection_for_read(self, heartbeat: Any = None) -> Any:
+        connection = self.app.connection_for_read(heartbeat=heartbeat)
+        connected = self.ensure_connected(redis_transport.use(connection))
+        # What ended while there was no broker is not given back to it.
+        self._poll_pool()
+        return connected
+
+    def _update_prefetch_count(self, index: int = 0) -> None:
+        """Do nothing: the gate counts the READY slots, whoever grows or shrinks the pool."""
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
+        handle = super().create_task_handler(*args, **kwargs)
+
+        def guarded(message: Any) -> None:
+            try:
+                handle(message)
+            except (*self.connection_errors, MemoryError):
+                raise
+            except Exception as exc:
+                # Out of the handler it would end the worker, go back to the queue, and end the
+                # next worker.
+                headers = message.headers if isinstance(message.headers, dict) else {}
+                logger.critical(
+                    "task %s[%s] has a message that cannot be read and is rejected: %r; its first "
+                    "bytes: %r",
+                    headers.get("task"),
+                    headers.get("id"),
+                    exc,
+                    (message.body or b"")[:200],
+                    exc_info=True,
+                )
+                if not message.acknowledged:
+                    message.reject_log_error(logger, self.connection_errors)
+                self._fail(message, exc)
+
+        return guarded
+
+    def on_decode_error(self, message: Any, exc: Exception) -> None:
+        super().on_decode_error(message, exc)
+        self._fail(message, exc)
+
+    def on_invalid_task(self, body: Any, message: Any, exc: Exception) -> None:
+        super().on_invalid_task(body, message, exc)
+        self._fail(message, exc)
+
+    def _fail(self, message: Any, exc: Exception) -> None:
+        """Store why a message cannot run, where its headers say for whom: somebody waits for it."""
+        headers = message.headers
+        if not isinstance(headers, dict) or not isinstance(headers.get("id"), str):
+            return
+        request = Context(
+            {"id": headers["id"], "task": headers.get("task"), "errbacks": None, "chord": None}
+        )
+        request.reply_to = message.properties.get("reply_to")
+        request.correlation_id = message.properties.get("correlation_id")
+        try:
+            self.app.backend.mark_as_failure(headers["id"], exc, request=request)
+        except Exception:
+            logger.exception("the failure of task %s could not be stored", headers["id"])
+
+    def cancel_active_requests(self) -> None:
+        """At a cold shutdown: what has ended by now, or passed its limit, is no longer active."""
+        self._poll_pool()
+        super().cancel_active_requests()
+
+    def _poll_pool(self) -> None:
+        if (poll := getattr(self.pool, "poll", None)) is not None:
+            poll()
+
+    def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
+        super().add_task_queue(queue, *args, **options)
+        if (gate := getattr(self.pool, "gate", None)) is not None:
+            gate.add(queue)
+
+    def cancel_task_queue(self, queue: str) -> None:
+        super().cancel_task_queue(queue)
+        if (gate := getattr(self.pool, "gate", None)) is not None:
+            gate.remove(queue)

@@ -1,0 +1,208 @@
+"""Consume a queue only while a replica is READY for it, and never more than the slots can take.
+
+A message that is taken while a model loads, or by a worker whose model cannot load, waits where no
+other worker can have it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import bootsteps
+from celery.utils.quorum_queues import detect_quorum_queues
+
+from gw_celery.declare import services
+
+logger = logging.getLogger(__name__)
+
+
+class Gate:
+    """The queues of one worker, open or closed, and its prefetch count; on the consumer's thread.
+
+    Args:
+        queues: Celery's ``app.amqp.queues``.
+        service_queues: the service of each service queue.
+        pool: a pool that says its READY slots, and what waits in it, by service.
+    """
+
+    def __init__(self, queues: Any, service_queues: dict[str, str], pool: Any) -> None:
+        self._queues = queues
+        self._pool = pool
+        self._services = dict.fromkeys(queues.consume_from, services.PLAIN) | service_queues
+        #: What is consumed when its service is ready; commands add and take away.
+        self._wanted = set(self._services)
+        self._open = set(self._wanted)
+        #: Closed because their service is full, which is no news.
+        self._full: set[str] = set()
+        self._consumer: Any = None
+        self._is_requested = False
+        self._prefetch = 0
+        self._is_per_queue = False
+        #: The prefetch counts with which queues are consumed, where each has its own.
+        self._credit: dict[str, int] = {}
+
+    def attach(self, consumer: Any, *, is_per_queue: bool = False) -> None:
+        """A consumer starts: its queues and prefetch count are made to fit.
+
+        Args:
+            is_per_queue: whether the broker counts for each queue, and from the time when it is
+                consumed: RabbitMQ does so with quorum queues.
+        """
+        self._consumer = consumer
+        self._is_requested = False
+        self._prefetch = consumer.qos.value
+        self._is_per_queue = is_per_queue
+        self._credit.clear()
+        if is_per_queue:
+            # Else the first that is consumed with its count would take all others along.
+            for name in self._open:
+                consumer.task_consumer.cancel_by_queue(self._queues[name].name)
+        self.apply()
+
+    def detach(self) -> None:
+        """The connection is lost; the selection stays, and the next consumer reads it."""
+        self._consumer = None
+
+    def close_all(self) -> None:
+        """Nothing is READY yet: the consumer starts without queues."""
+        for name in list(self._open):
+            self._queues.deselect(name)
+        self._open.clear()
+
+    def request(self) -> None:
+        """Have ``apply`` called soon, where Celery talks to the broker.
+
+        Not at once: it may be called in the middle of a message's delivery.
+        """
+        if self._consumer is None:
+            self.apply()
+        elif not self._is_requested:
+            self._is_requested = True
+            self._consumer.call_soon(self.apply)
+
+    def apply(self) -> None:
+        """Open and close queues as the slots are now.
+
+        A full service closes its queue only where others share the prefetch count with it.
+        """
+        self._is_requested = False
+        ready = self._pool.ready_by_service()
+        for name in sorted(self._wanted):
+            service = self._services[name]
+            slots, waiting = ready.get(service, 0), self._pool.backlog(service)
+            if name not in self._open and slots and not waiting:
+                self._set_open(name)
+            elif name in self._open and not slots:
+                self._set_closed(name, is_full=False)
+            elif name in self._open and waiting > slots and self._shares_prefetch():
+                self._set_closed(name, is_full=True)
+        if self._is_per_queue:
+            self._fit_each(ready)
+        self._fit_prefetch(ready)
+
+    def add(self, name: str) -> None:
+        """A queue that ``add_consumer`` opened is the gate's from now on."""
+        self._services.setdefault(name, services.PLAIN)
+        self._wanted.add(name)
+        self._open.add(name)
+        # Celery 5.6 adds a queue that was deselected to this consumer only.
+        self._queues.select_add(self._queues[name])
+        self.apply()  # it closes what no replica is ready for
+
+    def remove(self, name: str) -> None:
+        """A queue that ``cancel_consumer`` closed stays closed."""
+        self._wanted.discard(name)
+        self._open.discard(name)
+
+    def open_queues(self) -> tuple[str, ...]:
+        return tuple(sorted(self._open))
+
+    def closed_queues(self) -> tuple[str, ...]:
+        return tuple(sorted(self._wanted - self._open))
+
+    def _followed(self) -> set[str]:
+        return {self._services[name] for name in self._wanted}
+
+    def _shares_prefetch(self) -> bool:
+        return not self._is_per_queue and len(self._followed()) > 1
+
+    def _set_open(self, name: str) -> None:
+        self._open.add(name)
+        self._queues.select_add(self._queues[name])
+        if not self._is_per_queue:
+            self._consume(name)
+        level = logging.DEBUG if name in self._full else logging.INFO
+        self._full.discard(name)
+        logger.log(level, "the queue %s is consumed: a replica is ready for it", name)
+
+    def _consume(self, name: str) -> None:
+        if (task_consumer := self._task_consumer()) is not None:
+            task_consumer.add_queue(self._queues[name])
+            task_consumer.consume()
+
+    def _fit_each(self, ready: dict[str, int]) -> None:
+        """Consume each open queue with the slots of its service, anew when they have changed."""
+        consumer, task_consumer = self._consumer, self._task_consumer()
+        if task_consumer is None:
+            return
+        unit = consumer.prefetch_multiplier if consumer.initial_prefetch_count else 0
+        for name in sorted(self._open):
+            wanted = max(1, ready.get(self._services[name], 0)) * unit
+            if self._credit.get(name) != wanted:
+                self._credit[name] = wanted
+                task_consumer.cancel_by_queue(self._queues[name].name)
+                task_consumer.qos(prefetch_count=wanted, apply_global=False)
+                self._consume(name)
+
+    def _set_closed(self, name: str, *, is_full: bool) -> None:
+        self._credit.pop(name, None)
+        if is_full:
+            self._full.add(name)
+        self._open.discard(name)
+        self._queues.deselect(name)
+        if (task_consumer := self._task_consumer()) is not None:
+            task_consumer.cancel_by_queue(self._queues[name].name)
+        if is_full:
+            logger.debug("the queue %s is not consumed: its inputs wait here for slots", name)
+        else:
+            logger.info("the queue %s is not consumed: no replica is ready for it", name)
+
+    def _task_consumer(self) -> Any:
+        return None if self._consumer is None else self._consumer.task_consumer
+
+    def _fit_prefetch(self, ready: dict[str, int]) -> None:
+        """Ask for as many messages as there are slots, and those that wait for one besides.
+
+        The latter hold the credit of other services, whose slots may be free.
+        """
+        consumer = self._consumer
+        if consumer is None or not consumer.qos or not consumer.initial_prefetch_count:
+            return  # 0 is a project's choice: no limit
+        followed = self._followed()
+        waiting = sum(map(self._pool.backlog, followed)) if self._shares_prefetch() else 0
+        slots = sum(ready.get(service, 0) for service in followed)
+        wanted = max(1, slots + waiting) * consumer.prefetch_multiplier
+        if wanted > self._prefetch:
+            consumer.qos.increment_eventually(wanted - self._prefetch)
+        elif wanted < self._prefetch:
+            consumer.qos.decrement_eventually(self._prefetch - wanted)
+        self._prefetch = wanted
+
+
+class GateStep(bootsteps.StartStopStep):
+    """Attaches the worker's gate to each consumer that starts."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        gate = consumer.pool.gate
+        if gate is not None:
+            driver = consumer.connection.transport.driver_type
+            is_quorum, _ = detect_quorum_queues(consumer.app, driver)
+            gate.attach(consumer, is_per_queue=is_quorum)
+
+    def stop(self, consumer: Any) -> None:
+        gate = consumer.pool.gate
+        if gate is not None:
+            gate.detach()

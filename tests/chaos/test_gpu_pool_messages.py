@@ -1,0 +1,116 @@
+"""Messages that nobody can run reach a worker on the GPU pool: it rejects them and goes on."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pooled
+import pytest
+from celery import states
+
+from tests import pooling
+from tests.processes import WorkerProcess, eventually
+
+pytestmark = [pytest.mark.integration, pytest.mark.chaos]
+
+Publish = Callable[..., str]
+
+
+@pytest.fixture
+def publish(pooled_worker: WorkerProcess) -> Publish:
+    """Put a message of any shape on a queue of the worker; its task id."""
+
+    def put(body: bytes, queue: str = "cpu.add", task: str = "pooled.add", **options: Any) -> str:
+        task_id = str(uuid.uuid4())
+        headers = {"lang": "py", "task": task, "id": task_id, "root_id": task_id, "retries": 0}
+        given = {
+            "content_type": "application/json",
+            "content_encoding": "utf-8",
+            "headers": headers,
+            "correlation_id": task_id,
+            "routing_key": queue,
+            **options,
+        }
+        with pooled.celery.connection_for_write() as connection:
+            connection.Producer().publish(body, **given)
+        return task_id
+
+    return put
+
+
+BODIES = {
+    "number": b"42",
+    "text": b'"text"',
+    "null": b"null",
+    "empty list": b"[]",
+    "one entry": b"[[]]",
+    "two entries": b"[[], {}]",
+    "four entries": b"[[], {}, {}, {}]",
+    "mapping": b'{"a": 1}',
+    "wrong entries": b"[1, 2, 3]",
+    "no json": b"\xff\xfe{",
+    "deep": b"[" * 100_000,
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize(("queue", "task"), [("cpu.add", "pooled.add"), ("celery", "pooled.plain")])
+def test_a_body_that_is_no_call_is_rejected(
+    name: str, queue: str, task: str, publish: Publish, pooled_worker: WorkerProcess
+) -> None:
+    task_id = publish(BODIES[name], queue, task)
+    assert pooled.add.delay(1).get(timeout=20) == 2
+    assert pooled.plain.delay(1).get(timeout=20) == 2
+    assert pooled_worker.exit_code is None
+    eventually(lambda: task_id not in str(pooling.ask(pooled_worker, "reserved")))
+
+
+CONTENTS = {
+    "unknown": {"content_type": "application/x-unheard-of"},
+    "pickle": {"content_type": "application/x-python-serialize", "content_encoding": "binary"},
+    "compressed": {"compression": "gzip"},
+    "no headers": {"headers": {}},
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_message_in_a_content_that_is_not_accepted_is_rejected(
+    name: str, publish: Publish, pooled_worker: WorkerProcess
+) -> None:
+    body = b"[[1], {}, {}]" if name in ("unknown", "no headers") else b"\x80\x04}\x94."
+    publish(body, **CONTENTS[name])
+    assert pooled.add.delay(1).get(timeout=20) == 2
+    assert pooled_worker.exit_code is None
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        pytest.param(lambda put: put(b"42"), id="body"),
+        pytest.param(lambda put: put(b"\xff\xfe{"), id="json"),
+        pytest.param(lambda put: put(b"x", content_type="application/x-unheard-of"), id="content"),
+        pytest.param(lambda put: put(b"[[1], {}, {}]", task="pooled.unheard"), id="task"),
+        pytest.param(lambda put: put(b"[[1, 2, 3, 4], {}, {}]"), id="arguments"),
+    ],
+)
+def test_whoever_waits_for_a_message_that_cannot_run_gets_a_failure(
+    send: Callable[[Publish], str], publish: Publish
+) -> None:
+    result = pooled.celery.AsyncResult(send(publish))
+    eventually(lambda: result.state == states.FAILURE)
+    assert isinstance(result.result, Exception)
+
+
+def test_a_rejected_message_is_not_delivered_again(
+    publish: Publish, pooled_worker: WorkerProcess
+) -> None:
+    task_id = publish(b"[1]")
+    eventually(lambda: task_id in pooled_worker.log_text())
+    assert pooled.add.delay(1).get(timeout=20) == 2
+    stats = pooling.ask(pooled_worker, "stats")
+    assert stats["pid"] == pooled_worker.pid
+    assert json.dumps(pooling.ask(pooled_worker, "reserved")) == "[]"

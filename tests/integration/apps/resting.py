@@ -1,0 +1,22 @@
+"""A body that takes its time, and tells the ledger how it came to its end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import ledger
+from celery.exceptions import SoftTimeLimitExceeded
+
+
+async def rest(name: str, seconds: float) -> str:
+    ledger.write("began", name)
+    try:
+        await asyncio.sleep(seconds)
+    except SoftTimeLimitExceeded:
+        ledger.write("softly", name)
+        return "soft"
+    except asyncio.CancelledError:
+        ledger.write("cancelled", name)
+        raise
+    ledger.write("ended", name)
+    return name

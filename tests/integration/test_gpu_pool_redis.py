@@ -1,0 +1,233 @@
+"""The GPU pool and its Redis: what a worker takes is never lost, and stock tools read it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import kombu
+import ledger
+import pooled
+import pytest
+import redis
+
+from gw_celery import devserver
+from tests import pooling
+from tests.pooling import StartPooled
+from tests.processes import StartWorker, eventually
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def server(redis_server: devserver.Server, redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis(unix_socket_path=str(redis_server.socket)) as client:
+        yield client
+
+
+def restore_all(url: str) -> None:
+    """Do what stock kombu does to unacknowledged messages, an hour early."""
+    with kombu.Connection(url, transport_options={"visibility_timeout": 0}) as connection:
+        connection.default_channel.qos.restore_visible(num=None)
+
+
+def ended(path: Path) -> set[str]:
+    return {line[2] for line in ledger.words(path, "ended")}
+
+
+def test_stock_tools_see_an_ordinary_redis(start_pooled: StartPooled, redis_url: str) -> None:
+    worker = start_pooled()
+    broker = pooling.ask(worker, "stats")["broker"]
+    assert broker["transport"] == "redis"
+    with pooled.celery.connection_for_read() as plain:
+        shown = ("transport", "transport_options", "uri_prefix", "virtual_host", "ssl")
+        assert {key: broker[key] for key in shown} == {key: plain.info()[key] for key in shown}
+    assert {one["name"] for one in pooling.ask(worker, "active_queues")} >= {"celery", "cpu.four"}
+
+
+def test_a_stock_worker_and_ours_share_a_queue(
+    start_pooled: StartPooled, start_worker: StartWorker, server: redis.Redis, ledger_path: Path
+) -> None:
+    names = [f"n{number}" for number in range(120)]
+    ours = start_pooled(queues="celery")
+    env = {"LEDGER": str(ledger_path), "SETTINGS": json.dumps({"worker_pool": "prefork"})}
+    stock = start_worker("pooled:celery", queues="celery", env=env)
+    sent = [pooled.plain_rest.delay(name, 0.05) for name in names]
+    assert [one.get(timeout=30) for one in sent] == names
+    assert pooling.counts(ledger_path, names) == pooling.all_once(names)
+    done = [sum(pooling.ask(one, "stats")["total"].values()) for one in (ours, stock)]
+    assert sum(done) == 120
+    assert min(done) > 10
+    eventually(lambda: not server.exists("unacked", "unacked_index"))
+
+
+def test_a_queue_that_was_full_is_read_again_at_once(start_pooled: StartPooled) -> None:
+    start_pooled()
+    began = time.monotonic()
+    sent = [pooled.single.delay(f"n{number}") for number in range(200)]
+    assert [one.get(timeout=30) for one in sent] == [f"n{number}" for number in range(200)]
+    # The queue pauses for every few inputs; kombu's BRPOP reads it again a second later.
+    assert time.monotonic() - began < 5
+
+
+def test_a_lost_link_to_redis_is_made_anew(start_pooled: StartPooled, server: redis.Redis) -> None:
+    worker = start_pooled()
+    name = "gw_celery-watch"
+    (link,) = eventually(lambda: [one for one in server.client_list() if one["name"] == name])
+    server.client_kill_filter(_id=link["id"])
+    eventually(lambda: worker.log_text().count("Connected to redis") == 2, 20)
+    assert pooled.four.delay("last").get(timeout=10) == "last"
+
+
+def test_a_worker_that_is_killed_while_it_takes_messages_loses_none(
+    start_pooled: StartPooled, server: redis.Redis, redis_url: str, ledger_path: Path
+) -> None:
+    names = [f"n{number}" for number in range(1500)]
+    for name in names:
+        pooled.hold.delay(name, 0.2)
+    for left in (1400, 900, 400):
+        worker = start_pooled(is_loaded=False, wait_ready=False)
+        eventually(lambda most=left: server.llen("cpu.hold") < most, 40, 0.001)
+        worker.kill()
+        # The child writes to the ledger for a moment longer, and nobody reads its answers.
+        eventually(lambda dead=worker: not dead.children(), 20)
+        assert server.hlen("unacked") > 0
+        restore_all(redis_url)
+        assert server.llen("cpu.hold") + len(ended(ledger_path)) >= len(names)
+    start_pooled()
+    eventually(lambda: ended(ledger_path) == set(names), 60)
+    eventually(lambda: not server.exists("unacked", "unacked_index", "cpu.hold"))
+
+
+@pytest.mark.skipif(kombu.VERSION[:2] < (5, 7), reason="this kombu looks every 100 s, always")
+def test_a_worker_takes_over_from_killed_ones_without_anybody_s_help(
+    start_pooled: StartPooled, server: redis.Redis, ledger_path: Path
+) -> None:
+    options = {
+        "visibility_timeout": 6,
+        "unacked_restore_interval": 1,
+        "unacked_restore_throttle": 1,
+    }
+    # A visibility timeout is over the longest time limit, or the worker does not start.
+    limits = {"*": {"time_limit": 5.0, "soft_time_limit": None}}
+    settings = {"broker_transport_options": options, "task_annotations": limits}
+    names = [f"n{number}" for number in range(600)]
+    for name in names:
+        pooled.hold.delay(name, 0.2)
+    for left in (550, 200):
+        worker = start_pooled(settings=settings, is_loaded=False, wait_ready=False)
+        eventually(lambda most=left: server.llen("cpu.hold") < most, 40, 0.001)
+        worker.kill()
+    start_pooled(settings=settings)
+    eventually(lambda: ended(ledger_path) == set(names), 60)
+    eventually(lambda: not server.exists("unacked", "unacked_index"), 20)
+    assert pooling.counts(ledger_path, names)["lost"] == 0
+
+
+def test_a_warm_stop_under_load_settles_every_message(
+    start_pooled: StartPooled, server: redis.Redis, ledger_path: Path
+) -> None:
+    names = [f"n{number}" for number in range(300)]
+    worker = start_pooled(settings={"worker_prefetch_multiplier": 8})
+    for name in names:
+        pooled.four.delay(name, 0.02)
+    eventually(lambda: len(ended(ledger_path)) > 40, 20)
+    assert worker.stop() == 0
+    assert not server.exists("unacked", "unacked_index")
+    # What has ended is acknowledged, the rest is in the queue: nothing runs twice.
+    assert server.llen("cpu.four") + len(ended(ledger_path)) == len(names)
+    start_pooled()
+    eventually(lambda: ended(ledger_path) == set(names), 40)
+    assert pooling.counts(ledger_path, names) == pooling.all_once(names)
+
+
+def test_a_cold_stop_gives_back_what_was_not_done(
+    start_pooled: StartPooled, server: redis.Redis, ledger_path: Path
+) -> None:
+    worker = start_pooled(settings={"worker_prefetch_multiplier": 8})
+    sent = [pooled.four.delay(f"n{number}", 30.0) for number in range(60)]
+    eventually(lambda: len(ledger.words(ledger_path, "began")) == 4, 20)
+    worker.signal(signal.SIGQUIT)
+    worker.wait_exit()
+    assert not server.exists("unacked", "unacked_index")
+    assert server.llen("cpu.four") >= len(sent) - 4
+
+
+@pytest.mark.parametrize("etas", [0, 6])
+def test_no_more_is_taken_than_the_prefetch_count(
+    start_pooled: StartPooled, server: redis.Redis, ledger_path: Path, etas: int
+) -> None:
+    worker = start_pooled(queues="cpu.four", settings={"worker_prefetch_multiplier": 3})
+    prefetch = pooling.ask(worker, "stats")["prefetch_count"]
+    assert prefetch == 12
+    later = [pooled.four.apply_async((f"eta{number}",), countdown=2.0) for number in range(etas)]
+    eventually(lambda: sum(map(len, (pooling.ask(worker, "scheduled") or {},))) == etas, 20)
+    names = [f"n{number}" for number in range(200)]
+    for name in names:
+        pooled.four.delay(name, 0.1)
+    held = []
+
+    def is_over() -> bool:
+        held.append(server.hlen("unacked"))
+        return len(ended(ledger_path)) == len(names) + etas
+
+    eventually(is_over, 40, 0.002)
+    # An acknowledgement frees its place one turn of the loop before Redis knows of it.
+    assert prefetch <= max(held) <= prefetch + etas + 4
+    assert [one.get(timeout=5) for one in later] == [f"eta{number}" for number in range(etas)]
+
+
+def test_what_is_no_message_ends_no_worker(
+    start_pooled: StartPooled, server: redis.Redis, ledger_path: Path
+) -> None:
+    names = [f"n{number}" for number in range(200)]
+    for number, name in enumerate(names):
+        pooled.four.delay(name)
+        if number % 10 == 5:
+            server.lpush("cpu.four", "this is no JSON", '{"properties": null}', "[1]")
+    worker = start_pooled()
+    eventually(lambda: ended(ledger_path) == set(names), 20)
+    assert worker.exit_code is None
+    assert pooled.four.delay("last").get(timeout=10) == "last"
+    eventually(lambda: not server.exists("unacked", "unacked_index"))
+    assert worker.log_text().count("Connected to redis") == 1
+
+
+def test_a_server_that_is_restarted_forgets_the_script_and_is_told_again(
+    start_pooled: StartPooled, tmp_path: Path, ledger_path: Path
+) -> None:
+    given = {"broker": "", "result": ""}
+    names = [f"n{number}" for number in range(200)]
+    with devserver.running(tmp_path / "broker") as first:
+        given = {"broker": first.broker_url, "result": first.result_url}
+        worker = start_pooled(**given)
+        with pooling.client(**given) as app:
+            for name in names[:100]:
+                app.send_task("pooled.four", (name, 0.02), queue="cpu.four")
+        eventually(lambda: len(ended(ledger_path)) > 40, 20)
+    with (
+        devserver.running(tmp_path / "broker") as second,
+        redis.Redis(unix_socket_path=str(second.socket)) as client,
+        pooling.client(**given) as app,
+    ):
+        for name in names[100:]:
+            app.send_task("pooled.four", (name, 0.02), queue="cpu.four")
+        eventually(lambda: ended(ledger_path) == set(names), 60)
+        assert "cmdstat_rpop" in client.info("commandstats")
+        eventually(lambda: not client.exists("unacked", "unacked_index"))
+        assert worker.stop() == 0
+
+
+def test_a_huge_input_is_served_among_small_ones(
+    start_pooled: StartPooled, server: redis.Redis, ledger_path: Path
+) -> None:
+    huge = "x" * 5_000_000
+    sent = [pooled.plain_fails.delay(huge if number == 10 else "small") for number in range(20)]
+    start_pooled()
+    for one in sent:
+        with pytest.raises(ValueError, match=r"^(small|x+)$"):
+            one.get(timeout=20)
+    eventually(lambda: not server.exists("unacked", "unacked_index"))

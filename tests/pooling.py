@@ -1,0 +1,195 @@
+"""Workers on the GPU pool, for tests: started, asked what they do, and their work counted."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ledger
+import pooled
+import pytest
+import redis
+from celery import Celery
+from celery.backends.redis import RedisBackend
+
+import gw_celery as gw
+from gw_celery import devserver
+from tests.processes import StartWorker, WorkerProcess, eventually, workers
+
+QUEUES = "cpu,celery"
+
+#: ``start`` with its worker and its ledger given: the fixture ``start_pooled``.
+StartPooled = Callable[..., WorkerProcess]
+
+
+def start(
+    start_worker: StartWorker,
+    ledger_path: Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+    replicas: int = 1,
+    is_loaded: bool = True,
+    **options: Any,
+) -> WorkerProcess:
+    """Start a worker of ``pooled`` and wait until all of its replicas are READY."""
+    given = {"gw_replicas": replicas, **(settings or {})}
+    env = {"LEDGER": str(ledger_path), "SETTINGS": json.dumps(given), **(env or {})}
+    worker = start_worker("pooled:celery", env=env, **{"queues": QUEUES, **options})
+    if is_loaded and options.get("wait_ready", True):
+        wait_loaded(worker, replicas)
+    return worker
+
+
+@contextmanager
+def module_worker(
+    server: devserver.Server, directory: Path, **given: Any
+) -> Iterator[WorkerProcess]:
+    """A worker that all tests of a module share; this process's apps talk to its server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CELERY_BROKER_URL", server.broker_url)
+        patch.setenv("CELERY_RESULT_BACKEND", server.result_url)
+        with workers(directory, server.broker_url, server.result_url) as start_worker:
+            yield start(start_worker, directory / "ledger", **given)
+
+
+@contextmanager
+def client(broker: str, result: str) -> Iterator[Celery]:
+    """An app that sends tasks by name to servers that are not the test run's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CELERY_BROKER_URL", broker)
+        patch.setenv("CELERY_RESULT_BACKEND", result)
+        with Celery("client", set_as_current=False) as app:
+            gw.preset(app)
+            yield app
+            _close_results(app.backend)
+
+
+def _close_results(backend: Any) -> None:
+    """Close what answers came through, over RPC or from Redis: the app keeps it open."""
+    consumer = getattr(backend, "result_consumer", None)
+    if (connection := getattr(consumer, "_connection", None)) is not None:
+        connection.close()
+    if isinstance(backend, RedisBackend):
+        backend.result_consumer.stop()
+        # A result that is collected later unsubscribes, over another connection if need be.
+        backend.result_consumer._pubsub = None
+        backend.client.close()
+
+
+def ask(worker: WorkerProcess, what: str, app: Any = pooled.celery, **arguments: Any) -> Any:
+    """The answer of this worker alone to one ``inspect`` command."""
+    inspect = app.control.inspect(destination=[worker.node], timeout=5)
+    return (getattr(inspect, what)(**arguments) or {}).get(worker.node)
+
+
+def tell(worker: WorkerProcess, what: str, **arguments: Any) -> Any:
+    """The answer of this worker alone to one control command."""
+    options = {"reply": True, "destination": [worker.node], "timeout": 5}
+    (answer,) = pooled.celery.control.broadcast(what, arguments, **options)
+    return answer[worker.node]
+
+
+def replicas(worker: WorkerProcess, app: Any = pooled.celery) -> list[dict[str, Any]]:
+    """What ``inspect stats`` says of each replica."""
+    stats = ask(worker, "stats", app) or {"pool": {"gw_replicas": []}}
+    listed: list[dict[str, Any]] = stats["pool"]["gw_replicas"]
+    return listed
+
+
+def ready_pids(worker: WorkerProcess, app: Any = pooled.celery) -> list[int]:
+    return [one["pid"] for one in replicas(worker, app) if one["state"] == "ready"]
+
+
+def ready_pid(worker: WorkerProcess) -> int:
+    """The child of a worker's only replica; what stats shows is a picture of a second ago."""
+    (pid,) = eventually(lambda: ready_pids(worker), 20)
+    return pid
+
+
+def pids_of_all(worker: WorkerProcess, count: int) -> list[int]:
+    """The children of ``count`` replicas, once stats shows every one of them as READY."""
+    return eventually(lambda: found if len(found := ready_pids(worker)) == count else [], 20)
+
+
+def queued(server: devserver.Server, name: str) -> int:
+    """How many messages of a queue no worker has taken."""
+    with redis.Redis(unix_socket_path=str(server.socket)) as client:
+        return int(client.llen(name))
+
+
+def wait_loaded(worker: WorkerProcess, count: int = 1) -> None:
+    """Wait until the log has told of ``count`` READY replicas."""
+    eventually(
+        lambda: worker.exit_code is not None or worker.log_text().count("is ready\n") >= count, 40
+    )
+    assert worker.exit_code is None, worker.log_tail()
+
+
+def began(path: Path, name: str) -> list[int]:
+    """The pids in which the body of ``name`` began, in order."""
+    return [int(line[0]) for line in ledger.words(path, "began") if line[2] == name]
+
+
+def wrote(path: Path, *words: str) -> int:
+    """How many lines of the ledger have these words after the pid."""
+    return [line[1:] for line in ledger.read(path)].count(list(words))
+
+
+def counts(path: Path, names: Iterable[str]) -> dict[str, int]:
+    """What became of inputs that each have a name of their own."""
+    sent = set(names)
+    started = collections.Counter(line[2] for line in ledger.words(path, "began"))
+    ended = collections.Counter(line[2] for line in ledger.words(path, "ended"))
+    return {
+        "sent": len(sent),
+        "finished once": sum(ended[name] == 1 for name in sent),
+        "finished twice": sum(ended[name] > 1 for name in sent),
+        "started twice": sum(started[name] > 1 for name in sent),
+        "lost": sum(ended[name] == 0 for name in sent),
+    }
+
+
+def all_once(names: Iterable[str], **but: int) -> dict[str, int]:
+    """``counts`` of inputs that all finished, and nothing ran again, with what differs."""
+    total = len(set(names))
+    right = {
+        "sent": total,
+        "finished once": total,
+        "finished twice": 0,
+        "started twice": 0,
+        "lost": 0,
+    }
+    return right | {key.replace("_", " "): value for key, value in but.items()}
+
+
+@contextmanager
+def events(kind: str) -> Iterator[list[str]]:
+    """The ids of the tasks that workers send events of this kind about, as they come."""
+    seen: list[str] = []
+    listens, is_over = threading.Event(), threading.Event()
+    listener = threading.Thread(target=_listen, args=(kind, seen, listens, is_over), name=kind)
+    listener.start()
+    assert listens.wait(10)
+    try:
+        yield seen
+    finally:
+        is_over.set()
+        listener.join()
+
+
+def _listen(kind: str, seen: list[str], listens: threading.Event, is_over: threading.Event) -> None:
+    with pooled.celery.connection_for_read() as connection:
+        handlers = {kind: lambda event: seen.append(event["uuid"])}
+        receiver = pooled.celery.events.Receiver(connection, handlers=handlers)
+        with receiver.consumer_context() as (established, _, _):
+            listens.set()
+            while not is_over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    established.drain_events(timeout=0.1)

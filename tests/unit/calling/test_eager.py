@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from celery import current_task
+
+
+def ids() -> tuple[str, str | None, str]:
+    request = current_task.request
+    return request.id, request.parent_id, request.root_id
+
+
+def test_a_call_that_a_body_awaits_has_its_parent_and_root_as_in_celery(app, serve) -> None:
+    @app.remote
+    async def child(depth):
+        return ids(), await child(depth - 1) if depth else None
+
+    @app.remote
+    async def parent():
+        return ids(), await child.aremote(1)
+
+    serve()
+    (root, of_root, own_root), (first, (second, _)) = parent.remote()
+
+    assert (of_root, own_root) == (None, root)
+    assert first[1:] == (root, root)
+    assert second[1:] == (first[0], root)
+
+
+def test_a_call_from_no_body_has_no_parent(app, serve) -> None:
+    @app.remote
+    async def child():
+        return ids()
+
+    serve()
+    own, parent, root = child.remote()
+    assert (parent, root) == (None, own)

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gw_celery import conf, snapshot
+from gw_celery.pool import places, replica
+
+LIMITS = replica.Deadlines(boot=1, start=1, drain=1, heartbeat=1)
+
+
+class Child:
+    """A process of which only its life and what it holds are looked at."""
+
+    def __init__(self, *, held: int = 0, is_ready: bool = True) -> None:
+        self.life = replica.Life(deadlines=LIMITS, now=0.0)
+        self.jobs = dict.fromkeys(range(held))
+        self.pid = 100
+        self.served = 0
+        self.resident_bytes = 0
+        self.lag = 0.25
+        if is_ready:
+            self.life.loaded(1.0)
+            self.life.entered(2.0)
+
+
+def replicas_of(count: int) -> places.Places:
+    """This many replicas, with an idle child in each."""
+    made = places.Places()
+    made.resize(count)
+    for place in made:
+        place.child = Child()
+    return made
+
+
+def at(made: places.Places, number: int) -> Any:
+    return next(place for place in made if place.number == number)
+
+
+def numbers(found: Any) -> list[int]:
+    return [place.number for place in found]
+
+
+# -- the size --
+
+
+def test_a_pool_grows_by_the_lowest_numbers() -> None:
+    made = places.Places()
+    assert made.resize(2) == []
+    assert made.resize(3) == []
+    assert numbers(made) == [0, 1, 2]
+
+
+def test_a_number_that_is_free_is_used_again() -> None:
+    made = replicas_of(3)
+    made.remove(at(made, 1))
+    made.resize(3)
+    assert numbers(made) == [0, 1, 2]
+    assert at(made, 1).child is None
+
+
+def test_a_number_is_taken_until_its_replica_has_drained() -> None:
+    made = replicas_of(2)
+    (drained,) = made.resize(1)
+    made.resize(2)
+    assert (drained.number, numbers(made)) == (1, [0, 1, 2]), "it stands for its devices"
+    assert [place.is_wanted for place in made] == [True, False, True]
+
+
+def test_a_pool_shrinks_by_the_highest_number_of_what_is_equally_idle() -> None:
+    made = replicas_of(3)
+    assert numbers(made.resize(1)) == [2, 1]
+    assert [place.should_run for place in made] == [True, False, False]
+
+
+def test_a_pool_shrinks_by_what_serves_nothing_and_then_by_the_least_loaded() -> None:
+    made = replicas_of(5)
+    at(made, 0).child = None
+    at(made, 1).child = Child(held=3, is_ready=False)
+    at(made, 2).child = Child(held=2)
+    at(made, 3).child = Child(held=1)
+    at(made, 4).child = Child(held=4)
+    assert numbers(made.resize(1)) == [0, 1, 3, 2]
+
+
+def test_a_replica_that_drains_for_good_is_drained_once() -> None:
+    made = replicas_of(3)
+    made.resize(1)
+    assert made.resize(1) == []
+    assert numbers(made.resize(0)) == [0]
+
+
+def test_a_replica_that_is_gone_can_be_removed_twice() -> None:
+    made = replicas_of(2)
+    gone = at(made, 1)
+    made.remove(gone)
+    made.remove(gone)
+    assert numbers(made) == [0]
+
+
+# -- drained and restarted by an operator --
+
+
+def test_a_replica_that_is_held_stays_and_runs_nothing_until_a_restart() -> None:
+    made = replicas_of(3)
+    assert numbers(made.hold(0)) == [0]
+    assert [place.should_run for place in made] == [False, True, True]
+    assert made.resize(3) == []
+    at(made, 0).child = None
+    made.restart(0)
+    assert [place.should_run for place in made] == [True, True, True]
+
+
+def test_all_replicas_can_be_held_and_restarted() -> None:
+    made = replicas_of(2)
+    assert numbers(made.hold(None)) == [0, 1]
+    assert not any(place.should_run for place in made)
+    made.restart(None)
+    assert all(place.should_run for place in made)
+
+
+def test_a_replica_that_drains_for_good_is_not_restarted() -> None:
+    made = replicas_of(2)
+    made.resize(1)
+    made.restart(None)
+    assert not at(made, 1).should_run
+    assert made.next_to_restart() is at(made, 0)
+    assert made.next_to_restart() is None
+
+
+def test_replicas_restart_one_at_a_time() -> None:
+    made = replicas_of(3)
+    made.restart(None)
+    restarted = []
+    while (place := made.next_to_restart()) is not None:
+        restarted.append(place.number)
+        place.child.life.drain(3.0, 0.0)
+        assert made.next_to_restart() is None, "another one still drains"
+        place.child = None
+        assert made.next_to_restart() is None, "its next child has not started"
+        place.child = Child(is_ready=False)
+        assert made.next_to_restart() is None, "its next child still loads"
+        place.child = Child()
+    assert restarted == [0, 1, 2]
+
+
+def test_a_replica_that_loads_is_restarted_when_it_is_ready() -> None:
+    made = replicas_of(2)
+    at(made, 0).child = Child(is_ready=False)
+    made.restart(0)
+    assert made.next_to_restart() is None
+    at(made, 0).child = Child()
+    assert made.next_to_restart() is at(made, 0)
+
+
+def test_one_replica_is_restarted_alone_and_once() -> None:
+    made = replicas_of(3)
+    made.restart(1)
+    made.restart(1)
+    assert made.next_to_restart() is at(made, 1)
+    assert made.next_to_restart() is None
+
+
+def test_a_replica_whose_child_has_died_meanwhile_needs_no_restart() -> None:
+    made = replicas_of(3)
+    made.restart(None)
+    made.remove(at(made, 0))
+    at(made, 1).child = None
+    assert made.next_to_restart() is None
+    at(made, 1).child = Child()
+    assert made.next_to_restart() is at(made, 2)
+    assert made.next_to_restart() is None
+
+
+@pytest.mark.parametrize("others", ["held", "unwanted"])
+def test_a_replica_that_nobody_wants_to_run_holds_up_no_restart(others: str) -> None:
+    made = replicas_of(2)
+    at(made, 0).child.jobs = {1: None}
+    if others == "held":
+        made.hold(1)
+    else:
+        made.resize(1)
+    at(made, 1).child = None
+    made.restart(0)
+    assert made.next_to_restart() is at(made, 0)
+
+
+# -- one replica --
+
+
+def test_a_place_forgets_the_child_that_is_gone_and_no_other() -> None:
+    place, old, new = places.Place(0), Child(), Child()
+    place.child, place.successor = old, new
+    place.ended(old, "", 0.0, is_expected=True)
+    assert (place.child, place.successor) == (None, new)
+    place.ended(old, "", 0.0, is_expected=True)
+    assert place.successor is new
+    place.ended(new, "", 0.0, is_expected=True)
+    assert place.successor is None
+
+
+def test_a_replica_that_serves_shows_its_child() -> None:
+    place, child = places.Place(3), Child(held=2)
+    place.child = child
+    child.resident_bytes = 4096
+    place.restarts, place.last_error = 1, "it died"
+    assert place.seen(slots=8, now=12.0) == snapshot.Replica(
+        number=3,
+        state="ready",
+        pid=100,
+        slots=8,
+        in_flight=2,
+        restarts=1,
+        last_error="it died",
+        seconds_in_state=10.0,
+        lag=0.25,
+        resident_bytes=4096,
+    )
+
+
+@pytest.mark.parametrize(("now", "wait"), [(5.5, 0.5), (60.0, 0.0)])
+def test_a_replica_without_a_child_shows_when_the_next_one_starts(now: float, wait: float) -> None:
+    place = places.Place(0)
+    place.backoff.failed(5.0)
+    seen = place.seen(slots=8, now=now)
+    assert (seen.state, seen.retry_in, seen.pid, seen.slots) == ("failed", wait, None, 0)
+
+
+@pytest.mark.parametrize("attribute", ["is_held", "is_wanted"])
+def test_a_replica_that_is_not_to_run_is_stopped(attribute: str) -> None:
+    place = places.Place(0)
+    setattr(place, attribute, not getattr(place, attribute))
+    assert place.seen(slots=8, now=1.0).state == "stopped"
+
+
+# -- when a child is worn --
+
+
+@pytest.mark.parametrize(
+    ("bounds", "served", "resident", "is_worn"),
+    [
+        ({}, 10**9, 10**15, False),
+        ({"max_tasks": 3}, 2, 0, False),
+        ({"max_tasks": 3}, 3, 0, True),
+        ({"max_bytes": 1000}, 0, 1000, False),
+        ({"max_bytes": 1000}, 0, 1001, True),
+        ({"max_tasks": 3, "max_bytes": 1000}, 5, 10, True),
+    ],
+)
+def test_a_child_is_worn_when_it_served_or_holds_as_much_as_it_may(
+    bounds: dict[str, int], served: int, resident: int, is_worn: bool
+) -> None:
+    child = Child()
+    child.served, child.resident_bytes = served, resident
+    setup = places.Setup(settings=conf.Settings(), slots={"embed": 3, "": 1}, first={}, **bounds)
+    assert setup.is_worn(child) is is_worn
+    assert setup.slots_per_replica == 4

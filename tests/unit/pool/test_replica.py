@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import pytest
+
+from gw_celery.pool import replica
+from gw_celery.pool.replica import State
+
+DEADLINES = replica.Deadlines(boot=30, start=600, drain=30, heartbeat=15)
+
+
+def started(now: float = 100.0) -> replica.Life:
+    return replica.Life(deadlines=DEADLINES, now=now)
+
+
+def entering(now: float = 100.0) -> replica.Life:
+    life = started(now)
+    life.loaded(now)
+    return life
+
+
+def ready(now: float = 100.0) -> replica.Life:
+    life = entering(now)
+    life.entered(now)
+    return life
+
+
+def test_a_child_proves_each_step_of_its_start() -> None:
+    life = started(now=100)
+    assert (life.state, life.since) == (State.STARTING, 100)
+    life.loaded(102)
+    assert (life.state, life.since) == (State.ENTERING, 102)
+    assert not life.is_ready
+    life.entered(150)
+    assert (life.state, life.since) == (State.READY, 150)
+    assert life.is_ready
+
+
+def test_a_step_out_of_order_changes_nothing() -> None:
+    life = started()
+    life.entered(101)
+    assert (life.state, life.since) == (State.STARTING, 100)
+    life = ready()
+    life.loaded(105)
+    life.entered(105)
+    assert (life.state, life.since) == (State.READY, 100)
+
+
+def test_a_drained_child_is_never_ready_again() -> None:
+    life = entering()
+    life.drain(101, 0)
+    life.loaded(102)
+    life.entered(103)
+    assert life.state is State.DRAINING
+    assert not life.is_ready
+
+
+@pytest.mark.parametrize(
+    ("life", "step", "bound", "setting"),
+    [
+        (started(), "starting", 30, "gw_boot_timeout"),
+        (entering(), "entering", 600, "gw_start_timeout"),
+    ],
+)
+def test_a_step_that_takes_too_long_is_named_with_its_setting(
+    life: replica.Life, step: str, bound: float, setting: str
+) -> None:
+    assert life.overdue(100 + bound - 0.001) is None
+    reason = life.overdue(100 + bound)
+    assert reason is not None
+    assert f"was {step} for {bound} s" in reason
+    assert setting in reason
+
+
+def test_the_deadline_of_a_step_counts_from_the_step_before_it() -> None:
+    life = started(now=1000)
+    life.loaded(1029)
+    assert life.overdue(1029 + 599) is None
+    assert life.overdue(1029 + 600) is not None
+
+
+def test_a_child_that_loads_owes_no_heartbeat() -> None:
+    assert entering().overdue(100 + 599) is None
+
+
+def test_a_ready_child_without_heartbeats_is_overdue() -> None:
+    life = ready(now=50)
+    assert life.overdue(64.9) is None
+    reason = life.overdue(65)
+    assert reason is not None
+    assert "no heartbeat for 15 s" in reason
+    assert "gw_heartbeat_timeout" in reason
+
+
+def test_a_heartbeat_gives_a_child_its_full_time_again() -> None:
+    life = ready()
+    for now in range(110, 1000, 10):
+        life.beat(now)
+        assert life.overdue(now + 14.9) is None
+    assert life.overdue(990 + 15) is not None
+
+
+def test_a_draining_child_still_owes_its_heartbeat() -> None:
+    life = ready()
+    life.drain(101, 1000)
+    assert life.overdue(114.9) is None
+    assert "no heartbeat" in (life.overdue(115) or "")
+
+
+@pytest.mark.parametrize(("longest", "bound"), [(0, 30), (29, 30), (300, 300), (-5, 30)])
+def test_a_drain_lasts_until_its_timeout_or_the_last_limit(longest: float, bound: float) -> None:
+    life = ready(now=100)
+    life.drain(200, longest)
+    life.beat(200 + bound)
+    assert life.overdue(200 + bound - 0.001) is None
+    assert "gw_drain_timeout" in (life.overdue(200 + bound) or "")
+
+
+def test_a_second_drain_does_not_move_the_deadline() -> None:
+    life = ready()
+    life.drain(110, 0)
+    life.drain(135, 500)
+    life.beat(139)
+    assert life.overdue(140) is not None
+
+
+def test_only_a_child_that_served_for_a_while_was_steady() -> None:
+    assert not started().was_steady(1100)
+    assert not entering().was_steady(1100)
+    life = ready(now=10)
+    assert not life.was_steady(10.9)
+    assert life.was_steady(11)
+    life.drain(20, 0)
+    assert life.was_steady(21)
+
+
+def test_the_wait_before_the_next_child_doubles_up_to_a_minute() -> None:
+    backoff = replica.Backoff()
+    assert backoff.retry_at == 0
+    assert [backoff.failed(100) for _ in range(9)] == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+    assert backoff.retry_at == 164
+    for _ in range(2000):
+        assert backoff.failed(0) == 64
+
+
+def test_a_child_that_served_starts_the_doubling_anew() -> None:
+    backoff = replica.Backoff()
+    backoff.failed(0)
+    backoff.failed(1)
+    backoff.succeeded(50)
+    assert backoff.retry_at == 50
+    assert backoff.failed(60) == 1
+    assert backoff.retry_at == 61

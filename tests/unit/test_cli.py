@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from kombu import pidbox
+
+from gw_celery import cli, snapshot
+
+READY = snapshot.Replica(number=0, state="ready", pid=4711, slots=8, in_flight=3, restarts=1)
+FAILED = snapshot.Replica(number=1, state="failed", restarts=4, last_error="no such model")
+GPU = snapshot.Worker(
+    hostname="gpu@host",
+    replicas=(READY, FAILED),
+    ready_slots={"embed": 8},
+    waiting=2,
+    open_queues=("cpu.embed", "celery"),
+    closed_queues=("cpu.classify",),
+).as_json()
+
+
+class Typed:
+    """``celery gw ...``, with workers whose answers are given."""
+
+    def __init__(self) -> None:
+        self.workers: Any = None
+        self.sent: list[tuple[str, dict[str, Any]]] = []
+
+    def broadcast(self, command: str, **given: Any) -> Any:
+        self.sent.append((command, given))
+        return self.workers
+
+    def __call__(self, line: str, *workers: dict[str, Any]) -> Result:
+        self.workers = list(workers) or self.workers
+        control = SimpleNamespace(broadcast=self.broadcast)
+        obj = SimpleNamespace(app=SimpleNamespace(control=control))
+        return CliRunner().invoke(cli.gw, line.split(), obj=obj)
+
+
+@pytest.fixture
+def typed() -> Typed:
+    return Typed()
+
+
+def test_a_worker_is_shown_with_its_queues_and_replicas(typed: Typed) -> None:
+    result = typed("status", {"gpu@host": GPU})
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [
+        "gpu@host: 2 waiting; consumes cpu.embed, celery; closed: cpu.classify",
+        "  replica 0  ready     pid 4711  3/8 in flight  1 restarts",
+        "  replica 1  failed    pid -  0/0 in flight  4 restarts  no such model",
+    ]
+
+
+def test_workers_are_shown_in_the_order_of_their_names(typed: Typed) -> None:
+    idle = snapshot.Worker(hostname="").as_json()
+    result = typed("status", {"b@host": idle}, {"a@host": idle})
+    assert result.output.splitlines() == [
+        "a@host: 0 waiting; consumes nothing; closed: nothing",
+        "b@host: 0 waiting; consumes nothing; closed: nothing",
+    ]
+
+
+def test_programs_get_one_json_document(typed: Typed) -> None:
+    result = typed("status --json", {"gpu@host": GPU}, {"b@host": GPU})
+    assert json.loads(result.output) == json.loads(json.dumps({"gpu@host": GPU, "b@host": GPU}))
+
+
+@pytest.mark.parametrize("workers", [None, []])
+@pytest.mark.parametrize("line", ["status -t 0.5", "status --json --timeout 0.5"])
+def test_a_status_without_an_answer_fails_and_says_what_to_look_at(
+    typed: Typed, line: str, workers: Any
+) -> None:
+    typed.workers = workers
+    result = typed(line)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: no worker with the GPU pool answered within 0.5 s: is one started, and does -A "
+        "name its app?\n"
+    )
+    if "json" in line:
+        assert json.loads(result.stdout) == {}, "programs can read it all the same"
+
+
+@pytest.mark.parametrize(
+    ("line", "command", "arguments"),
+    [
+        ("status", "gw_status", {}),
+        ("drain", "gw_drain", {"replica": None}),
+        ("drain 0", "gw_drain", {"replica": 0}),
+        ("restart", "gw_restart", {"replica": None}),
+        ("restart 3", "gw_restart", {"replica": 3}),
+    ],
+)
+def test_each_command_asks_all_workers_once_and_waits_two_seconds(
+    typed: Typed, line: str, command: str, arguments: dict[str, Any]
+) -> None:
+    typed(line)
+    asked = {"arguments": arguments, "destination": None, "reply": True, "timeout": 2.0}
+    assert typed.sent == [(command, asked)]
+
+
+@pytest.mark.parametrize("name", ["status", "drain", "restart"])
+def test_some_workers_can_be_named_and_waited_for(typed: Typed, name: str) -> None:
+    typed(f"{name} -d a@host --destination b@host --timeout 7.5")
+    ((_, asked),) = typed.sent
+    assert (asked["destination"], asked["timeout"]) == (["a@host", "b@host"], 7.5)
+
+
+@pytest.mark.parametrize("name", ["drain", "restart"])
+def test_what_each_worker_said_is_shown(typed: Typed, name: str) -> None:
+    said = {"ok": f"{name}: all replicas"}
+    result = typed(name, {"b@host": said}, {"a@host": said})
+    assert result.exit_code == 0
+    assert result.output == f"a@host: {name}: all replicas\nb@host: {name}: all replicas\n"
+
+
+def test_one_refusal_makes_the_command_fail(typed: Typed) -> None:
+    refusal = {"error": "there is no replica 7: this worker has replicas 0 to 1"}
+    result = typed("drain 7", {"a@host": refusal}, {"b@host": {"ok": "drain: replica 7"}})
+    assert result.exit_code == 1
+    assert result.stdout == f"a@host: {refusal['error']}\nb@host: drain: replica 7\n"
+    assert result.stderr == "Error: a worker refused\n"
+
+
+@pytest.mark.parametrize("name", ["drain", "restart"])
+def test_a_command_that_nobody_heard_fails(typed: Typed, name: str) -> None:
+    result = typed(name)
+    assert (result.exit_code, result.stderr) == (1, "Error: no worker answered\n")
+
+
+@pytest.mark.parametrize("line", ["drain all", "restart 1.5", "status now", "drain 1 2"])
+def test_what_is_no_replica_is_refused_before_anything_is_sent(typed: Typed, line: str) -> None:
+    assert typed(line).exit_code == 2
+    assert typed.sent == []
+
+
+# -- workers without the GPU pool in the same cluster --
+
+
+def web(command: str) -> dict[str, Any]:
+    """What a worker answers that has no such command."""
+    return {"web@host": pidbox.Mailbox("celery").Node("web@host").dispatch(command)}
+
+
+@pytest.mark.parametrize("name", ["drain", "restart"])
+def test_workers_without_the_gpu_pool_are_not_in_the_way(typed: Typed, name: str) -> None:
+    result = typed(name, {"gpu@host": {"ok": f"{name}: all replicas"}}, web(f"gw_{name}"))
+    assert result.exit_code == 0
+    assert result.output == f"gpu@host: {name}: all replicas\n"
+
+
+@pytest.mark.parametrize("line", ["status", "status --json", "drain", "restart 0"])
+def test_workers_without_the_gpu_pool_alone_are_nobody(typed: Typed, line: str) -> None:
+    result = typed(line, web(f"gw_{line.split()[0]}"))
+    assert result.exit_code == 1
+    assert "answered" in result.stderr
+    assert "web@host" not in result.output

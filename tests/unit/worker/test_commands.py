@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery.worker.control import Panel
+
+from gw_celery import snapshot
+from gw_celery.worker import commands
+
+NAMES = ("gw_status", "gw_drain", "gw_restart")
+
+
+class Gate:
+    def open_queues(self) -> tuple[str, ...]:
+        return ("cpu.embed",)
+
+    def closed_queues(self) -> tuple[str, ...]:
+        return ("cpu.classify",)
+
+
+class Pool:
+    """A pool with replicas 0 and 2, which notes what it is told."""
+
+    def __init__(self, gate: Gate | None = None) -> None:
+        self.gate = gate
+        self.numbers: tuple[int, ...] = (0, 2)
+        self.told: list[tuple[str, int | None]] = []
+
+    def replicas(self) -> tuple[snapshot.Replica, ...]:
+        return tuple(
+            snapshot.Replica(number=one, state="ready", pid=100 + one) for one in self.numbers
+        )
+
+    def ready_by_service(self) -> dict[str, int]:
+        return {"embed": 8, "": 2}
+
+    def waiting(self) -> int:
+        return 5
+
+    def hold(self, number: int | None) -> None:
+        self.told.append(("drain", number))
+
+    def restart(self, number: int | None) -> None:
+        self.told.append(("restart", number))
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return Pool(Gate())
+
+
+@pytest.fixture
+def state(pool: Pool) -> Any:
+    """What Celery gives to every remote-control command."""
+    return SimpleNamespace(consumer=SimpleNamespace(pool=pool), hostname="gpu@host")
+
+
+def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state: Any) -> None:
+    status = json.loads(json.dumps(commands.gw_status(state)))
+    assert [(one["number"], one["pid"]) for one in status.pop("replicas")] == [(0, 100), (2, 102)]
+    assert status == {
+        "hostname": "gpu@host",
+        "ready_slots": {"embed": 8, "": 2},
+        "waiting": 5,
+        "open_queues": ["cpu.embed"],
+        "closed_queues": ["cpu.classify"],
+    }
+
+
+def test_a_pool_without_services_has_no_gate_and_a_status(state: Any) -> None:
+    state.consumer.pool = Pool(gate=None)
+    status = commands.gw_status(state)
+    assert (status["open_queues"], status["closed_queues"]) == ((), ())
+
+
+@pytest.mark.parametrize("what", ["drain", "restart"])
+@pytest.mark.parametrize("replica", [0, 2])
+def test_one_replica_is_steered(state: Any, pool: Pool, what: str, replica: int) -> None:
+    answer = getattr(commands, f"gw_{what}")(state, replica)
+    assert answer == {"ok": f"{what}: replica {replica}"}
+    assert pool.told == [(what, replica)]
+
+
+@pytest.mark.parametrize("what", ["drain", "restart"])
+def test_without_a_number_all_replicas_are_steered(state: Any, pool: Pool, what: str) -> None:
+    answer = getattr(commands, f"gw_{what}")(state)
+    assert answer == {"ok": f"{what}: all replicas"}
+    assert pool.told == [(what, None)]
+
+
+@pytest.mark.parametrize("what", ["drain", "restart"])
+@pytest.mark.parametrize("replica", [1, -1, "0"])
+def test_a_replica_that_is_not_there_is_refused_with_those_that_are(
+    state: Any, pool: Pool, what: str, replica: Any
+) -> None:
+    answer = getattr(commands, f"gw_{what}")(state, replica)
+    assert answer == {"error": f"there is no replica {replica}: this worker has replicas 0, 2"}
+    assert pool.told == []
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ((), "none"),
+        ((0,), "replica 0"),
+        ((0, 1, 2, 3), "replicas 0 to 3"),
+        ((0, 2, 3), "replicas 0, 2, 3"),
+    ],
+)
+def test_the_replicas_that_are_there_are_not_taken_for_their_count(
+    state: Any, pool: Pool, numbers: tuple[int, ...], said: str
+) -> None:
+    pool.numbers = numbers
+    answer = commands.gw_restart(state, 7)
+    assert answer == {"error": f"there is no replica 7: this worker has {said}"}
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    """The commands are among Celery's, whose registry is the process's, for one test."""
+    before = {name: (Panel.data.get(name), Panel.meta.get(name)) for name in NAMES}
+    commands.install()
+    yield
+    for name, (command, about) in before.items():
+        for registry, value in ((Panel.data, command), (Panel.meta, about)):
+            registry.pop(name)
+            if value is not None:
+                registry[name] = value
+
+
+def test_the_command_line_knows_commands_that_a_process_does_not_carry_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("data", "meta"):
+        monkeypatch.setattr(Panel, name, {})
+    commands.describe()
+    assert (sorted(Panel.meta), Panel.data) == (sorted(NAMES), {})
+
+    commands.install()
+    commands.describe()
+    assert sorted(Panel.data) == sorted(NAMES), "a worker with the GPU pool keeps them"
+
+
+@pytest.mark.usefixtures("installed")
+def test_celery_knows_the_commands_and_can_list_them() -> None:
+    assert [Panel.data[name] for name in NAMES] == [getattr(commands, name) for name in NAMES]
+    assert [Panel.meta[name].type for name in NAMES] == ["inspect", "control", "control"]
+    for name in NAMES:
+        assert Panel.meta[name].help == inspect.getdoc(getattr(commands, name))
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", ["gw_drain", "gw_restart"])
+def test_celerys_own_command_line_can_name_a_replica(name: str) -> None:
+    about = Panel.meta[name]
+    assert (about.args, about.signature, about.variadic) == ([("replica", int)], "[replica]", None)

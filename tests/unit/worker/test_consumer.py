@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+from kombu import Message
+from kombu.common import QoS
+
+from gw_celery.worker import consumer, gate
+
+
+class Pool:
+    is_green = False
+
+    def __init__(self) -> None:
+        self.gate: gate.Gate | None = None
+        self.ready = {"embed": 0, "": 0}
+        self.polls = 0
+
+    def poll(self) -> None:
+        self.polls += 1
+
+    def ready_by_service(self) -> dict[str, int]:
+        return self.ready
+
+    def backlog(self, service: str) -> int:
+        return 0
+
+
+class Channel:
+    """A channel that notes what is rejected and acknowledged."""
+
+    def __init__(self) -> None:
+        self.settled: list[tuple[str, Any, bool]] = []
+        self.raises: Exception | None = None
+
+    def basic_reject(self, tag: Any, requeue: bool) -> None:
+        if self.raises is not None:
+            raise self.raises
+        self.settled.append(("rejected", tag, requeue))
+
+    def basic_ack(self, tag: Any, **_: Any) -> None:
+        self.settled.append(("acked", tag, False))
+
+
+@pytest.fixture
+def channel() -> Channel:
+    return Channel()
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return Pool()
+
+
+@pytest.fixture
+def made(celery_app: Celery, pool: Pool) -> consumer.Consumer:
+    celery_app.finalize()
+    worker = types.SimpleNamespace(use_eventloop=True)
+    return consumer.Consumer(lambda request: None, app=celery_app, pool=pool, controller=worker)
+
+
+@pytest.fixture
+def consuming(
+    celery_app: Celery, made: consumer.Consumer, pool: Pool
+) -> Iterator[consumer.Consumer]:
+    """A consumer of the queues "embed" and "mail", behind a gate that is closed."""
+    queues = celery_app.amqp.queues
+    queues.select(["embed", "mail"])
+    pool.gate = gate.Gate(queues, {"embed": "embed"}, pool)
+    pool.gate.close_all()
+    with celery_app.connection_for_read() as connection:
+        made.task_consumer = celery_app.amqp.TaskConsumer(connection.channel())
+        made.qos = QoS(lambda **_: None, made.initial_prefetch_count)
+        pool.gate.attach(made)
+        yield made
+
+
+def test_what_ended_without_a_broker_is_heard_before_the_next_one_is_read(
+    made: consumer.Consumer, pool: Pool
+) -> None:
+    with made.connection_for_read() as connection:
+        assert connection.connected
+        assert pool.polls == 1
+
+
+def message(channel: Channel, **headers: Any) -> Message:
+    return Message(
+        body=b"body",
+        delivery_tag=7,
+        channel=channel,
+        headers=headers,
+        content_type="application/json",
+        content_encoding="utf-8",
+    )
+
+
+def handling(made: consumer.Consumer, strategy: Callable[..., None]) -> Callable[[Any], None]:
+    made.strategies["proj.embed"] = strategy
+    return made.create_task_handler()
+
+
+def raising(exc: BaseException) -> Callable[..., None]:
+    def strategy(*_: Any, **__: Any) -> None:
+        raise exc
+
+    return strategy
+
+
+def test_a_message_reaches_celerys_strategy(made: consumer.Consumer, channel: Channel) -> None:
+    seen: list[Any] = []
+    handle = handling(made, lambda message, *_: seen.append(message.delivery_tag))
+    handle(message(channel, task="proj.embed", id="id-1"))
+    assert seen == [7]
+    assert channel.settled == []
+
+
+@pytest.mark.parametrize("exc", [TypeError("timelimit"), KeyError("id"), RecursionError("deep")])
+def test_a_message_that_would_end_the_worker_is_rejected_and_told(
+    made: consumer.Consumer, channel: Channel, exc: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    handle = handling(made, raising(exc))
+    handle(message(channel, task="proj.embed", id="id-1"))
+    assert channel.settled == [("rejected", 7, False)]
+    (record,) = caplog.records
+    assert record.levelname == "CRITICAL"
+    assert "task proj.embed[id-1]" in record.message
+    assert repr(exc) in record.message
+    assert "b'body'" in record.message
+
+
+def test_the_next_message_is_taken_after_a_bad_one(
+    made: consumer.Consumer, channel: Channel
+) -> None:
+    seen: list[Any] = []
+
+    def strategy(message: Any, *_: Any) -> None:
+        if message.headers["id"] == "bad":
+            raise ValueError
+        seen.append(message.headers["id"])
+
+    handle = handling(made, strategy)
+    for name in ("bad", "good"):
+        handle(message(channel, task="proj.embed", id=name))
+    assert seen == ["good"]
+
+
+def test_a_lost_broker_is_celerys_to_handle(made: consumer.Consumer, channel: Channel) -> None:
+    lost = made.connection_errors[0]("gone")
+    handle = handling(made, raising(lost))
+    with pytest.raises(type(lost)):
+        handle(message(channel, task="proj.embed", id="id-1"))
+    assert channel.settled == []
+
+
+@pytest.mark.parametrize("exc", [MemoryError(), SystemExit(1), KeyboardInterrupt()])
+def test_what_must_end_the_worker_does(
+    made: consumer.Consumer, channel: Channel, exc: BaseException
+) -> None:
+    handle = handling(made, raising(exc))
+    with pytest.raises(type(exc)):
+        handle(message(channel, task="proj.embed", id="id-1"))
+    assert channel.settled == []
+
+
+def test_a_rejection_that_a_lost_broker_does_not_hear_ends_nothing(
+    made: consumer.Consumer, channel: Channel
+) -> None:
+    channel.raises = made.connection_errors[0]("gone")
+    handle = handling(made, raising(ValueError("bad")))
+    handle(message(channel, task="proj.embed", id="id-1"))
+    assert channel.settled == []
+    channel.raises = None
+    handle(message(channel, task="proj.embed", id="id-2"))
+    assert channel.settled == [("rejected", 7, False)]
+
+
+def test_a_message_without_headers_ends_nothing(made: consumer.Consumer, channel: Channel) -> None:
+    handle = handling(made, raising(ValueError("bad")))
+    for headers in ({}, {"task": None}, {"task": ["unhashable"]}):
+        handle(message(channel, **headers))
+    without = message(channel, task="proj.embed")
+    without.headers = None
+    handle(without)
+    assert [one[0] for one in channel.settled] == ["rejected"] * 4
+
+
+def test_an_unknown_task_whose_failure_cannot_be_stored_ends_nothing(
+    made: consumer.Consumer, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery rejects the message first, and then stores; the result backend may be away."""
+    monkeypatch.setattr(made.app.backend, "mark_as_failure", raising(RuntimeError("backend")))
+    handle = made.create_task_handler()
+    handle(message(channel, task="proj.unknown", id="id-1"))
+    assert channel.settled == [("rejected", 7, False)]
+
+
+# -- the gate --
+
+
+def test_a_queue_that_is_cancelled_is_not_the_gates_any_more(
+    consuming: consumer.Consumer, pool: Pool
+) -> None:
+    assert pool.gate is not None
+    consuming.cancel_task_queue("mail")
+    assert pool.gate.closed_queues() == ("embed",)
+
+
+def test_a_queue_that_is_added_is_the_gates(consuming: consumer.Consumer, pool: Pool) -> None:
+    assert pool.gate is not None
+    pool.ready.update({"embed": 1, "": 1})
+    pool.gate.apply()
+    consuming.add_task_queue("added")
+    assert consuming.task_consumer.consuming_from("added")
+    assert pool.gate.open_queues() == ("added", "embed", "mail")
+
+
+@pytest.mark.parametrize("queue", ["embed", "mail", "added"])
+def test_a_queue_that_is_added_before_anything_is_ready_is_not_consumed_yet(
+    consuming: consumer.Consumer, pool: Pool, queue: str
+) -> None:
+    consuming.add_task_queue(queue)
+    assert not consuming.task_consumer.consuming_from(queue)
+
+
+@pytest.mark.parametrize("pool_without", [None, object()])
+def test_a_pool_without_a_gate_is_as_in_celery(
+    consuming: consumer.Consumer, pool_without: Any
+) -> None:
+    consuming.pool = pool_without
+    consuming.add_task_queue("added")
+    assert consuming.task_consumer.consuming_from("added")
+    consuming.cancel_task_queue("added")
+    assert not consuming.task_consumer.consuming_from("added")

@@ -1,0 +1,496 @@
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+from kombu.common import QoS
+
+from gw_celery.worker import gate
+
+EMBED, CLASSIFY, PLAIN = "gpu.A100.embed", "gpu.A100.classify", "mail"
+SERVICES = {EMBED: "embed", CLASSIFY: "classify"}
+
+
+class Pool:
+    """A pool as the gate sees it: slots that are READY, and inputs that wait for one."""
+
+    def __init__(self) -> None:
+        self.ready: dict[str, int] = {"embed": 0, "classify": 0, "": 0}
+        self.waiting: Counter[str] = Counter()
+        self.gate: gate.Gate | None = None
+
+    def ready_by_service(self) -> dict[str, int]:
+        return dict(self.ready)
+
+    def backlog(self, service: str) -> int:
+        return self.waiting[service]
+
+
+class Consumer:
+    """A worker's consumer at the moment when Celery starts its steps after ``Tasks``."""
+
+    def __init__(self, app: Celery, connection: Any, prefetch: int = 1, multiplier: int = 1):
+        self.task_consumer = app.amqp.TaskConsumer(connection.channel())
+        self.task_consumer.consume()
+        self.qos = QoS(lambda **_: None, prefetch * multiplier)
+        self.initial_prefetch_count = prefetch * multiplier
+        self.prefetch_multiplier = multiplier
+        self.app = app
+        self.connection = connection
+        self.soon: list[Callable[[], None]] = []
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.soon.append(callback)
+
+    def turn(self) -> None:
+        """The event loop comes to what was queued, which is one thing at most."""
+        assert len(self.soon) <= 1
+        while self.soon:
+            self.soon.pop()()
+
+    @property
+    def consumed(self) -> set[str]:
+        return {
+            name for name in (EMBED, CLASSIFY, PLAIN) if self.task_consumer.consuming_from(name)
+        }
+
+
+@pytest.fixture
+def connection(celery_app: Celery) -> Iterator[Any]:
+    with celery_app.connection_for_read() as connection:
+        yield connection
+
+
+@pytest.fixture
+def queues(celery_app: Celery) -> Any:
+    celery_app.amqp.queues.select([EMBED, CLASSIFY, PLAIN])
+    return celery_app.amqp.queues
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return Pool()
+
+
+@pytest.fixture
+def closed(queues: Any, pool: Pool) -> gate.Gate:
+    made = gate.Gate(queues, SERVICES, pool)
+    made.close_all()
+    pool.gate = made
+    return made
+
+
+@pytest.fixture
+def consumer(celery_app: Celery, connection: Any, closed: gate.Gate) -> Consumer:
+    """A consumer to which the closed gate is attached."""
+    made = Consumer(celery_app, connection)
+    closed.attach(made)
+    return made
+
+
+def everything_is_ready(pool: Pool) -> None:
+    pool.ready.update({"embed": 2, "classify": 1, "": 1})
+
+
+def test_a_worker_starts_without_any_queue(
+    consumer: Consumer, closed: gate.Gate, queues: Any
+) -> None:
+    assert consumer.consumed == set()
+    assert list(queues.consume_from) == []
+    assert closed.open_queues() == ()
+    assert closed.closed_queues() == (CLASSIFY, EMBED, PLAIN)
+
+
+def test_a_queue_opens_when_a_replica_is_ready_for_it(
+    consumer: Consumer, closed: gate.Gate, pool: Pool, queues: Any
+) -> None:
+    pool.ready["embed"] = 2
+    closed.apply()
+    assert consumer.consumed == {EMBED}
+    assert list(queues.consume_from) == [EMBED]
+    assert closed.open_queues() == (EMBED,)
+
+
+def test_a_queue_closes_when_the_last_replica_is_gone(
+    consumer: Consumer, closed: gate.Gate, pool: Pool, queues: Any
+) -> None:
+    everything_is_ready(pool)
+    closed.apply()
+    assert consumer.consumed == {EMBED, CLASSIFY, PLAIN}
+    pool.ready["classify"] = 0
+    closed.apply()
+    assert consumer.consumed == {EMBED, PLAIN}
+    assert sorted(queues.consume_from) == [EMBED, PLAIN]
+
+
+def test_a_service_that_piles_up_closes_its_own_queue_until_it_has_caught_up(
+    consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    pool.ready.update({"embed": 8, "classify": 1, "": 1})
+    closed.apply()
+    pool.waiting["embed"] = 2
+    closed.apply()
+    assert EMBED in consumer.consumed, "a few may wait, so that no slot is ever idle"
+    pool.waiting["embed"] = 9
+    closed.apply()
+    assert consumer.consumed == {CLASSIFY, PLAIN}
+    pool.waiting["embed"] = 1
+    closed.apply()
+    assert consumer.consumed == {CLASSIFY, PLAIN}
+    pool.waiting["embed"] = 0
+    closed.apply()
+    assert consumer.consumed == {EMBED, CLASSIFY, PLAIN}
+
+
+# -- changes while messages are delivered --
+
+
+def test_a_request_is_met_once_and_where_celery_talks_to_the_broker(
+    consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    closed.request()
+    closed.request()
+    assert consumer.consumed == set()
+    consumer.turn()
+    assert consumer.consumed == {EMBED, CLASSIFY, PLAIN}
+    pool.ready["embed"] = 0
+    closed.request()
+    consumer.turn()
+    assert consumer.consumed == {CLASSIFY, PLAIN}
+
+
+def test_a_request_without_a_broker_is_met_at_once(
+    celery_app: Celery, connection: Any, closed: gate.Gate, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    closed.request()
+    assert closed.open_queues() == (CLASSIFY, EMBED, PLAIN)
+    assert Consumer(celery_app, connection).consumed == {EMBED, CLASSIFY, PLAIN}
+
+
+def test_a_request_that_was_lost_with_its_consumer_holds_up_no_later_one(
+    celery_app: Celery, connection: Any, consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    closed.request()
+    closed.detach()
+    following = Consumer(celery_app, connection)
+    closed.attach(following)
+    everything_is_ready(pool)
+    closed.request()
+    following.turn()
+    assert following.consumed == {EMBED, CLASSIFY, PLAIN}
+
+
+# -- a broker that comes and goes --
+
+
+def test_the_next_consumer_follows_what_changed_while_the_broker_was_away(
+    celery_app: Celery, connection: Any, consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    pool.ready.update({"classify": 1, "": 1})
+    closed.apply()
+    closed.detach()
+    pool.ready.update({"embed": 2, "classify": 0})
+    closed.apply()
+    following = Consumer(celery_app, connection)
+    closed.attach(following)
+    assert following.consumed == {EMBED, PLAIN}
+    assert consumer.consumed == {CLASSIFY, PLAIN}, "a lost connection is spoken to no more"
+
+
+def test_a_consumer_that_has_no_channel_yet_is_no_obstacle(
+    consumer: Consumer, closed: gate.Gate, pool: Pool, queues: Any
+) -> None:
+    consumer.task_consumer = None
+    pool.ready["embed"] = 1
+    closed.apply()
+    assert list(queues.consume_from) == [EMBED]
+    pool.ready["embed"] = 0
+    closed.apply()
+    assert list(queues.consume_from) == []
+
+
+def test_the_next_consumer_reads_what_could_not_be_told_to_a_lost_broker(
+    celery_app: Celery,
+    connection: Any,
+    consumer: Consumer,
+    closed: gate.Gate,
+    pool: Pool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(*_: Any) -> None:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(consumer.task_consumer, "add_queue", lost)
+    everything_is_ready(pool)
+    with pytest.raises(ConnectionResetError):
+        closed.apply()
+    closed.detach()
+    following = Consumer(celery_app, connection)
+    closed.attach(following)
+    assert following.consumed == {EMBED, CLASSIFY, PLAIN}
+
+
+def test_the_step_attaches_the_gate_and_detaches_it(
+    celery_app: Celery, connection: Any, closed: gate.Gate, pool: Pool
+) -> None:
+    consumer: Any = Consumer(celery_app, connection)
+    consumer.pool, consumer.steps = pool, []
+    step = gate.GateStep(consumer)
+    step.start(consumer)
+    pool.ready["embed"] = 1
+    closed.apply()
+    assert consumer.consumed == {EMBED}
+    step.stop(consumer)
+    pool.ready["embed"] = 0
+    closed.apply()
+    assert consumer.consumed == {EMBED}, "a lost connection is spoken to no more"
+
+
+def test_the_step_leaves_a_worker_without_a_gate_alone() -> None:
+    consumer = types.SimpleNamespace(pool=types.SimpleNamespace(gate=None), steps=[])
+    step = gate.GateStep(consumer)
+    before = {**vars(consumer)}
+    step.start(consumer)
+    step.stop(consumer)
+    assert vars(consumer) == before
+    assert vars(consumer.pool) == {"gate": None}
+
+
+# -- add_consumer and cancel_consumer --
+
+
+def test_a_queue_that_was_cancelled_stays_closed_whatever_is_ready(
+    consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    closed.remove(EMBED)
+    everything_is_ready(pool)
+    closed.apply()
+    assert consumer.consumed == {CLASSIFY, PLAIN}
+    assert EMBED not in closed.closed_queues()
+
+
+def test_a_queue_that_was_added_closes_and_opens_with_the_plain_slots(
+    consumer: Consumer, closed: gate.Gate, pool: Pool, queues: Any
+) -> None:
+    everything_is_ready(pool)
+    consumer.task_consumer.add_queue(queues.select_add("added"))
+    closed.add("added")
+    pool.ready[""] = 0
+    closed.apply()
+    assert not consumer.task_consumer.consuming_from("added")
+    pool.ready[""] = 1
+    closed.apply()
+    assert consumer.task_consumer.consuming_from("added")
+
+
+def test_a_service_queue_that_is_cancelled_and_added_again_follows_its_service(
+    consumer: Consumer, closed: gate.Gate, pool: Pool, queues: Any
+) -> None:
+    everything_is_ready(pool)
+    closed.apply()
+    queues.deselect(EMBED)
+    closed.remove(EMBED)
+    consumer.task_consumer.add_queue(queues.select_add(EMBED))
+    closed.add(EMBED)
+    pool.ready["embed"] = 0
+    closed.apply()
+    assert EMBED not in consumer.consumed
+
+
+def test_a_queue_that_was_added_survives_a_reconnect_where_celery_did_not_select_it(
+    celery_app: Celery, connection: Any, consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    """Celery 5.6 adds a queue that was deselected to the consumer only."""
+    everything_is_ready(pool)
+    closed.apply()
+    closed.remove(PLAIN)
+    celery_app.amqp.queues.deselect(PLAIN)
+    closed.add(PLAIN)
+    closed.detach()
+    following = Consumer(celery_app, connection)
+    closed.attach(following)
+    assert PLAIN in following.consumed
+
+
+# -- prefetch --
+
+
+def test_the_prefetch_count_is_the_ready_slots(
+    consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    assert consumer.qos.value == 1
+    everything_is_ready(pool)
+    closed.apply()
+    assert consumer.qos.value == 4
+    pool.ready.update({"embed": 6})
+    closed.apply()
+    assert consumer.qos.value == 8
+    pool.ready.update({"embed": 0, "classify": 0, "": 0})
+    closed.apply()
+    assert consumer.qos.value == 1, "0 would be no limit at all"
+
+
+def test_inputs_that_wait_take_no_credit_from_other_services(
+    consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    pool.waiting["embed"] = 5
+    closed.apply()
+    assert consumer.qos.value == 9
+    pool.waiting["embed"] = 0
+    closed.apply()
+    assert consumer.qos.value == 4
+
+
+def test_a_worker_of_one_service_takes_its_slots_and_never_closes_for_being_full(
+    celery_app: Celery, connection: Any, pool: Pool
+) -> None:
+    celery_app.amqp.queues.select([EMBED])
+    made = gate.Gate(celery_app.amqp.queues, {EMBED: "embed"}, pool)
+    consumer = Consumer(celery_app, connection)
+    pool.ready.update({"embed": 3, "": 1})
+    pool.waiting["embed"] = 50
+    made.attach(consumer)
+    assert consumer.consumed == {EMBED}
+    assert consumer.qos.value == 3
+
+
+def test_tasks_with_an_eta_keep_what_celery_added_for_them(
+    consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    closed.apply()
+    consumer.qos.increment_eventually(10)
+    pool.ready["embed"] = 4
+    closed.apply()
+    assert consumer.qos.value == 16
+    pool.ready.update({"embed": 0, "classify": 0})
+    closed.apply()
+    assert consumer.qos.value == 11
+
+
+def test_a_project_that_wants_no_prefetch_limit_keeps_none(
+    celery_app: Celery, connection: Any, closed: gate.Gate, pool: Pool
+) -> None:
+    consumer = Consumer(celery_app, connection, multiplier=0)
+    closed.attach(consumer)
+    everything_is_ready(pool)
+    closed.apply()
+    assert consumer.qos.value == 0
+    assert consumer.consumed == {EMBED, CLASSIFY, PLAIN}
+
+
+def test_each_consumer_starts_from_its_own_prefetch_count(
+    celery_app: Celery, connection: Any, consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    closed.apply()
+    closed.detach()
+    following = Consumer(celery_app, connection, prefetch=4)
+    closed.attach(following)
+    assert following.qos.value == 4
+    pool.ready["embed"] = 0
+    closed.apply()
+    assert following.qos.value == 2
+    assert consumer.qos.value == 4
+
+
+# -- a broker that counts for each queue, from when it is consumed (quorum queues) --
+
+
+class Counting:
+    """A channel's consumer that notes with which prefetch count each queue is consumed."""
+
+    def __init__(self, made: Any) -> None:
+        self._made = made
+        self._prefetch = 1
+        self.counts: dict[str, int] = {}
+        self.consumed: list[str] = []
+
+    def qos(self, prefetch_count: int, apply_global: bool) -> None:
+        assert not apply_global
+        self._prefetch = prefetch_count
+
+    def add_queue(self, queue: Any) -> None:
+        self._made.add_queue(queue)
+
+    def consume(self) -> None:
+        for queue in self._made.queues:
+            if not self._made.consuming_from(queue):
+                self.counts[queue.name] = self._prefetch
+                self.consumed.append(queue.name)
+        self._made.consume()
+
+    def cancel_by_queue(self, name: str) -> None:
+        self.counts.pop(name, None)
+        self._made.cancel_by_queue(name)
+
+
+@pytest.fixture
+def counting(celery_app: Celery, connection: Any, closed: gate.Gate) -> Counting:
+    made = Consumer(celery_app, connection)
+    made.task_consumer = Counting(made.task_consumer)
+    closed.attach(made, is_per_queue=True)
+    return made.task_consumer
+
+
+def test_each_quorum_queue_is_consumed_with_the_slots_of_its_service(
+    counting: Counting, closed: gate.Gate, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    closed.apply()
+    assert counting.counts == {EMBED: 2, CLASSIFY: 1, PLAIN: 1}
+
+
+def test_a_quorum_queue_is_consumed_anew_when_its_slots_change_and_no_other(
+    counting: Counting, closed: gate.Gate, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    closed.apply()
+    counting.consumed.clear()
+    pool.ready["embed"] = 6
+    closed.apply()
+    closed.apply()
+    assert counting.counts == {EMBED: 6, CLASSIFY: 1, PLAIN: 1}
+    assert counting.consumed == [EMBED]
+
+
+def test_a_quorum_queue_needs_no_closing_when_its_service_is_full(
+    counting: Counting, closed: gate.Gate, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    closed.apply()
+    pool.waiting["embed"] = 5
+    closed.apply()
+    assert counting.counts[EMBED] == 2
+
+
+def test_a_quorum_queue_without_a_replica_is_closed_and_opens_again(
+    counting: Counting, closed: gate.Gate, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    closed.apply()
+    pool.ready["embed"] = 0
+    closed.apply()
+    assert counting.counts == {CLASSIFY: 1, PLAIN: 1}
+    pool.ready["embed"] = 2
+    closed.apply()
+    assert counting.counts == {EMBED: 2, CLASSIFY: 1, PLAIN: 1}
+
+
+def test_the_next_connection_has_the_counts_of_quorum_queues_too(
+    counting: Counting, closed: gate.Gate, pool: Pool, celery_app: Celery, connection: Any
+) -> None:
+    everything_is_ready(pool)
+    closed.apply()
+    closed.detach()
+    following = Consumer(celery_app, connection)
+    following.task_consumer = Counting(following.task_consumer)
+    closed.attach(following, is_per_queue=True)
+    assert following.task_consumer.counts == {EMBED: 2, CLASSIFY: 1, PLAIN: 1}

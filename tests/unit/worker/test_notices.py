@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+from celery import Celery
+
+import gw_celery as gw
+from gw_celery import conf
+from gw_celery.worker import notices, serving
+
+
+@pytest.fixture
+def declared(app: gw.App) -> gw.App:
+    @app.remote(timeout=None)
+    async def endless(): ...
+
+    @app.remote(timeout=None, acks_late=False)
+    async def acknowledged(): ...
+
+    @app.remote
+    async def limited(): ...
+
+    return app
+
+
+def said(app: Celery, declared: gw.App, caplog: pytest.LogCaptureFixture) -> str:
+    served = list(declared.registry.services.values())
+    plan = serving.Plan(
+        registries=[declared.registry], served=served, settings=conf.Settings(), pool="prefork"
+    )
+    notices._log_unlimited(app, plan)
+    return caplog.text
+
+
+def test_only_tasks_that_redis_would_deliver_again_are_named(celery_app, declared, caplog) -> None:
+    celery_app.conf.update(
+        broker_url="redis://localhost", broker_transport_options={"visibility_timeout": 7200}
+    )
+    text = said(celery_app, declared, caplog)
+
+    assert f"no time limit: {__name__}.endless. Redis" in text
+    assert "['visibility_timeout']=7200 s" in text
+
+
+def test_a_broker_that_waits_for_as_long_as_it_takes_is_no_reason_to_warn(
+    celery_app, declared, caplog
+) -> None:
+    assert said(celery_app, declared, caplog) == ""
