@@ -59,6 +59,10 @@ class BodyExited(GWCeleryError):
     """Raised in place of what a body raised that is no ``Exception``, such as a ``SystemExit``."""
 
 
+class UnreadableMessage(GWCeleryError, ValueError):
+    """Raised in place of the answer of a message that no task can be called with."""
+
+
 class PoisonedInput(GWCeleryError):
     """Raised in place of the answer of an input whose replica died each time that it ran alone."""
 

@@ -12,13 +12,17 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from gw_celery import errors
 from gw_celery.devserver.polling import poll
 
 #: A unix socket's path ends at 107 bytes; kombu's URL takes these characters as they are.
 SOCKET_PATH = re.compile(rb"[A-Za-z0-9/._-]{1,104}")
-#: The server of an owner that was just killed may need this long to leave.
+#: An owner that is being stopped may need this long to let go.
 HANDOVER = 2.0
+#: The server of an owner that was killed leaves by itself; on a loaded machine it takes longer.
+ORPHAN = 20.0
 
 
 def make(data_dir: Path) -> None:
@@ -34,15 +38,28 @@ def make(data_dir: Path) -> None:
 def take(data_dir: Path) -> IO[str]:
     """Lock ``data_dir``. The server inherits the lock, so it holds until the server is gone."""
     lock = (data_dir / "server.lock").open("a+")
-    if not poll(lambda: _lock(lock), HANDOVER):
-        lock.seek(0)
+    if not (
+        poll(lambda: _lock(lock), HANDOVER)
+        or (not _owner_lives(lock) and poll(lambda: _lock(lock), ORPHAN))
+    ):
         with lock:
-            holder = lock.read() or "a server that is being started"
+            holder = _holder(lock)
         raise errors.ServerFailed(
             f"{holder} already uses {data_dir}: stop it first, or choose another data_dir"
         )
     note(lock, f"a server that process {os.getpid()} is starting")
     return lock
+
+
+def _holder(lock: IO[str]) -> str:
+    lock.seek(0)
+    return lock.read() or "a server that is being started"
+
+
+def _owner_lives(lock: IO[str]) -> bool:
+    """Whether the process lives that the lock's holder names; unknown owners do."""
+    owner = re.search(r"process (\d+)", _holder(lock))
+    return owner is None or psutil.pid_exists(int(owner[1]))
 
 
 def _lock(lock: IO[str]) -> bool:

@@ -9,9 +9,28 @@ from typing import Any
 from celery.app.task import Context
 from celery.worker.consumer import Consumer as CeleryConsumer
 
+from gw_celery import errors
 from gw_celery.worker import redis_transport
 
 logger = logging.getLogger(__name__)
+
+
+def _check_call(message: Any) -> None:
+    """Refuse entries that no task can be called with: in a child they look like a lost worker."""
+    try:
+        args, kwargs, embed = message.payload
+    except Exception:
+        # Celery's own handler says what is wrong with such a body, and tells apart its versions.
+        return
+    if isinstance(message.payload, list | tuple) and not (
+        isinstance(args, list | tuple)
+        and isinstance(kwargs, dict)
+        and isinstance(embed, dict | None)
+    ):
+        raise errors.UnreadableMessage(
+            f"the body is {message.payload!r:.200}: a call is [arguments, keyword arguments, options], a "
+            "list and two mappings; mend what sends it"
+        )
 
 
 class Consumer(CeleryConsumer):
@@ -32,6 +51,7 @@ class Consumer(CeleryConsumer):
 
         def guarded(message: Any) -> None:
             try:
+                _check_call(message)
                 handle(message)
             except (*self.connection_errors, MemoryError):
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -94,6 +93,8 @@ def test_a_message_in_a_content_that_is_not_accepted_is_rejected(
         pytest.param(lambda put: put(b"\xff\xfe{"), id="json"),
         pytest.param(lambda put: put(b"x", content_type="application/x-unheard-of"), id="content"),
         pytest.param(lambda put: put(b"[[1], {}, {}]", task="pooled.unheard"), id="task"),
+        pytest.param(lambda put: put(b"[1, 2, 3]"), id="entries"),
+        pytest.param(lambda put: put(b"[[1], [], null]"), id="keywords"),
         pytest.param(lambda put: put(b"[[1, 2, 3, 4], {}, {}]"), id="arguments"),
     ],
 )
@@ -103,6 +104,7 @@ def test_whoever_waits_for_a_message_that_cannot_run_gets_a_failure(
     result = pooled.celery.AsyncResult(send(publish))
     eventually(lambda: result.state == states.FAILURE)
     assert isinstance(result.result, Exception)
+    assert "WorkerLost" not in repr(result.result)
 
 
 def test_a_rejected_message_is_not_delivered_again(
@@ -113,4 +115,5 @@ def test_a_rejected_message_is_not_delivered_again(
     assert pooled.add.delay(1).get(timeout=20) == 2
     stats = pooling.ask(pooled_worker, "stats")
     assert stats["pid"] == pooled_worker.pid
-    assert json.dumps(pooling.ask(pooled_worker, "reserved")) == "[]"
+    # What just ended may be listed for the moment until its message is acknowledged.
+    eventually(lambda: pooling.ask(pooled_worker, "reserved") == [])

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from celery import Celery
 from kombu import Connection
 
 from gw_celery import devserver, errors
+from gw_celery.devserver import place
 from tests.processes import environment, eventually, is_alive
 
 pytestmark = pytest.mark.integration
@@ -153,6 +155,22 @@ def test_the_next_owner_waits_for_the_server_of_a_killed_one(tmp_path: Path) -> 
         assert server.pid != pid
         # It let go of the lock; the kernel may still be taking it down.
         eventually(lambda: not is_alive(pid))
+
+
+def test_the_next_owner_waits_longer_for_an_orphan_than_for_a_living_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "HANDOVER", 0.0)
+    with owner_process(tmp_path) as owner:
+        pid = int(owner.stdout.readline())
+        os.kill(pid, signal.SIGSTOP)
+        owner.kill()
+        owner.wait()
+    thaw = threading.Timer(0.3, os.kill, (pid, signal.SIGCONT))
+    thaw.start()
+    with devserver.running(tmp_path) as server:
+        assert server.pid != pid
+    thaw.join()
 
 
 def test_a_killed_server_leaves_no_process_behind(tmp_path: Path) -> None:
