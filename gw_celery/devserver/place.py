@@ -12,8 +12,6 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-import psutil
-
 from gw_celery import errors
 from gw_celery.devserver.polling import poll
 
@@ -37,7 +35,7 @@ def make(data_dir: Path) -> None:
 
 def take(data_dir: Path) -> IO[str]:
     """Lock ``data_dir``. The server inherits the lock, so it holds until the server is gone."""
-    lock = (data_dir / "server.lock").open("a+")
+    lock = _open(data_dir / "server.lock")
     if not (
         poll(lambda: _lock(lock), HANDOVER)
         or (not _owner_lives(lock) and poll(lambda: _lock(lock), ORPHAN))
@@ -51,6 +49,13 @@ def take(data_dir: Path) -> IO[str]:
     return lock
 
 
+def _open(path: Path) -> IO[str]:
+    with path.open("a+") as opened:
+        # The watcher is a shell script, and its own redirections take the numbers below 10: were
+        # the lock one of them, the server would not inherit it.
+        return os.fdopen(fcntl.fcntl(opened, fcntl.F_DUPFD_CLOEXEC, 10), "a+")
+
+
 def _holder(lock: IO[str]) -> str:
     lock.seek(0)
     return lock.read() or "a server that is being started"
@@ -59,7 +64,15 @@ def _holder(lock: IO[str]) -> str:
 def _owner_lives(lock: IO[str]) -> bool:
     """Whether the process lives that the lock's holder names; unknown owners do."""
     owner = re.search(r"process (\d+)", _holder(lock))
-    return owner is None or psutil.pid_exists(int(owner[1]))
+    if owner is None:
+        return True
+    try:
+        os.kill(int(owner[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _lock(lock: IO[str]) -> bool:

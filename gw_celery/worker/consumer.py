@@ -28,8 +28,8 @@ def _check_call(message: Any) -> None:
         and isinstance(embed, dict | None)
     ):
         raise errors.UnreadableMessage(
-            f"the body is {message.payload!r:.200}: a call is [arguments, keyword arguments, options], a "
-            "list and two mappings; mend what sends it"
+            f"the body is {message.payload!r:.200}: a call is [arguments, keyword arguments, "
+            "options], a list and two mappings; mend what sends it"
         )
 
 
