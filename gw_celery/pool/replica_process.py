@@ -22,7 +22,17 @@ from celery.worker import state as worker_state
 from gw_celery import conf, errors
 from gw_celery.declare import registry
 from gw_celery.pool import wire
-from gw_celery.runtime import backends, connections, hygiene, loop, offload, process, tracing
+from gw_celery.runtime import (
+    backends,
+    batcher,
+    connections,
+    exits,
+    hygiene,
+    loop,
+    offload,
+    process,
+    tracing,
+)
 from gw_celery.worker import fatal, hooks, preset
 
 logger = logging.getLogger(__name__)
@@ -98,7 +108,11 @@ class Child(asyncio.Protocol):
         self._transport: Any = None
         self._outbox: list[tuple[Any, ...]] = []
         self._leaving = asyncio.Event()
-        self._orders: dict[int, Callable[..., None]] = {wire.Order.LEAVE: self._leaving.set}
+        self._batchers = batcher.Batchers(exits.Contained, loaded.around)
+        self._orders: dict[int, Callable[..., None]] = {
+            wire.Order.LEAVE: self._leaving.set,
+            wire.Order.DRAIN: self._batchers.drain,
+        }
         self._beat_at = 0.0
 
     # -- protocol --
@@ -169,6 +183,7 @@ class Child(asyncio.Protocol):
             self._loaded.settings,
             enforces_limits=False,
             host=loop.MainLoop(asyncio.get_running_loop()),
+            batchers=self._batchers,
         )
         runtime.start()
         process.adopt(runtime)
@@ -176,6 +191,7 @@ class Child(asyncio.Protocol):
         inputs = tracing.Inputs(self._loaded.app, self.report, threads, self._loaded.around)
         self._orders |= {
             wire.Order.RUN: inputs.run,
+            wire.Order.RUN_ALONE: inputs.run_alone,
             wire.Order.SOFT: inputs.limit,
             wire.Order.STOP: inputs.stop,
         }

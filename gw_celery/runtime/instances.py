@@ -8,11 +8,12 @@ parameters are given to the call by a view, a second object over the same state.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gw_celery.declare import parameters, services
@@ -78,6 +79,16 @@ class Instances:
     def give_back(self, loaded: Loaded) -> None:
         with self._lock:
             loaded.in_use -= 1
+
+    @contextlib.contextmanager
+    def using(self, loaded: Loaded) -> Iterator[None]:
+        """Count one more use of an instance that is in use already."""
+        with self._lock:
+            loaded.in_use += 1
+        try:
+            yield
+        finally:
+            self.give_back(loaded)
 
     async def load(self, values: ParameterValues) -> Loaded:
         """Return a suitable instance, entering a new one when there is none; on the loop.

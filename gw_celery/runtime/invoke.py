@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from celery.exceptions import SoftTimeLimitExceeded
 
-from gw_celery import errors
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import bridge, exits, instances, process
+from gw_celery.runtime import answers, batcher, bridge, exits, instances, process
+from gw_celery.runtime import running as current
 from gw_celery.types import ParameterValues
 
 
@@ -79,7 +79,7 @@ running = Running()
 
 def run(runtime: process.Process, one: Input) -> Any:
     """Run ``one`` to its end and return its answer, from Celery's tracer."""
-    if one.method.is_async:
+    if one.method.is_async or (one.method.batched and runtime.batchers):
         if runtime.is_on_loop():
             return bridge.drive(run_async(runtime, one))
         return running.run(runtime, one)
@@ -88,18 +88,28 @@ def run(runtime: process.Process, one: Input) -> Any:
 
 async def run_async(runtime: process.Process, one: Input) -> Any:
     """Run ``one`` on the loop, where an asynchronous caller can await it."""
-    token = process.held.set(process.held.get() | {one.service.key})
+    token = current.held.set(current.held.get() | {one.service.key})
+    batch = current.batch.set(None)
     try:
         if not one.service.is_class:
-            return await _answer(runtime, one, one.method.function)
+            return await _answer(
+                runtime, one, batcher.Work(fn=one.method.function, service=one.service.key)
+            )
         values, owner = _values(one), runtime.instances_of(one.service)
         loaded = owner.take(values) or await owner.load(values)
         try:
-            return await _answer(runtime, one, _bound(one, owner, loaded, values))
+            work = batcher.Work(
+                fn=_bound(one, owner, loaded, values),
+                service=one.service.key,
+                key=(id(loaded), parameters.canonical(values)),
+                using=lambda: owner.using(loaded),
+            )
+            return await _answer(runtime, one, work)
         finally:
             owner.give_back(loaded)
     finally:
-        process.held.reset(token)
+        current.batch.reset(batch)
+        current.held.reset(token)
 
 
 def _run_sync(runtime: process.Process, one: Input) -> Any:
@@ -109,21 +119,23 @@ def _run_sync(runtime: process.Process, one: Input) -> Any:
         bound = _bound(one, owner, loaded, values)
         if one.method.batched is None:
             return _contained(runtime, bound, *one.args, **one.kwargs)
-        listed = _singletons(one, one.args, one.kwargs)
-        return _single(one, _contained(runtime, bound, **listed))
+        args, kwargs = _singletons(one)
+        return _single(one, _contained(runtime, bound, *args, **kwargs))
     finally:
         owner.give_back(loaded)
 
 
-async def _answer(runtime: process.Process, one: Input, fn: Callable[..., Any]) -> Any:
+async def _answer(runtime: process.Process, one: Input, work: batcher.Work) -> Any:
     args, kwargs = one.args, one.kwargs
     if one.method.batched is not None:
-        args, kwargs = (), _singletons(one, args, kwargs)
+        if runtime.batchers is not None:
+            return await runtime.batchers.of(one.method).submit(work, args, kwargs)
+        args, kwargs = _singletons(one)
     if one.method.is_async:
         with exits.Contained(runtime.is_ending):
-            answer = await fn(*args, **kwargs)
+            answer = await work.fn(*args, **kwargs)
     else:  # it must not stop the loop that it shares with the body that awaits it
-        answer = await asyncio.to_thread(_contained, runtime, fn, *args, **kwargs)
+        answer = await asyncio.to_thread(_contained, runtime, work.fn, *args, **kwargs)
     return answer if one.method.batched is None else _single(one, answer)
 
 
@@ -145,27 +157,17 @@ def _bound(
     return bound
 
 
-def _singletons(one: Input, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Any]]:
+def _singletons(one: Input) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batched body takes lists: without a batcher, lists of one."""
-    bound = one.method.signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return {name: [value] for name, value in bound.arguments.items()}
+    return answers.listed(one.method, [answers.bind(one.method, one.args, one.kwargs)])
 
 
 def _single(one: Input, answer: Any) -> Any:
     """Return the only entry of a batched body's answer, raising it when it is an exception."""
-    is_listed = not isinstance(answer, str | bytes | dict) and (
-        isinstance(answer, Sequence) or hasattr(answer, "__array__")
-    )
-    if not is_listed or len(answer) != 1:
-        size = len(answer) if hasattr(answer, "__len__") else "no"
-        raise errors.UsageError(
-            f"{one.method.task_name} got 1 input and answered with a {type(answer).__name__} of "
-            f"{size} entries; a batched function returns a list with one entry for each input"
-        )
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
+    (entry,) = answers.entries(one.method, 1, answer)
+    if isinstance(entry, Exception):
+        raise entry
+    return entry
 
 
 class _Limits:
