@@ -108,7 +108,7 @@ class Child(asyncio.Protocol):
         self._transport: Any = None
         self._outbox: list[tuple[Any, ...]] = []
         self._leaving = asyncio.Event()
-        self._batchers = batcher.Batchers(exits.Contained, loaded.around)
+        self._batchers = batcher.Batchers(exits.Contained, loaded.around, self._flush)
         self._orders: dict[int, Callable[..., None]] = {
             wire.Order.LEAVE: self._leaving.set,
             wire.Order.DRAIN: self._batchers.drain,

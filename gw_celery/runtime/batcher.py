@@ -73,6 +73,7 @@ class Batcher:
         contained: what surrounds the body, so that no exit gets out of it.
         around: calls what it is given, with whatever must surround work in a thread.
         context: of the calls; it belongs to no input.
+        tell: sends what the inputs reported as they began, before the body can do any harm.
     """
 
     def __init__(
@@ -81,11 +82,13 @@ class Batcher:
         contained: Callable[[], AbstractContextManager[Any]],
         around: Callable[..., Any],
         context: contextvars.Context,
+        tell: Callable[[], None],
     ) -> None:
         declared = _declared(method)
         self._method = method
         self._contained = contained
         self._context = context
+        self._tell = tell
         self._declared = declared
         self._bounds = buffer.Bounds(
             size=declared.max_batch_size,
@@ -227,8 +230,9 @@ class Batcher:
         try:
             with members[0].work.using():
                 while parts:
-                    part = [one for one in parts.pop(0) if one.begin()]
-                    parts = await self._answered(part, flush) + parts
+                    first, *rest = _cut(parts[0], self._bounds.size)
+                    part = [one for one in first if one.begin()]
+                    parts = await self._answered(part, flush) + rest + parts[1:]
         except Exception as exc:  # ours: nobody may wait for ever because of it
             logger.exception("a batch of %s broke off", self._method.task_name)
             for one in members:
@@ -258,6 +262,7 @@ class Batcher:
         running.batch.set(running.Batch(size=len(part), flush=flush.value, waited=waited))
         fn = part[0].work.fn
         args, kwargs = answers.listed(self._method, [one.arguments for one in part])
+        self._tell()
         if self._method.is_async:
             return await bridge.step(lambda: bridge.drive(self._body(fn, args, kwargs)), _NOBODY)
         return await self._threads.run(self._sync_body, fn, args, kwargs)
@@ -288,8 +293,7 @@ class Batcher:
             len(part),
             exc,
         )
-        size = self._bounds.size if is_memory else (len(part) + 1) // 2
-        return [part[start : start + size] for start in range(0, len(part), size)]
+        return _cut(part, self._bounds.size if is_memory else (len(part) + 1) // 2)
 
     def _take_less(self, size: int, exc: Exception) -> None:
         if size == 1:
@@ -312,9 +316,11 @@ class Batchers:
         self,
         contained: Callable[[], exits.Contained],
         around: Callable[..., Any] = lambda fn, *args, **kwargs: fn(*args, **kwargs),
+        tell: Callable[[], None] = lambda: None,
     ) -> None:
         self._contained = contained
         self._around = around
+        self._tell = tell
         self._context = contextvars.copy_context()
         self._batchers: dict[str, Batcher] = {}
         self._is_draining = False
@@ -322,7 +328,9 @@ class Batchers:
     def of(self, method: services.Method) -> Batcher:
         name = method.task_name
         if name not in self._batchers:
-            self._batchers[name] = Batcher(method, self._contained, self._around, self._context)
+            self._batchers[name] = Batcher(
+                method, self._contained, self._around, self._context, self._tell
+            )
             if self._is_draining:
                 self._batchers[name].drain()
         return self._batchers[name]
@@ -342,6 +350,10 @@ class _Nobody:
 
 
 _NOBODY = _Nobody()
+
+
+def _cut(members: list[_Member], size: int) -> list[list[_Member]]:
+    return [members[start : start + size] for start in range(0, len(members), size)]
 
 
 def _declared(method: services.Method) -> markers.Batched:

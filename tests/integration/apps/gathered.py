@@ -72,9 +72,7 @@ class Model:
     async def plain(self, name: str) -> str:
         """One input at a time, and a batched method of the same service awaited from it."""
         ledger.write("began", name)
-        (first, second) = await asyncio.gather(
-            Model().rest(f"{name}-a"), Model().rest(f"{name}-b")
-        )
+        (first, second) = await asyncio.gather(Model().rest(f"{name}-a"), Model().rest(f"{name}-b"))
         return f"{first} {second}"
 
 
@@ -85,7 +83,10 @@ class Patient:
     @gw.method()
     @gw.batched(max_batch_size=8, wait_ms=600_000)
     async def gather(self, names: list[str]) -> list[str]:
+        """Answer; a batch with a ``slow`` in it rests first."""
         _called("gather", names)
+        if len(names) > 1 and "slow" in names:
+            await asyncio.sleep(60)
         return _answered(names)
 
 

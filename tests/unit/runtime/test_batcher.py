@@ -258,7 +258,7 @@ def test_a_call_that_runs_out_of_memory_is_halved_and_the_method_takes_less_from
             assert answers == [x * 10 for x in range(16)]
 
     gathering(test, calls, max_batch_size=16, on_error="fail")
-    assert [len(xs) for xs in calls.seen] == [16, 8, 4, 4, 8, 4, 4, 4, 4, 4, 4]
+    assert [len(xs) for xs in calls.seen] == [16, 8, *[4] * 8]
     assert "takes 4 at most" in caplog.text
 
 
@@ -459,6 +459,26 @@ def test_a_drain_lets_what_is_here_run_at_once() -> None:
 
     gathering(test, calls, max_batch_size=8, wait_ms=600_000)
     assert [one.flush for one in calls.batches if one] == ["drain", "drain"]
+
+
+def test_what_began_is_told_before_the_body_can_end_the_process() -> None:
+    told: list[str] = []
+
+    async def body(xs: list[int], scale: list[int]) -> list[int]:
+        told.append("body")
+        return xs
+
+    app = gw.App("unit")
+    app.remote(gw.batched(max_batch_size=2)(_named(body)))
+    (service,) = app.registry.services.values()
+
+    async def main() -> None:
+        batchers = batcher.Batchers(exits.Contained, tell=lambda: told.append("told"))
+        (method,) = service.methods.values()
+        await batchers.of(method).submit(batcher.Work(fn=body, service="unit"), (1,), {})
+
+    asyncio.run(main())
+    assert told == ["told", "body"]
 
 
 # -- where the body runs --
