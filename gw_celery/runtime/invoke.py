@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import answers, batcher, bridge, exits, instances, process
+from gw_celery.runtime import answers, batcher, bridge, exits, instances, process, uses
 from gw_celery.runtime import running as current
 from gw_celery.types import ParameterValues
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,9 @@ class Running:
     def __init__(self) -> None:
         self._calls: dict[str, bridge.Call[Any]] = {}
 
-    def run(self, runtime: process.Process, one: Input) -> Any:
-        """Run an asynchronous input for a thread that waits, within its limits."""
-        call = runtime.call(run_async(runtime, one))
+    def run(self, runtime: process.Process, one: Input, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work`` of an input on the loop, for a thread that waits, within its limits."""
+        call = runtime.call(work)
         self._calls[one.task_id] = call
         has_limit = runtime.enforces_limits and (one.soft_limit or one.hard_limit)
         limits = _Limits(runtime.loop, call, one) if has_limit else None
@@ -62,9 +64,10 @@ class Running:
         if exc is None:
             return self.revoke(task_id)
         call = self._calls.get(task_id)
-        if call is not None:
-            call.interrupt(exc)
-        return call is not None
+        if call is None or call.is_over:
+            return False
+        call.interrupt(exc)
+        return True
 
     def revoke(self, task_id: str) -> bool:
         """Stop a running input; whether there was one."""
@@ -82,7 +85,7 @@ def run(runtime: process.Process, one: Input) -> Any:
     if one.method.is_async or (one.method.batched and runtime.batchers):
         if runtime.is_on_loop():
             return bridge.drive(run_async(runtime, one))
-        return running.run(runtime, one)
+        return running.run(runtime, one, run_async(runtime, one))
     return _run_sync(runtime, one)
 
 
@@ -96,12 +99,12 @@ async def run_async(runtime: process.Process, one: Input) -> Any:
                 runtime, one, batcher.Work(fn=one.method.function, service=one.service.key)
             )
         values, owner = _values(one), runtime.instances_of(one.service)
-        loaded = owner.take(values) or await owner.load(values)
+        loaded = owner.take(values) or await _loaded(owner, values)
         try:
             work = batcher.Work(
                 fn=_bound(one, owner, loaded, values),
                 service=one.service.key,
-                key=(id(loaded), parameters.canonical(values)),
+                key=loaded.batch_key(values),
                 using=lambda: owner.using(loaded),
             )
             return await _answer(runtime, one, work)
@@ -112,17 +115,36 @@ async def run_async(runtime: process.Process, one: Input) -> Any:
         current.held.reset(token)
 
 
+async def _loaded(owner: instances.Instances, values: ParameterValues) -> instances.Loaded:
+    joining = current.joining.get()
+    if joining is not None:
+        # Before its batch: its limits bound the wait, and a load that kills the process is its doing.
+        joining.begin()
+    return await owner.load(values)
+
+
 def _run_sync(runtime: process.Process, one: Input) -> Any:
-    values, owner = _values(one), runtime.instances_of(one.service)
-    loaded = owner.take(values) or runtime.wait(owner.load(values))
+    use = uses.Use(runtime.instances_of(one.service), _values(one))
     try:
-        bound = _bound(one, owner, loaded, values)
+        if not use.take():
+            _wait_within_limits(runtime, one, use.load())
+        bound: Callable[..., Any] = getattr(use.view(), one.method.name)
         if one.method.batched is None:
             return _contained(runtime, bound, *one.args, **one.kwargs)
         args, kwargs = _singletons(one)
         return _single(one, _contained(runtime, bound, *args, **kwargs))
     finally:
-        owner.give_back(loaded)
+        use.end()
+
+
+def _wait_within_limits(
+    runtime: process.Process, one: Input, work: Coroutine[Any, Any, None]
+) -> None:
+    """Wait for the loop as part of the input: what stops the input ends the wait."""
+    if runtime.is_on_loop():
+        bridge.drive(work)
+    else:
+        running.run(runtime, one, work)
 
 
 async def _answer(runtime: process.Process, one: Input, work: batcher.Work) -> Any:

@@ -134,12 +134,6 @@ class Process:
         followed = context.run(identity.follow)
         return bridge.Call(self.loop, coroutine, context, at_end=followed.end)
 
-    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run ``coroutine`` on the loop and wait for it, from the loop's greenlets or elsewhere."""
-        if self.is_on_loop():
-            return bridge.drive(coroutine)
-        return self.call(coroutine).run(self.settings.cancel_timeout)
-
     async def grow(
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
     ) -> None:
@@ -189,7 +183,7 @@ class Process:
         self._instances.update(made)
 
     def _instances_for(self, service: services.Service) -> instances.Instances:
-        return instances.Instances(service, self.settings.max_instances, self.settings.exit_timeout)
+        return instances.Instances(service, self.settings)
 
     async def leave(self) -> None:
         """Leave everything, in parallel, and cancel what is still entering."""
