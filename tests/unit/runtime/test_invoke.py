@@ -355,25 +355,26 @@ class Loading:
     def __init__(self, app: gw.App) -> None:
         self.began = threading.Event()
         self.goes_on = threading.Event()
+        loading = self
 
         @app.cls
         class Model:
             name: str = gw.parameter(default="small")
 
             @gw.on_enter()
-            def load(model):
-                model.loaded = model.name
-                if model.loaded == "large":
-                    self.began.set()
-                    self.goes_on.wait(LONG)
+            def load(self):
+                self.loaded = self.name
+                if self.loaded == "large":
+                    loading.began.set()
+                    loading.goes_on.wait(LONG)
 
             @gw.method()
-            def predict(model):
-                return model.loaded
+            def predict(self):
+                return self.loaded
 
             @gw.method()
-            async def predict_async(model):
-                return model.loaded
+            async def predict_async(self):
+                return self.loaded
 
     def end(self, app: gw.App) -> Any:
         """Let the load go on; returns the instance that it made, once it is there."""
