@@ -35,7 +35,7 @@ def unit(service: services.Service, view_class: type, values: ParameterValues) -
         return made
 
     async def leave() -> None:
-        instance = entered.pop()  # not kept: it may be gigabytes
+        (instance,) = entered
         object.__setattr__(instance, parameters.READS, None)
         await _run_exit_hooks(instance, service.exit_hooks)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import gw_celery as gw
+from gw_celery.runtime import uses
 from tests.unit.runtime.owners import Model, Owner
 
 
@@ -246,7 +247,10 @@ def test_what_a_body_does_to_a_list_is_its_own() -> None:
         owner = await Owner(Listed).start()
         for _ in range(2):
             assert await owner.call() == ["a", "more"]
-            assert await owner.call(labels=["b", "c"]) == ["b", "c", "more"]
+            call = uses.Use(owner.instances, owner.values(labels=["b", "c"]))
+            await call.load()
+            assert call.view().predict() == ["b", "c", "more"]
+            call.end()
         await owner.stop()
 
     Listed.left = []

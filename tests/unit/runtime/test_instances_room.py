@@ -110,6 +110,27 @@ def test_what_nobody_waits_for_any_more_drains_nothing() -> None:
     assert Model.loads == ["small", "a", "b"]
 
 
+@pytest.mark.parametrize("turns", range(8))
+def test_who_comes_while_the_others_give_up_has_a_load_of_their_own(turns: int) -> None:
+    async def main() -> None:
+        of = await shelf()
+        a, _ = await of.taking("a"), await of.taking("b")
+        c = of.taking("c")
+        await everything_else()
+        c.cancel()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        again = of.taking("c")
+        await everything_else()
+
+        await of.back(a)
+        assert (await again).instance.name == "c"
+        await of.owner.stop()
+
+    asyncio.run(main())
+    assert Model.loads == ["small", "a", "b", "c"]
+
+
 def test_calls_of_many_models_in_any_order_load_each_once_and_three_are_alive() -> None:
     names = [f"model {number}" for number in range(10)] * 10
     random.Random(7).shuffle(names)

@@ -418,3 +418,15 @@ def test_a_revoked_input_does_not_wait_for_its_load(app, run, method: str) -> No
     owner = loading.end(app)
     assert run(method, given=LARGE) == "large"
     assert [one.in_use for one in owner._loaded] == [0, 0]
+
+
+def test_what_comes_after_the_end_of_a_load_is_for_the_body(app, run) -> None:
+    async def nothing() -> None: ...
+
+    call = process.current().call(nothing())
+    assert not call.is_over
+    call.run(LONG)
+    assert call.is_over
+    invoke.running._calls["42"] = call
+    assert not invoke.running.interrupt("42", SoftTimeLimitExceeded())
+    del invoke.running._calls["42"]
