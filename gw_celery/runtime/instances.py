@@ -13,6 +13,8 @@ import contextvars
 import dataclasses
 import functools
 import itertools
+import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +23,8 @@ from gw_celery import conf, errors
 from gw_celery.declare import parameters, services
 from gw_celery.runtime import lifecycle, making, views
 from gw_celery.types import ParameterValues
+
+logger = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
 
@@ -188,6 +192,7 @@ class Instances:
         )
         with self._lock:
             self._loaded.append(loaded)
+        logger.info("pid %d has loaded %s with %.200s", os.getpid(), self._service.key, text)
 
     # -- making room --
 
@@ -204,10 +209,14 @@ class Instances:
                 if idle is None:
                     await freed.wait()
                     continue
-                await idle.life.leave()
-                with self._lock:
-                    self._loaded.remove(idle)
+                await self._evict(idle)
         return True
+
+    async def _evict(self, idle: Loaded) -> None:
+        logger.info("pid %d leaves %s with %.200s", os.getpid(), self._service.key, idle.text)
+        await idle.life.leave()
+        with self._lock:
+            self._loaded.remove(idle)
 
     @contextlib.contextmanager
     def _telling(self, tell: Callable[[], object]) -> Iterator[None]:

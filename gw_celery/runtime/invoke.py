@@ -118,7 +118,7 @@ async def run_async(runtime: process.Process, one: Input) -> Any:
 async def _loaded(owner: instances.Instances, values: ParameterValues) -> instances.Loaded:
     joining = current.joining.get()
     if joining is not None:
-        # Before its batch: its limits bound the wait, and a load that kills the process is its doing.
+        # Before it joins a batch: limits bound the wait, and a load can kill the process.
         joining.begin()
     return await owner.load(values)
 

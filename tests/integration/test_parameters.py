@@ -18,7 +18,7 @@ from tests.processes import StartWorker, WorkerProcess, eventually
 pytestmark = pytest.mark.integration
 
 POOLS = ["gpu", "prefork"]
-METHODS = ["classify", "classify_async"]
+METHODS = ["classify", "classify_async", "classify_batched"]
 MODELS = [f"m{number}" for number in range(10)]
 StartTuned = Callable[..., WorkerProcess]
 
@@ -58,7 +58,7 @@ def test_100_calls_with_thresholds_from_01_to_09_load_once(
     sent = []
     for number in range(100):
         threshold = (number % 9 + 1) / 10
-        method = getattr(tuned.Classifier(threshold=threshold), METHODS[number % 2])
+        method = getattr(tuned.Classifier(threshold=threshold), METHODS[number % 3])
         sent.append((threshold, method.delay(0.45)))
     assert [one.get(timeout=40) for _, one in sent] == [("m0", each < 0.45) for each, _ in sent]
     assert loads(ledger_path) == ["m0"]
@@ -87,7 +87,7 @@ def test_100_calls_at_a_time_load_each_of_10_models_once_with_3_alive_at_most(
     models = MODELS[1:] * 11
     random.Random(7).shuffle(models)
     sent = [
-        (model, getattr(tuned.Classifier(model=model), METHODS[number % 2]).delay(0.7))
+        (model, getattr(tuned.Classifier(model=model), METHODS[number % 3]).delay(0.7))
         for number, model in enumerate(models)
     ]
     # All of them wait, for one load and for their turn behind it.

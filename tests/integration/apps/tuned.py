@@ -52,6 +52,12 @@ class Classifier:
         await asyncio.sleep(0.005)
         return self.loaded, score > self.threshold
 
+    @gw.method()
+    @gw.batched(max_batch_size=16, wait_ms=20)
+    async def classify_batched(self, scores: list[float]) -> list[tuple[str, bool]]:
+        await asyncio.sleep(0.005)
+        return [(self.loaded, score > self.threshold) for score in scores]
+
 
 def _may_go_on() -> bool:
     return "HELD" not in os.environ or Path(os.environ["HELD"]).exists()

@@ -191,6 +191,19 @@ def test_an_evicted_instance_has_left_before_the_next_one_enters() -> None:
     assert swapped("slowly") == ["enter small", "enter a", "exit a", "enter b"]
 
 
+def test_the_log_tells_what_is_loaded_and_what_goes(caplog) -> None:
+    caplog.set_level("INFO", "gw_celery.runtime.instances")
+    swapped("slowly")
+    said = [record.getMessage().split(" ", 2)[2] for record in caplog.records]
+    key = f"{Tidy.__module__}.Tidy"
+    assert said == [
+        f'has loaded {key} with {{"name":"small"}}',
+        f'has loaded {key} with {{"name":"a"}}',
+        f'leaves {key} with {{"name":"a"}}',
+        f'has loaded {key} with {{"name":"b"}}',
+    ]
+
+
 def test_an_exit_hook_that_fails_harms_nobody(caplog) -> None:
     assert swapped("failing") == ["enter small", "enter a", "enter b"]
     assert "Tidy.unload failed" in caplog.text
