@@ -98,7 +98,12 @@ class Consumer(CeleryConsumer):
             logger.exception("the failure of task %s could not be stored", headers["id"])
 
     def cancel_active_requests(self) -> None:
-        """At a cold shutdown: what has ended by now, or passed its limit, is no longer active."""
+        """At a cold shutdown: what has ended by now, or passed its limit, is no longer active.
+
+        Nothing takes the slots that are free by then: it would be cut off as it starts.
+        """
+        if hasattr(self.pool, "poll"):
+            self.pool.flush()
         self._poll_pool()
         super().cancel_active_requests()
 

@@ -19,9 +19,14 @@ class Pool:
         self.gate: gate.Gate | None = None
         self.ready = {"embed": 0, "": 0}
         self.polls = 0
+        self.asked: list[str] = []
 
     def poll(self) -> None:
         self.polls += 1
+        self.asked.append("poll")
+
+    def flush(self) -> None:
+        self.asked.append("flush")
 
     def ready_by_service(self) -> dict[str, int]:
         return self.ready
@@ -85,6 +90,13 @@ def test_what_ended_without_a_broker_is_heard_before_the_next_one_is_read(
     with made.connection_for_read() as connection:
         assert connection.connected
         assert pool.polls == 1
+
+
+def test_a_cold_shutdown_starts_nothing_in_the_slots_that_are_free_by_then(
+    made: consumer.Consumer, pool: Pool
+) -> None:
+    made.cancel_active_requests()
+    assert pool.asked == ["flush", "poll"]
 
 
 def message(channel: Channel, **headers: Any) -> Message:
