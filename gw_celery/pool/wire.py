@@ -54,6 +54,8 @@ class Report(enum.StrEnum):
     GONE = "gone"
     #: (lag in seconds, resident bytes).
     BEAT = "beat"
+    #: (reason): the result backend is away since now; "" when it answers again.
+    OUTAGE = "outage"
 
 
 class Outcome(enum.StrEnum):
@@ -84,6 +86,7 @@ _SHAPES: dict[str, tuple[type, ...]] = {
     Report.ERROR: (int, str, str, str, str, str, bool),
     Report.GONE: (int,),
     Report.BEAT: (float, int),
+    Report.OUTAGE: (str,),
 }
 
 

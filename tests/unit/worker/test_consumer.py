@@ -29,6 +29,9 @@ class Pool:
     def backlog(self, service: str) -> int:
         return 0
 
+    def outage(self) -> str:
+        return ""
+
 
 class Channel:
     """A channel that notes what is rejected and acknowledged."""
