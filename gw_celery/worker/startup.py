@@ -13,7 +13,17 @@ from celery import concurrency
 from gw_celery import conf, errors
 from gw_celery.calling import names
 from gw_celery.declare import gpu, registry, services
-from gw_celery.worker import bootsteps, commands, control, forks, gate, notices, preset, serving
+from gw_celery.worker import (
+    bootsteps,
+    commands,
+    compression,
+    control,
+    forks,
+    gate,
+    notices,
+    preset,
+    serving,
+)
 from gw_celery.worker.pipes import Pipes
 
 _POOLS = {
@@ -60,6 +70,8 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
         preset.require_content(worker.app)
         preset.tune_worker(worker, settings)
         control.guard(plan)
+    if served or pool == serving.GPU_POOL:
+        compression.bound(settings.max_payload_bytes)
     if pool == serving.GPU_POOL:
         _prepare_gpu_pool(worker, plan)
     elif served or notices.strays(plan):
