@@ -23,6 +23,8 @@ from gw_celery import devserver
 from tests.processes import StartWorker, WorkerProcess, eventually, workers
 
 QUEUES = "cpu,celery"
+#: An event that a listener sends to itself.
+_HEARD = "test-heard"
 
 #: ``start`` with its worker and its ledger given: the fixture ``start_pooled``.
 StartPooled = Callable[..., WorkerProcess]
@@ -189,10 +191,19 @@ def _listen(
     app: Any, kind: str, seen: list[str], listens: threading.Event, is_over: threading.Event
 ) -> None:
     with app.connection_for_read() as connection:
-        handlers = {kind: lambda event: seen.append(event["uuid"])}
+        handlers = {
+            kind: lambda event: seen.append(event["uuid"]),
+            _HEARD: lambda event: listens.set(),
+        }
         receiver = app.events.Receiver(connection, handlers=handlers)
-        with receiver.consumer_context() as (established, _, _):
-            listens.set()
+        with (
+            receiver.consumer_context() as (established, _, _),
+            app.connection_for_write() as writing,
+            app.events.Dispatcher(writing, enabled=True) as tell,
+        ):
             while not is_over.is_set():
+                # On Redis it is a while before what is sent reaches a listener.
+                if not listens.is_set():
+                    tell.send(_HEARD)
                 with contextlib.suppress(TimeoutError):
                     established.drain_events(timeout=0.1)

@@ -53,6 +53,18 @@ class Loaded:
     settings: conf.Settings
     #: Calls what it is given, with whatever must surround work in a thread.
     around: Callable[..., Any]
+    outages: Outages
+
+
+class Outages:
+    """Passes on that the result backend is away, or back, once there is a child to tell it."""
+
+    def __init__(self) -> None:
+        self.listener: Callable[[str], None] | None = None
+
+    def __call__(self, reason: str) -> None:
+        if self.listener is not None:
+            self.listener(reason)
 
 
 def run(channel: socket.socket, setup: dict[str, Any]) -> int:
@@ -82,14 +94,15 @@ def load(setup: dict[str, Any]) -> Loaded:
     around = hygiene.around(app)
     app.loader.init_worker()  # sets up Django
     app.loader.init_worker_process()
-    backends.install(app, around, settings.store_timeout)
+    outages = Outages()
+    backends.install(app, around, settings.store_timeout, outages)
     _set_up_logging(app, hostname)
     platforms.set_mp_process_title("gw_celery", hostname=hostname)
     trace.setup_worker_optimizations(app, hostname)
     app.amqp = offload.publishing(type(app.amqp), around)(app=app)
     tracing.prepare(app, hostname)
     worker_state.reset_state()
-    return Loaded(app=app, settings=settings, around=around)
+    return Loaded(app=app, settings=settings, around=around, outages=outages)
 
 
 async def _serve(channel: socket.socket, loaded: Loaded, setup: dict[str, Any]) -> int:
@@ -103,6 +116,7 @@ class Child(asyncio.Protocol):
 
     def __init__(self, loaded: Loaded, setup: dict[str, Any]) -> None:
         self._loaded = loaded
+        loaded.outages.listener = lambda reason: self.report((wire.Report.OUTAGE, reason))
         self._setup = setup
         self._unpacker = wire.Unpacker(wire.MAX_PARENT_FRAME_BYTES)
         self._transport: Any = None

@@ -189,6 +189,10 @@ class Supervisor:
         ready = sum(one.life.is_ready for one in self._children)
         return {service: slots * ready for service, slots in self._setup.slots.items()}
 
+    def outage(self) -> str:
+        """Why a live child cannot store results; ``""`` while all can, as far as they know."""
+        return next((one.outage for one in self._children if one.outage), "")
+
     def waiting(self) -> int:
         """Inputs that wait here because no slot is free."""
         return len(self._inputs.waiting)
@@ -235,6 +239,9 @@ class Supervisor:
             self._became_ready(child, now)
         elif kind == wire.Report.FAILED:
             child.reason = report[1]
+        elif kind == wire.Report.OUTAGE:
+            child.outage = report[1]
+            self._on_capacity()
         else:
             self._inputs.handle(child, report, now)
             if kind == wire.Report.ERROR and report[3] == "builtins.MemoryError":
@@ -264,7 +271,7 @@ class Supervisor:
 
     def _dispatch(self) -> None:
         before = self._waiting
-        if self._inputs.waiting:
+        if self._inputs.waiting and not self.outage():
             ready = [one for one in self._children if one.life.is_ready]
             self._watch(self._inputs.dispatch(ready))
         self._waiting = len(self._inputs.waiting)

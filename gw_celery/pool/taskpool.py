@@ -208,6 +208,10 @@ class TaskPool(BasePool):
         """Inputs of a service that this worker has taken and that wait for a slot."""
         return self.supervisor.backlog(service)
 
+    def outage(self) -> str:
+        """Why results cannot be stored now, so that nothing is consumed; ``""`` while they can."""
+        return self.supervisor.outage()
+
     def waiting(self) -> int:
         """Inputs that this worker has taken and that wait for a slot."""
         return self.supervisor.waiting()
@@ -227,6 +231,7 @@ class TaskPool(BasePool):
             "timeouts": (options.get("soft_timeout") or 0, options.get("timeout") or 0),
             "writes": "N/A",
             "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
+            "gw_outage": self.outage(),
         }
 
     # -- driving --

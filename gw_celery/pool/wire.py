@@ -60,6 +60,8 @@ class Report(enum.StrEnum):
     GONE = "gone"
     #: (lag in seconds, resident bytes).
     BEAT = "beat"
+    #: (reason): the result backend is away since now; "" when it answers again.
+    OUTAGE = "outage"
 
 
 class Outcome(enum.StrEnum):
@@ -91,6 +93,7 @@ _SHAPES: dict[str, tuple[type, ...]] = {
     Report.EXPIRED: (int,),
     Report.GONE: (int,),
     Report.BEAT: (float, int),
+    Report.OUTAGE: (str,),
 }
 
 
