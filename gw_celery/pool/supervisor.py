@@ -31,10 +31,11 @@ class Supervisor:
         setup: places.Setup,
         on_capacity: Callable[[], None],
         connect_redis: Callable[[], Any] | None = None,
+        bury: Callable[[jobs.Job, str, int], None] | None = None,
     ) -> None:
         self._setup = setup
         shared = None if connect_redis is None else deaths.Shared(connect_redis, self.wake)
-        self._inputs = inputs.Inputs(setup.settings, self._after_input, self._replace, shared)
+        self._inputs = inputs.Inputs(setup.settings, self._after_input, self._replace, shared, bury)
         self._on_capacity = on_capacity
         self._places = places.Places()
         #: Every live child and the replica that it fills, filled, or will fill.
