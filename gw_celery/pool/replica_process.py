@@ -22,7 +22,16 @@ from celery.worker import state as worker_state
 from gw_celery import conf, errors
 from gw_celery.declare import registry
 from gw_celery.pool import wire
-from gw_celery.runtime import backends, connections, hygiene, loop, offload, process, tracing
+from gw_celery.runtime import (
+    backends,
+    connections,
+    hygiene,
+    loop,
+    offload,
+    process,
+    records,
+    tracing,
+)
 from gw_celery.worker import fatal, hooks, preset
 
 logger = logging.getLogger(__name__)
@@ -173,7 +182,9 @@ class Child(asyncio.Protocol):
         runtime.start()
         process.adopt(runtime)
         threads = sum(one.max_inputs for one in served) + 1  # one for plain tasks
-        inputs = tracing.Inputs(self._loaded.app, self.report, threads, self._loaded.around)
+        app, around = self._loaded.app, self._loaded.around
+        early = records.of(app, self._setup["worker"])
+        inputs = tracing.Inputs(app, self.report, threads, around, early)
         self._orders |= {
             wire.Order.RUN: inputs.run,
             wire.Order.SOFT: inputs.limit,

@@ -39,6 +39,8 @@ class InFlight:
         self.job = job
         self.name = name
         self.task_id = task_id
+        #: The parent was told that it starts.
+        self.is_accepted = False
         #: Its message could be read, and Celery's tracer has taken over.
         self.is_traced = False
         #: The asyncio task that runs the tracer; ``None`` while a thread does.

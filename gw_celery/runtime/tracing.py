@@ -21,7 +21,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.utils.encoding import safe_repr, safe_str
 
 from gw_celery.pool import wire
-from gw_celery.runtime import bridge, exits, hygiene, identity, inflight, offload
+from gw_celery.runtime import bridge, exits, hygiene, identity, inflight, offload, records
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Inputs:
         report: takes a report for the parent; on the loop.
         threads: how many synchronous bodies run at a time.
         around: calls what it is given, with whatever must surround work in a thread.
+        early: records of what is acknowledged when it begins, where they are kept.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class Inputs:
         report: Callable[[tuple[Any, ...]], None],
         threads: int,
         around: Callable[..., Any],
+        early: records.Records | None = None,
     ) -> None:
         self._app = app
         self._report = report
+        self._early = early
         self._threads = offload.Offload("body", threads, around)
         self._shared = hygiene.Shared(app)
         self._held = inflight.held
@@ -66,12 +69,19 @@ class Inputs:
 
     def run(self, job: int, name: str, task_id: str, *message: Any) -> None:
         """Start one input: it is reported now and runs in the next turn of the loop."""
-        self._report((wire.Report.ACCEPT, job, time.monotonic()))
         one = inflight.InFlight(job, name, task_id)
+        is_early = self._early is not None and self._early.has(name)
+        if not is_early:
+            self._accept(one)
         self._held[job] = one
         task = asyncio.create_task(self._run(one, *message), name=f"{name}[{task_id}]")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _accept(self, one: inflight.InFlight) -> None:
+        if not one.is_accepted:
+            one.is_accepted = True
+            self._report((wire.Report.ACCEPT, one.job, time.monotonic()))
 
     def limit(self, job: int, seconds: float) -> None:
         if job in self._held:
@@ -91,12 +101,20 @@ class Inputs:
         finally:
             followed.end()
             self._held.pop(one.job, None)
+        if self._early is not None:
+            self._early.end(one.job)
+        self._accept(one)  # unless it has been: an error of what could not be read is no start
         self._report(report)
 
     async def _outcome(
         self, one: inflight.InFlight, request: Any, body: Any, *content: Any
     ) -> tuple[Any, ...]:
         arguments = await self._decoded(body, *content)
+        if not one.is_accepted and self._early is not None:
+            # The parent acknowledges it when it hears of the start: not before it is on record.
+            await self._early.begin(one, request, arguments)
+            self._accept(one)
+            await asyncio.sleep(0)  # the report is sent: the body may block the loop
         one.is_traced = True
         run = functools.partial(
             trace.fast_trace_task, one.name, one.task_id, request, arguments, None, None
