@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from gw_celery import conf
+from gw_celery.pool import dead_queue, letters
 from gw_celery.worker import commands
 
 _TIMEOUT = 2.0
@@ -75,6 +77,44 @@ def restart(
 ) -> None:
     """Replace the process of REPLICA, or of all one by one; inputs in flight finish."""
     _command(ctx, "gw_restart", replica, destination, timeout)
+
+
+@gw.command()
+@click.option("--requeue", metavar="ID", help="Send the message of this task id again.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document for programs.")
+@click.pass_context
+def dead(ctx: click.Context, requeue: str | None, as_json: bool) -> None:
+    """Show the messages of inputs that were given up, or send one again."""
+    app = ctx.obj.app
+    settings = conf.read(app.conf)
+    name = settings.dead_letter_queue
+    if not name:
+        raise click.ClickException("there is no dead-letter queue: gw_dead_letter_queue is None")
+    with dead_queue.connect(app) as connection:
+        lying = dead_queue.of(app, connection, name, settings.max_dead_letters)
+        if requeue is not None:
+            _requeue(lying, name, requeue)
+        else:
+            _show_dead(list(lying.look()), name, as_json=as_json)
+
+
+def _requeue(lying: dead_queue.DeadQueue, name: str, task_id: str) -> None:
+    if (sent := lying.requeue(task_id)) is None:
+        raise click.ClickException(f"no message of task {task_id} lies in the queue {name}")
+    click.echo(f"{sent.task}[{task_id}] is in its queue again, with no deaths")
+
+
+def _show_dead(found: list[letters.Letter], name: str, *, as_json: bool) -> None:
+    summaries = [letter.summary() for letter in found]
+    if as_json:
+        click.echo(json.dumps(summaries, indent=2))
+        return
+    click.echo(f"{name}: {len(found)} dead letters")
+    for one in summaries:
+        click.echo(
+            f"  {one['id']}  {one['task']}  queue {one['queue']}  {one['deaths']} deaths  "
+            f"since {one['since']}  by {one['worker']}"
+        )
 
 
 def _command(

@@ -40,6 +40,13 @@ class Settings:
     store_timeout: float = 60.0
     #: Children that an input may kill, running alone, until it is given up.
     max_deaths: int = 3
+    #: Queue that keeps the messages of inputs that were given up; ``None`` for none.
+    dead_letter_queue: str | None = "gw.dead"
+    #: Messages that it keeps at most.
+    max_dead_letters: int = 1000
+    #: Time without a sign of life after which a worker with the GPU pool may count as lost;
+    #: ``None``: never.
+    worker_ttl: float | None = 60.0
     #: Replicas of a worker with the GPU pool; without it, as many as its slots need.
     replicas: int | None = None
     #: Time that each context or ``on_exit`` hook has to leave.

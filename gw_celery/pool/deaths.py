@@ -66,11 +66,15 @@ class Deaths:
         if self._shared is not None:
             self._shared.forget(task_id)
 
+    def count(self, task_id: str) -> int:
+        """Children that died while the input ran alone, as far as is known here."""
+        return self._alone.get(task_id, 0)
+
     def is_suspect(self, task_id: str) -> bool:
         return task_id in self._alone
 
     def is_poison(self, task_id: str) -> bool:
-        return self._alone.get(task_id, 0) >= self._most
+        return self.count(task_id) >= self._most
 
     def settle(self) -> None:
         """Act on what Redis has answered; in the pool's thread."""

@@ -24,6 +24,7 @@ class Inputs:
         on_let_go: called when a child has let go of an input.
         on_stuck: called with a child that cannot stop an input.
         shared_deaths: where the workers' counts of deaths meet, if anywhere.
+        bury: called with an input that is given up, why, and after how many deaths.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Inputs:
         on_let_go: Callable[[children.Child], None],
         on_stuck: Callable[[children.Child], None],
         shared_deaths: deaths.Shared | None = None,
+        bury: Callable[[jobs.Job, str, int], None] | None = None,
     ) -> None:
         self.waiting = dispatch.Dispatcher()
         self.limits = limits.Limits()
@@ -41,6 +43,7 @@ class Inputs:
         self._asked: dict[int, tuple[jobs.Job, float]] = {}
         self._on_let_go = on_let_go
         self._on_stuck = on_stuck
+        self._bury = bury
         self._held: dict[int, jobs.Job] = {}
         #: Those that a child holds and has not begun: they gather for a batch.
         self._gathering: dict[int, jobs.Job] = {}
@@ -75,6 +78,8 @@ class Inputs:
         if twin is not None:
             twin.join(job, jobs.now())
             return job
+        if job.was_requeued:
+            self._deaths.survived(job.task_id)
         self._asked[job.number] = (job, jobs.now())
         is_asked = job.is_redelivered and self._deaths.ask(job.task_id, lambda: self._admit(job))
         if not is_asked:
@@ -214,8 +219,7 @@ class Inputs:
         self._deaths.record(accepted)
         for job in accepted:
             if self._deaths.is_poison(job.task_id):
-                self._deaths.survived(job.task_id)
-                job.broken(_poisoned(job, self._settings.max_deaths, reason))
+                self._give_up_poison(job, reason)
             else:
                 job.lost(reason)
 
@@ -232,11 +236,17 @@ class Inputs:
         if self._asked.pop(job.number, None) is None:
             return  # stopped, forgotten, or admitted because Redis took too long
         if self._deaths.is_poison(job.task_id):
-            self._deaths.survived(job.task_id)
-            job.broken(_poisoned(job, self._settings.max_deaths, "seen by another worker"))
+            self._give_up_poison(job, "seen by another worker")
             return
         job.runs_alone = self._deaths.is_suspect(job.task_id)
         self.waiting.put(job)
+
+    def _give_up_poison(self, job: jobs.Job, reason: str) -> None:
+        poisoned = _poisoned(job, self._settings.max_deaths, reason)
+        if self._bury is not None:
+            self._bury(job, str(poisoned), self._deaths.count(job.task_id))
+        self._deaths.survived(job.task_id)
+        job.broken(poisoned)
 
     def _let_go(self, child: children.Child, job: jobs.Job) -> None:
         del child.jobs[job.number]

@@ -13,7 +13,7 @@ from billiard.exceptions import Terminated, WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry
 
 from gw_celery import errors
-from gw_celery.pool import wire
+from gw_celery.pool import letters, wire
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,16 @@ class Job:
         """Whether the broker has delivered it before, to whomever."""
         delivery = self.request.get("delivery_info") or {}
         return bool(delivery.get("redelivered") or self.request.get("x-delivery-count"))
+
+    @property
+    def was_requeued(self) -> bool:
+        """Whether it was given up and a person sent it again, which nobody has tried yet."""
+        return bool(self.request.get(letters.REQUEUED)) and not self.is_redelivered
+
+    @property
+    def message(self) -> Any:
+        """kombu's message that brought it, if any."""
+        return getattr(self._celery_request, "message", None)
 
     def terminate(self, signum: int) -> None:
         """Stop this input and no other; Celery calls it for ``revoke(terminate=True)``."""

@@ -31,6 +31,7 @@ from gw_celery.runtime import (
     loop,
     offload,
     process,
+    records,
     tracing,
 )
 from gw_celery.worker import fatal, hooks, preset
@@ -202,7 +203,9 @@ class Child(asyncio.Protocol):
         runtime.start()
         process.adopt(runtime)
         threads = sum(one.max_inputs for one in served) + 1  # one for plain tasks
-        inputs = tracing.Inputs(self._loaded.app, self.report, threads, self._loaded.around)
+        app, around = self._loaded.app, self._loaded.around
+        early = records.of(app, self._setup["worker"])
+        inputs = tracing.Inputs(app, self.report, threads, around, early)
         self._orders |= {
             wire.Order.RUN: inputs.run,
             wire.Order.RUN_ALONE: inputs.run_alone,

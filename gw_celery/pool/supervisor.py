@@ -31,11 +31,15 @@ class Supervisor:
         setup: places.Setup,
         on_capacity: Callable[[], None],
         connect_redis: Callable[[], Any] | None = None,
+        bury: Callable[[jobs.Job, str, int], None] | None = None,
+        on_lost: Callable[[list[int]], None] | None = None,
     ) -> None:
         self._setup = setup
         shared = None if connect_redis is None else deaths.Shared(connect_redis, self.wake)
-        self._inputs = inputs.Inputs(setup.settings, self._after_input, self._replace, shared)
+        self._inputs = inputs.Inputs(setup.settings, self._after_input, self._replace, shared, bury)
         self._on_capacity = on_capacity
+        #: Told the numbers of inputs that began in a child that died.
+        self._on_lost = on_lost
         self._places = places.Places()
         #: Every live child and the replica that it fills, filled, or will fill.
         self._children: dict[children.Child, places.Place] = {}
@@ -387,6 +391,9 @@ class Supervisor:
         why = reason or children.describe_exit(code)
         is_expected = child.is_leaving or self._is_closing or not place.should_run
         place.ended(child, why, jobs.now(), is_expected=is_expected)
+        begun = [job.number for job in child.jobs.values() if job.is_accepted]
         self._inputs.settle(child, why, is_closing=self._is_closing)
+        if begun and self._on_lost is not None:
+            self._on_lost(begun)
         self._on_capacity()
         self.wake()

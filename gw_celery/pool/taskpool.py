@@ -21,7 +21,7 @@ from kombu.asynchronous import get_event_loop
 
 from gw_celery import conf, snapshot
 from gw_celery.declare import services
-from gw_celery.pool import jobs, origin, places, supervisor
+from gw_celery.pool import dead_letters, janitor, jobs, origin, places, supervisor
 from gw_celery.pool.redis_found import redis_of
 from gw_celery.worker import draining, gate, hooks, notices
 
@@ -68,6 +68,8 @@ class TaskPool(BasePool):
             max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
         )
         self.supervisor: supervisor.Supervisor
+        self._dead: dead_letters.DeadLetters | None = None
+        self._janitor: janitor.Janitor | None = None
         self._hub: Any = None
         self._tick_timer: Any = None
         self._limit_timer: Any = None
@@ -114,7 +116,9 @@ class TaskPool(BasePool):
 
     def on_start(self) -> None:
         app, hostname = self.options["initargs"]
+        self._janitor = janitor.of(app, self._setup.settings, hostname)
         first = {
+            "worker": self._janitor and self._janitor.worker,
             "app": origin.find(app),
             "changes": origin.changes(app),
             "hostname": hostname,
@@ -123,7 +127,14 @@ class TaskPool(BasePool):
             "queues": list(self._plan.queues) if self._plan else [],
         }
         setup = dataclasses.replace(self._setup, first=first)
-        self.supervisor = supervisor.Supervisor(setup, self._on_capacity, redis_of(app))
+        self._dead = dead_letters.of(app, setup.settings, hostname)
+        bury = None if self._dead is None else self._dead.bury
+        on_lost = None if self._janitor is None else self._janitor.forget
+        self.supervisor = supervisor.Supervisor(
+            setup, self._on_capacity, redis_of(app), bury, on_lost
+        )
+        if self._janitor is not None:
+            self._janitor.start()
         if self._plan is not None:
             self.gate = gate.Gate(app.amqp.queues, self._plan.service_queues, self)
             self.gate.close_all()
@@ -312,6 +323,9 @@ class TaskPool(BasePool):
         if self._hub is not None:
             self._hub.remove_reader(self.supervisor.fileno())
         self.supervisor.release()
+        for thread in (self._dead, self._janitor):
+            if thread is not None:
+                thread.close()
 
     def _resize(self, slots: int) -> None:
         self.limit = max(0, slots)

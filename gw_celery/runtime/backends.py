@@ -116,6 +116,10 @@ def grouped(
             lifetime = self.expires if expires is None else expires
             return _await(self._writer.run("set", key, value, lifetime))
 
+        async def command(self, *command: Any) -> Any:
+            """Send one command together with the results that are ready; see ``Writer.run``."""
+            return await self._writer.run(*command)
+
         @functools.cached_property
         def _writer(self) -> redis_writer.Writer:
             return redis_writer.of(self, store_timeout, inflight.has_company, on_outage)

@@ -49,7 +49,8 @@ class InFlight:
         #: When nobody wants its answer any more, unless it has begun.
         self.expires: dt.datetime | None = None
         self._tell = tell
-        self._has_begun = False
+        #: The parent was told that it starts.
+        self.has_begun = False
         #: Its message could be read, and Celery's tracer has taken over.
         self.is_traced = False
         #: The asyncio task that runs the tracer; ``None`` while a thread does.
@@ -68,13 +69,13 @@ class InFlight:
         Limits count from here, and an early acknowledgement happens here: an input that waits for
         its batch has not started.
         """
-        if self._has_begun or self._is_stopped:
+        if self.has_begun or self._is_stopped:
             return not self._is_stopped
         if expiry.has_passed(self.expires):
             self._tell((wire.Report.EXPIRED, self.job))
             self.stop()
             return False
-        self._has_begun = True
+        self.has_begun = True
         self._tell((wire.Report.ACCEPT, self.job, time.monotonic()))
         return True
 

@@ -58,6 +58,8 @@ class Writer:
     async def run(self, *command: Any) -> Any:
         """Return the answer to ``("get", key)`` or ``("set", key, value, lifetime)``.
 
+        Or to ``("hset", key, field, value)`` or ``("hdel", key, field)``.
+
         Raises:
             redis.exceptions.ConnectionError: when the server was away for ``store_timeout``.
         """
@@ -102,7 +104,7 @@ class Writer:
 
     async def _linger(self) -> None:
         """Let more answers gather; each is read first, and those that are read are set together."""
-        starts = all(command[0] == "get" for command, _ in self._pending)
+        starts = all(command[0] in ("get", "hdel") for command, _ in self._pending)
         if starts and self._has_company():
             await asyncio.sleep(_LINGER)
 
@@ -148,6 +150,8 @@ class Writer:
                 is_answer.append(True)
                 if name == "get":
                     pipe.get(key)
+                elif name in ("hset", "hdel"):
+                    getattr(pipe, name)(key, *rest)
                 else:
                     value, lifetime = rest
                     pipe.set(key, value, ex=lifetime or None)

@@ -20,7 +20,17 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.utils.encoding import safe_repr, safe_str
 
 from gw_celery.pool import wire
-from gw_celery.runtime import bridge, exits, expiry, hygiene, identity, inflight, offload, running
+from gw_celery.runtime import (
+    bridge,
+    exits,
+    expiry,
+    hygiene,
+    identity,
+    inflight,
+    offload,
+    records,
+    running,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +56,7 @@ class Inputs:
         report: takes a report for the parent; on the loop.
         threads: how many synchronous bodies run at a time.
         around: calls what it is given, with whatever must surround work in a thread.
+        early: records of what is acknowledged when it begins, where they are kept.
     """
 
     def __init__(
@@ -54,9 +65,11 @@ class Inputs:
         report: Callable[[tuple[Any, ...]], None],
         threads: int,
         around: Callable[..., Any],
+        early: records.Records | None = None,
     ) -> None:
         self._app = app
         self._report = report
+        self._early = early
         self._threads = offload.Offload("body", threads, around)
         self._shared = hygiene.Shared(app)
         self._held = inflight.held
@@ -80,7 +93,7 @@ class Inputs:
         self._held[one.job] = one
         if _gathers(self._app.tasks.get(one.name)):
             one.expires = expiry.of(self._app, request)
-        else:
+        elif not self._is_early(one):
             one.begin()
         name = f"{one.name}[{one.task_id}]"
         task = asyncio.create_task(self._run(one, request, *content), name=name)
@@ -106,14 +119,22 @@ class Inputs:
         finally:
             followed.end()
             self._held.pop(one.job, None)
+        if self._early is not None:
+            self._early.end(one.job)
         if report[0] != wire.Report.GONE:
-            one.begin()
+            one.begin()  # unless it has: an error of what could not be read is no start
         self._report(report)
 
     async def _outcome(
         self, one: inflight.InFlight, request: Any, body: Any, *content: Any
     ) -> tuple[Any, ...]:
         arguments = await self._decoded(body, *content)
+        if self._early is not None and self._is_early(one):
+            # The parent acknowledges it when it hears of the start: not before it is on record.
+            await self._early.begin(one, request, arguments)
+            if not _gathers(self._app.tasks.get(one.name)):
+                one.begin()
+                await asyncio.sleep(0)  # the report is sent: the body may block the loop
         one.is_traced = True
         run = functools.partial(
             trace.fast_trace_task, one.name, one.task_id, request, arguments, None, None
@@ -127,6 +148,9 @@ class Inputs:
         if failed:
             return _error(one.job, _unwrapped(answer.exception), safe_str(answer.traceback))
         return (wire.Report.DONE, one.job, _cut(str(answer), _LONGEST_TEXT), float(runtime or 0.0))
+
+    def _is_early(self, one: inflight.InFlight) -> bool:
+        return self._early is not None and self._early.has(one.name)
 
     async def _decoded(self, body: Any, content_type: Any, content_encoding: Any) -> Any:
         if not content_type:

@@ -26,6 +26,8 @@ FLOORS = {
     "gw_celery.pool.wire": 1,
     "gw_celery.pool.devices": 1,
     "gw_celery.batching": 2,
+    "gw_celery.pool.early": 2,
+    "gw_celery.pool.letters": 2,
     "gw_celery.pool.replica": 2,
     "gw_celery.probes.status": 2,
     "gw_celery.benchmarks.score": 2,

@@ -167,3 +167,10 @@ def test_workers_without_the_gpu_pool_alone_are_nobody(typed: Typed, line: str) 
     assert result.exit_code == 1
     assert "answered" in result.stderr
     assert "web@host" not in result.output
+
+
+def test_without_a_dead_letter_queue_the_command_says_which_setting_it_is() -> None:
+    app = SimpleNamespace(conf={"gw_dead_letter_queue": None})
+    result = CliRunner().invoke(cli.gw, ["dead"], obj=SimpleNamespace(app=app))
+    assert result.exit_code == 1
+    assert "gw_dead_letter_queue is None" in result.stderr

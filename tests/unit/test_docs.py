@@ -14,7 +14,7 @@ def test_every_setting_is_documented_with_its_default() -> None:
     documented = dict(re.findall(r"^\| `gw_(\w+)` \| .+? \| `([^`]+)` \|", text, re.MULTILINE))
     defaults = {field.name: field.default for field in dataclasses.fields(conf.Settings)}
     assert documented.keys() == defaults.keys()
-    assert {name: _number(text) for name, text in documented.items()} == defaults
+    assert {name: _value(text) for name, text in documented.items()} == defaults
 
 
 def test_every_link_of_the_documentation_leads_somewhere() -> None:
@@ -27,9 +27,11 @@ def test_the_readme_is_at_most_120_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
-def _number(text: str) -> object:
+def _value(text: str) -> object:
     if text in ("()", "None"):
         return () if text == "()" else None
+    if text.startswith("gw."):
+        return text
     product = 1.0
     for factor in text.split("*"):
         product *= float(factor)

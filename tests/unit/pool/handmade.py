@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gw_celery import conf
@@ -108,8 +108,13 @@ class Pool:
         self.children = children or (Child(),)
         self.let_go: list[Any] = []
         self.stuck: list[Any] = []
+        self.buried: list[tuple[str, int]] = []
         self.inputs = inputs.Inputs(
-            conf.Settings(**settings), self.let_go.append, self.stuck.append, shared
+            conf.Settings(**settings),
+            self.let_go.append,
+            self.stuck.append,
+            shared,
+            lambda job, reason, deaths: self.buried.append((job.task_id, deaths)),
         )
         self.requests: dict[jobs.Job, Request] = {}
 
@@ -119,9 +124,11 @@ class Pool:
         *,
         is_redelivered: bool = False,
         retries: int = 0,
+        headers: Mapping[str, Any] | None = None,
         **limits: float,
     ) -> jobs.Job:
         request = {"retries": retries, "delivery_info": {"redelivered": is_redelivered}}
+        request |= headers or {}
         args = ("proj.embed", task_id, request, b"body", "application/json", "utf-8")
         celerys = Request()
         job = self.inputs.submit(args, "embed", celerys.options(**limits), self.inputs.stop)

@@ -55,6 +55,12 @@ class Pipeline:
     def publish(self, key: str, value: Any) -> None:
         self.commands.append(("publish", key, value))
 
+    def hset(self, key: str, field: str, value: Any) -> None:
+        self.commands.append(("hset", key, field, value))
+
+    def hdel(self, key: str, field: str) -> None:
+        self.commands.append(("hdel", key, field))
+
     async def execute(self, *, raise_on_error: bool) -> list[Any]:
         assert not raise_on_error
         self.server.groups.append(self.commands)
@@ -93,6 +99,18 @@ def test_a_result_is_stored_and_those_who_wait_for_it_are_told() -> None:
         return server
 
     assert run(act).groups == [[("set", "key", b"value", 60), ("publish", "key", b"value")]]
+
+
+def test_records_travel_with_results() -> None:
+    async def act() -> Server:
+        server = Server()
+        writer = redis_writer.Writer(server, 5)
+        commands = [("hset", "h", "1", b"r"), ("set", "key", b"value", 60), ("hdel", "h", "1")]
+        assert await settled(*(writer.run(*one) for one in commands)) == [1, True, 1]
+        return server
+
+    (group,) = run(act).groups
+    assert [one[0] for one in group] == ["hset", "set", "publish", "hdel"]
 
 
 @pytest.mark.parametrize("lifetime", [0, None])

@@ -1,0 +1,144 @@
+"""An input that was given up lies in the dead-letter queue, whence a person sends it again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from gw_celery import errors
+from gw_celery.pool import dead_queue, letters
+from tests import pooling
+from tests.processes import StartWorker, WorkerProcess, environment, eventually
+
+pytestmark = [pytest.mark.integration, pytest.mark.chaos]
+
+SETTINGS = {"gw_max_deaths": 1, "gw_max_dead_letters": 2}
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def broker(request: pytest.FixtureRequest, redis_url: str) -> str:
+    if request.param == "redis":
+        return redis_url
+    url: str = request.getfixturevalue("rabbitmq_url")
+    return url
+
+
+@pytest.fixture
+def client(broker: str, result_url: str) -> Iterator[Celery]:
+    with pooling.client(broker, result_url) as app:
+        yield app
+
+
+@pytest.fixture
+def empty(client: Celery) -> Iterator[None]:
+    """No dead letters of other tests: they share a virtual host."""
+    yield
+    with client.connection_for_write() as connection:
+        connection.default_channel.queue_delete("gw.dead")
+
+
+@pytest.fixture
+def worker(start_worker: StartWorker, ledger_path: Path, broker: str, empty: None) -> WorkerProcess:
+    return pooling.start(start_worker, ledger_path, broker=broker, settings=SETTINGS)
+
+
+def dead(worker: WorkerProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "celery", "-b", worker.broker, "-A", "pooled:celery"]
+    return subprocess.run(
+        [*command, "gw", "dead", *arguments],
+        env=environment({"CELERY_BROKER_URL": worker.broker, "SETTINGS": json.dumps(SETTINGS)}),
+        cwd=worker.log.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def lying(worker: WorkerProcess) -> list[dict[str, Any]]:
+    done = dead(worker, "--json")
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def poison(client: Celery, name: str, **options: Any) -> Any:
+    sent = client.send_task("pooled.misbehave", ("kill", name), queue="cpu.misbehave", **options)
+    with pytest.raises(errors.PoisonedInput):
+        sent.get(timeout=60)
+    return sent
+
+
+def test_what_is_given_up_is_listed_and_can_be_sent_again(
+    worker: WorkerProcess, client: Celery, ledger_path: Path
+) -> None:
+    sent = poison(client, "first", headers={"mine": "kept"}, compression="gzip")
+    eventually(lambda: "lies in the queue gw.dead" in worker.log_text())
+    for _ in range(2):  # looking takes nothing away
+        (one,) = lying(worker)
+        assert (one["id"], one["task"], one["queue"]) == (
+            sent.id,
+            "pooled.misbehave",
+            "cpu.misbehave",
+        )
+        assert (one["deaths"], one["worker"]) == (1, worker.node)
+        assert "gw_max_deaths" in one["reason"]
+    assert f"{sent.id}  pooled.misbehave  queue cpu.misbehave  1 deaths" in dead(worker).stdout
+    before = len(pooling.began(ledger_path, "first"))
+    client.backend.client.set(f"gw:deaths:{sent.id}", 1)  # as another worker may have left it
+    done = dead(worker, "--requeue", sent.id)
+    assert done.returncode == 0, done.stderr
+    # The body is what it was, and it is tried as often as a new one: it is not a suspect.
+    eventually(lambda: len(pooling.began(ledger_path, "first")) > before, 30)
+    eventually(lambda: worker.log_text().count("lies in the queue gw.dead") == 2, 60)
+    assert len(pooling.began(ledger_path, "first")) == 2 * before
+    (again,) = lying(worker)
+    assert (again["id"], again["deaths"]) == (sent.id, 1)
+
+
+def test_an_unknown_id_is_refused(worker: WorkerProcess) -> None:
+    done = dead(worker, "--requeue", "nobody")
+    assert done.returncode == 1
+    assert "no message of task nobody lies in the queue gw.dead" in done.stderr
+    assert lying(worker) == []
+
+
+def test_the_queue_never_grows_beyond_its_bound(client: Celery, empty: None) -> None:
+    death = letters.Death(reason="", since="", worker="w@h", deaths=3)
+    client.send_task("nobody.serves", queue="unserved", compression="gzip", priority=3)
+    with dead_queue.connect(client) as connection:
+        queue = client.amqp.queues["unserved"](connection.default_channel)
+        message = eventually(queue.get)
+        message.ack()
+        letter = letters.bury(message, death)
+        room = dead_queue.of(client, connection, "gw.dead", 2)
+        assert room.add(letter)
+        # A worker with another setting finds the queue made.
+        assert not dead_queue.of(client, connection, "gw.dead", 1).add(letter)
+        assert [room.add(letter) for _ in range(3)] == [True, False, False]
+        found = list(room.look())
+        assert [one.body for one in found] == [letter.body] * 2
+        assert found[0].headers == letter.headers
+        assert found[0].properties.items() >= letter.properties.items()
+        assert room.requeue(letter.task_id) is not None
+        alive = eventually(queue.get)
+        alive.ack()
+        assert (alive.body, alive.headers["gw-requeued"]) == (message.body, True)
+        assert alive.properties["priority"] == message.properties["priority"]
+        assert len(list(room.look())) == 1
+
+
+def test_none_switches_the_queue_off(
+    start_worker: StartWorker, ledger_path: Path, client: Celery, broker: str, empty: None
+) -> None:
+    settings = {"gw_max_deaths": 1, "gw_dead_letter_queue": None}
+    worker = pooling.start(start_worker, ledger_path, broker=broker, settings=settings)
+    poison(client, "first")
+    assert lying(worker) == []

@@ -1,0 +1,156 @@
+"""A worker is killed, and what it had acknowledged early is answered by another one."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery, chord
+from celery.exceptions import WorkerLostError
+
+from gw_celery import devserver
+from tests import pooling
+from tests.processes import StartWorker, WorkerProcess, eventually
+
+pytestmark = [pytest.mark.integration, pytest.mark.chaos]
+
+TTL = 4.0
+
+Start = Callable[..., WorkerProcess]
+
+
+@pytest.fixture
+def start(start_worker: StartWorker, ledger_path: Path, rabbitmq_url: str) -> Start:
+    """Start a worker whose broker gives back at once what a killed worker had not acknowledged."""
+
+    def start_one(**options: Any) -> WorkerProcess:
+        settings = {"gw_worker_ttl": TTL}
+        return pooling.start(
+            start_worker, ledger_path, broker=rabbitmq_url, settings=settings, **options
+        )
+
+    return start_one
+
+
+@pytest.fixture
+def client(rabbitmq_url: str, result_url: str) -> Iterator[Celery]:
+    with pooling.client(rabbitmq_url, result_url) as app:
+        yield app
+
+
+@pytest.fixture
+def results(redis_server: devserver.Server, result_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis(unix_socket_path=str(redis_server.socket), db=1) as connected:
+        yield connected
+
+
+def send(client: Celery, body: str, name: str, seconds: float, **options: Any) -> Any:
+    return client.send_task(f"pooled.{body}", (name, seconds), queue=f"cpu.{body}", **options)
+
+
+def records(results: redis.Redis, worker: WorkerProcess) -> int:
+    return sum(results.hlen(key) for key in results.keys(f"gw:early:{worker.node}:*"))
+
+
+def test_a_killed_workers_early_inputs_fail_and_its_late_ones_run_again(
+    start: Start, client: Celery, ledger_path: Path, results: redis.Redis
+) -> None:
+    other = start(queues="celery")  # serves none of what the victim runs
+    victim = start()
+    errback = client.signature("pooled.note", kwargs={"name": "told"}, queue="celery")
+    early = [send(client, "early", f"e{n}", 600.0, link_error=errback) for n in range(3)]
+    late = [send(client, "four", f"l{n}", 10.0) for n in range(3)]
+    names = [*(f"e{n}" for n in range(3)), *(f"l{n}" for n in range(3))]
+    eventually(lambda: all(pooling.began(ledger_path, name) for name in names), 20)
+    assert records(results, victim) == 3, "late ones have no record"
+    victim.kill()
+    for sent in early:
+        with pytest.raises(WorkerLostError, match=f"was running on {victim.node}, .*send it again"):
+            sent.get(timeout=30)
+    start()
+    assert [sent.get(timeout=60) for sent in late] == ["l0", "l1", "l2"]
+    assert [len(pooling.began(ledger_path, name)) for name in names] == [1, 1, 1, 2, 2, 2]
+    eventually(lambda: pooling.wrote(ledger_path, "errback", "told") == 3, 20)
+    eventually(lambda: not any(victim.node.encode() in key for key in results.keys("gw:*")))
+    assert other.log_text().count("it left 3 inputs") == 1
+    other.stop()
+    left = [key for key in results.keys("gw:*") if other.node.encode() in key]
+    assert left == [], "a worker that stops leaves nothing"
+
+
+def test_a_chord_learns_of_a_lost_part(start: Start, client: Celery, ledger_path: Path) -> None:
+    victim = start()
+    part = client.signature("pooled.early", ("part", 600.0), queue="cpu.early")
+    quick = client.signature("pooled.early", ("quick", 0.0), queue="cpu.early")
+    body = client.signature("pooled.total", queue="cpu.total")
+    sent = chord([part, quick], body, app=client).apply_async()
+    eventually(lambda: pooling.began(ledger_path, "part"), 20)
+    start()
+    victim.kill()
+    with pytest.raises(Exception, match="was running on"):
+        sent.get(timeout=30)
+
+
+def test_a_worker_that_starts_again_under_its_name_is_another_one(
+    start: Start, client: Celery, ledger_path: Path
+) -> None:
+    named = ["-n", "same@test"]
+    victim = start(extra_args=named, wait_ready=False)
+    pooling.wait_loaded(victim)
+    lost = send(client, "early", "lost", 600.0)
+    eventually(lambda: pooling.began(ledger_path, "lost"), 20)
+    victim.kill()
+    again = start(extra_args=named, wait_ready=False)
+    pooling.wait_loaded(again)
+    # It runs for as long as its predecessor is looked for, and longer.
+    kept = send(client, "early", "kept", 2 * TTL)
+    with pytest.raises(WorkerLostError, match="was running on same@test"):
+        lost.get(timeout=30)
+    assert kept.get(timeout=30) == "kept"
+    assert again.log_text().count("it left 1 inputs") == 1
+
+
+def test_a_worker_that_is_merely_slow_is_left_alone(
+    start: Start, client: Celery, ledger_path: Path, results: redis.Redis
+) -> None:
+    slow, other = start(), start()
+    sent = {name: send(client, "early", name, 2 * TTL) for name in ("a", "b", "c", "d")}
+    eventually(lambda: records(results, slow), 20)
+    slow.signal(signal.SIGSTOP)
+    (beat,) = results.keys(f"gw:beat:{slow.node}:*")
+    eventually(lambda: results.pttl(beat) < TTL * 1000 / 3)
+    slow.signal(signal.SIGCONT)
+    assert [one.get(timeout=40) for one in sent.values()] == list(sent)
+    assert "no sign of life" not in other.log_text()
+
+
+def test_what_ended_or_died_with_its_child_is_on_record_no_more(
+    start: Start, client: Celery, ledger_path: Path, results: redis.Redis
+) -> None:
+    worker = start()
+    assert send(client, "early", "quick", 0.0).get(timeout=20) == "quick"
+    killed = client.send_task("pooled.plain_misbehave", ("kill", "dies"), queue="celery")
+    with pytest.raises(WorkerLostError, match="SIGKILL"):
+        killed.get(timeout=20)
+    eventually(lambda: records(results, worker) == 0)
+
+
+def test_an_early_input_is_acknowledged_when_its_record_is_written(
+    start: Start, client: Celery, ledger_path: Path, results: redis.Redis
+) -> None:
+    worker = start()
+    results.execute_command("CLIENT", "PAUSE", 60_000, "WRITE")
+    try:
+        early = send(client, "early", "early", 0.0)
+        worker.wait_for_log(f"{early.id}] received")
+        late = send(client, "four", "late", 0.0)
+        eventually(lambda: pooling.began(ledger_path, "late"), 20)
+        assert [one["id"] for one in pooling.ask(worker, "active", client)] == [late.id]
+        assert pooling.began(ledger_path, "early") == []
+    finally:
+        results.execute_command("CLIENT", "UNPAUSE")
+    assert early.get(timeout=30) == "early"
