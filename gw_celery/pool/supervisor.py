@@ -36,7 +36,7 @@ class Supervisor:
         shared = None if connect_redis is None else deaths.Shared(connect_redis, self.wake)
         self._inputs = inputs.Inputs(setup.settings, self._after_input, self._replace, shared)
         self._on_capacity = on_capacity
-        self._places = places.Places()
+        self._places = places.Places(setup.shares)
         #: Every live child and the replica that it fills, filled, or will fill.
         self._children: dict[children.Child, places.Place] = {}
         #: Processes that are ended, or about to end, and not reaped.
@@ -129,6 +129,7 @@ class Supervisor:
                 self._judge(child, now)
             if (place := self._places.next_to_restart()) is not None:
                 self._drain(place.child)
+            self._places.complete()
             for place in self._places:
                 self._fill(place, now)
                 self._relieve(place)
@@ -266,7 +267,7 @@ class Supervisor:
     def _start(self, place: places.Place, now: float) -> children.Child | None:
         life = replica.Life(deadlines=self._deadlines, now=now)
         try:
-            child = children.Child(place.number, life, self._setup.slots)
+            child = children.Child(place.number, life, self._setup.slots, place.share)
         except OSError as exc:
             wait = place.backoff.failed(now)
             place.last_error = f"cannot start a process: {exc}"

@@ -5,6 +5,7 @@ Celery logs a failed check and goes on, so that the checks here end the process 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from celery import concurrency
 from gw_celery import conf, errors
 from gw_celery.calling import names
 from gw_celery.declare import gpu, registry, services
-from gw_celery.worker import bootsteps, commands, control, gate, notices, preset, serving
+from gw_celery.worker import asked, bootsteps, commands, control, gate, notices, preset, serving
 from gw_celery.worker.pipes import Pipes
 
 _POOLS = {
@@ -28,10 +29,11 @@ _LOADING_BY_SIGNAL = ("prefork", "solo")
 
 
 def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Plan:
-    """Expand families, check the configuration, and return what ``worker`` serves.
+    """Choose and expand families, check the configuration, and return what ``worker`` serves.
 
     Raises:
-        ConfigurationError: for settings that contradict each other or the pool.
+        ConfigurationError: for settings that contradict each other or the pool, and for a GPU that
+            is needed and not there.
         DeclarationError: for a service and a plain task of the same name.
     """
     settings = conf.read(worker.app.conf)
@@ -39,6 +41,9 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     known = [one for one in registries if _belongs(one, worker.app)]
     _require_names(worker.app, known)
     preset.require_visibility(worker.app, known)
+    wish: asked.Asked | None = worker.options.pop(asked.OPTION, None)
+    if wish is not None:
+        _select_families(worker, wish, known, settings)
     expand_families(worker.app.amqp.queues, known)
     served = list(registry.serving(known, worker.app.amqp.queues.consume_from))
     pool = _pool_name(worker.pool_cls)
@@ -57,20 +62,35 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
         preset.tune_worker(worker, settings)
         control.guard(plan)
     if pool == serving.GPU_POOL:
-        _prepare_gpu_pool(worker, plan)
-    elif served or notices.strays(plan):
+        return _prepare_gpu_pool(worker, plan, wish)
+    if served or notices.strays(plan):
         bootsteps.install(worker, plan)
     return plan
 
 
-def _prepare_gpu_pool(worker: Any, plan: serving.Plan) -> None:
-    if plan.settings.replicas is not None:
-        worker.concurrency = plan.settings.replicas * sum(plan.slots.values())
+def _select_families(
+    worker: Any,
+    wish: asked.Asked,
+    registries: Sequence[registry.Registry],
+    settings: conf.Settings,
+) -> None:
+    from gw_celery.worker import sizing  # it imports the pool, which stock workers do not need
+
+    sizing.select_families(worker, wish, registries, settings)
+
+
+def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None) -> serving.Plan:
+    from gw_celery.worker import sizing
+
+    plan = dataclasses.replace(plan, allotment=sizing.allot(plan))
+    sizing.fit(worker, plan, wish)
+    control.guard_size()
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
     worker.app.steps["consumer"].add(gate.GateStep)
+    return plan
 
 
 def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> None:
