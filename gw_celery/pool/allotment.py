@@ -116,10 +116,10 @@ def families_for(
         of_kind = (gpu.Gpu(kind, count).family for count in ([1] if kind == "CPU" else range(1, 9)))
         found = [name for name in of_kind if name in fitting]
     if not found:
+        there = "" if kind == "CPU" else f"; this machine has {machine}"
         raise errors.ConfigurationError(
             f"{'gw worker' if kind is None else f'--gpu {kind}'}: no service here can be served; "
-            f"families: {', '.join(sorted(declared)) or 'none: is their module imported'}; this "
-            f"machine has {machine}"
+            f"families: {', '.join(sorted(declared)) or 'none: is their module imported'}{there}"
         )
     return found
 

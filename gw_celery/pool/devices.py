@@ -58,6 +58,10 @@ class Machine:
         return any(kind in one.kinds for one in self.devices)
 
 
+#: No device, where none is needed.
+NONE = Machine(devices=(), source="nothing")
+
+
 def kinds_of(name: str, memory_gb: float, known: Iterable[str]) -> tuple[str, ...]:
     """Return the kinds that a product is, the most general first.
 

@@ -14,7 +14,7 @@ from billiard import cpu_count
 
 from gw_celery import conf, errors
 from gw_celery.declare import gpu, registry
-from gw_celery.pool import allotment, machine
+from gw_celery.pool import allotment, devices, machine
 from gw_celery.worker import serving
 from gw_celery.worker.asked import Asked
 
@@ -35,7 +35,8 @@ def select_families(
     for one in registries:
         for service in one.services.values():
             declared.setdefault(service.family, []).append(service.placement.gpu)
-    there = machine.look(settings.gpu_kinds)
+    # The CPU needs no look at the GPUs.
+    there = devices.NONE if asked.gpu == "CPU" else machine.look(settings.gpu_kinds)
     worker.app.amqp.queues.select(allotment.families_for(asked.gpu, declared, there))
 
 

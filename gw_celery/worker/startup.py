@@ -145,6 +145,6 @@ def _require_supported(pool: str, served: Sequence[services.Service]) -> None:
         names = ", ".join(one.name for one in served)
         raise errors.ConfigurationError(
             f"the pool {pool!r} cannot serve {names}: asynchronous tasks need an event loop beside "
-            f"Celery's; start this worker with the GPU pool (CELERY_CUSTOM_WORKER_POOL="
-            f"gw_celery.pool:TaskPool and -P custom), or with -P prefork, threads or solo"
+            f"Celery's; start this worker with the GPU pool (celery -A proj gw worker), or with -P "
+            f"prefork, threads or solo"
         )

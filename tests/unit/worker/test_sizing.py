@@ -186,3 +186,12 @@ def test_a_worker_consumes_the_families_that_it_takes(
     declared.celery.amqp.queues.select(["celery"])
     sizing.select_families(worker, asked, [declared.registry], conf.Settings())
     assert sorted(declared.celery.amqp.queues.consume_from) == families
+
+
+def test_a_worker_for_the_cpu_does_not_look_at_the_gpus(
+    declared: gw.App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GW_FAKE_GPUS", "nonsense")
+    worker = types.SimpleNamespace(app=declared.celery)
+    sizing.select_families(worker, Asked(gpu="CPU"), [declared.registry], conf.Settings())
+    assert list(declared.celery.amqp.queues.consume_from) == ["cpu"]

@@ -166,7 +166,7 @@ def test_a_pool_without_a_loop_is_refused_with_those_that_work(declared, pool) -
     with pytest.raises(errors.ConfigurationError) as caught:
         prepared(declared, "gpu.A100", pool=pool)
     assert "cannot serve embed, Ranker" in str(caught.value)
-    assert "CELERY_CUSTOM_WORKER_POOL=gw_celery.pool:TaskPool and -P custom" in str(caught.value)
+    assert "celery -A proj gw worker" in str(caught.value)
     assert "-P prefork, threads or solo" in str(caught.value)
 
 
