@@ -139,7 +139,7 @@ def _shares(
     while rooms:
         share: list[int] = []
         for need, room in rooms:
-            free = [place for place in room if room[place] and place not in share]
+            free = [place for place in room if room[place]]
             if len(free) < need.count:
                 return
             share += sorted(sorted(free, key=lambda place: -room[place])[: need.count])

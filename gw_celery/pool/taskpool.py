@@ -90,7 +90,7 @@ class TaskPool(BasePool):
     def grow(self, n: int = 1) -> None:
         """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
         if (why := self.refusal(self.limit + n)) is not None:
-            logger.error("the pool does not grow by %d slots: %s", n, why)
+            logger.error("the pool grows by less than %d slots: %s", n, why)
         self._resize(self.limit + n)
 
     def refusal(self, slots: int) -> str | None:

@@ -19,6 +19,11 @@ pytestmark = pytest.mark.integration
 StartGw = Callable[..., WorkerProcess]
 
 
+@pytest.fixture(autouse=True)
+def _every_device_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 @pytest.fixture
 def start_gw(start_worker: StartWorker) -> StartGw:
     """Start ``celery gw worker`` on a machine with these GPUs, and wait until it is READY."""
@@ -35,15 +40,17 @@ def start_gw(start_worker: StartWorker) -> StartGw:
     return start
 
 
+def listed(worker: WorkerProcess) -> list[dict[str, Any]]:
+    return pooling.replicas(worker, deviced.celery)
+
+
 def shown(worker: WorkerProcess) -> dict[int, list[str]]:
     """The devices of each replica, as ``inspect stats`` shows them."""
-    found = pooling.replicas(worker, deviced.celery)
-    return {one["number"]: one["devices"] for one in found}
+    return {one["number"]: one["devices"] for one in listed(worker)}
 
 
 def pids(worker: WorkerProcess) -> dict[int, int]:
-    found = pooling.replicas(worker, deviced.celery)
-    return {one["number"]: one["pid"] for one in found if one["state"] == "ready"}
+    return {one["number"]: one["pid"] for one in listed(worker) if one["state"] == "ready"}
 
 
 def consumed(worker: WorkerProcess) -> list[str]:
@@ -95,6 +102,23 @@ def test_replicas_grow_onto_free_devices_and_no_further(start_gw: StartGw) -> No
     eventually(lambda: shown(worker) == {0: ["GPU-fake-0"], 1: ["GPU-fake-1"]}, 20)
 
 
+def test_a_replica_waits_for_the_devices_that_another_drains_on(start_gw: StartGw) -> None:
+    worker = start_gw("A100:2", "-Q", "gpu.A100.single", replicas=2)
+    before = eventually(lambda: found if len(found := pids(worker)) == 2 else None)
+    calls = [deviced.single.delay(4.0) for _ in range(2)]
+    eventually(lambda: [one["in_flight"] for one in listed(worker)] == [1, 1])
+    given: dict[str, Any] = {"destination": [worker.node], "reply": True, "timeout": 5}
+    deviced.celery.control.pool_shrink(2, **given)
+    eventually(lambda: "draining" in [one["state"] for one in listed(worker)])
+    deviced.celery.control.pool_grow(2, **given)
+    after = eventually(lambda: f if len(f := pids(worker)) == 2 and f != before else None, 20)
+    assert len(set(after.values()) & set(before.values())) == 1
+    assert shown(worker) == {0: ["GPU-fake-0"], 1: ["GPU-fake-1"]}
+    with allow_join_result():
+        answers = {call.get(timeout=10)[0] for call in calls}
+    assert answers == {"replica-0", "replica-1"}, "nothing in flight was cut off"
+
+
 def test_two_workers_serve_the_two_kinds_of_one_machine(start_gw: StartGw) -> None:
     """Each takes the devices of its kind; small models share one."""
     large = start_gw("A100:2,L4", "--gpu", "A100", replicas=1)
@@ -121,9 +145,8 @@ def test_the_devices_are_those_that_the_worker_may_see(start_gw: StartGw) -> Non
 
 @pytest.mark.parametrize("given", [None, "", "5"])
 def test_a_service_for_the_cpu_sees_what_its_worker_was_given(
-    start_gw: StartGw, given: str | None, monkeypatch: pytest.MonkeyPatch
+    start_gw: StartGw, given: str | None
 ) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     env = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
     worker = start_gw("A100", "-Q", "cpu", replicas=1, env=env)
     assert shown(worker) == {0: []}

@@ -30,8 +30,10 @@ def seen() -> tuple[str, int, str | None]:
 
 
 @app.remote(gpu=gw.Gpu("A100"))
-async def single() -> tuple[str, int, str | None]:
-    await asyncio.sleep(0.05)  # its only slot is taken meanwhile: the next goes to another replica
+async def single(seconds: float = 0.05) -> tuple[str, int, str | None]:
+    await asyncio.sleep(
+        seconds
+    )  # its only slot is taken meanwhile: the next goes to another replica
     return seen()
 
 

@@ -110,6 +110,14 @@ def test_one_replica_gets_one_slice_of_a_gpu_at_most() -> None:
         allotment.allot([Need(kind="A100", count=2)], cut)
 
 
+def test_a_device_of_two_kinds_is_not_given_twice() -> None:
+    ada = {"name": "NVIDIA RTX 6000 Ada Generation", "memory_gb": 51.5, "kinds": ("ADA", "RTX")}
+    two = [devices.Device(token=f"GPU-{one}", index=one, **ada) for one in range(2)]  # type: ignore[arg-type]
+    there = devices.Machine(devices=tuple(two), source="NVML")
+    with pytest.raises(errors.ConfigurationError, match="1 x RTX all to itself and 1 x ADA"):
+        allotment.allot([Need(kind="RTX"), Need(kind="ADA")], there)
+
+
 def test_a_tiny_memory_makes_no_millions_of_replicas() -> None:
     assert len(numbers("A100:8", gw.Gpu("A100", memory_gb=1e-6))) == 1024
 

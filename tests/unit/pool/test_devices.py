@@ -107,6 +107,12 @@ def test_a_slice_is_named_by_its_uuid_and_a_gpu_stands_for_its_slices() -> None:
         visible("MIG-", *there)
 
 
+def test_the_beginning_of_two_gpus_that_are_cut_names_neither() -> None:
+    cut = [device(one, f"MIG-{one}", slice_of=f"GPU-aa0{one}") for one in (1, 2)]
+    with pytest.raises(errors.ConfigurationError, match="'GPU-aa' names 2 devices"):
+        visible("GPU-aa", *cut)
+
+
 def test_an_error_says_which_variable_left_what() -> None:
     machine = devices.Machine(devices=(FOUR[0],), source="NVML")
     assert str(devices.only_visible(machine, "")) == (

@@ -14,12 +14,6 @@ from gw_celery.pool import devices, machine
 KNOWN = ["T4", "L4", "A100", "A100_80"]
 
 
-@pytest.fixture(autouse=True)
-def _no_devices_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("GW_FAKE_GPUS", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
-
-
 # -- GW_FAKE_GPUS --
 
 

@@ -16,7 +16,6 @@ from gw_celery.worker.asked import Asked
 @pytest.fixture(autouse=True)
 def _two_kinds_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "A100:3,L4")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.fixture
