@@ -194,3 +194,10 @@ def test_a_machine_without_a_driver_has_no_gpu_and_says_why(
     found = looked(monkeypatch, nvml)
     assert found.devices == ()
     assert source in found.source
+
+
+def test_the_library_has_what_is_asked_of_it() -> None:
+    pynvml = pytest.importorskip("pynvml")
+    asked = [name for name in vars(Nvml) if name.startswith(("nvml", "NVML"))]
+    assert [name for name in asked if not hasattr(pynvml, name)] == []
+    assert pynvml.NVML_DEVICE_MIG_ENABLE == Nvml.NVML_DEVICE_MIG_ENABLE
