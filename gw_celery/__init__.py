@@ -25,6 +25,7 @@ from gw_celery.errors import (
     StartupError,
     UsageError,
 )
+from gw_celery.runtime.running import current_batch
 from gw_celery.worker.preset import preset
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "UsageError",
     "batched",
     "concurrent",
+    "current_batch",
     "method",
     "on_enter",
     "on_exit",

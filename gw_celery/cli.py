@@ -123,6 +123,8 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
         f"{worker}: {answer['waiting']} waiting; consumes {_listed(answer['open_queues'])}; "
         f"closed: {_listed(answer['closed_queues'])}"
     ]
+    if answer.get("outage"):  # workers of an older version do not say it
+        lines.append(f"  consuming is paused, results cannot be stored: {answer['outage']}")
     for one in answer["replicas"]:
         line = (
             f"  replica {one['number']}  {one['state']:<9} pid {one['pid'] or '-'}  "

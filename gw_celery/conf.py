@@ -56,7 +56,7 @@ class Settings:
     max_waiting: int = 100_000
     #: Interval at which a result backend without notifications is asked.
     poll_interval: float = 0.5
-    #: Largest gw-json document, written or read.
+    #: Largest gw-json document, written or read, and body of a message, decompressed.
     max_payload_bytes: int = 64 * 1024 * 1024
     #: Deepest nesting of a gw-json document.
     max_payload_depth: int = 100

@@ -63,6 +63,21 @@ class UnreadableMessage(GWCeleryError, ValueError):
     """Raised in place of the answer of a message that no task can be called with."""
 
 
+class MessageTooLarge(UnreadableMessage):
+    """Raised in place of the answer of a message whose body is larger than workers take."""
+
+    def __init__(self, size: int | str, largest: int) -> None:
+        super().__init__(size, largest)
+        self.size = size
+        self.largest = largest
+
+    def __str__(self) -> str:
+        return (
+            f"the body has {self.size} bytes and a worker takes {self.largest}: send large data by "
+            f"reference, or raise the setting gw_max_payload_bytes"
+        )
+
+
 class PoisonedInput(GWCeleryError):
     """Raised in place of the answer of an input whose replica died each time that it ran alone."""
 

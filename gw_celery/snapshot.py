@@ -40,6 +40,8 @@ class Worker:
     #: Queues that are consumed now, and those that wait until a replica is ready.
     open_queues: tuple[str, ...] = ()
     closed_queues: tuple[str, ...] = ()
+    #: Why results cannot be stored, so that nothing is consumed; "" while they can.
+    outage: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

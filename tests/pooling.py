@@ -23,6 +23,8 @@ from gw_celery import devserver
 from tests.processes import StartWorker, WorkerProcess, eventually, workers
 
 QUEUES = "cpu,celery"
+#: An event that a listener sends to itself.
+_HEARD = "test-heard"
 
 #: ``start`` with its worker and its ledger given: the fixture ``start_pooled``.
 StartPooled = Callable[..., WorkerProcess]
@@ -36,12 +38,13 @@ def start(
     env: Mapping[str, str] | None = None,
     replicas: int = 1,
     is_loaded: bool = True,
+    module: str = "pooled",
     **options: Any,
 ) -> WorkerProcess:
-    """Start a worker of ``pooled`` and wait until all of its replicas are READY."""
+    """Start a worker of ``module`` and wait until all of its replicas are READY."""
     given = {"gw_replicas": replicas, **(settings or {})}
     env = {"LEDGER": str(ledger_path), "SETTINGS": json.dumps(given), **(env or {})}
-    worker = start_worker("pooled:celery", env=env, **{"queues": QUEUES, **options})
+    worker = start_worker(f"{module}:celery", env=env, **{"queues": QUEUES, **options})
     if is_loaded and options.get("wait_ready", True):
         wait_loaded(worker, replicas)
     return worker
@@ -170,11 +173,11 @@ def all_once(names: Iterable[str], **but: int) -> dict[str, int]:
 
 
 @contextmanager
-def events(kind: str) -> Iterator[list[str]]:
+def events(kind: str, app: Any = pooled.celery) -> Iterator[list[str]]:
     """The ids of the tasks that workers send events of this kind about, as they come."""
     seen: list[str] = []
     listens, is_over = threading.Event(), threading.Event()
-    listener = threading.Thread(target=_listen, args=(kind, seen, listens, is_over), name=kind)
+    listener = threading.Thread(target=_listen, args=(app, kind, seen, listens, is_over), name=kind)
     listener.start()
     assert listens.wait(10)
     try:
@@ -184,12 +187,23 @@ def events(kind: str) -> Iterator[list[str]]:
         listener.join()
 
 
-def _listen(kind: str, seen: list[str], listens: threading.Event, is_over: threading.Event) -> None:
-    with pooled.celery.connection_for_read() as connection:
-        handlers = {kind: lambda event: seen.append(event["uuid"])}
-        receiver = pooled.celery.events.Receiver(connection, handlers=handlers)
-        with receiver.consumer_context() as (established, _, _):
-            listens.set()
+def _listen(
+    app: Any, kind: str, seen: list[str], listens: threading.Event, is_over: threading.Event
+) -> None:
+    with app.connection_for_read() as connection:
+        handlers = {
+            kind: lambda event: seen.append(event["uuid"]),
+            _HEARD: lambda event: listens.set(),
+        }
+        receiver = app.events.Receiver(connection, handlers=handlers)
+        with (
+            receiver.consumer_context() as (established, _, _),
+            app.connection_for_write() as writing,
+            app.events.Dispatcher(writing, enabled=True) as tell,
+        ):
             while not is_over.is_set():
+                # On Redis it is a while before what is sent reaches a listener.
+                if not listens.is_set():
+                    tell.send(_HEARD)
                 with contextlib.suppress(TimeoutError):
                     established.drain_events(timeout=0.1)

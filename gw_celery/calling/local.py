@@ -14,13 +14,20 @@ from typing import Any
 from celery.app.base import pydantic_wrapper
 
 from gw_celery.declare import services
-from gw_celery.runtime import invoke, process
+from gw_celery.runtime import invoke, process, running
 
 
 def can_run(task: Any, runtime: process.Process) -> bool:
-    """Whether this is a body's loop, with the service loaded and not held by the caller."""
+    """Whether this is a body's loop, with the service loaded and not held by the caller.
+
+    A batched method takes no slot: a body may await one of its own service, unless that would have
+    one batch wait for another.
+    """
     key = task.gw_service.key
-    return runtime.is_on_loop() and runtime.serves(key) and key not in process.held.get()
+    if not (runtime.is_on_loop() and runtime.serves(key)):
+        return False
+    gathers = task.gw_method.batched is not None and runtime.batchers is not None
+    return key not in running.held.get() or (gathers and not running.is_in_batch.get())
 
 
 async def run(

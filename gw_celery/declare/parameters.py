@@ -6,6 +6,7 @@ what the loaded state was made from decides which calls can share it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -18,7 +19,8 @@ from gw_celery.types import ParameterValues
 
 #: Attribute of an instance: parameter name -> value.
 VALUES = "_gw_values"
-#: Attribute of an instance while it loads: the names that were read so far.
+#: Attribute of an instance: the names that were read so far while it loads, a frozenset of those
+#: that shape its state afterwards, ``None`` where every parameter may be read.
 READS = "_gw_reads"
 
 
@@ -28,6 +30,7 @@ class _Required:
 
 
 REQUIRED = _Required()
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 class Parameter:
@@ -56,9 +59,11 @@ class Parameter:
                 f"parameter {self.name!r} was read on an object of {owner.__name__} that was not "
                 f"made by its service; call it through {owner.__name__}(...)"
             )
-        reads: set[str] | None = getattr(instance, READS, None)
-        if reads is not None:
+        reads: set[str] | frozenset[str] | None = getattr(instance, READS, None)
+        if isinstance(reads, set):
             reads.add(self.name)
+        elif reads is not None and self.name not in reads:
+            raise self._read_too_late(owner)
         return values[self.name]
 
     def __set__(self, instance: object, value: object) -> None:
@@ -67,6 +72,15 @@ class Parameter:
         raise AttributeError(
             f"parameter {self.name!r} is read-only: pass {self.name}={value!r} at the call, "
             f"or keep state in another attribute"
+        )
+
+    def _read_too_late(self, owner: type) -> errors.UsageError:
+        """Many calls share what was loaded, and each has a value of its own."""
+        name = self.name
+        return errors.UsageError(
+            f"parameter {name!r} was read through the `self` that {owner.__name__} was loaded "
+            f"with, which has no caller: hand over `self.{name}` in the method that is called, or "
+            f'declare it with scope="load"'
         )
 
     @property
@@ -148,13 +162,19 @@ def bind(owner: str, known: dict[str, Parameter], given: ParameterValues) -> dic
 
 
 def complete(known: dict[str, Parameter], given: ParameterValues) -> dict[str, Any]:
-    """Return ``given`` with the defaults of what it leaves out."""
-    return {name: given.get(name, declaration.default) for name, declaration in known.items()}
+    """Return ``given`` with the defaults of what it leaves out.
+
+    Each call gets copies: what a body does to a list is not done to the next one's default.
+    """
+    return {
+        name: given[name] if name in given else copy.deepcopy(declaration.default)
+        for name, declaration in known.items()
+    }
 
 
 def canonical(values: ParameterValues) -> str:
     """Return the one JSON text of ``values``, as it travels in a message header."""
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _CANONICAL.encode(values)
 
 
 def _annotation(cls: type, name: str) -> Any:

@@ -51,6 +51,8 @@ class Child:
         self.resident_bytes = 0
         #: Why it could not serve, in its own words.
         self.reason = ""
+        #: Why it cannot store results; "" while it can.
+        self.outage = ""
         self.is_leaving = False
         #: Another should take its place: it is worn, stuck, or out of memory.
         self.must_go = False

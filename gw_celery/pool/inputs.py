@@ -42,11 +42,17 @@ class Inputs:
         self._on_let_go = on_let_go
         self._on_stuck = on_stuck
         self._held: dict[int, jobs.Job] = {}
+        #: Those that a child holds and has not begun: they gather for a batch.
+        self._gathering: dict[int, jobs.Job] = {}
         self._numbers = 0
 
     def in_flight(self) -> int:
         """Inputs that children hold and that are not answered."""
         return sum(not job.is_answered for job in self._held.values())
+
+    def held(self) -> int:
+        """Inputs that children have not let go of, answered or not."""
+        return len(self._held)
 
     def submit(
         self,
@@ -75,10 +81,28 @@ class Inputs:
             self._admit(job)
         return job
 
-    def forget_waiting(self) -> None:
-        """Drop what has not started: the broker delivers it again."""
+    def forget_waiting(self) -> set[children.Child]:
+        """Drop what has not started: the broker delivers it again.
+
+        Returns the children that were written to.
+        """
         self.waiting.clear()
         self._asked.clear()
+        dropped = list(self._gathering.values())
+        for job in dropped:
+            job.abandon()
+            self._dismiss(job)
+        return {job.child for job in dropped}
+
+    def withdraw(self) -> set[children.Child]:
+        """Take out what was revoked or has expired while it gathered for a batch.
+
+        Returns the children that were written to.
+        """
+        withdrawn = [job for job in self._gathering.values() if job.was_withdrawn()]
+        for job in withdrawn:
+            self._dismiss(job)
+        return {job.child for job in withdrawn}
 
     def settle_asked(self, now: float) -> None:
         """Take in what Redis has answered, and what it has not in time."""
@@ -100,7 +124,10 @@ class Inputs:
                 continue
             job.child = child
             child.jobs[job.number] = self._held[job.number] = job
-            orders.setdefault(child, []).append((wire.Order.RUN, job.number, *job.args))
+            if job.gathers:
+                self._gathering[job.number] = job
+            order = wire.Order.RUN_ALONE if job.runs_alone else wire.Order.RUN
+            orders.setdefault(child, []).append((order, job.number, *job.args))
         for child, listed in orders.items():
             child.send(*listed)
         return set(orders)
@@ -116,9 +143,10 @@ class Inputs:
         if job is None:
             raise wire.Garbage(f"a {kind} report of job {report[1]}, which it does not hold")
         if kind == wire.Report.ACCEPT:
-            if not job.is_answered:
-                job.accept(child.pid, min(report[2], now))
-                self.limits.begin(job, now)
+            self._begun(job, child.pid, min(report[2], now), now)
+            return
+        if kind == wire.Report.EXPIRED:
+            job.was_withdrawn()
             return
         self._let_go(child, job)
         if kind == wire.Report.DONE:
@@ -167,6 +195,7 @@ class Inputs:
         child.jobs.clear()
         for job in held:
             self._held.pop(job.number, None)
+            self._gathering.pop(job.number, None)
             self.limits.forget(job)
             job.child = None
         unanswered = [job for job in held if not job.is_answered]
@@ -190,6 +219,14 @@ class Inputs:
             else:
                 job.lost(reason)
 
+    def _begun(self, job: jobs.Job, pid: int, started: float, now: float) -> None:
+        was_gathering = self._gathering.pop(job.number, None) is not None
+        if was_gathering and not job.is_answered and job.was_withdrawn():
+            self._dismiss(job)
+        elif not job.is_answered:
+            job.accept(pid, started)
+            self.limits.begin(job, now)
+
     def _admit(self, job: jobs.Job) -> None:
         """Let an input wait for a slot, alone when it is a suspect; give up one that kills."""
         if self._asked.pop(job.number, None) is None:
@@ -204,6 +241,7 @@ class Inputs:
     def _let_go(self, child: children.Child, job: jobs.Job) -> None:
         del child.jobs[job.number]
         self._held.pop(job.number, None)
+        self._gathering.pop(job.number, None)
         child.room.give_back(job.service)
         child.served += 1
         self.limits.forget(job)
@@ -212,6 +250,7 @@ class Inputs:
 
     def _dismiss(self, job: jobs.Job) -> None:
         """The input is answered: its child stops it, or is replaced when it cannot."""
+        self._gathering.pop(job.number, None)
         child = job.child
         if child is None or job.number not in child.jobs:
             self.limits.forget(job)

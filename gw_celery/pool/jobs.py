@@ -65,6 +65,8 @@ class Job:
         self.soft_limit: Any = options.get("soft_timeout")
         self.hard_limit: Any = options.get("timeout")
         self.runs_alone = False
+        #: It waits in its child for others that share its call.
+        self.gathers = bool(options.get("gathers"))
         self.child: Any = None
         #: Children that died with it.
         self.losses = 0

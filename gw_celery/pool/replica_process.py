@@ -22,7 +22,17 @@ from celery.worker import state as worker_state
 from gw_celery import conf, errors
 from gw_celery.declare import registry
 from gw_celery.pool import wire
-from gw_celery.runtime import backends, connections, hygiene, loop, offload, process, tracing
+from gw_celery.runtime import (
+    backends,
+    batcher,
+    connections,
+    exits,
+    hygiene,
+    loop,
+    offload,
+    process,
+    tracing,
+)
 from gw_celery.worker import fatal, hooks, preset
 
 logger = logging.getLogger(__name__)
@@ -43,6 +53,18 @@ class Loaded:
     settings: conf.Settings
     #: Calls what it is given, with whatever must surround work in a thread.
     around: Callable[..., Any]
+    outages: Outages
+
+
+class Outages:
+    """Passes on that the result backend is away, or back, once there is a child to tell it."""
+
+    def __init__(self) -> None:
+        self.listener: Callable[[str], None] | None = None
+
+    def __call__(self, reason: str) -> None:
+        if self.listener is not None:
+            self.listener(reason)
 
 
 def run(channel: socket.socket, setup: dict[str, Any]) -> int:
@@ -72,14 +94,15 @@ def load(setup: dict[str, Any]) -> Loaded:
     around = hygiene.around(app)
     app.loader.init_worker()  # sets up Django
     app.loader.init_worker_process()
-    backends.install(app, around, settings.store_timeout)
+    outages = Outages()
+    backends.install(app, around, settings.store_timeout, outages)
     _set_up_logging(app, hostname)
     platforms.set_mp_process_title("gw_celery", hostname=hostname)
     trace.setup_worker_optimizations(app, hostname)
     app.amqp = offload.publishing(type(app.amqp), around)(app=app)
     tracing.prepare(app, hostname)
     worker_state.reset_state()
-    return Loaded(app=app, settings=settings, around=around)
+    return Loaded(app=app, settings=settings, around=around, outages=outages)
 
 
 async def _serve(channel: socket.socket, loaded: Loaded, setup: dict[str, Any]) -> int:
@@ -93,12 +116,17 @@ class Child(asyncio.Protocol):
 
     def __init__(self, loaded: Loaded, setup: dict[str, Any]) -> None:
         self._loaded = loaded
+        loaded.outages.listener = lambda reason: self.report((wire.Report.OUTAGE, reason))
         self._setup = setup
         self._unpacker = wire.Unpacker(wire.MAX_PARENT_FRAME_BYTES)
         self._transport: Any = None
         self._outbox: list[tuple[Any, ...]] = []
         self._leaving = asyncio.Event()
-        self._orders: dict[int, Callable[..., None]] = {wire.Order.LEAVE: self._leaving.set}
+        self._batchers = batcher.Batchers(exits.Contained, loaded.around, self._flush)
+        self._orders: dict[int, Callable[..., None]] = {
+            wire.Order.LEAVE: self._leaving.set,
+            wire.Order.DRAIN: self._batchers.drain,
+        }
         self._beat_at = 0.0
 
     # -- protocol --
@@ -169,6 +197,7 @@ class Child(asyncio.Protocol):
             self._loaded.settings,
             enforces_limits=False,
             host=loop.MainLoop(asyncio.get_running_loop()),
+            batchers=self._batchers,
         )
         runtime.start()
         process.adopt(runtime)
@@ -176,6 +205,7 @@ class Child(asyncio.Protocol):
         inputs = tracing.Inputs(self._loaded.app, self.report, threads, self._loaded.around)
         self._orders |= {
             wire.Order.RUN: inputs.run,
+            wire.Order.RUN_ALONE: inputs.run_alone,
             wire.Order.SOFT: inputs.limit,
             wire.Order.STOP: inputs.stop,
         }

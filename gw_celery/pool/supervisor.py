@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gw_celery import snapshot
@@ -94,11 +94,20 @@ class Supervisor:
     def forget_waiting(self) -> None:
         """Drop what has not started: the broker delivers it again."""
         with self._lock:
-            self._inputs.forget_waiting()
+            self._watch(self._inputs.forget_waiting())
+
+    def withdraw(self) -> None:
+        """Take out what was revoked or has expired while it gathered for a batch."""
+        with self._lock:
+            self._watch(self._inputs.withdraw())
 
     def in_flight(self) -> int:
         """Inputs that children hold and that are not answered."""
         return self._inputs.in_flight()
+
+    def held(self) -> int:
+        """Inputs that children have not let go of, answered or not."""
+        return self._inputs.held()
 
     # -- the event loop --
 
@@ -145,7 +154,7 @@ class Supervisor:
         """Take nothing new and start no child any more."""
         with self._lock:
             self._is_closing = True
-            self._inputs.forget_waiting()
+            self._watch(self._inputs.forget_waiting())
 
     def abandon_unaccepted(self) -> None:
         """Give up what has not begun, unanswered, after a last look at what has."""
@@ -180,6 +189,10 @@ class Supervisor:
         """Slots of the replicas that are READY, by service."""
         ready = sum(one.life.is_ready for one in self._children)
         return {service: slots * ready for service, slots in self._setup.slots.items()}
+
+    def outage(self) -> str:
+        """Why a live child cannot store results; ``""`` while all can, as far as they know."""
+        return next((one.outage for one in self._children if one.outage), "")
 
     def waiting(self) -> int:
         """Inputs that wait here because no slot is free."""
@@ -227,6 +240,9 @@ class Supervisor:
             self._became_ready(child, now)
         elif kind == wire.Report.FAILED:
             child.reason = report[1]
+        elif kind == wire.Report.OUTAGE:
+            child.outage = report[1]
+            self._on_capacity()
         else:
             self._inputs.handle(child, report, now)
             if kind == wire.Report.ERROR and report[3] == "builtins.MemoryError":
@@ -256,13 +272,16 @@ class Supervisor:
 
     def _dispatch(self) -> None:
         before = self._waiting
-        if self._inputs.waiting:
+        if self._inputs.waiting and not self.outage():
             ready = [one for one in self._children if one.life.is_ready]
-            for child in self._inputs.dispatch(ready):
-                self._sockets.watch(child)
+            self._watch(self._inputs.dispatch(ready))
         self._waiting = len(self._inputs.waiting)
         if self._waiting != before:
             self._on_capacity()
+
+    def _watch(self, written: Iterable[children.Child]) -> None:
+        for child in written:
+            self._sockets.watch(child)
 
     def _start(self, place: places.Place, now: float) -> children.Child | None:
         life = replica.Life(deadlines=self._deadlines, now=now)
@@ -317,6 +336,8 @@ class Supervisor:
         elif state is not replica.State.DRAINING:
             left = self._inputs.limits.longest_left(child.jobs.values(), now)
             child.life.drain(now, left)
+            child.send((wire.Order.DRAIN,))
+            self._sockets.watch(child)
             self._leave_when_idle(child)
             self._on_capacity()
 

@@ -73,6 +73,8 @@ class TaskPool(BasePool):
         self._tick_timer: Any = None
         self._limit_timer: Any = None
         self._limit_due = 0.0
+        #: How many revocations this worker knew when it last looked.
+        self._revoked = 0
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
         self._replicas: tuple[snapshot.Replica, ...] = ()
@@ -145,6 +147,8 @@ class TaskPool(BasePool):
         """Called at every start of the consumer, when the hub has forgotten us."""
         self._hub = hub
         hub.add_reader(self.supervisor.fileno(), self._on_readable)
+        # A revocation comes between two turns of the hub.
+        hub.on_tick.add(self._withdraw)
         # Celery 5.7 has cancelled our timers when the connection was lost, 5.6 all timers.
         for timer in (self._tick_timer, self._limit_timer):
             if timer is not None:
@@ -161,6 +165,7 @@ class TaskPool(BasePool):
         task = self.app.tasks.get(args[0])
         service = getattr(task, "gw_service", None)
         key = services.PLAIN if service is None else service.key
+        options["gathers"] = service is not None and task.gw_method.batched is not None
         return self.supervisor.submit(tuple(args), key, options)
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:
@@ -192,6 +197,8 @@ class TaskPool(BasePool):
                 bound,
             )
             self.supervisor.kill(_SHUT_DOWN)
+        # What was given back to the broker, or answered at its limit, is about to go.
+        self._wait(lambda: not self.supervisor.held(), settings.cancel_timeout)
         self.supervisor.leave()
         self._wait(self.supervisor.is_empty, grace)
         self._finish()
@@ -208,6 +215,10 @@ class TaskPool(BasePool):
     def backlog(self, service: str) -> int:
         """Inputs of a service that this worker has taken and that wait for a slot."""
         return self.supervisor.backlog(service)
+
+    def outage(self) -> str:
+        """Why results cannot be stored now, so that nothing is consumed; ``""`` while they can."""
+        return self.supervisor.outage()
 
     def waiting(self) -> int:
         """Inputs that this worker has taken and that wait for a slot."""
@@ -228,6 +239,7 @@ class TaskPool(BasePool):
             "timeouts": (options.get("soft_timeout") or 0, options.get("timeout") or 0),
             "writes": "N/A",
             "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
+            "gw_outage": self.outage(),
         }
 
     # -- driving --
@@ -241,6 +253,12 @@ class TaskPool(BasePool):
         with _surviving():
             self.supervisor.poll()
         self._arm()
+
+    def _withdraw(self) -> None:
+        """Take revoked inputs out of the batches that they wait for, before those begin."""
+        if len(state.revoked) != self._revoked:
+            self._revoked = len(state.revoked)
+            self.supervisor.withdraw()
 
     def _on_tick(self) -> None:
         self._step()
@@ -272,6 +290,7 @@ class TaskPool(BasePool):
     def _step(self, timeout: float = 0.0) -> None:
         with _surviving():
             self.supervisor.poll(timeout)
+            self.supervisor.withdraw()
             self.supervisor.tick()
             self._see()
 

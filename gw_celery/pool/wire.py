@@ -33,6 +33,10 @@ class Order(enum.IntEnum):
     STOP = 3
     #: Leave everything and exit; sent when nothing is in flight.
     LEAVE = 4
+    #: As ``RUN``, for an input that shares no call with others.
+    RUN_ALONE = 5
+    #: Nothing new will come: what gathers for a batch waits no longer.
+    DRAIN = 6
 
 
 class Report(enum.StrEnum):
@@ -44,16 +48,20 @@ class Report(enum.StrEnum):
     READY = "ready"
     #: (reason): it cannot serve, and exits.
     FAILED = "failed"
-    #: (job, monotonic seconds): the input starts.
+    #: (job, monotonic seconds): the input starts, or the batch that it waited for.
     ACCEPT = "accept"
     #: (job, text of the result, seconds).
     DONE = "done"
     #: (job, outcome, class name, text, message, traceback, requeue).
     ERROR = "error"
+    #: (job,): it expired while it gathered with others; ``GONE`` follows.
+    EXPIRED = "expired"
     #: (job,): it is no longer here, and has no answer.
     GONE = "gone"
     #: (lag in seconds, resident bytes).
     BEAT = "beat"
+    #: (reason): the result backend is away since now; "" when it answers again.
+    OUTAGE = "outage"
 
 
 class Outcome(enum.StrEnum):
@@ -82,8 +90,10 @@ _SHAPES: dict[str, tuple[type, ...]] = {
     Report.ACCEPT: (int, float),
     Report.DONE: (int, str, float),
     Report.ERROR: (int, str, str, str, str, str, bool),
+    Report.EXPIRED: (int,),
     Report.GONE: (int,),
     Report.BEAT: (float, int),
+    Report.OUTAGE: (str,),
 }
 
 

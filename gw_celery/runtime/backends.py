@@ -28,16 +28,26 @@ _BLOCKING = (
     "on_chord_part_return",
 )
 
+
+def _tell_nobody(reason: str) -> None: ...
+
+
 #: The class that this process uses; Celery imports it by name.
 Installed: Any = None
 
 
-def install(app: Any, around: Callable[..., Any], store_timeout: float) -> None:
+def install(
+    app: Any,
+    around: Callable[..., Any],
+    store_timeout: float,
+    on_outage: Callable[[str], None] = _tell_nobody,
+) -> None:
     """Make ``app`` use them; before its backend is first asked for.
 
     Args:
         around: calls what it is given, with whatever must surround a write in a thread.
         store_timeout: seconds that a write to Redis is tried again when the server is away.
+        on_outage: told on the loop why Redis is away, and ``""`` when it is back.
     """
     global Installed
     url = app.backend_cls or app.conf.result_backend
@@ -46,7 +56,7 @@ def install(app: Any, around: Callable[..., Any], store_timeout: float) -> None:
     base, address = backends.by_url(url, app.loader)
     Installed = off_loop(base, offload.Offload("store", 16, around))
     if base is RedisBackend:
-        Installed = grouped(Installed, store_timeout)
+        Installed = grouped(Installed, store_timeout, on_outage)
         # One client for all threads: redis-py's is made for that.
         app.conf.result_backend_thread_safe = True
     # A name and not the class: Celery takes the address of the server from the same string, and
@@ -69,7 +79,9 @@ def off_loop(base: type, threads: offload.Offload) -> type:
     return made
 
 
-def grouped(base: Any, store_timeout: float) -> type:
+def grouped(
+    base: Any, store_timeout: float, on_outage: Callable[[str], None] = _tell_nobody
+) -> type:
     """Return a Redis backend that reads and writes from the loop, many results at a time.
 
     From threads, too: what they store then waits for a server that is away as the rest does.
@@ -106,7 +118,7 @@ def grouped(base: Any, store_timeout: float) -> type:
 
         @functools.cached_property
         def _writer(self) -> redis_writer.Writer:
-            return redis_writer.of(self, store_timeout, inflight.has_company)
+            return redis_writer.of(self, store_timeout, inflight.has_company, on_outage)
 
     Grouped.__name__ = base.__name__
     return Grouped

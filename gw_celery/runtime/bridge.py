@@ -131,6 +131,11 @@ class Call(Generic[T]):
         self._abandoned: BaseException | None = None
         self._over = threading.Event()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can be raised in the coroutine any more."""
+        return self._over.is_set()
+
     def run(self, cancel_timeout: float, meanwhile: Callable[[], None] | None = None) -> T:
         """Start the coroutine, wait for it, and return or raise its outcome.
 

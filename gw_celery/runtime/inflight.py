@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import datetime as dt
 import enum
 import functools
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery import errors
-from gw_celery.runtime import exits, invoke, process, thrown
+from gw_celery.pool import wire
+from gw_celery.runtime import exits, expiry, invoke, process, thrown
 
 #: The input whose tracer runs in this context.
 current: contextvars.ContextVar[InFlight | None] = contextvars.ContextVar("gw_input", default=None)
@@ -35,10 +38,18 @@ class InFlight:
     Celery's tracer stores a result.
     """
 
-    def __init__(self, job: int, name: str, task_id: str) -> None:
+    def __init__(
+        self, job: int, name: str, task_id: str, tell: Callable[[tuple[Any, ...]], None]
+    ) -> None:
         self.job = job
         self.name = name
         self.task_id = task_id
+        #: It was in flight when a child died, and waits for no other input.
+        self.runs_alone = False
+        #: When nobody wants its answer any more, unless it has begun.
+        self.expires: dt.datetime | None = None
+        self._tell = tell
+        self._has_begun = False
         #: Its message could be read, and Celery's tracer has taken over.
         self.is_traced = False
         #: The asyncio task that runs the tracer; ``None`` while a thread does.
@@ -50,6 +61,22 @@ class InFlight:
         self._is_stopped = False
         # Reentrant: an exception raised in this thread can interrupt `_end` itself.
         self._lock = threading.RLock()
+
+    def begin(self) -> bool:
+        """Tell the parent that the input starts, once; whether anybody still wants its answer.
+
+        Limits count from here, and an early acknowledgement happens here: an input that waits for
+        its batch has not started.
+        """
+        if self._has_begun or self._is_stopped:
+            return not self._is_stopped
+        if expiry.has_passed(self.expires):
+            self._tell((wire.Report.EXPIRED, self.job))
+            self.stop()
+            return False
+        self._has_begun = True
+        self._tell((wire.Report.ACCEPT, self.job, time.monotonic()))
+        return True
 
     def run_body(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the body, open to what is raised from outside."""

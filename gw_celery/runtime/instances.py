@@ -8,18 +8,25 @@ parameters are given to the call by a view, a second object over the same state.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import dataclasses
-import inspect
+import functools
+import itertools
 import logging
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from gw_celery import conf, errors
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import lifecycle, loop, views
+from gw_celery.runtime import lifecycle, making, views
 from gw_celery.types import ParameterValues
 
 logger = logging.getLogger(__name__)
+
+_numbers = itertools.count(1)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -27,163 +34,248 @@ class Loaded:
     """One instance with the parameter values that its state depends on."""
 
     instance: Any
-    life: lifecycle.Entered | None
+    life: lifecycle.Entered
     reads: frozenset[str]
     #: The canonical text of what was read: as values, 1 and True are equal.
     text: str
     is_pinned: bool
     in_use: int = 0
+    #: It takes no further call, and is left when those that use it have ended.
+    is_drained: bool = False
+    #: Tells it from every other instance of this process, also from those that are gone.
+    number: int = dataclasses.field(default_factory=_numbers.__next__)
 
     def suits(self, values: ParameterValues) -> bool:
         return _text(values, self.reads) == self.text
+
+    def batch_key(self, values: ParameterValues) -> tuple[int, str]:
+        """Return what inputs must have in common to share one call.
+
+        That is this instance and every parameter, for a body may read any of them.
+        """
+        return self.number, parameters.canonical(values)
 
 
 class Instances:
     """Builds, shares and drops the instances of one service in one process."""
 
-    def __init__(self, service: services.Service, most: int, exit_timeout: float) -> None:
+    def __init__(self, service: services.Service, settings: conf.Settings) -> None:
         self._service = service
-        self._most = most
-        self._exit_timeout = exit_timeout
+        self._settings = settings
         self._view_class = views.view_class(service.target)
         self._loaded: list[Loaded] = []  # least recently used first
         self._lock = threading.Lock()
         self._building = asyncio.Lock()
         self._builds: dict[str, asyncio.Task[None]] = {}
-        self._awaited: list[ParameterValues] = []
+        self._awaited: dict[object, ParameterValues] = {}
+        # Of no call: an instance outlives those that it was built for.
+        self._context = contextvars.copy_context()
+        # Told that an instance may have become idle, while a build waits for that.
+        self._on_idle: Callable[[], object] | None = None
 
     def default_unit(self) -> lifecycle.Unit | None:
         """The instance of the default parameters; none when a parameter has no default."""
         if any(one.is_required for one in self._service.parameters.values()):
             return None
-        return self._unit(parameters.complete(self._service.parameters, {}), is_pinned=True)
+        return making.unit(self._service, self._view_class, self._defaults())
 
     def adopt(self, life: lifecycle.Entered) -> None:
-        """Take over an instance that has entered."""
-        loaded: Loaded = life.value.result()
-        loaded.life = life
-        with self._lock:
-            self._loaded.append(loaded)
+        """Take over the instance of the default parameters; whoever entered it leaves it."""
+        self._add(life, self._defaults(), is_pinned=True)
 
     def take(self, values: ParameterValues) -> Loaded | None:
         """Return a suitable instance and count its use, without waiting; from any thread."""
         with self._lock:
-            for position, loaded in enumerate(self._loaded):
-                if loaded.suits(values):
-                    self._loaded.append(self._loaded.pop(position))
+            for loaded in self._loaded:
+                if not loaded.is_drained and loaded.suits(values):
+                    self._loaded.remove(loaded)
+                    self._loaded.append(loaded)
                     loaded.in_use += 1
                     return loaded
         return None
 
     def give_back(self, loaded: Loaded) -> None:
+        """End one use of an instance; from any thread."""
         with self._lock:
             loaded.in_use -= 1
+            self._tell_idle()
+
+    @contextlib.contextmanager
+    def using(self, loaded: Loaded) -> Iterator[None]:
+        """Count one more use of an instance that is in use already."""
+        with self._lock:
+            loaded.in_use += 1
+        try:
+            yield
+        finally:
+            self.give_back(loaded)
 
     async def load(self, values: ParameterValues) -> Loaded:
         """Return a suitable instance, entering a new one when there is none; on the loop.
 
         Concurrent first uses build it once. A build that fails raises in all that wait for it,
-        and is not kept; one whose callers give up goes on, for the next.
+        and is not kept; one whose callers give up goes on for the next, once it has begun.
+
+        Raises:
+            UsageError: where ``gw_max_instances`` leaves no room beside the default instance.
         """
-        self._awaited.append(values)
+        token = object()
+        self._awaited[token] = values
         try:
             while (found := self.take(values)) is None:
                 await asyncio.shield(self._build(values))
             return found
         finally:
-            self._awaited.remove(values)
+            del self._awaited[token]
+            with self._lock:
+                self._tell_idle()
 
     def view(self, loaded: Loaded, values: ParameterValues) -> Any:
         """Return the object that a call with ``values`` sees: shared state, own parameters."""
         return views.view(loaded.instance, values)
 
     async def leave(self) -> None:
-        """Leave every instance that ``load`` built; the start-up's own are not among them."""
+        """Leave every instance that ``load`` built; the start-up's own are not among them.
+
+        A build under way is cancelled.
+        """
+        builds = list(self._builds.values())
+        for build in builds:
+            build.cancel()
+        if builds:
+            await asyncio.wait(builds)
         with self._lock:
             built = [one for one in self._loaded if not one.is_pinned]
             self._loaded.clear()
-        await asyncio.gather(*(one.life.leave() for one in built if one.life is not None))
+        await asyncio.gather(*(one.life.leave() for one in built))
+
+    # -- building --
 
     def _build(self, values: ParameterValues) -> asyncio.Task[None]:
         """Return the task that builds an instance for ``values``: one for all that wait for it."""
         key = parameters.canonical(values)
-        if key not in self._builds:
-            build = self._builds[key] = asyncio.create_task(self._build_missing(values))
-            build.add_done_callback(lambda _: self._builds.pop(key))
+        if key not in self._builds or self._builds[key].done():
+            build = self._builds[key] = asyncio.get_running_loop().create_task(
+                self._build_missing(values), context=self._context.copy()
+            )
+            build.add_done_callback(functools.partial(self._forget, key))
         return self._builds[key]
+
+    def _forget(self, key: str, build: asyncio.Task[None]) -> None:
+        if self._builds.get(key) is build:
+            del self._builds[key]
+        if not build.cancelled():
+            build.exception()  # retrieved: where its callers gave up, nobody else does
 
     async def _build_missing(self, values: ParameterValues) -> None:
         async with self._building:
             if any(one.suits(values) for one in self._loaded):
                 return  # of other values, but of the same that shape the state
-            await self._make_room()
-            life = lifecycle.Entered(self._unit(values, is_pinned=False), self._exit_timeout)
-            failure = await life.settle()
-            if failure is not None:
-                raise failure
-            self.adopt(life)
+            if await self._has_room_for(values):
+                await self._enter(values)
 
-    async def _make_room(self) -> None:
-        """Leave the least recently used idle instances, so that one more fits in memory."""
-        with self._lock:
-            idle = [one for one in self._loaded if self._is_idle(one)]
-            dropped = idle[: max(0, len(self._loaded) + 1 - self._most)]
-            for one in dropped:
-                self._loaded.remove(one)
-        await asyncio.gather(*(one.life.leave() for one in dropped if one.life is not None))
+    async def _enter(self, values: ParameterValues) -> None:
+        """Enter one instance, and raise what it raised."""
+        unit = making.unit(self._service, self._view_class, values)
+        life = lifecycle.Entered(unit, self._settings.exit_timeout)
+        try:
+            await lifecycle.settle_all([life], self._settings.start_timeout)
+        except errors.StartupError as failed:
+            raise _as_error(unit.name, failed.causes[unit.name]) from None
+        self._add(life, values, is_pinned=False)
 
-    def _is_idle(self, one: Loaded) -> bool:
-        is_awaited = any(one.suits(values) for values in self._awaited)
-        return not (one.is_pinned or one.in_use or is_awaited)
-
-    def _unit(self, values: ParameterValues, *, is_pinned: bool) -> lifecycle.Unit:
-        instance: list[Any] = []
-
-        async def enter() -> Loaded:
-            made, reads = await self._made(values)
-            instance.append(made)
-            return Loaded(
-                instance=made,
-                life=None,
-                reads=reads,
-                text=_text(values, reads),
-                is_pinned=is_pinned,
-            )
-
-        async def leave() -> None:
-            await _run_exit_hooks(instance[0], self._service.exit_hooks)
-
-        return lifecycle.Unit(name=self._service.key, enter=enter, leave=leave)
-
-    async def _made(self, values: ParameterValues) -> tuple[Any, frozenset[str]]:
-        reads: set[str] = set()
-        instance = views.instance(self._view_class, values)
-        object.__setattr__(instance, parameters.READS, reads)
-        await loop.in_thread(instance.__init__)  # a constructor that loads must not stop the loop
-        await _run_hooks(instance, self._service.enter_hooks)
-        object.__setattr__(instance, parameters.READS, None)
-        declared = self._service.parameters
-        return instance, frozenset(
-            name
-            for name, one in declared.items()
-            if one.scope == "load" or (name in reads and one.scope != "call")
+    def _add(self, life: lifecycle.Entered, values: ParameterValues, *, is_pinned: bool) -> None:
+        made: making.Made = life.value.result()
+        text = _text(values, made.reads)
+        loaded = Loaded(
+            instance=made.instance, life=life, reads=made.reads, text=text, is_pinned=is_pinned
         )
+        with self._lock:
+            self._loaded.append(loaded)
+        logger.info("pid %d has loaded %s with %.200s", os.getpid(), self._service.key, text)
+
+    # -- making room --
+
+    async def _has_room_for(self, values: ParameterValues) -> bool:
+        """Leave others until one more may be alive; False once nobody waits for ``values``."""
+        freed = asyncio.Event()
+        tell = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, freed.set)
+        with self._telling(tell):
+            while len(self._loaded) >= self._settings.max_instances:
+                freed.clear()
+                if values not in self._awaited.values():
+                    return False
+                idle = self._idle()
+                if idle is None:
+                    await freed.wait()
+                    continue
+                await self._evict(idle)
+        return True
+
+    async def _evict(self, idle: Loaded) -> None:
+        logger.info("pid %d leaves %s with %.200s", os.getpid(), self._service.key, idle.text)
+        await idle.life.leave()
+        with self._lock:
+            self._loaded.remove(idle)
+
+    @contextlib.contextmanager
+    def _telling(self, tell: Callable[[], object]) -> Iterator[None]:
+        with self._lock:
+            self._on_idle = tell
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._on_idle = None
+                for one in self._loaded:
+                    one.is_drained = False
+
+    def _tell_idle(self) -> None:
+        if self._on_idle is not None:
+            self._on_idle()
+
+    def _idle(self) -> Loaded | None:
+        """Return the least recently used idle instance, drained.
+
+        Where all are busy the least recently used one is drained, for calls that overlap for ever
+        would let nobody else in.
+        """
+        with self._lock:
+            mine = [one for one in self._loaded if not one.is_pinned]
+            if not mine:
+                raise self._no_room()
+            spare = [one for one in mine if not self._is_awaited(one)]
+            for one in spare:
+                if not one.in_use:
+                    one.is_drained = True
+                    return one
+            if spare and not any(one.is_drained for one in spare):
+                spare[0].is_drained = True
+        return None
+
+    def _is_awaited(self, one: Loaded) -> bool:
+        """Whether it was just built for a call that has not taken it yet."""
+        return not one.is_drained and any(one.suits(each) for each in self._awaited.values())
+
+    def _no_room(self) -> errors.UsageError:
+        return errors.UsageError(
+            f"gw_max_instances={self._settings.max_instances} leaves {self._service.name} no room "
+            f"beside the instance of its default parameters, which is always kept: set it to "
+            f"{self._settings.max_instances + 1} or more"
+        )
+
+    def _defaults(self) -> dict[str, Any]:
+        return parameters.complete(self._service.parameters, {})
 
 
 def _text(values: ParameterValues, names: frozenset[str]) -> str:
     return parameters.canonical({name: values[name] for name in names})
 
 
-async def _run_hooks(instance: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        hook: Callable[[], Any] = getattr(instance, name)
-        await (hook() if inspect.iscoroutinefunction(hook) else loop.in_thread(hook))
-
-
-async def _run_exit_hooks(instance: Any, names: tuple[str, ...]) -> None:
-    """Run every hook, also when one before it failed; each failure is logged."""
-    for name in names:
-        try:
-            await _run_hooks(instance, (name,))
-        except Exception:
-            logger.exception("%s.%s failed", type(instance).__qualname__, name)
+def _as_error(name: str, cause: BaseException) -> Exception:
+    """Return ``cause`` as what may be raised in an input: an exit of a hook ends no process."""
+    if isinstance(cause, Exception):
+        return cause
+    error = errors.BodyExited(f"an on_enter hook of {name} raised {cause!r}; raise an Exception")
+    error.__cause__ = cause
+    return error

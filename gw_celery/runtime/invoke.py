@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 from celery.exceptions import SoftTimeLimitExceeded
 
-from gw_celery import errors
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import bridge, exits, instances, process
+from gw_celery.runtime import answers, batcher, bridge, exits, instances, process, uses
+from gw_celery.runtime import running as current
 from gw_celery.types import ParameterValues
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,9 @@ class Running:
     def __init__(self) -> None:
         self._calls: dict[str, bridge.Call[Any]] = {}
 
-    def run(self, runtime: process.Process, one: Input) -> Any:
-        """Run an asynchronous input for a thread that waits, within its limits."""
-        call = runtime.call(run_async(runtime, one))
+    def run(self, runtime: process.Process, one: Input, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work`` of an input on the loop, for a thread that waits, within its limits."""
+        call = runtime.call(work)
         self._calls[one.task_id] = call
         has_limit = runtime.enforces_limits and (one.soft_limit or one.hard_limit)
         limits = _Limits(runtime.loop, call, one) if has_limit else None
@@ -62,9 +64,10 @@ class Running:
         if exc is None:
             return self.revoke(task_id)
         call = self._calls.get(task_id)
-        if call is not None:
-            call.interrupt(exc)
-        return call is not None
+        if call is None or call.is_over:
+            return False
+        call.interrupt(exc)
+        return True
 
     def revoke(self, task_id: str) -> bool:
         """Stop a running input; whether there was one."""
@@ -79,51 +82,82 @@ running = Running()
 
 def run(runtime: process.Process, one: Input) -> Any:
     """Run ``one`` to its end and return its answer, from Celery's tracer."""
-    if one.method.is_async:
+    if one.method.is_async or (one.method.batched and runtime.batchers):
         if runtime.is_on_loop():
             return bridge.drive(run_async(runtime, one))
-        return running.run(runtime, one)
+        return running.run(runtime, one, run_async(runtime, one))
     return _run_sync(runtime, one)
 
 
 async def run_async(runtime: process.Process, one: Input) -> Any:
     """Run ``one`` on the loop, where an asynchronous caller can await it."""
-    token = process.held.set(process.held.get() | {one.service.key})
+    token = current.held.set(current.held.get() | {one.service.key})
+    batch = current.batch.set(None)
     try:
         if not one.service.is_class:
-            return await _answer(runtime, one, one.method.function)
+            return await _answer(
+                runtime, one, batcher.Work(fn=one.method.function, service=one.service.key)
+            )
         values, owner = _values(one), runtime.instances_of(one.service)
-        loaded = owner.take(values) or await owner.load(values)
+        loaded = owner.take(values) or await _loaded(owner, values)
         try:
-            return await _answer(runtime, one, _bound(one, owner, loaded, values))
+            work = batcher.Work(
+                fn=_bound(one, owner, loaded, values),
+                service=one.service.key,
+                key=loaded.batch_key(values),
+                using=lambda: owner.using(loaded),
+            )
+            return await _answer(runtime, one, work)
         finally:
             owner.give_back(loaded)
     finally:
-        process.held.reset(token)
+        current.batch.reset(batch)
+        current.held.reset(token)
+
+
+async def _loaded(owner: instances.Instances, values: ParameterValues) -> instances.Loaded:
+    joining = current.joining.get()
+    if joining is not None:
+        # Before it joins a batch: limits bound the wait, and a load can kill the process.
+        joining.begin()
+    return await owner.load(values)
 
 
 def _run_sync(runtime: process.Process, one: Input) -> Any:
-    values, owner = _values(one), runtime.instances_of(one.service)
-    loaded = owner.take(values) or runtime.wait(owner.load(values))
+    use = uses.Use(runtime.instances_of(one.service), _values(one))
     try:
-        bound = _bound(one, owner, loaded, values)
+        if not use.take():
+            _wait_within_limits(runtime, one, use.load())
+        bound: Callable[..., Any] = getattr(use.view(), one.method.name)
         if one.method.batched is None:
             return _contained(runtime, bound, *one.args, **one.kwargs)
-        listed = _singletons(one, one.args, one.kwargs)
-        return _single(one, _contained(runtime, bound, **listed))
+        args, kwargs = _singletons(one)
+        return _single(one, _contained(runtime, bound, *args, **kwargs))
     finally:
-        owner.give_back(loaded)
+        use.end()
 
 
-async def _answer(runtime: process.Process, one: Input, fn: Callable[..., Any]) -> Any:
+def _wait_within_limits(
+    runtime: process.Process, one: Input, work: Coroutine[Any, Any, None]
+) -> None:
+    """Wait for the loop as part of the input: what stops the input ends the wait."""
+    if runtime.is_on_loop():
+        bridge.drive(work)
+    else:
+        running.run(runtime, one, work)
+
+
+async def _answer(runtime: process.Process, one: Input, work: batcher.Work) -> Any:
     args, kwargs = one.args, one.kwargs
     if one.method.batched is not None:
-        args, kwargs = (), _singletons(one, args, kwargs)
+        if runtime.batchers is not None:
+            return await runtime.batchers.of(one.method).submit(work, args, kwargs)
+        args, kwargs = _singletons(one)
     if one.method.is_async:
         with exits.Contained(runtime.is_ending):
-            answer = await fn(*args, **kwargs)
+            answer = await work.fn(*args, **kwargs)
     else:  # it must not stop the loop that it shares with the body that awaits it
-        answer = await asyncio.to_thread(_contained, runtime, fn, *args, **kwargs)
+        answer = await asyncio.to_thread(_contained, runtime, work.fn, *args, **kwargs)
     return answer if one.method.batched is None else _single(one, answer)
 
 
@@ -145,27 +179,17 @@ def _bound(
     return bound
 
 
-def _singletons(one: Input, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, list[Any]]:
+def _singletons(one: Input) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batched body takes lists: without a batcher, lists of one."""
-    bound = one.method.signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return {name: [value] for name, value in bound.arguments.items()}
+    return answers.listed(one.method, [answers.bind(one.method, one.args, one.kwargs)])
 
 
 def _single(one: Input, answer: Any) -> Any:
     """Return the only entry of a batched body's answer, raising it when it is an exception."""
-    is_listed = not isinstance(answer, str | bytes | dict) and (
-        isinstance(answer, Sequence) or hasattr(answer, "__array__")
-    )
-    if not is_listed or len(answer) != 1:
-        size = len(answer) if hasattr(answer, "__len__") else "no"
-        raise errors.UsageError(
-            f"{one.method.task_name} got 1 input and answered with a {type(answer).__name__} of "
-            f"{size} entries; a batched function returns a list with one entry for each input"
-        )
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
+    (entry,) = answers.entries(one.method, 1, answer)
+    if isinstance(entry, Exception):
+        raise entry
+    return entry
 
 
 class _Limits:

@@ -15,16 +15,11 @@ from typing import Any, TypeVar
 
 from gw_celery import conf, errors
 from gw_celery.declare import registry, services
-from gw_celery.runtime import bridge, identity, instances, lifecycle, loop, vigil
+from gw_celery.runtime import batcher, bridge, identity, instances, lifecycle, loop, vigil
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-#: Keys of the services whose slots the running body holds.
-held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
-    "gw_held", default=frozenset()
-)
 
 
 class Process:
@@ -37,12 +32,15 @@ class Process:
         enforces_limits: bool = True,
         is_ending: Callable[[], bool] = lambda: False,
         host: loop.LoopThread | loop.MainLoop | None = None,
+        batchers: batcher.Batchers | None = None,
     ) -> None:
         self.settings = settings
         #: False where the pool itself enforces time limits.
         self.enforces_limits = enforces_limits
         #: Whether a signal has told this process to end: a body's exit is then the process's.
         self.is_ending = is_ending
+        #: Where the inputs of batched methods gather; ``None`` where each has a call of its own.
+        self.batchers = batchers
         self.pid = os.getpid()
         self._loop = loop.LoopThread() if host is None else host
         self._contexts: dict[str, lifecycle.Entered] = {}
@@ -136,12 +134,6 @@ class Process:
         followed = context.run(identity.follow)
         return bridge.Call(self.loop, coroutine, context, at_end=followed.end)
 
-    def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run ``coroutine`` on the loop and wait for it, from the loop's greenlets or elsewhere."""
-        if self.is_on_loop():
-            return bridge.drive(coroutine)
-        return self.call(coroutine).run(self.settings.cancel_timeout)
-
     async def grow(
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
     ) -> None:
@@ -191,7 +183,7 @@ class Process:
         self._instances.update(made)
 
     def _instances_for(self, service: services.Service) -> instances.Instances:
-        return instances.Instances(service, self.settings.max_instances, self.settings.exit_timeout)
+        return instances.Instances(service, self.settings)
 
     async def leave(self) -> None:
         """Leave everything, in parallel, and cancel what is still entering."""

@@ -2,6 +2,9 @@
 
 What becomes ready while one pipeline is on its way goes into the next one: with many inputs in
 flight a round trip is shared, with one alone nothing waits.
+
+An outage of the server begins with a command that was lost with the connection, and ends when the
+server answers anything: a command that is tried again or, when all of them were given up, a PING.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ _PAUSE = 1.0
 _LINGER = 0.005
 #: A server that is silent for so long counts as lost.
 _SOCKET_TIMEOUT = 5.0
+_LONGEST_REASON = 200
 
 
 class Writer:
@@ -33,6 +37,7 @@ class Writer:
         client: talks to the server; this writer's alone.
         store_timeout: seconds that commands are tried again while the server is away.
         has_company: whether other inputs are in flight, for which it is worth to linger.
+        on_outage: told why when the server goes away, and ``""`` when it is back.
     """
 
     def __init__(
@@ -40,10 +45,13 @@ class Writer:
         client: redis.asyncio.Redis,
         store_timeout: float,
         has_company: Callable[[], bool] = lambda: False,
+        on_outage: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._client = client
         self._store_timeout = store_timeout
         self._has_company = has_company
+        self._on_outage = on_outage
+        self._is_away = False
         self._pending: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
         self._life: asyncio.Task[None] | None = None
 
@@ -61,12 +69,36 @@ class Writer:
 
     async def _write_all(self) -> None:
         try:
-            while self._pending:
+            while self._pending or self._is_away:
+                if not self._pending:
+                    await self._look()
+                    continue
                 await self._linger()
                 group, self._pending = self._pending, []
                 await self._write(group)
         finally:
             self._life = None
+
+    async def _look(self) -> None:
+        """Ask the server for a sign of life: nothing is left that would show that it is back."""
+        await asyncio.sleep(_PAUSE)
+        try:
+            await self._client.ping()
+        except _LOST:
+            return
+        except Exception as exc:  # an answer, too
+            logger.debug("the result backend answers: %r", exc)
+        self._is_back()
+
+    def _is_lost(self, exc: Exception) -> None:
+        if not self._is_away:
+            self._is_away = True
+            self._on_outage(f"{type(exc).__name__}: {exc}"[:_LONGEST_REASON])
+
+    def _is_back(self) -> None:
+        if self._is_away:
+            self._is_away = False
+            self._on_outage("")
 
     async def _linger(self) -> None:
         """Let more answers gather; each is read first, and those that are read are set together."""
@@ -93,8 +125,9 @@ class Writer:
         end = loop.time() + self._store_timeout
         while True:
             try:
-                return await self._pipeline(commands)
+                answers = await self._pipeline(commands)
             except _LOST as lost:
+                self._is_lost(lost)
                 if loop.time() >= end:
                     raise
                 logger.warning(
@@ -103,6 +136,9 @@ class Writer:
                     _PAUSE,
                     lost,
                 )
+            else:
+                self._is_back()
+                return answers
             await asyncio.sleep(_PAUSE)
 
     async def _pipeline(self, commands: list[tuple[Any, ...]]) -> list[Any]:
@@ -121,7 +157,12 @@ class Writer:
         return [one for one, counts in zip(answers, is_answer, strict=True) if counts]
 
 
-def of(backend: Any, store_timeout: float, has_company: Callable[[], bool]) -> Writer:
+def of(
+    backend: Any,
+    store_timeout: float,
+    has_company: Callable[[], bool],
+    on_outage: Callable[[str], None],
+) -> Writer:
     """Return a writer of its own for the results of ``backend``."""
     client = redis_client.of(backend, socket_timeout=_SOCKET_TIMEOUT)
-    return Writer(client, store_timeout, has_company)
+    return Writer(client, store_timeout, has_company, on_outage)

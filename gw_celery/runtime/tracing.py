@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from kombu.utils.encoding import safe_repr, safe_str
 
 from gw_celery.pool import wire
-from gw_celery.runtime import bridge, exits, hygiene, identity, inflight, offload
+from gw_celery.runtime import bridge, exits, expiry, hygiene, identity, inflight, offload, running
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +64,26 @@ class Inputs:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def run(self, job: int, name: str, task_id: str, *message: Any) -> None:
-        """Start one input: it is reported now and runs in the next turn of the loop."""
-        self._report((wire.Report.ACCEPT, job, time.monotonic()))
-        one = inflight.InFlight(job, name, task_id)
-        self._held[job] = one
-        task = asyncio.create_task(self._run(one, *message), name=f"{name}[{task_id}]")
+        """Start one input: it is reported now and runs in the next turn of the loop.
+
+        One that gathers with others for a batch is reported when that starts.
+        """
+        self._start(inflight.InFlight(job, name, task_id, self._report), *message)
+
+    def run_alone(self, job: int, name: str, task_id: str, *message: Any) -> None:
+        """Start one input that may kill this process: it shares no call."""
+        one = inflight.InFlight(job, name, task_id, self._report)
+        one.runs_alone = True
+        self._start(one, *message)
+
+    def _start(self, one: inflight.InFlight, request: Any, *content: Any) -> None:
+        self._held[one.job] = one
+        if _gathers(self._app.tasks.get(one.name)):
+            one.expires = expiry.of(self._app, request)
+        else:
+            one.begin()
+        name = f"{one.name}[{one.task_id}]"
+        task = asyncio.create_task(self._run(one, request, *content), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -84,6 +98,7 @@ class Inputs:
     async def _run(self, one: inflight.InFlight, *message: Any) -> None:
         followed = identity.bind()
         inflight.current.set(one)
+        running.joining.set(one)
         try:
             report = await self._outcome(one, *message)
         except BaseException as exc:
@@ -91,6 +106,8 @@ class Inputs:
         finally:
             followed.end()
             self._held.pop(one.job, None)
+        if report[0] != wire.Report.GONE:
+            one.begin()
         self._report(report)
 
     async def _outcome(
@@ -152,9 +169,15 @@ def _runs_on_loop(task: Any) -> bool:
 def _never_blocks(task: Any) -> bool:
     """Whether nothing around the body of a task is the user's own synchronous code."""
     method = getattr(task, "gw_method", None)
-    if method is None or not method.is_async:
+    if method is None or not (method.is_async or method.batched):
         return False
     return not any(trace.task_has_custom(task, hook) for hook in _HOOKS)
+
+
+def _gathers(task: Any) -> bool:
+    """Whether an input of ``task`` waits for others before it starts."""
+    method = getattr(task, "gw_method", None)
+    return method is not None and method.batched is not None
 
 
 def _error(job: int, exc: BaseException, traceback: str) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from gw_celery.declare import parameters
 from gw_celery.types import ParameterValues
 
-#: Attribute of a view: the instance whose state it shares.
+#: Attribute of a view: the instance whose state it shares; ``None`` in that instance.
 _SHARED = "_gw_shared"
 
 
@@ -30,7 +30,8 @@ def view_class(cls: type) -> type:
 def instance(of_class: type, values: ParameterValues) -> Any:
     """Return an object of a view class that has a state of its own; its ``__init__`` is to run."""
     made: Any = object.__new__(of_class)
-    object.__setattr__(made, _SHARED, made)
+    # Not itself: a cycle would keep what was evicted in memory until a garbage collection.
+    object.__setattr__(made, _SHARED, None)
     object.__setattr__(made, parameters.VALUES, values)
     return made
 
@@ -41,6 +42,7 @@ def view(of: Any, values: ParameterValues) -> Any:
     made.__dict__ = of.__dict__
     object.__setattr__(made, _SHARED, of)
     object.__setattr__(made, parameters.VALUES, values)
+    object.__setattr__(made, parameters.READS, None)
     return made
 
 
@@ -51,13 +53,18 @@ class _SharedSlot:
         self._slot = slot
 
     def __get__(self, view: Any, owner: type) -> Any:
-        return self._slot if view is None else self._slot.__get__(getattr(view, _SHARED), owner)
+        return self._slot if view is None else self._slot.__get__(_state(view), owner)
 
     def __set__(self, view: Any, value: object) -> None:
-        self._slot.__set__(getattr(view, _SHARED), value)
+        self._slot.__set__(_state(view), value)
 
     def __delete__(self, view: Any) -> None:
-        self._slot.__delete__(getattr(view, _SHARED))
+        self._slot.__delete__(_state(view))
+
+
+def _state(view: Any) -> Any:
+    shared = getattr(view, _SHARED)
+    return view if shared is None else shared
 
 
 def _slots(cls: type) -> dict[str, types.MemberDescriptorType]:

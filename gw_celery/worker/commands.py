@@ -20,6 +20,7 @@ def status(pool: Any, hostname: str) -> snapshot.Worker:
         waiting=pool.waiting(),
         open_queues=gate.open_queues() if gate else (),
         closed_queues=gate.closed_queues() if gate else (),
+        outage=pool.outage(),
     )
 
 

@@ -9,10 +9,17 @@ from typing import Any
 from celery.app.task import Context
 from celery.worker.consumer import Consumer as CeleryConsumer
 
-from gw_celery import errors
+from gw_celery import conf, errors
 from gw_celery.worker import redis_transport
 
 logger = logging.getLogger(__name__)
+
+
+def _check_size(message: Any, largest: int) -> None:
+    """Refuse a body that is too large for whatever would decode it, here or in a child."""
+    size = len(message.body or b"")
+    if size > largest:
+        raise errors.MessageTooLarge(size, largest)
 
 
 def _check_call(message: Any) -> None:
@@ -48,9 +55,11 @@ class Consumer(CeleryConsumer):
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         handle = super().create_task_handler(*args, **kwargs)
+        largest = conf.read(self.app.conf).max_payload_bytes
 
         def guarded(message: Any) -> None:
             try:
+                _check_size(message, largest)
                 _check_call(message)
                 handle(message)
             except (*self.connection_errors, MemoryError):
@@ -58,23 +67,29 @@ class Consumer(CeleryConsumer):
             except Exception as exc:
                 # Out of the handler it would end the worker, go back to the queue, and end the
                 # next worker.
-                headers = message.headers if isinstance(message.headers, dict) else {}
-                logger.critical(
-                    "task %s[%s] has a message that cannot be read and is rejected: %r; its first "
-                    "bytes: %r",
-                    headers.get("task"),
-                    headers.get("id"),
-                    exc,
-                    (message.body or b"")[:200],
-                    exc_info=True,
-                )
-                if not message.acknowledged:
-                    message.reject_log_error(logger, self.connection_errors)
-                self._fail(message, exc)
+                self._reject(message, exc)
 
         return guarded
 
+    def _reject(self, message: Any, exc: Exception) -> None:
+        headers = message.headers if isinstance(message.headers, dict) else {}
+        logger.critical(
+            "task %s[%s] has a message that cannot be read and is rejected: %r; its first "
+            "bytes: %r",
+            headers.get("task"),
+            headers.get("id"),
+            exc,
+            (message.body or b"")[:200],
+            exc_info=exc,
+        )
+        if not message.acknowledged:
+            message.reject_log_error(logger, self.connection_errors)
+        self._fail(message, exc)
+
     def on_decode_error(self, message: Any, exc: Exception) -> None:
+        if isinstance(exc, errors.UnreadableMessage):  # ``worker.compression`` refused it
+            self._reject(message, exc)
+            return
         super().on_decode_error(message, exc)
         self._fail(message, exc)
 
@@ -98,7 +113,12 @@ class Consumer(CeleryConsumer):
             logger.exception("the failure of task %s could not be stored", headers["id"])
 
     def cancel_active_requests(self) -> None:
-        """At a cold shutdown: what has ended by now, or passed its limit, is no longer active."""
+        """At a cold shutdown: what has ended by now, or passed its limit, is no longer active.
+
+        Nothing takes the slots that are free by then: it would be cut off as it starts.
+        """
+        if hasattr(self.pool, "poll"):
+            self.pool.flush()
         self._poll_pool()
         super().cancel_active_requests()
 

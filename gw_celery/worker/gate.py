@@ -1,7 +1,7 @@
 """Consume a queue only while a replica is READY for it, and never more than the slots can take.
 
 A message that is taken while a model loads, or by a worker whose model cannot load, waits where no
-other worker can have it.
+other worker can have it. One that is taken while results cannot be stored is work for nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Gate:
     Args:
         queues: Celery's ``app.amqp.queues``.
         service_queues: the service of each service queue.
-        pool: a pool that says its READY slots, and what waits in it, by service.
+        pool: a pool that says its READY slots, and what waits in it, by service; and why results
+            cannot be stored.
     """
 
     def __init__(self, queues: Any, service_queues: dict[str, str], pool: Any) -> None:
@@ -33,8 +34,10 @@ class Gate:
         #: What is consumed when its service is ready; commands add and take away.
         self._wanted = set(self._services)
         self._open = set(self._wanted)
-        #: Closed because their service is full, which is no news.
-        self._full: set[str] = set()
+        #: Closed for a reason that is no news: their service is full, or consuming is paused.
+        self._quiet: set[str] = set()
+        #: Results cannot be stored, so that nothing is consumed.
+        self._is_paused = False
         self._consumer: Any = None
         self._is_requested = False
         self._prefetch = 0
@@ -84,22 +87,38 @@ class Gate:
     def apply(self) -> None:
         """Open and close queues as the slots are now.
 
-        A full service closes its queue only where others share the prefetch count with it.
+        A full service closes its queue only where others share the prefetch count with it. While
+        results cannot be stored all are closed.
         """
         self._is_requested = False
         ready = self._pool.ready_by_service()
+        self._pause_or_resume(self._pool.outage())
+        if self._is_paused:
+            for name in sorted(self._open & self._wanted):
+                self._set_closed(name, is_quiet=True)
+        else:
+            self._follow(ready)
+        if self._is_per_queue:
+            self._fit_each(ready)
+        self._fit_prefetch(ready)
+
+    def _pause_or_resume(self, outage: str) -> None:
+        if outage and not self._is_paused:
+            logger.warning("no queue is consumed until results can be stored again: %s", outage)
+        elif self._is_paused and not outage:
+            logger.warning("queues are consumed again: results can be stored")
+        self._is_paused = bool(outage)
+
+    def _follow(self, ready: dict[str, int]) -> None:
         for name in sorted(self._wanted):
             service = self._services[name]
             slots, waiting = ready.get(service, 0), self._pool.backlog(service)
             if name not in self._open and slots and not waiting:
                 self._set_open(name)
             elif name in self._open and not slots:
-                self._set_closed(name, is_full=False)
+                self._set_closed(name, is_quiet=False)
             elif name in self._open and waiting > slots and self._shares_prefetch():
-                self._set_closed(name, is_full=True)
-        if self._is_per_queue:
-            self._fit_each(ready)
-        self._fit_prefetch(ready)
+                self._set_closed(name, is_quiet=True)
 
     def add(self, name: str) -> None:
         """A queue that ``add_consumer`` opened is the gate's from now on."""
@@ -132,8 +151,8 @@ class Gate:
         self._queues.select_add(self._queues[name])
         if not self._is_per_queue:
             self._consume(name)
-        level = logging.DEBUG if name in self._full else logging.INFO
-        self._full.discard(name)
+        level = logging.DEBUG if name in self._quiet else logging.INFO
+        self._quiet.discard(name)
         logger.log(level, "the queue %s is consumed: a replica is ready for it", name)
 
     def _consume(self, name: str) -> None:
@@ -155,16 +174,16 @@ class Gate:
                 task_consumer.qos(prefetch_count=wanted, apply_global=False)
                 self._consume(name)
 
-    def _set_closed(self, name: str, *, is_full: bool) -> None:
+    def _set_closed(self, name: str, *, is_quiet: bool) -> None:
         self._credit.pop(name, None)
-        if is_full:
-            self._full.add(name)
+        if is_quiet:
+            self._quiet.add(name)
         self._open.discard(name)
         self._queues.deselect(name)
         if (task_consumer := self._task_consumer()) is not None:
             task_consumer.cancel_by_queue(self._queues[name].name)
-        if is_full:
-            logger.debug("the queue %s is not consumed: its inputs wait here for slots", name)
+        if is_quiet:
+            logger.debug("the queue %s is not consumed: its inputs wait here, or all do", name)
         else:
             logger.info("the queue %s is not consumed: no replica is ready for it", name)
 

@@ -12,7 +12,7 @@ from typing import Any
 from celery import signals
 
 from gw_celery.declare import registry
-from gw_celery.worker import ending, fatal, serving
+from gw_celery.worker import ending, fatal, forks, serving
 
 _registries: list[registry.Registry] = []
 #: What this worker serves; set in the parent, inherited by forked children.
@@ -56,6 +56,8 @@ def _on_worker_init(sender: Any, **_: Any) -> None:
 def _on_process_init(**_: Any) -> None:
     if _plan is not None and (pipes := _plan.pipes) is not None:
         with fatal.fatal_errors(pipes.report), ending.heeding(pipes.bell) as check:
+            if _plan.pool == "prefork":
+                forks.refuse_cuda()
             serving.start(_plan, check)
 
 

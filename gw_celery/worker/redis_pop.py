@@ -27,13 +27,14 @@ logger = logging.getLogger(__name__)
 redis: Any = kombu_redis
 
 #: KEYS: the hash of unacknowledged messages, their index, then the lists.
-#: ARGV: most messages, most bytes, the time, how many lists take turns, the queue of each list.
+#: ARGV: most messages, most bytes, how many lists take turns, the queue of each list.
 #: Answer: queue, tag and message for each; the tag is "" for one that has none to be found.
 #: The record of a message is what kombu's restoring reads: message, exchange, routing key.
 #: A tag is searched in the end of the message, where kombu writes it: parsing megabytes would keep
 #: everybody waiting. A quote inside of a string is escaped, so that no text can look like one.
 SCRIPT = """
-local most, largest, now, width = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local most, largest, width = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local now = redis.call('TIME')[1]
 local taken, count, size = {}, 0, 0
 local function tag_of(item)
   local found = string.match(string.sub(item, -4096), '.*"delivery_tag": ?"([^"]+)"')
@@ -51,7 +52,7 @@ for first = 3, #KEYS, width do
       local item = count < most and size < largest and redis.call('RPOP', KEYS[at])
       if item then
         found, count, size = true, count + 1, size + #item
-        local queue, tag = ARGV[2 + at], tag_of(item)
+        local queue, tag = ARGV[1 + at], tag_of(item)
         if tag ~= '' then
           redis.call('HSET', KEYS[1], tag, '[' .. item .. ', "", ' .. cjson.encode(queue) .. ']')
           redis.call('ZADD', KEYS[2], now, tag)
@@ -135,7 +136,7 @@ class PoppingChannel(redis.Channel):
         keys = [self.unacked_key, self.unacked_index_key]
         keys += [self._q_for_pri(one, pri) for one, pri in lists]
         self._asked_for = self._room()
-        limits = (self._asked_for, LARGEST, time.time(), width)
+        limits = (self._asked_for, LARGEST, width)
         self._ask("EVALSHA", self._script, len(keys), *keys, *limits, *(one for one, _ in lists))
 
     def _ask(self, command: str, *args: Any) -> None:

@@ -3,10 +3,14 @@
 While there is a backlog, messages are taken many at a time by ``redis_pop``. What one turn of the
 worker's loop acknowledges shares one round trip. kombu makes a Redis client for every command that
 is not a pop, where one for each channel is enough.
+
+How long a message is unacknowledged is told by the clock of Redis: with kombu, a worker whose own
+clock jumps takes for lost what all others are running.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -18,6 +22,7 @@ from kombu.asynchronous import get_event_loop
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.json import dumps
+from redis.exceptions import ResponseError
 
 from gw_celery.worker import redis_pop
 
@@ -37,7 +42,7 @@ class QoS(redis.QoS):
         self.recorded: set[str] = set()
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Record a message that was taken, if it is not: two commands on one round trip."""
+        """Record a message that was taken, if it is not."""
         if delivery_tag in self.recorded:
             self.recorded.discard(delivery_tag)
             virtual.QoS.append(self, message, delivery_tag)
@@ -45,9 +50,10 @@ class QoS(redis.QoS):
         delivery = message.delivery_info
         record = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])
         with self.channel.conn_or_acquire() as client:
+            now = _now(client)
             pipe = client.pipeline(transaction=False)
             pipe.hset(self.unacked_key, delivery_tag, record)
-            pipe.zadd(self.unacked_index_key, {delivery_tag: time.time()})
+            pipe.zadd(self.unacked_index_key, {delivery_tag: now})
             pipe.execute()
         virtual.QoS.append(self, message, delivery_tag)
 
@@ -93,6 +99,22 @@ class QoS(redis.QoS):
         """Have the next connection give these messages back."""
         _left_behind.update(tags)
 
+    def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
+        """Give back what is unacknowledged for too long; one worker at a time, as in kombu."""
+        self._vrestore_count += 1
+        if (self._vrestore_count - 1) % (interval or 1):
+            return
+        with (
+            self.channel.conn_or_acquire() as client,
+            contextlib.suppress(redis.MutexHeld),
+            redis.Mutex(client, self.unacked_mutex_key, self.unacked_mutex_expire),
+        ):
+            last = _now(client) - self.visibility_timeout
+            page = (start, num) if num else ()
+            found = client.zrevrangebyscore(self.unacked_index_key, last, 0, *page)
+            for tag in found or []:
+                self.restore_by_tag(tag, client)
+
     def restore_unacked(self, client: Any = None) -> None:
         """Give everything back; what cannot be, for Redis is away, the next connection gives."""
         tags = list(self._delivered)
@@ -104,6 +126,15 @@ class QoS(redis.QoS):
         finally:
             _left_behind.update(tags)
         self._delivered.clear()
+
+
+def _now(client: Any) -> float:
+    """The time of day of Redis; this machine's where Redis does not let us ask."""
+    try:
+        seconds, microseconds = client.time()
+    except ResponseError:
+        return time.time()
+    return float(seconds) + float(microseconds) / 1e6
 
 
 #: Tags of messages that a closing connection could not give back. Redis would keep them from

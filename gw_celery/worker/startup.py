@@ -14,7 +14,18 @@ from celery import concurrency
 from gw_celery import conf, errors
 from gw_celery.calling import names
 from gw_celery.declare import gpu, registry, services
-from gw_celery.worker import asked, bootsteps, commands, control, gate, notices, preset, serving
+from gw_celery.worker import (
+    asked,
+    bootsteps,
+    commands,
+    compression,
+    control,
+    forks,
+    gate,
+    notices,
+    preset,
+    serving,
+)
 from gw_celery.worker.pipes import Pipes
 
 _POOLS = {
@@ -32,8 +43,8 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     """Choose and expand families, check the configuration, and return what ``worker`` serves.
 
     Raises:
-        ConfigurationError: for settings that contradict each other or the pool, and for a GPU that
-            is needed and not there.
+        ConfigurationError: for settings that contradict each other or the pool, for a GPU that is
+            needed and not there, and where CUDA is up in a process that the pool would fork.
         DeclarationError: for a service and a plain task of the same name.
     """
     settings = conf.read(worker.app.conf)
@@ -58,9 +69,14 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     )
     if served:
         _require_supported(pool, served)
+        # A process that is spawned shares nothing with this one.
+        if pool == "prefork" and getattr(worker, "pool_start_method", "fork") == "fork":
+            forks.refuse_cuda()
         preset.require_content(worker.app)
         preset.tune_worker(worker, settings)
         control.guard(plan)
+    if served or pool == serving.GPU_POOL:
+        compression.bound(settings.max_payload_bytes)
     if pool == serving.GPU_POOL:
         return _prepare_gpu_pool(worker, plan, wish)
     if served or notices.strays(plan):

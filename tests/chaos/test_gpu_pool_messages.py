@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import re
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pooled
@@ -117,3 +120,35 @@ def test_a_rejected_message_is_not_delivered_again(
     assert stats["pid"] == pooled_worker.pid
     # What just ended may be listed for the moment until its message is acknowledged.
     eventually(lambda: pooling.ask(pooled_worker, "reserved") == [])
+
+
+def bomb(mebibytes: int) -> bytes:
+    """A body of so many zeros, compressed to a kilobyte."""
+    compressor = bz2.BZ2Compressor()
+    return b"".join(compressor.compress(bytes(2**20)) for _ in range(mebibytes)) + (
+        compressor.flush()
+    )
+
+
+def peak_mebibytes(pid: int) -> int:
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(peak) // 1024
+
+
+def test_a_decompression_bomb_is_refused_with_flat_memory(
+    publish: Publish, pooled_worker: WorkerProcess
+) -> None:
+    body, task_id, before = bomb(400), str(uuid.uuid4()), peak_mebibytes(pooled_worker.pid)
+    assert len(body) < 1024
+    headers = {
+        "lang": "py",
+        "task": "pooled.add",
+        "id": task_id,
+        "compression": "application/x-bz2",
+    }
+    publish(body, headers=headers)
+    answer = pooled.celery.AsyncResult(task_id)
+    eventually(lambda: answer.state == states.FAILURE, 20)
+    assert "and a worker takes 67108864: send large data by reference" in str(answer.result)
+    assert peak_mebibytes(pooled_worker.pid) - before < 200
+    assert pooled.add.delay(1).get(timeout=20) == 2

@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import ledger
 import pytest
-import redis
 from celery import Celery
 
 from gw_celery import devserver
 from tests import pooling
+from tests.outages import Outage, outage
 from tests.processes import StartWorker, WorkerProcess, eventually
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 
 NAMES = [f"n{number}" for number in range(8)]
-
-
-class Outage:
-    """A server that a test stops and starts again, on the same data and address."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self.server = devserver.start(directory)
-
-    def stop(self) -> None:
-        self.server.stop()
-
-    def start(self) -> None:
-        self.server = devserver.start(self._directory)
-
-    def states(self, sent: list[str]) -> set[str]:
-        """What is stored; an ``AsyncResult`` would subscribe, and fail with its server."""
-        with redis.Redis(unix_socket_path=str(self.server.socket), db=1) as client:
-            stored = client.mget([f"celery-task-meta-{one}" for one in sent])
-        return {json.loads(one)["status"] if one else "PENDING" for one in stored}
-
-
-@contextmanager
-def outage(directory: Path) -> Iterator[Outage]:
-    made = Outage(directory)
-    try:
-        yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture
@@ -162,59 +131,3 @@ def test_a_child_that_dies_while_the_broker_is_away_is_replaced(
     all_ended(ledger_path)
     eventually(lambda: broker.states(sent) == {"SUCCESS"}, 20)
     assert pooling.wrote(ledger_path, "entered", "Model") == 2
-
-
-def test_results_wait_for_a_result_backend_that_is_away(
-    start_worker: StartWorker, ledger_path: Path, redis_url: str, tmp_path: Path
-) -> None:
-    with outage(tmp_path / "results") as results:
-        url = results.server.result_url
-        worker = pooling.start(start_worker, ledger_path, result=url)
-        with pooling.client(redis_url, "disabled://") as app:
-            sent = send(app, 0.5)
-            eventually(lambda: len(ledger.words(ledger_path, "began")) == 4)
-            results.stop()
-            eventually(lambda: len(ledger.words(ledger_path, "ended")) == 4)
-            # The worker answers, and its loop is free: only the results wait.
-            assert pooling.ask(worker, "ping", app) == {"ok": "pong"}
-            eventually(lambda: max(one["lag"] for one in pooling.replicas(worker, app)) < 0.5)
-            results.start()
-            all_ended(ledger_path)
-            eventually(lambda: results.states(sent) == {"SUCCESS"}, 20)
-    assert pooling.counts(ledger_path, NAMES) == pooling.all_once(NAMES)
-
-
-def test_the_results_of_bodies_in_threads_wait_too(
-    start_worker: StartWorker, ledger_path: Path, redis_url: str, tmp_path: Path
-) -> None:
-    bodies = {"sit": "pooled.Desk.sit", "rest": "pooled.plain_rest"}
-    with outage(tmp_path / "results") as results:
-        pooling.start(start_worker, ledger_path, result=results.server.result_url)
-        with pooling.client(redis_url, "disabled://") as app:
-            queues = {"sit": "cpu.Desk", "rest": "celery"}
-            sent = [
-                app.send_task(task, (name, 1.0), queue=queues[name]).id
-                for name, task in bodies.items()
-            ]
-            eventually(lambda: len(ledger.words(ledger_path, "began")) == len(bodies))
-            results.stop()
-            eventually(lambda: len(ledger.words(ledger_path, "ended")) == len(bodies))
-            results.start()
-            eventually(lambda: results.states(sent) == {"SUCCESS"}, 20)
-    assert pooling.counts(ledger_path, bodies) == pooling.all_once(bodies)
-
-
-def test_an_input_whose_result_cannot_be_stored_is_given_back(
-    start_worker: StartWorker, ledger_path: Path, redis_url: str, tmp_path: Path
-) -> None:
-    with outage(tmp_path / "results") as results:
-        url = results.server.result_url
-        pooling.start(start_worker, ledger_path, result=url, settings={"gw_store_timeout": 1.0})
-        with pooling.client(redis_url, "disabled://") as app:
-            sent = send(app, 0.5, ["kept"])
-            eventually(lambda: pooling.began(ledger_path, "kept"))
-            results.stop()
-            eventually(lambda: len(pooling.began(ledger_path, "kept")) >= 2, 40)
-            results.start()
-            eventually(lambda: results.states(sent) == {"SUCCESS"}, 40)
-    assert pooling.counts(ledger_path, ["kept"])["lost"] == 0

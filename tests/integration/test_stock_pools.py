@@ -338,6 +338,30 @@ def test_the_current_task_is_right_everywhere_in_interleaved_bodies(
         assert seen == [task_id] * 5
 
 
+def test_prefork_does_not_fork_once_cuda_is_up(
+    start_worker: StartWorker, ledger_path: Path, tmp_path: Path
+) -> None:
+    env = {"CUDA_UP": str(tmp_path), "LEDGER": str(ledger_path)}
+    worker = start_worker("cudaed:celery", env=env, wait_ready=False)
+    assert worker.wait_exit(40) == 78
+    assert "CUDA is up in the worker's main process" in worker.log_text()
+    assert ledger.read(ledger_path) == []
+
+
+def test_a_child_that_was_forked_after_cuda_came_up_does_not_serve(
+    start_worker: StartWorker, ledger_path: Path, tmp_path: Path
+) -> None:
+    up = tmp_path / "up"
+    env = {"CUDA_UP": str(up), "LEDGER": str(ledger_path)}
+    worker = start_worker("cudaed:celery", env=env)
+    (pid,) = {int(line[0]) for line in ledger.words(ledger_path, "entered")}
+    up.touch()
+    os.kill(pid, signal.SIGKILL)
+    assert worker.wait_exit(40) == 1
+    assert "CUDA is up in the worker's main process" in worker.log_text()
+    assert {int(line[0]) for line in ledger.words(ledger_path, "entered")} == {pid}
+
+
 @pytest.mark.parametrize(
     ("wrong", "remedy"),
     [

@@ -63,6 +63,14 @@ def test_a_worker_is_shown_with_its_queues_and_replicas(typed: Typed) -> None:
     ]
 
 
+def test_a_worker_that_cannot_store_results_says_why_it_takes_nothing(typed: Typed) -> None:
+    away = snapshot.Worker(hostname="", outage="ConnectionError(refused)").as_json()
+    assert typed("status", {"a@host": away}).output.splitlines() == [
+        "a@host: 0 waiting; consumes nothing; closed: nothing",
+        "  consuming is paused, results cannot be stored: ConnectionError(refused)",
+    ]
+
+
 def test_workers_are_shown_in_the_order_of_their_names(typed: Typed) -> None:
     idle = snapshot.Worker(hostname="").as_json()
     result = typed("status", {"b@host": idle}, {"a@host": idle})

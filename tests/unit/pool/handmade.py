@@ -63,7 +63,9 @@ class Child:
 
     @property
     def runs(self) -> list[str]:
-        return [order[3] for order in self.told if order[0] == wire.Order.RUN]
+        return [
+            order[3] for order in self.told if order[0] in (wire.Order.RUN, wire.Order.RUN_ALONE)
+        ]
 
     @property
     def stopped(self) -> list[int]:

@@ -33,6 +33,7 @@ reports = st.one_of(
     ),
     st.tuples(st.just(wire.Report.GONE), jobs),
     st.tuples(st.just(wire.Report.BEAT), seconds, st.integers(0)),
+    st.tuples(st.just(wire.Report.OUTAGE), any_text),
 ).map(list)
 orders = st.tuples(st.sampled_from(wire.Order), st.integers(), st.binary(max_size=50))
 anything = st.recursive(

@@ -163,7 +163,7 @@ def test_a_profiler_works_after_a_body_that_ran_in_a_thread() -> None:
         from gw_celery.runtime import inflight
 
         faulthandler.dump_traceback_later(20, exit=True)
-        one = inflight.InFlight(1, "proj.embed", "id-1")
+        one = inflight.InFlight(1, "proj.embed", "id-1", lambda report: None)
         one.run_body(lambda: None, (), {})
         seen = []
         sys.setprofile(lambda frame, event, arg: seen.append(event))

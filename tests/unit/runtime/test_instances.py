@@ -9,87 +9,12 @@ from typing import Any
 import pytest
 
 import gw_celery as gw
-from gw_celery.declare import parameters, services
-from gw_celery.runtime import instances, lifecycle
-
-LONG = 60.0
-
-
-class Model:
-    """Loads for each value of ``name`` and notes what is alive."""
-
-    name: str = gw.parameter(default="small")
-    threshold: float = gw.parameter(default=0.5)
-    alive: list[str] = []
-    loads: list[str] = []
-    most: int = 0
-    has_begun: asyncio.Event  # a load of another model than the default
-
-    @gw.on_enter()
-    async def load(self) -> None:
-        cls = Model
-        cls.loads.append(self.name)
-        cls.alive.append(self.name)
-        cls.most = max(cls.most, len(cls.alive))
-        self.loaded = self.name
-        if self.name != "small":
-            cls.has_begun.set()
-        await asyncio.sleep(0)
-
-    @gw.on_exit()
-    def unload(self) -> None:
-        Model.alive.remove(self.loaded)
-
-    @gw.method()
-    def predict(self) -> tuple[str, str, float]:
-        return self.loaded, self.name, self.threshold
+from tests.unit.runtime.owners import Model, Owner
 
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> None:
-    Model.alive, Model.loads, Model.most = [], [], 0
-    Model.has_begun = asyncio.Event()
-
-
-def service_of(cls: type) -> services.Service:
-    return services.from_class(cls, services.Placement(), ())
-
-
-class Owner:
-    """The instances of one class, and the calls that a process would make of them."""
-
-    def __init__(self, cls: type, most: int = 3) -> None:
-        self.service = service_of(cls)
-        self.instances = instances.Instances(self.service, most, LONG)
-        self.default: lifecycle.Entered | None = None
-
-    async def start(self) -> Owner:
-        unit = self.instances.default_unit()
-        if unit is not None:
-            self.default = lifecycle.Entered(unit, LONG)
-            await lifecycle.settle_all([self.default], LONG)
-            self.instances.adopt(self.default)
-        return self
-
-    async def stop(self) -> None:
-        await self.instances.leave()
-        if self.default is not None:
-            await self.default.leave()
-
-    def values(self, **given: Any) -> dict[str, Any]:
-        known = self.service.parameters
-        return parameters.complete(known, parameters.bind(self.service.name, known, given))
-
-    async def taken(self, **given: Any) -> instances.Loaded:
-        values = self.values(**given)
-        return self.instances.take(values) or await self.instances.load(values)
-
-    async def call(self, **given: Any) -> Any:
-        loaded = await self.taken(**given)
-        try:
-            return self.instances.view(loaded, self.values(**given)).predict()
-        finally:
-            self.instances.give_back(loaded)
+    Model.forget()
 
 
 def test_a_call_parameter_costs_nothing() -> None:
@@ -127,22 +52,6 @@ def test_the_least_recently_used_one_is_evicted() -> None:
             await owner.call(name=name)
 
         assert sorted(Model.alive) == ["a", "c", "small"]
-        await owner.stop()
-
-    asyncio.run(main())
-
-
-def test_only_idle_ones_are_evicted() -> None:
-    async def main() -> None:
-        owner = await Owner(Model).start()
-        busy = [await owner.taken(name=name) for name in ("a", "b")]
-        await owner.call(name="c")
-
-        assert sorted(Model.alive) == ["a", "b", "c", "small"]
-        for one in busy:
-            owner.instances.give_back(one)
-        await owner.call(name="d")
-        assert len(Model.alive) == 3
         await owner.stop()
 
     asyncio.run(main())

@@ -347,3 +347,86 @@ def test_a_body_that_awaits_one_that_exits_gets_its_failure(app, run) -> None:
 
     assert ask.local("leave") == "SystemExit(3)"
     assert ask.local("leave_too") == "SystemExit(4)"
+
+
+class Loading:
+    """Declares a class whose load of another model than the default waits for the test."""
+
+    def __init__(self, app: gw.App) -> None:
+        self.began = threading.Event()
+        self.goes_on = threading.Event()
+        loading = self
+
+        @app.cls
+        class Model:
+            name: str = gw.parameter(default="small")
+
+            @gw.on_enter()
+            def load(self):
+                self.loaded = self.name
+                if self.loaded == "large":
+                    loading.began.set()
+                    loading.goes_on.wait(LONG)
+
+            @gw.method()
+            def predict(self):
+                return self.loaded
+
+            @gw.method()
+            async def predict_async(self):
+                return self.loaded
+
+    def end(self, app: gw.App) -> Any:
+        """Let the load go on; returns the instance that it made, once it is there."""
+        self.goes_on.set()
+        (service,) = app.registry.services.values()
+        return process.current().instances_of(service)
+
+
+LARGE = {"name": "large"}
+METHODS = pytest.mark.parametrize("method", ["predict", "predict_async"])
+
+
+@METHODS
+@pytest.mark.parametrize(
+    ("limit", "error"),
+    [("soft_limit", SoftTimeLimitExceeded), ("hard_limit", invoke.HardLimit)],
+)
+def test_a_limit_ends_the_wait_for_a_load_which_goes_on(app, run, method, limit, error) -> None:
+    loading = Loading(app)
+
+    with pytest.raises(error):
+        run(method, given=LARGE, **{limit: 0.05})
+    owner = loading.end(app)
+    assert run(method, given=LARGE) == "large"
+    assert [one.in_use for one in owner._loaded] == [0, 0]
+
+
+@METHODS
+def test_a_revoked_input_does_not_wait_for_its_load(app, run, method: str) -> None:
+    loading = Loading(app)
+
+    def revoke() -> None:
+        loading.began.wait(LONG)
+        assert invoke.running.interrupt("42", None)
+
+    helper = threading.Thread(target=revoke)
+    helper.start()
+    with pytest.raises(invoke.Revoked):
+        run(method, task_id="42", given=LARGE)
+    helper.join()
+    owner = loading.end(app)
+    assert run(method, given=LARGE) == "large"
+    assert [one.in_use for one in owner._loaded] == [0, 0]
+
+
+def test_what_comes_after_the_end_of_a_load_is_for_the_body(app, run) -> None:
+    async def nothing() -> None: ...
+
+    call = process.current().call(nothing())
+    assert not call.is_over
+    call.run(LONG)
+    assert call.is_over
+    invoke.running._calls["42"] = call
+    assert not invoke.running.interrupt("42", SoftTimeLimitExceeded())
+    del invoke.running._calls["42"]

@@ -20,6 +20,7 @@ class Server:
         self.values: dict[str, Any] = {}
         self.refused: dict[str, Exception] = {}
         self.losses: list[Exception] = []
+        self.pings = 0
         self.is_asked = asyncio.Event()
         self.gate = asyncio.Event()
         if is_open:
@@ -28,6 +29,11 @@ class Server:
     def pipeline(self, *, transaction: bool) -> Pipeline:
         assert not transaction
         return Pipeline(self)
+
+    async def ping(self) -> None:
+        self.pings += 1
+        if self.losses:
+            raise self.losses.pop(0)
 
 
 class Pipeline:
@@ -224,6 +230,71 @@ def test_results_are_written_again_when_the_server_is_back() -> None:
         return failed + await settled(writer.run("set", "a", 2, 1), writer.run("get", "a"))
 
     assert run(act) == [LOST, True, 2]
+
+
+# -- outages --
+
+
+class Outages(list[str]):
+    """What a writer told, and an event for the end of an outage."""
+
+    def __init__(self) -> None:
+        self.is_over = asyncio.Event()
+
+    def __call__(self, reason: str) -> None:
+        self.append(reason)
+        if not reason:
+            self.is_over.set()
+
+
+async def outages_of(losses: list[Exception], store_timeout: float) -> tuple[Outages, Server]:
+    """One result is stored, with these losses on the way, until the server is back."""
+    server, told = Server(), Outages()
+    server.losses = losses
+    writer = redis_writer.Writer(server, store_timeout, on_outage=told)
+    await settled(writer.run("set", "a", 1, 1))
+    if told:
+        await asyncio.wait_for(told.is_over.wait(), 5)
+    return told, server
+
+
+def test_an_outage_is_told_when_it_begins_and_when_a_write_gets_through() -> None:
+    told, server = run(lambda: outages_of([LOST, OSError("other"), LOST], 5))
+    assert told == ["ConnectionError: gone", ""]
+    assert server.groups[-1][0][0] == "set"
+
+
+def test_without_an_outage_nothing_is_told_or_asked() -> None:
+    told, server = run(lambda: outages_of([], 5))
+    assert told == []
+    assert (len(server.groups), server.pings) == (1, 0)
+
+
+def test_an_outage_in_which_all_was_given_up_ends_when_the_server_answers() -> None:
+    told, server = run(lambda: outages_of([LOST] * 4, 0))
+    assert told == ["ConnectionError: gone", ""]
+    assert (len(server.groups), server.pings) == (1, 4)
+
+
+def test_a_server_that_refuses_the_question_is_back() -> None:
+    refusal = redis.exceptions.ResponseError("NOPERM")
+    told, _ = run(lambda: outages_of([LOST, refusal], 0))
+    assert told == ["ConnectionError: gone", ""]
+
+
+def test_what_comes_in_an_outage_is_written_and_ends_it() -> None:
+    async def act() -> tuple[list[Any], Outages]:
+        server, told = Server(), Outages()
+        server.losses = [LOST] * 1_000_000
+        writer = redis_writer.Writer(server, 0, on_outage=told)
+        lost = [*await settled(writer.run("set", "a", 1, 1), writer.run("set", "b", 1, 1))]
+        lost += await settled(writer.run("set", "c", 1, 1))
+        server.losses.clear()
+        return [*lost, await writer.run("set", "d", 1, 1)], told
+
+    answers, told = run(act)
+    assert answers == [LOST, LOST, LOST, True]
+    assert told == ["ConnectionError: gone", ""]
 
 
 def test_one_that_waits_no_more_disturbs_nobody() -> None:

@@ -46,7 +46,7 @@ def stepped(fn: Callable[[], Any]) -> Any:
 
 
 def an_input() -> inflight.InFlight:
-    return inflight.InFlight(1, "proj.embed", "id-1")
+    return inflight.InFlight(1, "proj.embed", "id-1", lambda report: None)
 
 
 def keep(outcome: Callable[[], Any]) -> Any:

@@ -42,6 +42,9 @@ class Pool:
     def waiting(self) -> int:
         return 5
 
+    def outage(self) -> str:
+        return "gone"
+
     def hold(self, number: int | None) -> None:
         self.told.append(("drain", number))
 
@@ -69,6 +72,7 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "waiting": 5,
         "open_queues": ["cpu.embed"],
         "closed_queues": ["cpu.classify"],
+        "outage": "gone",
     }
 
 

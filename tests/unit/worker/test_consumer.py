@@ -9,6 +9,7 @@ from celery import Celery
 from kombu import Message
 from kombu.common import QoS
 
+from gw_celery import errors
 from gw_celery.worker import consumer, gate
 
 
@@ -19,15 +20,23 @@ class Pool:
         self.gate: gate.Gate | None = None
         self.ready = {"embed": 0, "": 0}
         self.polls = 0
+        self.asked: list[str] = []
 
     def poll(self) -> None:
         self.polls += 1
+        self.asked.append("poll")
+
+    def flush(self) -> None:
+        self.asked.append("flush")
 
     def ready_by_service(self) -> dict[str, int]:
         return self.ready
 
     def backlog(self, service: str) -> int:
         return 0
+
+    def outage(self) -> str:
+        return ""
 
 
 class Channel:
@@ -85,6 +94,13 @@ def test_what_ended_without_a_broker_is_heard_before_the_next_one_is_read(
     with made.connection_for_read() as connection:
         assert connection.connected
         assert pool.polls == 1
+
+
+def test_a_cold_shutdown_starts_nothing_in_the_slots_that_are_free_by_then(
+    made: consumer.Consumer, pool: Pool
+) -> None:
+    made.cancel_active_requests()
+    assert pool.asked == ["flush", "poll"]
 
 
 def message(channel: Channel, **headers: Any) -> Message:
@@ -196,6 +212,53 @@ def test_an_unknown_task_whose_failure_cannot_be_stored_ends_nothing(
     handle = made.create_task_handler()
     handle(message(channel, task="proj.unknown", id="id-1"))
     assert channel.settled == [("rejected", 7, False)]
+
+
+# -- large messages --
+
+
+@pytest.fixture
+def stored(made: consumer.Consumer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
+    """What is stored as the failure of which task."""
+    failures: dict[str, Exception] = {}
+
+    def store(task_id: str, exc: Exception, **_: Any) -> None:
+        failures[task_id] = exc
+
+    monkeypatch.setattr(made.app.backend, "mark_as_failure", store)
+    return failures
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/x-gw-json", "a/b", None])
+def test_a_body_over_the_limit_is_refused_before_it_is_decoded(
+    made: consumer.Consumer,
+    channel: Channel,
+    stored: dict[str, Exception],
+    content_type: str | None,
+) -> None:
+    made.app.conf.gw_max_payload_bytes = 100
+    seen: list[Any] = []
+    handle = handling(made, lambda message, *_: seen.append(message.headers["id"]))
+    for size in (100, 101):
+        sent = message(channel, task="proj.embed", id=str(size))
+        sent.body, sent.content_type = b"x" * size, content_type
+        handle(sent)
+    assert seen == ["100"]
+    assert channel.settled == [("rejected", 7, False)]
+    (refusal,) = stored.values()
+    assert str(refusal) == (
+        "the body has 101 bytes and a worker takes 100: send large data by reference, or raise the "
+        "setting gw_max_payload_bytes"
+    )
+
+
+def test_a_body_that_was_refused_while_it_was_decompressed_is_rejected_and_told(
+    made: consumer.Consumer, channel: Channel, stored: dict[str, Exception]
+) -> None:
+    refusal = errors.MessageTooLarge("over 100", 100)
+    made.on_decode_error(message(channel, task="proj.embed", id="id-1"), refusal)
+    assert channel.settled == [("rejected", 7, False)]
+    assert stored == {"id-1": refusal}
 
 
 # -- the gate --

@@ -21,6 +21,7 @@ class Pool:
     def __init__(self) -> None:
         self.ready: dict[str, int] = {"embed": 0, "classify": 0, "": 0}
         self.waiting: Counter[str] = Counter()
+        self.lost = ""
         self.gate: gate.Gate | None = None
 
     def ready_by_service(self) -> dict[str, int]:
@@ -28,6 +29,9 @@ class Pool:
 
     def backlog(self, service: str) -> int:
         return self.waiting[service]
+
+    def outage(self) -> str:
+        return self.lost
 
 
 class Consumer:
@@ -144,6 +148,59 @@ def test_a_service_that_piles_up_closes_its_own_queue_until_it_has_caught_up(
     pool.waiting["embed"] = 0
     closed.apply()
     assert consumer.consumed == {EMBED, CLASSIFY, PLAIN}
+
+
+# -- results that cannot be stored --
+
+
+def test_nothing_is_consumed_while_results_cannot_be_stored(
+    consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    pool.ready["classify"] = 0
+    closed.apply()
+    pool.lost = "no route to host"
+    closed.apply()
+    assert consumer.consumed == set()
+    assert closed.closed_queues() == (CLASSIFY, EMBED, PLAIN)
+    assert consumer.qos.value == 3, "what is prefetched stays here, and still counts"
+    pool.lost = ""
+    closed.apply()
+    assert consumer.consumed == {EMBED, PLAIN}
+
+
+def test_an_outage_is_told_once_and_so_is_its_end(
+    consumer: Consumer, closed: gate.Gate, pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    everything_is_ready(pool)
+    closed.apply()
+    caplog.clear()
+    for reason in ("no route to host", "time-out", "", ""):
+        pool.lost = reason
+        closed.apply()
+    told = [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"]
+    assert told == [
+        "no queue is consumed until results can be stored again: no route to host",
+        "queues are consumed again: results can be stored",
+    ]
+
+
+def test_no_connection_and_no_command_opens_a_queue_in_an_outage(
+    celery_app: Celery, connection: Any, consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    pool.lost = "no route to host"
+    closed.apply()
+    closed.detach()
+    following = Consumer(celery_app, connection)
+    closed.attach(following)
+    closed.add("added")
+    assert not following.task_consumer.consuming_from("added")
+    assert following.consumed == set()
+    pool.lost = ""
+    closed.apply()
+    assert following.task_consumer.consuming_from("added")
+    assert following.consumed == {EMBED, CLASSIFY, PLAIN}
 
 
 # -- changes while messages are delivered --

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -60,6 +61,43 @@ def test_what_came_through_an_exchange_goes_back_to_the_queue_it_was_in(
         with stock(redis_url) as channel:
             channel.qos.restore_by_tag(tag)
         assert (server.llen("all"), server.llen("sport")) == (1, 5)
+
+
+def scores(server: redis.Redis) -> list[float]:
+    return [score for _, score in server.zrange("unacked_index", 0, -1, withscores=True)]
+
+
+@pytest.mark.parametrize("refused", ["", "-script"])
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_a_clock_that_jumps_gives_nothing_back_and_records_the_time_of_redis(
+    refused: str, jump: int, server: redis.Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if refused:
+        server.acl_setuser("default", enabled=True, commands=[refused])
+    with reading(redis_url, transport_options={"visibility_timeout": 3000}) as reader:
+        send(redis_url, [0])
+        reader.read(1)
+        true = time.time
+        monkeypatch.setattr(time, "time", lambda: true() + jump)
+        send(redis_url, [1])
+        reader.read(2)
+        reader.channel.qos.restore_visible(num=None)
+        assert unacknowledged(server) == tags(reader)
+        assert all(abs(score - true()) < 60 for score in scores(server))
+        reader.channel.qos.visibility_timeout = -60.0
+        reader.channel.qos.restore_visible(num=1, interval=1)
+        assert len(unacknowledged(server)) == 1
+
+
+def test_where_redis_does_not_tell_the_time_this_machine_does(
+    server: redis.Redis, redis_url: str
+) -> None:
+    server.acl_setuser("default", enabled=True, commands=["-time"])
+    with reading(redis_url) as reader:
+        send(redis_url, [0, 1])
+        reader.read(2)
+        assert unacknowledged(server) == tags(reader)
+        assert all(abs(score - time.time()) < 60 for score in scores(server))
 
 
 def test_what_nobody_reads_any_more_is_recorded(server: redis.Redis, redis_url: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import types
 import warnings
 from typing import Any
@@ -56,6 +57,34 @@ def worker_of(app: Celery, *queues: str, pool: Any = "prefork") -> Any:
 def _control_commands_stay(monkeypatch) -> None:
     for name in ("data", "meta"):
         monkeypatch.setattr(control.Panel, name, dict(getattr(control.Panel, name)))
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> None:
+    """This process has imported a torch whose CUDA is up."""
+    cuda = types.SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_prefork_is_refused_where_cuda_is_up_and_services_are_served(declared) -> None:
+    with pytest.raises(errors.ConfigurationError, match="CUDA is up in the worker's main process"):
+        prepared(declared, "gpu.A100")
+    assert prepared(declared, "celery").served == []
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("pool", ["solo", "threads", "gw_celery.pool:TaskPool"])
+def test_a_pool_that_does_not_fork_does_not_mind_cuda(declared, pool, monkeypatch) -> None:
+    monkeypatch.setenv("GW_FAKE_GPUS", "A100")
+    assert prepared(declared, "gpu.A100", pool=pool).served
+
+
+@pytest.mark.usefixtures("cuda")
+def test_prefork_that_spawns_does_not_mind_cuda(declared) -> None:
+    worker = worker_of(declared.celery, "gpu.A100")
+    worker.pool_start_method = "spawn"
+    assert startup.prepare(worker, [declared.registry]).served
 
 
 def test_a_family_expands_to_the_queues_of_its_services(declared) -> None:

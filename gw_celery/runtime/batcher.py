@@ -1,0 +1,379 @@
+"""Runs the batched methods of a replica: their inputs gather, and share calls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import dataclasses
+import gc
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from gw_celery import errors
+from gw_celery.batching import buffer, policy
+from gw_celery.declare import markers, services
+from gw_celery.runtime import answers, bridge, exits, offload, running
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a call of the method needs besides its arguments."""
+
+    #: The body, bound to the instance whose parameters the inputs share.
+    fn: Callable[..., Any]
+    #: Key of the service that the call belongs to.
+    service: str
+    #: Inputs of different keys never share a call.
+    key: Hashable = None
+    #: Held while the call runs: it may outlive every input that asked for it.
+    using: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Member:
+    """One input of a call, and who waits for its answer."""
+
+    work: Work
+    arguments: Mapping[str, Any]
+    since: float
+    joining: running.Joining | None
+    #: Whether the input failed, and its answer or exception.
+    outcome: asyncio.Future[tuple[bool, Any]]
+
+    def begin(self) -> bool:
+        """Join a call; whether it still wants to."""
+        if self.outcome.done():
+            return False
+        return self.joining is None or self.joining.begin()
+
+    def answer(self, entry: Any) -> None:
+        self._settle(isinstance(entry, Exception), entry)
+
+    def fail(self, exc: BaseException) -> None:
+        self._settle(True, exc)
+
+    def _settle(self, is_failure: bool, value: Any) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result((is_failure, value))
+
+
+class Batcher:
+    """One batched method of this replica; everything here runs on its loop.
+
+    Args:
+        method: the declaration, with the bounds of a batch.
+        contained: what surrounds the body, so that no exit gets out of it.
+        around: calls what it is given, with whatever must surround work in a thread.
+        context: of the calls; it belongs to no input.
+        tell: sends what the inputs reported as they began, before the body can do any harm.
+    """
+
+    def __init__(
+        self,
+        method: services.Method,
+        contained: Callable[[], AbstractContextManager[Any]],
+        around: Callable[..., Any],
+        context: contextvars.Context,
+        tell: Callable[[], None],
+    ) -> None:
+        declared = _declared(method)
+        self._method = method
+        self._contained = contained
+        self._context = context
+        self._tell = tell
+        self._declared = declared
+        self._bounds = buffer.Bounds(
+            size=declared.max_batch_size,
+            wait=declared.wait_ms / 1000,
+            cost=declared.max_batch_cost,
+        )
+        self._threads = offload.Offload(
+            f"batch-{method.name}", declared.max_running_batches, around
+        )
+        self._waiting = buffer.Buffers()
+        self._running: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_forming = False
+        self._is_draining = False
+
+    async def submit(self, work: Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return the answer to one input, from a call that it shares.
+
+        Whoever stops waiting takes the input out, or drops its part of the answer: a call that
+        runs is never interrupted for one of its inputs.
+
+        Raises:
+            Exception: that the body put in the place of this answer, or raised for this input.
+        """
+        arguments = answers.bind(self._method, args, kwargs)
+        key, cost = self._key(work, args, kwargs), self._cost(args, kwargs)
+        one = self._waiting_for(work, arguments, key, cost)
+        self._waiting.put(one)
+        self._form_soon()
+        try:
+            is_failure, value = await one.payload.outcome
+        except BaseException:  # stopped, or at its limit
+            self._waiting.remove(one)
+            raise
+        if is_failure:
+            raise value
+        return value
+
+    def drain(self) -> None:
+        """Wait for nobody any more: what is here runs as soon as the method is free."""
+        self._is_draining = True
+        self._form_soon()
+
+    def _key(self, work: Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+        if self._declared.key is None:
+            return work.key
+        own = self._declared.key(*args, **kwargs)
+        try:
+            hash(own)
+        except TypeError:
+            raise errors.UsageError(
+                f"key= of {self._method.task_name} returned {own!r:.100}, which cannot be hashed; "
+                f"return a str, a number, or a tuple of them"
+            ) from None
+        # 1, 1.0 and True are equal, and three keys.
+        return work.key, type(own), own
+
+    def _waiting_for(
+        self, work: Work, arguments: Mapping[str, Any], key: Hashable, cost: int
+    ) -> buffer.Waiting:
+        who, now = running.joining.get(), time.monotonic()
+        member = _Member(
+            work=work,
+            arguments=arguments,
+            since=now,
+            joining=who,
+            outcome=asyncio.get_running_loop().create_future(),
+        )
+        return buffer.Waiting(
+            payload=member,
+            key=key,
+            since=now,
+            cost=cost,
+            is_urgent=who is not None and who.runs_alone,
+        )
+
+    def _cost(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        if self._declared.size_fn is None:
+            return 0
+        cost = self._declared.size_fn(*args, **kwargs)
+        if isinstance(cost, bool) or not isinstance(cost, int) or cost < 0:
+            raise errors.UsageError(
+                f"size_fn of {self._method.task_name} returned {cost!r:.100}: the cost of an input "
+                f"is an int, 0 or more"
+            )
+        return cost
+
+    # -- forming --
+
+    def _form_soon(self) -> None:
+        """Form batches behind what this turn of the loop still brings."""
+        if not self._is_forming:
+            self._is_forming = True
+            asyncio.get_running_loop().call_soon(self._form, context=self._context)
+
+    def _form(self) -> None:
+        self._is_forming = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while len(self._running) < self._declared.max_running_batches:
+            now = time.monotonic()
+            batch = policy.next_batch(
+                self._waiting, self._bounds, now, is_draining=self._is_draining
+            )
+            if batch is None:
+                self._wait_until_due(now)
+                return
+            self._start(batch)
+
+    def _wait_until_due(self, now: float) -> None:
+        wait = policy.due_in(self._waiting, self._bounds, now)
+        if wait is not None:
+            self._timer = asyncio.get_running_loop().call_later(
+                wait, self._form, context=self._context
+            )
+
+    def _start(self, batch: policy.Batch) -> None:
+        members = [one.payload for one in batch.members]
+        task = asyncio.get_running_loop().create_task(
+            self._serve(members, batch.flush),
+            name=f"batch of {self._method.task_name}",
+            context=self._context.copy(),
+        )
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._form_soon()
+
+    # -- running --
+
+    async def _serve(self, members: list[_Member], flush: policy.Flush) -> None:
+        """Answer every member, in as many calls as it takes."""
+        parts = [members]
+        running.held.set(frozenset({members[0].work.service}))
+        running.is_in_batch.set(True)
+        try:
+            with members[0].work.using():
+                while parts:
+                    first, *rest = _cut(parts[0], self._bounds.size)
+                    part = [one for one in first if one.begin()]
+                    parts = await self._answered(part, flush) + rest + parts[1:]
+        except Exception as exc:  # ours: nobody may wait for ever because of it
+            logger.exception("a batch of %s broke off", self._method.task_name)
+            for one in members:
+                one.fail(exc)
+
+    async def _answered(self, part: list[_Member], flush: policy.Flush) -> list[list[_Member]]:
+        """Call the body for ``part``; returns the parts to call it for again."""
+        if not part:
+            return []
+        try:
+            answer = await self._call(part, flush)
+        except Exception as exc:
+            return self._failed(part, exc)
+        try:
+            listed = answers.entries(self._method, len(part), answer)
+        except Exception as exc:
+            for one in part:
+                one.fail(exc)
+            return []
+        for one, entry in zip(part, listed, strict=True):
+            one.answer(entry)
+        return []
+
+    async def _call(self, part: list[_Member], flush: policy.Flush) -> Any:
+        now = time.monotonic()
+        waited = tuple(now - one.since for one in part)
+        running.batch.set(running.Batch(size=len(part), flush=flush.value, waited=waited))
+        fn = part[0].work.fn
+        args, kwargs = answers.listed(self._method, [one.arguments for one in part])
+        self._tell()
+        if self._method.is_async:
+            return await bridge.step(lambda: bridge.drive(self._body(fn, args, kwargs)), _NOBODY)
+        return await self._threads.run(self._sync_body, fn, args, kwargs)
+
+    async def _body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with self._contained():
+            return await fn(*args, **kwargs)
+
+    def _sync_body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with self._contained():
+            return fn(*args, **kwargs)
+
+    # -- recovering --
+
+    def _failed(self, part: list[_Member], exc: Exception) -> list[list[_Member]]:
+        """Isolate the input that the call failed for; returns the parts to try."""
+        is_memory = _is_out_of_memory(exc)
+        if is_memory:
+            _free_memory(exc)
+            self._take_less(len(part), exc)
+        if len(part) == 1 or (self._declared.on_error == "fail" and not is_memory):
+            for one in part:
+                one.fail(exc)
+            return []
+        logger.info(
+            "a call of %s for %d inputs raised %r and is tried again in parts",
+            self._method.task_name,
+            len(part),
+            exc,
+        )
+        return _cut(part, self._bounds.size if is_memory else (len(part) + 1) // 2)
+
+    def _take_less(self, size: int, exc: Exception) -> None:
+        if size == 1:
+            return
+        self._bounds = policy.halves(self._bounds, size)
+        logger.warning(
+            "a call of %s ran out of the device's memory with %d inputs (%s): until this replica "
+            "restarts, it takes %d at most; lower max_batch_size, or bound size_fn's sum",
+            self._method.task_name,
+            size,
+            type(exc).__name__,
+            self._bounds.size,
+        )
+
+
+class Batchers:
+    """The batchers of a replica, each made when its method is first called."""
+
+    def __init__(
+        self,
+        contained: Callable[[], exits.Contained],
+        around: Callable[..., Any] = lambda fn, *args, **kwargs: fn(*args, **kwargs),
+        tell: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._contained = contained
+        self._around = around
+        self._tell = tell
+        self._context = contextvars.copy_context()
+        self._batchers: dict[str, Batcher] = {}
+        self._is_draining = False
+
+    def of(self, method: services.Method) -> Batcher:
+        name = method.task_name
+        if name not in self._batchers:
+            self._batchers[name] = Batcher(
+                method, self._contained, self._around, self._context, self._tell
+            )
+            if self._is_draining:
+                self._batchers[name].drain()
+        return self._batchers[name]
+
+    def drain(self) -> None:
+        """Wait for nobody any more: the replica takes nothing new."""
+        self._is_draining = True
+        for one in self._batchers.values():
+            one.drain()
+
+
+class _Nobody:
+    """A call that is not interrupted for one of its inputs."""
+
+    def take_interrupt(self) -> None:
+        return None
+
+
+_NOBODY = _Nobody()
+
+
+def _cut(members: list[_Member], size: int) -> list[list[_Member]]:
+    return [members[start : start + size] for start in range(0, len(members), size)]
+
+
+def _declared(method: services.Method) -> markers.Batched:
+    if method.batched is None:
+        raise ValueError(f"{method.task_name} is not batched")
+    return method.batched
+
+
+def _is_out_of_memory(exc: Exception) -> bool:
+    """Whether a device ran out of memory, by the name of torch's class: torch is not imported."""
+    return any(one.__name__ == "OutOfMemoryError" for one in type(exc).__mro__)
+
+
+def _free_memory(exc: Exception) -> None:
+    """Let go of the failed call's tensors, and of what torch keeps for later."""
+    held: BaseException | None = exc
+    while held is not None:
+        traceback.clear_frames(held.__traceback__)
+        held = held.__context__
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,201 @@
+"""The result backend of a worker on the GPU pool goes away and comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ledger
+import pytest
+from celery import Celery
+
+from tests import pooling
+from tests.outages import Outage, outage
+from tests.processes import StartWorker, WorkerProcess, eventually
+
+pytestmark = [pytest.mark.integration, pytest.mark.chaos]
+
+NAMES = [f"n{number}" for number in range(8)]
+LATER = [f"later{number}" for number in range(20)]
+PAUSED = "no queue is consumed until results can be stored again"
+RESUMED = "queues are consumed again"
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Iterator[Outage]:
+    with outage(tmp_path / "results") as made:
+        yield made
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def broker_url(request: pytest.FixtureRequest, redis_url: str) -> str:
+    url = redis_url if request.param == "redis" else request.getfixturevalue("rabbitmq_url")
+    return str(url)
+
+
+@pytest.fixture
+def app(broker_url: str) -> Iterator[Celery]:
+    with pooling.client(broker_url, "disabled://") as app:
+        yield app
+
+
+@pytest.fixture
+def start_pooled(
+    start_worker: StartWorker, ledger_path: Path, broker_url: str, results: Outage
+) -> Callable[..., WorkerProcess]:
+    urls = {"broker": broker_url, "result": results.server.result_url}
+    return lambda **given: pooling.start(start_worker, ledger_path, **{**urls, **given})
+
+
+def send(app: Celery, seconds: float, names: Iterable[str] = NAMES) -> list[str]:
+    return [app.send_task("pooled.four", (one, seconds), queue="cpu.four").id for one in names]
+
+
+def said(worker: WorkerProcess, text: str) -> int:
+    return worker.log_text().count(text)
+
+
+def is_stored(results: Outage, sent: list[str]) -> None:
+    eventually(lambda: results.states(sent) == {"SUCCESS"}, 40)
+
+
+def queued(app: Celery) -> int:
+    """How many messages no worker has taken."""
+    with app.connection_for_read() as connection, connection.channel() as channel:
+        try:
+            return int(channel.queue_declare("cpu.four", passive=True).message_count)
+        except connection.channel_errors:  # on Redis there is no queue without a message
+            return 0
+
+
+def outage_told(worker: WorkerProcess, app: Celery) -> str:
+    return str((pooling.ask(worker, "stats", app) or {"pool": {}})["pool"].get("gw_outage", ""))
+
+
+def paused(worker: WorkerProcess, app: Celery) -> None:
+    """Wait until the worker tells operators that it has paused, and closed its queues."""
+    eventually(lambda: outage_told(worker, app), 20)
+    options: dict[str, Any] = {"reply": True, "destination": [worker.node], "timeout": 5}
+    (answer,) = app.control.broadcast("gw_status", **options)
+    shown = answer[worker.node]
+    assert shown["outage"]
+    assert shown["open_queues"] == []
+
+
+def test_no_message_is_taken_while_results_cannot_be_stored(
+    start_pooled: Callable[..., WorkerProcess], results: Outage, app: Celery, ledger_path: Path
+) -> None:
+    worker = start_pooled()
+    sent = send(app, 0.5)  # four run, and four are taken and wait for a slot
+    eventually(lambda: len(ledger.words(ledger_path, "began")) == 4)
+    results.stop()
+    eventually(lambda: len(ledger.words(ledger_path, "ended")) == 4)
+    paused(worker, app)
+    sent += send(app, 0.1, LATER)
+    for _ in range(5):  # each a turn of the worker's loop, in which it would take them
+        assert pooling.ask(worker, "ping", app) == {"ok": "pong"}
+    assert queued(app) == len(LATER)
+    assert len(ledger.words(ledger_path, "began")) == 4
+    assert (said(worker, PAUSED), said(worker, RESUMED)) == (1, 0)
+    results.start()
+    is_stored(results, sent)
+    assert pooling.counts(ledger_path, NAMES + LATER) == pooling.all_once(NAMES + LATER)
+    assert (said(worker, PAUSED), said(worker, RESUMED)) == (1, 1)
+    assert outage_told(worker, app) == ""
+
+
+def test_an_input_whose_result_cannot_be_stored_is_given_back_and_runs_after_the_outage(
+    start_pooled: Callable[..., WorkerProcess], results: Outage, app: Celery, ledger_path: Path
+) -> None:
+    worker = start_pooled(settings={"gw_store_timeout": 1.0})
+    sent = send(app, 0.5, ["kept"])
+    eventually(lambda: pooling.began(ledger_path, "kept"))
+    results.stop()
+    # It is with the broker again, nothing is in flight, and nobody takes it.
+    eventually(lambda: queued(app) == 1, 60)
+    paused(worker, app)
+    assert len(pooling.began(ledger_path, "kept")) == 1
+    results.start()
+    is_stored(results, sent)
+    assert len(pooling.began(ledger_path, "kept")) == 2
+    assert (said(worker, PAUSED), said(worker, RESUMED)) == (1, 1)
+
+
+def test_a_replica_that_dies_in_an_outage_leaves_no_queue_closed(
+    start_pooled: Callable[..., WorkerProcess], results: Outage, app: Celery, ledger_path: Path
+) -> None:
+    worker = start_pooled()
+    sent = send(app, 0.5, ["killed"])
+    eventually(lambda: pooling.began(ledger_path, "killed"))
+    results.stop()
+    paused(worker, app)
+    os.kill(pooling.began(ledger_path, "killed")[0], signal.SIGKILL)
+    eventually(lambda: said(worker, RESUMED) == 1, 20)
+    # The new one knows of no outage: it takes what there is, and pauses for itself.
+    eventually(lambda: len(pooling.began(ledger_path, "killed")) == 2, 60)
+    eventually(lambda: said(worker, PAUSED) == 2, 20)
+    results.start()
+    is_stored(results, sent)
+    eventually(lambda: said(worker, RESUMED) == 2, 20)
+    sent = send(app, 0.0, ["after"])
+    is_stored(results, sent)
+
+
+def test_one_redis_for_messages_and_results_goes_away_for_longer_than_results_are_kept(
+    start_worker: StartWorker, ledger_path: Path, tmp_path: Path
+) -> None:
+    with outage(tmp_path / "one") as both:
+        urls = {"broker": both.server.broker_url, "result": both.server.result_url}
+        settings = {"gw_store_timeout": 1.0}
+        worker = pooling.start(start_worker, ledger_path, settings=settings, **urls)
+        with pooling.client(urls["broker"], "disabled://") as app:
+            sent = send(app, 0.5)
+            eventually(lambda: len(ledger.words(ledger_path, "began")) == 4)
+            both.stop()
+            eventually(lambda: said(worker, ": unstored") == 4, 30)
+            both.start()
+            is_stored(both, sent)
+            sent = send(app, 0.0, ["after"])
+            is_stored(both, sent)
+
+
+def test_results_wait_for_a_result_backend_that_is_away(
+    start_worker: StartWorker, ledger_path: Path, redis_url: str, tmp_path: Path
+) -> None:
+    with outage(tmp_path / "results") as results:
+        url = results.server.result_url
+        worker = pooling.start(start_worker, ledger_path, result=url)
+        with pooling.client(redis_url, "disabled://") as app:
+            sent = send(app, 0.5)
+            eventually(lambda: len(ledger.words(ledger_path, "began")) == 4)
+            results.stop()
+            eventually(lambda: len(ledger.words(ledger_path, "ended")) == 4)
+            # The worker answers, and its loop is free: only the results wait.
+            assert pooling.ask(worker, "ping", app) == {"ok": "pong"}
+            eventually(lambda: max(one["lag"] for one in pooling.replicas(worker, app)) < 0.5)
+            results.start()
+            is_stored(results, sent)
+    assert pooling.counts(ledger_path, NAMES) == pooling.all_once(NAMES)
+
+
+def test_the_results_of_bodies_in_threads_wait_too(
+    start_worker: StartWorker, ledger_path: Path, redis_url: str, tmp_path: Path
+) -> None:
+    bodies = {"sit": "pooled.Desk.sit", "rest": "pooled.plain_rest"}
+    with outage(tmp_path / "results") as results:
+        pooling.start(start_worker, ledger_path, result=results.server.result_url)
+        with pooling.client(redis_url, "disabled://") as app:
+            queues = {"sit": "cpu.Desk", "rest": "celery"}
+            sent = [
+                app.send_task(task, (name, 1.0), queue=queues[name]).id
+                for name, task in bodies.items()
+            ]
+            eventually(lambda: len(ledger.words(ledger_path, "began")) == len(bodies))
+            results.stop()
+            eventually(lambda: len(ledger.words(ledger_path, "ended")) == len(bodies))
+            results.start()
+            is_stored(results, sent)
+    assert pooling.counts(ledger_path, bodies) == pooling.all_once(bodies)
