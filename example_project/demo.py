@@ -69,13 +69,13 @@ class Demo:
     def _parts(self) -> Iterator[Part]:
         celery = ["-m", "celery", "-A", "example"]
         beat = ["beat", "-l", "INFO", "-s", str(self.data / "beat")]
-        worker = [*celery, "worker", "-l", "INFO", "-E"]
+        options = ["-l", "INFO", "-E"]
+        worker = [*celery, "worker", *options]
         web = ["-m", "uvicorn", "example.asgi:application", "--host", "127.0.0.1"]
         # "cpu" is the family of the services that say Gpu("CPU"): this worker loads the model, in
         # one replica of the GPU pool. Other workers of the project keep Celery's own pool.
-        on_gpu_pool = [*worker, "-P", "custom", "-Q", "cpu", "-n", NODES[0]]
-        pool = {"CELERY_CUSTOM_WORKER_POOL": "gw_celery.pool:TaskPool"}
-        yield Part("model", self.logs, on_gpu_pool, env=pool)
+        on_gpu_pool = [*celery, "gw", "worker", *options, "--gpu", "CPU", "-n", NODES[0]]
+        yield Part("model", self.logs, on_gpu_pool)
         yield Part("tasks", self.logs, [*worker, "-c", "1", "-Q", "celery", "-n", NODES[1]])
         yield Part("beat", self.logs, [*celery, *beat])
         yield Part("web", self.logs, [*web, "--port", str(self.web_port), "--lifespan", "off"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gw_celery import conf
+from gw_celery import cli_worker, conf
 from gw_celery.pool import dead_queue, letters
 from gw_celery.worker import commands
 
@@ -19,7 +19,10 @@ commands.describe()
 
 @click.group("gw")
 def gw() -> None:
-    """Serve models: see and steer the replicas of GPU workers."""
+    """Serve models: start GPU workers, see and steer their replicas."""
+
+
+gw.add_command(cli_worker.worker)
 
 
 def _destination(function: Any) -> Any:
@@ -43,7 +46,7 @@ def _destination(function: Any) -> Any:
 @_destination
 @click.pass_context
 def status(ctx: click.Context, as_json: bool, destination: tuple[str, ...], timeout: float) -> None:
-    """Show each worker's replicas: state, pid, slots, in flight, restarts, last error."""
+    """Show each worker's replicas: state, pid, in flight, restarts, devices, last error."""
     answers = _answers(ctx, "gw_status", {}, destination, timeout)
     if as_json:
         click.echo(json.dumps(answers, indent=2, sort_keys=True))
@@ -166,6 +169,8 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
             f"  replica {one['number']}  {one['state']:<9} pid {one['pid'] or '-'}  "
             f"{one['in_flight']}/{one['slots']} in flight  {one['restarts']} restarts"
         )
+        if devices := one.get("devices"):  # a worker of an older version tells of none
+            line += f"  on {', '.join(devices)}"
         lines.append(f"{line}  {one['last_error']}".rstrip())
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """The settings: one frozen dataclass of typed defaults, and the only reader of them.
 
 Priority: what the caller passes > ``app.conf.gw_<name>`` (Django's ``GW_CELERY`` lands there) >
-the default below. Environment variables name programs and fake devices only.
+the default below. Environment variables name programs and devices only.
 """
 
 from __future__ import annotations
@@ -114,6 +114,16 @@ def environment() -> dict[str, str]:
 def server_program() -> str | None:
     """Return the server program that ``GW_CELERY_SERVER`` names, if any."""
     return os.environ.get("GW_CELERY_SERVER") or None
+
+
+def fake_gpus() -> str | None:
+    """Return the devices that ``GW_FAKE_GPUS`` names in place of those of the machine, if any."""
+    return os.environ.get("GW_FAKE_GPUS") or None
+
+
+def visible_devices() -> str | None:
+    """Return what CUDA is told of this process's devices; ``""`` for none, ``None`` for all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def _beginning_with(prefix: str, conf: Mapping[str, Any]) -> dict[str, Any]:

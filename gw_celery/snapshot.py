@@ -13,6 +13,8 @@ class Replica:
     number: int
     state: str
     pid: int | None = None
+    #: What its ``CUDA_VISIBLE_DEVICES`` lists; empty where it has none of its own.
+    devices: tuple[str, ...] = ()
     slots: int = 0
     in_flight: int = 0
     restarts: int = 0

@@ -192,6 +192,7 @@ class StartWorker(Protocol):
         env: Mapping[str, str] | None = None,
         wait_ready: bool = True,
         ready_timeout: float = READY_TIMEOUT,
+        verb: Sequence[str] | None = None,
     ) -> WorkerProcess: ...
 
 
@@ -217,14 +218,17 @@ def workers(log_dir: Path, broker: str, result: str) -> Iterator[StartWorker]:
         env: Mapping[str, str] | None = None,
         wait_ready: bool = True,
         ready_timeout: float = READY_TIMEOUT,
+        verb: Sequence[str] | None = None,
     ) -> WorkerProcess:
         node = f"w{len(started)}-{uuid4().hex[:8]}@test"
         urls = {
             "CELERY_BROKER_URL": broker or defaults["broker"],
             "CELERY_RESULT_BACKEND": result or defaults["result"],
         }
-        command = [sys.executable, "-m", "celery", "-A", app_module, "worker", "-n", node]
-        command += ["-P", pool, "-c", str(concurrency), "-l", "INFO", *extra_args]
+        # Another verb than Celery's own has its own idea of the pool and its size.
+        verb = verb or ["worker", "-P", pool, "-c", str(concurrency)]
+        command = [sys.executable, "-m", "celery", "-A", app_module, *verb, "-n", node]
+        command += ["-l", "INFO", *extra_args]
         command += ["-Q", queues] if queues else []
         # Each worker would wait a second for the answers of others, and there are none.
         command += ["--without-mingle", "--without-gossip"]

@@ -28,7 +28,8 @@ class Gpu:
     Args:
         kind: one of ``KINDS``, or one that the setting ``gw_gpu_kinds`` adds; ``"CPU"`` for none.
         count: how many of them one replica takes, 1 to 8.
-        memory_gb: memory that one replica needs; replicas may share a device only when it is given.
+        memory_gb: memory that one replica needs for this service on each of its devices, in units
+            of 10**9 bytes; replicas may share a device only when it is given for every service.
 
     Raises:
         DeclarationError: for a kind that cannot be a name, or a count out of range.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gw_celery import conf
-from gw_celery.pool import dispatch, replica, wire
+from gw_celery.pool import devices, dispatch, replica, wire
 
 _READ_BYTES = 256 * 1024
 #: A process that closed its socket, or was killed, is a moment from its end.
@@ -33,7 +33,13 @@ class Received:
 class Child:
     """A process and the parent's end of the socket that joins them; nothing here blocks."""
 
-    def __init__(self, number: int, life: replica.Life, slots: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        number: int,
+        life: replica.Life,
+        slots: Mapping[str, int],
+        share: Sequence[devices.Device] = (),
+    ) -> None:
         #: Number of the replica that it fills.
         self.number = number
         self.life = life
@@ -58,7 +64,7 @@ class Child:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gw_celery.pool.child", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=_environment(),
+                env=_environment(share),
                 stdin=subprocess.DEVNULL,
             )
 
@@ -146,8 +152,9 @@ def describe_exit(code: int | None) -> str:
     return f"Worker exited prematurely: exitcode {code}"
 
 
-def _environment() -> dict[str, str]:
-    environment = conf.environment()
+def _environment(share: Sequence[devices.Device]) -> dict[str, str]:
+    """As this process's; where a replica has devices, it sees them and no others."""
+    environment = {**conf.environment(), **devices.environment(share)}
     # It makes Celery treat the process as one that billiard spawned, with a copy of the app.
     environment.pop("FORKED_BY_MULTIPROCESSING", None)
     return environment

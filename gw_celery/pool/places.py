@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gw_celery import conf, snapshot
-from gw_celery.pool import children, replica
+from gw_celery.pool import allotment, children, devices, replica
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ class Setup:
     slots: Mapping[str, int]
     #: The first frame of a child, but for its number.
     first: dict[str, Any]
+    #: The devices of each replica; ``None`` where none needs any.
+    allotment: allotment.Allotment | None = None
     max_tasks: int | None = None
     #: Resident bytes after which a child is replaced.
     max_bytes: int | None = None
@@ -30,6 +33,11 @@ class Setup:
     @property
     def slots_per_replica(self) -> int:
         return sum(self.slots.values())
+
+    @property
+    def shares(self) -> Sequence[Sequence[devices.Device]] | None:
+        """The devices of each replica, by its number; ``None`` for any number without devices."""
+        return None if self.allotment is None else self.allotment.shares
 
     def is_worn(self, child: children.Child) -> bool:
         """Whether a child served, or holds, as much as it may."""
@@ -40,8 +48,10 @@ class Setup:
 class Place:
     """A replica: a numbered place for a child, which outlives it."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, share: Sequence[devices.Device] = ()) -> None:
         self.number = number
+        #: The devices of all its children, one after the other.
+        self.share = share
         self.child: children.Child | None = None
         #: Loads while ``child`` still serves, and takes its place.
         self.successor: children.Child | None = None
@@ -90,6 +100,7 @@ class Place:
         """Return the picture that operators see."""
         about: dict[str, Any] = {
             "number": self.number,
+            "devices": tuple(one.token for one in self.share),
             "restarts": self.restarts,
             "last_error": self.last_error,
         }
@@ -113,7 +124,9 @@ class Place:
 class Places:
     """All replicas of a worker, those that are being drained for good among them."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares: Sequence[Sequence[devices.Device]] | None = None) -> None:
+        self._shares = shares
+        self._wanted = 0
         self._places: dict[int, Place] = {}
         self._restarting: collections.deque[int] = collections.deque()
         self._named: set[int] = set()
@@ -122,10 +135,13 @@ class Places:
         return iter([place for _, place in sorted(self._places.items())])
 
     def resize(self, wanted: int) -> list[Place]:
-        """Have ``wanted`` replicas; returns those to drain, the idle and least loaded first."""
+        """Have ``wanted`` replicas; returns those to drain, the idle and least loaded first.
+
+        One whose devices another still drains on is added by ``complete``.
+        """
+        self._wanted = wanted
         present = [place for place in self if place.is_wanted]
-        for number in _free_numbers(self._places, wanted - len(present)):
-            self._places[number] = Place(number)
+        self.complete()
         surplus = sorted(present, key=_load)[: max(0, len(present) - wanted)]
         for place in surplus:
             place.is_wanted = False
@@ -133,6 +149,13 @@ class Places:
 
     def remove(self, place: Place) -> None:
         self._places.pop(place.number, None)
+
+    def complete(self) -> None:
+        """Add the replicas that are wanted, as far as there are devices for them now."""
+        shares = self._shares
+        missing = self._wanted - sum(one.is_wanted for one in self)
+        for number in _free_numbers(self._places, missing, None if shares is None else len(shares)):
+            self._places[number] = Place(number, () if shares is None else shares[number])
 
     def hold(self, number: int | None) -> list[Place]:
         """Return the replicas to drain, one or all; they stay stopped until a restart."""
@@ -178,12 +201,8 @@ def _load(place: Place) -> tuple[bool, int, int]:
     return (place.is_ready, held, -place.number)
 
 
-def _free_numbers(taken: Mapping[int, Any], count: int) -> list[int]:
-    """The lowest numbers that are not taken: a number stands for its devices."""
-    free: list[int] = []
-    number = 0
-    while len(free) < count:
-        if number not in taken:
-            free.append(number)
-        number += 1
-    return free
+def _free_numbers(taken: Mapping[int, Any], count: int, most: int | None) -> list[int]:
+    """The lowest numbers below ``most`` that are not taken: a number stands for its devices."""
+    numbers = itertools.count() if most is None else iter(range(most))
+    free = (number for number in numbers if number not in taken)
+    return list(itertools.islice(free, max(0, count)))

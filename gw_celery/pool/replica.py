@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from gw_celery import backoff
+from gw_celery import backoff, conf
 
 #: A child that was ready for less is as bad as one that never was.
 _STEADY = 1.0
@@ -37,6 +37,15 @@ class Deadlines:
     start: float
     drain: float
     heartbeat: float
+
+    @classmethod
+    def of(cls, settings: conf.Settings) -> Deadlines:
+        return cls(
+            boot=settings.boot_timeout,
+            start=settings.start_timeout,
+            drain=settings.drain_timeout,
+            heartbeat=settings.heartbeat_timeout,
+        )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -40,7 +40,7 @@ class Supervisor:
         self._on_capacity = on_capacity
         #: Told the numbers of inputs that began in a child that died.
         self._on_lost = on_lost
-        self._places = places.Places()
+        self._places = places.Places(setup.shares)
         #: Every live child and the replica that it fills, filled, or will fill.
         self._children: dict[children.Child, places.Place] = {}
         #: Processes that are ended, or about to end, and not reaped.
@@ -51,13 +51,7 @@ class Supervisor:
         #: Inputs that found no slot the last time.
         self._waiting = 0
         self._is_closing = False
-        settings = setup.settings
-        self._deadlines = replica.Deadlines(
-            boot=settings.boot_timeout,
-            start=settings.start_timeout,
-            drain=settings.drain_timeout,
-            heartbeat=settings.heartbeat_timeout,
-        )
+        self._deadlines = replica.Deadlines.of(setup.settings)
 
     # -- size --
 
@@ -142,6 +136,7 @@ class Supervisor:
                 self._judge(child, now)
             if (place := self._places.next_to_restart()) is not None:
                 self._drain(place.child)
+            self._places.complete()
             for place in self._places:
                 self._fill(place, now)
                 self._relieve(place)
@@ -289,7 +284,7 @@ class Supervisor:
     def _start(self, place: places.Place, now: float) -> children.Child | None:
         life = replica.Life(deadlines=self._deadlines, now=now)
         try:
-            child = children.Child(place.number, life, self._setup.slots)
+            child = children.Child(place.number, life, self._setup.slots, place.share)
         except OSError as exc:
             wait = place.backoff.failed(now)
             place.last_error = f"cannot start a process: {exc}"

@@ -64,6 +64,7 @@ class TaskPool(BasePool):
             settings=settings,
             slots=slots,
             first={},
+            allotment=plan.allotment if plan else None,
             max_tasks=options.get("maxtasksperchild"),
             max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
         )
@@ -91,8 +92,15 @@ class TaskPool(BasePool):
         return max(1, self.limit)
 
     def grow(self, n: int = 1) -> None:
-        """Add ``n`` slots, in whole replicas."""
+        """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
+        if (why := self.refusal(self.limit + n)) is not None:
+            logger.error("the pool grows by less than %d slots: %s", n, why)
         self._resize(self.limit + n)
+
+    def refusal(self, slots: int) -> str | None:
+        """Say why this worker cannot have so many slots; ``None`` when it can."""
+        allotment = self._setup.allotment
+        return None if allotment is None else allotment.refusal(self._replicas_for(slots))
 
     def shrink(self, n: int = 1) -> None:
         """Take away ``n`` slots, in whole replicas, by draining; never interrupts an input."""
@@ -328,8 +336,13 @@ class TaskPool(BasePool):
                 thread.close()
 
     def _resize(self, slots: int) -> None:
+        if (allotment := self._setup.allotment) is not None:
+            slots = min(slots, allotment.most * self._setup.slots_per_replica)
         self.limit = max(0, slots)
-        self.supervisor.resize(math.ceil(self.limit / self._setup.slots_per_replica))
+        self.supervisor.resize(self._replicas_for(self.limit))
+
+    def _replicas_for(self, slots: int) -> int:
+        return math.ceil(slots / self._setup.slots_per_replica)
 
     def _on_capacity(self) -> None:
         if self.gate is not None and self._state == self.RUN:

@@ -1,7 +1,12 @@
-"""Refuse, at run time, to consume a queue whose service this worker has not loaded."""
+"""Refuse, at run time, a queue whose service is not loaded, and replicas that do not fit.
+
+Celery's own commands answer "ok" and try later, so the refusal must come before them.
+"""
 
 from __future__ import annotations
 
+import builtins
+from collections.abc import Callable
 from typing import Any
 
 from celery.worker import control
@@ -11,10 +16,7 @@ from gw_celery.worker import serving
 
 
 def guard(plan: serving.Plan) -> None:
-    """Let ``add_consumer`` refuse what ``plan`` does not serve, with the reason.
-
-    Celery's command answers "ok" before the consumer tries, so the refusal must come first.
-    """
+    """Let ``add_consumer`` refuse what ``plan`` does not serve, with the reason."""
     known = {queue for queues in registry.families(plan.registries).values() for queue in queues}
     loaded = {service.queue for service in plan.served}
     original = control.add_consumer
@@ -39,3 +41,28 @@ def guard(plan: serving.Plan) -> None:
         ],
         signature="<queue> [exchange [type [routing_key]]]",
     )(add_consumer)
+
+
+def guard_size() -> None:
+    """Let ``pool_grow`` and ``autoscale`` refuse more replicas than there are devices for."""
+    grow, scale = control.pool_grow, control.autoscale
+
+    def pool_grow(state: Any, n: int = 1, **options: Any) -> dict[str, str]:
+        wanted = state.consumer.pool.limit + n
+        return _unless_refused(state, wanted, lambda: grow(state, n, **options))
+
+    def autoscale(state: Any, max: Any = None, min: Any = None) -> dict[str, str]:  # noqa: A002
+        wanted = builtins.max(max or 0, min or 0)
+        return _unless_refused(state, wanted, lambda: scale(state, max=max, min=min))
+
+    pool_grow.__doc__, autoscale.__doc__ = grow.__doc__, scale.__doc__
+    control.control_command(args=[("n", int)], signature="[N=1]")(pool_grow)
+    control.control_command(args=[("max", int), ("min", int)], signature="[max [min]]")(autoscale)
+
+
+def _unless_refused(
+    state: Any, slots: int, carry_out: Callable[[], dict[str, str]]
+) -> dict[str, str]:
+    refusal = state.consumer.pool.refusal(slots)
+    answer: dict[str, str] = control.nok(refusal) if refusal else carry_out()
+    return answer

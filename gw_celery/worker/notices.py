@@ -39,7 +39,7 @@ def _log_strays(plan: serving.Plan) -> None:
 
 def _log_what_waits(plan: serving.Plan) -> None:
     """Say once what is declared but does not act on the pool in use."""
-    acting = {"concurrent", "batched"} if plan.pool == serving.GPU_POOL else set()
+    acting = {"concurrent", "batched", "memory_gb"} if plan.pool == serving.GPU_POOL else set()
     waiting = [
         f"{service.name}: {', '.join(named)}"
         for service in plan.served

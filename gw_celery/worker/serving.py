@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gw_celery import conf
 from gw_celery.declare import registry, services
 from gw_celery.runtime import process
 from gw_celery.worker import ending
 from gw_celery.worker.pipes import Pipes
+
+if TYPE_CHECKING:
+    from gw_celery.pool import allotment
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,8 @@ class Plan:
     #: To the processes that load because Celery sends them ``worker_process_init``; ``None`` where
     #: something else has them load, or nothing is served.
     pipes: Pipes | None = None
+    #: The devices of each replica of our pool; ``None`` where no service needs any.
+    allotment: allotment.Allotment | None = None
 
     @property
     def slots(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ Celery logs a failed check and goes on, so that the checks here end the process 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from gw_celery import conf, errors
 from gw_celery.calling import names
 from gw_celery.declare import gpu, registry, services
 from gw_celery.worker import (
+    asked,
     bootsteps,
     commands,
     compression,
@@ -38,11 +40,11 @@ _LOADING_BY_SIGNAL = ("prefork", "solo")
 
 
 def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Plan:
-    """Expand families, check the configuration, and return what ``worker`` serves.
+    """Choose and expand families, check the configuration, and return what ``worker`` serves.
 
     Raises:
-        ConfigurationError: for settings that contradict each other or the pool, and where CUDA is
-            up in a process that the pool would fork.
+        ConfigurationError: for settings that contradict each other or the pool, for a GPU that is
+            needed and not there, and where CUDA is up in a process that the pool would fork.
         DeclarationError: for a service and a plain task of the same name.
     """
     settings = conf.read(worker.app.conf)
@@ -50,6 +52,9 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     known = [one for one in registries if _belongs(one, worker.app)]
     _require_names(worker.app, known)
     preset.require_visibility(worker.app, known)
+    wish: asked.Asked | None = worker.options.pop(asked.OPTION, None)
+    if wish is not None:
+        _select_families(worker, wish, known, settings)
     expand_families(worker.app.amqp.queues, known)
     served = list(registry.serving(known, worker.app.amqp.queues.consume_from))
     pool = _pool_name(worker.pool_cls)
@@ -73,20 +78,35 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     if served or pool == serving.GPU_POOL:
         compression.bound(settings.max_payload_bytes)
     if pool == serving.GPU_POOL:
-        _prepare_gpu_pool(worker, plan)
-    elif served or notices.strays(plan):
+        return _prepare_gpu_pool(worker, plan, wish)
+    if served or notices.strays(plan):
         bootsteps.install(worker, plan)
     return plan
 
 
-def _prepare_gpu_pool(worker: Any, plan: serving.Plan) -> None:
-    if plan.settings.replicas is not None:
-        worker.concurrency = plan.settings.replicas * sum(plan.slots.values())
+def _select_families(
+    worker: Any,
+    wish: asked.Asked,
+    registries: Sequence[registry.Registry],
+    settings: conf.Settings,
+) -> None:
+    from gw_celery.worker import sizing  # it imports the pool, which stock workers do not need
+
+    sizing.select_families(worker, wish, registries, settings)
+
+
+def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None) -> serving.Plan:
+    from gw_celery.worker import sizing
+
+    plan = dataclasses.replace(plan, allotment=sizing.allot(plan))
+    sizing.fit(worker, plan, wish)
+    control.guard_size()
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
     worker.app.steps["consumer"].add(gate.GateStep)
+    return plan
 
 
 def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> None:
@@ -141,6 +161,6 @@ def _require_supported(pool: str, served: Sequence[services.Service]) -> None:
         names = ", ".join(one.name for one in served)
         raise errors.ConfigurationError(
             f"the pool {pool!r} cannot serve {names}: asynchronous tasks need an event loop beside "
-            f"Celery's; start this worker with the GPU pool (CELERY_CUSTOM_WORKER_POOL="
-            f"gw_celery.pool:TaskPool and -P custom), or with -P prefork, threads or solo"
+            f"Celery's; start this worker with the GPU pool (celery -A proj gw worker), or with -P "
+            f"prefork, threads or solo"
         )

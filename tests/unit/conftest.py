@@ -35,6 +35,12 @@ def serve(app: gw.App) -> Iterator[Callable[[], None]]:
 
 
 @pytest.fixture(autouse=True)
+def _gpus_of_the_shell_stay_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GW_FAKE_GPUS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _tasks_stay_in_their_test() -> Iterator[None]:
     """Celery gives every task to every app of the process that is finalized later."""
     before = set(_state._on_app_finalizers)

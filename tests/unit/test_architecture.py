@@ -24,7 +24,9 @@ FLOORS = {
     "gw_celery.snapshot": 1,
     "gw_celery.declare": 1,
     "gw_celery.pool.wire": 1,
+    "gw_celery.pool.allotment": 1,
     "gw_celery.pool.devices": 1,
+    "gw_celery.pool.machine": 1,
     "gw_celery.batching": 2,
     "gw_celery.pool.early": 2,
     "gw_celery.pool.letters": 2,
@@ -45,6 +47,7 @@ FLOORS = {
     "gw_celery.testing": 5,
     "gw_celery.devserver": 5,
     "gw_celery.cli": 6,
+    "gw_celery.cli_worker": 6,
     "gw_celery.contrib": 6,
     "gw_celery_django": 6,
 }

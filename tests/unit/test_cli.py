@@ -10,7 +10,15 @@ from kombu import pidbox
 
 from gw_celery import cli, snapshot
 
-READY = snapshot.Replica(number=0, state="ready", pid=4711, slots=8, in_flight=3, restarts=1)
+READY = snapshot.Replica(
+    number=0,
+    state="ready",
+    pid=4711,
+    devices=("GPU-1", "GPU-2"),
+    slots=8,
+    in_flight=3,
+    restarts=1,
+)
 FAILED = snapshot.Replica(number=1, state="failed", restarts=4, last_error="no such model")
 GPU = snapshot.Worker(
     hostname="gpu@host",
@@ -50,7 +58,7 @@ def test_a_worker_is_shown_with_its_queues_and_replicas(typed: Typed) -> None:
     assert result.exit_code == 0
     assert result.output.splitlines() == [
         "gpu@host: 2 waiting; consumes cpu.embed, celery; closed: cpu.classify",
-        "  replica 0  ready     pid 4711  3/8 in flight  1 restarts",
+        "  replica 0  ready     pid 4711  3/8 in flight  1 restarts  on GPU-1, GPU-2",
         "  replica 1  failed    pid -  0/0 in flight  4 restarts  no such model",
     ]
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gw_celery import conf, snapshot
-from gw_celery.pool import places, replica
+from gw_celery.pool import devices, places, replica
 
 LIMITS = replica.Deadlines(boot=1, start=1, drain=1, heartbeat=1)
 
@@ -256,3 +256,57 @@ def test_a_child_is_worn_when_it_served_or_holds_as_much_as_it_may(
     setup = places.Setup(settings=conf.Settings(), slots={"embed": 3, "": 1}, first={}, **bounds)
     assert setup.is_worn(child) is is_worn
     assert setup.slots_per_replica == 4
+
+
+# -- devices --
+
+SHARES = [
+    [devices.Device(name="NVIDIA L4", token=f"GPU-{number}", memory_gb=24, index=number)]
+    for number in range(3)
+]
+
+
+def tokens(made: places.Places) -> dict[int, tuple[str, ...]]:
+    return {place.number: place.seen(1, 0.0).devices for place in made}
+
+
+def test_a_replica_has_the_devices_of_its_number() -> None:
+    made = places.Places(SHARES)
+    made.resize(2)
+    assert tokens(made) == {0: ("GPU-0",), 1: ("GPU-1",)}
+
+
+def test_a_replica_without_devices_shows_none() -> None:
+    assert tokens(replicas_of(1)) == {0: ()}
+
+
+def test_there_are_no_more_replicas_than_shares() -> None:
+    made = places.Places(SHARES)
+    made.resize(5)
+    assert list(tokens(made)) == [0, 1, 2]
+
+
+def test_a_replica_whose_devices_are_in_use_starts_when_they_are_free() -> None:
+    made = places.Places(SHARES)
+    made.resize(3)
+    for place in made:
+        place.child = Child(held=0 if place.number == 1 else 1)
+    (drained,) = made.resize(2)
+    assert drained.number == 1
+    assert made.resize(3) == []
+    assert list(tokens(made)) == [0, 1, 2], "the one that drains is still there"
+    assert [place.number for place in made if place.is_wanted] == [0, 2]
+    made.remove(drained)
+    made.complete()
+    assert [place.number for place in made if place.is_wanted] == [0, 1, 2]
+    assert at(made, 1) is not drained
+    assert at(made, 1).share == SHARES[1]
+
+
+def test_a_replica_that_leaves_for_good_is_not_replaced() -> None:
+    made = places.Places(SHARES)
+    made.resize(2)
+    (drained,) = made.resize(1)
+    made.remove(drained)
+    made.complete()
+    assert len(list(made)) == 1

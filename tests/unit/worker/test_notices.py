@@ -45,3 +45,18 @@ def test_a_broker_that_waits_for_as_long_as_it_takes_is_no_reason_to_warn(
     celery_app, declared, caplog
 ) -> None:
     assert said(celery_app, declared, caplog) == ""
+
+
+@pytest.mark.parametrize(("pool", "is_said"), [("prefork", True), (serving.GPU_POOL, False)])
+def test_the_memory_of_a_service_acts_on_the_gpu_pool_only(
+    app: gw.App, caplog: pytest.LogCaptureFixture, pool: str, is_said: bool
+) -> None:
+    @app.remote(gpu=gw.Gpu("A100", memory_gb=10))
+    async def embed(): ...
+
+    served = list(app.registry.services.values())
+    plan = serving.Plan(
+        registries=[app.registry], served=served, settings=conf.Settings(), pool=pool
+    )
+    notices._log_what_waits(plan)
+    assert ("embed: memory_gb" in caplog.text) is is_said

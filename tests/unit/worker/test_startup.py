@@ -12,7 +12,7 @@ from celery.worker import control
 
 import gw_celery as gw
 from gw_celery import errors
-from gw_celery.worker import notices, serving, startup
+from gw_celery.worker import asked, notices, serving, startup
 
 
 @pytest.fixture
@@ -49,7 +49,8 @@ def prepared(app: gw.App, *queues: str, pool: Any = "prefork") -> serving.Plan:
 
 def worker_of(app: Celery, *queues: str, pool: Any = "prefork") -> Any:
     app.amqp.queues.select(queues)
-    return types.SimpleNamespace(app=app, pool_cls=pool, prefetch_multiplier=4)
+    given = {"pool_cls": pool, "prefetch_multiplier": 4, "concurrency": 1, "options": {}}
+    return types.SimpleNamespace(app=app, **given)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,8 @@ def test_prefork_is_refused_where_cuda_is_up_and_services_are_served(declared) -
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("pool", ["solo", "threads", "gw_celery.pool:TaskPool"])
-def test_a_pool_that_does_not_fork_does_not_mind_cuda(declared, pool) -> None:
+def test_a_pool_that_does_not_fork_does_not_mind_cuda(declared, pool, monkeypatch) -> None:
+    monkeypatch.setenv("GW_FAKE_GPUS", "A100")
     assert prepared(declared, "gpu.A100", pool=pool).served
 
 
@@ -149,8 +151,7 @@ def test_apps_of_another_celery_app_are_not_served(declared) -> None:
     other.finalize()
     for name in [name for name in other.tasks if not name.startswith("celery.")]:
         del other.tasks[name]
-    other.amqp.queues.select(["gpu.A100.embed"])
-    worker = types.SimpleNamespace(app=other, pool_cls="prefork", prefetch_multiplier=4)
+    worker = worker_of(other, "gpu.A100.embed")
 
     with pytest.raises(errors.ConfigurationError, match="none: is the module"):
         startup.prepare(worker, [declared.registry])
@@ -194,7 +195,7 @@ def test_a_pool_without_a_loop_is_refused_with_those_that_work(declared, pool) -
     with pytest.raises(errors.ConfigurationError) as caught:
         prepared(declared, "gpu.A100", pool=pool)
     assert "cannot serve embed, Ranker" in str(caught.value)
-    assert "CELERY_CUSTOM_WORKER_POOL=gw_celery.pool:TaskPool and -P custom" in str(caught.value)
+    assert "celery -A proj gw worker" in str(caught.value)
     assert "-P prefork, threads or solo" in str(caught.value)
 
 
@@ -210,7 +211,8 @@ def test_a_pool_is_known_by_its_alias_and_by_its_class(declared, alias: str, nam
 
 
 @pytest.mark.parametrize("pool", ["threads", "gw_celery.pool:TaskPool"])
-def test_what_does_not_load_by_celerys_signal_needs_no_pipes(declared, pool) -> None:
+def test_what_does_not_load_by_celerys_signal_needs_no_pipes(declared, pool, monkeypatch) -> None:
+    monkeypatch.setenv("GW_FAKE_GPUS", "A100")
     assert prepared(declared, "gpu.A100", pool=pool).pipes is None
 
 
@@ -230,3 +232,44 @@ def test_a_queue_whose_service_is_not_loaded_is_refused_at_run_time(declared) ->
 
     assert "this worker has not loaded its service; it serves gpu.A100.embed" in answer["error"]
     assert "-Q gpu.H100x2.generate" in answer["error"]
+
+
+# -- devices --
+
+OURS = "gw_celery.pool:TaskPool"
+
+
+def test_only_our_pool_gives_devices_to_its_processes(declared, monkeypatch) -> None:
+    monkeypatch.setenv("GW_FAKE_GPUS", "T4")
+    assert prepared(declared, "gpu.A100").allotment is None
+    with pytest.raises(errors.ConfigurationError, match="needs 1 x A100"):
+        prepared(declared, "gpu.A100", pool=OURS)
+
+
+def test_a_worker_of_our_command_serves_the_families_of_its_machine(declared, monkeypatch) -> None:
+    monkeypatch.setenv("GW_FAKE_GPUS", "A100:2")
+    worker = worker_of(declared.celery, "celery", pool=OURS)
+    worker.options["gw_asked"] = asked.Asked()
+    plan = startup.prepare(worker, [declared.registry])
+
+    assert sorted(plan.queues) == ["gpu.A100.Ranker", "gpu.A100.embed", "gpu.anywhere"]
+    assert worker.concurrency == 2 * 4
+    assert worker.options == {}, "no step of the worker is to see it"
+
+
+def pool_of(allows: int) -> Any:
+    def refusal(slots: int) -> str | None:
+        return f"{slots} do not fit" if slots > allows else None
+
+    return types.SimpleNamespace(limit=2, refusal=refusal)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"), [("pool_grow", {"n": 3}), ("autoscale", {"max": 5, "min": 1})]
+)
+def test_what_does_not_fit_is_refused_at_run_time(
+    declared, command: str, arguments: dict[str, int]
+) -> None:
+    prepared(declared, "gpu", pool=OURS)
+    state = types.SimpleNamespace(consumer=types.SimpleNamespace(pool=pool_of(allows=4)))
+    assert control.Panel.data[command](state, **arguments) == {"error": "5 do not fit"}

@@ -1,0 +1,101 @@
+"""Which queues and how many replicas a worker with the GPU pool has, and on which devices.
+
+It is decided once, in ``worker_init``: the services are known and nothing has started.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from billiard import cpu_count
+
+from gw_celery import conf, errors
+from gw_celery.declare import gpu, registry
+from gw_celery.pool import allotment, devices, machine
+from gw_celery.worker import serving
+from gw_celery.worker.asked import Asked
+
+logger = logging.getLogger(__name__)
+
+
+def select_families(
+    worker: Any, asked: Asked, registries: Sequence[registry.Registry], settings: conf.Settings
+) -> None:
+    """Have ``worker`` consume the families that ``gw worker`` takes on this machine.
+
+    Raises:
+        ConfigurationError: when it can serve none of them, with what there is.
+    """
+    if asked.names_queues:
+        return
+    declared: dict[str, list[gpu.Gpu | None]] = {}
+    for one in registries:
+        for service in one.services.values():
+            declared.setdefault(service.family, []).append(service.placement.gpu)
+    # The CPU needs no look at the GPUs.
+    there = devices.NONE if asked.gpu == "CPU" else machine.look(settings.gpu_kinds)
+    worker.app.amqp.queues.select(allotment.families_for(asked.gpu, declared, there))
+
+
+def allot(plan: serving.Plan) -> allotment.Allotment | None:
+    """Return which devices each replica of this worker gets; ``None`` where they need none.
+
+    NVML is read only for services that need a kind of GPU.
+
+    Raises:
+        ConfigurationError: when not even one replica fits on this machine.
+    """
+    needs = allotment.needs_of(one.placement.gpu for one in plan.served)
+    return allotment.allot(needs, machine.look(plan.settings.gpu_kinds)) if needs else None
+
+
+def fit(worker: Any, plan: serving.Plan, asked: Asked | None) -> None:
+    """Set the slots of ``worker``, which Celery calls its concurrency.
+
+    Raises:
+        ConfigurationError: when more replicas are asked for than fit.
+    """
+    per_replica = sum(plan.slots.values())
+    scale = worker.options.get("autoscale")
+    if scale and not isinstance(scale, str):  # text comes from programs only
+        # Celery's own options count slots, those of ``gw worker`` replicas.
+        unit = 1 if asked is None else per_replica
+        _require_room(plan, math.ceil(max(scale) * unit / per_replica))
+        worker.options["autoscale"] = tuple(bound * unit for bound in scale)
+        return
+    replicas = _replicas(plan, asked)
+    if replicas is not None:
+        _require_room(plan, replicas)
+        worker.concurrency = replicas * per_replica
+    elif plan.allotment is not None:
+        worker.concurrency = _slots_that_fit(worker.concurrency, plan.allotment, per_replica)
+
+
+def _replicas(plan: serving.Plan, asked: Asked | None) -> int | None:
+    """How many replicas were asked for; ``None`` where slots were."""
+    if asked is None:
+        return plan.settings.replicas
+    fitting = plan.allotment.most if plan.allotment else 1
+    return asked.replicas or plan.settings.replicas or fitting
+
+
+def _require_room(plan: serving.Plan, replicas: int) -> None:
+    if plan.allotment and (why := plan.allotment.refusal(replicas)) is not None:
+        raise errors.ConfigurationError(why)
+
+
+def _slots_that_fit(slots: Any, given: allotment.Allotment, per_replica: int) -> int:
+    """Return ``slots``; what nobody asked for, Celery's default, is cut to what fits."""
+    most = given.most * per_replica
+    is_default = slots in ("auto", cpu_count())
+    wanted = most if slots == "auto" else int(slots)
+    why = given.refusal(math.ceil(wanted / per_replica))
+    if why is None:
+        return wanted
+    if not is_default:
+        raise errors.ConfigurationError(f"-c {slots}, of {per_replica} slots a replica: {why}")
+    logger.warning("without -c: %d slots, all that fit here", most)
+    return most

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import gw_celery as gw
+from gw_celery import conf
+from gw_celery.pool import allotment, machine, taskpool
+from gw_celery.worker import hooks, serving
+
+
+@pytest.fixture
+def sizes() -> list[int]:
+    return []
+
+
+@pytest.fixture
+def pool(app: gw.App, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> taskpool.TaskPool:
+    """A pool of one replica on a machine for three, which notes how many it wants."""
+    app.remote(gpu=gw.Gpu("A100"))(body)
+    plan = serving.Plan(
+        registries=[app.registry],
+        served=list(app.registry.services.values()),
+        settings=conf.Settings(),
+        pool=serving.GPU_POOL,
+        allotment=allotment.allot([allotment.Need(kind="A100")], machine.fakes("A100:3", ["A100"])),
+    )
+    monkeypatch.setattr(hooks, "_plan", plan)
+    made: Any = taskpool.TaskPool(2, app=app.celery)
+    made.supervisor = SimpleNamespace(resize=sizes.append)
+    return made
+
+
+async def body(x): ...
+
+
+def test_slots_grow_in_whole_replicas(pool: taskpool.TaskPool, sizes: list[int]) -> None:
+    pool.grow(1)
+    pool.grow(3)
+    pool.shrink(2)
+    assert (pool.num_processes, sizes) == (4, [2, 3, 2])
+
+
+def test_celerys_autoscaler_gets_what_fits_and_the_log_says_so(
+    pool: taskpool.TaskPool, sizes: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    pool.grow(100)
+    assert (pool.num_processes, sizes) == (6, [3])
+    assert "grows by less than 100 slots: 51 replicas were asked for, and 3 fit" in caplog.text
+
+
+def test_what_does_not_fit_is_known_before(pool: taskpool.TaskPool) -> None:
+    assert pool.refusal(6) is None
+    assert "4 replicas were asked for, and 3 fit" in str(pool.refusal(7))
