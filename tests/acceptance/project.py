@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from gw_celery import devserver
 from tests.processes import ROOT, Process, eventually
 
@@ -75,7 +77,7 @@ class Web:
         assert sent.status == 202, sent
         task = self.finished(sent.body["task_id"])
         assert task["state"] == "SUCCESS", task
-        hits: list[dict[str, Any]] = task["result"]
+        hits: list[dict[str, Any]] = task["result"]["results"]
         return hits
 
 
@@ -117,6 +119,19 @@ def running(home: Path) -> Iterator[Project]:
         )
         eventually(lambda: _is_ready(found), MODEL_TIMEOUT, interval=0.2)
         yield found
+
+
+@contextmanager
+def suspended(worker: Process) -> Iterator[None]:
+    """Hold a worker and its children, so that its messages stay in the broker."""
+    held = [psutil.Process(pid) for pid in (worker.pid, *worker.children())]
+    for process in held:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in held:
+            process.resume()
 
 
 def start_web(stack: ExitStack, home: Path, environment: Mapping[str, str]) -> Web:

@@ -9,11 +9,9 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.acceptance.project import Project
-from tests.processes import Process
+from tests.acceptance.project import Project, suspended
 
 expect = pytest.importorskip("playwright.sync_api").expect
 
@@ -250,19 +248,6 @@ def places(page: Any) -> list[float]:
     """Where the parts of the page begin that should stay where they are."""
     parts = ("#search-progress", ".results-head", "#results", "#add", "#shelf")
     return [page.locator(part).bounding_box()["y"] for part in parts]
-
-
-@contextmanager
-def suspended(worker: Process) -> Iterator[None]:
-    """Hold a worker and its children, so that its messages stay in the broker."""
-    held = [psutil.Process(pid) for pid in (worker.pid, *worker.children())]
-    for process in held:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in held:
-            process.resume()
 
 
 @contextmanager
