@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.acceptance.conftest import add, search
 from tests.acceptance.project import Project, suspended
 
 expect = pytest.importorskip("playwright.sync_api").expect
@@ -19,23 +20,6 @@ expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(300)]
 
 QUERY = "my website is down since the new release"
-
-
-@pytest.fixture
-def page(browser: Any, project: Project) -> Iterator[Any]:
-    """The page in a fresh browser window; nothing it does may go wrong or leave this origin."""
-    with closing(browser.new_context(viewport={"width": 1280, "height": 800})) as context:
-        context.set_default_timeout(20_000)
-        page = context.new_page()
-        complaints: list[str] = []
-        requested: list[str] = []
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("request", lambda request: requested.append(request.url))
-        page.goto(project.web.url)
-        yield page
-        assert complaints == []
-        assert [url for url in requested if not url.startswith(project.web.url)] == []
 
 
 def test_a_sentence_is_answered_with_the_text_that_means_the_same(page: Any) -> None:
@@ -226,17 +210,6 @@ def test_nothing_moves_while_a_search_runs(page: Any) -> None:
     expect(page.locator(".hit").first).to_contain_text("A cure for hiccups")
 
     assert places(page) == before
-
-
-def search(page: Any, query: str) -> None:
-    page.get_by_label("Your sentence").fill(query)
-    page.get_by_role("button", name="Search").click()
-
-
-def add(page: Any, title: str, text: str) -> None:
-    page.get_by_label("Title").fill(title)
-    page.get_by_label("Text", exact=True).fill(text)
-    page.get_by_role("button", name="Add", exact=True).click()
 
 
 def press(page: Any, *keys: str) -> None:
