@@ -142,12 +142,14 @@ def test_the_page_shows_the_figures_that_the_answer_carries(page: Any) -> None:
     """Of a batch that no lone visitor gets."""
     call = {"batch_size": 25, "queue_wait": 0.00421, "model_time": 1.2345}
     page.route("**/api/ask/", lambda route: route.fulfill(json={"results": [], "call": call}))
+    page.set_viewport_size({"width": 320, "height": 800})
     page.get_by_label("await in an async view").check()
 
     search(page, QUERY)
 
     shown = page.locator("#search-figures dd")
     expect(shown).to_have_text(["25 texts", "4.2 ms", "1.23 s"])
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
 
 
 def test_figures_fade_while_the_next_search_runs_and_go_when_it_fails(
