@@ -44,6 +44,25 @@ said = [
 print(json.dumps(said))
 """
 
+#: Two searches at once: how often they ask the database, and how many texts they then know.
+TWO_READERS = """
+import asyncio, json, django
+django.setup()
+from search.corpus import Corpus
+from search.models import DocumentQuerySet
+
+asked = []
+searchable = DocumentQuerySet.searchable
+DocumentQuerySet.searchable = lambda self: asked.append(self) or searchable(self)
+
+async def main():
+    corpus = Corpus()
+    await asyncio.gather(corpus.refresh(), corpus.refresh())
+    print(json.dumps([len(asked), len(corpus)]))
+
+asyncio.run(main())
+"""
+
 
 @pytest.mark.parametrize("way", ["polled", "awaited"])
 def test_an_answer_tells_of_the_models_call(web: Web, way: str) -> None:
@@ -89,6 +108,14 @@ def test_searches_that_come_at_once_share_a_call(project: Project) -> None:
         return any(ranking["call"]["batch_size"] > 1 for ranking in ranked)
 
     assert eventually(share, 60)
+
+
+def test_searches_that_come_at_once_read_the_library_one_after_the_other(project: Project) -> None:
+    asked, known = _said(project, TWO_READERS)
+
+    # Each asks for the version, and only the first has to read the texts as well.
+    assert asked == 3
+    assert known >= 25
 
 
 def test_a_text_that_the_model_refuses_fails_alone(project: Project) -> None:
@@ -200,9 +227,14 @@ def _added(web: Web, name: str) -> str:
 
 def _embedded(project: Project, texts: list[str]) -> list[Any]:
     """What a client of its own got for each text: an error's words, or batch size and length."""
+    return _said(project, CLIENT, json.dumps(texts))
+
+
+def _said(project: Project, script: str, *arguments: str) -> list[Any]:
+    """What a script in the project's folder printed."""
     settings = {"DJANGO_SETTINGS_MODULE": "example.settings"}
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT, json.dumps(texts)],
+        [sys.executable, "-c", script, *arguments],
         cwd=HOME,
         env=processes.environment({**project.environment, **settings}),
         capture_output=True,
@@ -211,5 +243,5 @@ def _embedded(project: Project, texts: list[str]) -> list[Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    answers: list[Any] = json.loads(done.stdout)
-    return answers
+    said: list[Any] = json.loads(done.stdout)
+    return said
