@@ -127,7 +127,7 @@ class Demo:
         listed = get(self.url + "api/documents/")["documents"]
         return bool(listed) and all(document["searchable"] for document in listed)
 
-    def search(self, query: str) -> list[dict[str, Any]]:
+    def search(self, query: str) -> dict[str, Any]:
         """Search as the page does: send a task, then ask how far it is."""
         task = (
             self.url + f"api/tasks/{post(self.url + 'api/search/', {'query': query})['task_id']}/"
@@ -139,7 +139,7 @@ class Demo:
             time.sleep(0.1)
         if answer["state"] == "FAILURE":
             raise PartFailed(f"the search failed: {answer['error']}")
-        return list(answer["result"])
+        return dict(answer["result"])
 
     def watch(self) -> None:
         """Return never: ``check`` ends it."""
@@ -173,12 +173,16 @@ def answers(url: str) -> bool:
 
 def ask_once(demo: Demo) -> None:
     """Ask one question over HTTP and print the answer."""
-    hits = demo.search(QUESTION)
-    if not hits:
+    found = demo.search(QUESTION)
+    if not found["results"]:
         raise PartFailed("the search found nothing in a library that is not empty")
-    best = hits[0]
+    best, call = found["results"][0], found["call"]
     print(f"question: {QUESTION}\nanswer:   {best['title']} ({best['score']:.2f})")
     print(f"          {best['text']}")
+    print(
+        f"call:     batch of {call['batch_size']}, waited {call['queue_wait'] * 1000:.1f} ms, "
+        f"{call['model_time'] * 1000:.1f} ms in the model"
+    )
 
 
 @contextlib.contextmanager

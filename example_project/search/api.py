@@ -92,14 +92,14 @@ async def ask(request: HttpRequest) -> HttpResponse:
     ranker = Ranker(top_k=requests.top_k(given))
     try:
         async with asyncio.timeout(ASK_TIMEOUT):
-            hits = await ranker.rank(query)
+            ranking = await ranker.rank(query)
     except TimeoutError as error:
         message = f"No worker answered within {ASK_TIMEOUT:.0f} s."
         raise ApiError(504, "Timeout", message) from error
     except ValueError as error:
         # The model's own rule about texts: the visitor can do something about it.
         raise ApiError(400, "ValueError", str(error)) from error
-    return JsonResponse({"query": query, "results": hits}, encoder=AnswerEncoder)
+    return JsonResponse({"query": query, **dataclasses.asdict(ranking)}, encoder=AnswerEncoder)
 
 
 @require_GET

@@ -5,6 +5,7 @@ Imported by workers only: it needs numpy, which web processes do without.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ class Corpus:
         self._version: dict[str, object] | None = None
         self._rows: list[Row] = []
         self._matrix = np.empty((0, 0), dtype=np.float32)
+        self._turn = asyncio.Lock()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -39,6 +41,11 @@ class Corpus:
 
     async def refresh(self) -> None:
         """Read the documents unless the database still holds what is in memory."""
+        # One at a time: of two searches at once, the slower must not bring back what is older.
+        async with self._turn:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
         # The version first: what is added while the rows are read costs one more reading at the
         # next call. The other way round it would be missed.
         version = await _version()

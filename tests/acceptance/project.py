@@ -8,11 +8,13 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from gw_celery import devserver
 from tests.processes import ROOT, Process, eventually
@@ -69,14 +71,23 @@ class Web:
 
         return eventually(ask, timeout)
 
-    def search(self, query: str, **options: Any) -> list[dict[str, Any]]:
-        """Search through ``.delay()`` and polling."""
+    def rank(self, query: str, **options: Any) -> dict[str, Any]:
+        """Search through ``.delay()`` and polling: the results, and the call of the model."""
         sent = self.post("/api/search/", {"query": query, **options})
         assert sent.status == 202, sent
-        task = self.finished(sent.body["task_id"])
-        assert task["state"] == "SUCCESS", task
-        hits: list[dict[str, Any]] = task["result"]
+        return self.succeeded(sent.body["task_id"])
+
+    def search(self, query: str, **options: Any) -> list[dict[str, Any]]:
+        """Search through ``.delay()`` and polling."""
+        hits: list[dict[str, Any]] = self.rank(query, **options)["results"]
         return hits
+
+    def succeeded(self, task_id: str) -> dict[str, Any]:
+        """Ask for a task until it has succeeded; what it returned."""
+        task = self.finished(task_id)
+        assert task["state"] == "SUCCESS", task
+        result: dict[str, Any] = task["result"]
+        return result
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,12 @@ class Project:
     environment: Mapping[str, str]
 
 
+#: Options of the worker that loads the model, in the GPU pool. Celery knows it by a variable.
+GPU_POOL = ("-P", "custom")
+
+
 @contextmanager
-def running(home: Path) -> Iterator[Project]:
+def running(home: Path, pool: Sequence[str] = GPU_POOL) -> Iterator[Project]:
     """Start everything with its data in ``home``, wait until it answers, stop it at the end."""
     with ExitStack() as stack:
         server = stack.enter_context(devserver.running(home / "server"))
@@ -104,12 +119,11 @@ def running(home: Path) -> Iterator[Project]:
         start = _Starter(stack, home, environment)
         for command in ("migrate", "seed"):
             assert start(command, "manage.py", command).wait_exit(60) == 0
-        worker = ("-m", "celery", "-A", "example", "worker", "-c", "1")
-        pool = {"CELERY_CUSTOM_WORKER_POOL": "gw_celery.pool:TaskPool"}
-        start_gpu = _Starter(stack, home, {**environment, **pool})
-        on_gpu_pool = (*worker, "-P", "custom", "-Q", "cpu", "-n", "model@test")
+        worker = ("-m", "celery", "-A", "example", "worker", "-c", "1", "-l", "INFO")
+        custom = {"CELERY_CUSTOM_WORKER_POOL": "gw_celery.pool:TaskPool"}
+        start_model = _Starter(stack, home, {**environment, **custom})
         found = Project(
-            model_worker=start_gpu("model", *on_gpu_pool),
+            model_worker=start_model("model", *worker, *pool, "-Q", "cpu", "-n", "model@test"),
             plain_worker=start("plain", *worker, "-n", "plain@test"),
             web=start_web(stack, home, environment),
             database=database,
@@ -117,6 +131,19 @@ def running(home: Path) -> Iterator[Project]:
         )
         eventually(lambda: _is_ready(found), MODEL_TIMEOUT, interval=0.2)
         yield found
+
+
+@contextmanager
+def suspended(worker: Process) -> Iterator[None]:
+    """Hold a worker and its children, so that its messages stay in the broker."""
+    held = [psutil.Process(pid) for pid in (worker.pid, *worker.children())]
+    for process in held:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in held:
+            process.resume()
 
 
 def start_web(stack: ExitStack, home: Path, environment: Mapping[str, str]) -> Web:

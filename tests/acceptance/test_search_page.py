@@ -9,11 +9,10 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.acceptance.project import Project
-from tests.processes import Process
+from tests.acceptance.conftest import add, search
+from tests.acceptance.project import Project, suspended
 
 expect = pytest.importorskip("playwright.sync_api").expect
 
@@ -21,23 +20,6 @@ expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(300)]
 
 QUERY = "my website is down since the new release"
-
-
-@pytest.fixture
-def page(browser: Any, project: Project) -> Iterator[Any]:
-    """The page in a fresh browser window; nothing it does may go wrong or leave this origin."""
-    with closing(browser.new_context(viewport={"width": 1280, "height": 800})) as context:
-        context.set_default_timeout(20_000)
-        page = context.new_page()
-        complaints: list[str] = []
-        requested: list[str] = []
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("request", lambda request: requested.append(request.url))
-        page.goto(project.web.url)
-        yield page
-        assert complaints == []
-        assert [url for url in requested if not url.startswith(project.web.url)] == []
 
 
 def test_a_sentence_is_answered_with_the_text_that_means_the_same(page: Any) -> None:
@@ -230,17 +212,6 @@ def test_nothing_moves_while_a_search_runs(page: Any) -> None:
     assert places(page) == before
 
 
-def search(page: Any, query: str) -> None:
-    page.get_by_label("Your sentence").fill(query)
-    page.get_by_role("button", name="Search").click()
-
-
-def add(page: Any, title: str, text: str) -> None:
-    page.get_by_label("Title").fill(title)
-    page.get_by_label("Text", exact=True).fill(text)
-    page.get_by_role("button", name="Add", exact=True).click()
-
-
 def press(page: Any, *keys: str) -> None:
     for key in keys:
         page.keyboard.press(key)
@@ -250,19 +221,6 @@ def places(page: Any) -> list[float]:
     """Where the parts of the page begin that should stay where they are."""
     parts = ("#search-progress", ".results-head", "#results", "#add", "#shelf")
     return [page.locator(part).bounding_box()["y"] for part in parts]
-
-
-@contextmanager
-def suspended(worker: Process) -> Iterator[None]:
-    """Hold a worker and its children, so that its messages stay in the broker."""
-    held = [psutil.Process(pid) for pid in (worker.pid, *worker.children())]
-    for process in held:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in held:
-            process.resume()
 
 
 @contextmanager

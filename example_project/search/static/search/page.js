@@ -1,6 +1,7 @@
 // Wires the two forms to the API. Data reaches the page through textContent only.
 
 import { finished, post } from "./api.js";
+import { Figures } from "./figures.js";
 import { Progress } from "./progress.js";
 
 const byId = (id) => document.getElementById(id);
@@ -24,9 +25,12 @@ function showHits(hits) {
   byId("prompt").textContent = hits.length ? "Or try one of these:" : "The library is empty.";
 }
 
-// Run a form's task, one at a time, and show how far it is. A submit meanwhile waits for its turn,
-// and is dropped when there is nothing left to send.
-function onSubmit(form, progress, run) {
+// Run a form's task, one at a time, and show how far it is, and at its end what to say of it and
+// of its call of the model. A submit meanwhile waits for its turn, and is dropped when there is
+// nothing left to send.
+function onSubmit(form, run) {
+  const progress = new Progress(form.id);
+  const figures = new Figures(form.id);
   let isBusy = false;
   let isAsked = false;
   form.addEventListener("submit", async (event) => {
@@ -38,9 +42,13 @@ function onSubmit(form, progress, run) {
     while (isAsked && form.checkValidity()) {
       isAsked = false;
       progress.start();
+      figures.fade();
       try {
-        progress.succeed(await run(Object.fromEntries(new FormData(form))));
+        const { sentence, call } = await run(Object.fromEntries(new FormData(form)), progress);
+        figures.show(call);
+        progress.succeed(sentence);
       } catch (error) {
+        figures.hide();
         progress.fail(error);
       }
     }
@@ -49,38 +57,38 @@ function onSubmit(form, progress, run) {
   });
 }
 
-const searching = new Progress("search");
-const adding = new Progress("add");
-
-async function ask(query) {
-  searching.show("awaiting");
-  return (await post("/api/ask/", { query })).results;
+function ask(query, progress) {
+  progress.show("awaiting");
+  return post("/api/ask/", { query });
 }
 
-async function sendAndPoll(query) {
+async function sendAndPoll(query, progress) {
   const { task_id: taskId } = await post("/api/search/", { query });
-  return finished(taskId, (state) => searching.show(state));
+  return finished(taskId, (state) => progress.show(state));
 }
 
-onSubmit(byId("search"), searching, async ({ query, mode }) => {
+onSubmit(byId("search"), async ({ query, mode }, progress) => {
   // They answer another sentence, also when this one fails.
   byId("results").classList.add("stale");
-  const hits = await (mode === "await" ? ask(query) : sendAndPoll(query));
-  showHits(hits);
+  const answer = mode === "await" ? ask : sendAndPoll;
+  const { results, call } = await answer(query, progress);
+  showHits(results);
   byId("results").classList.remove("stale");
-  return hits.length === 1 ? "One result" : `${hits.length} results`;
+  return { sentence: results.length === 1 ? "One result" : `${results.length} results`, call };
 });
 
-onSubmit(byId("add"), adding, async ({ title, text }) => {
+onSubmit(byId("add"), async ({ title, text }, progress) => {
   const { steps } = await post("/api/documents/", { title, text });
+  const answers = [];
   for (const step of steps) {
-    await finished(step, (state) => adding.show(state));
+    answers.push(await finished(step, (state) => progress.show(state)));
   }
+  const [{ call }] = answers; // the first step is the model's
   byId("shelf").prepend(filled("book", { title, text }));
   byId("count").textContent = byId("shelf").childElementCount;
   byId("shelf-empty").hidden = true;
   byId("add").reset();
-  return `${title} was added`;
+  return { sentence: `${title} was added`, call };
 });
 
 for (const button of document.querySelectorAll("[data-suggestion]")) {
