@@ -50,19 +50,6 @@ def test_a_batch_that_kills_the_child_has_its_suspects_run_alone_and_the_others_
     assert all(len(one) == 1 for one in rest)
 
 
-def test_a_killed_child_has_each_input_of_its_batch_delivered_again_once(
-    start_pooled: StartPooled, ledger_path: Path
-) -> None:
-    start(start_pooled, replicas=2)
-    results = sent(gathered.Model().rest, NAMES, 1.5)
-    eventually(lambda: len(ledger.words(ledger_path, "began")) == len(NAMES))
-    victim = pooling.began(ledger_path, NAMES[0])[0]
-    alike = [name for name in NAMES if pooling.began(ledger_path, name) == [victim]]
-    os.kill(victim, signal.SIGKILL)
-    assert [one.get(timeout=60) for one in results] == NAMES
-    assert pooling.counts(ledger_path, NAMES) == pooling.all_once(NAMES, started_twice=len(alike))
-
-
 def test_what_gathered_in_a_child_that_dies_starts_elsewhere_and_is_no_suspect(
     start_pooled: StartPooled, ledger_path: Path
 ) -> None:
@@ -123,11 +110,15 @@ def test_a_replica_that_drains_runs_what_gathered_at_once(
     assert flush == "drain"
 
 
-def test_a_suspect_waits_for_nobody(start_pooled: StartPooled, ledger_path: Path) -> None:
-    """It runs alone: the wait for others, ten minutes here, would be for nothing."""
+def test_a_killed_child_has_each_input_of_its_batch_run_again_once_and_waiting_for_nobody(
+    start_pooled: StartPooled, ledger_path: Path
+) -> None:
+    """They run alone: the wait for others, ten minutes here, would be for nothing."""
     start(start_pooled)
-    results = sent(gathered.Patient().gather, ["slow", *NAMES[:7]])
+    names = ["slow", *NAMES[:7]]
+    results = sent(gathered.Patient().gather, names)
     eventually(lambda: len(ledger.words(ledger_path, "began")) == 8)
     os.kill(pooling.began(ledger_path, "slow")[0], signal.SIGKILL)
-    assert [one.get(timeout=60) for one in results] == ["slow", *NAMES[:7]]
+    assert [one.get(timeout=60) for one in results] == names
     assert [len(one) for one in calls(ledger_path)] == [8, *[1] * 8]
+    assert pooling.counts(ledger_path, names) == pooling.all_once(names, started_twice=8)
