@@ -52,9 +52,11 @@ def sizes(path: Path, method: str) -> list[int]:
     return [len(one) for one in calls(path, method)]
 
 
-def sent(method: Any, names: list[str], *args: Any) -> list[Any]:
-    """Results of one call for each name, published together."""
-    return group(method.s(name, *args) for name in names).apply_async().results
+def sent(method: Any, names: list[str], *args: Any, last: dict[str, Any] | None = None) -> Any:
+    """Results of one call for each name, published together, the last one with options."""
+    signatures = [method.s(name, *args) for name in names]
+    signatures[-1].set(**(last or {}))
+    return group(signatures).apply_async().results
 
 
 NAMES = [f"n{number}" for number in range(64)]
@@ -70,7 +72,7 @@ def test_inputs_that_come_together_share_calls(method: str, ledger_path: Path) -
 
 
 def test_while_the_model_is_busy_inputs_gather_for_one_call(ledger_path: Path) -> None:
-    first = gathered.Busy().rest.delay("first", 1.0)
+    first = gathered.Busy().rest.delay("first", 3.0)
     eventually(lambda: pooling.began(ledger_path, "first"))
     late = sent(gathered.Busy().rest, NAMES[:20])
     assert first.get(timeout=30) == "first"
@@ -87,7 +89,7 @@ def test_a_lone_call_waits_no_longer_than_its_method_says() -> None:
     begun = time.monotonic()
     for _ in range(5):
         gathered.Model().rest.remote("alone")
-    assert time.monotonic() - begun < 2 * without + 5 * 0.05 + 0.5
+    assert time.monotonic() - begun < 2 * without + 5 * 0.3 + 0.5
 
 
 def test_parameter_sets_never_share_a_call(ledger_path: Path) -> None:
@@ -178,8 +180,7 @@ def test_a_hard_limit_answers_one_input_at_once_and_harms_no_other(
 ) -> None:
     pid = pooling.replicas(worker, gathered.celery)[0]["pid"]
     bound = getattr(gathered.Model(), method)
-    others = sent(bound, NAMES[:4], 4.0)
-    limited = bound.apply_async(("limited", 4.0), time_limit=1.0)
+    *others, limited = sent(bound, [*NAMES[:4], "limited"], 4.0, last={"time_limit": 1.0})
     eventually(lambda: pooling.began(ledger_path, "limited"))
     begun = time.monotonic()
     with pytest.raises(TimeLimitExceeded):
@@ -193,8 +194,9 @@ def test_a_hard_limit_answers_one_input_at_once_and_harms_no_other(
 
 
 def test_a_soft_limit_fails_one_input_of_a_call_and_harms_no_other(ledger_path: Path) -> None:
-    others = sent(gathered.Model().rest, NAMES[:4], 3.0)
-    limited = gathered.Model().rest.apply_async(("limited", 3.0), soft_time_limit=0.5)
+    *others, limited = sent(
+        gathered.Model().rest, [*NAMES[:4], "limited"], 3.0, last={"soft_time_limit": 0.5}
+    )
     with pytest.raises(SoftTimeLimitExceeded):
         limited.get(timeout=30)
     assert [one.get(timeout=30) for one in others] == NAMES[:4]
@@ -202,8 +204,7 @@ def test_a_soft_limit_fails_one_input_of_a_call_and_harms_no_other(ledger_path: 
 
 
 def test_a_revocation_during_a_call_harms_no_other(ledger_path: Path) -> None:
-    others = sent(gathered.Model().rest, NAMES[:4], 2.0)
-    revoked = gathered.Model().rest.delay("revoked", 2.0)
+    *others, revoked = sent(gathered.Model().rest, [*NAMES[:4], "revoked"], 2.0)
     eventually(lambda: pooling.began(ledger_path, "revoked"))
     revoked.revoke(terminate=True)
     with pytest.raises(TaskRevokedError):
@@ -217,12 +218,12 @@ def test_a_revocation_during_a_call_harms_no_other(ledger_path: Path) -> None:
 def test_an_input_that_is_revoked_while_it_gathers_never_joins(
     terminate: bool, ledger_path: Path
 ) -> None:
-    first = gathered.Busy().rest.delay("first", 1.5)
+    first = gathered.Busy().rest.delay("first", 5.0)
     eventually(lambda: pooling.began(ledger_path, "first"))
     revoked, staying = sent(gathered.Busy().rest, ["revoked", "staying"])
     revoked.revoke(terminate=terminate)
     with pytest.raises(TaskRevokedError):
-        revoked.get(timeout=1.2)
+        revoked.get(timeout=4.5)
     assert first.get(timeout=30) == "first"
     assert staying.get(timeout=30) == "staying"
     assert calls(ledger_path, "rest") == [["first"], ["staying"]]

@@ -47,7 +47,7 @@ class Model:
     scale: int = gw.parameter(default=1, scope="call")
 
     @gw.method()
-    @gw.batched(max_batch_size=64, wait_ms=50)
+    @gw.batched(max_batch_size=64, wait_ms=300)
     async def rest(self, names: list[str], seconds: float = 0.0) -> list[str]:
         """Rest as long as the longest of the batch."""
         _called("rest", names)
@@ -55,7 +55,7 @@ class Model:
         return _answered(names)
 
     @gw.method()
-    @gw.batched(max_batch_size=8, wait_ms=50)
+    @gw.batched(max_batch_size=8, wait_ms=300)
     def compute(self, names: list[str], seconds: float = 0.0) -> list[str]:
         """The same in a thread, one batch at a time."""
         _called("compute", names)
@@ -114,7 +114,7 @@ class Fragile:
     """A call fails for a word that one of its inputs is."""
 
     @gw.method(max_retries=3)
-    @gw.batched(max_batch_size=64, wait_ms=300)
+    @gw.batched(max_batch_size=64, wait_ms=1000)
     def judge(self, words: list[str]) -> list[Any]:
         _called("judge", words)
         if "kill" in words:
@@ -147,7 +147,7 @@ class Small:
     """Its device has room for four."""
 
     @gw.method()
-    @gw.batched(max_batch_size=16, wait_ms=300)
+    @gw.batched(max_batch_size=16, wait_ms=1000)
     def fit(self, names: list[str]) -> list[str]:
         _called("fit", names)
         if len(names) > 4:
