@@ -48,6 +48,11 @@ class _Member:
     #: Whether the input failed, and its answer or exception.
     outcome: asyncio.Future[tuple[bool, Any]]
 
+    async def announce(self) -> None:
+        """Have on record what must be before it begins."""
+        if self.joining is not None and not self.outcome.done():
+            await self.joining.announce()
+
     def begin(self) -> bool:
         """Join a call; whether it still wants to."""
         if self.outcome.done():
@@ -231,6 +236,7 @@ class Batcher:
             with members[0].work.using():
                 while parts:
                     first, *rest = _cut(parts[0], self._bounds.size)
+                    await asyncio.gather(*(one.announce() for one in first))
                     part = [one for one in first if one.begin()]
                     parts = await self._answered(part, flush) + rest + parts[1:]
         except Exception as exc:  # ours: nobody may wait for ever because of it
@@ -268,12 +274,22 @@ class Batcher:
         return await self._threads.run(self._sync_body, fn, args, kwargs)
 
     async def _body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with self._contained():
-            return await fn(*args, **kwargs)
+        try:
+            with self._contained():
+                return await fn(*args, **kwargs)
+        except asyncio.CancelledError as exc:
+            # Nobody else cancels a call that many share.
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
+            reason = "the body cancelled its own task; raise an Exception to fail its inputs"
+            raise errors.BodyExited(reason) from exc
 
     def _sync_body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with self._contained():
-            return fn(*args, **kwargs)
+        try:
+            with self._contained():
+                return fn(*args, **kwargs)
+        except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
+            raise RuntimeError(f"the body raised {exc!r}") from exc
 
     # -- recovering --
 

@@ -9,7 +9,7 @@ import enum
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from celery.exceptions import SoftTimeLimitExceeded
@@ -48,6 +48,8 @@ class InFlight:
         self.runs_alone = False
         #: When nobody wants its answer any more, unless it has begun.
         self.expires: dt.datetime | None = None
+        #: Writes the record of an early acknowledgement, where there is to be one.
+        self.record: Callable[[], Awaitable[None]] | None = None
         self._tell = tell
         #: The parent was told that it starts.
         self.has_begun = False
@@ -62,6 +64,12 @@ class InFlight:
         self._is_stopped = False
         # Reentrant: an exception raised in this thread can interrupt `_end` itself.
         self._lock = threading.RLock()
+
+    async def announce(self) -> None:
+        """Write the record that must be there before the input is acknowledged, once."""
+        record, self.record = self.record, None
+        if record is not None:
+            await record()
 
     def begin(self) -> bool:
         """Tell the parent that the input starts, once; whether anybody still wants its answer.

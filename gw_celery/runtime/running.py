@@ -25,6 +25,9 @@ class Joining(Protocol):
     @property
     def runs_alone(self) -> bool: ...
 
+    async def announce(self) -> None:
+        """Have on record what must be before the input starts."""
+
     def begin(self) -> bool:
         """Start; whether the input still wants to."""
 

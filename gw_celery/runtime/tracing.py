@@ -131,8 +131,9 @@ class Inputs:
         arguments = await self._decoded(body, *content)
         if self._early is not None and self._is_early(one):
             # The parent acknowledges it when it hears of the start: not before it is on record.
-            await self._early.begin(one, request, arguments)
+            one.record = functools.partial(self._early.begin, one, request, arguments)
             if not _gathers(self._app.tasks.get(one.name)):
+                await one.announce()
                 one.begin()
                 await asyncio.sleep(0)  # the report is sent: the body may block the loop
         one.is_traced = True

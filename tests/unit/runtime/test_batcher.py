@@ -340,6 +340,23 @@ def test_a_body_that_exits_fails_its_inputs_and_not_the_process() -> None:
     gathering(test, Calls(leave), max_batch_size=8)
 
 
+def test_a_body_that_cancels_its_own_task_fails_its_inputs_and_the_next_are_served() -> None:
+    async def body(xs: list[int], scale: list[int]) -> list[int]:
+        if 1 in xs:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(60)
+        return xs
+
+    async def test(submit: Submit, _: Any) -> None:
+        with pytest.raises(errors.BodyExited, match="cancelled its own task"):
+            await asyncio.wait_for(submit(1), 10)
+        assert await asyncio.wait_for(submit(2), 10) == 2
+
+    gathering(test, body, max_batch_size=8)
+
+
 # -- inputs that nobody wants any more --
 
 
@@ -410,10 +427,15 @@ class Joining:
     def __init__(self, *, is_wanted: bool = True, runs_alone: bool = False) -> None:
         self.runs_alone = runs_alone
         self.begun = 0
+        self.told: list[str] = []
         self._is_wanted = is_wanted
+
+    async def announce(self) -> None:
+        self.told.append("announced")
 
     def begin(self) -> bool:
         self.begun += 1
+        self.told.append("begun")
         return self._is_wanted
 
 
@@ -436,7 +458,8 @@ def test_an_input_begins_when_its_batch_does_and_one_that_was_withdrawn_does_not
 
     gathering(test, calls, max_batch_size=8)
     assert calls.seen == [[0], [1]]
-    assert wanted.begun == 1
+    # What is acknowledged as it begins is on record by then, and not while it gathers.
+    assert wanted.told == ["announced", "begun"]
 
 
 def test_a_suspect_waits_for_nobody() -> None:
@@ -513,6 +536,32 @@ def test_a_synchronous_body_runs_in_a_thread_of_its_own_and_knows_its_batch() ->
     assert thread is not threading.main_thread()
     assert batch is not None
     assert batch.size == 3
+
+
+def test_a_stop_iteration_in_a_thread_fails_its_input_and_the_next_are_served() -> None:
+    def body(xs: list[int], scale: list[int]) -> list[int]:
+        if 1 in xs:
+            raise StopIteration
+        return xs
+
+    app = gw.App("unit")
+
+    @app.cls()
+    class Model:
+        @gw.method()
+        @gw.batched(max_batch_size=8)
+        def body(self, xs: list[int], scale: int = 1) -> Any: ...
+
+    (service,) = app.registry.services.values()
+
+    async def main() -> int:
+        one = batcher.Batchers(exits.Contained).of(service.methods["body"])
+        work = batcher.Work(fn=body, service="unit")
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await asyncio.wait_for(one.submit(work, (1,), {}), 10)
+        return await asyncio.wait_for(one.submit(work, (2,), {}), 10)
+
+    assert asyncio.run(main()) == 2
 
 
 def test_the_body_belongs_to_no_input() -> None:
