@@ -264,7 +264,9 @@ class Batcher:
         args, kwargs = answers.listed(self._method, [one.arguments for one in part])
         self._tell()
         if self._method.is_async:
-            return await bridge.step(lambda: bridge.drive(self._body(fn, args, kwargs)), _NOBODY)
+            return await bridge.step(
+                lambda: bridge.drive(self._body(fn, args, kwargs)), bridge.NOBODY
+            )
         return await self._threads.run(self._sync_body, fn, args, kwargs)
 
     async def _body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -342,16 +344,6 @@ class Batchers:
         self._is_draining = True
         for one in self._batchers.values():
             one.drain()
-
-
-class _Nobody:
-    """A call that is not interrupted for one of its inputs."""
-
-    def take_interrupt(self) -> None:
-        return None
-
-
-_NOBODY = _Nobody()
 
 
 def _cut(members: list[_Member], size: int) -> list[list[_Member]]:
