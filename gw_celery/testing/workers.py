@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from celery import Celery
 
-from gw_celery import devserver
+from gw_celery import conf, devserver
 from gw_celery.testing import connections
 from gw_celery.testing.processes import READY_TIMEOUT, Process, eventually
 
@@ -48,6 +48,7 @@ class Worker(Process):
         cwd: Path | None = None,
     ) -> None:
         self.broker_url = broker_url
+        self.result_url = result_url
         self.node = f"w-{uuid4().hex[:8]}@test"
         # Each worker would wait a second for the answers of others, and there are none.
         alone = ["-n", self.node, "--without-mingle", "--without-gossip"]
@@ -104,13 +105,10 @@ class Worker(Process):
     @contextlib.contextmanager
     def _asking(self) -> Iterator[Callable[[str], Any]]:
         """A function that asks this worker alone; ``None`` where it does not answer."""
-        with (
-            Celery(set_as_current=False) as app,
-            app.connection_for_write(self.broker_url) as connection,
-        ):
-            inspect = app.control.inspect(
-                [self.node], timeout=_ANSWER, connection=connection, limit=1
-            )
+        # An app publishes commands by this process's variables, whichever URL it is given.
+        urls = conf.talking_to(self.broker_url, self.result_url)
+        with urls, Celery(set_as_current=False) as app:
+            inspect = app.control.inspect([self.node], timeout=_ANSWER, limit=1)
 
             def ask(what: str) -> Any:
                 return (getattr(inspect, what)() or {}).get(self.node)
