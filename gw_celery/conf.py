@@ -6,13 +6,14 @@ the default below. Environment variables name programs and devices only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import os
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from gw_celery import errors
@@ -109,6 +110,21 @@ def is_django_project() -> bool:
 def environment() -> dict[str, str]:
     """Return a copy of this process's environment, for a child of it."""
     return dict(os.environ)
+
+
+@contextlib.contextmanager
+def talking_to(broker_url: str, result_url: str) -> Iterator[None]:
+    """Let the Celery apps of this process use these servers, whatever their own configuration."""
+    given = {"CELERY_BROKER_URL": broker_url, "CELERY_RESULT_BACKEND": result_url}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def server_program() -> str | None:

@@ -7,14 +7,12 @@ module shares, use ``processes.workers`` with ``redis_server`` in a fixture of t
 from __future__ import annotations
 
 import functools
-import gc
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pytest
-import redis
 
 from tests import processes, services
 
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
     from tests.pooling import StartPooled
 
 T = TypeVar("T")
+
+pytest_plugins = ["gw_celery.testing.fixtures"]
 
 
 def missing(why: object) -> NoReturn:
@@ -39,46 +39,26 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, Any, Any]:
-    report = yield
-    if report.failed:
-        for process in processes.running:
-            report.sections.append((f"log of {process}", process.log_tail()))
-    return report
-
-
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[devserver.Server]:
-    """An embedded server of this test run alone."""
-    from gw_celery import devserver, errors
+def redis_server(request: pytest.FixtureRequest) -> devserver.Server:
+    """The embedded server of this test run, where there is a program for it."""
+    from gw_celery import errors
 
-    with ExitStack() as stack:
-        try:
-            data_dir = tmp_path_factory.mktemp("redis")
-            yield stack.enter_context(devserver.running(data_dir))
-            # A result unsubscribes when it is collected: it needs the server once more.
-            gc.collect()
-        except errors.ServerNotFound as error:
-            missing(error)
+    try:
+        server: devserver.Server = request.getfixturevalue("gw_server")
+    except errors.ServerNotFound as error:
+        missing(error)
+    return server
 
 
 @pytest.fixture
-def redis_url(redis_server: devserver.Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The broker URL of ``redis_server``, emptied before the test.
-
-    Celery apps of this process use it, and its second database for results, whatever their own
-    configuration says.
-    """
-    with redis.Redis(unix_socket_path=str(redis_server.socket)) as client:
-        client.flushall()
-    monkeypatch.setenv("CELERY_BROKER_URL", redis_server.broker_url)
-    monkeypatch.setenv("CELERY_RESULT_BACKEND", redis_server.result_url)
-    return redis_server.broker_url
+def redis_url(redis_server: devserver.Server, gw_broker: devserver.Server) -> str:
+    """The broker URL of ``gw_broker``."""
+    return gw_broker.broker_url
 
 
 @pytest.fixture
-def result_url(redis_server: devserver.Server, redis_url: str) -> str:
+def result_url(redis_url: str, redis_server: devserver.Server) -> str:
     return redis_server.result_url
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Coroutine
 from typing import Any
@@ -110,7 +109,7 @@ class BoundTask:
         """
         self._require_result()
         if self._task.app.conf.task_always_eager:
-            sent = await asyncio.to_thread(eager.apart, self.apply_async, args, kwargs)
+            sent = await eager.apart(self._task, functools.partial(self.apply_async, args, kwargs))
             return sent.get(disable_sync_subtasks=False)
         return outcome.value_of(await self._answer(args, kwargs, self._timeout))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 from celery import _state
 
 from gw_celery import conf
+from gw_celery.calling import together
 from gw_celery.declare import registry, services
-from gw_celery.runtime import identity, process
+from gw_celery.runtime import bridge, identity, process
 
 _making = threading.Lock()
 _flagging = threading.Lock()
@@ -54,21 +57,47 @@ def stop(runtime: process.Process) -> None:
         runtime.stop()
 
 
-def apart(send: Callable[..., Any], *args: Any) -> Any:
-    """Call ``send`` in a thread as a caller of its own: bodies at once need stacks of their own."""
+async def apart(task: Any, send: Callable[[], Any]) -> Any:
+    """Call ``send`` as a caller of its own: bodies at once need stacks of their own.
+
+    Inputs that gather need each other, more of them than there are threads, so that these wait in
+    greenlets on the loop of the process, as in a replica.
+    """
+    child = functools.partial(_as_child, *_caller(), send)
+    runtime = process.current()
+    if runtime is None or runtime.batchers is None or not _gathers(task):
+        return await asyncio.to_thread(child)
+    return await together.run(runtime.loop, lambda: bridge.step(child, bridge.NOBODY))
+
+
+def _gathers(task: Any) -> bool:
+    # Here: only processes that serve need it.
+    from gw_celery.runtime import tracing
+
+    return task.gw_method.batched is not None and tracing.runs_on_loop(task)
+
+
+def _caller() -> tuple[Any, Any]:
+    """The task that makes a call, and its request; ``None`` where no task does."""
     parent = _state.get_current_task()
-    request = None if parent is None else parent.request_stack.top
-    identity.follow_none()
-    if parent is None or request is None:
-        return send(*args)
-    # Celery takes the parent of an eager call from the stacks of the thread that makes it.
-    _state._task_stack.push(parent)
-    parent.request_stack.push(request)
+    return parent, None if parent is None else parent.request_stack.top
+
+
+def _as_child(parent: Any, request: Any, send: Callable[[], Any]) -> Any:
+    own = identity.bind()
     try:
-        return send(*args)
+        if request is None:
+            return send()
+        # Celery takes the parent of an eager call from the stacks of whoever makes it.
+        _state._task_stack.push(parent)
+        parent.request_stack.push(request)
+        try:
+            return send()
+        finally:
+            parent.request_stack.pop()
+            _state._task_stack.pop()
     finally:
-        parent.request_stack.pop()
-        _state._task_stack.pop()
+        own.end()
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def register(
 
 def _for_every_app(add: Callable[[Any], None]) -> None:
     """As ``shared_task`` does, which would give the tasks of all apps the same base class."""
-    for app in _state._get_active_apps():
+    for app in list(_state._get_active_apps()):  # a task may make its app now
         if app.finalized:
             _add_where_in_use(add, app)
     _state.connect_on_app_finalize(add)

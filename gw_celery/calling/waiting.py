@@ -177,6 +177,16 @@ def watcher(app: Any) -> Watcher:
         return found
 
 
+def close_all() -> None:
+    """Close the watchers of this process; the next call of an app makes another."""
+    with _making:
+        found = [one for one in _watchers.values() if one.pid == os.getpid()]
+        _watchers.clear()
+    for one in found:
+        atexit.unregister(one.close)
+        one.close()
+
+
 def _require_backend(app: Any) -> None:
     found, _ = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
     if issubclass(found, DisabledBackend):

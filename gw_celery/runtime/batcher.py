@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import logging
 import sys
-import time
 import traceback
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
@@ -18,7 +17,7 @@ from typing import Any
 from gw_celery import errors
 from gw_celery.batching import buffer, policy
 from gw_celery.declare import markers, services
-from gw_celery.runtime import answers, bridge, exits, offload, running
+from gw_celery.runtime import answers, bridge, clocks, exits, offload, running
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +78,7 @@ class Batcher:
         around: calls what it is given, with whatever must surround work in a thread.
         context: of the calls; it belongs to no input.
         tell: sends what the inputs reported as they began, before the body can do any harm.
+        clock: by which inputs wait.
     """
 
     def __init__(
@@ -88,12 +88,14 @@ class Batcher:
         around: Callable[..., Any],
         context: contextvars.Context,
         tell: Callable[[], None],
+        clock: clocks.Clock,
     ) -> None:
         declared = _declared(method)
         self._method = method
         self._contained = contained
         self._context = context
         self._tell = tell
+        self._clock = clock
         self._declared = declared
         self._bounds = buffer.Bounds(
             size=declared.max_batch_size,
@@ -105,7 +107,7 @@ class Batcher:
         )
         self._waiting = buffer.Buffers()
         self._running: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: clocks.Timer | None = None
         self._is_forming = False
         self._is_draining = False
 
@@ -154,7 +156,7 @@ class Batcher:
     def _waiting_for(
         self, work: Work, arguments: Mapping[str, Any], key: Hashable, cost: int
     ) -> buffer.Waiting:
-        who, now = running.joining.get(), time.monotonic()
+        who, now = running.joining.get(), self._clock.now()
         member = _Member(
             work=work,
             arguments=arguments,
@@ -195,7 +197,7 @@ class Batcher:
             self._timer.cancel()
             self._timer = None
         while len(self._running) < self._declared.max_running_batches:
-            now = time.monotonic()
+            now = self._clock.now()
             batch = policy.next_batch(
                 self._waiting, self._bounds, now, is_draining=self._is_draining
             )
@@ -207,9 +209,7 @@ class Batcher:
     def _wait_until_due(self, now: float) -> None:
         wait = policy.due_in(self._waiting, self._bounds, now)
         if wait is not None:
-            self._timer = asyncio.get_running_loop().call_later(
-                wait, self._form, context=self._context
-            )
+            self._timer = self._clock.call_at(now + wait, self._form, self._context)
 
     def _start(self, batch: policy.Batch) -> None:
         members = [one.payload for one in batch.members]
@@ -263,14 +263,16 @@ class Batcher:
         return []
 
     async def _call(self, part: list[_Member], flush: policy.Flush) -> Any:
-        now = time.monotonic()
+        now = self._clock.now()
         waited = tuple(now - one.since for one in part)
         running.batch.set(running.Batch(size=len(part), flush=flush.value, waited=waited))
         fn = part[0].work.fn
         args, kwargs = answers.listed(self._method, [one.arguments for one in part])
         self._tell()
         if self._method.is_async:
-            return await bridge.step(lambda: bridge.drive(self._body(fn, args, kwargs)), _NOBODY)
+            return await bridge.step(
+                lambda: bridge.drive(self._body(fn, args, kwargs)), bridge.NOBODY
+            )
         return await self._threads.run(self._sync_body, fn, args, kwargs)
 
     async def _body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -333,10 +335,12 @@ class Batchers:
         contained: Callable[[], exits.Contained],
         around: Callable[..., Any] = lambda fn, *args, **kwargs: fn(*args, **kwargs),
         tell: Callable[[], None] = lambda: None,
+        clock: clocks.Clock | None = None,
     ) -> None:
         self._contained = contained
         self._around = around
         self._tell = tell
+        self._clock = clock or clocks.Monotonic()
         self._context = contextvars.copy_context()
         self._batchers: dict[str, Batcher] = {}
         self._is_draining = False
@@ -345,7 +349,7 @@ class Batchers:
         name = method.task_name
         if name not in self._batchers:
             self._batchers[name] = Batcher(
-                method, self._contained, self._around, self._context, self._tell
+                method, self._contained, self._around, self._context, self._tell, self._clock
             )
             if self._is_draining:
                 self._batchers[name].drain()
@@ -356,16 +360,6 @@ class Batchers:
         self._is_draining = True
         for one in self._batchers.values():
             one.drain()
-
-
-class _Nobody:
-    """A call that is not interrupted for one of its inputs."""
-
-    def take_interrupt(self) -> None:
-        return None
-
-
-_NOBODY = _Nobody()
 
 
 def _cut(members: list[_Member], size: int) -> list[list[_Member]]:

@@ -88,6 +88,16 @@ class Interrupted(Protocol):
     def take_interrupt(self) -> BaseException | None: ...
 
 
+class _Nobody:
+    """One whose cancellation nothing stands in for."""
+
+    def take_interrupt(self) -> None:
+        return None
+
+
+NOBODY: Interrupted = _Nobody()
+
+
 class _Stepped(Generic[T]):
     """Awaits a function that is run in a greenlet of its own."""
 

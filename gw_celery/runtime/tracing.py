@@ -140,7 +140,7 @@ class Inputs:
         run = functools.partial(
             trace.fast_trace_task, one.name, one.task_id, request, arguments, None, None
         )
-        if _runs_on_loop(self._app.tasks.get(one.name)):
+        if runs_on_loop(self._app.tasks.get(one.name)):
             await self._shared.look()
             one.task = asyncio.current_task()
             failed, answer, runtime = await bridge.step(run, one)
@@ -186,7 +186,8 @@ def prepare(app: Any, hostname: str) -> None:
         task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
 
 
-def _runs_on_loop(task: Any) -> bool:
+def runs_on_loop(task: Any) -> bool:
+    """Whether the tracer of ``task`` may run in a greenlet on the loop, and not in a thread."""
     return _never_blocks(task) and not any(signal.receivers for signal in _RECEIVERS)
 
 

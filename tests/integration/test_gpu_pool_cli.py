@@ -28,7 +28,7 @@ def gw(worker: WorkerProcess, *arguments: str) -> subprocess.CompletedProcess[st
 
 def celery(worker: WorkerProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command as a person would, in a shell of its own."""
-    command = [sys.executable, "-m", "celery", "-b", worker.broker, "-A", "pooled:celery"]
+    command = [sys.executable, "-m", "celery", "-b", worker.broker_url, "-A", "pooled:celery"]
     return subprocess.run(
         [*command, *arguments],
         env=environment(),

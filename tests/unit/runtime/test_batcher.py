@@ -12,6 +12,7 @@ from celery.exceptions import Ignore
 import gw_celery as gw
 from gw_celery import errors
 from gw_celery.runtime import batcher, exits, running
+from gw_celery.testing import FakeClock
 
 Submit = Callable[..., Awaitable[Any]]
 
@@ -21,6 +22,7 @@ def gathering(
     body: Callable[..., Any],
     *,
     using: Any = None,
+    clock: FakeClock | None = None,
     **bounds: Any,
 ) -> None:
     """Run ``test`` with a function that submits one input to a batcher of ``body``."""
@@ -30,7 +32,7 @@ def gathering(
     (method,) = service.methods.values()
 
     async def main() -> None:
-        batchers = batcher.Batchers(exits.Contained)
+        batchers = batcher.Batchers(exits.Contained, clock=clock)
 
         def submit(*args: Any, key: Any = None, **kwargs: Any) -> Awaitable[Any]:
             given = {} if using is None else {"using": using}
@@ -91,7 +93,29 @@ def test_inputs_of_one_turn_of_the_loop_share_a_call_without_a_wait() -> None:
     assert (batch.size, batch.flush, len(batch.waited)) == (5, "due", 5)
 
 
-def test_a_single_input_waits_for_others_no_longer_than_it_may() -> None:
+def test_a_batch_is_due_once_its_oldest_input_has_waited_for_long_enough() -> None:
+    calls, clock = Calls(), FakeClock()
+
+    async def test(submit: Submit, _: Any) -> None:
+        first = asyncio.ensure_future(submit(1))
+        assert await clock.armed() == pytest.approx(0.03)
+        clock.advance(0.02)
+        second = asyncio.ensure_future(submit(2))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert calls.seen == []
+        assert await clock.armed() == pytest.approx(0.01)
+        clock.advance(0.01)
+        assert await asyncio.wait_for(asyncio.gather(first, second), 10) == [10, 20]
+
+    gathering(test, calls, clock=clock, max_batch_size=8, wait_ms=30)
+    assert calls.seen == [[1, 2]]
+    (batch,) = calls.batches
+    assert batch is not None
+    assert batch.waited == pytest.approx((0.03, 0.01))
+
+
+def test_a_single_input_waits_in_real_time_no_longer_than_it_may() -> None:
     calls = Calls()
 
     async def test(submit: Submit, _: Any) -> None:

@@ -8,7 +8,6 @@ from celery import Celery
 import gw_celery as gw
 from gw_celery import errors, testing
 from gw_celery.runtime import process
-from gw_celery.testing import gw_in_process  # noqa: F401
 
 
 def app_with(name: str, log: list[str]) -> gw.App:
@@ -71,7 +70,7 @@ def test_a_start_that_fails_raises_and_leaves_nothing_behind(app) -> None:
     assert not app.celery.conf.task_always_eager
 
 
-def test_the_fixture_serves_several_apps(gw_in_process) -> None:  # noqa: F811
+def test_the_fixture_serves_several_apps(gw_in_process) -> None:
     log: list[str] = []
     first, second = app_with("first", log), app_with("second", log)
     gw_in_process(first)

@@ -1,0 +1,96 @@
+"""A clock that a test moves by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+
+#: Seconds: a sum of floats may miss the moment that it means by less than this.
+_TOLERANCE = 1e-9
+#: Seconds of real time between two looks at whether a timer is set.
+_INTERVAL = 0.001
+
+
+@dataclasses.dataclass(eq=False)
+class _Timer:
+    when: float
+    ring: Callable[[], object]
+    is_cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class FakeClock:
+    """Stands still until ``advance``; what waits for a time is called when that has come.
+
+    Any thread may use it, whatever loop the timers are of.
+    """
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._timers: list[_Timer] = []
+        self._changing = threading.Lock()
+
+    def now(self) -> float:
+        """Return the seconds that the clock was advanced by."""
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Let ``seconds`` pass at once. What was waiting for them runs in its loop's next turn."""
+        if not seconds >= 0:
+            raise ValueError(f"advance({seconds!r}): time goes forwards, give 0 or more seconds")
+        with self._changing:
+            self._now += seconds
+            due = [one for one in self._timers if self._reaches(one.when)]
+            self._timers = [one for one in self._timers if one not in due]
+        for one in sorted(due, key=lambda timer: timer.when):
+            one.ring()
+
+    async def armed(self, timeout: float = 10.0) -> float:
+        """Wait until something waits for the time to pass; return the seconds until the first.
+
+        Raises:
+            TimeoutError: when nothing does after ``timeout`` seconds of real time.
+        """
+        deadline = time.monotonic() + timeout
+        while (first := self._first()) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nothing waits for this clock after {timeout} s")
+            await asyncio.sleep(_INTERVAL)
+        return first - self._now
+
+    def call_at(
+        self, when: float, callback: Callable[[], object], context: contextvars.Context
+    ) -> _Timer:
+        """Call ``callback`` on the running loop, in ``context``, once it is ``when``."""
+        loop = asyncio.get_running_loop()
+        timer = _Timer(when, lambda: loop.call_soon_threadsafe(run, context=context))
+
+        def run() -> None:
+            if not timer.is_cancelled:
+                callback()
+
+        with self._changing:
+            is_due = self._reaches(when)
+            if not is_due:
+                self._timers.append(timer)
+        if is_due:
+            timer.ring()
+        return timer
+
+    def _first(self) -> float | None:
+        with self._changing:
+            self._timers = [one for one in self._timers if not one.is_cancelled]
+            return min((one.when for one in self._timers), default=None)
+
+    def _reaches(self, when: float) -> bool:
+        """Whether it is ``when``; a clock that comes a rounding error short is put right."""
+        if when > self._now + _TOLERANCE:
+            return False
+        self._now = max(self._now, when)
+        return True
