@@ -202,6 +202,10 @@ def _method(
     drop_first: bool,
 ) -> Method:
     options.require_soft_before_hard(mark.options, where.timeout)
+    if mark.options.get("pydantic") and hasattr(fn, markers.BATCHED):
+        raise errors.DeclarationError(
+            "pydantic", True, "a batched body takes lists: build the models in the body"
+        )
     signature = _caller_signature(fn, drop_first=drop_first)
     benchmark.require_matching(mark.benchmark, signature)
     return Method(

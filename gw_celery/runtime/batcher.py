@@ -14,6 +14,9 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from celery import current_task
+from celery.exceptions import Retry
+
 from gw_celery import errors
 from gw_celery.batching import buffer, policy
 from gw_celery.declare import markers, services
@@ -118,7 +121,8 @@ class Batcher:
         runs is never interrupted for one of its inputs.
 
         Raises:
-            Exception: that the body put in the place of this answer, or raised for this input.
+            Exception: that the body put in the place of this answer, or raised for this input;
+                for a ``Retry`` in its place, what ``retry()`` of the input's task raises.
         """
         arguments = answers.bind(self._method, args, kwargs)
         key, cost = self._key(work, args, kwargs), self._cost(args, kwargs)
@@ -130,6 +134,8 @@ class Batcher:
         except BaseException:  # stopped, or at its limit
             self._waiting.remove(one)
             raise
+        if isinstance(value, Retry):
+            _try_again(value)
         if is_failure:
             raise value
         return value
@@ -360,6 +366,12 @@ class Batchers:
         self._is_draining = True
         for one in self._batchers.values():
             one.drain()
+
+
+def _try_again(asked: Retry) -> None:
+    """Send the input again, for a body that has no request to call ``retry()`` of."""
+    when = {"countdown" if isinstance(asked.when, int | float) else "eta": asked.when}
+    current_task.retry(exc=asked.exc, **when)
 
 
 def _cut(members: list[_Member], size: int) -> list[list[_Member]]:

@@ -157,7 +157,7 @@ async def _answer(runtime: process.Process, one: Input, work: batcher.Work) -> A
         with exits.Contained(runtime.is_ending):
             answer = await work.fn(*args, **kwargs)
     else:  # it must not stop the loop that it shares with the body that awaits it
-        answer = await asyncio.to_thread(_contained, runtime, work.fn, *args, **kwargs)
+        answer = await asyncio.to_thread(_threaded, runtime, work.fn, *args, **kwargs)
     return answer if one.method.batched is None else _single(one, answer)
 
 
@@ -166,6 +166,15 @@ def _contained(
 ) -> Any:
     with exits.Contained(runtime.is_ending):
         return fn(*args, **kwargs)
+
+
+def _threaded(
+    runtime: process.Process, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    try:
+        return _contained(runtime, fn, *args, **kwargs)
+    except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
+        raise RuntimeError(f"the body raised {exc!r}") from exc
 
 
 def _values(one: Input) -> dict[str, Any]:

@@ -150,10 +150,13 @@ def test_inputs_are_retried_each_for_itself(ledger_path: Path) -> None:
     assert [len(pooling.began(ledger_path, name)) for name in names] == [2] * 6
 
 
-def test_a_retry_in_the_answer_is_that_inputs_retry() -> None:
-    (result,) = sent(gathered.Fragile().ask, ["again"])
-    eventually(lambda: result.state == states.RETRY)
-    result.revoke()
+def test_a_retry_in_the_answer_sends_that_input_again(ledger_path: Path) -> None:
+    results = sent(gathered.Fragile().ask, ["again", "fine"])
+    assert results[1].get(timeout=30) == "fine"
+    with pytest.raises(OSError, match="again"):
+        results[0].get(timeout=30)
+    assert len(pooling.began(ledger_path, "again")) == 3
+    assert len(pooling.began(ledger_path, "fine")) == 1
 
 
 def test_a_chord_over_batched_inputs() -> None:

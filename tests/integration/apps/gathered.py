@@ -131,11 +131,12 @@ class Fragile:
         _called("retry", words)
         return [word if word in seen else ConnectionError(word) for word in words]
 
-    @gw.method()
+    @gw.method(max_retries=2)
     @gw.batched(max_batch_size=8, wait_ms=100)
     async def ask(self, words: list[str]) -> list[Any]:
-        """Ask for another try as a task would."""
-        return [Retry(exc=OSError(word), when=0) for word in words]
+        """Ask for another try."""
+        _called("ask", words)
+        return [Retry(exc=OSError(word), when=0) if word == "again" else word for word in words]
 
 
 class OutOfMemoryError(RuntimeError):

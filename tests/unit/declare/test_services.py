@@ -212,6 +212,18 @@ def test_a_bound_batched_function_is_refused(app: gw.App) -> None:
     assert "many requests at once" in error.rule
 
 
+def test_models_of_a_batched_method_are_refused(app: gw.App) -> None:
+    class Model:
+        @gw.method(pydantic=True)
+        @gw.batched(max_batch_size=2)
+        def embed(self, texts): ...
+
+    error = refused(app.cls, Model)
+
+    assert (error.argument, error.value) == ("pydantic", True)
+    assert "build the models in the body" in error.rule
+
+
 def test_a_name_of_the_users_is_the_name_of_the_task(app: gw.App) -> None:
     assert app.remote(name="search.square")(square).name == "search.square"
 

@@ -127,6 +127,25 @@ def test_an_exception_in_a_batched_answer_is_raised(app, run, is_async) -> None:
         run("embed", "a text")
 
 
+def test_a_stop_iteration_in_a_thread_ends_the_wait_of_who_awaits_it(app, run) -> None:
+    @app.cls
+    class Inner:
+        @gw.method()
+        def stop(self):
+            raise StopIteration
+
+    @app.remote
+    async def outer():
+        await asyncio.wait_for(Inner().stop(), 10)
+
+    inner, service = app.registry.services.values()
+    runtime = process.current()
+    assert runtime is not None
+    runtime.enter([app.registry], [inner, service])
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        invoke.run(runtime, one_input(service, "outer", ()))
+
+
 def test_a_batched_function_gets_lists_of_one(app, run) -> None:
     @app.remote
     @gw.batched(max_batch_size=2)
