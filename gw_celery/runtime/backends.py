@@ -104,7 +104,7 @@ def grouped(
         def get(self, key: Any) -> Any:
             if not _reaches_loop():
                 return super().get(key)
-            return _await(self._writer.run("get", key))
+            return self._run("get", key)
 
         def set(self, key: Any, value: Any, expires: Any = None, **policy: Any) -> Any:
             if not _reaches_loop():
@@ -114,7 +114,10 @@ def grouped(
                 # The server would close the connection, and fail all that share it.
                 raise BackendStoreError(f"a result of {len(value)} characters is too large")
             lifetime = self.expires if expires is None else expires
-            return _await(self._writer.run("set", key, value, lifetime))
+            return self._run("set", key, value, lifetime)
+
+        def _run(self, *command: Any) -> Any:
+            return _unless_given_up(lambda: _await(self._writer.run(*command)))
 
         async def command(self, *command: Any) -> Any:
             """Send one command together with the results that are ready; see ``Writer.run``."""
@@ -126,6 +129,24 @@ def grouped(
 
     Grouped.__name__ = base.__name__
     return Grouped
+
+
+def _unless_given_up(write: Callable[[], Any]) -> Any:
+    """Write, unless a write of the same tracer has been given up.
+
+    Celery's tracer takes that for a failure of the task and would store it, with time of its own,
+    in which the server may be back. The input goes back to the broker instead.
+    """
+    one = inflight.current.get()
+    if one is None or one.is_in_body:
+        return write()
+    if one.store_error is not None:
+        raise one.store_error
+    try:
+        return write()
+    except redis_writer.LOST as exc:
+        one.store_error = exc
+        raise
 
 
 def _reaches_loop() -> bool:

@@ -6,10 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import dataclasses
-import gc
 import logging
-import sys
-import traceback
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,7 +17,7 @@ from celery.exceptions import Retry
 from gw_celery import errors
 from gw_celery.batching import buffer, policy
 from gw_celery.declare import markers, services
-from gw_celery.runtime import answers, bridge, clocks, exits, offload, running
+from gw_celery.runtime import answers, bridge, clocks, exits, memory, offload, running
 
 logger = logging.getLogger(__name__)
 
@@ -303,9 +300,9 @@ class Batcher:
 
     def _failed(self, part: list[_Member], exc: Exception) -> list[list[_Member]]:
         """Isolate the input that the call failed for; returns the parts to try."""
-        is_memory = _is_out_of_memory(exc)
+        is_memory = memory.is_exhausted(exc)
         if is_memory:
-            _free_memory(exc)
+            memory.free(exc)
             self._take_less(len(part), exc)
         if len(part) == 1 or (self._declared.on_error == "fail" and not is_memory):
             for one in part:
@@ -382,20 +379,3 @@ def _declared(method: services.Method) -> markers.Batched:
     if method.batched is None:
         raise ValueError(f"{method.task_name} is not batched")
     return method.batched
-
-
-def _is_out_of_memory(exc: Exception) -> bool:
-    """Whether a device ran out of memory, by the name of torch's class: torch is not imported."""
-    return any(one.__name__ == "OutOfMemoryError" for one in type(exc).__mro__)
-
-
-def _free_memory(exc: Exception) -> None:
-    """Let go of the failed call's tensors, and of what torch keeps for later."""
-    held: BaseException | None = exc
-    while held is not None:
-        traceback.clear_frames(held.__traceback__)
-        held = held.__context__
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -55,6 +55,8 @@ class InFlight:
         self.has_begun = False
         #: Its message could be read, and Celery's tracer has taken over.
         self.is_traced = False
+        #: Why a write of its tracer to the result backend was given up.
+        self.store_error: Exception | None = None
         #: The asyncio task that runs the tracer; ``None`` while a thread does.
         self.task: asyncio.Task[Any] | None = None
         self._phase = _Phase.BEFORE
@@ -86,6 +88,10 @@ class InFlight:
         self.has_begun = True
         self._tell((wire.Report.ACCEPT, self.job, time.monotonic()))
         return True
+
+    @property
+    def is_in_body(self) -> bool:
+        return self._phase is _Phase.BODY
 
     def run_body(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the body, open to what is raised from outside."""

@@ -21,7 +21,8 @@ from gw_celery.runtime import redis_client
 
 logger = logging.getLogger(__name__)
 
-_LOST = (OSError, redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+#: What a server that is away raises.
+LOST = (OSError, redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 _PAUSE = 1.0
 #: What a result may wait for others, in seconds, while other inputs are in flight.
 _LINGER = 0.005
@@ -86,7 +87,7 @@ class Writer:
         await asyncio.sleep(_PAUSE)
         try:
             await self._client.ping()
-        except _LOST:
+        except LOST:
             return
         except Exception as exc:  # an answer, too
             logger.debug("the result backend answers: %r", exc)
@@ -128,7 +129,7 @@ class Writer:
         while True:
             try:
                 answers = await self._pipeline(commands)
-            except _LOST as lost:
+            except LOST as lost:
                 self._is_lost(lost)
                 if loop.time() >= end:
                     raise

@@ -95,7 +95,7 @@ def test_a_second_demo_on_the_same_data_is_refused_with_the_option_that_helps(
     start_demo: StartDemo,
 ) -> None:
     first = start_demo()
-    child_of(first, "worker", "cpu")
+    child_of(first, "worker", "CPU")
     second = start_demo()
     assert second.wait_exit(40) == 1
     assert "already uses" in second.log_text()
@@ -113,7 +113,7 @@ def test_demos_that_start_at_once_have_ports_of_their_own(
 
 def test_ctrl_c_stops_everything_even_while_it_starts(start_demo: StartDemo) -> None:
     demo = start_demo()
-    child_of(demo, "worker", "cpu")
+    child_of(demo, "worker", "CPU")
     demo.signal(signal.SIGINT)
     family_ends(demo, code=0)
     assert demo.log_text().endswith("stopped\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery, states
 from celery.backends.base import DisabledBackend
 from celery.backends.cache import CacheBackend
@@ -16,7 +17,7 @@ from celery.exceptions import BackendStoreError
 from celery.utils import imports
 
 from gw_celery import conf
-from gw_celery.runtime import backends, offload, process, redis_writer
+from gw_celery.runtime import backends, inflight, offload, process, redis_writer
 from tests.unit.runtime.tracers import DEADLINE, Around, stepped
 
 
@@ -142,10 +143,13 @@ class Writer:
 
     def __init__(self) -> None:
         self.commands: list[tuple[Any, ...]] = []
+        self.raises: Exception | None = None
 
     async def run(self, *command: Any) -> Any:
         self.commands.append(command)
         await asyncio.sleep(0)
+        if self.raises is not None:
+            raise self.raises
         return None
 
 
@@ -173,6 +177,24 @@ def test_a_result_goes_to_redis_from_the_loop_after_a_look_at_what_is_stored(
     assert key == same == redis_backend.get_key_for_task("id-1")
     assert redis_backend.decode(value)["result"] == "answer"
     assert around.threads == []
+
+
+def test_what_was_given_up_is_not_stored_as_a_failure_of_the_task(
+    redis_backend: Any, writer: Writer
+) -> None:
+    """The tracer would, with time of its own, and the input would not run again."""
+
+    def trace() -> None:
+        inflight.current.set(inflight.InFlight(1, "proj.embed", "id-1", lambda report: None))
+        writer.raises = redis.exceptions.ConnectionError("away for long")
+        with pytest.raises(redis.exceptions.ConnectionError):
+            redis_backend.set("key", "SUCCESS")
+        writer.raises = None
+        with pytest.raises(redis.exceptions.ConnectionError, match="away for long"):
+            redis_backend.set("key", "FAILURE")
+
+    stepped(trace)
+    assert [command[2] for command in writer.commands] == ["SUCCESS"]
 
 
 def test_a_failure_is_stored_from_a_thread_where_errbacks_may_block(
