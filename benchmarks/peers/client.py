@@ -123,7 +123,7 @@ async def _answers(port: int, watch: Watch) -> None:
     """Return when the server has answered once."""
     while True:
         watch.check()
-        with contextlib.suppress(OSError, EOFError, SystemError):
+        with contextlib.suppress(OSError, EOFError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             with contextlib.closing(writer):
                 await _call(reader, writer, workloads.items(workloads.chosen())[0])

@@ -34,9 +34,10 @@ def python(name: str, requirements: Sequence[str]) -> Path:
     _run([sys.executable, "-m", "venv", "--clear", str(folder)])
     pip = [str(program), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _run([*pip, "--no-input", *requirements])
-    site = folder / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
-    # Paths of a .pth file come last. A name that sorts last, so that pip's own stay in front.
-    (site / "zz_behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    # Paths of a .pth file come after the folder that it lies in.
+    behind = Path(_run([str(program), "-c", ask]).strip()) / "behind.pth"
+    behind.write_text(sysconfig.get_path("purelib") + "\n")
     stamp.write_text(wanted)
     return program
 

@@ -1,4 +1,4 @@
-"""When a run is measured: from when all calls in flight have turned twice, for a number of seconds."""
+"""When a run is measured: once all calls in flight have turned twice, for a number of seconds."""
 
 from __future__ import annotations
 
