@@ -117,7 +117,7 @@ def test_a_window_opens_once_all_calls_have_turned_twice_and_closes_after_its_se
 
 
 def test_a_window_of_batches_begins_and_ends_at_the_same_place_of_one():
-    measured = window.Window(2, 4, 0.0, 1.0, lambda: {"worker_cpu": 0.0})
+    measured = window.Window(2, 4, 0.0, 1.005, lambda: {"worker_cpu": 0.0})
 
     # Batches of four, one every second; the first answer opens.
     for now in (n // 4 + n % 4 / 100 for n in range(20)):
