@@ -59,8 +59,7 @@ def _options() -> argparse.Namespace:
 
 
 def _measured(options: argparse.Namespace) -> report.Result:
-    command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
-    result = report.Result(command=command, machine=_machine())
+    result = report.Result(command=_command(options), machine=_machine())
     _install(options.systems, result)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -71,6 +70,16 @@ def _measured(options: argparse.Namespace) -> report.Result:
             for name in options.workloads:
                 _round(number, workloads.WORKLOADS[name], place, options.systems, result)
     return result
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What repeats this run; where its files went is nobody else's business."""
+    parts = ["python", "-m", "benchmarks.peers"]
+    for name, every in (("systems", systems.SYSTEMS), ("workloads", workloads.WORKLOADS)):
+        if (chosen := getattr(options, name)) != list(every):
+            parts += [f"--{name}", *chosen]
+    parts += ["--rounds", f"{options.rounds}", "--seconds", f"{options.seconds:g}"]
+    return shlex.join([*parts, "--warm-up", f"{options.warm_up:g}"])
 
 
 def _install(names: list[str], result: report.Result) -> None:

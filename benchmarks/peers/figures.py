@@ -110,18 +110,17 @@ def cells(line: Line, title: str) -> list[str]:
     ]
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
     """A table of Markdown; the numbers are set to the right."""
-    rule = "|---|" + "---:|" * (len(HEADER) - 1)
-    return "\n".join(
-        ["| " + " | ".join(HEADER) + " |", rule] + [f"| {' | '.join(r)} |" for r in rows]
-    )
+    listed = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    listed.insert(1, "|---|" + "---:|" * (len(header) - 1))
+    return "\n".join(listed)
 
 
-def text(rows: Sequence[Sequence[str]]) -> str:
+def text(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
     """The same table for a terminal."""
-    table = [HEADER, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(HEADER))]
+    table = [header, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table
     )

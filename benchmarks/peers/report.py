@@ -10,6 +10,12 @@ from typing import Any
 
 from benchmarks.peers import figures, plot, systems, workloads
 
+RATIOS = "The GPU pool's rate / worker CPU of an answer / PSS, over that of each other system"
+RATIO_HEADER = (
+    "workload",
+    "its p99 over p50",
+    *(name for name in systems.SYSTEMS if name != "ours"),
+)
 #: The page's own words stay; what lies between these is written anew.
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
@@ -30,7 +36,9 @@ class Result:
 def text(result: Result) -> str:
     """For a terminal."""
     parts = [f"{heading}\n{figures.text(rows)}" for heading, rows in _tables(result)]
-    return "\n\n".join([*parts, *_targets(result), *_failures(result)])
+    if ratios := _ratios(result):
+        parts.append(f"{RATIOS}\n{figures.text(ratios, RATIO_HEADER)}")
+    return "\n\n".join([*parts, *_failures(result)])
 
 
 def markdown(result: Result) -> str:
@@ -40,8 +48,8 @@ def markdown(result: Result) -> str:
     parts = [f"`{result.command}` on {result.machine}; rounds: {rounds}. {versions}."]
     for heading, rows in _tables(result):
         parts += [f"## {heading}", figures.markdown(rows)]
-    if ratios := _targets(result):
-        parts += ["## Ratios", "\n".join(f"- {one}" for one in ratios)]
+    if ratios := _ratios(result):
+        parts += [f"## {RATIOS}", figures.markdown(ratios, RATIO_HEADER)]
     if failures := _failures(result):
         parts += ["## Not measured", "\n".join(f"- {one}" for one in failures)]
     return "\n\n".join(parts)
@@ -84,22 +92,22 @@ def _tables(result: Result) -> Iterator[tuple[str, list[list[str]]]]:
         yield heading[0].upper() + heading[1:], rows
 
 
-def _targets(result: Result) -> list[str]:
-    """Ours against each other system, of medians."""
-    said = []
+def _ratios(result: Result) -> list[list[str]]:
+    """Ours against each other system, of medians: rate, worker CPU of an answer, PSS."""
+    rows = []
     for workload, lines in _lines(result):
         by_name = {one.system: one for one in lines}
         if (ours := by_name.pop("ours", None)) is None:
             continue
-        said += [
-            f"{workload.name}: ours has {ours.rate.median / one.rate.median:.2f}x the answers of "
-            f"{name}, {ours.worker_cpu.median / one.worker_cpu.median:.2f}x its worker CPU of an "
-            f"answer, {ours.pss.median / one.pss.median:.2f}x its PSS"
-            for name, one in by_name.items()
-        ]
-        tail = figures.short(ours.tail, ".2f")
-        said.append(f"{workload.name}: ours has a p99 of {tail}x its p50")
-    return said
+        others = [by_name.get(name) for name in systems.SYSTEMS if name != "ours"]
+        compared = [_ratio(ours, one) if one else "-" for one in others]
+        rows.append([workload.name, figures.short(ours.tail, ".2f"), *compared])
+    return rows
+
+
+def _ratio(ours: figures.Line, other: figures.Line) -> str:
+    columns = ((one.rate.median, one.worker_cpu.median, one.pss.median) for one in (ours, other))
+    return " / ".join(f"{mine / its:.2f}" for mine, its in zip(*columns, strict=True))
 
 
 def _failures(result: Result) -> list[str]:

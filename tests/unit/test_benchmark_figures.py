@@ -73,7 +73,7 @@ def test_the_report_says_how_ours_compares_and_what_failed():
 
     said = report.markdown(result)
 
-    assert "slow: ours has 40.00x the answers of prefork" in said
+    assert "| slow | 1.20 | 40.00 / 1.00 / 1.00 | - |" in said
     assert "- litserve: not installed: no such package" in said
 
 
