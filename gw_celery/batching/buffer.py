@@ -106,13 +106,14 @@ class Buffers:
         buffer = self._buffers.get(one.key)
         if buffer is None or not buffer.remove(one):
             return False
-        self._free()
+        self._free(one.key, buffer)
         return True
 
     def take(self, buffer: Buffer, bounds: Bounds) -> list[Waiting]:
         taken = buffer.take(bounds)
-        self._free()
+        self._free(taken[0].key, buffer)
         return taken
 
-    def _free(self) -> None:
-        self._buffers = {key: one for key, one in self._buffers.items() if one}
+    def _free(self, key: Hashable, buffer: Buffer) -> None:
+        if not buffer:
+            del self._buffers[key]

@@ -13,6 +13,7 @@ from typing import Any
 
 from celery.app.base import pydantic_wrapper
 
+from gw_celery import errors
 from gw_celery.declare import services
 from gw_celery.runtime import invoke, process, running
 
@@ -20,14 +21,23 @@ from gw_celery.runtime import invoke, process, running
 def can_run(task: Any, runtime: process.Process) -> bool:
     """Whether this is a body's loop, with the service loaded and not held by the caller.
 
-    A batched method takes no slot: a body may await one of its own service, unless that would have
-    one batch wait for another.
+    A batched method takes no slot: a body may await one of its own service.
+
+    Raises:
+        UsageError: when a batch would wait for another one of its service, which waits for it.
     """
     key = task.gw_service.key
     if not (runtime.is_on_loop() and runtime.serves(key)):
         return False
     gathers = task.gw_method.batched is not None and runtime.batchers is not None
-    return key not in running.held.get() or (gathers and not running.is_in_batch.get())
+    if key not in running.held.get():
+        return True
+    if gathers and running.is_in_batch.get():
+        raise errors.UsageError(
+            f"{task.name} is awaited in a batch of its own service, and would wait for that batch "
+            f"to end: call self.{task.gw_method.name}(...) with lists, or await it before"
+        )
+    return gathers
 
 
 async def run(

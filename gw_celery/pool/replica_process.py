@@ -26,12 +26,12 @@ from gw_celery.runtime import (
     backends,
     batcher,
     connections,
-    exits,
     hygiene,
     loop,
     offload,
     process,
     records,
+    sharing,
     tracing,
 )
 from gw_celery.worker import fatal, hooks, preset
@@ -123,7 +123,14 @@ class Child(asyncio.Protocol):
         self._transport: Any = None
         self._outbox: list[tuple[Any, ...]] = []
         self._leaving = asyncio.Event()
-        self._batchers = batcher.Batchers(exits.Contained, loaded.around, self._flush)
+        self._batchers = batcher.Batchers(
+            sharing.Host(
+                around=loaded.around,
+                tell=self._flush,
+                on_stuck=lambda name: self.report((wire.Report.STUCK, name)),
+                grace=loaded.settings.cancel_timeout,
+            )
+        )
         self._orders: dict[int, Callable[..., None]] = {
             wire.Order.LEAVE: self._leaving.set,
             wire.Order.DRAIN: self._batchers.drain,

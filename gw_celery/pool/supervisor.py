@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 #: Grace of a child that was told to leave, over the bounds of its exit hooks.
 _LEAVE_MARGIN = 10.0
+_STUCK = (
+    "a batch of %s goes on with no input left in it: it is replaced (setting gw_cancel_timeout)"
+)
 _NOT_NEEDED = "Worker exited prematurely: it was not needed any more."
 
 
@@ -236,6 +239,9 @@ class Supervisor:
             child.life.loaded(now)
         elif kind == wire.Report.READY:
             self._became_ready(child, now)
+        elif kind == wire.Report.STUCK:
+            logger.error("%r has a batch of %s that nobody waits for: replaced", child, report[1])
+            self._replace(child)
         elif kind == wire.Report.FAILED:
             child.reason = report[1]
         elif kind == wire.Report.OUTAGE:

@@ -54,6 +54,8 @@ class Report(enum.StrEnum):
     DONE = "done"
     #: (job, outcome, class name, text, message, traceback, requeue).
     ERROR = "error"
+    #: (task name,): a call of it goes on that nobody waits for, and cannot be ended.
+    STUCK = "stuck"
     #: (job,): it expired while it gathered with others; ``GONE`` follows.
     EXPIRED = "expired"
     #: (job,): it is no longer here, and has no answer.
@@ -90,6 +92,7 @@ _SHAPES: dict[str, tuple[type, ...]] = {
     Report.ACCEPT: (int, float),
     Report.DONE: (int, str, float),
     Report.ERROR: (int, str, str, str, str, str, bool),
+    Report.STUCK: (str,),
     Report.EXPIRED: (int,),
     Report.GONE: (int,),
     Report.BEAT: (float, int),

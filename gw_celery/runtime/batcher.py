@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import contextvars
-import dataclasses
+import functools
 import logging
+import operator
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 from celery import current_task
@@ -17,56 +15,9 @@ from celery.exceptions import Retry
 from gw_celery import errors
 from gw_celery.batching import buffer, policy
 from gw_celery.declare import markers, services
-from gw_celery.runtime import answers, bridge, clocks, exits, memory, offload, running
+from gw_celery.runtime import answers, bridge, clocks, memory, offload, running, sharing
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a call of the method needs besides its arguments."""
-
-    #: The body, bound to the instance whose parameters the inputs share.
-    fn: Callable[..., Any]
-    #: Key of the service that the call belongs to.
-    service: str
-    #: Inputs of different keys never share a call.
-    key: Hashable = None
-    #: Held while the call runs: it may outlive every input that asked for it.
-    using: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Member:
-    """One input of a call, and who waits for its answer."""
-
-    work: Work
-    arguments: Mapping[str, Any]
-    since: float
-    joining: running.Joining | None
-    #: Whether the input failed, and its answer or exception.
-    outcome: asyncio.Future[tuple[bool, Any]]
-
-    async def announce(self) -> None:
-        """Have on record what must be before it begins."""
-        if self.joining is not None and not self.outcome.done():
-            await self.joining.announce()
-
-    def begin(self) -> bool:
-        """Join a call; whether it still wants to."""
-        if self.outcome.done():
-            return False
-        return self.joining is None or self.joining.begin()
-
-    def answer(self, entry: Any) -> None:
-        self._settle(isinstance(entry, Exception), entry)
-
-    def fail(self, exc: BaseException) -> None:
-        self._settle(True, exc)
-
-    def _settle(self, is_failure: bool, value: Any) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result((is_failure, value))
 
 
 class Batcher:
@@ -74,28 +25,14 @@ class Batcher:
 
     Args:
         method: the declaration, with the bounds of a batch.
-        contained: what surrounds the body, so that no exit gets out of it.
-        around: calls what it is given, with whatever must surround work in a thread.
-        context: of the calls; it belongs to no input.
-        tell: sends what the inputs reported as they began, before the body can do any harm.
-        clock: by which inputs wait.
+        host: the replica that calls it.
     """
 
-    def __init__(
-        self,
-        method: services.Method,
-        contained: Callable[[], AbstractContextManager[Any]],
-        around: Callable[..., Any],
-        context: contextvars.Context,
-        tell: Callable[[], None],
-        clock: clocks.Clock,
-    ) -> None:
+    def __init__(self, method: services.Method, host: sharing.Host) -> None:
         declared = _declared(method)
         self._method = method
-        self._contained = contained
-        self._context = context
-        self._tell = tell
-        self._clock = clock
+        self._host = host
+        self._clock = host.clock
         self._declared = declared
         self._bounds = buffer.Bounds(
             size=declared.max_batch_size,
@@ -103,15 +40,18 @@ class Batcher:
             cost=declared.max_batch_cost,
         )
         self._threads = offload.Offload(
-            f"batch-{method.name}", declared.max_running_batches, around
+            f"batch-{method.name}", declared.max_running_batches, host.around
         )
         self._waiting = buffer.Buffers()
-        self._running: set[asyncio.Task[None]] = set()
+        #: The calls that run, and the inputs that each was made for.
+        self._running: dict[asyncio.Task[None], list[sharing.Member]] = {}
         self._timer: clocks.Timer | None = None
         self._is_forming = False
         self._is_draining = False
 
-    async def submit(self, work: Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    async def submit(
+        self, work: sharing.Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         """Return the answer to one input, from a call that it shares.
 
         Whoever stops waiting takes the input out, or drops its part of the answer: a call that
@@ -129,7 +69,8 @@ class Batcher:
         try:
             is_failure, value = await one.payload.outcome
         except BaseException:  # stopped, or at its limit
-            self._waiting.remove(one)
+            if not self._waiting.remove(one):
+                self._give_up_deserted()
             raise
         if isinstance(value, Retry):
             _try_again(value)
@@ -142,7 +83,9 @@ class Batcher:
         self._is_draining = True
         self._form_soon()
 
-    def _key(self, work: Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    def _key(
+        self, work: sharing.Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Hashable:
         if self._declared.key is None:
             return work.key
         own = self._declared.key(*args, **kwargs)
@@ -157,10 +100,10 @@ class Batcher:
         return work.key, type(own), own
 
     def _waiting_for(
-        self, work: Work, arguments: Mapping[str, Any], key: Hashable, cost: int
+        self, work: sharing.Work, arguments: Mapping[str, Any], key: Hashable, cost: int
     ) -> buffer.Waiting:
         who, now = running.joining.get(), self._clock.now()
-        member = _Member(
+        member = sharing.Member(
             work=work,
             arguments=arguments,
             since=now,
@@ -178,11 +121,15 @@ class Batcher:
     def _cost(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         if self._declared.size_fn is None:
             return 0
-        cost = self._declared.size_fn(*args, **kwargs)
-        if isinstance(cost, bool) or not isinstance(cost, int) or cost < 0:
+        given = self._declared.size_fn(*args, **kwargs)
+        try:
+            cost = -1 if isinstance(given, bool) else operator.index(given)
+        except TypeError:  # numpy's ints are ints, too; a float is none
+            cost = -1
+        if cost < 0:
             raise errors.UsageError(
-                f"size_fn of {self._method.task_name} returned {cost!r:.100}: the cost of an input "
-                f"is an int, 0 or more"
+                f"size_fn of {self._method.task_name} returned {given!r:.100}: the cost of an "
+                f"input is an int, 0 or more"
             )
         return cost
 
@@ -192,7 +139,7 @@ class Batcher:
         """Form batches behind what this turn of the loop still brings."""
         if not self._is_forming:
             self._is_forming = True
-            asyncio.get_running_loop().call_soon(self._form, context=self._context)
+            asyncio.get_running_loop().call_soon(self._form, context=self._host.context)
 
     def _form(self) -> None:
         self._is_forming = False
@@ -212,25 +159,39 @@ class Batcher:
     def _wait_until_due(self, now: float) -> None:
         wait = policy.due_in(self._waiting, self._bounds, now)
         if wait is not None:
-            self._timer = self._clock.call_at(now + wait, self._form, self._context)
+            self._timer = self._clock.call_at(now + wait, self._form, self._host.context)
 
     def _start(self, batch: policy.Batch) -> None:
         members = [one.payload for one in batch.members]
         task = asyncio.get_running_loop().create_task(
             self._serve(members, batch.flush),
             name=f"batch of {self._method.task_name}",
-            context=self._context.copy(),
+            context=self._host.context.copy(),
         )
-        self._running.add(task)
+        self._running[task] = members
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+        del self._running[task]
         self._form_soon()
+
+    def _give_up_deserted(self) -> None:
+        """End the calls that nobody waits for any more: they keep others from being made."""
+        for task, members in self._running.items():
+            if all(one.outcome.done() for one in members):
+                if self._method.is_async:
+                    task.cancel()
+                due = self._clock.now() + self._host.grace
+                look = functools.partial(self._look, task)
+                self._clock.call_at(due, look, self._host.context)
+
+    def _look(self, task: asyncio.Task[None]) -> None:
+        if task in self._running:
+            self._host.on_stuck(self._method.task_name)
 
     # -- running --
 
-    async def _serve(self, members: list[_Member], flush: policy.Flush) -> None:
+    async def _serve(self, members: list[sharing.Member], flush: policy.Flush) -> None:
         """Answer every member, in as many calls as it takes."""
         parts = [members]
         running.held.set(frozenset({members[0].work.service}))
@@ -247,7 +208,9 @@ class Batcher:
             for one in members:
                 one.fail(exc)
 
-    async def _answered(self, part: list[_Member], flush: policy.Flush) -> list[list[_Member]]:
+    async def _answered(
+        self, part: list[sharing.Member], flush: policy.Flush
+    ) -> list[list[sharing.Member]]:
         """Call the body for ``part``; returns the parts to call it for again."""
         if not part:
             return []
@@ -265,13 +228,13 @@ class Batcher:
             one.answer(entry)
         return []
 
-    async def _call(self, part: list[_Member], flush: policy.Flush) -> Any:
+    async def _call(self, part: list[sharing.Member], flush: policy.Flush) -> Any:
         now = self._clock.now()
         waited = tuple(now - one.since for one in part)
         running.batch.set(running.Batch(size=len(part), flush=flush.value, waited=waited))
         fn = part[0].work.fn
         args, kwargs = answers.listed(self._method, [one.arguments for one in part])
-        self._tell()
+        self._host.tell()
         if self._method.is_async:
             return await bridge.step(
                 lambda: bridge.drive(self._body(fn, args, kwargs)), bridge.NOBODY
@@ -280,10 +243,10 @@ class Batcher:
 
     async def _body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
-            with self._contained():
+            with self._host.contained():
                 return await fn(*args, **kwargs)
         except asyncio.CancelledError as exc:
-            # Nobody else cancels a call that many share.
+            # Nobody else cancels a call that somebody waits for.
             if (task := asyncio.current_task()) is not None:
                 task.uncancel()
             reason = "the body cancelled its own task; raise an Exception to fail its inputs"
@@ -291,15 +254,17 @@ class Batcher:
 
     def _sync_body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
-            with self._contained():
+            with self._host.contained():
                 return fn(*args, **kwargs)
         except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
             raise RuntimeError(f"the body raised {exc!r}") from exc
 
     # -- recovering --
 
-    def _failed(self, part: list[_Member], exc: Exception) -> list[list[_Member]]:
+    def _failed(self, part: list[sharing.Member], exc: Exception) -> list[list[sharing.Member]]:
         """Isolate the input that the call failed for; returns the parts to try."""
+        if all(one.outcome.done() for one in part):
+            return []
         is_memory = memory.is_exhausted(exc)
         if is_memory:
             memory.free(exc)
@@ -333,27 +298,15 @@ class Batcher:
 class Batchers:
     """The batchers of a replica, each made when its method is first called."""
 
-    def __init__(
-        self,
-        contained: Callable[[], exits.Contained],
-        around: Callable[..., Any] = lambda fn, *args, **kwargs: fn(*args, **kwargs),
-        tell: Callable[[], None] = lambda: None,
-        clock: clocks.Clock | None = None,
-    ) -> None:
-        self._contained = contained
-        self._around = around
-        self._tell = tell
-        self._clock = clock or clocks.Monotonic()
-        self._context = contextvars.copy_context()
+    def __init__(self, host: sharing.Host) -> None:
+        self._host = host
         self._batchers: dict[str, Batcher] = {}
         self._is_draining = False
 
     def of(self, method: services.Method) -> Batcher:
         name = method.task_name
         if name not in self._batchers:
-            self._batchers[name] = Batcher(
-                method, self._contained, self._around, self._context, self._tell, self._clock
-            )
+            self._batchers[name] = Batcher(method, self._host)
             if self._is_draining:
                 self._batchers[name].drain()
         return self._batchers[name]
@@ -371,7 +324,7 @@ def _try_again(asked: Retry) -> None:
     current_task.retry(exc=asked.exc, **when)
 
 
-def _cut(members: list[_Member], size: int) -> list[list[_Member]]:
+def _cut(members: list[sharing.Member], size: int) -> list[list[sharing.Member]]:
     return [members[start : start + size] for start in range(0, len(members), size)]
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import answers, batcher, bridge, exits, instances, process, uses
+from gw_celery.runtime import answers, bridge, exits, instances, process, sharing, uses
 from gw_celery.runtime import running as current
 from gw_celery.types import ParameterValues
 
@@ -96,12 +96,12 @@ async def run_async(runtime: process.Process, one: Input) -> Any:
     try:
         if not one.service.is_class:
             return await _answer(
-                runtime, one, batcher.Work(fn=one.method.function, service=one.service.key)
+                runtime, one, sharing.Work(fn=one.method.function, service=one.service.key)
             )
         values, owner = _values(one), runtime.instances_of(one.service)
         loaded = owner.take(values) or await _loaded(owner, values)
         try:
-            work = batcher.Work(
+            work = sharing.Work(
                 fn=_bound(one, owner, loaded, values),
                 service=one.service.key,
                 key=loaded.batch_key(values),
@@ -147,7 +147,7 @@ def _wait_within_limits(
         running.run(runtime, one, work)
 
 
-async def _answer(runtime: process.Process, one: Input, work: batcher.Work) -> Any:
+async def _answer(runtime: process.Process, one: Input, work: sharing.Work) -> Any:
     args, kwargs = one.args, one.kwargs
     if one.method.batched is not None:
         if runtime.batchers is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gw_celery.calling import eager
-from gw_celery.runtime import batcher, clocks, exits, process
+from gw_celery.runtime import batcher, clocks, process, sharing
 
 if TYPE_CHECKING:
     from gw_celery.app import App
@@ -33,7 +33,7 @@ def in_process(app: App, *, clock: clocks.Clock | None = None) -> Iterator[None]
     before = conf.task_always_eager, runtime.batchers
     conf.task_always_eager = True
     if runtime.batchers is None or clock is not None:
-        runtime.batchers = batcher.Batchers(exits.Contained, clock=clock)
+        runtime.batchers = batcher.Batchers(sharing.Host(clock=clock or clocks.Monotonic()))
     try:
         runtime.enter([app.registry], list(app.registry.services.values()))
         yield

@@ -11,6 +11,7 @@ import gathered
 import ledger
 import pytest
 from celery import group
+from celery.exceptions import TimeLimitExceeded
 
 from gw_celery import devserver, errors
 from tests import pooling
@@ -56,7 +57,8 @@ def test_what_gathered_in_a_child_that_dies_starts_elsewhere_and_is_no_suspect(
     worker = start(start_pooled)
     waiting = sent(gathered.Patient().gather, NAMES[:7])
     eventually(lambda: pooling.replicas(worker, gathered.celery)[0]["in_flight"] == 7)
-    os.kill(pooling.ready_pids(worker, gathered.celery)[0], signal.SIGKILL)
+    (pid,) = eventually(lambda: pooling.ready_pids(worker, gathered.celery))
+    os.kill(pid, signal.SIGKILL)
     last = gathered.Patient().gather.delay("last")
     assert [one.get(timeout=60) for one in [*waiting, last]] == [*NAMES[:7], "last"]
     assert [len(one) for one in calls(ledger_path)] == [8]
@@ -80,6 +82,25 @@ def test_a_worker_that_stops_gives_back_what_has_not_begun(
     last = gathered.Patient().gather.delay("last")
     assert [one.get(timeout=60) for one in [*waiting, last]] == [*NAMES[:7], "last"]
     assert pooling.counts(ledger_path, NAMES[:7]) == pooling.all_once(NAMES[:7])
+
+
+@pytest.mark.parametrize("method", ["rest", "compute"])
+def test_a_call_that_never_ends_does_not_keep_its_method_from_others(
+    method: str, start_pooled: StartPooled, ledger_path: Path
+) -> None:
+    worker = start(start_pooled)
+    (first,) = eventually(lambda: pooling.ready_pids(worker, gathered.celery))
+    bound = getattr(gathered.Model(), method)
+    hanging = bound.apply_async(("hangs", 3600.0), time_limit=2)
+    eventually(lambda: pooling.began(ledger_path, "hangs"))
+    waiting = [bound.delay(name) for name in NAMES[:3]]
+    with pytest.raises(TimeLimitExceeded):
+        hanging.get(timeout=20)
+    assert [one.get(timeout=60) for one in waiting] == NAMES[:3]
+    assert pooling.counts(ledger_path, NAMES[:3]) == pooling.all_once(NAMES[:3])
+    # An asynchronous body is cancelled; a thread cannot be ended, and its process is replaced.
+    (last,) = eventually(lambda: pooling.ready_pids(worker, gathered.celery), 20)
+    assert (last == first) == (method == "rest")
 
 
 def test_a_warm_shutdown_finishes_the_batch_that_runs_and_leaves(

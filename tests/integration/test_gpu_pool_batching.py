@@ -15,6 +15,7 @@ import pytest
 from celery import chord, group, states
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
 
+import gw_celery as gw
 from gw_celery import devserver
 from tests import pooling
 from tests.processes import WorkerProcess, eventually
@@ -106,6 +107,11 @@ def test_a_body_awaits_a_batched_method_of_its_own_service_without_a_slot(
 ) -> None:
     assert gathered.Model().plain.remote("x") == "x-a x-b"
     assert sizes(ledger_path, "rest") == [2]
+
+
+def test_a_batch_that_would_wait_for_another_of_its_service_is_told() -> None:
+    with pytest.raises(gw.UsageError, match=r"call self\.rest"):
+        gathered.Model().nested.delay("x").get(timeout=20)
 
 
 def test_a_client_awaits_many_and_they_share_calls(ledger_path: Path) -> None:

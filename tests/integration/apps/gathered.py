@@ -69,6 +69,11 @@ class Model:
         return [one * self.scale for one in numbers]
 
     @gw.method()
+    @gw.batched(max_batch_size=4)
+    async def nested(self, names: list[str]) -> list[str]:
+        return [await Model().rest(name) for name in names]
+
+    @gw.method()
     async def plain(self, name: str) -> str:
         """One input at a time, and a batched method of the same service awaited from it."""
         ledger.write("began", name)

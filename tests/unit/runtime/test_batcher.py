@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from celery.exceptions import Ignore
 
 import gw_celery as gw
 from gw_celery import errors
-from gw_celery.runtime import batcher, exits, running
+from gw_celery.runtime import batcher, running, sharing
 from gw_celery.testing import FakeClock
 
 Submit = Callable[..., Awaitable[Any]]
@@ -22,7 +21,7 @@ def gathering(
     body: Callable[..., Any],
     *,
     using: Any = None,
-    clock: FakeClock | None = None,
+    host: dict[str, Any] | None = None,
     **bounds: Any,
 ) -> None:
     """Run ``test`` with a function that submits one input to a batcher of ``body``."""
@@ -32,11 +31,11 @@ def gathering(
     (method,) = service.methods.values()
 
     async def main() -> None:
-        batchers = batcher.Batchers(exits.Contained, clock=clock)
+        batchers = batcher.Batchers(sharing.Host(**(host or {})))
 
         def submit(*args: Any, key: Any = None, **kwargs: Any) -> Awaitable[Any]:
             given = {} if using is None else {"using": using}
-            work = batcher.Work(fn=body, service="unit", key=key, **given)
+            work = sharing.Work(fn=body, service="unit", key=key, **given)
             return batchers.of(method).submit(work, args, kwargs)
 
         await test(submit, batchers.of(method))
@@ -57,6 +56,7 @@ class Calls:
     def __init__(self, answer: Callable[[list[Any]], Any] = lambda xs: [x * 10 for x in xs]):
         self.seen: list[list[Any]] = []
         self.batches: list[running.Batch | None] = []
+        self.was_cancelled = asyncio.Event()
         self.open = asyncio.Event()
         self.open.set()
         self.entered = asyncio.Event()
@@ -67,7 +67,11 @@ class Calls:
         self.seen.append(xs)
         self.batches.append(gw.current_batch())
         self.entered.set()
-        await self.open.wait()
+        try:
+            await self.open.wait()
+        except asyncio.CancelledError:
+            self.was_cancelled.set()
+            raise
         return self._answer(xs)
 
 
@@ -108,7 +112,7 @@ def test_a_batch_is_due_once_its_oldest_input_has_waited_for_long_enough() -> No
         clock.advance(0.01)
         assert await asyncio.wait_for(asyncio.gather(first, second), 10) == [10, 20]
 
-    gathering(test, calls, clock=clock, max_batch_size=8, wait_ms=30)
+    gathering(test, calls, host={"clock": clock}, max_batch_size=8, wait_ms=30)
     assert calls.seen == [[1, 2]]
     (batch,) = calls.batches
     assert batch is not None
@@ -201,6 +205,22 @@ def test_the_cost_bounds_a_call() -> None:
     assert calls.seen == [[3, 3], [3], [9]]
 
 
+def test_a_cost_may_be_any_kind_of_whole_number() -> None:
+    class Int64:
+        """As numpy's."""
+
+        def __index__(self) -> int:
+            return 4
+
+    calls = Calls()
+
+    async def test(submit: Submit, _: Any) -> None:
+        await asyncio.gather(*(submit(x) for x in range(3)))
+
+    gathering(test, calls, max_batch_size=8, size_fn=lambda x: Int64(), max_batch_cost=8)
+    assert calls.seen == [[0, 1], [2]]
+
+
 @pytest.mark.parametrize("cost", [1.5, True, -1, "3", None])
 def test_a_cost_that_is_no_number_of_units_fails_its_input(cost: Any) -> None:
     async def test(submit: Submit, _: Any) -> None:
@@ -235,6 +255,14 @@ def test_an_exception_in_the_answer_fails_that_input_alone() -> None:
 
     calls = Calls(lambda xs: [Ignore("not you") if x == 1 else x * 10 for x in xs])
     gathering(test, calls, max_batch_size=8)
+
+
+def test_what_is_no_exception_in_the_answer_fails_its_input_all_the_same() -> None:
+    async def test(submit: Submit, _: Any) -> None:
+        with pytest.raises(errors.BodyExited, match="answer with an Exception"):
+            await submit(1)
+
+    gathering(test, Calls(lambda xs: [SystemExit(3)]), max_batch_size=8)
 
 
 def test_the_one_bad_input_of_64_fails_with_its_own_error() -> None:
@@ -419,30 +447,55 @@ def test_one_that_gives_up_during_the_call_harms_no_other() -> None:
     assert calls.seen == [[1, 2]]
 
 
-def test_a_call_that_nobody_waits_for_any_more_still_counts_as_running() -> None:
-    calls, held = Calls(), []
-
-    @contextmanager
-    def using():
-        held.append("taken")
-        yield
-        held.append("given back")
+def test_a_call_that_nobody_waits_for_any_more_is_cancelled_and_the_next_are_served() -> None:
+    calls = Calls()
 
     async def test(submit: Submit, _: Any) -> None:
         calls.open.clear()
-        leaving = asyncio.ensure_future(submit(1))
+        leaving = [asyncio.ensure_future(submit(x)) for x in (1, 2)]
         await calls.entered.wait()
+        leaving[0].cancel()
+        await asyncio.sleep(0)
+        assert not calls.was_cancelled.is_set()
+        leaving[1].cancel()
+        after = asyncio.ensure_future(submit(3))
+        await asyncio.wait_for(calls.was_cancelled.wait(), 10)
+        calls.open.set()
+        assert await after == 30
+
+    gathering(test, calls, max_batch_size=8)
+    assert calls.seen == [[1, 2], [3]]
+
+
+def test_a_deserted_call_that_goes_on_is_told_when_it_has_had_its_time() -> None:
+    stuck: list[str] = []
+    clock, open_, entered = FakeClock(), asyncio.Event(), asyncio.Event()
+
+    async def body(xs: list[int], scale: list[int]) -> list[int]:
+        entered.set()
+        while not open_.is_set():
+            try:
+                await open_.wait()
+            except asyncio.CancelledError:
+                continue
+        return xs
+
+    async def test(submit: Submit, _: Any) -> None:
+        leaving = asyncio.ensure_future(submit(1))
+        await entered.wait()
         leaving.cancel()
-        after = asyncio.ensure_future(submit(2))
+        assert await clock.armed() == pytest.approx(7.0)
+        clock.advance(6.9)
+        assert stuck == []
+        clock.advance(0.1)
         for _ in range(10):
             await asyncio.sleep(0)
-        assert calls.seen == [[1]]
-        assert held == ["taken"]
-        calls.open.set()
-        assert await after == 20
+        assert len(stuck) == 1
+        open_.set()
+        assert await submit(2) == 2
 
-    gathering(test, calls, max_batch_size=8, using=using)
-    assert held == ["taken", "given back"] * 2
+    host = {"clock": clock, "grace": 7.0, "on_stuck": stuck.append}
+    gathering(test, body, host=host, max_batch_size=8)
 
 
 class Joining:
@@ -520,9 +573,9 @@ def test_what_began_is_told_before_the_body_can_end_the_process() -> None:
     (service,) = app.registry.services.values()
 
     async def main() -> None:
-        batchers = batcher.Batchers(exits.Contained, tell=lambda: told.append("told"))
+        batchers = batcher.Batchers(sharing.Host(tell=lambda: told.append("told")))
         (method,) = service.methods.values()
-        await batchers.of(method).submit(batcher.Work(fn=body, service="unit"), (1,), {})
+        await batchers.of(method).submit(sharing.Work(fn=body, service="unit"), (1,), {})
 
     asyncio.run(main())
     assert told == ["told", "body"]
@@ -550,8 +603,8 @@ def test_a_synchronous_body_runs_in_a_thread_of_its_own_and_knows_its_batch() ->
     (service,) = app.registry.services.values()
 
     async def main() -> list[int]:
-        batchers = batcher.Batchers(exits.Contained)
-        work = batcher.Work(fn=body, service="unit")
+        batchers = batcher.Batchers(sharing.Host())
+        work = sharing.Work(fn=body, service="unit")
         method = service.methods["body"]
         return await asyncio.gather(*(batchers.of(method).submit(work, (x,), {}) for x in range(3)))
 
@@ -579,8 +632,8 @@ def test_a_stop_iteration_in_a_thread_fails_its_input_and_the_next_are_served() 
     (service,) = app.registry.services.values()
 
     async def main() -> int:
-        one = batcher.Batchers(exits.Contained).of(service.methods["body"])
-        work = batcher.Work(fn=body, service="unit")
+        one = batcher.Batchers(sharing.Host()).of(service.methods["body"])
+        work = sharing.Work(fn=body, service="unit")
         with pytest.raises(RuntimeError, match="StopIteration"):
             await asyncio.wait_for(one.submit(work, (1,), {}), 10)
         return await asyncio.wait_for(one.submit(work, (2,), {}), 10)
