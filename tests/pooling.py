@@ -110,6 +110,10 @@ def ready_pids(worker: WorkerProcess, app: Any = pooled.celery) -> list[int]:
     return [one["pid"] for one in replicas(worker, app) if one["state"] == "ready"]
 
 
+def in_flight(worker: WorkerProcess, app: Any = pooled.celery) -> int:
+    return sum(one["in_flight"] for one in replicas(worker, app))
+
+
 def ready_pid(worker: WorkerProcess) -> int:
     """The child of a worker's only replica; what stats shows is a picture of a second ago."""
     (pid,) = eventually(lambda: ready_pids(worker), 20)

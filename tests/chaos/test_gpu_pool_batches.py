@@ -56,7 +56,7 @@ def test_what_gathered_in_a_child_that_dies_starts_elsewhere_and_is_no_suspect(
 ) -> None:
     worker = start(start_pooled)
     waiting = sent(gathered.Patient().gather, NAMES[:7])
-    eventually(lambda: pooling.replicas(worker, gathered.celery)[0]["in_flight"] == 7)
+    eventually(lambda: pooling.in_flight(worker, gathered.celery) == 7)
     (pid,) = eventually(lambda: pooling.ready_pids(worker, gathered.celery))
     os.kill(pid, signal.SIGKILL)
     last = gathered.Patient().gather.delay("last")
@@ -73,7 +73,7 @@ def test_a_worker_that_stops_gives_back_what_has_not_begun(
 ) -> None:
     worker = start(start_pooled)
     waiting = sent(gathered.Patient().gather, NAMES[:7])
-    eventually(lambda: pooling.replicas(worker, gathered.celery)[0]["in_flight"] == 7)
+    eventually(lambda: pooling.in_flight(worker, gathered.celery) == 7)
     worker.signal(how)
     assert worker.wait_exit(20) == 0
     assert not calls(ledger_path)
@@ -110,7 +110,7 @@ def test_a_warm_shutdown_finishes_the_batch_that_runs_and_leaves(
     running = sent(gathered.Busy().rest, ["running"], 2.0)
     eventually(lambda: pooling.began(ledger_path, "running"))
     waiting = sent(gathered.Busy().rest, NAMES[:3])
-    eventually(lambda: pooling.replicas(worker, gathered.celery)[0]["in_flight"] == 4)
+    eventually(lambda: pooling.in_flight(worker, gathered.celery) == 4)
     worker.signal(signal.SIGTERM)
     assert worker.wait_exit(20) == 0
     assert running[0].get(timeout=5) == "running"
@@ -124,7 +124,7 @@ def test_a_replica_that_drains_runs_what_gathered_at_once(
 ) -> None:
     worker = start(start_pooled)
     waiting = sent(gathered.Patient().gather, NAMES[:7])
-    eventually(lambda: pooling.replicas(worker, gathered.celery)[0]["in_flight"] == 7)
+    eventually(lambda: pooling.in_flight(worker, gathered.celery) == 7)
     pooling.tell(worker, "gw_drain", replica=0)
     assert [one.get(timeout=20) for one in waiting] == NAMES[:7]
     ((_, _, _, flush, *_),) = ledger.words(ledger_path, "called")

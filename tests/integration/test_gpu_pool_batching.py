@@ -187,7 +187,7 @@ def test_a_call_that_runs_out_of_memory_is_halved_until_it_fits(
 def test_a_hard_limit_answers_one_input_at_once_and_harms_no_other(
     method: str, ledger_path: Path, worker: WorkerProcess
 ) -> None:
-    pid = pooling.replicas(worker, gathered.celery)[0]["pid"]
+    (pid,) = eventually(lambda: pooling.ready_pids(worker, gathered.celery))
     bound = getattr(gathered.Model(), method)
     *others, limited = sent(bound, [*NAMES[:4], "limited"], 4.0, last={"time_limit": 1.0})
     eventually(lambda: pooling.began(ledger_path, "limited"))
@@ -199,7 +199,7 @@ def test_a_hard_limit_answers_one_input_at_once_and_harms_no_other(
     assert limited.state == states.FAILURE
     assert len(calls(ledger_path, method)) == 1
     assert pooling.began(ledger_path, NAMES[0]) == [pid]
-    assert pooling.ready_pids(worker, gathered.celery) == [pid]
+    eventually(lambda: pooling.ready_pids(worker, gathered.celery) == [pid])
 
 
 def test_a_soft_limit_fails_one_input_of_a_call_and_harms_no_other(ledger_path: Path) -> None:
