@@ -88,20 +88,20 @@ def _close_results(backend: Any) -> None:
 
 def ask(worker: WorkerProcess, what: str, app: Any = pooled.celery, **arguments: Any) -> Any:
     """The answer of this worker alone to one ``inspect`` command."""
-    inspect = app.control.inspect(destination=[worker.node], timeout=5)
+    inspect = app.control.inspect(destination=[worker.node], timeout=15)
     return (getattr(inspect, what)(**arguments) or {}).get(worker.node)
 
 
 def tell(worker: WorkerProcess, what: str, **arguments: Any) -> Any:
     """The answer of this worker alone to one control command."""
-    options = {"reply": True, "destination": [worker.node], "timeout": 5}
+    options = {"reply": True, "destination": [worker.node], "timeout": 15}
     (answer,) = pooled.celery.control.broadcast(what, arguments, **options)
     return answer[worker.node]
 
 
 def replicas(worker: WorkerProcess, app: Any = pooled.celery) -> list[dict[str, Any]]:
     """What ``inspect stats`` says of each replica."""
-    stats = ask(worker, "stats", app) or {"pool": {"gw_replicas": []}}
+    stats = eventually(lambda: ask(worker, "stats", app), 20)
     listed: list[dict[str, Any]] = stats["pool"]["gw_replicas"]
     return listed
 

@@ -78,7 +78,7 @@ def outage_told(worker: WorkerProcess, app: Celery) -> str:
 def paused(worker: WorkerProcess, app: Celery) -> None:
     """Wait until the worker tells operators that it has paused, and closed its queues."""
     eventually(lambda: outage_told(worker, app), 20)
-    options: dict[str, Any] = {"reply": True, "destination": [worker.node], "timeout": 5}
+    options: dict[str, Any] = {"reply": True, "destination": [worker.node], "timeout": 15}
     (answer,) = app.control.broadcast("gw_status", **options)
     shown = answer[worker.node]
     assert shown["outage"]
