@@ -45,6 +45,8 @@ class Batcher:
         self._waiting = buffer.Buffers()
         #: The calls that run, and the inputs that each was made for.
         self._running: dict[asyncio.Task[None], list[sharing.Member]] = {}
+        #: Those of them that nobody waits for.
+        self._deserted: set[asyncio.Task[None]] = set()
         self._timer: clocks.Timer | None = None
         self._is_forming = False
         self._is_draining = False
@@ -173,12 +175,14 @@ class Batcher:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
+        self._deserted.discard(task)
         self._form_soon()
 
     def _give_up_deserted(self) -> None:
         """End the calls that nobody waits for any more: they keep others from being made."""
         for task, members in self._running.items():
-            if all(one.outcome.done() for one in members):
+            if task not in self._deserted and all(one.outcome.done() for one in members):
+                self._deserted.add(task)
                 if self._method.is_async:
                     task.cancel()
                 due = self._clock.now() + self._host.grace
@@ -200,7 +204,8 @@ class Batcher:
             with members[0].work.using():
                 while parts:
                     first, *rest = _cut(parts[0], self._bounds.size)
-                    await asyncio.gather(*(one.announce() for one in first))
+                    if announced := [on for one in first if (on := one.announce()) is not None]:
+                        await asyncio.gather(*announced)
                     part = [one for one in first if one.begin()]
                     parts = await self._answered(part, flush) + rest + parts[1:]
         except Exception as exc:  # ours: nobody may wait for ever because of it

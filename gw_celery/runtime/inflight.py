@@ -67,11 +67,10 @@ class InFlight:
         # Reentrant: an exception raised in this thread can interrupt `_end` itself.
         self._lock = threading.RLock()
 
-    async def announce(self) -> None:
+    def announce(self) -> Awaitable[None] | None:
         """Write the record that must be there before the input is acknowledged, once."""
         record, self.record = self.record, None
-        if record is not None:
-            await record()
+        return None if record is None else record()
 
     def begin(self) -> bool:
         """Tell the parent that the input starts, once; whether anybody still wants its answer.

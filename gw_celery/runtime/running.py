@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+from collections.abc import Awaitable
 from typing import Protocol
 
 
@@ -25,8 +26,8 @@ class Joining(Protocol):
     @property
     def runs_alone(self) -> bool: ...
 
-    async def announce(self) -> None:
-        """Have on record what must be before the input starts."""
+    def announce(self) -> Awaitable[None] | None:
+        """Have on record what must be before the input starts; ``None`` for nothing."""
 
     def begin(self) -> bool:
         """Start; whether the input still wants to."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -63,10 +63,11 @@ class Member:
     #: Whether the input failed, and its answer or exception.
     outcome: asyncio.Future[tuple[bool, Any]]
 
-    async def announce(self) -> None:
-        """Have on record what must be before it begins."""
-        if self.joining is not None and not self.outcome.done():
-            await self.joining.announce()
+    def announce(self) -> Awaitable[None] | None:
+        """Have on record what must be before it begins; ``None`` when there is nothing."""
+        if self.joining is None or self.outcome.done():
+            return None
+        return self.joining.announce()
 
     def begin(self) -> bool:
         """Join a call; whether it still wants to."""

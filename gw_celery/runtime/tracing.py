@@ -131,9 +131,11 @@ class Inputs:
         arguments = await self._decoded(body, *content)
         if self._early is not None and self._is_early(one):
             # The parent acknowledges it when it hears of the start: not before it is on record.
-            one.record = functools.partial(self._early.begin, one, request, arguments)
-            if not _gathers(self._app.tasks.get(one.name)):
-                await one.announce()
+            record = functools.partial(self._early.begin, one, request, arguments)
+            if _gathers(self._app.tasks.get(one.name)):
+                one.record = record
+            else:
+                await record()
                 one.begin()
                 await asyncio.sleep(0)  # the report is sent: the body may block the loop
         one.is_traced = True
