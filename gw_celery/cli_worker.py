@@ -35,7 +35,7 @@ def _known_kind(ctx: click.Context, _: click.Parameter, kind: str | None) -> str
         try:
             kinds.require_known(kinds.Gpu(kind), lambda: conf.read(ctx.obj.app.conf).gpu_kinds)
         except errors.DeclarationError as exc:
-            raise click.BadParameter(exc.rule) from exc
+            raise click.BadParameter(f"{kind}: {exc.rule}") from exc
     return kind
 
 

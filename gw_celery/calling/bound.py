@@ -95,7 +95,8 @@ class BoundTask:
         calls.require_may_block(f"{self._task.name}.remote()")
         self._require_result()
         if self._task.app.conf.task_always_eager:
-            return self.apply_async(args, kwargs).get()
+            # Celery's flag of "inside a task" is the whole process's: another thread's, here.
+            return self.apply_async(args, kwargs).get(disable_sync_subtasks=False)
         bound = self._timeout
         if bound is None:
             bound = conf.read(self._task.app.conf).call_timeout

@@ -88,7 +88,7 @@ def allot(needs: Sequence[Need], machine: devices.Machine) -> Allotment:
     if not shares:
         raise errors.ConfigurationError(
             f"a replica needs {_listed(needs)}, and this machine has {machine}. Start this worker "
-            f"where there is one, or serve fewer services with it{_remedy(needs)}"
+            f"where there is one, or serve fewer services with it{_remedy(needs, machine)}"
         )
     return Allotment(needs=tuple(needs), machine=machine, shares=shares)
 
@@ -107,7 +107,7 @@ def families_for(
         ConfigurationError: when there is none, with what there is.
     """
     if kind not in (None, "CPU") and not machine.has(kind):
-        remedy = _remedy([Need(kind=str(kind))])
+        remedy = _remedy([Need(kind=str(kind))], machine)
         raise errors.ConfigurationError(f"--gpu {kind}: this machine has {machine}{remedy}")
     fitting = [name for name in sorted(declared) if _can_serve(declared[name], machine)]
     if kind is None:
@@ -119,7 +119,7 @@ def families_for(
         there = "" if kind == "CPU" else f"; this machine has {machine}"
         raise errors.ConfigurationError(
             f"{'gw worker' if kind is None else f'--gpu {kind}'}: no service here can be served; "
-            f"families: {', '.join(sorted(declared)) or 'none: is their module imported'}{there}"
+            f"families: {_families(declared)}{there}"
         )
     return found
 
@@ -170,9 +170,24 @@ def _can_serve(declared: Iterable[gpu.Gpu | None], machine: devices.Machine) -> 
     return all(not needs or any(_shares(needs, machine.devices)) for needs in each)
 
 
-def _remedy(needs: Iterable[Need]) -> str:
-    fakes = ",".join(f"{one.kind}:{one.count}" for one in needs)
+def _families(declared: Mapping[str, Sequence[gpu.Gpu | None]]) -> str:
+    """Say what each family takes of a machine."""
+    said = []
+    for name, listed in sorted(declared.items()):
+        needs = [need for one in listed for need in needs_of([one])]
+        said.append(f"{name} (needs {_listed(needs)})" if needs else name)
+    return ", ".join(said) or "none: is their module imported"
+
+
+def _remedy(needs: Iterable[Need], machine: devices.Machine) -> str:
+    if devices.VISIBLE in machine.source:
+        return f"; {devices.VISIBLE} hides devices from this worker: unset it, or name others in it"
+    fakes = ",".join(f"{one.kind}{_size(one)}:{one.count}" for one in needs)
     return f"; to run without GPUs while you develop, set GW_FAKE_GPUS={fakes}"
+
+
+def _size(need: Need) -> str:
+    return "" if need.memory_gb is None else f"/{need.memory_gb:g}"
 
 
 def _listed(needs: Sequence[Need]) -> str:

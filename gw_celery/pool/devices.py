@@ -122,7 +122,8 @@ def _named(token: str, machine: Machine, given: str) -> list[Device]:
     if token.isdecimal():
         found = [one for one in machine.devices if one.index == int(token)]
     else:
-        found = [one for one in machine.devices if one.token.startswith(token)]
+        found = [one for one in machine.devices if one.token == token]
+        found = found or [one for one in machine.devices if one.token.startswith(token)]
         found = found or [one for one in machine.devices if one.slice_of.startswith(token)]
     if not found or (len({one.index for one in found}) > 1) or _is_unclear(token, found):
         raise errors.ConfigurationError(

@@ -59,7 +59,7 @@ def fakes(given: str, known: Collection[str]) -> devices.Machine:
             raise _wrong(given, part, f"KIND is one of {', '.join(known)}")
         size = float(matched["size"] or _SIZES.get(matched["kind"], 0.0))
         if not size:
-            raise _wrong(given, part, f"say the memory of a {matched['kind']}")
+            raise _wrong(given, part, f"say the GB of {matched['kind']}, over 0")
         for _ in range(int(matched["count"] or 1)):
             made.append(_fake(matched["kind"], size, len(made), known))
     return devices.Machine(devices=tuple(made), source=f"GW_FAKE_GPUS={given!r}")

@@ -7,6 +7,7 @@ in the one process of solo. The threads pool sends neither: a bootstep does its 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from celery import signals
@@ -46,11 +47,18 @@ def plan() -> serving.Plan | None:
 def _on_worker_init(sender: Any, **_: Any) -> None:
     global _plan
     # Celery swallows an Exception of a receiver and would start all the same.
-    with fatal.fatal_errors():
+    with fatal.fatal_errors(lambda reason: _note(sender, reason)):
         # Here, because it imports Celery's worker: every client imports this module.
         from gw_celery.worker import startup
 
         _plan = startup.prepare(sender, registries())
+
+
+def _note(worker: Any, reason: str) -> None:
+    """Leave the reason in the worker's log, which is not set up yet: detached, it has no other."""
+    if isinstance(path := getattr(worker, "logfile", None), str) and "%" not in path:
+        with contextlib.suppress(OSError), open(path, "a") as log:
+            log.write(f"gw_celery: {reason}\n")
 
 
 def _on_process_init(**_: Any) -> None:

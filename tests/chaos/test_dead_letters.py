@@ -50,10 +50,10 @@ def worker(start_worker: StartWorker, ledger_path: Path, broker: str, empty: Non
 
 
 def dead(worker: WorkerProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "celery", "-b", worker.broker, "-A", "pooled:celery"]
+    command = [sys.executable, "-m", "celery", "-b", worker.broker_url, "-A", "pooled:celery"]
     return subprocess.run(
         [*command, "gw", "dead", *arguments],
-        env=environment({"CELERY_BROKER_URL": worker.broker, "SETTINGS": json.dumps(SETTINGS)}),
+        env=environment({"CELERY_BROKER_URL": worker.broker_url, "SETTINGS": json.dumps(SETTINGS)}),
         cwd=worker.log.parent,
         capture_output=True,
         text=True,

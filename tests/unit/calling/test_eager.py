@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 from celery import current_task
+
+import gw_celery as gw
 
 
 def ids() -> tuple[str, str | None, str]:
@@ -33,3 +39,31 @@ def test_a_call_from_no_body_has_no_parent(app, serve) -> None:
     serve()
     own, parent, root = child.remote()
     assert (parent, root) == (None, own)
+
+
+def test_threads_that_are_in_no_task_may_block_while_another_one_runs_a_body(
+    app: gw.App, serve: Callable[[], None]
+) -> None:
+    began, may_end = threading.Event(), threading.Event()
+
+    @app.cls()
+    class Model:
+        @gw.method()
+        def hold(self) -> str:
+            began.set()
+            assert may_end.wait(20)
+            return "held"
+
+        @gw.method()
+        def quick(self) -> str:
+            return "quick"
+
+    serve()
+    with ThreadPoolExecutor(1) as threads:
+        held = threads.submit(Model().hold.remote)
+        assert began.wait(20)
+        try:
+            assert Model().quick.remote() == "quick"
+        finally:
+            may_end.set()
+        assert held.result(20) == "held"

@@ -199,7 +199,12 @@ def test_a_machine_whose_gpus_serve_nothing_serves_the_cpu() -> None:
         ("H100", "H100", "", "--gpu H100: no service here can be served; families: cpu, gpu, "),
         ("L4", "L4", "", "--gpu L4: no service here can be served"),
         ("CPU", "", "cpu", "--gpu CPU: no service here can be served"),
-        (None, "", "cpu", "gw worker: no service here can be served; families: gpu, gpu.A100, "),
+        (
+            None,
+            "",
+            "cpu",
+            "here can be served; families: gpu, gpu.A100 (needs 1 x A100 all to itself",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_what_there_is(
@@ -208,3 +213,17 @@ def test_what_cannot_be_served_is_refused_with_what_there_is(
     with pytest.raises(errors.ConfigurationError) as caught:
         families(kind, described, but)
     assert said in str(caught.value)
+
+
+def test_a_service_that_needs_more_memory_than_there_is_says_how_much() -> None:
+    declared = {"gpu.A100": [gw.Gpu("A100", memory_gb=60)]}
+    with pytest.raises(errors.ConfigurationError, match="A100 with 60 GB on each"):
+        allotment.families_for("A100", declared, fakes("A100:4"))
+    with pytest.raises(errors.ConfigurationError, match="GW_FAKE_GPUS=A100/60:1"):
+        allotment.allot(allotment.needs_of(declared["gpu.A100"]), fakes("A100:4"))
+
+
+def test_devices_that_a_variable_hides_are_not_to_be_faked() -> None:
+    hidden = devices.only_visible(fakes("A100:4"), "")
+    with pytest.raises(errors.ConfigurationError, match="CUDA_VISIBLE_DEVICES hides devices"):
+        allotment.families_for("A100", {}, hidden)

@@ -96,6 +96,11 @@ def test_what_names_no_device_or_several_is_an_error_with_those_that_are_there(g
     assert "GPU-aa01, GPU-aa02, GPU-bb01, GPU-cc01" in said
 
 
+def test_a_whole_token_names_its_device_alone() -> None:
+    there = [device(index, f"GPU-{index}") for index in range(12)]
+    assert visible("GPU-1", *there) == ["GPU-1"]
+
+
 def test_a_slice_is_named_by_its_uuid_and_a_gpu_stands_for_its_slices() -> None:
     cut = [device(0, f"MIG-{one}", slice_of="GPU-aa01") for one in ("11", "22")]
     there = [*cut, FOUR[2]]

@@ -49,7 +49,7 @@ def test_a_wrong_value_is_an_error_that_says_what_to_write(given: str) -> None:
 
 def test_a_kind_of_the_setting_must_say_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "B200")
-    with pytest.raises(errors.ConfigurationError, match="say the memory of a B200"):
+    with pytest.raises(errors.ConfigurationError, match="say the GB of B200, over 0"):
         machine.look(("B200",))
     monkeypatch.setenv("GW_FAKE_GPUS", "B200/192")
     assert machine.look(("B200",)).has("B200")
