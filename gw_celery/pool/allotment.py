@@ -187,7 +187,10 @@ def _remedy(needs: Iterable[Need], machine: devices.Machine) -> str:
 
 
 def _size(need: Need) -> str:
-    return "" if need.memory_gb is None else f"/{need.memory_gb:g}"
+    if need.memory_gb is not None:
+        return f"/{need.memory_gb:g}"
+    # A kind of the setting gw_gpu_kinds has no size of its own.
+    return "" if need.kind in gpu.KINDS else "/24"
 
 
 def _listed(needs: Sequence[Need]) -> str:

@@ -27,12 +27,38 @@ def talking_to(server: devserver.Server) -> Iterator[None]:
     with conf.talking_to(server.broker_url, server.result_url):
         if server.broker_url != _last_url:
             _last_url = server.broker_url
-            waiting.close_all()
-            for app in list(_state._get_active_apps()):
-                _forget(app)
+            close_all()
         yield
 
 
+def close_all() -> None:
+    """Close what the Celery apps of this process have open; they connect again when they must."""
+    waiting.close_all()
+    for app in list(_state._get_active_apps()):
+        _forget(app)
+
+
 def _forget(app: Any) -> None:
+    # A server that is gone cannot be told.
+    with contextlib.suppress(Exception):
+        _close_results(app)
+    for pool in (app._pool, getattr(vars(app).get("amqp"), "_producer_pool", None)):
+        if pool is not None:
+            with contextlib.suppress(Exception):
+                pool.force_close_all(close_pool=False)
     app._after_fork()  # Celery's own way to leave behind connections that are not to be used
     app._local = threading.local()  # where each thread has its result backend
+
+
+def _close_results(app: Any) -> None:
+    """Close what this thread's answers come through, over RPC or from Redis."""
+    backend = getattr(app._local, "backend", None)
+    consumer = getattr(backend, "result_consumer", None)
+    if (connection := getattr(consumer, "_connection", None)) is not None:
+        connection.close()
+    elif consumer is not None:
+        consumer.stop()
+        # A result that is collected later unsubscribes, over another connection if need be.
+        consumer._pubsub = None
+    if (client := vars(backend).get("client") if backend else None) is not None:
+        client.connection_pool.disconnect()

@@ -64,6 +64,7 @@ def gw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[devserver.Se
     """An embedded server of this test run alone."""
     with devserver.running(tmp_path_factory.mktemp("gw_server")) as server:
         yield server
+        connections.close_all()
         # A result unsubscribes when it is collected: it needs the server once more.
         gc.collect()
 

@@ -227,3 +227,9 @@ def test_devices_that_a_variable_hides_are_not_to_be_faked() -> None:
     hidden = devices.only_visible(fakes("A100:4"), "")
     with pytest.raises(errors.ConfigurationError, match="CUDA_VISIBLE_DEVICES hides devices"):
         allotment.families_for("A100", {}, hidden)
+
+
+def test_the_remedy_for_a_kind_of_the_setting_works() -> None:
+    with pytest.raises(errors.ConfigurationError, match="GW_FAKE_GPUS=RTX_4090/24:1"):
+        allotment.families_for("RTX_4090", {}, NONE)
+    assert machine.fakes("RTX_4090/24:1", ["RTX_4090"]).devices
