@@ -42,10 +42,6 @@ def _forget(app: Any) -> None:
     # A server that is gone cannot be told.
     with contextlib.suppress(Exception):
         _close_results(app)
-    for pool in (app._pool, getattr(vars(app).get("amqp"), "_producer_pool", None)):
-        if pool is not None:
-            with contextlib.suppress(Exception):
-                pool.force_close_all(close_pool=False)
     app._after_fork()  # Celery's own way to leave behind connections that are not to be used
     app._local = threading.local()  # where each thread has its result backend
 
