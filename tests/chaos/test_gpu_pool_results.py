@@ -79,10 +79,14 @@ def paused(worker: WorkerProcess, app: Celery) -> None:
     """Wait until the worker tells operators that it has paused, and closed its queues."""
     eventually(lambda: outage_told(worker, app), 20)
     options: dict[str, Any] = {"reply": True, "destination": [worker.node], "timeout": 15}
-    (answer,) = app.control.broadcast("gw_status", **options)
-    shown = answer[worker.node]
-    assert shown["outage"]
-    assert shown["open_queues"] == []
+
+    def shown() -> tuple[bool, list[str]]:
+        (answer,) = app.control.broadcast("gw_status", **options)
+        status = answer[worker.node]
+        return bool(status["outage"]), status["open_queues"]
+
+    # The queues close a turn of the worker's loop after it has heard of the outage.
+    eventually(lambda: shown() == (True, []))
 
 
 def test_no_message_is_taken_while_results_cannot_be_stored(
