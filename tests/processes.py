@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from gw_celery import testing
 from gw_celery.testing import Worker as WorkerProcess
@@ -48,9 +48,9 @@ class Process(testing.Process):
         log: Path,
         *,
         env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
+        **where: Any,
     ) -> None:
-        super().__init__(command, log, env=environment(env), cwd=cwd)
+        super().__init__(command, log, env=environment(env), **where)
 
 
 class StartWorker(Protocol):

@@ -398,7 +398,7 @@ def test_a_body_that_cancels_its_own_task_fails_its_inputs_and_the_next_are_serv
             task = asyncio.current_task()
             assert task is not None
             task.cancel()
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         return xs
 
     async def test(submit: Submit, _: Any) -> None:
