@@ -50,6 +50,14 @@ class Settings:
     worker_ttl: float | None = 60.0
     #: Replicas of a worker with the GPU pool; without it, as many as its slots need.
     replicas: int | None = None
+    #: Workload a second of each service that the autoscaler is ready for, whatever comes.
+    min_load: float | None = None
+    #: Part of its score that a replica is meant to be used by, 1 at most.
+    target_util: float = 0.9
+    #: Time within which what waits for a service should have been begun.
+    target_queue_time: float = 10.0
+    #: Time without work after which the last replica goes, where none must stay; ``None``: never.
+    inactivity_timeout: float | None = None
     #: Time that each context or ``on_exit`` hook has to leave.
     exit_timeout: float = 30.0
     #: Time that a cancelled body has to end before its process goes on without it.

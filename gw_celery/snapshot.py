@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -28,6 +29,47 @@ class Replica:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """The work of one service, as far as it is this worker's and that of those like it."""
+
+    #: Messages in its queues; ``None`` where the broker does not tell.
+    queued: int | None = None
+    #: Part of the work that is theirs: 1.0 for all of it.
+    share: float = 1.0
+    #: Workload a second that comes, of that part.
+    rate: float = 0.0
+    #: Workload that waits and runs, of that part.
+    backlog: float = 0.0
+    #: Workload a second of one replica; ``None`` when nobody knows.
+    score: float | None = None
+    #: Replicas that this needs.
+    need: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """What the autoscaler of a worker saw and decided last, in replicas."""
+
+    least: int
+    most: int
+    #: This worker's, after the decision.
+    desired: int = 0
+    #: Those that it has, starting and failing ones among them.
+    actual: int = 0
+    #: What all workers that serve the same should have together, and how many workers that are.
+    total: int = 0
+    workers: int = 1
+    why: str = ""
+    #: Seconds from the start of a replica until it is ready, from experience.
+    start_up: float | None = None
+    #: By service; ``""`` for plain tasks. Empty while the broker cannot be read.
+    services: Mapping[str, Outlook] = dataclasses.field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Worker:
     """One worker: its replicas, and what waits in it for a slot."""
 
@@ -42,6 +84,8 @@ class Worker:
     closed_queues: tuple[str, ...] = ()
     #: Why results cannot be stored, so that nothing is consumed; "" while they can.
     outage: str = ""
+    #: What the autoscaler saw and decided; ``None`` for a worker of a fixed size.
+    scaling: Scaling | None = None
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from celery.concurrency.base import BasePool
@@ -23,7 +23,7 @@ from gw_celery import conf, snapshot
 from gw_celery.declare import services
 from gw_celery.pool import dead_letters, janitor, jobs, origin, places, supervisor
 from gw_celery.pool.redis_found import redis_of
-from gw_celery.worker import draining, gate, hooks, notices
+from gw_celery.worker import draining, gate, hooks, notices, serving
 
 hooks.listen()
 
@@ -90,6 +90,21 @@ class TaskPool(BasePool):
         Not those that are READY: Celery's autoscaler would ask for more while a replica loads.
         """
         return max(1, self.limit)
+
+    @property
+    def wanted(self) -> int:
+        """Replicas that were asked for."""
+        return self._replicas_for(self.limit)
+
+    @property
+    def slots(self) -> Mapping[str, int]:
+        """Inputs in flight of each service in one replica."""
+        return self._setup.slots
+
+    @property
+    def plan(self) -> serving.Plan | None:
+        """What the worker serves; ``None`` where there is no App."""
+        return self._plan
 
     def grow(self, n: int = 1) -> None:
         """Add ``n`` slots, in whole replicas, or as many as there are devices for."""

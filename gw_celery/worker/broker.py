@@ -12,3 +12,8 @@ def redis_transport(connection: Any) -> Any | None:
     """
     transport = connection.get_transport_cls()
     return transport if transport.driver_type == "redis" else None
+
+
+def tells_lengths(connection: Any) -> bool:
+    """Whether one can read how many messages wait in a queue. Nothing connects."""
+    return connection.get_transport_cls().driver_type in ("redis", "amqp")

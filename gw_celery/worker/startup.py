@@ -24,6 +24,7 @@ from gw_celery.worker import (
     gate,
     notices,
     preset,
+    scaling,
     serving,
 )
 from gw_celery.worker.pipes import Pipes
@@ -104,6 +105,9 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None)
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
+    if not conf.is_set(worker.app.conf, "worker_autoscaler"):
+        worker.autoscaler_cls = scaling.AUTOSCALER
+    worker.app.steps["worker"].add(scaling.ScalingStep)
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
     worker.app.steps["consumer"].add(gate.GateStep)
     return plan
