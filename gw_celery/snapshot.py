@@ -38,12 +38,18 @@ class Outlook:
     share: float = 1.0
     #: Workload a second that comes, of that part.
     rate: float = 0.0
-    #: Workload that waits and runs, of that part.
-    backlog: float = 0.0
+    #: Workload that waits, of that part, in the queue and in workers.
+    waiting: float = 0.0
+    #: Inputs that run, of that part.
+    running_inputs: float = 0.0
     #: Workload a second of one replica; ``None`` when nobody knows.
     score: float | None = None
-    #: Replicas that this needs.
+    #: Replicas that this needs now.
     need: float = 0.0
+    #: Replicas that its bursts would need if they came again.
+    keep: float = 0.0
+    #: Whether anything came, waits or runs.
+    is_active: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

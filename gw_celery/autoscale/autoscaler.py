@@ -12,6 +12,7 @@ import logging
 import math
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from celery.worker import autoscale
 from kombu.asynchronous import get_event_loop
 
 from gw_celery import conf, snapshot
-from gw_celery.autoscale import demand, facts, flow, outlook, policy, seats
+from gw_celery.autoscale import demand, facts, outlook, policy, seats, startup
 from gw_celery.declare import services
 from gw_celery.pool import tally, taskpool
 from gw_celery.worker import serving
@@ -27,6 +28,8 @@ from gw_celery.worker import serving
 logger = logging.getLogger(__name__)
 
 _ROUND = 1.0
+#: A start-up that differs by less than this factor, and a second, is the same.
+_NEAR = 1.5
 #: What beat sends to workers is no work for replicas.
 _CONTROL_QUEUE = "gw.control"
 
@@ -59,9 +62,9 @@ class Autoscaler(autoscale.Autoscaler):
         settings = conf.read(worker.app.conf)
         self._rules = _rules(settings)
         self._decider = policy.Decider(self._rules, self._least, self._most)
-        self._start_up = flow.StartUp()
-        self._taken: dict[str, flow.Meter] = {}
-        self._queued: dict[str, flow.Meter] = {}
+        self._start_up = startup.StartUp()
+        self._services: dict[str, outlook.Service] = {}
+        self._life = uuid.uuid4().hex[:12]
         self._demand = demand.Demand(
             worker.app, _queues(worker.app, pool.plan), worker.hostname, self._on_read
         )
@@ -155,8 +158,8 @@ class Autoscaler(autoscale.Autoscaler):
 
     def _decide(self, now: float) -> None:
         self._hub = get_event_loop()
-        self._start_up.see(self.pool.replicas(), now)
-        mine = self._facts(now)
+        self._learn(now)
+        mine = self._facts()
         self._demand.tell(mine)
         reading = self._demand.latest()
         if reading is None:
@@ -176,17 +179,31 @@ class Autoscaler(autoscale.Autoscaler):
         self._see(target, "the broker tells nothing: the size is kept", {}, target, 1)
         self._resize(target, self._seen.why)
 
+    def _learn(self, now: float) -> None:
+        """Follow how long a start takes; what depends on it begins anew when that has changed."""
+        self._start_up.see(self.pool.replicas(), now)
+        seconds = self._start_up.seconds
+        if seconds is None or _is_near(seconds, self._rules.start_up):
+            return
+        self._rules = dataclasses.replace(self._rules, start_up=seconds)
+        self._services.clear()
+        self._decider.follow(self._rules)
+
     def _total(
         self, seen: Mapping[str, snapshot.Outlook], group: Sequence[facts.Facts], now: float
     ) -> int:
         """Replicas that the group of workers should have together."""
-        self._decider.update(
-            sum(one.least for one in group), max(1, sum(one.capacity for one in group))
+        least = sum(one.least for one in group)
+        if self._rules.inactivity_timeout is None:
+            least = max(1, least)
+        self._decider.update(least, sum(one.capacity for one in group))
+        return self._decider.decide(
+            now,
+            sum(one.need for one in seen.values()),
+            sum(one.replicas for one in group),
+            sum(one.keep for one in seen.values()),
+            any(one.is_active for one in seen.values()),
         )
-        if self._start_up.seconds is not None:
-            self._decider.start_up = self._start_up.seconds
-        need = sum(one.need for one in seen.values())
-        return self._decider.decide(now, need, sum(one.replicas for one in group))
 
     def _part(self, group: Sequence[facts.Facts], total: int) -> int:
         """This worker's replicas of those of the group.
@@ -200,7 +217,7 @@ class Autoscaler(autoscale.Autoscaler):
             for one in {me, whole}
         )
 
-    def _facts(self, now: float) -> dict[str, facts.Facts]:
+    def _facts(self) -> dict[str, facts.Facts]:
         tallies, scores = self.pool.tallies(), self.pool.scores()
         replicas = self.pool.replicas()
         failing = sum(one.state == "failed" and one.restarts > 0 for one in replicas)
@@ -215,10 +232,12 @@ class Autoscaler(autoscale.Autoscaler):
                 least=self._least,
                 replicas=max(len(replicas), self.pool.wanted),
                 score=scores.get(key),
-                load=held.waiting + held.running,
-                inputs=held.waiting_inputs + held.running_inputs,
-                # What went back to its queue comes again from there.
-                rate=self._meter(self._taken, key).rate(now, held.arrived - held.given_back),
+                # What was given back to its queue comes again from there.
+                taken=held.arrived - held.given_back,
+                life=self._life,
+                waiting=held.waiting,
+                waiting_inputs=held.waiting_inputs,
+                running_inputs=held.running_inputs,
                 mean=held.mean,
             )
         return found
@@ -226,21 +245,19 @@ class Autoscaler(autoscale.Autoscaler):
     def _outlook(
         self, key: str, mine: facts.Facts, reading: demand.Reading, now: float
     ) -> snapshot.Outlook:
+        if (service := self._services.get(key)) is None:
+            service = outlook.Service(self._slots[key], self._rules, now)
+            self._services[key] = service
         length = None if reading.lengths is None else reading.lengths.get(key)
-        growth = 0.0
-        if length is not None:
-            growth = self._meter(self._queued, key).rate(now, length.messages)
-        consumers = length.consumers if length else None
+        consumers = None if length is None else length.consumers
         if consumers is not None and not self.pool.ready_by_service().get(key):
             consumers += 1  # it would be one, and its queue is closed
-        return outlook.see(
+        return service.see(
+            now,
             mine,
             None if reading.peers is None else reading.peers.get(key, ()),
-            queued=length.messages if length else None,
-            growth=growth,
+            queued=None if length is None else length.messages,
             consumers=consumers,
-            slots=self._slots[key],
-            rules=self._rules,
         )
 
     def _resize(self, replicas: int, why: str) -> None:
@@ -295,9 +312,9 @@ class Autoscaler(autoscale.Autoscaler):
     def _clamped(self, replicas: int) -> int:
         return max(self._least, min(self._most, replicas))
 
-    @staticmethod
-    def _meter(meters: dict[str, flow.Meter], key: str) -> flow.Meter:
-        return meters.setdefault(key, flow.Meter())
+
+def _is_near(seconds: float, known: float) -> bool:
+    return known / _NEAR <= seconds + 1.0 <= known * _NEAR + 2.0
 
 
 def _rules(settings: conf.Settings) -> policy.Rules:
@@ -324,7 +341,7 @@ def _why(seen: Mapping[str, snapshot.Outlook], total: int, workers: int) -> str:
     """Say what the services need, those that need nothing left out."""
     told = [
         f"{key or 'plain tasks'} needs {one.need:.2f} ({one.rate:.3g}/s come, "
-        f"{one.backlog:.3g} wait or run, a replica does "
+        f"{one.waiting:.3g} wait, a replica does "
         f"{'?' if one.score is None else format(one.score, '.3g')}/s)"
         for key, one in seen.items()
         if one.need > 0

@@ -23,12 +23,14 @@ class Facts:
     replicas: int = 0
     #: Workload a second of one replica; ``None`` when nobody knows yet.
     score: float | None = None
-    #: Workload of the inputs that it has taken and not answered.
-    load: float = 0.0
-    #: How many inputs that is.
-    inputs: int = 0
-    #: Workload a second that it took lately.
-    rate: float = 0.0
+    #: Workload that it has taken since it started; what it gave back is not in it.
+    taken: float = 0.0
+    #: Tells a worker from the one that had its name before.
+    life: str = ""
+    #: Workload that it holds and no replica has a slot for, and how many inputs that is.
+    waiting: float = 0.0
+    waiting_inputs: int = 0
+    running_inputs: int = 0
     #: Workload of one input.
     mean: float = 1.0
 

@@ -6,74 +6,111 @@ facts, and takes its part. Work that several groups share is divided by their ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from gw_celery import snapshot
 from gw_celery.autoscale import facts, policy
 
 
-def see(
-    mine: facts.Facts,
-    others: Iterable[facts.Facts] | None,
-    *,
-    queued: int | None,
-    growth: float,
-    consumers: int | None,
-    slots: int,
-    rules: policy.Rules,
-) -> snapshot.Outlook:
-    """Return the outlook of one service.
+class Service:
+    """One service, as the group of this worker sees it.
 
     Args:
-        others: the other workers that serve it; ``None`` when they cannot be known.
-        growth: messages a second by which the queue grows; less than 0 where it shrinks.
-        consumers: workers that consume the queue, where only their number is known.
         slots: inputs of it that a replica holds at a time.
     """
-    all_of_us = [mine, *(others or ())]
-    group = [one for one in all_of_us if one.serves == mine.serves]
-    mean = _mean(all_of_us)
-    if others is None:
-        share = 1.0 / max(1, consumers or 1)
-        inside, queue_share = 1.0, share
-    else:
-        inside = queue_share = share = _part(group, all_of_us)
-    rate = max(0.0, inside * sum(one.rate for one in all_of_us) + queue_share * growth * mean)
-    waits = queue_share * (queued or 0)
-    backlog = waits * mean + inside * sum(one.load for one in all_of_us)
-    inputs = waits + inside * sum(one.inputs for one in all_of_us)
-    score = _score(all_of_us)
-    return snapshot.Outlook(
-        queued=queued,
-        share=share,
-        rate=rate,
-        backlog=backlog,
-        score=score,
-        # What a replica can do is not known: as many as hold all inputs.
-        need=inputs / slots if score is None else policy.need(rate, backlog, score, rules),
-    )
+
+    def __init__(self, slots: int, rules: policy.Rules, now: float) -> None:
+        self._slots = slots
+        self._rules = rules
+        self._meter = policy.Meter(rules, now)
+        self._taken: dict[tuple[str, str], float] = {}
+        self._queued: int | None = None
+
+    def see(
+        self,
+        now: float,
+        mine: facts.Facts,
+        others: Sequence[facts.Facts] | None,
+        *,
+        queued: int | None = None,
+        consumers: int | None = None,
+    ) -> snapshot.Outlook:
+        """Return the outlook as of ``now``; called once a second.
+
+        Args:
+            others: the other workers that serve it; ``None`` when they cannot be known.
+            queued: messages in the broker; ``None`` when it does not tell.
+            consumers: workers that take from there, where no more than their number is known.
+        """
+        workers = [mine, *(others or ())]
+        # What is in other workers is known with them; what is in the queue always.
+        inside = share = _part(mine, workers)
+        if others is None:
+            share = 1.0 / max(1, consumers or 1)
+        mean = _mean(workers)
+        came = inside * self._came(workers) + share * mean * self._grown(queued)
+        self._meter.add(now, came)
+        waits = inside * sum(one.waiting for one in workers) + share * mean * (queued or 0)
+        inputs = inside * sum(one.waiting_inputs for one in workers) + share * (queued or 0)
+        running = inside * sum(one.running_inputs for one in workers)
+        score = _score(workers)
+        need, keep = self._needs(waits, inputs, running, score)
+        return snapshot.Outlook(
+            queued=queued,
+            share=share,
+            rate=self._meter.rate(),
+            waiting=waits,
+            running_inputs=running,
+            score=score,
+            need=need,
+            keep=keep,
+            is_active=came > 0 or inputs > 0 or running > 0,
+        )
+
+    def _needs(
+        self, waits: float, inputs: float, running: float, score: float | None
+    ) -> tuple[float, float]:
+        """Replicas for what is there, and for its bursts to come again."""
+        if score is None:
+            # What a replica can do is not known: as many as hold all inputs.
+            held = (inputs + running) / self._slots
+            return held, held
+        need = policy.need(self._meter.rate(), waits, score, self._rules, inputs / self._slots)
+        return need, self._meter.pace() / (score * self._rules.target_util)
+
+    def _came(self, workers: Sequence[facts.Facts]) -> float:
+        """Workload that workers have taken since the last look: of those that were there then."""
+        before = self._taken
+        self._taken = {(one.worker, one.life): one.taken for one in workers}
+        return sum(taken - before[one] for one, taken in self._taken.items() if one in before)
+
+    def _grown(self, queued: int | None) -> int:
+        before, self._queued = self._queued, queued
+        return 0 if before is None or queued is None else queued - before
 
 
 def group_of(
     mine: Mapping[str, facts.Facts], peers: Mapping[str, Sequence[facts.Facts]] | None
 ) -> list[facts.Facts]:
-    """Return the workers that serve the same as this one, itself among them."""
+    """Return the workers that serve the same as this one, which comes first."""
     any_service, me = next(iter(mine.items()))
     others = () if peers is None else peers.get(any_service, ())
     return [me, *(one for one in others if one.serves == me.serves)]
 
 
-def _part(group: Sequence[facts.Facts], everybody: Sequence[facts.Facts]) -> float:
-    capacity = sum(one.capacity for one in everybody)
+def _part(mine: facts.Facts, workers: Sequence[facts.Facts]) -> float:
+    """The part of the work that falls to the workers that serve what this one serves."""
+    group = [one for one in workers if one.serves == mine.serves]
+    capacity = sum(one.capacity for one in workers)
     if not capacity:
-        return len(group) / len(everybody)
+        return len(group) / len(workers)
     return sum(one.capacity for one in group) / capacity
 
 
 def _mean(workers: Sequence[facts.Facts]) -> float:
-    """The workload of one input: of those that see the most, mostly."""
-    weight = sum(one.inputs + 1 for one in workers)
-    return sum(one.mean * (one.inputs + 1) for one in workers) / weight
+    """The workload of one input, as those know who have taken most."""
+    weight = sum(one.taken + 1.0 for one in workers)
+    return sum(one.mean * (one.taken + 1.0) for one in workers) / weight
 
 
 def _score(workers: Sequence[facts.Facts]) -> float | None:

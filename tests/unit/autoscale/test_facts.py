@@ -13,9 +13,11 @@ ONE = facts.Facts(
     least=1,
     replicas=2,
     score=20.5,
-    load=7.0,
-    inputs=3,
-    rate=1.5,
+    taken=7.5,
+    life="abc",
+    waiting=2.0,
+    waiting_inputs=3,
+    running_inputs=1,
     mean=2.5,
 )
 
@@ -35,9 +37,9 @@ def test_a_score_that_nobody_knows_is_none() -> None:
         {"capacity": "4"},
         {"worker": 7},
         {"at": None},
-        {"load": float("nan")},
+        {"taken": float("nan")},
         {"mean": None},
-        {"rate": True},
+        {"waiting": True},
     ],
 )
 def test_what_is_no_fact_is_refused(change: dict[str, object]) -> None:

@@ -3,30 +3,7 @@ from __future__ import annotations
 import pytest
 
 from gw_celery import snapshot
-from gw_celery.autoscale import flow
-
-
-def test_a_rate_is_that_of_the_last_seconds() -> None:
-    meter = flow.Meter(span=5.0)
-    rates = [meter.rate(second, 10.0 * second) for second in range(10)]
-    assert rates[0] == 0.0
-    assert rates[1:] == pytest.approx([10.0] * 9)
-    stopped = [meter.rate(10.0 + second, 90.0) for second in range(7)]
-    assert stopped[0] > 0
-    assert stopped[-1] == 0.0
-
-
-def test_a_sum_that_falls_has_a_rate_below_zero() -> None:
-    meter = flow.Meter(span=5.0)
-    meter.rate(0.0, 100.0)
-    assert meter.rate(2.0, 80.0) == pytest.approx(-10.0)
-
-
-def test_it_remembers_no_more_than_its_span() -> None:
-    meter = flow.Meter(span=5.0)
-    for second in range(1000):
-        meter.rate(float(second), 0.0)
-    assert len(meter._seen) <= 7
+from gw_celery.autoscale import startup
 
 
 def at(state: str, seconds: float, pid: int | None = 7) -> list[snapshot.Replica]:
@@ -34,7 +11,7 @@ def at(state: str, seconds: float, pid: int | None = 7) -> list[snapshot.Replica
 
 
 def test_a_start_up_lasts_from_the_start_of_a_child_until_it_is_ready() -> None:
-    seen = flow.StartUp()
+    seen = startup.StartUp()
     seen.see(at("starting", 0.25), 100.25)
     seen.see(at("entering", 1.0), 102.0)
     seen.see(at("benchmarking", 1.0), 103.0)
@@ -45,7 +22,7 @@ def test_a_start_up_lasts_from_the_start_of_a_child_until_it_is_ready() -> None:
 
 
 def test_the_newest_start_up_counts_most() -> None:
-    seen = flow.StartUp()
+    seen = startup.StartUp()
     for pid, seconds in enumerate([2.0, 4.0, 8.0]):
         seen.see(at("starting", 0.0, pid), 0.0)
         seen.see(at("ready", 0.0, pid), seconds)
@@ -53,7 +30,7 @@ def test_the_newest_start_up_counts_most() -> None:
 
 
 def test_a_child_that_never_was_ready_or_was_not_seen_loading_teaches_nothing() -> None:
-    seen = flow.StartUp()
+    seen = startup.StartUp()
     seen.see(at("starting", 0.0), 0.0)
     seen.see(at("failed", 0.0, pid=None), 50.0)
     seen.see(at("ready", 9.0, pid=8), 60.0)

@@ -1,34 +1,14 @@
-"""What a worker learns by looking on once a second: how fast work comes, how long starts take."""
+"""How long it takes until a replica is READY, from experience; pure."""
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterable
 
 from gw_celery import snapshot
 
-#: Seconds over which a rate is taken.
-_SPAN = 5.0
 #: What the newest start-up counts in the mean.
 _NEWEST = 0.5
 _LOADING = frozenset({"starting", "entering", "probing", "benchmarking"})
-
-
-class Meter:
-    """How fast a sum grows, over the last seconds."""
-
-    def __init__(self, span: float = _SPAN) -> None:
-        self._span = span
-        self._seen: collections.deque[tuple[float, float]] = collections.deque()
-
-    def rate(self, now: float, total: float) -> float:
-        """Note the sum and return how much it grew a second; less than 0 where it fell."""
-        seen = self._seen
-        seen.append((now, total))
-        while len(seen) > 2 and seen[1][0] <= now - self._span:
-            seen.popleft()
-        since, before = seen[0]
-        return (total - before) / (now - since) if now > since else 0.0
 
 
 class StartUp:
