@@ -6,7 +6,6 @@ transport has no loop; what waits for the broker is in ``demand``.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import logging
 import math
@@ -20,7 +19,7 @@ from celery.worker import autoscale
 from kombu.asynchronous import get_event_loop
 
 from gw_celery import conf, snapshot
-from gw_celery.autoscale import demand, facts, outlook, policy, seats, startup
+from gw_celery.autoscale import demand, facts, outlook, policy, startup
 from gw_celery.declare import services
 from gw_celery.pool import tally, taskpool
 from gw_celery.worker import serving
@@ -64,6 +63,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._decider = policy.Decider(self._rules, self._least, self._most)
         self._start_up = startup.StartUp()
         self._services: dict[str, outlook.Service] = {}
+        self._seats = outlook.Seats()
         self._life = uuid.uuid4().hex[:12]
         self._demand = demand.Demand(
             worker.app, _queues(worker.app, pool.plan), worker.hostname, self._on_read
@@ -212,10 +212,7 @@ class Autoscaler(autoscale.Autoscaler):
         """
         me, *others = group
         whole = dataclasses.replace(me, capacity=self._most)
-        return max(
-            bisect.bisect_right(seats.own_positions([one, *others], me.worker), total)
-            for one in {me, whole}
-        )
+        return max(self._seats.part([one, *others], me.worker, total) for one in {me, whole})
 
     def _facts(self) -> dict[str, facts.Facts]:
         tallies, scores = self.pool.tallies(), self.pool.scores()

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gw_celery import snapshot
-from gw_celery.autoscale import facts, policy
+from gw_celery.autoscale import facts, policy, seats
+
+#: Groups whose order is remembered: this worker as it is and as it would be whole, in turns.
+_MOST_KNOWN = 4
 
 
 class Service:
@@ -96,6 +99,37 @@ def group_of(
     any_service, me = next(iter(mine.items()))
     others = () if peers is None else peers.get(any_service, ())
     return [me, *(one for one in others if one.serves == me.serves)]
+
+
+class Seats:
+    """This worker's part of the replicas of its group, worked out anew when the group changes."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[seats.Peer, ...], list[int]] = {}
+
+    def part(self, group: Sequence[facts.Facts], me: str, total: int) -> int:
+        """Return how many of ``total`` replicas are those of ``me``."""
+        peers = _peers(group)
+        if (positions := self._known.get(peers)) is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            positions = self._known[peers] = seats.own_positions(peers, me)
+        return seats.part(positions, total)
+
+
+def _peers(group: Sequence[facts.Facts]) -> tuple[seats.Peer, ...]:
+    """Weighed by their scores where these differ; what differs little must not move a replica."""
+    scores = [one.score for one in group if one.score]
+    slowest = min(scores) if len(scores) == len(group) else None
+    return tuple(
+        seats.Peer(
+            one.worker,
+            one.capacity,
+            one.least,
+            1.0 if slowest is None or not one.score else float(round(2 * one.score / slowest)) / 2,
+        )
+        for one in group
+    )
 
 
 def _part(mine: facts.Facts, workers: Sequence[facts.Facts]) -> float:

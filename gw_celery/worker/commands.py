@@ -48,7 +48,7 @@ def describe() -> None:
 
 def gw_status(state: Any) -> dict[str, Any]:
     """Show the replicas of a worker: state, pid, slots, in flight, restarts, last error."""
-    scaler = getattr(state.consumer.controller, "autoscaler", None)
+    scaler = state.consumer.controller.autoscaler
     seen = scaler if hasattr(scaler, "seen") else None
     return status(state.consumer.pool, state.hostname, seen).as_json()
 

@@ -40,6 +40,7 @@ def _log_strays(plan: serving.Plan) -> None:
 def _log_what_waits(plan: serving.Plan) -> None:
     """Say once what is declared but does not act on the pool in use."""
     acting = {"concurrent", "batched", "memory_gb"} if plan.pool == serving.GPU_POOL else set()
+    acting |= {"min_workers", "max_workers"} if plan.has_declared_bounds else set()
     waiting = [
         f"{service.name}: {', '.join(named)}"
         for service in plan.served

@@ -38,6 +38,8 @@ class Plan:
     pipes: Pipes | None = None
     #: The devices of each replica of our pool; ``None`` where no service needs any.
     allotment: allotment.Allotment | None = None
+    #: Its size follows the load within what its services declare.
+    has_declared_bounds: bool = False
 
     @property
     def slots(self) -> dict[str, int]:

@@ -52,31 +52,35 @@ def allot(plan: serving.Plan) -> allotment.Allotment | None:
     return allotment.allot(needs, machine.look(plan.settings.gpu_kinds)) if needs else None
 
 
-def fit(worker: Any, plan: serving.Plan, asked: Asked | None) -> None:
+def fit(worker: Any, plan: serving.Plan, asked: Asked | None) -> bool:
     """Set the slots of ``worker``, which Celery calls its concurrency, or their bounds.
+
+    Returns whether the bounds are those that its services declare.
 
     Raises:
         ConfigurationError: when more replicas are asked for than fit.
     """
-    per_replica = sum(plan.slots.values())
     _require_share(plan.settings)
-    scale = worker.options.get("autoscale") or _declared_bounds(plan, asked)
+    per_replica = sum(plan.slots.values())
+    given = worker.options.get("autoscale")
+    scale = given or declared_bounds(plan, asked)
     if scale and not isinstance(scale, str):  # text comes from programs only
         # Celery's own options count slots, those of ``gw worker`` and of services replicas.
         unit = 1 if asked is None else per_replica
         _require_room(plan, math.ceil(max(scale) * unit / per_replica))
-        worker.options["autoscale"] = tuple(bound * unit for bound in scale)
         _require_lengths(worker, min(scale))
-        return
+        worker.options["autoscale"] = tuple(bound * unit for bound in scale)
+        return not given
     replicas = _replicas(plan, asked)
     if replicas is not None:
         _require_room(plan, replicas)
         worker.concurrency = replicas * per_replica
     elif plan.allotment is not None:
         worker.concurrency = _slots_that_fit(worker.concurrency, plan.allotment, per_replica)
+    return False
 
 
-def _declared_bounds(plan: serving.Plan, asked: Asked | None) -> tuple[int, int] | None:
+def declared_bounds(plan: serving.Plan, asked: Asked | None) -> tuple[int, int] | None:
     """The most and the least replicas of a worker that ``gw worker`` started without a size.
 
     A replica holds every service: there are as many as the greediest wants, and as many stay as the

@@ -100,7 +100,8 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None)
     from gw_celery.worker import sizing
 
     plan = dataclasses.replace(plan, allotment=sizing.allot(plan))
-    sizing.fit(worker, plan, wish)
+    is_declared = sizing.fit(worker, plan, wish)
+    plan = dataclasses.replace(plan, has_declared_bounds=is_declared)
     control.guard_size()
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
