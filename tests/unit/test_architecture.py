@@ -34,6 +34,7 @@ FLOORS = {
     "gw_celery.probes.status": 2,
     "gw_celery.benchmarks.score": 2,
     "gw_celery.autoscale.policy": 2,
+    "gw_celery.autoscale.seats": 2,
     "gw_celery.codec": 2,
     "gw_celery.runtime": 3,
     "gw_celery.pool.child": 3,
