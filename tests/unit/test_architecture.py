@@ -34,7 +34,7 @@ FLOORS = {
     "gw_celery.probes.status": 2,
     "gw_celery.benchmarks.score": 2,
     "gw_celery.autoscale.facts": 2,
-        "gw_celery.autoscale.outlook": 2,
+    "gw_celery.autoscale.outlook": 2,
     "gw_celery.autoscale.policy": 2,
     "gw_celery.autoscale.seats": 2,
     "gw_celery.autoscale.startup": 2,
