@@ -137,10 +137,10 @@ class Meter:
 class Largest:
     """The largest number of the last ``window`` seconds, in constant time."""
 
-    __slots__ = ("_falling", "_window")
+    __slots__ = ("_falling", "window")
 
     def __init__(self, window: float) -> None:
-        self._window = window
+        self.window = window
         self._falling: collections.deque[tuple[float, float]] = collections.deque()
 
     def add(self, now: float, number: float) -> float:
@@ -149,7 +149,7 @@ class Largest:
         while falling and falling[-1][1] <= number:
             falling.pop()
         falling.append((now, number))
-        while falling[0][0] < now - self._window:
+        while falling[0][0] < now - self.window:
             falling.popleft()
         return falling[0][1]
 
@@ -170,6 +170,12 @@ class Decider:
         """Change the bounds; ``most`` is never below ``least``."""
         self.least = max(0, least)
         self.most = max(self.least, most)
+
+    def follow(self, rules: Rules) -> None:
+        """Change the rules; what was needed of late is not forgotten for it."""
+        self._rules = rules
+        self._needed.window = rules.residence
+        self._kept.window = max(rules.window, rules.residence)
 
     def decide(
         self,

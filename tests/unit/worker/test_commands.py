@@ -60,7 +60,8 @@ def pool() -> Pool:
 @pytest.fixture
 def state(pool: Pool) -> Any:
     """What Celery gives to every remote-control command."""
-    return SimpleNamespace(consumer=SimpleNamespace(pool=pool), hostname="gpu@host")
+    consumer = SimpleNamespace(pool=pool, controller=SimpleNamespace(autoscaler=None))
+    return SimpleNamespace(consumer=consumer, hostname="gpu@host")
 
 
 def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state: Any) -> None:
@@ -73,7 +74,20 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "open_queues": ["cpu.embed"],
         "closed_queues": ["cpu.classify"],
         "outage": "gone",
+        "scaling": None,
     }
+
+
+def test_the_status_tells_what_our_autoscaler_decided_and_celerys_has_nothing_to_tell(
+    state: Any,
+) -> None:
+    outlook = snapshot.Outlook(queued=7, need=1.5)
+    seen = snapshot.Scaling(least=1, most=4, desired=2, services={"embed": outlook})
+    state.consumer.controller.autoscaler = SimpleNamespace(seen=lambda: seen)
+    told = json.loads(json.dumps(commands.gw_status(state)))["scaling"]
+    assert (told["desired"], told["services"]["embed"]["need"]) == (2, 1.5)
+    state.consumer.controller.autoscaler = SimpleNamespace(info=dict)
+    assert commands.gw_status(state)["scaling"] is None
 
 
 def test_a_pool_without_services_has_no_gate_and_a_status(state: Any) -> None:
