@@ -134,6 +134,7 @@ class Autoscaler(autoscale.Autoscaler):
         with self.mutex:
             wanted = self.pool.wanted + self._replicas(n)
             self._set_bounds(max(self._most, wanted), self._least)
+            self._decider.hold(time.monotonic(), wanted)
             self._resize(wanted, "an operator asked for more")
 
     def force_scale_down(self, n: int) -> None:

@@ -177,6 +177,10 @@ class Decider:
         self._needed.window = rules.residence
         self._kept.window = max(rules.window, rules.residence)
 
+    def hold(self, now: float, replicas: int) -> None:
+        """Keep what an operator asked for, as if the load had."""
+        self._needed.add(now, replicas)
+
     def decide(
         self,
         now: float,

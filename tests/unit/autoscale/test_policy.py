@@ -244,3 +244,10 @@ def test_rules_change_and_what_was_needed_is_not_forgotten() -> None:
     decider.follow(policy.Rules(start_up=100.0, target_queue_time=1.0))
     assert decider.decide(300.0, 0.0, 5, keep=0.0) == 5
     assert decider.decide(500.0, 0.0, 5, keep=0.0) == 1
+
+
+def test_what_an_operator_asked_for_is_kept_for_a_while() -> None:
+    decider = policy.Decider(RULES, 1, 9)
+    decider.hold(0.0, 4)
+    assert decided(decider, [0.0] * 10, 4) == [4] * 10
+    assert decided(decider, [0.0] * 1000, 4)[-1] == 1
