@@ -1,4 +1,4 @@
-"""What a caller says of an input in the headers of its message, for workers that never decode it."""
+"""What a caller says of an input in its headers, for workers that never decode its body."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Told:
     """
 
     def __init__(self, lifetime: float) -> None:
-        self._lifetime = lifetime
+        self.lifetime = lifetime
         self._heard: dict[str, tuple[str, float]] = {}
 
     def hear(self, told: Mapping[str, str], now: float) -> list[Load]:
@@ -102,10 +102,10 @@ class Told:
             else (text, now)
             for worker, text in told.items()
         }
-        alive = (text for text, since in self._heard.values() if now - since <= self._lifetime)
+        alive = (text for text, since in self._heard.values() if now - since <= self.lifetime)
         return [load for text in alive if (load := read(text)) is not None]
 
     def silent(self, now: float) -> list[str]:
         """The workers that are gone for good."""
-        long_ago = now - 10 * self._lifetime
+        long_ago = now - 10 * self.lifetime
         return [worker for worker, (_, since) in self._heard.items() if since < long_ago]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gw_celery import headers
@@ -44,6 +44,14 @@ class Tally:
     mean: float = headers.DEFAULT_WORKLOAD
     #: Seconds that what was served had a slot, all added up.
     busy: float = 0.0
+
+
+def mean(found: Iterable[Tally]) -> float:
+    """Return the mean workload of an input of several services."""
+    listed = list(found)
+    if not (inputs := sum(one.arrived_inputs for one in listed)):
+        return headers.DEFAULT_WORKLOAD
+    return sum(one.mean * one.arrived_inputs for one in listed) / inputs
 
 
 class _Place(enum.Enum):

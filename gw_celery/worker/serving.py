@@ -47,6 +47,12 @@ class Plan:
         return {one.key: one.max_inputs for one in self.served} | {services.PLAIN: 1}
 
     @property
+    def queue_times(self) -> dict[str, float]:
+        """Seconds that an input may wait until it begins, for each service with such a limit."""
+        found = {one.key: one.max_queue_time(self.settings.max_queue_time) for one in self.served}
+        return {key: limit for key, limit in found.items() if limit is not None}
+
+    @property
     def service_queues(self) -> dict[str, str]:
         """The service of each queue; of the first one where several share a queue."""
         return {one.queue: one.key for one in reversed(self.served)}
