@@ -32,6 +32,8 @@ class Settings:
     start_timeout: float = 600.0
     #: Time that a child of the pool has to import the app.
     boot_timeout: float = 30.0
+    #: Time that the benchmarks of a child have, all of them together.
+    benchmark_timeout: float = 120.0
     #: Time that a draining replica has, unless an input in flight may run for longer.
     drain_timeout: float = 30.0
     #: Silence after which a child of the pool counts as frozen.

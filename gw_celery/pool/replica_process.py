@@ -69,7 +69,7 @@ class Outages:
 
 
 def run(channel: socket.socket, setup: dict[str, Any]) -> int:
-    """Load, report READY, run inputs until told to leave; returns the exit code."""
+    """Load, report that all is entered, run inputs until told to leave; returns the exit code."""
     try:
         loaded = load(setup)
     except BaseException as exc:
@@ -173,7 +173,7 @@ class Child(asyncio.Protocol):
             return 1
         if runtime is None:
             return 0
-        self.report((wire.Report.READY,))
+        self.report((wire.Report.ENTERED,))
         self._beat_at = time.monotonic()
         self._beat()
         await self._leaving.wait()

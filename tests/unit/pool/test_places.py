@@ -7,7 +7,7 @@ import pytest
 from gw_celery import conf, snapshot
 from gw_celery.pool import devices, places, replica
 
-LIMITS = replica.Deadlines(boot=1, start=1, drain=1, heartbeat=1)
+LIMITS = replica.Deadlines(boot=1, start=1, benchmark=1, drain=1, heartbeat=1)
 
 
 class Child:
@@ -23,6 +23,8 @@ class Child:
         if is_ready:
             self.life.loaded(1.0)
             self.life.entered(2.0)
+            self.life.probed(2.0)
+            self.life.measured(2.0)
 
 
 def replicas_of(count: int) -> places.Places:
