@@ -52,6 +52,8 @@ class Measurement:
         # The same inputs each time, so that two measures differ by the replica alone.
         self._random = random.Random(self._method.task_name)
         self._has_logged = False
+        #: An input goes on that was stopped, and cannot be ended.
+        self.is_stuck = False
 
     async def run(self) -> score.Score:
         """Return the score, after a pass that is not counted.
@@ -87,7 +89,8 @@ class Measurement:
             if left := [one for one in tasks if not one.done()]:
                 for call in calls:
                     call.input.stop()
-                await asyncio.wait(left, timeout=self._grace)
+                _, going_on = await asyncio.wait(left, timeout=self._grace)
+                self.is_stuck = bool(going_on)
 
     async def _one(self, call: _Call) -> None:
         # A task of its own, and so a context: it is the input's.

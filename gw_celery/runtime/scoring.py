@@ -16,6 +16,9 @@ from gw_celery.runtime import benchmark, loop
 
 logger = logging.getLogger(__name__)
 
+#: Seconds over those that the inputs of a benchmark have to end.
+_MARGIN = 1.0
+
 
 class Scoring:
     """The scores of a replica's tasks; on its loop.
@@ -62,6 +65,13 @@ class Scoring:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def stop(self) -> None:
+        """End what is being measured: this replica leaves."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._settings.cancel_timeout + _MARGIN)
+
     async def _answer(self, call: int, name: str, *how: Any) -> None:
         try:
             answer = await self._scored(name, *how)
@@ -82,12 +92,12 @@ class Scoring:
         key = await loop.in_thread(self._fingerprint, task, devices)
         if key and may_be_old and (kept := await loop.in_thread(self._found, key)) is not None:
             return {"score": score.to_json(kept.score), "age": kept.age}
-        measured = await self._measured(task, within)
+        measured = await self._measured(task, within, is_again=not may_be_old)
         if key:
             await loop.in_thread(self._keep, key, measured)
         return {"score": score.to_json(measured), "age": None}
 
-    async def _measured(self, task: Any, within: float) -> score.Score:
+    async def _measured(self, task: Any, within: float, *, is_again: bool) -> score.Score:
         logger.info("the benchmark of %s begins", task.name)
         measurement = benchmark.Measurement(task, self._called, self._settings.cancel_timeout)
         bound = asyncio.timeout(within)
@@ -97,6 +107,8 @@ class Scoring:
         except TimeoutError as exc:
             if not bound.expired():
                 raise
+            if is_again and measurement.is_stuck:  # else the parent ends this process anyway
+                self._report((wire.Report.STUCK, task.name))
             raise score.NoScore(
                 f"it was not over after {within:.0f} s (setting gw_benchmark_timeout)"
             ) from exc
