@@ -36,7 +36,7 @@ class Benchmark:
     value: float
     least: float
     most: float
-    #: The throughput of every round, in their order.
+    #: The throughput of each round, in their order, of the first 100.
     rounds: tuple[float, ...]
     success_rate: float
     #: Latencies of its inputs.

@@ -25,6 +25,8 @@ from gw_celery.declare import markers, registry, services
 #: Of what is written; a new one measures everything again.
 _VERSION = 1
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+#: What a class may hold that reads the same in every process.
+_CONSTANTS = (bool, int, float, str, bytes)
 #: Libraries whose version changes what a model does in a second.
 _LIBRARIES = ("gw-celery", "torch")
 
@@ -86,6 +88,8 @@ def _compiled(thing: Any) -> Iterator[str]:
             if inspect.isroutine(inspect.unwrap(function)):
                 yield name
                 yield from _compiled(function)
+            elif isinstance(value, _CONSTANTS) and not name.startswith("__"):
+                yield f"{name} = {value!r}"
         return
     body = getattr(inspect.unwrap(thing), "__code__", thing)
     if isinstance(body, types.CodeType):

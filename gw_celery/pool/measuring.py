@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 _OF_TIME = 0.9
 
 
+#: Rounds of a benchmark that operators see: what they see travels to whoever asks.
+_MOST_SHOWN = 100
+
+
 class Failed(Exception):
     """Raised for a task that has no score, in words for the operator."""
 
@@ -191,8 +195,10 @@ class Measuring:
             found = [one.scores[name] for one in self._progress.values() if name in one.scores]
             if found:
                 latest = max(found, key=lambda one: one.since)
-                figures = {**score.to_json(latest.score), "age": now - latest.since}
-                yield snapshot.Benchmark(**figures, is_kept=latest.is_kept)
+                figures = score.to_json(latest.score)
+                figures["rounds"] = figures["rounds"][:_MOST_SHOWN]
+                age = now - latest.since
+                yield snapshot.Benchmark(**figures, age=age, is_kept=latest.is_kept)
 
     def _update(self) -> None:
         for service, names in self._benchmarked.items():
