@@ -22,7 +22,7 @@ from gw_celery import conf, snapshot
 from gw_celery.autoscale import demand, facts, outlook, policy, startup
 from gw_celery.declare import services
 from gw_celery.pool import tally, taskpool
-from gw_celery.worker import serving
+from gw_celery.worker import hooks, serving
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ class Autoscaler(autoscale.Autoscaler):
         mutex: Any = None,
     ) -> None:
         super().__init__(pool, max_concurrency, min_concurrency, worker, keepalive, mutex)
-        self._slots: Mapping[str, int] = pool.slots
+        plan = hooks.plan()
+        self._slots = plan.slots if plan else {services.PLAIN: 1}
         self._unit = sum(self._slots.values())
         self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
         settings = conf.read(worker.app.conf)
@@ -66,7 +67,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._seats = outlook.Seats()
         self._life = uuid.uuid4().hex[:12]
         self._demand = demand.Demand(
-            worker.app, _queues(worker.app, pool.plan), worker.hostname, self._on_read
+            worker.app, _queues(worker.app, plan), worker.hostname, self._on_read
         )
         self._seen = snapshot.Scaling(least=self._least, most=self._most)
         self._hub: Any = None

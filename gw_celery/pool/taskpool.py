@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from celery.concurrency.base import BasePool
@@ -32,7 +32,7 @@ from gw_celery.pool import (
     tally,
 )
 from gw_celery.pool.redis_found import redis_of
-from gw_celery.worker import draining, gate, hooks, notices, serving
+from gw_celery.worker import draining, gate, hooks, notices
 
 hooks.listen()
 
@@ -73,6 +73,7 @@ class TaskPool(BasePool):
             settings=settings,
             slots=slots,
             first={},
+            benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
             queue_times=plan.queue_times if plan else {},
             max_tasks=options.get("maxtasksperchild"),
@@ -93,6 +94,7 @@ class TaskPool(BasePool):
         self._replicas: tuple[snapshot.Replica, ...] = ()
         #: Slots of the READY replicas, as of the last tick.
         self._slots: dict[str, int] = {}
+        self._scores: dict[str, snapshot.Score] = {}
 
     # -- size --
 
@@ -108,16 +110,6 @@ class TaskPool(BasePool):
     def wanted(self) -> int:
         """Replicas that were asked for."""
         return self._replicas_for(self.limit)
-
-    @property
-    def slots(self) -> Mapping[str, int]:
-        """Inputs in flight of each service in one replica."""
-        return self._setup.slots
-
-    @property
-    def plan(self) -> serving.Plan | None:
-        """What the worker serves; ``None`` where there is no App."""
-        return self._plan
 
     def grow(self, n: int = 1) -> None:
         """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
@@ -274,6 +266,18 @@ class TaskPool(BasePool):
         """The replicas as they were at the last tick."""
         return self._replicas
 
+    def scores(self) -> dict[str, float | None]:
+        """Workload per second of one replica, by service; ``None`` while it is not known."""
+        return self.supervisor.scores()
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        """Where the scores come from, as it was at the last tick."""
+        return self._scores
+
+    def benchmark_tick(self) -> None:
+        """Have every replica measured again, one after the other, when it has nothing to do."""
+        self.supervisor.measure_again()
+
     def _get_info(self) -> dict[str, Any]:
         options = self.options
         return {
@@ -287,6 +291,7 @@ class TaskPool(BasePool):
             "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
             "gw_outage": self.outage(),
             "gw_tallies": {key: dataclasses.asdict(one) for key, one in self.tallies().items()},
+            "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
         }
 
     # -- driving --
@@ -387,6 +392,7 @@ class TaskPool(BasePool):
     def _see(self) -> None:
         self._replicas = self.supervisor.replicas()
         self._slots = self.supervisor.ready_by_service()
+        self._scores = self.supervisor.seen_scores()
 
     def _look(self) -> tuple[dict[str, tally.Tally], dict[str, int]]:
         return self.tallies(), self._slots

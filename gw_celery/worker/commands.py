@@ -27,6 +27,7 @@ def status(pool: Any, hostname: str, autoscaler: Any = None) -> snapshot.Worker:
         closed_queues=gate.closed_queues() if gate else (),
         outage=pool.outage(),
         scaling=None if autoscaler is None else autoscaler.seen(),
+        scores=pool.seen_scores(),
     )
 
 

@@ -16,6 +16,7 @@ import gw_celery.autoscale
 from gw_celery import snapshot
 from gw_celery.autoscale import autoscaler, demand, facts, lengths
 from gw_celery.pool import tally, taskpool
+from gw_celery.worker import hooks
 
 SLOTS = {"model": 4, "": 1}
 
@@ -29,9 +30,6 @@ class Pool(taskpool.TaskPool):
         self.known_scores: dict[str, float | None] = {"model": 10.0}
         self.failed = 0
         self.maintained = 0
-
-    slots = SLOTS  # type: ignore[assignment]
-    plan = None
 
     @property
     def wanted(self) -> int:
@@ -73,6 +71,8 @@ class Scaled:
         self.app = Celery("scaled", broker="memory://", set_as_current=False)
         self.app.conf.update(settings)
         self.pool = Pool()
+        plan = types.SimpleNamespace(slots=SLOTS, queues=["cpu.model"], service_queues={})
+        monkeypatch.setattr(hooks, "_plan", plan)
         worker = types.SimpleNamespace(app=self.app, hostname="gpu@me")
         self.scaler = autoscaler.Autoscaler(self.pool, 20, 5, worker=worker)
         self.now = 1000.0
@@ -107,7 +107,7 @@ def test_it_is_found_where_the_setting_names_it() -> None:
 
 
 def test_another_pool_has_celerys_own() -> None:
-    pool = types.SimpleNamespace(num_processes=1)
+    pool: Any = types.SimpleNamespace(num_processes=1)
     found = autoscaler.Autoscaler(pool, 3, 1, worker=None, mutex=None)
     assert type(found) is celerys.Autoscaler
     assert (found.max_concurrency, found.keepalive) == (3, celerys.AUTOSCALE_KEEPALIVE)
@@ -223,13 +223,15 @@ def test_a_worker_that_is_gone_leaves_its_part_to_the_others(scaled: Scaled) -> 
     assert scaled.after(1) == 4
 
 
-def test_a_replica_that_cannot_start_is_taken_over_and_tried_on(scaled: Scaled) -> None:
+def test_a_replica_that_cannot_start_is_taken_over_and_tried_on(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scaled.queued = 190
     scaled.after(1)
     scaled.pool.failed = 2
     scaled.peers = (other("gpu@two", least=1),)
-    told = {}
-    scaled.scaler._demand.tell = told.update  # type: ignore[method-assign]
+    told: dict[str, facts.Facts] = {}
+    monkeypatch.setattr(scaled.scaler._demand, "tell", told.update)
     assert scaled.after(1) >= 1
     assert told["model"].capacity == 2
     assert scaled.pool.wanted >= 1

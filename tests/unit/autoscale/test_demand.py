@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,7 +81,7 @@ class Broker:
         if not self.is_up:
             raise ConnectionResetError("gone")
         counted = {"model": lengths.Length(1)}
-        return demand.Reading(at=demand.time.monotonic(), lengths=counted, peers=None)
+        return demand.Reading(at=time.monotonic(), lengths=counted, peers=None)
 
     def leave(self) -> None: ...
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -27,7 +28,7 @@ def test_facts_are_read_as_they_were_written() -> None:
 
 
 def test_a_score_that_nobody_knows_is_none() -> None:
-    unknown = facts.dataclasses.replace(ONE, score=None)
+    unknown = dataclasses.replace(ONE, score=None)
     assert facts.loads(unknown.dumps(1.0).encode())[0].score is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -95,10 +96,10 @@ def test_between_rounds_redis_is_left_alone(client: redis.Redis) -> None:
 def test_the_more_workers_there_are_the_seldomer_each_asks(client: redis.Redis) -> None:
     one = Worker(client, "gpu@one")
     at = client.time()[0]
-    many = {f"gpu@{number}": facts.Facts(worker=f"gpu@{number}").dumps(at) for number in range(499)}
-    client.hset(KEY, mapping=many)
+    for number in range(499):
+        client.hset(KEY, f"gpu@{number}", facts.Facts(worker=f"gpu@{number}").dumps(at))
     one.round()
-    assert one.peers._next - peers.time.monotonic() == pytest.approx(4.5, abs=0.4)
+    assert one.peers._next - time.monotonic() == pytest.approx(4.5, abs=0.4)
 
 
 def test_facts_are_the_workers_own(client: redis.Redis) -> None:

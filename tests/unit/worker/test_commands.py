@@ -48,6 +48,9 @@ class Pool:
     def tallies(self) -> dict[str, tally.Tally]:
         return {"embed": TALLY}
 
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        return {}
+
     def outage(self) -> str:
         return "gone"
 
@@ -82,6 +85,7 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "closed_queues": ["cpu.classify"],
         "outage": "gone",
         "scaling": None,
+        "scores": {},
     }
 
 
