@@ -72,7 +72,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._seen = snapshot.Scaling(least=self._least, most=self._most)
         self._hub: Any = None
         self._asked = threading.Event()
-        self._next = 0.0
+        self._judged: demand.Reading | None = None
         self._is_over = False
 
     # -- the life of the worker --
@@ -95,14 +95,16 @@ class Autoscaler(autoscale.Autoscaler):
         self._asked.clear()
 
     def maybe_scale(self, req: Any = None) -> None:
-        """Decide once a second; a message decides nothing."""
+        """Decide when something new has been read, once a second; a message decides nothing."""
         if req is not None or self._is_over:
             return
-        now = time.monotonic()
-        # After a reconnect Celery may have two timers for this.
-        if now >= self._next:
-            self._next = now + 0.5 * _ROUND
-            self._decide(now)
+        self._hub = get_event_loop()
+        reading = self._demand.latest()
+        if reading is None:
+            self._hold()
+        elif reading is not self._judged:
+            self._judged = reading
+            self._decide(reading, time.monotonic())
 
     def on_task_received(self, req: Any) -> None:
         """Celery's own autoscaler notes the time; the thread counts what comes."""
@@ -158,15 +160,11 @@ class Autoscaler(autoscale.Autoscaler):
 
     # -- deciding --
 
-    def _decide(self, now: float) -> None:
-        self._hub = get_event_loop()
+    def _decide(self, reading: demand.Reading, now: float) -> None:
         self._learn(now)
+        # Seen together with the queues: what has moved from there since would be counted twice.
         mine = self._facts()
         self._demand.tell(mine)
-        reading = self._demand.latest()
-        if reading is None:
-            self._hold()
-            return
         seen = {key: self._outlook(key, told, reading, now) for key, told in mine.items()}
         group = outlook.group_of(mine, reading.peers)
         total = self._total(seen, group, now)
@@ -204,7 +202,7 @@ class Autoscaler(autoscale.Autoscaler):
             sum(one.need for one in seen.values()),
             sum(one.replicas for one in group),
             sum(one.keep for one in seen.values()),
-            any(one.is_active for one in seen.values()),
+            self._start_up.is_loading or any(one.is_active for one in seen.values()),
         )
 
     def _part(self, group: Sequence[facts.Facts], total: int) -> int:
@@ -293,8 +291,8 @@ class Autoscaler(autoscale.Autoscaler):
         )
 
     def _on_read(self) -> None:
-        """Called in the thread: what waits for the first replica should not wait for a timer."""
-        if not self._demand.is_at_zero or self._is_over:
+        """Called in the thread: have it judged now, while it is true."""
+        if self._is_over:
             return
         if self._hub is not None:
             self._hub.call_soon(self.maybe_scale)

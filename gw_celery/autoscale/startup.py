@@ -30,6 +30,11 @@ class StartUp:
                 self._learn(now - one.seconds_in_state - self._began[one.pid])
         self._began = began
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether a child is on its way: one that nobody has used yet is not idle."""
+        return bool(self._began)
+
     def _learn(self, seconds: float) -> None:
         known = self.seconds
         seconds = max(0.0, seconds)

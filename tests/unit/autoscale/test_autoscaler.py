@@ -141,13 +141,16 @@ def test_a_message_decides_nothing(scaled: Scaled) -> None:
     assert scaled.pool.wanted == 1
 
 
-def test_a_second_timer_decides_nothing_more(scaled: Scaled, monkeypatch: Any) -> None:
-    decided: list[float] = []
-    monkeypatch.setattr(scaled.scaler, "_decide", decided.append)
+def test_what_was_read_is_judged_once_however_many_timers_there_are(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided: list[Any] = []
+    monkeypatch.setattr(scaled.scaler, "_decide", lambda *given: decided.append(given))
+    reading = scaled.latest()
+    monkeypatch.setattr(scaled.scaler._demand, "latest", lambda: reading)
     for _ in range(3):
-        scaled.after(1)
         scaled.scaler.maybe_scale()
-    assert len(decided) == 3
+    assert decided == [(reading, scaled.now)]
 
 
 def test_a_worker_that_stops_is_left_alone(scaled: Scaled) -> None:
@@ -197,6 +200,20 @@ def test_before_the_last_replica_goes_the_others_do(monkeypatch: pytest.MonkeyPa
     assert set(sizes) >= {3, 1, 0}
     assert sizes == sorted(sizes, reverse=True)
     assert sizes.count(1) > 1
+    scaled.app.close()
+
+
+def test_a_replica_that_loads_for_longer_than_that_does_not_go_before_it_was_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scaled = Scaled(monkeypatch, gw_inactivity_timeout=5.0)
+    scaled.scaler.update(min=0)
+    loading = snapshot.Replica(number=0, state="entering", pid=7)
+    with monkeypatch.context() as patch:
+        patch.setattr(scaled.pool, "replicas", lambda: (loading,))
+        assert scaled.after(60) == 1
+    assert scaled.after(4) == 1
+    assert scaled.after(4) == 0
     scaled.app.close()
 
 
@@ -316,11 +333,11 @@ def test_celerys_thread_decides_where_there_is_no_loop(
     assert scaled.pool.wanted == 3
 
 
-def test_the_thread_that_reads_wakes_what_has_nothing_loaded(scaled: Scaled) -> None:
+def test_what_was_read_is_judged_in_the_thread_of_the_loop_at_once(scaled: Scaled) -> None:
     woken: list[Any] = []
     scaled.scaler._hub = types.SimpleNamespace(call_soon=woken.append)
     scaled.scaler._on_read()
-    assert woken == []
-    scaled.scaler._demand.is_at_zero = True
-    scaled.scaler._on_read()
     assert woken == [scaled.scaler.maybe_scale]
+    scaled.scaler.end()
+    scaled.scaler._on_read()
+    assert len(woken) == 1
