@@ -122,7 +122,8 @@ def test_an_operator_changes_the_bounds_and_sees_what_was_decided(start: Start) 
     found = pooling.ask(worker, "stats", scaled.celery)["autoscaler"]
     assert (found["max"], found["min"], found["current"]) == (15, 10, 10)
     assert found["gw"]["services"]["scaled.infer"]["queued"] == 0
-    seen = eventually(lambda: shown if (shown := status(worker)["scaling"])["desired"] == 2 else 0)
+    eventually(lambda: status(worker)["scaling"]["desired"] == 2)
+    seen = status(worker)["scaling"]
     assert (seen["least"], seen["most"], seen["actual"]) == (2, 3, 2)
 
 
@@ -186,7 +187,6 @@ def test_without_redis_workers_divide_a_queue_by_its_consumers(
         seen: float = status(worker, on_rabbitmq)["scaling"]["services"]["scaled.infer"]["share"]
         return seen
 
-    for worker in workers:
-        eventually(lambda worker=worker: share(worker) == 0.5, 30)
+    eventually(lambda: [share(worker) for worker in workers] == [0.5, 0.5], 30)
     busy(16, on_rabbitmq)
     assert sum(settled(*workers, app=on_rabbitmq)) <= 6

@@ -15,10 +15,10 @@ def test_a_start_up_lasts_from_the_start_of_a_child_until_it_is_ready() -> None:
     seen.see(at("starting", 0.25), 100.25)
     seen.see(at("entering", 1.0), 102.0)
     seen.see(at("benchmarking", 1.0), 103.0)
-    assert seen.is_loading
+    is_loading = [seen.is_loading]
     seen.see(at("ready", 0.5), 104.0)
     assert seen.seconds == pytest.approx(3.5)
-    assert not seen.is_loading
+    assert [*is_loading, seen.is_loading] == [True, False]
     seen.see(at("ready", 1.5), 105.0)
     assert seen.seconds == pytest.approx(3.5)
 
