@@ -3,7 +3,7 @@
 Three questions, asked in this order once a second:
 
 - ``Meter``: how much arrives, and how large are its bursts?
-- ``need`` and ``Meter.pace``: how many replicas would that keep busy, now and should it come again?
+- ``need`` and ``kept``: how many replicas does that take, now and should it come again?
 - ``Decider``: up at once; down only below everything that was needed of late.
 
 Two durations shape all of it: ``target_queue_time``, which an input may wait, and ``start_up``,
@@ -73,6 +73,11 @@ def need(
     rate = max(rate, rules.min_load)
     late = min(backlog / (rules.target_queue_time * score), at_hand)
     return max(rate / (score * rules.target_util), rate / score + late)
+
+
+def kept(pace: float, score: float, rules: Rules) -> float:
+    """The replicas that one service needs for its bursts, should they come again (`Meter.pace`)."""
+    return pace / (score * rules.target_util)
 
 
 class Meter:
@@ -194,8 +199,8 @@ class Decider:
         Arguments:
             need: replicas that the load needs now; ``None`` when nobody knows: the size is held.
             actual: replicas that there are, starting and draining ones included.
-            keep: replicas that its bursts would need if they came again (``Meter.pace`` over score
-                and ``target_util``); without it, what was needed is kept for as long.
+            keep: replicas that its bursts would need if they came again (`kept`); without it,
+                what was needed is kept for as long.
             is_active: whether anything arrived since the last call, waits or runs; without it, a
                 need is activity.
         """
