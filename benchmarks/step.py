@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime as dt
 import json
 import os
 import tempfile
@@ -166,15 +167,26 @@ def _zero(server: devserver.Server, folder: Path) -> None:
     try:
         worker.wait_ready()
         testing.eventually(lambda: not worker.replicas(), 60)
-        began = time.monotonic()
-        step_app.Model().infer.delay(0, began).get(timeout=60)
-        answered = time.monotonic() - began
-        (seen,) = [
-            one for one in worker.log_text().splitlines() if "1 replicas instead of 0" in one
-        ]
-        print(json.dumps({"from zero, seconds": round(answered, 2)}), seen)
+        began = time.time()
+        step_app.Model().infer.delay(0, time.monotonic()).get(timeout=60)
+        answered = time.time() - began
+        noticed = _logged(worker, "1 replicas instead of 0")
+        start_up = _logged(worker, "is ready\n") - noticed
+        figures = {
+            "from zero": answered,
+            "of that until it was noticed": noticed - began,
+            "and until a replica was ready": start_up,
+            "over start-up": answered - start_up,
+        }
+        print(json.dumps({name: round(seconds, 2) for name, seconds in figures.items()}))
     finally:
         worker.stop()
+
+
+def _logged(worker: testing.Worker, text: str) -> float:
+    """When the last line with this text was written."""
+    (*_, line) = [one for one in worker.log_text().splitlines(keepends=True) if text in one]
+    return dt.datetime.strptime(line[1:24], "%Y-%m-%d %H:%M:%S,%f").timestamp()
 
 
 def _drawn(watch: Watch) -> str:
