@@ -186,7 +186,8 @@ def _zero(server: devserver.Server, folder: Path) -> None:
 def _logged(worker: testing.Worker, text: str) -> float:
     """When the last line with this text was written."""
     (*_, line) = [one for one in worker.log_text().splitlines(keepends=True) if text in one]
-    return dt.datetime.strptime(line[1:24], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+    written = dt.datetime.strptime(line[1:24], "%Y-%m-%d %H:%M:%S,%f")  # noqa: DTZ007
+    return written.timestamp()  # the log, too, is in local time
 
 
 def _drawn(watch: Watch) -> str:

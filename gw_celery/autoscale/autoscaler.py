@@ -57,6 +57,7 @@ class Autoscaler(autoscale.Autoscaler):
         super().__init__(pool, max_concurrency, min_concurrency, worker, keepalive, mutex)
         plan = hooks.plan()
         self._slots = plan.slots if plan else {services.PLAIN: 1}
+        self._targets = {one.key: one.target_inputs for one in plan.served} if plan else {}
         self._unit = sum(self._slots.values())
         self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
         settings = conf.read(worker.app.conf)
@@ -243,7 +244,7 @@ class Autoscaler(autoscale.Autoscaler):
         self, key: str, mine: facts.Facts, reading: demand.Reading, now: float
     ) -> snapshot.Outlook:
         if (service := self._services.get(key)) is None:
-            service = outlook.Service(self._slots[key], self._rules, now)
+            service = outlook.Service(self._targets.get(key, 1), self._rules, now)
             self._services[key] = service
         length = None if reading.lengths is None else reading.lengths.get(key)
         consumers = None if length is None else length.consumers

@@ -19,11 +19,11 @@ class Service:
     """One service, as the group of this worker sees it.
 
     Args:
-        slots: inputs of it that a replica holds at a time.
+        target: inputs of it that a replica is meant to hold at a time.
     """
 
-    def __init__(self, slots: int, rules: policy.Rules, now: float) -> None:
-        self._slots = slots
+    def __init__(self, target: int, rules: policy.Rules, now: float) -> None:
+        self._target = target
         self._rules = rules
         self._meter = policy.Meter(rules, now)
         self._taken: dict[tuple[str, str], float] = {}
@@ -58,6 +58,9 @@ class Service:
         running = inside * sum(one.running_inputs for one in workers)
         score = _score(workers)
         need, keep = self._needs(waits, inputs, running, score)
+        if queued is None and self._is_full(inputs + running, mine.replicas):
+            # No more is taken than there are slots for: what else waits nobody can tell.
+            need = max(need, mine.replicas + 1.0)
         return snapshot.Outlook(
             queued=queued,
             share=share,
@@ -76,10 +79,13 @@ class Service:
         """Replicas for what is there, and for its bursts to come again."""
         if score is None:
             # What a replica can do is not known: as many as hold all inputs.
-            held = (inputs + running) / self._slots
+            held = (inputs + running) / self._target
             return held, held
-        need = policy.need(self._meter.rate(), waits, score, self._rules, inputs / self._slots)
+        need = policy.need(self._meter.rate(), waits, score, self._rules, inputs / self._target)
         return need, self._meter.pace() / (score * self._rules.target_util)
+
+    def _is_full(self, inputs: float, replicas: int) -> bool:
+        return replicas > 0 and inputs >= self._target * replicas
 
     def _came(self, workers: Sequence[facts.Facts]) -> float:
         """Workload that workers have taken since the last look: of those that were there then."""

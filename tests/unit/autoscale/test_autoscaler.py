@@ -71,7 +71,10 @@ class Scaled:
         self.app = Celery("scaled", broker="memory://", set_as_current=False)
         self.app.conf.update(settings)
         self.pool = Pool()
-        plan = types.SimpleNamespace(slots=SLOTS, queues=["cpu.model"], service_queues={})
+        served = [types.SimpleNamespace(key="model", target_inputs=4)]
+        plan = types.SimpleNamespace(
+            slots=SLOTS, served=served, queues=["cpu.model"], service_queues={"cpu.model": "model"}
+        )
         monkeypatch.setattr(hooks, "_plan", plan)
         worker = types.SimpleNamespace(app=self.app, hostname="gpu@me")
         self.scaler = autoscaler.Autoscaler(self.pool, 20, 5, worker=worker)

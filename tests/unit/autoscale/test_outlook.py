@@ -85,6 +85,13 @@ def test_a_transport_that_tells_nothing_leaves_what_the_worker_holds() -> None:
     assert (one.queued, one.waiting, one.need) == (None, 40.0, 2.0)
 
 
+def test_a_transport_that_tells_nothing_has_one_more_wanted_while_all_are_full() -> None:
+    full = dataclasses.replace(ME, replicas=2, running_inputs=4)
+    assert seen({}, mine=full)[0].need == 3.0
+    assert seen({"queued": 0}, mine=full)[0].need == 0.0
+    assert seen({}, mine=dataclasses.replace(full, running_inputs=3))[0].need == 0.0
+
+
 def test_workers_that_serve_the_same_see_the_same_need() -> None:
     two = other("gpu@two", waiting=10.0, waiting_inputs=10, capacity=1)
     (mine,) = seen({"queued": 50}, others=[two])
