@@ -197,7 +197,8 @@ class Autoscaler(autoscale.Autoscaler):
         least = sum(one.least for one in group)
         if self._rules.inactivity_timeout is None:
             least = max(1, least)
-        self._decider.update(least, sum(one.capacity for one in group))
+        # One's own replicas that fail are not given up: others would start with no patience.
+        self._decider.update(least, self._most + sum(one.capacity for one in group[1:]))
         return self._decider.decide(
             now,
             sum(one.need for one in seen.values()),

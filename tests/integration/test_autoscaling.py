@@ -28,7 +28,12 @@ def start(start_worker: StartWorker, ledger_path: Path) -> Start:
     """Start ``gw worker`` for ``scaled``; its settings are keywords."""
 
     def started(
-        *arguments: str, load: float = 0.0, env: Any = None, options: Any = None, **settings: Any
+        *arguments: str,
+        load: float = 0.0,
+        is_loaded: bool = True,
+        env: Any = None,
+        options: Any = None,
+        **settings: Any,
     ) -> WorkerProcess:
         given = {"LEDGER": str(ledger_path), "START": str(load), "SETTINGS": json.dumps(settings)}
         worker = start_worker(
@@ -39,7 +44,8 @@ def start(start_worker: StartWorker, ledger_path: Path) -> Start:
             env={**given, **(env or {})},
             **(options or {}),
         )
-        pooling.wait_loaded(worker)
+        if is_loaded:
+            pooling.wait_loaded(worker)
         return worker
 
     return started
@@ -105,6 +111,18 @@ def test_twenty_shrinks_of_a_busy_worker_lose_nothing(start: Start, ledger_path:
         one.get(timeout=60)
     assert pooling.counts(ledger_path, names) == pooling.all_once(names)
     assert worker.log_text().count("1 replicas instead of 3") == 20
+
+
+def test_replicas_that_cannot_load_are_tried_ever_seldomer(start: Start, ledger_path: Path) -> None:
+    env = {"FAIL": "1"}
+    worker = start("--autoscale", "2,1", env=env, options={"wait_ready": False}, is_loaded=False)
+    busy(40)
+    eventually(lambda: pooling.wrote(ledger_path, "entering", "Model") >= 5, 60)
+    began = time.monotonic()
+    eventually(lambda: pooling.wrote(ledger_path, "entering", "Model") >= 7, 60)
+    assert time.monotonic() - began > 1.0, "by then each waits for two or four seconds"
+    assert [one["state"] for one in status(worker)["replicas"]].count("ready") == 0
+    assert worker.log_text().count("replicas instead of") == 1
 
 
 def tell(worker: WorkerProcess, **bounds: int) -> str:

@@ -257,6 +257,13 @@ def test_a_replica_that_cannot_start_is_taken_over_and_tried_on(
     assert scaled.pool.wanted >= 1
 
 
+def test_replicas_that_all_fail_are_tried_on_and_not_made_anew(scaled: Scaled) -> None:
+    scaled.queued = 100_000
+    assert scaled.after(1) == 4
+    scaled.pool.failed = 4
+    assert {scaled.after(1) for _ in range(60)} == {4}
+
+
 # -- operators --
 
 
