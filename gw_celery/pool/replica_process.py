@@ -29,6 +29,7 @@ from gw_celery.runtime import (
     hygiene,
     loop,
     offload,
+    probe,
     process,
     records,
     sharing,
@@ -135,6 +136,7 @@ class Child(asyncio.Protocol):
             wire.Order.LEAVE: self._leaving.set,
             wire.Order.DRAIN: self._batchers.drain,
         }
+        self._probes: probe.Probes | None = None
         self._beat_at = 0.0
 
     # -- protocol --
@@ -177,6 +179,8 @@ class Child(asyncio.Protocol):
         self._beat_at = time.monotonic()
         self._beat()
         await self._leaving.wait()
+        if self._probes is not None:
+            self._probes.close()
         process.adopt(None)
         await runtime.leave()
         signals.worker_process_shutdown.send(
@@ -213,11 +217,13 @@ class Child(asyncio.Protocol):
         app, around = self._loaded.app, self._loaded.around
         early = records.of(app, self._setup["worker"])
         inputs = tracing.Inputs(app, self.report, threads, around, early)
+        self._probes = probe.Probes(runtime, served, self.report, around)
         self._orders |= {
             wire.Order.RUN: inputs.run,
             wire.Order.RUN_ALONE: inputs.run_alone,
             wire.Order.SOFT: inputs.limit,
             wire.Order.STOP: inputs.stop,
+            wire.Order.PROBE: self._probes.call,
         }
         await runtime.grow(known, served)
         _send_process_init(self._setup["hostname"])

@@ -19,6 +19,7 @@ from gw_celery.pool import (
     inputs,
     jobs,
     places,
+    probing,
     replica,
     replicas,
     sockets,
@@ -47,6 +48,9 @@ class Supervisor:
         )
         self._inputs = inputs.Inputs(
             setup.settings, self._after_input, self._replicas.replace, shared, bury
+        )
+        self._probing = probing.Probing(
+            setup, self._replicas, self._order, self._advance, on_capacity
         )
         self._on_capacity = on_capacity
         #: Told the numbers of inputs that began in a child that died.
@@ -127,6 +131,7 @@ class Supervisor:
             for child in self._sockets.follow(events):
                 self._receive(child)
             self._inputs.settle_asked(jobs.now())
+            self._probing.look(jobs.now())
             self._dispatch()
             self._inputs.expire(jobs.now())
 
@@ -137,11 +142,20 @@ class Supervisor:
             for child in self._replicas:
                 self._judge(child, now)
             self._replicas.tick(now)
+            for service in self._probing.unready():
+                self._inputs.give_back(service)
             self._dispatch()
 
+    def probe_tick(self) -> None:
+        """Call the probes that are due, now."""
+        with self._lock:
+            self._probing.look(jobs.now())
+
     def next_deadline(self) -> float | None:
-        """Seconds until an input reaches a limit; ``None`` without limits."""
-        return self._inputs.limits.next_in(jobs.now())
+        """Seconds until an input reaches a limit, or a probe is due; ``None`` without either."""
+        now = jobs.now()
+        nexts = (self._inputs.limits.next_in(now), self._probing.next_in(now))
+        return min((one for one in nexts if one is not None), default=None)
 
     # -- the end --
 
@@ -236,6 +250,8 @@ class Supervisor:
         elif kind == wire.Report.ENTERED:
             child.life.entered(now)
             self._advance(child, now)
+        elif kind == wire.Report.PROBED:
+            self._probing.handle(child, report, now)
         elif kind == wire.Report.STUCK:
             logger.error("%r has a batch of %s that nobody waits for: replaced", child, report[1])
             self._replicas.replace(child)
@@ -252,7 +268,7 @@ class Supervisor:
 
     def _advance(self, child: children.Child, now: float) -> None:
         """Take a child as far towards READY as it has proved itself."""
-        if child.life.state is replica.State.PROBING:
+        if child.life.state is replica.State.PROBING and self._probing.has_started(child, now):
             child.life.probed(now)
         if child.life.state is replica.State.BENCHMARKING:
             self._replicas.became_ready(child, now)
@@ -273,6 +289,10 @@ class Supervisor:
         self._waiting = len(self._inputs.waiting)
         if self._waiting != before:
             self._on_capacity()
+
+    def _order(self, child: children.Child, order: tuple[Any, ...]) -> None:
+        child.send(order)
+        self._sockets.watch(child)
 
     def _watch(self, written: Iterable[children.Child]) -> None:
         for child in written:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gw_celery import conf
-from gw_celery.declare import registry, services
+from gw_celery.declare import probes, registry, services
 from gw_celery.runtime import process
 from gw_celery.worker import ending
 from gw_celery.worker.pipes import Pipes
@@ -43,6 +43,11 @@ class Plan:
     def slots(self) -> dict[str, int]:
         """Inputs in flight of each service in one replica of our pool; ``""`` for other tasks."""
         return {one.key: one.max_inputs for one in self.served} | {services.PLAIN: 1}
+
+    @property
+    def probes(self) -> list[tuple[str, probes.Probe]]:
+        """The probes of what it serves, each with the key of its service."""
+        return [(one.key, probe) for one in self.served for probe in one.probes]
 
     @property
     def service_queues(self) -> dict[str, str]:
