@@ -217,7 +217,7 @@ def test_a_body_knows_its_task_and_request_wherever_it_looks(app: gw.App) -> Non
     ((name, current, own),) = seen[0]
     assert name == embed.name
     assert current == own
-    assert len({id for found in seen for _, id, _ in found}) == 8, "each has its own"
+    assert len({one for found in seen for _, one, _ in found}) == 8, "each has its own"
 
 
 @pytest.mark.parametrize(
