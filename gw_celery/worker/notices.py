@@ -10,6 +10,9 @@ from gw_celery.worker import broker, serving
 
 logger = logging.getLogger(__name__)
 
+#: What has an effect on the GPU pool only.
+_POOLS = {"concurrent", "batched", "memory_gb", "workload_calculator", "max_queue_time"}
+
 
 def log(app: Any, plan: serving.Plan) -> None:
     """Log what applies; after Celery has set up logging."""
@@ -39,7 +42,7 @@ def _log_strays(plan: serving.Plan) -> None:
 
 def _log_what_waits(plan: serving.Plan) -> None:
     """Say once what is declared but does not act on the pool in use."""
-    acting = {"concurrent", "batched", "memory_gb"} if plan.pool == serving.GPU_POOL else set()
+    acting = _POOLS if plan.pool == serving.GPU_POOL else set[str]()
     waiting = [
         f"{service.name}: {', '.join(named)}"
         for service in plan.served
