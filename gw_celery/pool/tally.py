@@ -55,10 +55,10 @@ def mean(found: Iterable[Tally]) -> float:
 
 
 class _Place(enum.Enum):
-    WAITING = "waiting"
-    RUNNING = "running"
-    SERVED = "served"
-    GIVEN_BACK = "given_back"
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    SERVED = enum.auto()
+    GIVEN_BACK = enum.auto()
 
 
 @dataclasses.dataclass(slots=True)
@@ -99,13 +99,18 @@ class _Sums:
         self.workload[place] = self.workload[place] - workload if self.inputs[place] else 0.0
 
     def seen(self) -> Tally:
-        in_units = {place.value: max(0.0, self.workload[place]) for place in _Place}
-        in_inputs = {f"{place.value}_inputs": self.inputs[place] for place in _Place}
+        workload = {place: max(0.0, self.workload[place]) for place in _Place}
         return Tally(
-            **in_units,
-            **in_inputs,
             arrived=self.arrived,
+            served=workload[_Place.SERVED],
+            waiting=workload[_Place.WAITING],
+            running=workload[_Place.RUNNING],
+            given_back=workload[_Place.GIVEN_BACK],
             arrived_inputs=self.arrived_inputs,
+            served_inputs=self.inputs[_Place.SERVED],
+            waiting_inputs=self.inputs[_Place.WAITING],
+            running_inputs=self.inputs[_Place.RUNNING],
+            given_back_inputs=self.inputs[_Place.GIVEN_BACK],
             mean=self.mean,
             busy=self.busy,
         )
