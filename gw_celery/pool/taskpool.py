@@ -73,6 +73,7 @@ class TaskPool(BasePool):
             settings=settings,
             slots=slots,
             first={},
+            benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
             queue_times=plan.queue_times if plan else {},
             max_tasks=options.get("maxtasksperchild"),
@@ -91,8 +92,7 @@ class TaskPool(BasePool):
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
         self._replicas: tuple[snapshot.Replica, ...] = ()
-        #: Slots of the READY replicas, as of the last tick.
-        self._slots: dict[str, int] = {}
+        self._scores: dict[str, snapshot.Score] = {}
 
     # -- size --
 
@@ -160,7 +160,7 @@ class TaskPool(BasePool):
             self.gate = gate.Gate(app.amqp.queues, self._plan.service_queues, self)
             self.gate.close_all()
             notices.log(app, self._plan)
-            self._estimates = estimates.of(app, self._plan, hostname, self._look)
+            self._estimates = estimates.of(app, self._plan, hostname, self.supervisor)
         self._resize(self.limit)
         self.supervisor.tick()
         self._see()
@@ -259,6 +259,18 @@ class TaskPool(BasePool):
         """The replicas as they were at the last tick."""
         return self._replicas
 
+    def scores(self) -> dict[str, float | None]:
+        """Workload per second of one replica, by service; ``None`` while it is not known."""
+        return self.supervisor.scores()
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        """Where the scores come from, as it was at the last tick."""
+        return self._scores
+
+    def benchmark_tick(self) -> None:
+        """Have every replica measured again, one after the other, when it has nothing to do."""
+        self.supervisor.measure_again()
+
     def _get_info(self) -> dict[str, Any]:
         options = self.options
         return {
@@ -272,6 +284,7 @@ class TaskPool(BasePool):
             "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
             "gw_outage": self.outage(),
             "gw_tallies": {key: dataclasses.asdict(one) for key, one in self.tallies().items()},
+            "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
         }
 
     # -- driving --
@@ -370,8 +383,6 @@ class TaskPool(BasePool):
             self.gate.request()
 
     def _see(self) -> None:
+        self.supervisor.observe(self.tallies())
         self._replicas = self.supervisor.replicas()
-        self._slots = self.supervisor.ready_by_service()
-
-    def _look(self) -> tuple[dict[str, tally.Tally], dict[str, int]]:
-        return self.tallies(), self._slots
+        self._scores = self.supervisor.seen_scores()

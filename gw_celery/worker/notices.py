@@ -10,8 +10,10 @@ from gw_celery.worker import broker, serving
 
 logger = logging.getLogger(__name__)
 
-#: What has an effect on the GPU pool only.
-_POOLS = {"concurrent", "batched", "memory_gb", "workload_calculator", "max_queue_time"}
+#: What is declared and acts on our pool.
+_OF_GPU_POOL = frozenset(
+    {"concurrent", "batched", "benchmark", "memory_gb", "workload_calculator", "max_queue_time"}
+)
 
 
 def log(app: Any, plan: serving.Plan) -> None:
@@ -42,7 +44,7 @@ def _log_strays(plan: serving.Plan) -> None:
 
 def _log_what_waits(plan: serving.Plan) -> None:
     """Say once what is declared but does not act on the pool in use."""
-    acting = _POOLS if plan.pool == serving.GPU_POOL else set[str]()
+    acting = _OF_GPU_POOL if plan.pool == serving.GPU_POOL else frozenset()
     waiting = [
         f"{service.name}: {', '.join(named)}"
         for service in plan.served

@@ -51,6 +51,14 @@ class Plan:
         return {key: limit for key, limit in found.items() if limit is not None}
 
     @property
+    def benchmarked(self) -> dict[str, tuple[str, ...]]:
+        """The tasks of each service that have a benchmark."""
+        return {
+            one.key: tuple(each.task_name for each in one.methods.values() if each.benchmark)
+            for one in self.served
+        }
+
+    @property
     def service_queues(self) -> dict[str, str]:
         """The service of each queue; of the first one where several share a queue."""
         return {one.queue: one.key for one in reversed(self.served)}
