@@ -11,7 +11,9 @@ from gw_celery.worker import broker, serving
 logger = logging.getLogger(__name__)
 
 #: What is declared and acts on our pool.
-_OF_GPU_POOL = frozenset({"concurrent", "batched", "benchmark", "memory_gb"})
+_OF_GPU_POOL = frozenset(
+    {"concurrent", "batched", "benchmark", "memory_gb", "workload_calculator", "max_queue_time"}
+)
 
 
 def log(app: Any, plan: serving.Plan) -> None:
