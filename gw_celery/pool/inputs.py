@@ -167,7 +167,7 @@ class Inputs:
                 self._was_late(job)
             return
         if not job.is_answered and _is_answer(report):
-            self.tallies.serve(job.number, now)
+            self.tallies.serve(job.number, now, is_success=kind == wire.Report.DONE)
         self._let_go(child, job)
         if kind == wire.Report.DONE:
             job.done(report[2], report[3])
@@ -206,7 +206,7 @@ class Inputs:
                 job.child.send((wire.Order.SOFT, job.number, job.soft_limit))
             elif what is limits.Limit.HARD:
                 job.timed_out()
-                self.tallies.serve(job.number, now)
+                self.tallies.serve(job.number, now, is_success=False)
                 self._dismiss(job)
             else:
                 self._give_up(job)

@@ -18,6 +18,7 @@ DAY = 86400.0
 @dataclasses.dataclass
 class Tally:
     served: float = 0.0
+    failed: float = 0.0
     served_inputs: int = 0
     running_inputs: int = 4
     waiting_inputs: int = 0

@@ -48,6 +48,9 @@ class Pool:
     def tallies(self) -> dict[str, tally.Tally]:
         return {"embed": TALLY}
 
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        return {"embed": snapshot.Score(value=9.0)}
+
     def outage(self) -> str:
         return "gone"
 
@@ -80,6 +83,7 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "open_queues": ["cpu.embed"],
         "closed_queues": ["cpu.classify"],
         "outage": "gone",
+        "scores": {"embed": dataclasses.asdict(snapshot.Score(value=9.0)) | {"benchmarks": []}},
     }
 
 
