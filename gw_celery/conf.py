@@ -63,6 +63,8 @@ class Settings:
     cancel_timeout: float = 5.0
     #: Longest wait of a blocking ``.remote()`` that names no timeout.
     call_timeout: float = 600.0
+    #: Time that an input may wait in its queue, where its service does not say; ``None``: for ever.
+    max_queue_time: float | None = None
     #: Loaded instances of one class, of different parameters, that a process keeps.
     max_instances: int = 3
     #: Threads that publish calls for event loops.

@@ -21,7 +21,16 @@ from kombu.asynchronous import get_event_loop
 
 from gw_celery import conf, snapshot
 from gw_celery.declare import services
-from gw_celery.pool import dead_letters, janitor, jobs, origin, places, supervisor
+from gw_celery.pool import (
+    dead_letters,
+    estimates,
+    janitor,
+    jobs,
+    origin,
+    places,
+    supervisor,
+    tally,
+)
 from gw_celery.pool.redis_found import redis_of
 from gw_celery.worker import draining, gate, hooks, notices
 
@@ -67,12 +76,14 @@ class TaskPool(BasePool):
             benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
             probes=plan.probes if plan else (),
+            queue_times=plan.queue_times if plan else {},
             max_tasks=options.get("maxtasksperchild"),
             max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
         )
         self.supervisor: supervisor.Supervisor
         self._dead: dead_letters.DeadLetters | None = None
         self._janitor: janitor.Janitor | None = None
+        self._estimates: estimates.Estimates | None = None
         self._hub: Any = None
         self._tick_timer: Any = None
         self._limit_timer: Any = None
@@ -154,9 +165,12 @@ class TaskPool(BasePool):
             self.gate = gate.Gate(app.amqp.queues, self._plan.service_queues, self)
             self.gate.close_all()
             notices.log(app, self._plan)
+            self._estimates = estimates.of(app, self._plan, hostname, self.supervisor)
         self._resize(self.limit)
         self.supervisor.tick()
         self._see()
+        if self._estimates is not None:
+            self._estimates.start()
         if get_event_loop() is None:
             self._thread = threading.Thread(target=self._run, name="gw-pool", daemon=True)
             self._thread.start()
@@ -242,6 +256,10 @@ class TaskPool(BasePool):
         """Inputs that this worker has taken and that wait for a slot."""
         return self.supervisor.waiting()
 
+    def tallies(self) -> dict[str, tally.Tally]:
+        """The work of each service that arrived, waits, runs and was served; from any thread."""
+        return self.supervisor.tallies()
+
     def replicas(self) -> tuple[snapshot.Replica, ...]:
         """The replicas as they were at the last tick."""
         return self._replicas
@@ -270,6 +288,7 @@ class TaskPool(BasePool):
             "writes": "N/A",
             "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
             "gw_outage": self.outage(),
+            "gw_tallies": {key: dataclasses.asdict(one) for key, one in self.tallies().items()},
             "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
         }
 
@@ -351,7 +370,7 @@ class TaskPool(BasePool):
         if self._hub is not None:
             self._hub.remove_reader(self.supervisor.fileno())
         self.supervisor.release()
-        for thread in (self._dead, self._janitor):
+        for thread in (self._dead, self._janitor, self._estimates):
             if thread is not None:
                 thread.close()
 
@@ -369,5 +388,6 @@ class TaskPool(BasePool):
             self.gate.request()
 
     def _see(self) -> None:
+        self.supervisor.observe(self.tallies())
         self._replicas = self.supervisor.replicas()
         self._scores = self.supervisor.seen_scores()

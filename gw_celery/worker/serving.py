@@ -45,6 +45,12 @@ class Plan:
         return {one.key: one.max_inputs for one in self.served} | {services.PLAIN: 1}
 
     @property
+    def queue_times(self) -> dict[str, float]:
+        """Seconds that an input may wait until it begins, for each service with such a limit."""
+        found = {one.key: one.max_queue_time(self.settings.max_queue_time) for one in self.served}
+        return {key: limit for key, limit in found.items() if limit is not None}
+
+    @property
     def benchmarked(self) -> dict[str, tuple[str, ...]]:
         """The tasks of each service that have a benchmark."""
         return {
