@@ -45,6 +45,9 @@ class Pool:
     def waiting(self) -> int:
         return 5
 
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        return {}
+
     def tallies(self) -> dict[str, tally.Tally]:
         return {"embed": TALLY}
 
@@ -80,6 +83,7 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "open_queues": ["cpu.embed"],
         "closed_queues": ["cpu.classify"],
         "outage": "gone",
+        "scores": {},
     }
 
 
