@@ -56,11 +56,13 @@ def mean(found: Iterable[Tally]) -> float:
     return sum(one.mean * one.arrived_inputs for one in listed) / inputs
 
 
-class _Place(enum.Enum):
-    WAITING = enum.auto()
-    RUNNING = enum.auto()
-    SERVED = enum.auto()
-    GIVEN_BACK = enum.auto()
+class _Place(enum.IntEnum):
+    """Where an input is, as an index: a dict by enum would cost several times as much."""
+
+    WAITING = 0
+    RUNNING = 1
+    SERVED = 2
+    GIVEN_BACK = 3
 
 
 @dataclasses.dataclass(slots=True)
@@ -77,8 +79,8 @@ class _Sums:
     """The running sums of one service."""
 
     def __init__(self) -> None:
-        self.workload = dict.fromkeys(_Place, 0.0)
-        self.inputs = dict.fromkeys(_Place, 0)
+        self.workload = [0.0] * len(_Place)
+        self.inputs = [0] * len(_Place)
         self.arrived = 0.0
         self.mean = headers.DEFAULT_WORKLOAD
         self.arrived_inputs = 0
@@ -102,7 +104,7 @@ class _Sums:
         self.workload[place] = self.workload[place] - workload if self.inputs[place] else 0.0
 
     def seen(self) -> Tally:
-        workload = {place: max(0.0, self.workload[place]) for place in _Place}
+        workload = [max(0.0, one) for one in self.workload]
         return Tally(
             arrived=self.arrived,
             served=workload[_Place.SERVED],

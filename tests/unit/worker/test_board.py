@@ -11,6 +11,12 @@ from celery import Celery
 from gw_celery.worker import board
 
 
+@pytest.fixture(autouse=True)
+def _no_servers_of_the_test_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def of(broker: str, backend: str = "cache+memory://", **settings: Any) -> board.Board | None:
     with Celery(broker=broker, backend=backend, set_as_current=False) as app:
         app.conf.update(settings)
