@@ -19,11 +19,11 @@ from celery.concurrency.base import BasePool
 from celery.worker import state
 from kombu.asynchronous import get_event_loop
 
-from gw_celery import conf, snapshot
+from gw_celery import conf, snapshot, sweeps
 from gw_celery.declare import services
-from gw_celery.pool import dead_letters, janitor, jobs, origin, places, supervisor
+from gw_celery.pool import dead_letters, janitor, jobs, lane, origin, places, supervisor, ticks
 from gw_celery.pool.redis_found import redis_of
-from gw_celery.worker import draining, gate, hooks, notices
+from gw_celery.worker import control_queue, draining, gate, hooks, notices
 
 hooks.listen()
 
@@ -59,6 +59,10 @@ class TaskPool(BasePool):
         self._plan = plan
         #: Opens and closes the worker's queues; the consumer's step attaches itself.
         self.gate: gate.Gate | None = None
+        #: The same for the queue of the sweeps.
+        self.control: control_queue.ControlQueue | None = None
+        self._lane = lane.Lane(self._wake)
+        self.ticks = ticks.Ticks()
         self.limit = limit or 1
         self._setup = places.Setup(
             settings=settings,
@@ -146,6 +150,7 @@ class TaskPool(BasePool):
         if self._plan is not None:
             self.gate = gate.Gate(app.amqp.queues, self._plan.service_queues, self)
             self.gate.close_all()
+            self.control = control_queue.ControlQueue() if self._plan.runs_sweeps else None
             notices.log(app, self._plan)
         self._resize(self.limit)
         self.supervisor.tick()
@@ -170,6 +175,8 @@ class TaskPool(BasePool):
 
     def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> jobs.Job:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
+        if args[0] in sweeps.COMMANDS:
+            return self._lane.submit(target, args, options)
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
         options["timeout"] = options.get("timeout") or hard
@@ -217,6 +224,16 @@ class TaskPool(BasePool):
     def on_terminate(self) -> None:
         self._finish()
 
+    # -- what beat has every worker do --
+
+    def probe_tick(self) -> None:
+        """Run what is due of the probes."""
+        self.ticks.heard(ticks.Kind.PROBE, jobs.now())
+
+    def benchmark_tick(self) -> None:
+        """Measure again what is due."""
+        self.ticks.heard(ticks.Kind.BENCHMARK, jobs.now())
+
     # -- what is seen from outside --
 
     def ready_by_service(self) -> dict[str, int]:
@@ -251,6 +268,7 @@ class TaskPool(BasePool):
             "writes": "N/A",
             "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
             "gw_outage": self.outage(),
+            "gw_tick_ages": self.ticks.ages(jobs.now()),
         }
 
     # -- driving --
@@ -258,12 +276,19 @@ class TaskPool(BasePool):
     def poll(self) -> None:
         """Read what children have reported and judge limits, now."""
         if self._thread is None:
-            self.supervisor.poll()
+            self._poll()
 
     def _on_readable(self) -> None:
         with _surviving():
-            self.supervisor.poll()
+            self._poll()
         self._arm()
+
+    def _wake(self) -> None:
+        self.supervisor.wake()
+
+    def _poll(self, timeout: float = 0.0) -> None:
+        self.supervisor.poll(timeout)
+        self._lane.settle()
 
     def _withdraw(self) -> None:
         """Take revoked inputs out of the batches that they wait for, before those begin."""
@@ -300,7 +325,7 @@ class TaskPool(BasePool):
 
     def _step(self, timeout: float = 0.0) -> None:
         with _surviving():
-            self.supervisor.poll(timeout)
+            self._poll(timeout)
             self.supervisor.withdraw()
             self.supervisor.tick()
             self._see()
@@ -313,7 +338,7 @@ class TaskPool(BasePool):
             if self._thread is not None:
                 self._is_over.wait(0.02)
                 continue
-            self.supervisor.poll(0.1)
+            self._poll(0.1)
             self.supervisor.tick()
             if hub is not None:
                 draining.run_meanwhile(hub)
@@ -331,7 +356,7 @@ class TaskPool(BasePool):
         if self._hub is not None:
             self._hub.remove_reader(self.supervisor.fileno())
         self.supervisor.release()
-        for thread in (self._dead, self._janitor):
+        for thread in (self._dead, self._janitor, self._lane):
             if thread is not None:
                 thread.close()
 

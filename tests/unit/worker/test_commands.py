@@ -12,7 +12,7 @@ from celery.worker.control import Panel
 from gw_celery import snapshot
 from gw_celery.worker import commands
 
-NAMES = ("gw_status", "gw_drain", "gw_restart")
+NAMES = ("gw_status", "gw_drain", "gw_restart", "gw_probe_tick", "gw_benchmark_tick")
 
 
 class Gate:
@@ -153,7 +153,7 @@ def test_the_command_line_knows_commands_that_a_process_does_not_carry_out(
 @pytest.mark.usefixtures("installed")
 def test_celery_knows_the_commands_and_can_list_them() -> None:
     assert [Panel.data[name] for name in NAMES] == [getattr(commands, name) for name in NAMES]
-    assert [Panel.meta[name].type for name in NAMES] == ["inspect", "control", "control"]
+    assert [Panel.meta[name].type for name in NAMES] == ["inspect", *["control"] * 4]
     for name in NAMES:
         assert Panel.meta[name].help == inspect.getdoc(getattr(commands, name))
 
