@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
+from billiard.exceptions import WorkerLostError
 
 from gw_celery import errors
 from gw_celery.pool import jobs
@@ -89,7 +90,8 @@ def _carried_out(target: Callable[..., Any], job: jobs.Job) -> Callable[[], None
         # Called without arguments whatever its message says: nothing is decoded in the parent.
         failed, answer, runtime = target(name, task_id, request, ([], {}, None), None, None)
     except BaseException as exc:  # the thread outlives it
-        lost = exc
+        # As Celery's own pools tell of an exit, which must end nobody here.
+        lost = exc if isinstance(exc, Exception) else WorkerLostError(repr(exc))
         return lambda: job.broken(lost)
     if isinstance(answer, ExceptionInfo) and failed:
         return lambda: job.failed(answer, runtime)

@@ -51,6 +51,12 @@ class Pool:
     def restart(self, number: int | None) -> None:
         self.told.append(("restart", number))
 
+    def probe_tick(self) -> None:
+        self.told.append(("probe", None))
+
+    def benchmark_tick(self) -> None:
+        self.told.append(("benchmark", None))
+
 
 @pytest.fixture
 def pool() -> Pool:
@@ -163,3 +169,14 @@ def test_celery_knows_the_commands_and_can_list_them() -> None:
 def test_celerys_own_command_line_can_name_a_replica(name: str) -> None:
     about = Panel.meta[name]
     assert (about.args, about.signature, about.variadic) == ([("replica", int)], "[replica]", None)
+
+
+@pytest.mark.parametrize("what", ["probe", "benchmark"])
+def test_a_tick_reaches_the_gpu_pool_and_means_nothing_elsewhere(
+    state: Any, pool: Pool, what: str
+) -> None:
+    command = getattr(commands, f"gw_{what}_tick")
+    assert command(state) == {"ok": "tick"}
+    assert pool.told == [(what, None)]
+    state.consumer.pool = object()
+    assert command(state) == {"ok": "nothing to do: no GPU pool"}
