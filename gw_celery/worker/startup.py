@@ -115,9 +115,11 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None)
 
 def _sweeping(worker: Any, plan: serving.Plan) -> dict[str, Any]:
     """Take the queue of the sweeps from the gate's, where it was named among them."""
-    worker.app.amqp.queues.deselect(sweeps.QUEUE)
+    is_named = sweeps.QUEUE in plan.queues
+    if is_named:
+        worker.app.amqp.queues.deselect(sweeps.QUEUE)
     return {
-        "runs_sweeps": bool(plan.served) or sweeps.QUEUE in plan.queues,
+        "runs_sweeps": is_named or bool(plan.served),
         "queues": tuple(one for one in plan.queues if one != sweeps.QUEUE),
     }
 

@@ -18,8 +18,8 @@ def probed(app: gw.App, name: str = "Probed", period: float = 30.0) -> None:
     app.cls(probes=[gw.Probe.on("check", period_s=period)])(type(name, (), methods))
 
 
-def measured(app: gw.App) -> None:
-    app.remote(benchmark_dataset=[{"x": 1}])(measure)
+def measured(app: gw.App, **options: Any) -> None:
+    app.remote(benchmark_dataset=[{"x": 1}], **options)(measure)
 
 
 def check(self) -> bool: ...
@@ -100,8 +100,9 @@ def test_a_lazily_bound_app_gives_them_to_the_app_in_use(
     if is_finalized:
         current.finalize()
     lazy = gw.App("lazy")
-    probed(lazy)
-    measured(lazy)
+    # Names of their own: they go to the apps of other tests, too, while those live.
+    probed(lazy, f"Lazy{is_finalized}")
+    measured(lazy, name=f"lazy.{is_finalized}", queue=f"lazy{is_finalized}")
     current.finalize()
     assert ours(current) == BOTH
     assert set(sweeps.COMMANDS) <= set(current.tasks)
