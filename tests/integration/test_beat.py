@@ -160,7 +160,8 @@ def test_a_stock_worker_can_run_them_for_the_others(
     eventually(lambda: age(listening) is not None, 20)
     ((pid, *_),) = swept(ledger_path)
     assert int(pid) in (stock.pid, *stock.children())
-    assert "control command" not in stock.log_text()
+    assert pooling.ask(stock, "ping", ticked.celery), "by now it has heard the tick, too"
+    assert "pidbox command error" not in stock.log_text()
 
 
 def test_what_is_no_sweep_runs_where_plain_tasks_do(start: Start, ledger_path: Path) -> None:
