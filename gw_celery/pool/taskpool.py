@@ -23,7 +23,7 @@ from gw_celery import conf, snapshot
 from gw_celery.declare import services
 from gw_celery.pool import dead_letters, janitor, jobs, origin, places, supervisor
 from gw_celery.pool.redis_found import redis_of
-from gw_celery.worker import draining, gate, hooks, notices
+from gw_celery.worker import draining, fatal, gate, health, hooks, notices
 
 hooks.listen()
 
@@ -81,6 +81,8 @@ class TaskPool(BasePool):
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
         self._replicas: tuple[snapshot.Replica, ...] = ()
+        #: What a platform's own probes ask; others add their paths to its ``routes``.
+        self.health = health.Health(settings)
 
     # -- size --
 
@@ -128,6 +130,8 @@ class TaskPool(BasePool):
     # -- the life of the worker --
 
     def on_start(self) -> None:
+        with fatal.fatal_errors():
+            self.health.start()
         app, hostname = self.options["initargs"]
         self._janitor = janitor.of(app, self._setup.settings, hostname)
         first = {
@@ -322,6 +326,7 @@ class TaskPool(BasePool):
             self.supervisor.tick()
             if hub is not None:
                 draining.run_meanwhile(hub)
+            self._see()
         self._see()
         return is_done()
 
@@ -336,6 +341,7 @@ class TaskPool(BasePool):
         if self._hub is not None:
             self._hub.remove_reader(self.supervisor.fileno())
         self.supervisor.release()
+        self.health.close()
         for thread in (self._dead, self._janitor):
             if thread is not None:
                 thread.close()
@@ -355,3 +361,12 @@ class TaskPool(BasePool):
 
     def _see(self) -> None:
         self._replicas = self.supervisor.replicas()
+        self.health.beat(
+            health.Picture(
+                replicas=self._replicas,
+                ready_slots=self.supervisor.ready_by_service(),
+                wanted=self._replicas_for(self.limit),
+                outage=self.supervisor.outage(),
+                is_stopping=self._state in (self.CLOSE, self.TERMINATE),
+            )
+        )
