@@ -34,6 +34,7 @@ from gw_celery.runtime import (
     probe,
     process,
     records,
+    scoring,
     sharing,
     tracing,
 )
@@ -138,6 +139,7 @@ class Child(asyncio.Protocol):
             wire.Order.LEAVE: self._leaving.set,
             wire.Order.DRAIN: self._batchers.drain,
         }
+        self._scoring: scoring.Scoring
         self._probes: probe.Probes | None = None
         self._beat_at = 0.0
 
@@ -182,6 +184,7 @@ class Child(asyncio.Protocol):
         self._beat()
         lag.Watch(loop.MainLoop(asyncio.get_running_loop()), _in_flight).start()
         await self._leaving.wait()
+        await self._scoring.stop()
         if self._probes is not None:
             self._probes.close()
         process.adopt(None)
@@ -220,12 +223,16 @@ class Child(asyncio.Protocol):
         app, around = self._loaded.app, self._loaded.around
         early = records.of(app, self._setup["worker"])
         inputs = tracing.Inputs(app, self.report, threads, around, early)
+        self._scoring = scoring.Scoring(
+            app, self._loaded.settings, inputs.called, self.report, known
+        )
         self._probes = probe.Probes(runtime, served, self.report, around)
         self._orders |= {
             wire.Order.RUN: inputs.run,
             wire.Order.RUN_ALONE: inputs.run_alone,
             wire.Order.SOFT: inputs.limit,
             wire.Order.STOP: inputs.stop,
+            wire.Order.BENCHMARK: self._scoring.order,
             wire.Order.PROBE: self._probes.call,
         }
         await runtime.grow(known, served)

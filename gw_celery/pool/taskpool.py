@@ -64,6 +64,7 @@ class TaskPool(BasePool):
             settings=settings,
             slots=slots,
             first={},
+            benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
             probes=plan.probes if plan else (),
             max_tasks=options.get("maxtasksperchild"),
@@ -83,6 +84,7 @@ class TaskPool(BasePool):
         self._replicas: tuple[snapshot.Replica, ...] = ()
         #: What a platform's own probes ask; others add their paths to its ``routes``.
         self.health = health.Health(settings)
+        self._scores: dict[str, snapshot.Score] = {}
 
     # -- size --
 
@@ -248,6 +250,18 @@ class TaskPool(BasePool):
         """The replicas as they were at the last tick."""
         return self._replicas
 
+    def scores(self) -> dict[str, float | None]:
+        """Workload per second of one replica, by service; ``None`` while it is not known."""
+        return self.supervisor.scores()
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        """Where the scores come from, as it was at the last tick."""
+        return self._scores
+
+    def benchmark_tick(self) -> None:
+        """Have every replica measured again, one after the other, when it has nothing to do."""
+        self.supervisor.measure_again()
+
     def _get_info(self) -> dict[str, Any]:
         options = self.options
         return {
@@ -260,6 +274,7 @@ class TaskPool(BasePool):
             "writes": "N/A",
             "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
             "gw_outage": self.outage(),
+            "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
         }
 
     # -- driving --
@@ -370,3 +385,4 @@ class TaskPool(BasePool):
                 is_stopping=self._state in (self.CLOSE, self.TERMINATE),
             )
         )
+        self._scores = self.supervisor.seen_scores()

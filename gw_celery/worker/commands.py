@@ -21,6 +21,7 @@ def status(pool: Any, hostname: str) -> snapshot.Worker:
         open_queues=gate.open_queues() if gate else (),
         closed_queues=gate.closed_queues() if gate else (),
         outage=pool.outage(),
+        scores=pool.seen_scores(),
     )
 
 

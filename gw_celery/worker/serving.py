@@ -45,6 +45,14 @@ class Plan:
         return {one.key: one.max_inputs for one in self.served} | {services.PLAIN: 1}
 
     @property
+    def benchmarked(self) -> dict[str, tuple[str, ...]]:
+        """The tasks of each service that have a benchmark."""
+        return {
+            one.key: tuple(each.task_name for each in one.methods.values() if each.benchmark)
+            for one in self.served
+        }
+
+    @property
     def probes(self) -> list[tuple[str, probes.Probe]]:
         """The probes of what it serves, each with the key of its service."""
         return [(one.key, probe) for one in self.served for probe in one.probes]
