@@ -22,6 +22,10 @@ from gw_celery import errors
 PREFIX = "gw_"
 
 
+class Port(int):
+    """A TCP port; 0 for any that is free."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every setting with its default. Durations are seconds, sizes are bytes."""
@@ -38,6 +42,12 @@ class Settings:
     drain_timeout: float = 30.0
     #: Silence after which a child of the pool counts as frozen.
     heartbeat_timeout: float = 30.0
+    #: File that a worker with the GPU pool touches every second while its loop turns.
+    heartbeat_file: str | None = None
+    #: Port of ``/livez``, ``/readyz`` and ``/startupz``; 0 for any that is free.
+    health_port: Port | None = None
+    #: Address that it is open on.
+    health_host: str = "127.0.0.1"
     #: Time that a stopping worker waits for its inputs in flight.
     shutdown_timeout: float = 3600.0
     #: Time that a result is tried to be stored while the result backend is away.
@@ -205,6 +215,8 @@ def _typed(label: str, value: Any, expected: Any) -> Any:
 def _fits(value: Any, option: Any) -> bool:
     if option is type(None):
         return value is None
+    if option is Port:
+        return type(value) is int and 0 <= value < 65536
     if option in (int, float):
         is_number = isinstance(value, int | option) and not isinstance(value, bool)
         return is_number and math.isfinite(value) and value > 0

@@ -114,7 +114,8 @@ class Inputs:
         What may only run alone stays: who knows that it kills is here.
         """
         for job in self.waiting.take_out(service):
-            job.give_back()
+            if not job.give_back():
+                self.waiting.put(job)
 
     def withdraw(self) -> set[children.Child]:
         """Take out what was revoked or has expired while it gathered for a batch.

@@ -34,7 +34,7 @@ from gw_celery.pool import (
     ticks,
 )
 from gw_celery.pool.redis_found import redis_of
-from gw_celery.worker import control_queue, draining, gate, hooks, notices
+from gw_celery.worker import control_queue, draining, fatal, gate, health, hooks, notices
 
 hooks.listen()
 
@@ -99,6 +99,8 @@ class TaskPool(BasePool):
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
         self._replicas: tuple[snapshot.Replica, ...] = ()
+        #: What a platform's own probes ask; others add their paths to its ``routes``.
+        self.health = health.Health(settings)
         self._scores: dict[str, snapshot.Score] = {}
 
     # -- size --
@@ -143,6 +145,8 @@ class TaskPool(BasePool):
     # -- the life of the worker --
 
     def on_start(self) -> None:
+        with fatal.fatal_errors():
+            self.health.start()
         app, hostname = self.options["initargs"]
         self._janitor = janitor.of(app, self._setup.settings, hostname)
         first = {
@@ -377,6 +381,7 @@ class TaskPool(BasePool):
             self.supervisor.tick()
             if hub is not None:
                 draining.run_meanwhile(hub)
+            self._see()
         self._see()
         return is_done()
 
@@ -391,6 +396,7 @@ class TaskPool(BasePool):
         if self._hub is not None:
             self._hub.remove_reader(self.supervisor.fileno())
         self.supervisor.release()
+        self.health.close()
         for thread in (self._dead, self._janitor, self._estimates, self._lane):
             if thread is not None:
                 thread.close()
@@ -411,4 +417,13 @@ class TaskPool(BasePool):
     def _see(self) -> None:
         self.supervisor.observe(self.tallies())
         self._replicas = self.supervisor.replicas()
+        self.health.beat(
+            health.Picture(
+                replicas=self._replicas,
+                ready_slots=self.supervisor.ready_by_service(),
+                wanted=self._replicas_for(self.limit),
+                outage=self.supervisor.outage(),
+                is_stopping=self._state in (self.CLOSE, self.TERMINATE),
+            )
+        )
         self._scores = self.supervisor.seen_scores()

@@ -53,6 +53,28 @@ def typed() -> Typed:
     return Typed()
 
 
+def test_a_replica_is_shown_with_the_last_answers_of_its_probes(typed: Typed) -> None:
+    probes = (
+        snapshot.Probe(name="Model.starts", kind="startup", is_ok=True, seconds=0.25),
+        snapshot.Probe(
+            name="Model.health",
+            kind="readiness",
+            is_ok=False,
+            failures=2,
+            detail="returned False",
+            seconds=3.0,
+        ),
+        snapshot.Probe(name="Model.health", kind="liveness"),
+    )
+    one = snapshot.Replica(number=0, state="unready", pid=4711, slots=8, probes=probes)
+    worker = snapshot.Worker(hostname="gpu@host", replicas=(one,)).as_json()
+    assert typed("status", {"gpu@host": worker}).output.splitlines()[2:] == [
+        "    startup probe Model.starts passed, in 0.25 s",
+        "    readiness probe Model.health failed, 2 in a row, in 3 s: returned False",
+        "    liveness probe Model.health has not answered yet",
+    ]
+
+
 def test_a_worker_is_shown_with_its_queues_and_replicas(typed: Typed) -> None:
     result = typed("status", {"gpu@host": GPU})
     assert result.exit_code == 0
