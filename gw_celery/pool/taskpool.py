@@ -21,7 +21,7 @@ from kombu.asynchronous import get_event_loop
 
 from gw_celery import conf, snapshot
 from gw_celery.declare import services
-from gw_celery.pool import dead_letters, janitor, jobs, origin, places, supervisor
+from gw_celery.pool import dead_letters, janitor, jobs, origin, places, ranking, supervisor
 from gw_celery.pool.redis_found import redis_of
 from gw_celery.worker import draining, gate, hooks, notices
 
@@ -71,6 +71,8 @@ class TaskPool(BasePool):
         self.supervisor: supervisor.Supervisor
         self._dead: dead_letters.DeadLetters | None = None
         self._janitor: janitor.Janitor | None = None
+        #: Where the broker prefers the quicker of several workers.
+        self.ranking: ranking.Ranking | None = None
         self._hub: Any = None
         self._tick_timer: Any = None
         self._limit_timer: Any = None
@@ -146,6 +148,8 @@ class TaskPool(BasePool):
         if self._plan is not None:
             self.gate = gate.Gate(app.amqp.queues, self._plan.service_queues, self)
             self.gate.close_all()
+            served = self._plan.service_queues.values()
+            self.ranking = ranking.of(app, hostname, served) if served else None
             notices.log(app, self._plan)
         self._resize(self.limit)
         self.supervisor.tick()
@@ -227,6 +231,18 @@ class TaskPool(BasePool):
         """Inputs of a service that this worker has taken and that wait for a slot."""
         return self.supervisor.backlog(service)
 
+    def scores(self) -> dict[str, float | None]:
+        """Workload that one replica does in a second, by service; ``None`` where not known."""
+        return {}
+
+    def priority(self, service: str) -> int:
+        """The priority with which the queue of a service is consumed, beside other workers."""
+        return 0 if self.ranking is None else self.ranking.priority(service)
+
+    def bands(self) -> dict[str, str]:
+        """How quick this worker is beside the others, by service, where the broker follows it."""
+        return {} if self.ranking is None else self.ranking.bands()
+
     def outage(self) -> str:
         """Why results cannot be stored now, so that nothing is consumed; ``""`` while they can."""
         return self.supervisor.outage()
@@ -303,6 +319,8 @@ class TaskPool(BasePool):
             self.supervisor.poll(timeout)
             self.supervisor.withdraw()
             self.supervisor.tick()
+            if self.ranking is not None and self.ranking.tick(self.scores()):
+                self._on_capacity()
             self._see()
 
     def _wait(self, is_done: Callable[[], bool], timeout: float) -> bool:
@@ -331,7 +349,7 @@ class TaskPool(BasePool):
         if self._hub is not None:
             self._hub.remove_reader(self.supervisor.fileno())
         self.supervisor.release()
-        for thread in (self._dead, self._janitor):
+        for thread in (self._dead, self._janitor, self.ranking):
             if thread is not None:
                 thread.close()
 

@@ -20,6 +20,7 @@ def status(pool: Any, hostname: str) -> snapshot.Worker:
         waiting=pool.waiting(),
         open_queues=gate.open_queues() if gate else (),
         closed_queues=gate.closed_queues() if gate else (),
+        bands=pool.bands(),
         outage=pool.outage(),
     )
 
@@ -29,6 +30,11 @@ def install() -> None:
     control.inspect_command()(gw_status)
     for command in (gw_drain, gw_restart):
         control.control_command(args=[("replica", int)], signature="[replica]")(command)
+
+
+def install_for_peers() -> None:
+    """Register what workers tell each other, in every worker: the others have no use for it."""
+    control.control_command()(gw_best_score)
 
 
 def describe() -> None:
@@ -57,6 +63,13 @@ def gw_restart(state: Any, replica: int | None = None) -> dict[str, str]:
     """Replace the child of one replica, or of all one by one, by draining."""
     pool = state.consumer.pool
     return _applied("restart", pool.restart, pool, replica)
+
+
+def gw_best_score(state: Any, worker: str = "", scores: Any = None) -> None:
+    """Hear from another worker how quick it is."""
+    ranking = getattr(state.consumer.pool, "ranking", None)
+    if ranking is not None and isinstance(scores, dict):
+        ranking.hear(str(worker), scores)
 
 
 def _listed(numbers: list[int]) -> str:

@@ -6,6 +6,7 @@ other worker can have it. One that is taken while results cannot be stored is wo
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -13,8 +14,12 @@ from celery import bootsteps
 from celery.utils.quorum_queues import detect_quorum_queues
 
 from gw_celery.declare import services
+from gw_celery.worker import broker
 
 logger = logging.getLogger(__name__)
+
+#: RabbitMQ's argument of a consumer.
+_PRIORITY = "x-priority"
 
 
 class Gate:
@@ -23,8 +28,8 @@ class Gate:
     Args:
         queues: Celery's ``app.amqp.queues``.
         service_queues: the service of each service queue.
-        pool: a pool that says its READY slots, and what waits in it, by service; and why results
-            cannot be stored.
+        pool: a pool that says its READY slots, what waits in it, and its priority beside other
+            workers, by service; and why results cannot be stored.
     """
 
     def __init__(self, queues: Any, service_queues: dict[str, str], pool: Any) -> None:
@@ -44,19 +49,27 @@ class Gate:
         self._is_per_queue = False
         #: The prefetch counts with which queues are consumed, where each has its own.
         self._credit: dict[str, int] = {}
+        self._has_priorities = False
+        #: The priority with which queues are consumed, where it is not 0.
+        self._priority: dict[str, int] = {}
 
-    def attach(self, consumer: Any, *, is_per_queue: bool = False) -> None:
+    def attach(
+        self, consumer: Any, *, is_per_queue: bool = False, has_priorities: bool = False
+    ) -> None:
         """A consumer starts: its queues and prefetch count are made to fit.
 
         Args:
             is_per_queue: whether the broker counts for each queue, and from the time when it is
                 consumed: RabbitMQ does so with quorum queues.
+            has_priorities: whether the broker prefers some consumers of a queue to others.
         """
         self._consumer = consumer
         self._is_requested = False
         self._prefetch = consumer.qos.value
         self._is_per_queue = is_per_queue
         self._credit.clear()
+        self._has_priorities = has_priorities
+        self._priority.clear()
         if is_per_queue:
             # Else the first that is consumed with its count would take all others along.
             for name in self._open:
@@ -98,6 +111,7 @@ class Gate:
                 self._set_closed(name, is_quiet=True)
         else:
             self._follow(ready)
+        self._fit_priorities()
         if self._is_per_queue:
             self._fit_each(ready)
         self._fit_prefetch(ready)
@@ -133,6 +147,7 @@ class Gate:
         """A queue that ``cancel_consumer`` closed stays closed."""
         self._wanted.discard(name)
         self._open.discard(name)
+        self._forget(name)
 
     def open_queues(self) -> tuple[str, ...]:
         return tuple(sorted(self._open))
@@ -157,8 +172,30 @@ class Gate:
 
     def _consume(self, name: str) -> None:
         if (task_consumer := self._task_consumer()) is not None:
-            task_consumer.add_queue(self._queues[name])
+            self._priority[name] = self._priority_of(name)
+            task_consumer.add_queue(_preferred(self._queues[name], self._priority[name]))
             task_consumer.consume()
+
+    def _priority_of(self, name: str) -> int:
+        """As the pool says; 0 where that means nothing, or the user has decided it."""
+        is_ours = self._has_priorities and self._services[name] != services.PLAIN
+        if not is_ours or _PRIORITY in (self._queues[name].consumer_arguments or {}):
+            return 0
+        priority: int = self._pool.priority(self._services[name])
+        return priority
+
+    def _fit_priorities(self) -> None:
+        """Consume those open queues anew whose priority has changed."""
+        if (task_consumer := self._task_consumer()) is None:
+            return
+        for name in sorted(self._open):
+            if self._priority.get(name, 0) == self._priority_of(name):
+                continue
+            if self._is_per_queue:
+                self._credit.pop(name, None)  # it is consumed anew with its count
+            else:
+                task_consumer.cancel_by_queue(self._queues[name].name)
+                self._consume(name)
 
     def _fit_each(self, ready: dict[str, int]) -> None:
         """Consume each open queue with the slots of its service, anew when they have changed."""
@@ -175,7 +212,7 @@ class Gate:
                 self._consume(name)
 
     def _set_closed(self, name: str, *, is_quiet: bool) -> None:
-        self._credit.pop(name, None)
+        self._forget(name)
         if is_quiet:
             self._quiet.add(name)
         self._open.discard(name)
@@ -186,6 +223,10 @@ class Gate:
             logger.debug("the queue %s is not consumed: its inputs wait here, or all do", name)
         else:
             logger.info("the queue %s is not consumed: no replica is ready for it", name)
+
+    def _forget(self, name: str) -> None:
+        self._credit.pop(name, None)
+        self._priority.pop(name, None)
 
     def _task_consumer(self) -> Any:
         return None if self._consumer is None else self._consumer.task_consumer
@@ -209,6 +250,15 @@ class Gate:
         self._prefetch = wanted
 
 
+def _preferred(queue: Any, priority: int) -> Any:
+    """The queue, to be consumed with a priority; Celery's own stays as the user declared it."""
+    if not priority:
+        return queue
+    preferred = copy.copy(queue)
+    preferred.consumer_arguments = {**(queue.consumer_arguments or {}), _PRIORITY: priority}
+    return preferred
+
+
 class GateStep(bootsteps.StartStopStep):
     """Attaches the worker's gate to each consumer that starts."""
 
@@ -219,7 +269,8 @@ class GateStep(bootsteps.StartStopStep):
         if gate is not None:
             driver = consumer.connection.transport.driver_type
             is_quorum, _ = detect_quorum_queues(consumer.app, driver)
-            gate.attach(consumer, is_per_queue=is_quorum)
+            has_priorities = broker.has_priorities(consumer.connection)
+            gate.attach(consumer, is_per_queue=is_quorum, has_priorities=has_priorities)
 
     def stop(self, consumer: Any) -> None:
         gate = consumer.pool.gate

@@ -42,6 +42,9 @@ class Pool:
     def waiting(self) -> int:
         return 5
 
+    def bands(self) -> dict[str, str]:
+        return {"embed": "quick"}
+
     def outage(self) -> str:
         return "gone"
 
@@ -72,6 +75,7 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "waiting": 5,
         "open_queues": ["cpu.embed"],
         "closed_queues": ["cpu.classify"],
+        "bands": {"embed": "quick"},
         "outage": "gone",
     }
 
@@ -163,3 +167,25 @@ def test_celery_knows_the_commands_and_can_list_them() -> None:
 def test_celerys_own_command_line_can_name_a_replica(name: str) -> None:
     about = Panel.meta[name]
     assert (about.args, about.signature, about.variadic) == ([("replica", int)], "[replica]", None)
+
+
+class Ranking:
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, dict[str, float]]] = []
+
+    def hear(self, worker: str, scores: dict[str, float]) -> None:
+        self.heard.append((worker, scores))
+
+
+def test_what_another_worker_tells_reaches_the_ranking(state: Any, pool: Pool) -> None:
+    pool.ranking = Ranking()  # type: ignore[attr-defined]
+    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
+    commands.gw_best_score(state, worker="odd@host", scores="none")
+    assert pool.ranking.heard == [("other@host", {"embed": 4.0})]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("has_none", [True, False])
+def test_a_worker_without_a_ranking_hears_it_without_complaint(state: Any, has_none: bool) -> None:
+    if has_none:
+        state.consumer.pool.ranking = None
+    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
