@@ -2,7 +2,7 @@
 
     python -m benchmarks.shares [redis] [rabbitmq] [--rabbitmq-url URL] [--inputs 1000]
 
-Each worker has one replica of 32 slots; an input takes 250 ms on average in one of them and 1 s in
+Each worker has one replica of 32 slots; an input takes 0.5 s on average in one of them and 2 s in
 the other. Half load is half of what both can do together, at random moments.
 """
 
@@ -25,7 +25,7 @@ import gw_celery as gw
 from benchmarks import shares_app
 from gw_celery import conf, devserver, testing
 
-NAPS = {"quick": 0.25, "slow": 1.0}
+NAPS = {"quick": 0.5, "slow": 2.0}
 CAPACITY = sum(shares_app.SLOTS / nap for nap in NAPS.values())
 #: Seconds that workers have for what they must do.
 _PATIENCE = 60.0
@@ -81,7 +81,7 @@ def pair(broker: str, result: str, folder: Path, *, is_quorum: bool = False) -> 
         workers = [
             testing.Worker(
                 "benchmarks.shares_app:celery",
-                *("-Q", shares_app.QUEUE, "-l", "INFO"),
+                *("-Q", shares_app.QUEUE, "-l", "WARNING"),
                 broker_url=broker,
                 result_url=result,
                 log_dir=folder,

@@ -16,7 +16,7 @@ from gw_celery.pool import TaskPool
 SLOTS = 32
 QUEUE = "cpu.step"
 TASK = "benchmarks.shares_app.step"
-NAP = float(os.environ.get("NAP", "0.25"))
+NAP = float(os.environ.get("NAP", "0.5"))
 
 celery = Celery("shares", set_as_current=False)
 gw.preset(celery)

@@ -7,6 +7,7 @@ free slot. Bands are coarse and sticky, because a change is a new subscription.
 from __future__ import annotations
 
 import enum
+import math
 
 #: Part of the best score from which on a worker is QUICK, and below which it is SLOW.
 _QUICK = 0.7
@@ -53,21 +54,27 @@ def _by_borders(part: float, slow: float, quick: float) -> Band:
 
 
 class Place:
-    """The band of one worker for one service, as time goes by: MIDDLE until it has a score."""
+    """The band of one worker for one service, as time goes by.
+
+    It is MIDDLE until the worker knows its score and has heard of, or claimed, the best one.
+    """
 
     def __init__(self) -> None:
         self.band = Band.MIDDLE
-        self._since: float | None = None
+        self._is_known = False
+        self._since = -math.inf
 
     def follow(self, score: float | None, best: float | None, now: float) -> bool:
         """Look at the scores again; whether the band is another one now.
 
-        A score that is not known any more, because no replica is there, changes nothing.
+        A score that is not known any more, because no replica is there, changes nothing. The first
+        band is not kept for long: it may come from a claim that others contradict.
         """
-        if score is None or (self._since is not None and now - self._since < _RESIDENCE):
+        if score is None or best is None or now - self._since < _RESIDENCE:
             return False
-        band = of(score, best, None if self._since is None else self.band)
+        band = of(score, best, self.band if self._is_known else None)
         is_other = band is not self.band
-        if is_other or self._since is None:
-            self.band, self._since = band, now
+        if is_other and self._is_known:
+            self._since = now
+        self.band, self._is_known = band, True
         return is_other

@@ -30,12 +30,12 @@ def on_rabbitmq(
 
 
 def test_at_saturation_shares_follow_speed_by_pull(on_redis: Celery) -> None:
-    assert 3.0 < shares.saturated(on_redis, 640).ratio < 5.0
+    assert 3.0 < shares.saturated(on_redis, 480).ratio < 5.0
 
 
 def test_rabbitmq_gives_the_quick_worker_nearly_all_at_half_load_and_its_share_at_saturation(
     on_rabbitmq: Celery,
 ) -> None:
-    at_half = shares.half_load(on_rabbitmq, 240)
+    at_half = shares.half_load(on_rabbitmq, 160)
     assert at_half.quick > 0.8 * (at_half.quick + at_half.slow)
-    assert 2.8 < shares.saturated(on_rabbitmq, 640).ratio < 5.0
+    assert 3.0 < shares.saturated(on_rabbitmq, 480).ratio < 5.0

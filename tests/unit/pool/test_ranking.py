@@ -64,11 +64,11 @@ def test_a_worker_that_has_its_score_is_quick_and_tells_the_others(
     ranked: ranking.Ranking, clock: Clock, told: Callable[[], list[Any]]
 ) -> None:
     assert not ranked.tick({"embed": None})
+    assert not ranked.tick({"embed": 40.0})
     assert (ranked.priority("embed"), ranked.bands()) == (0, {"embed": "middle"})
+    clock.now += claims._HESITATION
     assert ranked.tick({"embed": 40.0})
     assert (ranked.priority("embed"), ranked.bands()) == (1, {"embed": "quick"})
-    clock.now += claims._HESITATION
-    assert not ranked.tick({"embed": 40.0})
     assert eventually(told) == [{"worker": "me@host", "scores": {"embed": 40.0}}]
 
 
