@@ -14,6 +14,7 @@ import os
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from gw_celery import errors
@@ -52,6 +53,10 @@ class Settings:
     worker_ttl: float | None = 60.0
     #: Replicas of a worker with the GPU pool; without it, as many as its slots need.
     replicas: int | None = None
+    #: Age at which a score is measured again, on a replica that has nothing to do; ``None``: never.
+    benchmark_period: float | None = 86400.0
+    #: Folder that keeps scores, a relative one in the user's cache; ``None``: none are kept.
+    score_cache: str | None = "gw_celery/scores"
     #: Time that each context or ``on_exit`` hook has to leave.
     exit_timeout: float = 30.0
     #: Time that a cancelled body has to end before its process goes on without it.
@@ -142,6 +147,15 @@ def fake_gpus() -> str | None:
 def visible_devices() -> str | None:
     """Return what CUDA is told of this process's devices; ``""`` for none, ``None`` for all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def cache_folder(given: str) -> Path | None:
+    """Return a folder, a relative one in the user's cache; ``None`` for a user without a home."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):
+        cache = os.path.expanduser("~/.cache")
+    folder = Path(cache, os.path.expanduser(given))
+    return folder if folder.is_absolute() else None
 
 
 def _beginning_with(prefix: str, conf: Mapping[str, Any]) -> dict[str, Any]:

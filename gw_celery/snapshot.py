@@ -28,6 +28,44 @@ class Replica:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """The latest figures of one benchmarked task, of whichever replica. Durations are seconds."""
+
+    task: str
+    #: Workload per second in the median round, the slowest and the quickest.
+    value: float
+    least: float
+    most: float
+    #: The throughput of each round, in their order, of the first 100.
+    rounds: tuple[float, ...]
+    success_rate: float
+    #: Latencies of its inputs.
+    p50: float
+    p95: float
+    #: What the first input raised that failed.
+    failure: str = ""
+    #: Since it was measured.
+    age: float = 0.0
+    #: It was found on this machine, where an earlier replica had left it.
+    is_kept: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """What one replica does of one service in a second, in workload; ``None``: not known yet."""
+
+    #: What the worker goes by.
+    value: float | None = None
+    #: What benchmarks say.
+    measured: float | None = None
+    #: What full replicas served.
+    served: float | None = None
+    #: By what share ``served`` is over, or under, ``measured``.
+    drift: float | None = None
+    benchmarks: tuple[Benchmark, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Worker:
     """One worker: its replicas, and what waits in it for a slot."""
 
@@ -45,6 +83,8 @@ class Worker:
     bands: dict[str, str] = dataclasses.field(default_factory=dict)
     #: Why results cannot be stored, so that nothing is consumed; "" while they can.
     outage: str = ""
+    #: Scores by service; ``""`` for plain tasks.
+    scores: dict[str, Score] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -44,6 +44,8 @@ class Child:
         self.number = number
         self.life = life
         self.room = dispatch.Room(slots)
+        #: The GPUs that it runs on, as their maker calls them.
+        self.products = tuple(one.name for one in share)
         #: What it holds, by job number, answered or not.
         self.jobs: dict[int, Any] = {}
         self.served = 0

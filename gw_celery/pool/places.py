@@ -24,6 +24,8 @@ class Setup:
     slots: Mapping[str, int]
     #: The first frame of a child, but for its number.
     first: dict[str, Any]
+    #: The tasks of each service that have a benchmark.
+    benchmarked: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     #: The devices of each replica; ``None`` where none needs any.
     allotment: allotment.Allotment | None = None
     max_tasks: int | None = None

@@ -31,6 +31,7 @@ from gw_celery.runtime import (
     offload,
     process,
     records,
+    scoring,
     sharing,
     tracing,
 )
@@ -135,6 +136,7 @@ class Child(asyncio.Protocol):
             wire.Order.LEAVE: self._leaving.set,
             wire.Order.DRAIN: self._batchers.drain,
         }
+        self._scoring: scoring.Scoring
         self._beat_at = 0.0
 
     # -- protocol --
@@ -177,6 +179,7 @@ class Child(asyncio.Protocol):
         self._beat_at = time.monotonic()
         self._beat()
         await self._leaving.wait()
+        await self._scoring.stop()
         process.adopt(None)
         await runtime.leave()
         signals.worker_process_shutdown.send(
@@ -213,11 +216,15 @@ class Child(asyncio.Protocol):
         app, around = self._loaded.app, self._loaded.around
         early = records.of(app, self._setup["worker"])
         inputs = tracing.Inputs(app, self.report, threads, around, early)
+        self._scoring = scoring.Scoring(
+            app, self._loaded.settings, inputs.called, self.report, known
+        )
         self._orders |= {
             wire.Order.RUN: inputs.run,
             wire.Order.RUN_ALONE: inputs.run_alone,
             wire.Order.SOFT: inputs.limit,
             wire.Order.STOP: inputs.stop,
+            wire.Order.BENCHMARK: self._scoring.order,
         }
         await runtime.grow(known, served)
         _send_process_init(self._setup["hostname"])

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gw_celery import snapshot
+from gw_celery.benchmarks import live
 from gw_celery.pool import (
     children,
     deaths,
     inputs,
     jobs,
+    measuring,
     places,
     replica,
     replicas,
@@ -48,6 +50,7 @@ class Supervisor:
         self._inputs = inputs.Inputs(
             setup.settings, self._after_input, self._replicas.replace, shared, bury
         )
+        self._measuring = measuring.Measuring(setup, self._send)
         self._on_capacity = on_capacity
         #: Told the numbers of inputs that began in a child that died.
         self._on_lost = on_lost
@@ -75,6 +78,22 @@ class Supervisor:
         with self._lock:
             self._replicas.hold(number)
         self.wake()
+
+    # -- scores --
+
+    def measure_again(self) -> None:
+        """Have every replica measured again, one after the other, when it has nothing to do."""
+        with self._lock:
+            self._measuring.ask()
+
+    def observe(self, tallies: Mapping[str, live.Tally]) -> None:
+        """Let the traffic correct the scores; about once a second."""
+        with self._lock:
+            ready = [one for one in self._replicas if one.life.is_ready]
+            by_service = {
+                key: sum(one.room.serves(key) for one in ready) for key in self._setup.slots
+            }
+            self._measuring.observe(jobs.now(), tallies, by_service)
 
     # -- inputs --
 
@@ -138,6 +157,7 @@ class Supervisor:
                 self._judge(child, now)
             self._replicas.tick(now)
             self._dispatch()
+            self._measure_again(now)
 
     def next_deadline(self) -> float | None:
         """Seconds until an input reaches a limit; ``None`` without limits."""
@@ -200,6 +220,14 @@ class Supervisor:
         """Inputs of a service that wait here because no slot is free."""
         return self._inputs.waiting.waiting(service)
 
+    def scores(self) -> dict[str, float | None]:
+        """Workload per second of one replica, by service; ``None`` while it is not known."""
+        return self._measuring.scores()
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        with self._lock:
+            return self._measuring.seen(jobs.now())
+
     def replicas(self) -> tuple[snapshot.Replica, ...]:
         return self._replicas.seen()
 
@@ -236,8 +264,10 @@ class Supervisor:
         elif kind == wire.Report.ENTERED:
             child.life.entered(now)
             self._advance(child, now)
+        elif kind == wire.Report.MEASURED:
+            self._measured(child, report[1], report[2], now)
         elif kind == wire.Report.STUCK:
-            logger.error("%r has a batch of %s that nobody waits for: replaced", child, report[1])
+            logger.error("%r has a call of %s that nobody waits for: replaced", child, report[1])
             self._replicas.replace(child)
         elif kind == wire.Report.FAILED:
             child.reason = report[1]
@@ -254,8 +284,27 @@ class Supervisor:
         """Take a child as far towards READY as it has proved itself."""
         if child.life.state is replica.State.PROBING:
             child.life.probed(now)
-        if child.life.state is replica.State.BENCHMARKING:
+        is_next = child.life.state is replica.State.BENCHMARKING
+        if is_next and self._measuring.is_over(child, now):
             self._replicas.became_ready(child, now)
+
+    def _measured(self, child: children.Child, call: int, text: str, now: float) -> None:
+        try:
+            self._measuring.follow(child, call, text, now)
+        except measuring.Failed as exc:
+            self._replicas.refuse(child, str(exc))
+        else:
+            self._advance(child, now)
+
+    def _measure_again(self, now: float) -> None:
+        """Take one idle replica out of service for as long as its benchmarks take."""
+        if self._inputs.waiting or self._replicas.is_closing:
+            return
+        idle = [one for one in self._replicas if one.life.is_ready and not one.jobs]
+        if (child := self._measuring.due(idle, now)) is not None:
+            child.life.measure_again(now)
+            self._advance(child, now)
+            self._on_capacity()
 
     def _after_input(self, child: children.Child) -> None:
         if child.life.state is replica.State.DRAINING:
@@ -273,6 +322,10 @@ class Supervisor:
         self._waiting = len(self._inputs.waiting)
         if self._waiting != before:
             self._on_capacity()
+
+    def _send(self, child: children.Child, order: tuple[Any, ...]) -> None:
+        child.send(order)
+        self._sockets.watch(child)
 
     def _watch(self, written: Iterable[children.Child]) -> None:
         for child in written:
@@ -293,6 +346,7 @@ class Supervisor:
 
     def _on_gone(self, child: children.Child, why: str) -> None:
         """Settle what a child held that is gone."""
+        self._measuring.forget(child)
         begun = [job.number for job in child.jobs.values() if job.is_accepted]
         self._inputs.settle(child, why, is_closing=self._replicas.is_closing)
         if begun and self._on_lost is not None:

@@ -64,6 +64,7 @@ class TaskPool(BasePool):
             settings=settings,
             slots=slots,
             first={},
+            benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
             max_tasks=options.get("maxtasksperchild"),
             max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
@@ -82,6 +83,7 @@ class TaskPool(BasePool):
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
         self._replicas: tuple[snapshot.Replica, ...] = ()
+        self._scores: dict[str, snapshot.Score] = {}
 
     # -- size --
 
@@ -255,6 +257,18 @@ class TaskPool(BasePool):
         """The replicas as they were at the last tick."""
         return self._replicas
 
+    def scores(self) -> dict[str, float | None]:
+        """Workload per second of one replica, by service; ``None`` while it is not known."""
+        return self.supervisor.scores()
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        """Where the scores come from, as it was at the last tick."""
+        return self._scores
+
+    def benchmark_tick(self) -> None:
+        """Have every replica measured again, one after the other, when it has nothing to do."""
+        self.supervisor.measure_again()
+
     def _get_info(self) -> dict[str, Any]:
         options = self.options
         return {
@@ -267,6 +281,7 @@ class TaskPool(BasePool):
             "writes": "N/A",
             "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
             "gw_outage": self.outage(),
+            "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
         }
 
     # -- driving --
@@ -368,3 +383,4 @@ class TaskPool(BasePool):
 
     def _see(self) -> None:
         self._replicas = self.supervisor.replicas()
+        self._scores = self.supervisor.seen_scores()

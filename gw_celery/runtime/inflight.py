@@ -50,6 +50,8 @@ class InFlight:
         self.expires: dt.datetime | None = None
         #: Writes the record of an early acknowledgement, where there is to be one.
         self.record: Callable[[], Awaitable[None]] | None = None
+        #: It is a benchmark's: nothing outside this process may learn of it.
+        self.is_unseen = False
         self._tell = tell
         #: The parent was told that it starts.
         self.has_begun = False
@@ -164,6 +166,12 @@ class InFlight:
 def has_company() -> bool:
     """Whether more than one input is in flight in this process."""
     return len(held) > 1
+
+
+def is_unseen() -> bool:
+    """Whether what runs in this context is the input of a benchmark."""
+    one = current.get()
+    return one is not None and one.is_unseen
 
 
 def open_body(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import kombu.serialization
 from billiard.einfo import ExceptionWithTraceback
@@ -31,6 +31,8 @@ from gw_celery.runtime import (
     records,
     running,
 )
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -142,15 +144,18 @@ class Inputs:
         run = functools.partial(
             trace.fast_trace_task, one.name, one.task_id, request, arguments, None, None
         )
-        if runs_on_loop(self._app.tasks.get(one.name)):
-            await self._shared.look()
-            one.task = asyncio.current_task()
-            failed, answer, runtime = await bridge.step(run, one)
-        else:
-            failed, answer, runtime = await self._threads.run(run)
+        failed, answer, runtime = await self.called(one, run)
         if failed:
             return _error(one.job, _unwrapped(answer.exception), safe_str(answer.traceback))
         return (wire.Report.DONE, one.job, _cut(str(answer), _LONGEST_TEXT), float(runtime or 0.0))
+
+    async def called(self, one: inflight.InFlight, run: Callable[[], T]) -> T:
+        """Return ``run()`` from where the tracer of an input runs: on the loop, or in a thread."""
+        if not runs_on_loop(self._app.tasks.get(one.name)):
+            return await self._threads.run(run)
+        await self._shared.look()
+        one.task = asyncio.current_task()
+        return await bridge.step(run, one)
 
     def _is_early(self, one: inflight.InFlight) -> bool:
         return self._early is not None and self._early.has(one.name)

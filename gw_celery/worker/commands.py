@@ -22,6 +22,7 @@ def status(pool: Any, hostname: str) -> snapshot.Worker:
         closed_queues=gate.closed_queues() if gate else (),
         bands=pool.bands(),
         outage=pool.outage(),
+        scores=pool.seen_scores(),
     )
 
 

@@ -45,6 +45,14 @@ class Plan:
         return {one.key: one.max_inputs for one in self.served} | {services.PLAIN: 1}
 
     @property
+    def benchmarked(self) -> dict[str, tuple[str, ...]]:
+        """The tasks of each service that have a benchmark."""
+        return {
+            one.key: tuple(each.task_name for each in one.methods.values() if each.benchmark)
+            for one in self.served
+        }
+
+    @property
     def service_queues(self) -> dict[str, str]:
         """The service of each queue; of the first one where several share a queue."""
         return {one.queue: one.key for one in reversed(self.served)}
