@@ -10,7 +10,6 @@ import time
 from celery import Celery
 
 import gw_celery as gw
-from gw_celery.pool import TaskPool
 
 #: Inputs in flight in one replica.
 SLOTS = 32
@@ -20,7 +19,8 @@ NAP = float(os.environ.get("NAP", "0.5"))
 
 celery = Celery("shares", set_as_current=False)
 gw.preset(celery)
-celery.conf.update(worker_pool="gw_celery.pool:TaskPool", gw_replicas=1)
+# Both workers are on one machine and have the same code: they must not share a score.
+celery.conf.update(worker_pool="gw_celery.pool:TaskPool", gw_replicas=1, gw_score_cache=None)
 if os.environ.get("QUORUM"):
     celery.conf.update(
         task_default_queue_type="quorum",
@@ -30,10 +30,12 @@ if os.environ.get("QUORUM"):
 app = gw.App("shares", celery)
 
 
-TaskPool.scores = lambda self: {"benchmarks.shares_app.step": SLOTS / NAP}  # type: ignore[method-assign]
-
-
-@app.remote(gpu=gw.Gpu("CPU"))
+@app.remote(
+    gpu=gw.Gpu("CPU"),
+    benchmark_dataset=[{"number": 0}],
+    benchmark_runs=1,
+    benchmark_concurrency=SLOTS,
+)
 @gw.concurrent(max_inputs=SLOTS)
 async def step(number: int) -> tuple[str, float]:
     """Tell who did it, and when."""

@@ -233,10 +233,6 @@ class TaskPool(BasePool):
         """Inputs of a service that this worker has taken and that wait for a slot."""
         return self.supervisor.backlog(service)
 
-    def scores(self) -> dict[str, float | None]:
-        """Workload that one replica does in a second, by service; ``None`` where not known."""
-        return {}
-
     def priority(self, service: str) -> int:
         """The priority with which the queue of a service is consumed, beside other workers."""
         return 0 if self.ranking is None else self.ranking.priority(service)
