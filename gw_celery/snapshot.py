@@ -7,6 +7,22 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One probe of a child and its last answer. Durations are seconds."""
+
+    name: str
+    kind: str
+    #: ``None`` before the first answer.
+    is_ok: bool | None = None
+    #: In a row.
+    failures: int = 0
+    #: It has failed as often as it may, and not passed since.
+    is_failing: bool = False
+    detail: str = ""
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Replica:
     """One replica: its state and that of the child that fills it. Durations are seconds."""
 
@@ -25,6 +41,9 @@ class Replica:
     #: How late the child's event loop ran at its last heartbeat.
     lag: float = 0.0
     resident_bytes: int = 0
+    #: Services that want no inputs here: their readiness probes fail, or have not passed yet.
+    unready: tuple[str, ...] = ()
+    probes: tuple[Probe, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

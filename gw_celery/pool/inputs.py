@@ -99,6 +99,14 @@ class Inputs:
             self._dismiss(job)
         return {job.child for job in dropped}
 
+    def give_back(self, service: str) -> None:
+        """Let the broker give to other workers what waits here for a service.
+
+        What may only run alone stays: who knows that it kills is here.
+        """
+        for job in self.waiting.take_out(service):
+            job.give_back()
+
     def withdraw(self) -> set[children.Child]:
         """Take out what was revoked or has expired while it gathered for a batch.
 
@@ -216,7 +224,8 @@ class Inputs:
         for job in reversed(unanswered):
             if not job.is_accepted:
                 self.waiting.put(job, first=True)
-        self._deaths.record(accepted)
+        if not child.is_unfit:  # it would have died without them
+            self._deaths.record(accepted)
         for job in accepted:
             if self._deaths.is_poison(job.task_id):
                 self._give_up_poison(job, reason)

@@ -29,6 +29,7 @@ from gw_celery.runtime import (
     hygiene,
     loop,
     offload,
+    probe,
     process,
     records,
     scoring,
@@ -137,6 +138,7 @@ class Child(asyncio.Protocol):
             wire.Order.DRAIN: self._batchers.drain,
         }
         self._scoring: scoring.Scoring
+        self._probes: probe.Probes | None = None
         self._beat_at = 0.0
 
     # -- protocol --
@@ -180,6 +182,8 @@ class Child(asyncio.Protocol):
         self._beat()
         await self._leaving.wait()
         await self._scoring.stop()
+        if self._probes is not None:
+            self._probes.close()
         process.adopt(None)
         await runtime.leave()
         signals.worker_process_shutdown.send(
@@ -219,12 +223,14 @@ class Child(asyncio.Protocol):
         self._scoring = scoring.Scoring(
             app, self._loaded.settings, inputs.called, self.report, known
         )
+        self._probes = probe.Probes(runtime, served, self.report, around)
         self._orders |= {
             wire.Order.RUN: inputs.run,
             wire.Order.RUN_ALONE: inputs.run_alone,
             wire.Order.SOFT: inputs.limit,
             wire.Order.STOP: inputs.stop,
             wire.Order.BENCHMARK: self._scoring.order,
+            wire.Order.PROBE: self._probes.call,
         }
         await runtime.grow(known, served)
         _send_process_init(self._setup["hostname"])

@@ -21,6 +21,7 @@ from gw_celery.pool import (
     jobs,
     measuring,
     places,
+    probing,
     replica,
     replicas,
     sockets,
@@ -51,6 +52,9 @@ class Supervisor:
             setup.settings, self._after_input, self._replicas.replace, shared, bury
         )
         self._measuring = measuring.Measuring(setup, self._send)
+        self._probing = probing.Probing(
+            setup, self._replicas, self._send, self._advance, on_capacity
+        )
         self._on_capacity = on_capacity
         #: Told the numbers of inputs that began in a child that died.
         self._on_lost = on_lost
@@ -146,6 +150,7 @@ class Supervisor:
             for child in self._sockets.follow(events):
                 self._receive(child)
             self._inputs.settle_asked(jobs.now())
+            self._probing.look(jobs.now())
             self._dispatch()
             self._inputs.expire(jobs.now())
 
@@ -156,12 +161,21 @@ class Supervisor:
             for child in self._replicas:
                 self._judge(child, now)
             self._replicas.tick(now)
+            for service in self._probing.unready():
+                self._inputs.give_back(service)
             self._dispatch()
             self._measure_again(now)
 
+    def probe_tick(self) -> None:
+        """Call the probes that are due, now."""
+        with self._lock:
+            self._probing.look(jobs.now())
+
     def next_deadline(self) -> float | None:
-        """Seconds until an input reaches a limit; ``None`` without limits."""
-        return self._inputs.limits.next_in(jobs.now())
+        """Seconds until an input reaches a limit, or a probe is due; ``None`` without either."""
+        now = jobs.now()
+        nexts = (self._inputs.limits.next_in(now), self._probing.next_in(now))
+        return min((one for one in nexts if one is not None), default=None)
 
     # -- the end --
 
@@ -266,6 +280,8 @@ class Supervisor:
             self._advance(child, now)
         elif kind == wire.Report.MEASURED:
             self._measured(child, report[1], report[2], now)
+        elif kind == wire.Report.PROBED:
+            self._probing.handle(child, report, now)
         elif kind == wire.Report.STUCK:
             logger.error("%r has a call of %s that nobody waits for: replaced", child, report[1])
             self._replicas.replace(child)
@@ -282,7 +298,7 @@ class Supervisor:
 
     def _advance(self, child: children.Child, now: float) -> None:
         """Take a child as far towards READY as it has proved itself."""
-        if child.life.state is replica.State.PROBING:
+        if child.life.state is replica.State.PROBING and self._probing.has_started(child, now):
             child.life.probed(now)
         is_next = child.life.state is replica.State.BENCHMARKING
         if is_next and self._measuring.is_over(child, now):

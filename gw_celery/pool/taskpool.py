@@ -66,6 +66,7 @@ class TaskPool(BasePool):
             first={},
             benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
+            probes=plan.probes if plan else (),
             max_tasks=options.get("maxtasksperchild"),
             max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
         )
@@ -120,6 +121,10 @@ class TaskPool(BasePool):
     def hold(self, number: int | None) -> None:
         """Let one replica, or all, finish and stay stopped until they are restarted."""
         self.supervisor.hold(number)
+
+    def probe_tick(self) -> None:
+        """Call the probes that are due now; they are called without it, too."""
+        self.supervisor.probe_tick()
 
     def maintain_pool(self, *args: Any, **kwargs: Any) -> None:
         self.supervisor.tick()

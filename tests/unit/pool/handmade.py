@@ -56,6 +56,7 @@ class Child:
         self.room = dispatch.Room(SLOTS)
         self.jobs: dict[int, jobs.Job] = {}
         self.served = 0
+        self.is_unfit = False
         self.told: list[tuple[Any, ...]] = []
 
     def send(self, *orders: tuple[Any, ...]) -> None:
