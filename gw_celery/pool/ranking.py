@@ -63,7 +63,7 @@ class Ranking:
         self._claims.hear(worker, scores, jobs.now())
 
     def priority(self, service: str) -> int:
-        """The priority with which the queue of a service is consumed; 0 is that of all others."""
+        """The priority with which its queue is consumed; 0, that of all others, without a band."""
         place = self._places.get(service)
         return 0 if place is None else int(place.band)
 
@@ -136,4 +136,5 @@ class Crier:
 def of(app: Any, hostname: str, services: Iterable[str]) -> Ranking | None:
     """Return the ranking of a worker; ``None`` where the broker has no priorities of consumers."""
     with app.connection_for_read() as connection:
-        return Ranking(app, hostname, services) if broker.has_priorities(connection) else None
+        prefers = broker.has_priorities(connection)
+    return Ranking(app, hostname, services) if prefers else None

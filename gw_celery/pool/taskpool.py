@@ -153,10 +153,11 @@ class TaskPool(BasePool):
         if self._janitor is not None:
             self._janitor.start()
         if self._plan is not None:
-            self.gate = gate.Gate(app.amqp.queues, self._plan.service_queues, self)
+            queues = self._plan.service_queues
+            self.ranking = ranking.of(app, hostname, queues.values())
+            priority = None if self.ranking is None else self.ranking.priority
+            self.gate = gate.Gate(app.amqp.queues, queues, self, priority)
             self.gate.close_all()
-            served = self._plan.service_queues.values()
-            self.ranking = ranking.of(app, hostname, served) if served else None
             notices.log(app, self._plan)
         self._resize(self.limit)
         self.supervisor.tick()
@@ -237,14 +238,6 @@ class TaskPool(BasePool):
     def backlog(self, service: str) -> int:
         """Inputs of a service that this worker has taken and that wait for a slot."""
         return self.supervisor.backlog(service)
-
-    def priority(self, service: str) -> int:
-        """The priority with which the queue of a service is consumed, beside other workers."""
-        return 0 if self.ranking is None else self.ranking.priority(service)
-
-    def bands(self) -> dict[str, str]:
-        """How quick this worker is beside the others, by service, where the broker follows it."""
-        return {} if self.ranking is None else self.ranking.bands()
 
     def outage(self) -> str:
         """Why results cannot be stored now, so that nothing is consumed; ``""`` while they can."""

@@ -20,7 +20,7 @@ def status(pool: Any, hostname: str) -> snapshot.Worker:
         waiting=pool.waiting(),
         open_queues=gate.open_queues() if gate else (),
         closed_queues=gate.closed_queues() if gate else (),
-        bands=pool.bands(),
+        bands={} if pool.ranking is None else pool.ranking.bands(),
         outage=pool.outage(),
         scores=pool.seen_scores(),
     )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from celery import bootsteps
 from celery.utils.quorum_queues import detect_quorum_queues
 
 from gw_celery.declare import services
-from gw_celery.worker import broker
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,21 @@ class Gate:
     Args:
         queues: Celery's ``app.amqp.queues``.
         service_queues: the service of each service queue.
-        pool: a pool that says its READY slots, what waits in it, and its priority beside other
-            workers, by service; and why results cannot be stored.
+        pool: a pool that says its READY slots, and what waits in it, by service; and why results
+            cannot be stored.
+        priority: the priority of this worker for a service, beside others; ``None`` where the
+            broker prefers no consumer.
     """
 
-    def __init__(self, queues: Any, service_queues: dict[str, str], pool: Any) -> None:
+    def __init__(
+        self,
+        queues: Any,
+        service_queues: dict[str, str],
+        pool: Any,
+        priority: Callable[[str], int] | None = None,
+    ) -> None:
         self._queues = queues
+        self._priority = priority
         self._pool = pool
         self._services = dict.fromkeys(queues.consume_from, services.PLAIN) | service_queues
         #: What is consumed when its service is ready; commands add and take away.
@@ -49,27 +58,22 @@ class Gate:
         self._is_per_queue = False
         #: The prefetch counts with which queues are consumed, where each has its own.
         self._credit: dict[str, int] = {}
-        self._has_priorities = False
-        #: The priority with which queues are consumed, where it is not 0.
-        self._priority: dict[str, int] = {}
+        #: The priority with which each queue is consumed.
+        self._priorities: dict[str, int] = {}
 
-    def attach(
-        self, consumer: Any, *, is_per_queue: bool = False, has_priorities: bool = False
-    ) -> None:
+    def attach(self, consumer: Any, *, is_per_queue: bool = False) -> None:
         """A consumer starts: its queues and prefetch count are made to fit.
 
         Args:
             is_per_queue: whether the broker counts for each queue, and from the time when it is
                 consumed: RabbitMQ does so with quorum queues.
-            has_priorities: whether the broker prefers some consumers of a queue to others.
         """
         self._consumer = consumer
         self._is_requested = False
         self._prefetch = consumer.qos.value
         self._is_per_queue = is_per_queue
         self._credit.clear()
-        self._has_priorities = has_priorities
-        self._priority.clear()
+        self._priorities.clear()
         if is_per_queue:
             # Else the first that is consumed with its count would take all others along.
             for name in self._open:
@@ -172,24 +176,21 @@ class Gate:
 
     def _consume(self, name: str) -> None:
         if (task_consumer := self._task_consumer()) is not None:
-            self._priority[name] = self._priority_of(name)
-            task_consumer.add_queue(_preferred(self._queues[name], self._priority[name]))
+            priority = self._priorities[name] = self._priority_of(name)
+            task_consumer.add_queue(_preferred(self._queues[name], priority))
             task_consumer.consume()
 
     def _priority_of(self, name: str) -> int:
-        """As the pool says; 0 where that means nothing, or the user has decided it."""
-        is_ours = self._has_priorities and self._services[name] != services.PLAIN
-        if not is_ours or _PRIORITY in (self._queues[name].consumer_arguments or {}):
-            return 0
-        priority: int = self._pool.priority(self._services[name])
-        return priority
+        """Of a consumer of this queue; 0, which all others have, where the user has decided it."""
+        is_given = _PRIORITY in (self._queues[name].consumer_arguments or {})
+        return 0 if self._priority is None or is_given else self._priority(self._services[name])
 
     def _fit_priorities(self) -> None:
         """Consume those open queues anew whose priority has changed."""
         if (task_consumer := self._task_consumer()) is None:
             return
         for name in sorted(self._open):
-            if self._priority.get(name, 0) == self._priority_of(name):
+            if self._priorities.get(name, 0) == self._priority_of(name):
                 continue
             if self._is_per_queue:
                 self._credit.pop(name, None)  # it is consumed anew with its count
@@ -226,7 +227,7 @@ class Gate:
 
     def _forget(self, name: str) -> None:
         self._credit.pop(name, None)
-        self._priority.pop(name, None)
+        self._priorities.pop(name, None)
 
     def _task_consumer(self) -> Any:
         return None if self._consumer is None else self._consumer.task_consumer
@@ -269,8 +270,7 @@ class GateStep(bootsteps.StartStopStep):
         if gate is not None:
             driver = consumer.connection.transport.driver_type
             is_quorum, _ = detect_quorum_queues(consumer.app, driver)
-            has_priorities = broker.has_priorities(consumer.connection)
-            gate.attach(consumer, is_per_queue=is_quorum, has_priorities=has_priorities)
+            gate.attach(consumer, is_per_queue=is_quorum)
 
     def stop(self, consumer: Any) -> None:
         gate = consumer.pool.gate

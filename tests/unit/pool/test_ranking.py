@@ -117,6 +117,8 @@ def test_a_broker_that_hangs_holds_nobody_up(app: Celery, monkeypatch: pytest.Mo
     crier.close()
     assert crier.tries <= 1
     crier.is_free.set()
+    assert crier._thread is not None
+    crier._thread.join(30)
 
 
 def test_a_broker_that_is_away_is_told_of_once(

@@ -86,7 +86,7 @@ def pool() -> Pool:
 
 @pytest.fixture
 def closed(queues: Any, pool: Pool) -> gate.Gate:
-    made = gate.Gate(queues, SERVICES, pool)
+    made = gate.Gate(queues, SERVICES, pool, pool.priority)
     made.close_all()
     pool.gate = made
     return made
@@ -567,10 +567,10 @@ def test_the_next_connection_has_the_counts_of_quorum_queues_too(
 
 @pytest.fixture
 def preferring(celery_app: Celery, connection: Any, closed: gate.Gate, pool: Pool) -> Counting:
-    """A consumer whose queues are all open, on such a broker."""
+    """A consumer whose queues are all open."""
     made = Consumer(celery_app, connection)
     made.task_consumer = Counting(made.task_consumer)
-    closed.attach(made, has_priorities=True)
+    closed.attach(made)
     everything_is_ready(pool)
     closed.apply()
     return made.task_consumer
@@ -616,20 +616,15 @@ def test_a_queue_that_opens_again_has_its_priority(
     assert preferring.arguments[EMBED] == {"x-priority": 1}
 
 
-def test_plain_tasks_have_no_priority(preferring: Counting, closed: gate.Gate, pool: Pool) -> None:
-    preferring.consumed.clear()
-    pool.priorities[""] = 1
-    closed.apply()
-    assert preferring.consumed == []
-
-
 def test_a_broker_without_priorities_is_told_of_none(
-    counting: Counting, closed: gate.Gate, pool: Pool
+    celery_app: Celery, connection: Any, queues: Any, pool: Pool
 ) -> None:
     everything_is_ready(pool)
     pool.priorities["embed"] = 1
-    closed.apply()
-    assert counting.arguments[EMBED] is None
+    made = Consumer(celery_app, connection)
+    made.task_consumer = Counting(made.task_consumer)
+    gate.Gate(queues, SERVICES, pool).attach(made)
+    assert made.task_consumer.arguments.get(EMBED) is None
 
 
 def test_the_next_connection_has_the_priorities_too(
@@ -640,7 +635,7 @@ def test_the_next_connection_has_the_priorities_too(
     closed.detach()
     following = Consumer(celery_app, connection)
     following.task_consumer = Counting(following.task_consumer)
-    closed.attach(following, has_priorities=True)
+    closed.attach(following)
     assert following.task_consumer.arguments[EMBED] == {"x-priority": 1}
     assert following.task_consumer.consuming_from(PLAIN)
 
@@ -675,7 +670,7 @@ def test_a_quorum_queue_is_consumed_anew_with_its_count_and_its_priority(
 ) -> None:
     made = Consumer(celery_app, connection)
     counting = made.task_consumer = Counting(made.task_consumer)
-    closed.attach(made, is_per_queue=True, has_priorities=True)
+    closed.attach(made, is_per_queue=True)
     everything_is_ready(pool)
     closed.apply()
     counting.consumed.clear()
