@@ -54,6 +54,9 @@ class Pool:
     def waiting(self) -> int:
         return 5
 
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        return {}
+
     def outage(self) -> str:
         return "gone"
 
@@ -86,6 +89,7 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "closed_queues": ["cpu.classify"],
         "bands": {},
         "outage": "gone",
+        "scores": {},
     }
 
 
