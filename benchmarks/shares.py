@@ -1,6 +1,6 @@
 """What two workers of speed 1 and 4 get of one queue: at saturation, and at half load.
 
-    python -m benchmarks.shares [redis] [rabbitmq] [--rabbitmq-url URL] [--inputs 1000]
+    python -m benchmarks.shares [redis] [rabbitmq] [--inputs 1000] [--prefetch-multiplier 1]
 
 Each worker has one replica of 32 slots; an input takes 0.5 s on average in one of them and 2 s in
 the other. Half load is half of what both can do together, at random moments.
@@ -57,11 +57,13 @@ def main() -> None:
     parser.add_argument("brokers", nargs="*", default=[], choices=["redis", "rabbitmq", []])
     parser.add_argument("--rabbitmq-url", default="amqp://guest:guest@127.0.0.1:5672//")
     parser.add_argument("--inputs", type=int, default=1000)
+    parser.add_argument("--prefetch-multiplier", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, devserver.running(Path(folder)) as server:
         urls = {"redis": server.broker_url, "rabbitmq": options.rabbitmq_url}
         for name in options.brokers or urls:
-            with pair(urls[name], server.result_url, Path(folder)) as client:
+            multiplier = options.prefetch_multiplier
+            with pair(urls[name], server.result_url, Path(folder), multiplier) as client:
                 if name == "rabbitmq":
                     wait_ranked(client)
                 print(f"{name}, saturated: {saturated(client, options.inputs)}", flush=True)
@@ -69,7 +71,9 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def pair(broker: str, result: str, folder: Path, *, is_quorum: bool = False) -> Iterator[Celery]:
+def pair(
+    broker: str, result: str, folder: Path, multiplier: int = 1, *, is_quorum: bool = False
+) -> Iterator[Celery]:
     """A client of two workers, both ready; the queue is deleted at the end."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(conf.talking_to(broker, result))
@@ -82,6 +86,7 @@ def pair(broker: str, result: str, folder: Path, *, is_quorum: bool = False) -> 
             testing.Worker(
                 "benchmarks.shares_app:celery",
                 *("-Q", shares_app.QUEUE, "-l", "WARNING"),
+                *("--prefetch-multiplier", str(multiplier)),
                 broker_url=broker,
                 result_url=result,
                 log_dir=folder,

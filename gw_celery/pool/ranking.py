@@ -134,7 +134,12 @@ class Crier:
 
 
 def of(app: Any, hostname: str, services: Iterable[str]) -> Ranking | None:
-    """Return the ranking of a worker; ``None`` where the broker has no priorities of consumers."""
+    """Return the ranking of a worker.
+
+    ``None`` where the broker has no priorities of consumers, or the worker cannot be told anything.
+    """
+    if not app.conf.worker_enable_remote_control:
+        return None
     with app.connection_for_read() as connection:
         prefers = broker.has_priorities(connection)
     return Ranking(app, hostname, services) if prefers else None

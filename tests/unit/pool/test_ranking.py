@@ -95,6 +95,12 @@ def test_workers_are_ranked_where_the_broker_prefers_consumers(
         assert (ranking.of(app, "me@host", ["embed"]) is not None) == is_ranked
 
 
+def test_a_worker_without_remote_control_is_not_ranked() -> None:
+    with Celery("ranked", broker="amqp://nowhere", set_as_current=False) as app:
+        app.conf.worker_enable_remote_control = False
+        assert ranking.of(app, "me@host", ["embed"]) is None
+
+
 class Silent(ranking.Crier):
     """Cannot tell anything before it is freed, and then fails."""
 
