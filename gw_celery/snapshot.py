@@ -7,6 +7,22 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One probe of a child and its last answer. Durations are seconds."""
+
+    name: str
+    kind: str
+    #: ``None`` before the first answer.
+    is_ok: bool | None = None
+    #: In a row.
+    failures: int = 0
+    #: It has failed as often as it may, and not passed since.
+    is_failing: bool = False
+    detail: str = ""
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Replica:
     """One replica: its state and that of the child that fills it. Durations are seconds."""
 
@@ -25,6 +41,47 @@ class Replica:
     #: How late the child's event loop ran at its last heartbeat.
     lag: float = 0.0
     resident_bytes: int = 0
+    #: Services that want no inputs here: their readiness probes fail, or have not passed yet.
+    unready: tuple[str, ...] = ()
+    probes: tuple[Probe, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """The latest figures of one benchmarked task, of whichever replica. Durations are seconds."""
+
+    task: str
+    #: Workload per second in the median round, the slowest and the quickest.
+    value: float
+    least: float
+    most: float
+    #: The throughput of each round, in their order, of the first 100.
+    rounds: tuple[float, ...]
+    success_rate: float
+    #: Latencies of its inputs.
+    p50: float
+    p95: float
+    #: What the first input raised that failed.
+    failure: str = ""
+    #: Since it was measured.
+    age: float = 0.0
+    #: It was found on this machine, where an earlier replica had left it.
+    is_kept: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """What one replica does of one service in a second, in workload; ``None``: not known yet."""
+
+    #: What the worker goes by.
+    value: float | None = None
+    #: What benchmarks say.
+    measured: float | None = None
+    #: What full replicas served.
+    served: float | None = None
+    #: By what share ``served`` is over, or under, ``measured``.
+    drift: float | None = None
+    benchmarks: tuple[Benchmark, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,11 +94,16 @@ class Worker:
     ready_slots: dict[str, int] = dataclasses.field(default_factory=dict)
     #: Inputs that this worker has taken and that wait for a slot.
     waiting: int = 0
+    #: Workload and inputs of each service that arrived, wait, run and were served, since the
+    #: worker started.
+    tallies: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     #: Queues that are consumed now, and those that wait until a replica is ready.
     open_queues: tuple[str, ...] = ()
     closed_queues: tuple[str, ...] = ()
     #: Why results cannot be stored, so that nothing is consumed; "" while they can.
     outage: str = ""
+    #: Scores by service; ``""`` for plain tasks.
+    scores: dict[str, Score] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

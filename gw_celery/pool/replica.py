@@ -101,6 +101,11 @@ class Life:
             self._enter(State.READY, now, None)
             self.ready_at = now
 
+    def measure_again(self, now: float) -> None:
+        """Take nothing new until it has been measured; for one that holds nothing."""
+        if self.state is State.READY:
+            self._enter(State.BENCHMARKING, now, self.deadlines.benchmark)
+
     def wants_inputs(self, now: float, wants: bool) -> None:
         """Note that some service of a loaded child wants inputs, or none does."""
         if self.is_up and wants is not self.is_ready:

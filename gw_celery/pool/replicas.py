@@ -131,6 +131,14 @@ class Replicas:
         child.send((wire.Order.LEAVE,))
         self._sockets.watch(child)
 
+    def refuse(self, child: children.Child, reason: str) -> None:
+        """Let a child that cannot serve leave, as one whose start failed."""
+        logger.error("%r is not ready: %s", child, reason)
+        child.reason = reason
+        child.life.deadline = jobs.now() + 2 * self._setup.settings.exit_timeout + _LEAVE_MARGIN
+        child.send((wire.Order.LEAVE,))
+        self._sockets.watch(child)
+
     def replace(self, child: children.Child) -> None:
         """Start a successor, which takes over when it is ready; the child serves until then."""
         if child not in self._children:

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gw_celery import snapshot
+from gw_celery.benchmarks import live
 from gw_celery.pool import (
     children,
     deaths,
     inputs,
     jobs,
+    measuring,
     places,
+    probing,
     replica,
     replicas,
     sockets,
+    tally,
     wire,
 )
 
@@ -46,7 +50,16 @@ class Supervisor:
             setup, self._sockets, self._longest_left, self._on_gone, on_capacity
         )
         self._inputs = inputs.Inputs(
-            setup.settings, self._after_input, self._replicas.replace, shared, bury
+            setup.settings,
+            self._after_input,
+            self._replicas.replace,
+            shared,
+            bury,
+            setup.queue_times,
+        )
+        self._measuring = measuring.Measuring(setup, self._send)
+        self._probing = probing.Probing(
+            setup, self._replicas, self._send, self._advance, on_capacity
         )
         self._on_capacity = on_capacity
         #: Told the numbers of inputs that began in a child that died.
@@ -75,6 +88,22 @@ class Supervisor:
         with self._lock:
             self._replicas.hold(number)
         self.wake()
+
+    # -- scores --
+
+    def measure_again(self) -> None:
+        """Have every replica measured again, one after the other, when it has nothing to do."""
+        with self._lock:
+            self._measuring.ask()
+
+    def observe(self, tallies: Mapping[str, live.Tally]) -> None:
+        """Let the traffic correct the scores; about once a second."""
+        with self._lock:
+            ready = [one for one in self._replicas if one.life.is_ready]
+            by_service = {
+                key: sum(one.room.serves(key) for one in ready) for key in self._setup.slots
+            }
+            self._measuring.observe(jobs.now(), tallies, by_service)
 
     # -- inputs --
 
@@ -127,6 +156,7 @@ class Supervisor:
             for child in self._sockets.follow(events):
                 self._receive(child)
             self._inputs.settle_asked(jobs.now())
+            self._probing.look(jobs.now())
             self._dispatch()
             self._inputs.expire(jobs.now())
 
@@ -137,11 +167,21 @@ class Supervisor:
             for child in self._replicas:
                 self._judge(child, now)
             self._replicas.tick(now)
+            for service in self._probing.unready():
+                self._inputs.give_back(service)
             self._dispatch()
+            self._measure_again(now)
+
+    def probe_tick(self) -> None:
+        """Call the probes that are due, now."""
+        with self._lock:
+            self._probing.look(jobs.now())
 
     def next_deadline(self) -> float | None:
-        """Seconds until an input reaches a limit; ``None`` without limits."""
-        return self._inputs.limits.next_in(jobs.now())
+        """Seconds until an input reaches a limit, or a probe is due; ``None`` without either."""
+        now = jobs.now()
+        nexts = (self._inputs.limits.next_in(now), self._probing.next_in(now))
+        return min((one for one in nexts if one is not None), default=None)
 
     # -- the end --
 
@@ -200,6 +240,19 @@ class Supervisor:
         """Inputs of a service that wait here because no slot is free."""
         return self._inputs.waiting.waiting(service)
 
+    def tallies(self) -> dict[str, tally.Tally]:
+        """The work of each service that was taken, is held and was done here; from any thread."""
+        with self._lock:
+            return self._inputs.tallies.seen()
+
+    def scores(self) -> dict[str, float | None]:
+        """Workload per second of one replica, by service; ``None`` while it is not known."""
+        return self._measuring.scores()
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        with self._lock:
+            return self._measuring.seen(jobs.now())
+
     def replicas(self) -> tuple[snapshot.Replica, ...]:
         return self._replicas.seen()
 
@@ -236,8 +289,12 @@ class Supervisor:
         elif kind == wire.Report.ENTERED:
             child.life.entered(now)
             self._advance(child, now)
+        elif kind == wire.Report.MEASURED:
+            self._measured(child, report[1], report[2], now)
+        elif kind == wire.Report.PROBED:
+            self._probing.handle(child, report, now)
         elif kind == wire.Report.STUCK:
-            logger.error("%r has a batch of %s that nobody waits for: replaced", child, report[1])
+            logger.error("%r has a call of %s that nobody waits for: replaced", child, report[1])
             self._replicas.replace(child)
         elif kind == wire.Report.FAILED:
             child.reason = report[1]
@@ -252,10 +309,29 @@ class Supervisor:
 
     def _advance(self, child: children.Child, now: float) -> None:
         """Take a child as far towards READY as it has proved itself."""
-        if child.life.state is replica.State.PROBING:
+        if child.life.state is replica.State.PROBING and self._probing.has_started(child, now):
             child.life.probed(now)
-        if child.life.state is replica.State.BENCHMARKING:
+        is_next = child.life.state is replica.State.BENCHMARKING
+        if is_next and self._measuring.is_over(child, now):
             self._replicas.became_ready(child, now)
+
+    def _measured(self, child: children.Child, call: int, text: str, now: float) -> None:
+        try:
+            self._measuring.follow(child, call, text, now)
+        except measuring.Failed as exc:
+            self._replicas.refuse(child, str(exc))
+        else:
+            self._advance(child, now)
+
+    def _measure_again(self, now: float) -> None:
+        """Take one idle replica out of service for as long as its benchmarks take."""
+        if self._inputs.waiting or self._replicas.is_closing:
+            return
+        idle = [one for one in self._replicas if one.life.is_ready and not one.jobs]
+        if (child := self._measuring.due(idle, now)) is not None:
+            child.life.measure_again(now)
+            self._advance(child, now)
+            self._on_capacity()
 
     def _after_input(self, child: children.Child) -> None:
         if child.life.state is replica.State.DRAINING:
@@ -273,6 +349,10 @@ class Supervisor:
         self._waiting = len(self._inputs.waiting)
         if self._waiting != before:
             self._on_capacity()
+
+    def _send(self, child: children.Child, order: tuple[Any, ...]) -> None:
+        child.send(order)
+        self._sockets.watch(child)
 
     def _watch(self, written: Iterable[children.Child]) -> None:
         for child in written:
@@ -293,6 +373,7 @@ class Supervisor:
 
     def _on_gone(self, child: children.Child, why: str) -> None:
         """Settle what a child held that is gone."""
+        self._measuring.forget(child)
         begun = [job.number for job in child.jobs.values() if job.is_accepted]
         self._inputs.settle(child, why, is_closing=self._replicas.is_closing)
         if begun and self._on_lost is not None:

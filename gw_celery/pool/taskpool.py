@@ -21,9 +21,20 @@ from kombu.asynchronous import get_event_loop
 
 from gw_celery import conf, snapshot, sweeps
 from gw_celery.declare import services
-from gw_celery.pool import dead_letters, janitor, jobs, lane, origin, places, supervisor, ticks
+from gw_celery.pool import (
+    dead_letters,
+    estimates,
+    janitor,
+    jobs,
+    lane,
+    origin,
+    places,
+    supervisor,
+    tally,
+    ticks,
+)
 from gw_celery.pool.redis_found import redis_of
-from gw_celery.worker import control_queue, draining, gate, hooks, notices
+from gw_celery.worker import control_queue, draining, fatal, gate, health, hooks, notices
 
 hooks.listen()
 
@@ -68,13 +79,17 @@ class TaskPool(BasePool):
             settings=settings,
             slots=slots,
             first={},
+            benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
+            probes=plan.probes if plan else (),
+            queue_times=plan.queue_times if plan else {},
             max_tasks=options.get("maxtasksperchild"),
             max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
         )
         self.supervisor: supervisor.Supervisor
         self._dead: dead_letters.DeadLetters | None = None
         self._janitor: janitor.Janitor | None = None
+        self._estimates: estimates.Estimates | None = None
         self._hub: Any = None
         self._tick_timer: Any = None
         self._limit_timer: Any = None
@@ -84,6 +99,9 @@ class TaskPool(BasePool):
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
         self._replicas: tuple[snapshot.Replica, ...] = ()
+        #: What a platform's own probes ask; others add their paths to its ``routes``.
+        self.health = health.Health(settings)
+        self._scores: dict[str, snapshot.Score] = {}
 
     # -- size --
 
@@ -127,6 +145,8 @@ class TaskPool(BasePool):
     # -- the life of the worker --
 
     def on_start(self) -> None:
+        with fatal.fatal_errors():
+            self.health.start()
         app, hostname = self.options["initargs"]
         self._janitor = janitor.of(app, self._setup.settings, hostname)
         first = {
@@ -152,9 +172,12 @@ class TaskPool(BasePool):
             self.gate.close_all()
             self.control = control_queue.ControlQueue() if self._plan.runs_sweeps else None
             notices.log(app, self._plan)
+            self._estimates = estimates.of(app, self._plan, hostname, self.supervisor)
         self._resize(self.limit)
         self.supervisor.tick()
         self._see()
+        if self._estimates is not None:
+            self._estimates.start()
         if get_event_loop() is None:
             self._thread = threading.Thread(target=self._run, name="gw-pool", daemon=True)
             self._thread.start()
@@ -227,12 +250,14 @@ class TaskPool(BasePool):
     # -- what beat has every worker do --
 
     def probe_tick(self) -> None:
-        """Run what is due of the probes."""
+        """Call the probes that are due now; they are called without it, too."""
         self.ticks.heard(ticks.Kind.PROBE, jobs.now())
+        self.supervisor.probe_tick()
 
     def benchmark_tick(self) -> None:
-        """Measure again what is due."""
+        """Have every replica measured again, one after the other, when it has nothing to do."""
         self.ticks.heard(ticks.Kind.BENCHMARK, jobs.now())
+        self.supervisor.measure_again()
 
     # -- what is seen from outside --
 
@@ -252,9 +277,21 @@ class TaskPool(BasePool):
         """Inputs that this worker has taken and that wait for a slot."""
         return self.supervisor.waiting()
 
+    def tallies(self) -> dict[str, tally.Tally]:
+        """The work of each service that arrived, waits, runs and was served; from any thread."""
+        return self.supervisor.tallies()
+
     def replicas(self) -> tuple[snapshot.Replica, ...]:
         """The replicas as they were at the last tick."""
         return self._replicas
+
+    def scores(self) -> dict[str, float | None]:
+        """Workload per second of one replica, by service; ``None`` while it is not known."""
+        return self.supervisor.scores()
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        """Where the scores come from, as it was at the last tick."""
+        return self._scores
 
     def _get_info(self) -> dict[str, Any]:
         options = self.options
@@ -268,6 +305,8 @@ class TaskPool(BasePool):
             "writes": "N/A",
             "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
             "gw_outage": self.outage(),
+            "gw_tallies": {key: dataclasses.asdict(one) for key, one in self.tallies().items()},
+            "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
             "gw_tick_ages": self.ticks.ages(jobs.now()),
         }
 
@@ -342,6 +381,7 @@ class TaskPool(BasePool):
             self.supervisor.tick()
             if hub is not None:
                 draining.run_meanwhile(hub)
+            self._see()
         self._see()
         return is_done()
 
@@ -356,7 +396,8 @@ class TaskPool(BasePool):
         if self._hub is not None:
             self._hub.remove_reader(self.supervisor.fileno())
         self.supervisor.release()
-        for thread in (self._dead, self._janitor, self._lane):
+        self.health.close()
+        for thread in (self._dead, self._janitor, self._estimates, self._lane):
             if thread is not None:
                 thread.close()
 
@@ -374,4 +415,15 @@ class TaskPool(BasePool):
             self.gate.request()
 
     def _see(self) -> None:
+        self.supervisor.observe(self.tallies())
         self._replicas = self.supervisor.replicas()
+        self.health.beat(
+            health.Picture(
+                replicas=self._replicas,
+                ready_slots=self.supervisor.ready_by_service(),
+                wanted=self._replicas_for(self.limit),
+                outage=self.supervisor.outage(),
+                is_stopping=self._state in (self.CLOSE, self.TERMINATE),
+            )
+        )
+        self._scores = self.supervisor.seen_scores()

@@ -39,7 +39,8 @@ class Order(enum.IntEnum):
     DRAIN = 6
     #: Call one probe: (number of the call, service, method).
     PROBE = 7
-    #: Measure one task: (number of the call, task name).
+    #: Measure one task: (number of the call, task name, products of the devices, seconds it has,
+    #: whether a score that this machine has kept will do).
     BENCHMARK = 8
 
 
@@ -54,7 +55,7 @@ class Report(enum.StrEnum):
     FAILED = "failed"
     #: (call, is it well, detail, seconds).
     PROBED = "probed"
-    #: (call, figures as JSON).
+    #: (call, score or failure as JSON).
     MEASURED = "measured"
     #: (job, monotonic seconds): the input starts, or the batch that it waited for.
     ACCEPT = "accept"
@@ -64,7 +65,7 @@ class Report(enum.StrEnum):
     ERROR = "error"
     #: (task name,): a call of it goes on that nobody waits for, and cannot be ended.
     STUCK = "stuck"
-    #: (job,): it expired while it gathered with others; ``GONE`` follows.
+    #: (job,): it expired, or was late, while it gathered with others; ``GONE`` follows.
     EXPIRED = "expired"
     #: (job,): it is no longer here, and has no answer.
     GONE = "gone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,11 @@ def status(pool: Any, hostname: str) -> snapshot.Worker:
         replicas=pool.replicas(),
         ready_slots=pool.ready_by_service(),
         waiting=pool.waiting(),
+        tallies={key: dataclasses.asdict(one) for key, one in pool.tallies().items()},
         open_queues=gate.open_queues() if gate else (),
         closed_queues=gate.closed_queues() if gate else (),
         outage=pool.outage(),
+        scores=pool.seen_scores(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,12 @@ class Consumer(CeleryConsumer):
         # What ended while there was no broker is not given back to it.
         self._poll_pool()
         return connected
+
+    def ensure_connected(self, conn: Any) -> Any:
+        # It retries for as long as there is no broker, and the loop stands still meanwhile.
+        health = getattr(self.pool, "health", None)
+        with contextlib.nullcontext() if health is None else health.connecting():
+            return super().ensure_connected(conn)
 
     def _update_prefetch_count(self, index: int = 0) -> None:
         """Do nothing: the gate counts the READY slots, whoever grows or shrinks the pool."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ import pytest
 from celery.worker.control import Panel
 
 from gw_celery import snapshot
+from gw_celery.pool import tally
 from gw_celery.worker import commands
 
+TALLY = tally.Tally(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
 NAMES = ("gw_status", "gw_drain", "gw_restart", "gw_probe_tick", "gw_benchmark_tick")
 
 
@@ -41,6 +44,15 @@ class Pool:
 
     def waiting(self) -> int:
         return 5
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        return {}
+
+    def tallies(self) -> dict[str, tally.Tally]:
+        return {"embed": TALLY}
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        return {"embed": snapshot.Score(value=9.0)}
 
     def outage(self) -> str:
         return "gone"
@@ -76,9 +88,11 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "hostname": "gpu@host",
         "ready_slots": {"embed": 8, "": 2},
         "waiting": 5,
+        "tallies": {"embed": dataclasses.asdict(TALLY)},
         "open_queues": ["cpu.embed"],
         "closed_queues": ["cpu.classify"],
         "outage": "gone",
+        "scores": {"embed": dataclasses.asdict(snapshot.Score(value=9.0)) | {"benchmarks": []}},
     }
 
 
