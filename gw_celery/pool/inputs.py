@@ -114,7 +114,8 @@ class Inputs:
         What may only run alone stays: who knows that it kills is here.
         """
         for job in self.waiting.take_out(service):
-            job.give_back()
+            if not job.give_back():
+                self.waiting.put(job)
 
     def withdraw(self) -> set[children.Child]:
         """Take out what was revoked or has expired while it gathered for a batch.
@@ -175,7 +176,7 @@ class Inputs:
                 self._was_late(job)
             return
         if not job.is_answered and _is_answer(report):
-            self.tallies.serve(job.number, now)
+            self.tallies.serve(job.number, now, is_success=kind == wire.Report.DONE)
         self._let_go(child, job)
         if kind == wire.Report.DONE:
             job.done(report[2], report[3])
@@ -214,7 +215,7 @@ class Inputs:
                 job.child.send((wire.Order.SOFT, job.number, job.soft_limit))
             elif what is limits.Limit.HARD:
                 job.timed_out()
-                self.tallies.serve(job.number, now)
+                self.tallies.serve(job.number, now, is_success=False)
                 self._dismiss(job)
             else:
                 self._give_up(job)

@@ -29,6 +29,8 @@ class Tally:
     arrived: float = 0.0
     #: Answered after it ran: a value, a failure, or a retry.
     served: float = 0.0
+    #: Those of them that gave no value.
+    failed: float = 0.0
     #: In the worker, without a slot.
     waiting: float = 0.0
     #: In a child, unanswered.
@@ -83,6 +85,7 @@ class _Sums:
         self.mean = headers.DEFAULT_WORKLOAD
         self.arrived_inputs = 0
         self.busy = 0.0
+        self.failed = 0.0
 
     def arrive(self, workload: float) -> None:
         weight = _NEWEST if self.arrived_inputs else 1.0
@@ -105,6 +108,7 @@ class _Sums:
         return Tally(
             arrived=self.arrived,
             served=workload[_Place.SERVED],
+            failed=self.failed,
             waiting=workload[_Place.WAITING],
             running=workload[_Place.RUNNING],
             given_back=workload[_Place.GIVEN_BACK],
@@ -141,11 +145,13 @@ class Tallies:
         if (one := self._held.get(number)) is not None:
             self._move(one, _Place.WAITING)
 
-    def serve(self, number: int, now: float) -> None:
+    def serve(self, number: int, now: float, *, is_success: bool) -> None:
         """It is answered after it ran."""
         if (one := self._held.pop(number, None)) is not None:
             if one.place is _Place.RUNNING:
                 self._of(one.service).busy += max(0.0, now - one.since)
+            if not is_success:
+                self._of(one.service).failed += one.workload
             self._move(one, _Place.SERVED)
 
     def give_back(self, number: int) -> None:

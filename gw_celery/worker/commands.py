@@ -29,9 +29,16 @@ def status(pool: Any, hostname: str) -> snapshot.Worker:
 
 def install() -> None:
     """Register the commands, in a worker with the GPU pool only."""
+    install_ticks()
     control.inspect_command()(gw_status)
     for command in (gw_drain, gw_restart):
         control.control_command(args=[("replica", int)], signature="[replica]")(command)
+
+
+def install_ticks() -> None:
+    """Register those that beat has broadcast, in every worker: one that lacks them logs errors."""
+    for command in (gw_probe_tick, gw_benchmark_tick):
+        control.control_command()(command)
 
 
 def describe() -> None:
@@ -60,6 +67,23 @@ def gw_restart(state: Any, replica: int | None = None) -> dict[str, str]:
     """Replace the child of one replica, or of all one by one, by draining."""
     pool = state.consumer.pool
     return _applied("restart", pool.restart, pool, replica)
+
+
+def gw_probe_tick(state: Any) -> dict[str, str]:
+    """Run the probes that are due, as beat has them run."""
+    return _ticked(getattr(state.consumer.pool, "probe_tick", None))
+
+
+def gw_benchmark_tick(state: Any) -> dict[str, str]:
+    """Measure the replicas again that are due, as beat has them measured."""
+    return _ticked(getattr(state.consumer.pool, "benchmark_tick", None))
+
+
+def _ticked(tick: Callable[[], None] | None) -> dict[str, str]:
+    if tick is not None:
+        tick()
+    answer: dict[str, str] = control.ok("tick" if tick else "nothing to do: no GPU pool")
+    return answer
 
 
 def _listed(numbers: list[int]) -> str:

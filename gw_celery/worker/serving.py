@@ -38,6 +38,8 @@ class Plan:
     pipes: Pipes | None = None
     #: The devices of each replica of our pool; ``None`` where no service needs any.
     allotment: allotment.Allotment | None = None
+    #: Whether it runs the sweeps that beat sends, in our pool.
+    runs_sweeps: bool = False
 
     @property
     def slots(self) -> dict[str, int]:

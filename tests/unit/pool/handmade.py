@@ -23,6 +23,11 @@ class Request:
         self.heard: list[Any] = []
         self.is_revoked = False
 
+    id = "the request's"
+
+    def reject(self, requeue: bool) -> None:
+        self.heard.append(("rejected", requeue))
+
     def revoked(self) -> bool:
         if self.is_revoked:
             self.heard.append("revoked")

@@ -170,9 +170,19 @@ def test_the_seconds_of_a_slot_are_those_of_what_was_served() -> None:
     for number in range(2):
         tallies.arrive(number, "embed", 1.0)
         tallies.start(number, 10.0)
-    tallies.serve(0, 12.5)
+    tallies.serve(0, 12.5, is_success=True)
     tallies.give_back(1)
     assert tallies.seen()["embed"].busy == 2.5
+
+
+def test_what_gave_no_value_is_served_and_failed() -> None:
+    tallies = tally.Tallies()
+    for number in range(3):
+        tallies.arrive(number, "embed", 2.0)
+        tallies.start(number, 10.0)
+        tallies.serve(number, 11.0, is_success=number == 0)
+    seen = tallies.seen()["embed"]
+    assert (seen.served, seen.failed) == (6.0, 4.0)
 
 
 def test_rounding_leaves_nothing_behind() -> None:
@@ -206,7 +216,8 @@ def test_whatever_happens_the_sums_are_conserved(events: list[tuple[str, int, st
                 tallies.arrive(number, service, workload)
             continue
         needs_clock = what in ("start", "serve")
-        getattr(tallies, what)(number, *([clock] if needs_clock else []))
+        more = {"is_success": workload < 1} if what == "serve" else {}
+        getattr(tallies, what)(number, *([clock] if needs_clock else []), **more)
         if what in ("serve", "give_back"):
             held.discard(number)
     for one in tallies.seen().values():

@@ -15,7 +15,7 @@ from gw_celery.pool import tally
 from gw_celery.worker import commands
 
 TALLY = tally.Tally(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
-NAMES = ("gw_status", "gw_drain", "gw_restart")
+NAMES = ("gw_status", "gw_drain", "gw_restart", "gw_probe_tick", "gw_benchmark_tick")
 
 
 class Gate:
@@ -51,6 +51,9 @@ class Pool:
     def tallies(self) -> dict[str, tally.Tally]:
         return {"embed": TALLY}
 
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        return {"embed": snapshot.Score(value=9.0)}
+
     def outage(self) -> str:
         return "gone"
 
@@ -59,6 +62,12 @@ class Pool:
 
     def restart(self, number: int | None) -> None:
         self.told.append(("restart", number))
+
+    def probe_tick(self) -> None:
+        self.told.append(("probe", None))
+
+    def benchmark_tick(self) -> None:
+        self.told.append(("benchmark", None))
 
 
 @pytest.fixture
@@ -83,7 +92,7 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "open_queues": ["cpu.embed"],
         "closed_queues": ["cpu.classify"],
         "outage": "gone",
-        "scores": {},
+        "scores": {"embed": dataclasses.asdict(snapshot.Score(value=9.0)) | {"benchmarks": []}},
     }
 
 
@@ -164,7 +173,7 @@ def test_the_command_line_knows_commands_that_a_process_does_not_carry_out(
 @pytest.mark.usefixtures("installed")
 def test_celery_knows_the_commands_and_can_list_them() -> None:
     assert [Panel.data[name] for name in NAMES] == [getattr(commands, name) for name in NAMES]
-    assert [Panel.meta[name].type for name in NAMES] == ["inspect", "control", "control"]
+    assert [Panel.meta[name].type for name in NAMES] == ["inspect", *["control"] * 4]
     for name in NAMES:
         assert Panel.meta[name].help == inspect.getdoc(getattr(commands, name))
 
@@ -174,3 +183,14 @@ def test_celery_knows_the_commands_and_can_list_them() -> None:
 def test_celerys_own_command_line_can_name_a_replica(name: str) -> None:
     about = Panel.meta[name]
     assert (about.args, about.signature, about.variadic) == ([("replica", int)], "[replica]", None)
+
+
+@pytest.mark.parametrize("what", ["probe", "benchmark"])
+def test_a_tick_reaches_the_gpu_pool_and_means_nothing_elsewhere(
+    state: Any, pool: Pool, what: str
+) -> None:
+    command = getattr(commands, f"gw_{what}_tick")
+    assert command(state) == {"ok": "tick"}
+    assert pool.told == [(what, None)]
+    state.consumer.pool = object()
+    assert command(state) == {"ok": "nothing to do: no GPU pool"}
