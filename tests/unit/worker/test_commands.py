@@ -45,9 +45,6 @@ class Pool:
     def waiting(self) -> int:
         return 5
 
-    def seen_scores(self) -> dict[str, snapshot.Score]:
-        return {}
-
     def tallies(self) -> dict[str, tally.Tally]:
         return {"embed": TALLY}
 
