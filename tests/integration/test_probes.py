@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import probed
@@ -129,6 +130,16 @@ def test_a_replica_whose_only_service_is_not_ready_is_unready_and_alive(
     (pid,) = site.times("is_ready")
     site.switch("is_ready", "ok")
     assert probing.pids(worker) == [pid]
+
+
+def test_a_loop_that_an_input_blocks_is_told_of_with_its_task_and_line(site: Site) -> None:
+    worker = site.start()
+    sent = probed.Model().block.delay("blocks", 3.0)
+    assert sent.get(timeout=30) is None
+    told = eventually(lambda: re.search(r"event loop is .* late, .*", worker.log_text()), 20)
+    culprit = rf"because of probed\.Model\.block\[{sent.id}\], at \S+probed\.py:\d+ in block;"
+    assert re.search(culprit, told[0])
+    assert worker.log_text().count("event loop is") == 1
 
 
 def test_probes_leave_nothing_in_results_and_events(
