@@ -107,6 +107,26 @@ def test_inputs_that_wait_where_nobody_is_ready_go_to_the_other_worker(site: Sit
     assert sum(pids == [other] for pids in site.began(NAMES).values()) >= len(NAMES) - 8
 
 
+def test_on_rabbitmq_too_the_traffic_goes_to_the_worker_that_is_ready(
+    start_worker: StartWorker, tmp_path: Path, rabbitmq_url: str, result_url: str
+) -> None:
+    site = Site(start_worker, tmp_path)
+    readiness = probe("is_ready", "readiness", failures=1)
+    many = {"settings": {"worker_prefetch_multiplier": 8}, "broker": rabbitmq_url}
+    with pooling.client(rabbitmq_url, result_url) as app:
+        sick = site.start(readiness, node="sick", **many)
+        sent = [
+            app.send_task("probed.Model.rest", (name, 2.0), queue="cpu.Model") for name in NAMES
+        ]
+        eventually(lambda: sum(map(bool, site.began(NAMES).values())) == 4, 20)
+        site.switch("is_ready", "node=sick false")
+        eventually(lambda: "takes no inputs of probed.Model" in sick.log_text(), 20)
+        site.start(readiness, node="well", **many)
+        (other,) = eventually(lambda: pooling.ready_pids(site.nodes["well"], app), 20)
+        assert [one.get(timeout=60) for one in sent] == NAMES
+    assert sum(pids == [other] for pids in site.began(NAMES).values()) >= len(NAMES) - 8
+
+
 def test_a_service_beside_one_that_is_not_ready_is_served(site: Site) -> None:
     readiness = probe("is_ready", "readiness", failures=2)
     site.switch("is_ready", "false")
