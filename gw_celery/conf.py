@@ -63,16 +63,22 @@ class Settings:
     worker_ttl: float | None = 60.0
     #: Replicas of a worker with the GPU pool; without it, as many as its slots need.
     replicas: int | None = None
-    #: Age at which a score is measured again, on a replica that has nothing to do; ``None``: never.
-    benchmark_period: float | None = 86400.0
     #: Folder that keeps scores, a relative one in the user's cache; ``None``: none are kept.
     score_cache: str | None = "gw_celery/scores"
+    #: Longest time between two ticks of beat to the probes, shorter where a probe's period is;
+    #: ``None`` for no entry in ``beat_schedule``.
+    probe_period: float | None = 10.0
+    #: Age at which a score is measured again, on a replica that has nothing to do, and the time
+    #: between two ticks of beat to the benchmarks; ``None``: never.
+    benchmark_period: float | None = 86_400.0
     #: Time that each context or ``on_exit`` hook has to leave.
     exit_timeout: float = 30.0
     #: Time that a cancelled body has to end before its process goes on without it.
     cancel_timeout: float = 5.0
     #: Longest wait of a blocking ``.remote()`` that names no timeout.
     call_timeout: float = 600.0
+    #: Time that an input may wait in its queue, where its service does not say; ``None``: for ever.
+    max_queue_time: float | None = None
     #: Loaded instances of one class, of different parameters, that a process keeps.
     max_instances: int = 3
     #: Threads that publish calls for event loops.

@@ -94,9 +94,15 @@ class Worker:
     ready_slots: dict[str, int] = dataclasses.field(default_factory=dict)
     #: Inputs that this worker has taken and that wait for a slot.
     waiting: int = 0
+    #: Workload and inputs of each service that arrived, wait, run and were served, since the
+    #: worker started.
+    tallies: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     #: Queues that are consumed now, and those that wait until a replica is ready.
     open_queues: tuple[str, ...] = ()
     closed_queues: tuple[str, ...] = ()
+    #: How quick it is beside the other workers, by service: "quick", "middle" or "slow"; empty
+    #: where the broker makes nothing of it.
+    bands: dict[str, str] = dataclasses.field(default_factory=dict)
     #: Why results cannot be stored, so that nothing is consumed; "" while they can.
     outage: str = ""
     #: Scores by service; ``""`` for plain tasks.

@@ -207,6 +207,21 @@ class Job:
         """Anything else; Celery decides by the class of ``exc`` and stores the outcome."""
         self._answer("error_callback", _einfo(exc))
 
+    def refuse(self, exc: BaseException) -> None:
+        """Fail it before it starts: one that is acknowledged when it starts is so now."""
+        self.broken(exc)
+        for one in (self, *self.twins):
+            one._acknowledge_early()
+
+    def _acknowledge_early(self) -> None:
+        request = self._celery_request
+        if request is None or request.task.acks_late or request.acknowledged:
+            return
+        try:
+            request.acknowledge()
+        except Exception:
+            logger.exception("task %s[%s] could not be acknowledged", self.name, self.task_id)
+
     def lost(self, reason: str) -> None:
         self.broken(WorkerLostError(f"{reason} Job: {self.number}."))
 

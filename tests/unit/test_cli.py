@@ -93,6 +93,36 @@ def test_a_worker_that_cannot_store_results_says_why_it_takes_nothing(typed: Typ
     ]
 
 
+def test_the_scores_of_a_worker_are_shown_with_where_they_come_from(typed: Typed) -> None:
+    measured = snapshot.Benchmark(
+        task="p.embed",
+        value=480.0,
+        least=450.0,
+        most=495.0,
+        rounds=(450.0, 480.0, 495.0),
+        success_rate=0.9,
+        p50=0.0203,
+        p95=0.031,
+        failure="KeyError: 'x'",
+        age=7300.0,
+        is_kept=True,
+    )
+    scores = {
+        "": snapshot.Score(value=7.0, served=7.0),
+        "p.embed": snapshot.Score(
+            value=300.0, measured=480.0, served=300.0, drift=-0.375, benchmarks=(measured,)
+        ),
+        "p.rank": snapshot.Score(),
+    }
+    worker = snapshot.Worker(hostname="", scores=scores).as_json()
+    assert typed("status", {"a@host": worker}).output.splitlines()[1:] == [
+        "  plain tasks: 7/s a replica, as served; it has no benchmark",
+        "  p.embed: 300/s a replica, as served; -38% from the benchmark's 480/s",
+        "    p.embed: 480/s (450 to 495), p50 20.3 ms, p95 31 ms, 90% succeeded, found here, 2 h "
+        "ago; first failure: KeyError: 'x'",
+    ]
+
+
 def test_workers_are_shown_in_the_order_of_their_names(typed: Typed) -> None:
     idle = snapshot.Worker(hostname="").as_json()
     result = typed("status", {"b@host": idle}, {"a@host": idle})

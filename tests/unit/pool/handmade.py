@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from gw_celery import conf
@@ -15,6 +16,8 @@ DIED = "Worker exited prematurely: signal 9 (SIGKILL)"
 
 class Request:
     """Stands for Celery's request: the job's callbacks are its methods."""
+
+    task = SimpleNamespace(acks_late=True)
 
     def __init__(self) -> None:
         self.heard: list[Any] = []
