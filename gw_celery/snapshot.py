@@ -94,6 +94,9 @@ class Worker:
     ready_slots: dict[str, int] = dataclasses.field(default_factory=dict)
     #: Inputs that this worker has taken and that wait for a slot.
     waiting: int = 0
+    #: Workload and inputs of each service that arrived, wait, run and were served, since the
+    #: worker started.
+    tallies: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     #: Queues that are consumed now, and those that wait until a replica is ready.
     open_queues: tuple[str, ...] = ()
     closed_queues: tuple[str, ...] = ()

@@ -76,6 +76,11 @@ class Service:
     def queue(self) -> str:
         return self.placement.queue or f"{self.family}.{self.name}"
 
+    def max_queue_time(self, default: float | None) -> float | None:
+        """Seconds that an input may wait in the queue; ``default`` is the project's setting."""
+        own = self.placement.max_queue_time
+        return default if own is None else own
+
     @property
     def is_class(self) -> bool:
         return inspect.isclass(self.target)

@@ -105,8 +105,11 @@ class Probing:
             child.room.unready = checks.unready
         elif checks is not None and state is replica.State.DRAINING:
             checks.end()
-        elif checks is not None and child.life.is_up and checks.serve(now):
-            self._fit(child, now)
+        elif checks is not None and child.life.is_up:
+            wants = bool(self._services - child.room.unready)
+            # It may have been measured again meanwhile, and counts as READY since.
+            if checks.serve(now) or wants is not child.life.is_ready:
+                self._fit(child, now)
         return checks
 
     def _follow(

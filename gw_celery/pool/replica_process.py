@@ -27,6 +27,8 @@ from gw_celery.runtime import (
     batcher,
     connections,
     hygiene,
+    inflight,
+    lag,
     loop,
     offload,
     probe,
@@ -180,6 +182,7 @@ class Child(asyncio.Protocol):
         self.report((wire.Report.ENTERED,))
         self._beat_at = time.monotonic()
         self._beat()
+        lag.Watch(loop.MainLoop(asyncio.get_running_loop()), _in_flight).start()
         await self._leaving.wait()
         await self._scoring.stop()
         if self._probes is not None:
@@ -243,6 +246,10 @@ class Child(asyncio.Protocol):
         self._beat_at = now + _BEAT
         self.report((wire.Report.BEAT, lag, _resident_bytes()))
         asyncio.get_running_loop().call_later(_BEAT, self._beat)
+
+
+def _in_flight() -> list[str]:
+    return [f"{one.name}[{one.task_id}]" for one in list(inflight.held.values())]
 
 
 def _send_process_init(hostname: str) -> None:

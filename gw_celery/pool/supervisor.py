@@ -25,6 +25,7 @@ from gw_celery.pool import (
     replica,
     replicas,
     sockets,
+    tally,
     wire,
 )
 
@@ -49,7 +50,12 @@ class Supervisor:
             setup, self._sockets, self._longest_left, self._on_gone, on_capacity
         )
         self._inputs = inputs.Inputs(
-            setup.settings, self._after_input, self._replicas.replace, shared, bury
+            setup.settings,
+            self._after_input,
+            self._replicas.replace,
+            shared,
+            bury,
+            setup.queue_times,
         )
         self._measuring = measuring.Measuring(setup, self._send)
         self._probing = probing.Probing(
@@ -233,6 +239,11 @@ class Supervisor:
     def backlog(self, service: str) -> int:
         """Inputs of a service that wait here because no slot is free."""
         return self._inputs.waiting.waiting(service)
+
+    def tallies(self) -> dict[str, tally.Tally]:
+        """The work of each service that was taken, is held and was done here; from any thread."""
+        with self._lock:
+            return self._inputs.tallies.seen()
 
     def scores(self) -> dict[str, float | None]:
         """Workload per second of one replica, by service; ``None`` while it is not known."""

@@ -19,11 +19,23 @@ from celery.concurrency.base import BasePool
 from celery.worker import state
 from kombu.asynchronous import get_event_loop
 
-from gw_celery import conf, snapshot
+from gw_celery import conf, snapshot, sweeps
 from gw_celery.declare import services
-from gw_celery.pool import dead_letters, janitor, jobs, origin, places, ranking, supervisor
+from gw_celery.pool import (
+    dead_letters,
+    estimates,
+    janitor,
+    jobs,
+    lane,
+    origin,
+    places,
+    ranking,
+    supervisor,
+    tally,
+    ticks,
+)
 from gw_celery.pool.redis_found import redis_of
-from gw_celery.worker import draining, gate, hooks, notices
+from gw_celery.worker import control_queue, draining, fatal, gate, health, hooks, notices
 
 hooks.listen()
 
@@ -59,6 +71,10 @@ class TaskPool(BasePool):
         self._plan = plan
         #: Opens and closes the worker's queues; the consumer's step attaches itself.
         self.gate: gate.Gate | None = None
+        #: The same for the queue of the sweeps.
+        self.control: control_queue.ControlQueue | None = None
+        self._lane = lane.Lane(self._wake)
+        self.ticks = ticks.Ticks()
         self.limit = limit or 1
         self._setup = places.Setup(
             settings=settings,
@@ -67,6 +83,7 @@ class TaskPool(BasePool):
             benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
             probes=plan.probes if plan else (),
+            queue_times=plan.queue_times if plan else {},
             max_tasks=options.get("maxtasksperchild"),
             max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
         )
@@ -75,6 +92,7 @@ class TaskPool(BasePool):
         self._janitor: janitor.Janitor | None = None
         #: Where the broker prefers the quicker of several workers.
         self.ranking: ranking.Ranking | None = None
+        self._estimates: estimates.Estimates | None = None
         self._hub: Any = None
         self._tick_timer: Any = None
         self._limit_timer: Any = None
@@ -84,6 +102,8 @@ class TaskPool(BasePool):
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
         self._replicas: tuple[snapshot.Replica, ...] = ()
+        #: What a platform's own probes ask; others add their paths to its ``routes``.
+        self.health = health.Health(settings)
         self._scores: dict[str, snapshot.Score] = {}
 
     # -- size --
@@ -122,16 +142,14 @@ class TaskPool(BasePool):
         """Let one replica, or all, finish and stay stopped until they are restarted."""
         self.supervisor.hold(number)
 
-    def probe_tick(self) -> None:
-        """Call the probes that are due now; they are called without it, too."""
-        self.supervisor.probe_tick()
-
     def maintain_pool(self, *args: Any, **kwargs: Any) -> None:
         self.supervisor.tick()
 
     # -- the life of the worker --
 
     def on_start(self) -> None:
+        with fatal.fatal_errors():
+            self.health.start()
         app, hostname = self.options["initargs"]
         self._janitor = janitor.of(app, self._setup.settings, hostname)
         first = {
@@ -158,10 +176,14 @@ class TaskPool(BasePool):
             priority = None if self.ranking is None else self.ranking.priority
             self.gate = gate.Gate(app.amqp.queues, queues, self, priority)
             self.gate.close_all()
+            self.control = control_queue.ControlQueue() if self._plan.runs_sweeps else None
             notices.log(app, self._plan)
+            self._estimates = estimates.of(app, self._plan, hostname, self.supervisor)
         self._resize(self.limit)
         self.supervisor.tick()
         self._see()
+        if self._estimates is not None:
+            self._estimates.start()
         if get_event_loop() is None:
             self._thread = threading.Thread(target=self._run, name="gw-pool", daemon=True)
             self._thread.start()
@@ -182,6 +204,8 @@ class TaskPool(BasePool):
 
     def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> jobs.Job:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
+        if args[0] in sweeps.COMMANDS:
+            return self._lane.submit(target, args, options)
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
         options["timeout"] = options.get("timeout") or hard
@@ -229,6 +253,18 @@ class TaskPool(BasePool):
     def on_terminate(self) -> None:
         self._finish()
 
+    # -- what beat has every worker do --
+
+    def probe_tick(self) -> None:
+        """Call the probes that are due now; they are called without it, too."""
+        self.ticks.heard(ticks.Kind.PROBE, jobs.now())
+        self.supervisor.probe_tick()
+
+    def benchmark_tick(self) -> None:
+        """Have every replica measured again, one after the other, when it has nothing to do."""
+        self.ticks.heard(ticks.Kind.BENCHMARK, jobs.now())
+        self.supervisor.measure_again()
+
     # -- what is seen from outside --
 
     def ready_by_service(self) -> dict[str, int]:
@@ -247,6 +283,10 @@ class TaskPool(BasePool):
         """Inputs that this worker has taken and that wait for a slot."""
         return self.supervisor.waiting()
 
+    def tallies(self) -> dict[str, tally.Tally]:
+        """The work of each service that arrived, waits, runs and was served; from any thread."""
+        return self.supervisor.tallies()
+
     def replicas(self) -> tuple[snapshot.Replica, ...]:
         """The replicas as they were at the last tick."""
         return self._replicas
@@ -258,10 +298,6 @@ class TaskPool(BasePool):
     def seen_scores(self) -> dict[str, snapshot.Score]:
         """Where the scores come from, as it was at the last tick."""
         return self._scores
-
-    def benchmark_tick(self) -> None:
-        """Have every replica measured again, one after the other, when it has nothing to do."""
-        self.supervisor.measure_again()
 
     def _get_info(self) -> dict[str, Any]:
         options = self.options
@@ -275,7 +311,9 @@ class TaskPool(BasePool):
             "writes": "N/A",
             "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
             "gw_outage": self.outage(),
+            "gw_tallies": {key: dataclasses.asdict(one) for key, one in self.tallies().items()},
             "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
+            "gw_tick_ages": self.ticks.ages(jobs.now()),
         }
 
     # -- driving --
@@ -283,12 +321,19 @@ class TaskPool(BasePool):
     def poll(self) -> None:
         """Read what children have reported and judge limits, now."""
         if self._thread is None:
-            self.supervisor.poll()
+            self._poll()
 
     def _on_readable(self) -> None:
         with _surviving():
-            self.supervisor.poll()
+            self._poll()
         self._arm()
+
+    def _wake(self) -> None:
+        self.supervisor.wake()
+
+    def _poll(self, timeout: float = 0.0) -> None:
+        self.supervisor.poll(timeout)
+        self._lane.settle()
 
     def _withdraw(self) -> None:
         """Take revoked inputs out of the batches that they wait for, before those begin."""
@@ -325,7 +370,7 @@ class TaskPool(BasePool):
 
     def _step(self, timeout: float = 0.0) -> None:
         with _surviving():
-            self.supervisor.poll(timeout)
+            self._poll(timeout)
             self.supervisor.withdraw()
             self.supervisor.tick()
             if self.ranking is not None and self.ranking.tick(self.scores()):
@@ -340,10 +385,11 @@ class TaskPool(BasePool):
             if self._thread is not None:
                 self._is_over.wait(0.02)
                 continue
-            self.supervisor.poll(0.1)
+            self._poll(0.1)
             self.supervisor.tick()
             if hub is not None:
                 draining.run_meanwhile(hub)
+            self._see()
         self._see()
         return is_done()
 
@@ -358,7 +404,8 @@ class TaskPool(BasePool):
         if self._hub is not None:
             self._hub.remove_reader(self.supervisor.fileno())
         self.supervisor.release()
-        for thread in (self._dead, self._janitor, self.ranking):
+        self.health.close()
+        for thread in (self._dead, self._janitor, self._estimates, self._lane, self.ranking):
             if thread is not None:
                 thread.close()
 
@@ -376,5 +423,15 @@ class TaskPool(BasePool):
             self.gate.request()
 
     def _see(self) -> None:
+        self.supervisor.observe(self.tallies())
         self._replicas = self.supervisor.replicas()
+        self.health.beat(
+            health.Picture(
+                replicas=self._replicas,
+                ready_slots=self.supervisor.ready_by_service(),
+                wanted=self._replicas_for(self.limit),
+                outage=self.supervisor.outage(),
+                is_stopping=self._state in (self.CLOSE, self.TERMINATE),
+            )
+        )
         self._scores = self.supervisor.seen_scores()

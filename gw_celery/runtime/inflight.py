@@ -48,6 +48,8 @@ class InFlight:
         self.runs_alone = False
         #: When nobody wants its answer any more, unless it has begun.
         self.expires: dt.datetime | None = None
+        #: Whether it has waited for too long, unless it has begun.
+        self.is_late: Callable[[], bool] = _never
         #: Writes the record of an early acknowledgement, where there is to be one.
         self.record: Callable[[], Awaitable[None]] | None = None
         #: It is a benchmark's: nothing outside this process may learn of it.
@@ -82,7 +84,7 @@ class InFlight:
         """
         if self.has_begun or self._is_stopped:
             return not self._is_stopped
-        if expiry.has_passed(self.expires):
+        if expiry.has_passed(self.expires) or self.is_late():
             self._tell((wire.Report.EXPIRED, self.job))
             self.stop()
             return False
@@ -161,6 +163,10 @@ class InFlight:
                 self.task.uncancel()
         if self._thrown is not None:
             self._thrown.wait()
+
+
+def _never() -> bool:
+    return False
 
 
 def has_company() -> bool:

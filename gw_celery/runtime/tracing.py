@@ -19,6 +19,7 @@ from celery.app import trace
 from celery.exceptions import Ignore, Reject, Retry
 from kombu.utils.encoding import safe_repr, safe_str
 
+from gw_celery import conf
 from gw_celery.pool import wire
 from gw_celery.runtime import (
     bridge,
@@ -27,6 +28,7 @@ from gw_celery.runtime import (
     hygiene,
     identity,
     inflight,
+    lateness,
     offload,
     records,
     running,
@@ -72,6 +74,7 @@ class Inputs:
         self._app = app
         self._report = report
         self._early = early
+        self._max_queue_time = conf.read(app.conf).max_queue_time
         self._threads = offload.Offload("body", threads, around)
         self._shared = hygiene.Shared(app)
         self._held = inflight.held
@@ -93,8 +96,11 @@ class Inputs:
 
     def _start(self, one: inflight.InFlight, request: Any, *content: Any) -> None:
         self._held[one.job] = one
-        if _gathers(self._app.tasks.get(one.name)):
+        task = self._app.tasks.get(one.name)
+        if _gathers(task):
             one.expires = expiry.of(self._app, request)
+            if (limit := task.gw_service.max_queue_time(self._max_queue_time)) is not None:
+                one.is_late = functools.partial(lateness.is_over, request, limit)
         elif not self._is_early(one):
             one.begin()
         name = f"{one.name}[{one.task_id}]"

@@ -11,7 +11,17 @@ from gw_celery.worker import broker, serving
 logger = logging.getLogger(__name__)
 
 #: What is declared of services and acts on the GPU pool, as ``Service.pool_features`` names it.
-_OF_GPU_POOL = frozenset({"concurrent", "batched", "benchmark", "memory_gb", "probes"})
+_OF_GPU_POOL = frozenset(
+    {
+        "concurrent",
+        "batched",
+        "benchmark",
+        "memory_gb",
+        "probes",
+        "workload_calculator",
+        "max_queue_time",
+    }
+)
 
 
 def log(app: Any, plan: serving.Plan) -> None:

@@ -38,11 +38,19 @@ class Plan:
     pipes: Pipes | None = None
     #: The devices of each replica of our pool; ``None`` where no service needs any.
     allotment: allotment.Allotment | None = None
+    #: Whether it runs the sweeps that beat sends, in our pool.
+    runs_sweeps: bool = False
 
     @property
     def slots(self) -> dict[str, int]:
         """Inputs in flight of each service in one replica of our pool; ``""`` for other tasks."""
         return {one.key: one.max_inputs for one in self.served} | {services.PLAIN: 1}
+
+    @property
+    def queue_times(self) -> dict[str, float]:
+        """Seconds that an input may wait until it begins, for each service with such a limit."""
+        found = {one.key: one.max_queue_time(self.settings.max_queue_time) for one in self.served}
+        return {key: limit for key, limit in found.items() if limit is not None}
 
     @property
     def benchmarked(self) -> dict[str, tuple[str, ...]]:

@@ -25,6 +25,7 @@ class Child:
         self.lag = 0.25
         self.room = dispatch.Room({})
         self.checks = None
+        self.reason = ""
         self.is_unfit = False
         if is_ready:
             self.life.loaded(1.0)

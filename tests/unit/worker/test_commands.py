@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Iterator
@@ -10,9 +11,18 @@ import pytest
 from celery.worker.control import Panel
 
 from gw_celery import snapshot
+from gw_celery.pool import tally
 from gw_celery.worker import commands
 
-NAMES = ("gw_status", "gw_drain", "gw_restart")
+TALLY = tally.Tally(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
+NAMES = (
+    "gw_status",
+    "gw_drain",
+    "gw_restart",
+    "gw_probe_tick",
+    "gw_benchmark_tick",
+    "gw_best_score",
+)
 
 
 class Gate:
@@ -54,8 +64,11 @@ class Pool:
     def waiting(self) -> int:
         return 5
 
+    def tallies(self) -> dict[str, tally.Tally]:
+        return {"embed": TALLY}
+
     def seen_scores(self) -> dict[str, snapshot.Score]:
-        return {}
+        return {"embed": snapshot.Score(value=9.0)}
 
     def outage(self) -> str:
         return "gone"
@@ -65,6 +78,12 @@ class Pool:
 
     def restart(self, number: int | None) -> None:
         self.told.append(("restart", number))
+
+    def probe_tick(self) -> None:
+        self.told.append(("probe", None))
+
+    def benchmark_tick(self) -> None:
+        self.told.append(("benchmark", None))
 
 
 @pytest.fixture
@@ -85,11 +104,12 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "hostname": "gpu@host",
         "ready_slots": {"embed": 8, "": 2},
         "waiting": 5,
+        "tallies": {"embed": dataclasses.asdict(TALLY)},
         "open_queues": ["cpu.embed"],
         "closed_queues": ["cpu.classify"],
         "bands": {},
         "outage": "gone",
-        "scores": {},
+        "scores": {"embed": dataclasses.asdict(snapshot.Score(value=9.0)) | {"benchmarks": []}},
     }
 
 
@@ -170,7 +190,7 @@ def test_the_command_line_knows_commands_that_a_process_does_not_carry_out(
 @pytest.mark.usefixtures("installed")
 def test_celery_knows_the_commands_and_can_list_them() -> None:
     assert [Panel.data[name] for name in NAMES] == [getattr(commands, name) for name in NAMES]
-    assert [Panel.meta[name].type for name in NAMES] == ["inspect", "control", "control"]
+    assert [Panel.meta[name].type for name in NAMES] == ["inspect", *["control"] * 4]
     for name in NAMES:
         assert Panel.meta[name].help == inspect.getdoc(getattr(commands, name))
 
@@ -180,6 +200,17 @@ def test_celery_knows_the_commands_and_can_list_them() -> None:
 def test_celerys_own_command_line_can_name_a_replica(name: str) -> None:
     about = Panel.meta[name]
     assert (about.args, about.signature, about.variadic) == ([("replica", int)], "[replica]", None)
+
+
+@pytest.mark.parametrize("what", ["probe", "benchmark"])
+def test_a_tick_reaches_the_gpu_pool_and_means_nothing_elsewhere(
+    state: Any, pool: Pool, what: str
+) -> None:
+    command = getattr(commands, f"gw_{what}_tick")
+    assert command(state) == {"ok": "tick"}
+    assert pool.told == [(what, None)]
+    state.consumer.pool = object()
+    assert command(state) == {"ok": "nothing to do: no GPU pool"}
 
 
 def test_what_another_worker_tells_reaches_the_ranking(state: Any, pool: Pool) -> None:
