@@ -37,14 +37,9 @@ def install() -> None:
 
 
 def install_ticks() -> None:
-    """Register those that beat has broadcast, in every worker: one that lacks them logs errors."""
-    for command in (gw_probe_tick, gw_benchmark_tick):
+    """Register those that are broadcast, in every worker: one that lacks them logs errors."""
+    for command in (gw_probe_tick, gw_benchmark_tick, gw_best_score):
         control.control_command()(command)
-
-
-def install_for_peers() -> None:
-    """Register what workers tell each other, in every worker: the others have no use for it."""
-    control.control_command()(gw_best_score)
 
 
 def describe() -> None:
