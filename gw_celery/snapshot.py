@@ -148,6 +148,9 @@ class Worker:
     #: Queues that are consumed now, and those that wait until a replica is ready.
     open_queues: tuple[str, ...] = ()
     closed_queues: tuple[str, ...] = ()
+    #: How quick it is beside the other workers, by service: "quick", "middle" or "slow"; empty
+    #: where the broker makes nothing of it.
+    bands: dict[str, str] = dataclasses.field(default_factory=dict)
     #: Why results cannot be stored, so that nothing is consumed; "" while they can.
     outage: str = ""
     #: What the autoscaler saw and decided; ``None`` for a worker of a fixed size.

@@ -5,54 +5,42 @@ The unit of everything that Celery counts is the slot, room for one input in fli
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from celery.concurrency.base import BasePool
 from celery.worker import state
-from kombu.asynchronous import get_event_loop
 
 from gw_celery import conf, snapshot, sweeps
 from gw_celery.declare import services
 from gw_celery.pool import (
     dead_letters,
+    driving,
     estimates,
     janitor,
     jobs,
     lane,
     origin,
     places,
+    ranking,
     supervisor,
     tally,
     ticks,
 )
 from gw_celery.pool.redis_found import redis_of
-from gw_celery.worker import control_queue, draining, fatal, gate, health, hooks, notices
+from gw_celery.worker import control_queue, fatal, gate, health, hooks, notices
 
 hooks.listen()
 
 logger = logging.getLogger(__name__)
 
-_TICK = 1.0
 #: Grace of the children at the end, over the bounds of their exit hooks: the supervisor's is less.
 _LEAVE_MARGIN = 15.0
 _SHUT_DOWN = "Worker exited prematurely: the worker shut down."
-
-
-@contextlib.contextmanager
-def _surviving() -> Iterator[None]:
-    """One failure of ours must not leave the worker's loop, which would end the worker."""
-    try:
-        yield
-    except Exception:
-        logger.exception("the pool failed once and goes on")
 
 
 class TaskPool(BasePool):
@@ -90,14 +78,9 @@ class TaskPool(BasePool):
         self._dead: dead_letters.DeadLetters | None = None
         self._janitor: janitor.Janitor | None = None
         self._estimates: estimates.Estimates | None = None
-        self._hub: Any = None
-        self._tick_timer: Any = None
-        self._limit_timer: Any = None
-        self._limit_due = 0.0
-        #: How many revocations this worker knew when it last looked.
-        self._revoked = 0
-        self._thread: threading.Thread | None = None
-        self._is_over = threading.Event()
+        #: Where the broker prefers the quicker of several workers.
+        self.ranking: ranking.Ranking | None = None
+        self._driver: driving.Driver
         self._replicas: tuple[snapshot.Replica, ...] = ()
         #: What a platform's own probes ask; others add their paths to its ``routes``.
         self.health = health.Health(settings)
@@ -165,10 +148,14 @@ class TaskPool(BasePool):
         self.supervisor = supervisor.Supervisor(
             setup, self._on_capacity, redis_of(app), bury, on_lost
         )
+        self._driver = driving.Driver(self.supervisor, self._lane.settle, self._see)
         if self._janitor is not None:
             self._janitor.start()
         if self._plan is not None:
-            self.gate = gate.Gate(app.amqp.queues, self._plan.service_queues, self)
+            queues = self._plan.service_queues
+            self.ranking = ranking.of(app, hostname, queues.values())
+            priority = None if self.ranking is None else self.ranking.priority
+            self.gate = gate.Gate(app.amqp.queues, queues, self, priority)
             self.gate.close_all()
             self.control = control_queue.ControlQueue() if self._plan.runs_sweeps else None
             notices.log(app, self._plan)
@@ -178,23 +165,11 @@ class TaskPool(BasePool):
         self._see()
         if self._estimates is not None:
             self._estimates.start()
-        if get_event_loop() is None:
-            self._thread = threading.Thread(target=self._run, name="gw-pool", daemon=True)
-            self._thread.start()
+        self._driver.start()
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Called at every start of the consumer, when the hub has forgotten us."""
-        self._hub = hub
-        hub.add_reader(self.supervisor.fileno(), self._on_readable)
-        # A revocation comes between two turns of the hub.
-        hub.on_tick.add(self._withdraw)
-        # Celery 5.7 has cancelled our timers when the connection was lost, 5.6 all timers.
-        for timer in (self._tick_timer, self._limit_timer):
-            if timer is not None:
-                timer.cancel()
-        self._tick_timer = hub.call_repeatedly(_TICK, self._on_tick)
-        self._limit_timer = None
-        self._arm()
+        self._driver.attach(hub)
 
     def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> jobs.Job:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
@@ -221,7 +196,7 @@ class TaskPool(BasePool):
 
     def on_stop(self) -> None:
         """Wait for every input in flight, then let the children leave."""
-        if self._is_over.is_set():
+        if self._driver.is_over:
             return
         settings = self._setup.settings
         self.supervisor.close()
@@ -230,7 +205,7 @@ class TaskPool(BasePool):
             bound = grace = settings.cancel_timeout
         else:
             bound, grace = settings.shutdown_timeout, 2 * settings.exit_timeout + _LEAVE_MARGIN
-        if not self._wait(lambda: not self.supervisor.in_flight(), bound):
+        if not self._driver.wait(lambda: not self.supervisor.in_flight(), bound):
             logger.error(
                 "%d inputs are still running after %.0f s; their replicas are killed (setting "
                 "gw_shutdown_timeout)",
@@ -239,9 +214,9 @@ class TaskPool(BasePool):
             )
             self.supervisor.kill(_SHUT_DOWN)
         # What was given back to the broker, or answered at its limit, is about to go.
-        self._wait(lambda: not self.supervisor.held(), settings.cancel_timeout)
+        self._driver.wait(lambda: not self.supervisor.held(), settings.cancel_timeout)
         self.supervisor.leave()
-        self._wait(self.supervisor.is_empty, grace)
+        self._driver.wait(self.supervisor.is_empty, grace)
         self._finish()
 
     def on_terminate(self) -> None:
@@ -314,90 +289,20 @@ class TaskPool(BasePool):
 
     def poll(self) -> None:
         """Read what children have reported and judge limits, now."""
-        if self._thread is None:
-            self._poll()
-
-    def _on_readable(self) -> None:
-        with _surviving():
-            self._poll()
-        self._arm()
+        self._driver.poll()
 
     def _wake(self) -> None:
         self.supervisor.wake()
 
-    def _poll(self, timeout: float = 0.0) -> None:
-        self.supervisor.poll(timeout)
-        self._lane.settle()
-
-    def _withdraw(self) -> None:
-        """Take revoked inputs out of the batches that they wait for, before those begin."""
-        if len(state.revoked) != self._revoked:
-            self._revoked = len(state.revoked)
-            self.supervisor.withdraw()
-
-    def _on_tick(self) -> None:
-        self._step()
-        self._arm()
-
-    def _arm(self) -> None:
-        """Have the hub call us at the next limit, which may be before the next tick."""
-        wait = self.supervisor.next_deadline()
-        if wait is None or wait >= _TICK:
-            return
-        due = jobs.now() + wait
-        if self._limit_timer is not None:
-            if due >= self._limit_due:
-                return
-            self._limit_timer.cancel()
-        self._limit_due = due
-        self._limit_timer = self._hub.call_later(wait, self._on_limit)
-
-    def _on_limit(self) -> None:
-        self._limit_timer = None
-        self._on_readable()
-
-    def _run(self) -> None:
-        """The loop of transports that have none."""
-        while not self._is_over.is_set():
-            wait = self.supervisor.next_deadline()
-            self._step(_TICK if wait is None else min(_TICK, wait))
-
-    def _step(self, timeout: float = 0.0) -> None:
-        with _surviving():
-            self._poll(timeout)
-            self.supervisor.withdraw()
-            self.supervisor.tick()
-            self._see()
-
-    def _wait(self, is_done: Callable[[], bool], timeout: float) -> bool:
-        """Drive the pool until ``is_done()``: the hub does not run while a worker stops."""
-        end = jobs.now() + timeout
-        hub = get_event_loop()
-        while not is_done() and jobs.now() < end:
-            if self._thread is not None:
-                self._is_over.wait(0.02)
-                continue
-            self._poll(0.1)
-            self.supervisor.tick()
-            if hub is not None:
-                draining.run_meanwhile(hub)
-            self._see()
-        self._see()
-        return is_done()
-
     def _finish(self) -> None:
-        if self._is_over.is_set():
+        if self._driver.is_over:
             return
-        self._is_over.set()
-        self.supervisor.wake()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(5)
+        self._driver.end()
         self.supervisor.kill(_SHUT_DOWN)
-        if self._hub is not None:
-            self._hub.remove_reader(self.supervisor.fileno())
+        self._driver.detach()
         self.supervisor.release()
         self.health.close()
-        for thread in (self._dead, self._janitor, self._estimates, self._lane):
+        for thread in (self._dead, self._janitor, self._estimates, self._lane, self.ranking):
             if thread is not None:
                 thread.close()
 
@@ -415,7 +320,10 @@ class TaskPool(BasePool):
             self.gate.request()
 
     def _see(self) -> None:
+        """Once a second: look at what there is, and let others see it."""
         self.supervisor.observe(self.tallies())
+        if self.ranking is not None and self.ranking.tick(self.scores()):
+            self._on_capacity()
         self._replicas = self.supervisor.replicas()
         self.health.beat(
             health.Picture(

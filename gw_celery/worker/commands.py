@@ -25,6 +25,7 @@ def status(pool: Any, hostname: str, autoscaler: Any = None) -> snapshot.Worker:
         tallies={key: dataclasses.asdict(one) for key, one in pool.tallies().items()},
         open_queues=gate.open_queues() if gate else (),
         closed_queues=gate.closed_queues() if gate else (),
+        bands={} if pool.ranking is None else pool.ranking.bands(),
         outage=pool.outage(),
         scaling=None if autoscaler is None else autoscaler.seen(),
         scores=pool.seen_scores(),
@@ -43,6 +44,11 @@ def install_ticks() -> None:
     """Register those that beat has broadcast, in every worker: one that lacks them logs errors."""
     for command in (gw_probe_tick, gw_benchmark_tick):
         control.control_command()(command)
+
+
+def install_for_peers() -> None:
+    """Register what workers tell each other, in every worker: the others have no use for it."""
+    control.control_command()(gw_best_score)
 
 
 def describe() -> None:
@@ -90,6 +96,13 @@ def _ticked(tick: Callable[[], None] | None) -> dict[str, str]:
         tick()
     answer: dict[str, str] = control.ok("tick" if tick else "nothing to do: no GPU pool")
     return answer
+
+
+def gw_best_score(state: Any, worker: str = "", scores: Any = None) -> None:
+    """Hear from another worker how quick it is."""
+    ranking = getattr(state.consumer.pool, "ranking", None)
+    if ranking is not None and isinstance(scores, dict):
+        ranking.hear(str(worker), scores)
 
 
 def _listed(numbers: list[int]) -> str:

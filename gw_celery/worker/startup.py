@@ -51,6 +51,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     """
     settings = conf.read(worker.app.conf)
     preset.configure_codec(settings)
+    commands.install_for_peers()
     known = [one for one in registries if _belongs(one, worker.app)]
     _require_names(worker.app, known)
     preset.require_visibility(worker.app, known)

@@ -30,6 +30,8 @@ FLOORS = {
     "gw_celery.pool.machine": 1,
     "gw_celery.batching": 2,
     "gw_celery.pool.admission": 2,
+    "gw_celery.pool.bands": 2,
+    "gw_celery.pool.claims": 2,
     "gw_celery.pool.early": 2,
     "gw_celery.pool.letters": 2,
     "gw_celery.pool.replica": 2,

@@ -26,12 +26,24 @@ class Gate:
         return ("cpu.classify",)
 
 
+class Ranking:
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, dict[str, float]]] = []
+
+    def hear(self, worker: str, scores: dict[str, float]) -> None:
+        self.heard.append((worker, scores))
+
+    def bands(self) -> dict[str, str]:
+        return {"embed": "quick"}
+
+
 class Pool:
     """A pool with replicas 0 and 2, which notes what it is told."""
 
     def __init__(self, gate: Gate | None = None) -> None:
         self.gate = gate
         self.numbers: tuple[int, ...] = (0, 2)
+        self.ranking: Ranking | None = None
         self.told: list[tuple[str, int | None]] = []
 
     def replicas(self) -> tuple[snapshot.Replica, ...]:
@@ -44,9 +56,6 @@ class Pool:
 
     def waiting(self) -> int:
         return 5
-
-    def seen_scores(self) -> dict[str, snapshot.Score]:
-        return {}
 
     def tallies(self) -> dict[str, tally.Tally]:
         return {"embed": TALLY}
@@ -92,6 +101,7 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "tallies": {"embed": dataclasses.asdict(TALLY)},
         "open_queues": ["cpu.embed"],
         "closed_queues": ["cpu.classify"],
+        "bands": {},
         "outage": "gone",
         "scaling": None,
         "scores": {"embed": dataclasses.asdict(snapshot.Score(value=9.0)) | {"benchmarks": []}},
@@ -196,3 +206,17 @@ def test_a_tick_reaches_the_gpu_pool_and_means_nothing_elsewhere(
     assert pool.told == [(what, None)]
     state.consumer.pool = object()
     assert command(state) == {"ok": "nothing to do: no GPU pool"}
+
+
+def test_what_another_worker_tells_reaches_the_ranking(state: Any, pool: Pool) -> None:
+    pool.ranking = ranking = Ranking()
+    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
+    commands.gw_best_score(state, worker="odd@host", scores="none")
+    assert ranking.heard == [("other@host", {"embed": 4.0})]
+    assert commands.gw_status(state)["bands"] == {"embed": "quick"}
+
+
+def test_a_worker_without_a_ranking_hears_it_without_complaint(state: Any) -> None:
+    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
+    state.consumer.pool = object()
+    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
