@@ -58,10 +58,13 @@ def test_a_worker_with_the_autoscaler_tells_what_is_wanted(start_pooled: StartPo
     labels = (pooled.four.gw_service.queue, pooled.four.gw_service.key)
     eventually(lambda: ("gw_wanted_replicas", *labels) in scrape(worker), 20)
     seen = scrape(worker)
-    assert seen["gw_desired_replicas",] == 1
-    assert seen["gw_capacity_replicas",] == 2
-    assert seen["gw_queue_length", *labels] == 0
-    assert seen["gw_backlog_workload", *labels] == 0
+    assert (seen["gw_desired_replicas",], seen["gw_capacity_replicas",]) == (1, 2)
+    assert seen["gw_queue_length", *labels] == seen["gw_backlog_workload", *labels] == 0
+    sent = [pooled.four.delay(f"n{number}", 0.5) for number in range(80)]
+    # More than this worker may ever have: that is what asks for another node.
+    eventually(lambda: scrape(worker)["gw_wanted_replicas", *labels] > 2, 20)
+    eventually(lambda: scrape(worker)["gw_desired_replicas",] == 2, 20)
+    assert len([one.get(timeout=60) for one in sent]) == 80
 
 
 def test_without_prometheus_client_the_worker_serves_and_a_scrape_says_what_to_install(
