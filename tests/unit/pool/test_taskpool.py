@@ -57,13 +57,19 @@ def test_what_does_not_fit_is_known_before(pool: taskpool.TaskPool) -> None:
     assert "4 replicas were asked for, and 3 fit" in str(pool.refusal(7))
 
 
-def test_a_tick_is_remembered_with_its_time(pool: taskpool.TaskPool) -> None:
+def test_a_tick_is_passed_on_and_remembered_with_its_time(pool: taskpool.TaskPool) -> None:
+    passed_on: list[str] = []
+    pool.supervisor = SimpleNamespace(  # type: ignore[assignment]
+        probe_tick=lambda: passed_on.append("probe"),
+        measure_again=lambda: passed_on.append("benchmark"),
+    )
     assert pool.ticks.is_silent(ticks.Kind.PROBE, jobs.now(), 10.0)
     pool.probe_tick()
     assert not pool.ticks.is_silent(ticks.Kind.PROBE, jobs.now(), 10.0)
     assert pool.ticks.is_silent(ticks.Kind.BENCHMARK, jobs.now(), 10.0)
     pool.benchmark_tick()
     assert not pool.ticks.is_silent(ticks.Kind.BENCHMARK, jobs.now(), 10.0)
+    assert passed_on == ["probe", "benchmark"]
 
 
 @pytest.mark.parametrize(("name", "runs_here"), [(sweeps.PROBE, True), ("plain", False)])
