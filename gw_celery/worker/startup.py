@@ -23,6 +23,7 @@ from gw_celery.worker import (
     control_queue,
     forks,
     gate,
+    metrics,
     notices,
     preset,
     serving,
@@ -108,6 +109,7 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None)
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
+    metrics.install(worker, plan.service_queues)
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
     worker.app.steps["consumer"].update({gate.GateStep, control_queue.ControlStep})
     return plan

@@ -94,7 +94,8 @@ def pool() -> Pool:
 @pytest.fixture
 def state(pool: Pool) -> Any:
     """What Celery gives to every remote-control command."""
-    return SimpleNamespace(consumer=SimpleNamespace(pool=pool), hostname="gpu@host")
+    consumer = SimpleNamespace(pool=pool, controller=SimpleNamespace(autoscaler=None))
+    return SimpleNamespace(consumer=consumer, hostname="gpu@host")
 
 
 def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state: Any) -> None:
@@ -109,6 +110,7 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "closed_queues": ["cpu.classify"],
         "bands": {},
         "outage": "gone",
+        "scaling": None,
         "scores": {"embed": dataclasses.asdict(snapshot.Score(value=9.0)) | {"benchmarks": []}},
     }
 
