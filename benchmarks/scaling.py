@@ -38,7 +38,8 @@ class Varied(policy.Rules):
 
     @property
     def rate_span(self) -> float:
-        return self.span * policy.Rules(start_up=self.start_up).rate_span
+        plain = policy.Rules(start_up=self.start_up, target_queue_time=self.target_queue_time)
+        return self.span * plain.rate_span
 
     @property
     def residence(self) -> float:

@@ -177,10 +177,21 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
         if devices := one.get("devices"):  # a worker of an older version tells of none
             line += f"  on {', '.join(devices)}"
         lines.append(f"{line}  {one['last_error']}".rstrip())
+        lines += [f"    {_probed(probe)}" for probe in one.get("probes", ())]
     for service, one in sorted(answer.get("scores", {}).items()):
         if one["value"] is not None:
             lines.append(f"  {service or 'plain tasks'}: {_scored(one)}")
     return "\n".join(lines)
+
+
+def _probed(probe: dict[str, Any]) -> str:
+    """One line on the last answer of a probe."""
+    line = f"{probe['kind']} probe {probe['name']}"
+    if probe["is_ok"] is None:
+        return f"{line} has not answered yet"
+    said = "passed" if probe["is_ok"] else f"failed, {probe['failures']} in a row"
+    detail = f": {probe['detail']}" if probe["detail"] else ""
+    return f"{line} {said}, in {probe['seconds']:.2g} s{detail}"
 
 
 def _scored(score: dict[str, Any]) -> str:

@@ -22,6 +22,10 @@ from gw_celery import errors
 PREFIX = "gw_"
 
 
+class Port(int):
+    """A TCP port; 0 for any that is free."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every setting with its default. Durations are seconds, sizes are bytes."""
@@ -38,6 +42,12 @@ class Settings:
     drain_timeout: float = 30.0
     #: Silence after which a child of the pool counts as frozen.
     heartbeat_timeout: float = 30.0
+    #: File that a worker with the GPU pool touches every second while its loop turns.
+    heartbeat_file: str | None = None
+    #: Port of ``/livez``, ``/readyz``, ``/startupz`` and ``/metrics``; 0 for any that is free.
+    health_port: Port | None = None
+    #: Address that it is open on.
+    health_host: str = "127.0.0.1"
     #: Time that a stopping worker waits for its inputs in flight.
     shutdown_timeout: float = 3600.0
     #: Time that a result is tried to be stored while the result backend is away.
@@ -61,10 +71,14 @@ class Settings:
     target_queue_time: float = 10.0
     #: Time without work after which the last replica goes, where none must stay; ``None``: never.
     inactivity_timeout: float | None = None
-    #: Age at which a score is measured again, on a replica that has nothing to do; ``None``: never.
-    benchmark_period: float | None = 86400.0
     #: Folder that keeps scores, a relative one in the user's cache; ``None``: none are kept.
     score_cache: str | None = "gw_celery/scores"
+    #: Longest time between two ticks of beat to the probes, shorter where a probe's period is;
+    #: ``None`` for no entry in ``beat_schedule``.
+    probe_period: float | None = 10.0
+    #: Age at which a score is measured again, on a replica that has nothing to do, and the time
+    #: between two ticks of beat to the benchmarks; ``None``: never.
+    benchmark_period: float | None = 86_400.0
     #: Time that each context or ``on_exit`` hook has to leave.
     exit_timeout: float = 30.0
     #: Time that a cancelled body has to end before its process goes on without it.
@@ -209,6 +223,8 @@ def _typed(label: str, value: Any, expected: Any) -> Any:
 def _fits(value: Any, option: Any) -> bool:
     if option is type(None):
         return value is None
+    if option is Port:
+        return type(value) is int and 0 <= value < 65536
     if option in (int, float):
         is_number = isinstance(value, int | option) and not isinstance(value, bool)
         return is_number and math.isfinite(value) and value > 0

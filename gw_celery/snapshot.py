@@ -8,6 +8,22 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One probe of a child and its last answer. Durations are seconds."""
+
+    name: str
+    kind: str
+    #: ``None`` before the first answer.
+    is_ok: bool | None = None
+    #: In a row.
+    failures: int = 0
+    #: It has failed as often as it may, and not passed since.
+    is_failing: bool = False
+    detail: str = ""
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Replica:
     """One replica: its state and that of the child that fills it. Durations are seconds."""
 
@@ -26,6 +42,9 @@ class Replica:
     #: How late the child's event loop ran at its last heartbeat.
     lag: float = 0.0
     resident_bytes: int = 0
+    #: Services that want no inputs here: their readiness probes fail, or have not passed yet.
+    unready: tuple[str, ...] = ()
+    probes: tuple[Probe, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +148,9 @@ class Worker:
     #: Queues that are consumed now, and those that wait until a replica is ready.
     open_queues: tuple[str, ...] = ()
     closed_queues: tuple[str, ...] = ()
+    #: How quick it is beside the other workers, by service: "quick", "middle" or "slow"; empty
+    #: where the broker makes nothing of it.
+    bands: dict[str, str] = dataclasses.field(default_factory=dict)
     #: Why results cannot be stored, so that nothing is consumed; "" while they can.
     outage: str = ""
     #: What the autoscaler saw and decided; ``None`` for a worker of a fixed size.

@@ -64,7 +64,7 @@ class Service:
         return snapshot.Outlook(
             queued=queued,
             share=share,
-            rate=self._meter.rate(),
+            rate=self._meter.rate,
             waiting=waits,
             running_inputs=running,
             score=score,
@@ -81,8 +81,8 @@ class Service:
             # What a replica can do is not known: as many as hold all inputs.
             held = (inputs + running) / self._target
             return held, held
-        need = policy.need(self._meter.rate(), waits, score, self._rules, inputs / self._target)
-        return need, self._meter.pace() / (score * self._rules.target_util)
+        need = policy.need(self._meter.rate, waits, score, self._rules, inputs / self._target)
+        return need, policy.kept(self._meter.pace, score, self._rules)
 
     def _is_full(self, inputs: float, replicas: int) -> bool:
         return replicas > 0 and inputs >= self._target * replicas

@@ -19,6 +19,8 @@ import math
 
 #: Bursts are measured over these multiples of ``target_queue_time``; the last is the base load.
 SPANS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+#: The rate is taken over so many ``target_queue_time`` more where help comes at once.
+PROOF = 2.5
 #: A need is held for this many times what a new replica takes to start and to clear the queue.
 RESIDENCE = 4.0
 #: What rounding must not turn into one replica more.
@@ -50,7 +52,7 @@ class Rules:
     @property
     def rate_span(self) -> float:
         """Seconds over which the rate is taken: the later help comes, the less proof is awaited."""
-        return self.target_queue_time / max(self.lateness, 1 / 6)
+        return self.target_queue_time * (1.0 + PROOF * (1.0 - self.lateness))
 
     @property
     def residence(self) -> float:
@@ -83,18 +85,38 @@ def kept(pace: float, score: float, rules: Rules) -> float:
 class Meter:
     """What arrives at a service, in workload: its rate, and the pace that its bursts ask for."""
 
-    __slots__ = ("_arrived", "_firsts", "_lengths", "_rules", "_times", "_totals", "quiet_since")
+    __slots__ = (
+        "_arrived",
+        "_firsts",
+        "_grace",
+        "_head_room",
+        "_rate_first",
+        "_rate_span",
+        "_spans",
+        "_times",
+        "_totals",
+        "pace",
+        "rate",
+    )
 
     def __init__(self, rules: Rules, now: float) -> None:
-        self._rules = rules
-        # The rate's span comes first, then those of bursts, each with the sample that it starts at.
-        self._lengths = (rules.rate_span, *(span * rules.target_queue_time for span in SPANS))
-        self._firsts = [0] * len(self._lengths)
+        self._grace = rules.target_queue_time
+        self._head_room = 1.0 + rules.lateness
+        self._rate_span = rules.rate_span
+        self._spans = [span * rules.target_queue_time for span in SPANS]
+        # The sample that each span starts at: they only ever move on.
+        self._firsts = [0] * len(SPANS)
+        self._rate_first = 0
         self._times = [now]
         self._totals = [0.0]
         self._arrived = 0.0
-        #: When something last arrived.
-        self.quiet_since = now
+        #: Workload per second that arrives now.
+        self.rate = 0.0
+        #: Workload per second that would have to be served so that no input waits too long. What
+        #: arrives within a span may be served until ``target_queue_time`` after its end: the span
+        #: that asks for most counts. What bursts ask for beyond the base load is raised by
+        #: `Rules.lateness`: the next may be larger, and what it starts would come too late for it.
+        self.pace = 0.0
 
     def add(self, now: float, workload: float) -> None:
         """Count what arrived since the last call.
@@ -102,41 +124,37 @@ class Meter:
         A negative number corrects the one before: an input on its way from a queue to a worker may
         have been seen by neither, or by both.
         """
-        if workload > 0:
-            self.quiet_since = now
-        self._arrived += workload
-        self._times.append(now)
-        self._totals.append(self._arrived)
-        times, firsts = self._times, self._firsts
-        for place, length in enumerate(self._lengths):
-            first, since = firsts[place], now - length
+        arrived = self._arrived = self._arrived + workload
+        times, totals, firsts, grace = self._times, self._totals, self._firsts, self._grace
+        times.append(now)
+        totals.append(arrived)
+        first = self._rate_first = _moved(times, self._rate_first, now - self._rate_span)
+        self.rate = max(0.0, arrived - totals[first]) / max(self._rate_span, now - times[first])
+        most = base = 0.0
+        for place, span in enumerate(self._spans):
+            first, since = firsts[place], now - span
             while times[first + 1] <= since:
                 first += 1
             firsts[place] = first
-        if (oldest := min(firsts)) > len(times) // 2:
-            del self._times[:oldest]
-            del self._totals[:oldest]
-            self._firsts = [first - oldest for first in firsts]
-
-    def rate(self) -> float:
-        """Workload per second that arrives now."""
-        return max(0.0, self._arrived - self._totals[self._firsts[0]]) / self._lengths[0]
-
-    def pace(self) -> float:
-        """Workload per second that would have to be served so that no input waits too long.
-
-        What arrives within a span may be served until ``target_queue_time`` after its end: the span
-        that asks for most of that counts. What bursts ask for beyond the base load is raised by
-        ``lateness``, for the next may be larger, and replicas that it starts come too late for it.
-        """
-        arrived, times, totals = self._arrived, self._times, self._totals
-        grace = self._rules.target_queue_time
-        now, most, base = times[-1], 0.0, 0.0
-        for first in self._firsts[1:]:
             base = (arrived - totals[first]) / (now - times[first] + grace)
-            most = max(most, base)
+            if base > most:
+                most = base
         base = max(0.0, base)
-        return base + (1.0 + self._rules.lateness) * (most - base)
+        self.pace = base + self._head_room * (most - base)
+        if min(first, self._rate_first) > 1_000:
+            self._forget(min(first, self._rate_first))
+
+    def _forget(self, count: int) -> None:
+        del self._times[:count]
+        del self._totals[:count]
+        self._firsts = [first - count for first in self._firsts]
+        self._rate_first -= count
+
+
+def _moved(times: list[float], first: int, since: float) -> int:
+    while times[first + 1] <= since:
+        first += 1
+    return first
 
 
 class Largest:
@@ -162,13 +180,13 @@ class Largest:
 class Decider:
     """How many replicas there should be, from ``least`` to ``most``: up at once, down slowly."""
 
-    __slots__ = ("_active_at", "_kept", "_needed", "_rules", "least", "most")
+    __slots__ = ("_active_at", "_kept", "_needed", "_patience", "_slack", "least", "most")
 
     def __init__(self, rules: Rules, least: int, most: int) -> None:
-        self._rules = rules
         self._needed = Largest(rules.residence)
         self._kept = Largest(max(rules.window, rules.residence))
         self._active_at: float | None = None
+        self.follow(rules)
         self.update(least, most)
 
     def update(self, least: int, most: int) -> None:
@@ -178,9 +196,11 @@ class Decider:
 
     def follow(self, rules: Rules) -> None:
         """Change the rules; what was needed of late is not forgotten for it."""
-        self._rules = rules
         self._needed.window = rules.residence
         self._kept.window = max(rules.window, rules.residence)
+        # Less than the head-room that ``target_util`` leaves is no reason to start a replica.
+        self._slack = 2.0 - rules.target_util
+        self._patience = _patience(rules)
 
     def hold(self, now: float, replicas: int) -> None:
         """Keep what an operator asked for, as if the load had."""
@@ -207,26 +227,23 @@ class Decider:
         if need is None:
             return self._bounded(actual)
         keep = need if keep is None else keep
-        held = max(
-            self._needed.add(now, max(need, keep)),
-            self._kept.add(now, keep),
-        )
+        wanted = max(need, keep)
+        held = max(self._needed.add(now, wanted), self._kept.add(now, keep))
         if (need > 0 if is_active is None else is_active) or self._active_at is None:
             self._active_at = now
-        if self._is_idle(now):
+        elif self.least == 0 and now - self._active_at >= self._patience:
             # One at a time at the end: nothing that was misread for a moment empties the pool.
             return self._bounded(1 if actual > 1 else 0)
-        # Less than the head-room that ``target_util`` leaves is no reason to start a replica.
-        if max(need, keep) > actual * (2.0 - self._rules.target_util):
-            return self._bounded(max(actual, math.ceil(max(need, keep) - EPSILON)))
+        if wanted > actual * self._slack:
+            return self._bounded(max(actual, math.ceil(wanted - EPSILON)))
         return self._bounded(min(actual, max(1, math.ceil(held - EPSILON))))
-
-    def _is_idle(self, now: float) -> bool:
-        rules = self._rules
-        if self.least > 0 or rules.min_load > 0 or self._active_at is None:
-            return False
-        patience = rules.window if rules.inactivity_timeout is None else rules.inactivity_timeout
-        return now - self._active_at >= patience
 
     def _bounded(self, desired: int) -> int:
         return max(self.least, min(self.most, desired))
+
+
+def _patience(rules: Rules) -> float:
+    """For how long nothing has to happen until not even one replica is left."""
+    if rules.min_load > 0:
+        return math.inf
+    return rules.window if rules.inactivity_timeout is None else rules.inactivity_timeout

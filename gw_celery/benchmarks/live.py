@@ -28,6 +28,10 @@ class Tally(Protocol):
         """Workload of those that were served."""
 
     @property
+    def failed(self) -> float:
+        """Workload of those of them that gave no value."""
+
+    @property
     def served_inputs(self) -> int: ...
 
     @property
@@ -45,7 +49,7 @@ class _Span:
 
     began: float
     ready: int
-    served: float
+    succeeded: float
     inputs: int
     taken: float = 0.0
     looks: int = 0
@@ -108,12 +112,12 @@ class Live:
             return False
         is_enough = inputs >= _INPUTS_PER_SLOT * slots and span.taken >= _FULL * span.looks
         if is_enough:
-            self._learn((tally.served - span.served) / elapsed / ready)
+            self._learn((_succeeded(tally) - span.succeeded) / elapsed / ready)
         self._begin(now, tally, ready)
         return is_enough and self._is_to_be_told()
 
     def _begin(self, now: float, tally: Tally, ready: int) -> None:
-        self._span = _Span(now, ready, tally.served, tally.served_inputs)
+        self._span = _Span(now, ready, _succeeded(tally), tally.served_inputs)
 
     def _learn(self, rate: float) -> None:
         if rate > 0:
@@ -126,3 +130,8 @@ class Live:
             return False
         self._has_warned = True
         return True
+
+
+def _succeeded(tally: Tally) -> float:
+    """Workload of what gave a value: what raises at once is not quick."""
+    return tally.served - tally.failed

@@ -92,8 +92,8 @@ def combined(values: Iterable[float]) -> float | None:
     return statistics.harmonic_mean(listed) if listed else None
 
 
-def workload_of(given: object) -> float | None:
-    """Return what a workload calculator returned as a number; ``None`` when it is no workload."""
+def figure(given: object) -> float | None:
+    """Return a number that is 0 or more; ``None`` for anything else."""
     if isinstance(given, bool) or not isinstance(given, int | float):
         return None
     return float(given) if math.isfinite(given) and given >= 0 else None
@@ -143,7 +143,7 @@ def _refused(constant: str) -> Any:
 
 
 def _number(given: object) -> float:
-    number = workload_of(given)
+    number = figure(given)
     if number is None:
         raise ValueError(f"a figure of a score is {given!r:.100}")
     return number

@@ -106,7 +106,7 @@ def _read(path: Path, fingerprint: str) -> Kept:
     given: Any = score.loads(text.decode())
     if not isinstance(given, dict) or given.get("fingerprint") != fingerprint:
         raise ValueError("it is none of ours")
-    measured_at = score.workload_of(given.get("measured_at"))
+    measured_at = score.figure(given.get("measured_at"))
     if measured_at is None:
         raise ValueError("it does not say when it was measured")
     return Kept(score=score.from_json(given.get("score")), age=max(0.0, time.time() - measured_at))

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from gw_celery.calling import publishing
@@ -26,8 +27,11 @@ _FAREWELL = 2 * _PATIENCE
 class Waits:
     """The estimates of one app's queues in this process."""
 
-    def __init__(self, where: board.Board | None) -> None:
+    def __init__(
+        self, where: board.Board | None, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self._board = where
+        self._now = now
         self._known: dict[str, tuple[float | None, float]] = {}
         #: Held by who reads; others go by what is known meanwhile.
         self._reading = threading.Lock()
@@ -43,7 +47,7 @@ class Waits:
         if self._board is None:
             return None
         found, at = self._known.get(queue, (None, -_USABLE))
-        age = time.monotonic() - at
+        age = self._now() - at
         if age < _FRESH:
             return found
         if not _is_on_loop():
@@ -67,7 +71,7 @@ class Waits:
             found = None
         finally:
             self._reading.release()
-        self._known[queue] = (found, time.monotonic())
+        self._known[queue] = (found, self._now())
         return found
 
     def _started(self) -> publishing.Publisher:

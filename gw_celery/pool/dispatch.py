@@ -104,6 +104,10 @@ class Dispatcher:
             return True
         return False
 
+    def take_out(self, service: str) -> list[Any]:
+        """Take out and return what waits for a service, but no suspects."""
+        return list(self._waiting.pop(service, ()))
+
     def clear(self) -> list[Any]:
         """Take out and return everything."""
         waiting = list(self)

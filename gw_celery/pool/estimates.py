@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from gw_celery.pool import admission, jobs, tally
 from gw_celery.worker import board, serving
@@ -24,8 +24,17 @@ _ROUNDS = 5
 #: Workers that may write once a second; more of them take longer turns.
 _AT_EASE = 100
 
-#: The tally of each service, and the slots of its READY replicas.
-Look = Callable[[], tuple[Mapping[str, tally.Tally], Mapping[str, int]]]
+
+class Pool(Protocol):
+    """What a worker has and does, by service; asked in the thread."""
+
+    def tallies(self) -> Mapping[str, tally.Tally]: ...
+
+    def ready_by_service(self) -> Mapping[str, int]:
+        """Slots of the replicas that are READY."""
+
+    def scores(self) -> Mapping[str, float | None]:
+        """Workload per second of one replica."""
 
 
 class Estimates:
@@ -34,18 +43,18 @@ class Estimates:
     Args:
         where: the Redis that callers read.
         worker: the worker's node name.
-        queues: the services of each queue.
-        look: returns what the worker has now; called in the thread.
+        queues: the services of each queue, and the slots that a replica has for each.
+        pool: whose work it is.
     """
 
     def __init__(
-        self, where: board.Board, worker: str, queues: Mapping[str, Sequence[str]], look: Look
+        self, where: board.Board, worker: str, queues: Mapping[str, Mapping[str, int]], pool: Pool
     ) -> None:
         self._board = where
         self._worker = worker
         self._queues = queues
-        self._look = look
-        self._paces = {queue: admission.Pace() for queue in queues}
+        self._pool = pool
+        self._paces = {key: admission.Pace() for slots in queues.values() for key in slots}
         self._told = {queue: admission.Told(_ROUNDS) for queue in queues}
         self._interval = 1.0
         self._turn = 0
@@ -85,12 +94,17 @@ class Estimates:
 
     def publish(self) -> None:
         """Write one estimate for each queue."""
-        tallies, slots = self._look()
+        tallies = self._pool.tallies()
+        rates = self._rates(tallies)
         self._turn += 1
         pipe = self._board.client.pipeline(transaction=False)
-        for queue, services in self._queues.items():
-            found = [tallies[key] for key in services if key in tallies]
-            load = self._load(queue, found, sum(slots.get(key, 0) for key in services))
+        for queue, slots in self._queues.items():
+            load = admission.together(
+                admission.Load(
+                    waiting=tallies[one].waiting if one in tallies else 0.0, rate=rates[one]
+                )
+                for one in slots
+            )
             key = self._board.key("load", queue)
             pipe.hset(key, self._worker, admission.write(load, self._turn))
             pipe.pexpire(key, int(20_000 * _ROUNDS * self._interval))
@@ -99,13 +113,18 @@ class Estimates:
                 pipe.llen(one)
         self._conclude(iter(pipe.execute()), tallies)
 
-    def _load(self, queue: str, found: Sequence[tally.Tally], slots: int) -> admission.Load:
-        pace = self._paces[queue].observe(
-            sum(one.served for one in found), sum(one.busy for one in found)
-        )
-        return admission.Load(
-            waiting=sum(one.waiting for one in found), rate=None if pace is None else pace * slots
-        )
+    def _rates(self, tallies: Mapping[str, tally.Tally]) -> dict[str, float | None]:
+        """What the READY replicas do in a second: by their score, else by what slots have done."""
+        ready, scores = self._pool.ready_by_service(), self._pool.scores()
+        rates: dict[str, float | None] = {}
+        for slots in self._queues.values():
+            for key, per_replica in slots.items():
+                one = tallies.get(key, tally.Tally())
+                pace, score = self._paces[key].observe(one.served, one.busy), scores.get(key)
+                if score is not None:
+                    pace = score / per_replica
+                rates[key] = None if pace is None else pace * ready.get(key, 0)
+        return rates
 
     def _conclude(self, answers: Any, tallies: Mapping[str, tally.Tally]) -> None:
         now, most = jobs.now(), 0
@@ -137,7 +156,7 @@ class Estimates:
         pipe.execute()
 
 
-def of(app: Any, plan: serving.Plan, worker: str, look: Look) -> Estimates | None:
+def of(app: Any, plan: serving.Plan, worker: str, pool: Pool) -> Estimates | None:
     """Return what publishes for a worker; ``None`` where nothing is limited, or nobody could read.
 
     Nothing connects.
@@ -146,6 +165,7 @@ def of(app: Any, plan: serving.Plan, worker: str, look: Look) -> Estimates | Non
     if not limited or (where := board.of(app, _PATIENCE)) is None:
         return None
     queues = {
-        queue: [one.key for one in plan.served if one.queue == queue] for queue in sorted(limited)
+        queue: {one.key: one.max_inputs for one in plan.served if one.queue == queue}
+        for queue in sorted(limited)
     }
-    return Estimates(where, worker, queues, look)
+    return Estimates(where, worker, queues, pool)

@@ -108,6 +108,17 @@ class Inputs:
             self._dismiss(job)
         return {job.child for job in dropped}
 
+    def give_back(self, service: str) -> None:
+        """Let the broker give to other workers what waits here for a service.
+
+        What may only run alone stays: who knows that it kills is here.
+        """
+        for job in self.waiting.take_out(service):
+            if job.give_back():
+                self.tallies.give_back(job.number)
+            else:
+                self.waiting.put(job)
+
     def withdraw(self) -> set[children.Child]:
         """Take out what was revoked or has expired while it gathered for a batch.
 
@@ -167,7 +178,7 @@ class Inputs:
                 self._was_late(job)
             return
         if not job.is_answered and _is_answer(report):
-            self.tallies.serve(job.number, now)
+            self.tallies.serve(job.number, now, is_success=kind == wire.Report.DONE)
         self._let_go(child, job)
         if kind == wire.Report.DONE:
             job.done(report[2], report[3])
@@ -206,7 +217,7 @@ class Inputs:
                 job.child.send((wire.Order.SOFT, job.number, job.soft_limit))
             elif what is limits.Limit.HARD:
                 job.timed_out()
-                self.tallies.serve(job.number, now)
+                self.tallies.serve(job.number, now, is_success=False)
                 self._dismiss(job)
             else:
                 self._give_up(job)
@@ -236,7 +247,8 @@ class Inputs:
             if not job.is_accepted:
                 self.tallies.wait_again(job.number)
                 self.waiting.put(job, first=True)
-        self._deaths.record(accepted)
+        if not child.is_unfit:  # it would have died without them
+            self._deaths.record(accepted)
         for job in accepted:
             if self._deaths.is_poison(job.task_id):
                 self._give_up_poison(job, reason)

@@ -223,7 +223,7 @@ def _read(text: str, now: float) -> Measured:
             raise Failed(given["failure"])
         if not isinstance(given, dict) or given.keys() != {"score", "age"}:
             raise ValueError(f"not the answer to an order to measure: {text:.100}")
-        age = None if given["age"] is None else score.workload_of(given["age"])
+        age = None if given["age"] is None else score.figure(given["age"])
         return Measured(
             score=score.from_json(given["score"]), since=now - (age or 0.0), is_kept=age is not None
         )

@@ -21,6 +21,7 @@ from gw_celery.pool import (
     jobs,
     measuring,
     places,
+    probing,
     replica,
     replicas,
     sockets,
@@ -57,6 +58,9 @@ class Supervisor:
             setup.queue_times,
         )
         self._measuring = measuring.Measuring(setup, self._send)
+        self._probing = probing.Probing(
+            setup, self._replicas, self._send, self._advance, on_capacity
+        )
         self._on_capacity = on_capacity
         #: Told the numbers of inputs that began in a child that died.
         self._on_lost = on_lost
@@ -152,6 +156,7 @@ class Supervisor:
             for child in self._sockets.follow(events):
                 self._receive(child)
             self._inputs.settle_asked(jobs.now())
+            self._probing.look(jobs.now())
             self._dispatch()
             self._inputs.expire(jobs.now())
 
@@ -162,12 +167,23 @@ class Supervisor:
             for child in self._replicas:
                 self._judge(child, now)
             self._replicas.tick(now)
+            self._probing.expect()
+            self._probing.look(now)
+            for service in self._probing.unready():
+                self._inputs.give_back(service)
             self._dispatch()
             self._measure_again(now)
 
+    def probe_tick(self) -> None:
+        """Call the probes that are due, now."""
+        with self._lock:
+            self._probing.look(jobs.now())
+
     def next_deadline(self) -> float | None:
-        """Seconds until an input reaches a limit; ``None`` without limits."""
-        return self._inputs.limits.next_in(jobs.now())
+        """Seconds until an input reaches a limit, or a probe is due; ``None`` without either."""
+        now = jobs.now()
+        nexts = (self._inputs.limits.next_in(now), self._probing.next_in(now))
+        return min((one for one in nexts if one is not None), default=None)
 
     # -- the end --
 
@@ -277,6 +293,8 @@ class Supervisor:
             self._advance(child, now)
         elif kind == wire.Report.MEASURED:
             self._measured(child, report[1], report[2], now)
+        elif kind == wire.Report.PROBED:
+            self._probing.handle(child, report, now)
         elif kind == wire.Report.STUCK:
             logger.error("%r has a call of %s that nobody waits for: replaced", child, report[1])
             self._replicas.replace(child)
@@ -293,11 +311,12 @@ class Supervisor:
 
     def _advance(self, child: children.Child, now: float) -> None:
         """Take a child as far towards READY as it has proved itself."""
-        if child.life.state is replica.State.PROBING:
+        if child.life.state is replica.State.PROBING and self._probing.has_started(child, now):
             child.life.probed(now)
         is_next = child.life.state is replica.State.BENCHMARKING
         if is_next and self._measuring.is_over(child, now):
             self._replicas.became_ready(child, now)
+            self._probing.expect()
 
     def _measured(self, child: children.Child, call: int, text: str, now: float) -> None:
         try:

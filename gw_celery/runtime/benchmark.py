@@ -18,6 +18,7 @@ from typing import Any
 from celery import _state
 from celery.app.task import Context
 
+from gw_celery import headers
 from gw_celery.benchmarks import score
 from gw_celery.declare import benchmark, services
 from gw_celery.runtime import exits, identity, inflight, loop, running
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 #: Characters of a failure that are told.
 _LONGEST = 1000
-#: Of an input whose method has no calculator, or one that gives no workload.
-_DEFAULT_WORKLOAD = 1.0
 
 #: ``Inputs.called``: runs a function where the tracer of an input would run.
 Called = Callable[[inflight.InFlight, Callable[[], Any]], Awaitable[Any]]
@@ -156,12 +155,12 @@ class Measurement:
     def _workload(self, kwargs: dict[str, Any]) -> float:
         calculator = self._method.workload_calculator
         if calculator is None:
-            return _DEFAULT_WORKLOAD
+            return headers.DEFAULT_WORKLOAD
         try:
-            workload = score.workload_of(calculator(**kwargs))
+            workload = headers.workload(calculator(**kwargs))
         except Exception:  # as for callers, who count such an input as the default
             workload = None
-        return _DEFAULT_WORKLOAD if workload is None else workload
+        return headers.DEFAULT_WORKLOAD if workload is None else workload
 
 
 class _Call:

@@ -10,8 +10,18 @@ from gw_celery.worker import broker, serving
 
 logger = logging.getLogger(__name__)
 
-#: What is declared and acts on our pool.
-_OF_GPU_POOL = frozenset({"concurrent", "batched", "benchmark", "memory_gb"})
+#: What is declared of services and acts on the GPU pool, as ``Service.pool_features`` names it.
+_OF_GPU_POOL = frozenset(
+    {
+        "concurrent",
+        "batched",
+        "benchmark",
+        "memory_gb",
+        "probes",
+        "workload_calculator",
+        "max_queue_time",
+    }
+)
 
 
 def log(app: Any, plan: serving.Plan) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gw_celery import conf
-from gw_celery.declare import registry, services
+from gw_celery.declare import probes, registry, services
 from gw_celery.runtime import process
 from gw_celery.worker import ending
 from gw_celery.worker.pipes import Pipes
@@ -40,6 +40,8 @@ class Plan:
     allotment: allotment.Allotment | None = None
     #: Its size follows the load within what its services declare.
     has_declared_bounds: bool = False
+    #: Whether it runs the sweeps that beat sends, in our pool.
+    runs_sweeps: bool = False
 
     @property
     def slots(self) -> dict[str, int]:
@@ -59,6 +61,11 @@ class Plan:
             one.key: tuple(each.task_name for each in one.methods.values() if each.benchmark)
             for one in self.served
         }
+
+    @property
+    def probes(self) -> list[tuple[str, probes.Probe]]:
+        """The probes of what it serves, each with the key of its service."""
+        return [(one.key, probe) for one in self.served for probe in one.probes]
 
     @property
     def service_queues(self) -> dict[str, str]:

@@ -91,7 +91,7 @@ class Start:
 class Node:
     """The replicas of one worker."""
 
-    __slots__ = ("draining", "idle", "live", "starting", "stale", "wanted")
+    __slots__ = ("draining", "idle", "live", "stale", "starting", "wanted")
 
     def __init__(self) -> None:
         #: Replicas that do not drain, those of them that are idle, and those that end an input.
@@ -153,6 +153,8 @@ class Cluster:
         """Start replicas of a node, or let some go: those that start, then idle ones, then busy."""
         node = self.nodes[number]
         node.wanted = wanted
+        if wanted == node.live:
+            return
         room = self._machines.room - node.draining
         for _ in range(min(wanted, room) - node.live):
             self.played.starts += 1

@@ -33,7 +33,7 @@ def draw(moments: Sequence[cluster.Moment], path: Path, title: str) -> None:
     middle.plot(at, [one.waiting for one in moments], color="tab:red", linewidth=0.8)
     middle.set_ylabel("inputs waiting")
     below.step(at, [one.actual for one in moments], where="post", label="actual")
-    below.step(at, [one.desired for one in moments], where="post", label="desired", linewidth=0.8)
+    below.step(at, [one.desired for one in moments], "k:", where="post", label="desired")
     below.set_ylabel("replicas")
     below.set_xlabel("seconds")
     below.legend()

@@ -42,9 +42,9 @@ class Ours:
         meter.add(now, arrived * facts.mean)
         wanted = self._decider.decide(
             now,
-            policy.need(meter.rate(), waiting * facts.mean, score, self._rules, waiting),
+            policy.need(meter.rate, waiting * facts.mean, score, self._rules, waiting),
             facts.actual,
-            policy.kept(meter.pace(), score, self._rules),
+            policy.kept(meter.pace, score, self._rules),
             bool(arrived or waiting or facts.running),
         )
         return bisect.bisect_right(self._positions, wanted)
@@ -91,8 +91,8 @@ class Keda:
     """A KEDA ``ScaledObject`` on a Redis list, and the HPA that it makes.
 
     ``listLength`` 5 a replica (https://keda.sh/docs/latest/scalers/redis-lists/). The HPA looks
-    every 15 s, wants ``ceil(length / 5)``, does nothing within a tolerance of 10 %, grows by at most
-    4 or 100 % each 15 s, and shrinks to the largest of the last 300 s
+    every 15 s, wants ``ceil(length / 5)``, does nothing within a tolerance of 10 %, grows by 4 or
+    100 % each 15 s at most, and shrinks to the largest of the last 300 s
     (https://kubernetes.io/docs/tasks/run-application/horizontal-pod-autoscale/). From and to zero
     goes KEDA itself: it polls every 30 s, and cools down for 300 s. The list is what waits: what a
     worker has taken is in it no more.

@@ -34,7 +34,7 @@ def compare(
     fixed = hindsight.best(replayed, question.score, target, question.queue_limit)
     ours = play(replayed, question)
     bounds = question.least, question.most
-    others = {
+    others: dict[str, cluster.Scaler] = {
         "stock": policies.Stock(*bounds),
         "keda": policies.Keda(*bounds),
         "ray": policies.Ray(*bounds),

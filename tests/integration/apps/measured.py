@@ -36,8 +36,12 @@ CPU = gw.Gpu("CPU")
 )
 @gw.concurrent(max_inputs=10)
 async def rest(seconds: float) -> float:
-    """As long as it is told."""
+    """As long as it is told, and say so where that is longer than in a benchmark."""
+    if seconds > 1:
+        ledger.write("busy")
     await asyncio.sleep(seconds)
+    if seconds > 1:
+        ledger.write("idle")
     return seconds
 
 

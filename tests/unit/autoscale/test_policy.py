@@ -54,42 +54,42 @@ def test_more_load_never_needs_fewer_replicas(rate: float, backlog: float, a: fl
 
 def test_the_rate_is_taken_over_less_time_the_later_help_comes() -> None:
     spans = [policy.Rules(start_up=start_up).rate_span for start_up in (0.0, 2.0, 10.0, 90.0)]
-    assert spans == pytest.approx([60.0, 60.0, 20.0, 100 / 9])
+    assert spans == pytest.approx([35.0, 30.83333, 22.5, 12.5])
 
 
 def test_the_rate_is_that_of_its_span() -> None:
-    meter = metered(policy.Rules(start_up=10.0), [5.0] * 30 + [9.0] * 20)
-    assert meter.rate() == pytest.approx(9.0)
+    meter = metered(policy.Rules(start_up=10.0), [5.0] * 30 + [9.0] * 30)
+    assert meter.rate == pytest.approx(9.0)
 
 
 def test_a_steady_load_asks_for_little_more_than_its_rate() -> None:
     meter = metered(policy.Rules(start_up=60.0), [5.0] * 500)
-    assert meter.pace() == pytest.approx(5.0 * 160 / 170)
+    assert meter.pace == pytest.approx(5.0 * 160 / 170)
 
 
 def test_a_burst_asks_for_what_serves_it_within_the_target() -> None:
     rules = policy.Rules(start_up=0.0)
     meter = metered(rules, [0.0] * 495 + [100.0] * 5)
     # 500 of workload in 5 s, and the last of it may wait for 10 s.
-    assert meter.pace() == pytest.approx(500 / 15)
+    assert meter.pace == pytest.approx(500 / 15)
 
 
 def test_a_burst_asks_for_more_where_help_comes_too_late() -> None:
     workloads = [1.0] * 495 + [100.0] * 5
-    paces = [metered(policy.Rules(start_up=s), workloads).pace() for s in (0.0, 10.0, 90.0)]
+    paces = [metered(policy.Rules(start_up=s), workloads).pace for s in (0.0, 10.0, 90.0)]
     assert paces == sorted(paces)
     assert len(set(paces)) == 3
 
 
 def test_an_input_that_was_counted_twice_is_corrected() -> None:
     meter = metered(RULES, [1.0] * 300 + [50.0, -50.0] + [1.0] * 298)
-    assert meter.pace() == pytest.approx(metered(RULES, [1.0] * 600).pace(), rel=0.2)
-    assert metered(RULES, [0.0] * 10 + [-50.0]).rate() == 0.0
+    assert meter.pace == pytest.approx(metered(RULES, [1.0] * 600).pace, rel=0.2)
+    assert metered(RULES, [0.0] * 10 + [-50.0]).rate == 0.0
 
 
 def test_the_meter_forgets_what_it_needs_no_more() -> None:
     meter = metered(RULES, [1.0] * 10_000)
-    assert len(meter._times) < 500
+    assert len(meter._times) < 1_500
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 5.0), st.floats(0, 100)), min_size=1, max_size=60))

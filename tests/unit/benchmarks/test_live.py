@@ -10,6 +10,7 @@ from gw_celery.benchmarks import live
 @dataclasses.dataclass
 class Tally:
     served: float = 0.0
+    failed: float = 0.0
     served_inputs: int = 0
     running_inputs: int = 0
     waiting_inputs: int = 0
@@ -126,6 +127,18 @@ def test_nothing_served_teaches_nothing() -> None:
     traffic = Traffic(1, measured=5.0)
     traffic.flow(2000, 0.0)
     assert traffic.live.value == 5.0
+
+
+def test_inputs_that_raise_at_once_make_no_replica_quick() -> None:
+    traffic = Traffic(10, measured=100.0)
+    for _ in range(60):
+        traffic.tally.failed += 900.0
+        traffic.flow(1, 950.0)
+    assert traffic.live.value == pytest.approx(50.0, rel=0.2)
+    for _ in range(60):
+        traffic.tally.failed += 900.0
+        traffic.flow(1, 900.0)
+    assert traffic.live.value == pytest.approx(50.0, rel=0.2), "a span of failures alone is none"
 
 
 def test_no_replica_teaches_nothing() -> None:

@@ -67,13 +67,13 @@ def test_the_score_of_a_service_is_that_of_an_even_mix_of_its_tasks() -> None:
 
 
 @pytest.mark.parametrize("given", [0, 0.5, 3, 1e300])
-def test_a_workload_is_a_number_that_is_not_negative(given: float) -> None:
-    assert score.workload_of(given) == given
+def test_a_figure_is_a_number_that_is_not_negative(given: float) -> None:
+    assert score.figure(given) == given
 
 
 @pytest.mark.parametrize("given", [True, -1, float("nan"), float("inf"), "1", None, [1]])
 def test_anything_else_is_none(given: object) -> None:
-    assert score.workload_of(given) is None
+    assert score.figure(given) is None
 
 
 FOUND = score.of("t", [a_round(1.0, 0.2, 0.4), failing(0.5)])

@@ -206,3 +206,24 @@ def test_a_benchmark_has_a_bound_however_alive_its_child_is() -> None:
     assert life.overdue(219.9) is None
     reason = life.overdue(220) or ""
     assert "was benchmarking for 120 s (setting gw_benchmark_timeout)" in reason
+
+
+def test_a_ready_child_may_be_measured_again() -> None:
+    life = ready(100)
+    life.beat(200)
+    life.measure_again(200)
+    assert (life.state, life.is_ready, life.is_up) == (State.BENCHMARKING, False, False)
+    assert life.overdue(200 + 14) is None
+    assert life.overdue(200 + 15) is not None, "it owes its heartbeats meanwhile"
+    life.measured(230)
+    assert life.is_ready
+
+
+def test_only_a_ready_child_may_be_measured_again() -> None:
+    life = probing(100)
+    life.measure_again(101)
+    assert life.state is State.PROBING
+    life = ready(100)
+    life.drain(101, 0)
+    life.measure_again(102)
+    assert life.state is State.DRAINING

@@ -130,6 +130,12 @@ def test_what_is_revoked_or_expires_is_given_back(pool: Pool) -> None:
     assert counts(pool) == (1, 0, 0, 0, 1)
 
 
+def test_what_goes_to_other_workers_because_no_replica_is_ready_is_given_back(pool: Pool) -> None:
+    pool.submit("a")
+    pool.inputs.give_back("embed")
+    assert counts(pool) == (1, 0, 0, 0, 1)
+
+
 def test_what_kills_and_is_given_up_is_given_back() -> None:
     pool = Pool(shared=Shared(a=3), max_deaths=3)
     job = pool.submit("a", is_redelivered=True)
@@ -170,9 +176,19 @@ def test_the_seconds_of_a_slot_are_those_of_what_was_served() -> None:
     for number in range(2):
         tallies.arrive(number, "embed", 1.0)
         tallies.start(number, 10.0)
-    tallies.serve(0, 12.5)
+    tallies.serve(0, 12.5, is_success=True)
     tallies.give_back(1)
     assert tallies.seen()["embed"].busy == 2.5
+
+
+def test_what_gave_no_value_is_served_and_failed() -> None:
+    tallies = tally.Tallies()
+    for number in range(3):
+        tallies.arrive(number, "embed", 2.0)
+        tallies.start(number, 10.0)
+        tallies.serve(number, 11.0, is_success=number == 0)
+    seen = tallies.seen()["embed"]
+    assert (seen.served, seen.failed) == (6.0, 4.0)
 
 
 def test_rounding_leaves_nothing_behind() -> None:
@@ -206,7 +222,8 @@ def test_whatever_happens_the_sums_are_conserved(events: list[tuple[str, int, st
                 tallies.arrive(number, service, workload)
             continue
         needs_clock = what in ("start", "serve")
-        getattr(tallies, what)(number, *([clock] if needs_clock else []))
+        more = {"is_success": workload < 1} if what == "serve" else {}
+        getattr(tallies, what)(number, *([clock] if needs_clock else []), **more)
         if what in ("serve", "give_back"):
             held.discard(number)
     for one in tallies.seen().values():

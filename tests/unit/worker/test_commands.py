@@ -15,7 +15,14 @@ from gw_celery.pool import tally
 from gw_celery.worker import commands
 
 TALLY = tally.Tally(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
-NAMES = ("gw_status", "gw_drain", "gw_restart")
+NAMES = (
+    "gw_status",
+    "gw_drain",
+    "gw_restart",
+    "gw_probe_tick",
+    "gw_benchmark_tick",
+    "gw_best_score",
+)
 
 
 class Gate:
@@ -26,12 +33,24 @@ class Gate:
         return ("cpu.classify",)
 
 
+class Ranking:
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, dict[str, float]]] = []
+
+    def hear(self, worker: str, scores: dict[str, float]) -> None:
+        self.heard.append((worker, scores))
+
+    def bands(self) -> dict[str, str]:
+        return {"embed": "quick"}
+
+
 class Pool:
     """A pool with replicas 0 and 2, which notes what it is told."""
 
     def __init__(self, gate: Gate | None = None) -> None:
         self.gate = gate
         self.numbers: tuple[int, ...] = (0, 2)
+        self.ranking: Ranking | None = None
         self.told: list[tuple[str, int | None]] = []
 
     def replicas(self) -> tuple[snapshot.Replica, ...]:
@@ -49,7 +68,7 @@ class Pool:
         return {"embed": TALLY}
 
     def seen_scores(self) -> dict[str, snapshot.Score]:
-        return {}
+        return {"embed": snapshot.Score(value=9.0)}
 
     def outage(self) -> str:
         return "gone"
@@ -59,6 +78,12 @@ class Pool:
 
     def restart(self, number: int | None) -> None:
         self.told.append(("restart", number))
+
+    def probe_tick(self) -> None:
+        self.told.append(("probe", None))
+
+    def benchmark_tick(self) -> None:
+        self.told.append(("benchmark", None))
 
 
 @pytest.fixture
@@ -83,9 +108,10 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "tallies": {"embed": dataclasses.asdict(TALLY)},
         "open_queues": ["cpu.embed"],
         "closed_queues": ["cpu.classify"],
+        "bands": {},
         "outage": "gone",
         "scaling": None,
-        "scores": {},
+        "scores": {"embed": dataclasses.asdict(snapshot.Score(value=9.0)) | {"benchmarks": []}},
     }
 
 
@@ -178,7 +204,7 @@ def test_the_command_line_knows_commands_that_a_process_does_not_carry_out(
 @pytest.mark.usefixtures("installed")
 def test_celery_knows_the_commands_and_can_list_them() -> None:
     assert [Panel.data[name] for name in NAMES] == [getattr(commands, name) for name in NAMES]
-    assert [Panel.meta[name].type for name in NAMES] == ["inspect", "control", "control"]
+    assert [Panel.meta[name].type for name in NAMES] == ["inspect", *["control"] * 5]
     for name in NAMES:
         assert Panel.meta[name].help == inspect.getdoc(getattr(commands, name))
 
@@ -188,3 +214,28 @@ def test_celery_knows_the_commands_and_can_list_them() -> None:
 def test_celerys_own_command_line_can_name_a_replica(name: str) -> None:
     about = Panel.meta[name]
     assert (about.args, about.signature, about.variadic) == ([("replica", int)], "[replica]", None)
+
+
+@pytest.mark.parametrize("what", ["probe", "benchmark"])
+def test_a_tick_reaches_the_gpu_pool_and_means_nothing_elsewhere(
+    state: Any, pool: Pool, what: str
+) -> None:
+    command = getattr(commands, f"gw_{what}_tick")
+    assert command(state) == {"ok": "tick"}
+    assert pool.told == [(what, None)]
+    state.consumer.pool = object()
+    assert command(state) == {"ok": "nothing to do: no GPU pool"}
+
+
+def test_what_another_worker_tells_reaches_the_ranking(state: Any, pool: Pool) -> None:
+    pool.ranking = ranking = Ranking()
+    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
+    commands.gw_best_score(state, worker="odd@host", scores="none")
+    assert ranking.heard == [("other@host", {"embed": 4.0})]
+    assert commands.gw_status(state)["bands"] == {"embed": "quick"}
+
+
+def test_a_worker_without_a_ranking_hears_it_without_complaint(state: Any) -> None:
+    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
+    state.consumer.pool = object()
+    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
