@@ -10,7 +10,7 @@ import celery
 from celery import Celery, _state
 from celery.local import Proxy
 
-from gw_celery import codec, errors
+from gw_celery import codec, errors, sweeps
 from gw_celery.calling import handle, names, outcome, registration
 from gw_celery.declare import benchmark, check, gpu, markers, options, registry, services
 from gw_celery.runtime import process
@@ -39,6 +39,7 @@ class App:
         hooks.connect(self.registry)
         # What is declared after ours, and before the Celery app is finalized, is seen only then.
         _state.connect_on_app_finalize(self._require_names)
+        sweeps.join(self._celery, hooks.registries)
 
     def __repr__(self) -> str:
         return f"<App {self.name}: {len(self.registry.services)} services>"
@@ -232,7 +233,11 @@ class App:
                 names.require_free(celery_app, service)
 
     def _task(self, service: services.Service, method: services.Method) -> Any:
-        return registration.register(self._celery, self.registry, service, method)
+        task = registration.register(self._celery, self.registry, service, method)
+        for app in list(self.registry.celery_apps):
+            if app.finalized:  # else it will be
+                sweeps.schedule(app, hooks.registries())
+        return task
 
 
 def _require_name(name: object) -> str:

@@ -164,6 +164,11 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
     ]
     if answer.get("outage"):  # workers of an older version do not say it
         lines.append(f"  consuming is paused, results cannot be stored: {answer['outage']}")
+    if scaling := answer.get("scaling"):
+        lines.append(
+            f"  autoscaler: {scaling['actual']} replicas, {scaling['desired']} wanted, "
+            f"{scaling['least']} to {scaling['most']}: {scaling['why']}"
+        )
     for one in answer["replicas"]:
         line = (
             f"  replica {one['number']}  {one['state']:<9} pid {one['pid'] or '-'}  "
@@ -172,7 +177,47 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
         if devices := one.get("devices"):  # a worker of an older version tells of none
             line += f"  on {', '.join(devices)}"
         lines.append(f"{line}  {one['last_error']}".rstrip())
+        lines += [f"    {_probed(probe)}" for probe in one.get("probes", ())]
+    for service, one in sorted(answer.get("scores", {}).items()):
+        if one["value"] is not None:
+            lines.append(f"  {service or 'plain tasks'}: {_scored(one)}")
     return "\n".join(lines)
+
+
+def _probed(probe: dict[str, Any]) -> str:
+    """One line on the last answer of a probe."""
+    line = f"{probe['kind']} probe {probe['name']}"
+    if probe["is_ok"] is None:
+        return f"{line} has not answered yet"
+    said = "passed" if probe["is_ok"] else f"failed, {probe['failures']} in a row"
+    detail = f": {probe['detail']}" if probe["detail"] else ""
+    return f"{line} {said}, in {probe['seconds']:.2g} s{detail}"
+
+
+def _scored(score: dict[str, Any]) -> str:
+    """One line on the score of a service, and one for each of its benchmarks."""
+    line = f"{score['value']:.4g}/s a replica"
+    if score["drift"] is not None:
+        line += f", as served; {score['drift']:+.0%} from the benchmark's {score['measured']:.4g}/s"
+    elif score["served"] is not None:
+        line += ", as served; it has no benchmark"
+    return "\n    ".join([line, *map(_benchmarked, score["benchmarks"])])
+
+
+def _benchmarked(one: dict[str, Any]) -> str:
+    found = "found here" if one["is_kept"] else "measured"
+    line = (
+        f"{one['task']}: {one['value']:.4g}/s ({one['least']:.4g} to {one['most']:.4g}), p50 "
+        f"{1000 * one['p50']:.3g} ms, p95 {1000 * one['p95']:.3g} ms, {one['success_rate']:.0%} "
+        f"succeeded, {found}, {_ago(one['age'])}"
+    )
+    return f"{line}; first failure: {one['failure']}" if one["failure"] else line
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s ago"
+    return f"{seconds / 60:.0f} min ago" if seconds < 7200 else f"{seconds / 3600:.0f} h ago"
 
 
 def _listed(names: list[str]) -> str:

@@ -14,11 +14,16 @@ import os
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from gw_celery import errors
 
 PREFIX = "gw_"
+
+
+class Port(int):
+    """A TCP port; 0 for any that is free."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,10 +36,18 @@ class Settings:
     start_timeout: float = 600.0
     #: Time that a child of the pool has to import the app.
     boot_timeout: float = 30.0
+    #: Time that the benchmarks of a child have, all of them together.
+    benchmark_timeout: float = 120.0
     #: Time that a draining replica has, unless an input in flight may run for longer.
     drain_timeout: float = 30.0
     #: Silence after which a child of the pool counts as frozen.
     heartbeat_timeout: float = 30.0
+    #: File that a worker with the GPU pool touches every second while its loop turns.
+    heartbeat_file: str | None = None
+    #: Port of ``/livez``, ``/readyz``, ``/startupz`` and ``/metrics``; 0 for any that is free.
+    health_port: Port | None = None
+    #: Address that it is open on.
+    health_host: str = "127.0.0.1"
     #: Time that a stopping worker waits for its inputs in flight.
     shutdown_timeout: float = 3600.0
     #: Time that a result is tried to be stored while the result backend is away.
@@ -50,12 +63,30 @@ class Settings:
     worker_ttl: float | None = 60.0
     #: Replicas of a worker with the GPU pool; without it, as many as its slots need.
     replicas: int | None = None
+    #: Workload a second of each service that the autoscaler is ready for, whatever comes.
+    min_load: float | None = None
+    #: Part of its score that a replica is meant to be used by, 1 at most.
+    target_util: float = 0.9
+    #: Time within which what waits for a service should have been begun.
+    target_queue_time: float = 10.0
+    #: Time without work after which the last replica goes, where none must stay; ``None``: never.
+    inactivity_timeout: float | None = None
+    #: Folder that keeps scores, a relative one in the user's cache; ``None``: none are kept.
+    score_cache: str | None = "gw_celery/scores"
+    #: Longest time between two ticks of beat to the probes, shorter where a probe's period is;
+    #: ``None`` for no entry in ``beat_schedule``.
+    probe_period: float | None = 10.0
+    #: Age at which a score is measured again, on a replica that has nothing to do, and the time
+    #: between two ticks of beat to the benchmarks; ``None``: never.
+    benchmark_period: float | None = 86_400.0
     #: Time that each context or ``on_exit`` hook has to leave.
     exit_timeout: float = 30.0
     #: Time that a cancelled body has to end before its process goes on without it.
     cancel_timeout: float = 5.0
     #: Longest wait of a blocking ``.remote()`` that names no timeout.
     call_timeout: float = 600.0
+    #: Time that an input may wait in its queue, where its service does not say; ``None``: for ever.
+    max_queue_time: float | None = None
     #: Loaded instances of one class, of different parameters, that a process keeps.
     max_instances: int = 3
     #: Threads that publish calls for event loops.
@@ -142,6 +173,15 @@ def visible_devices() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
+def cache_folder(given: str) -> Path | None:
+    """Return a folder, a relative one in the user's cache; ``None`` for a user without a home."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):
+        cache = os.path.expanduser("~/.cache")
+    folder = Path(cache, os.path.expanduser(given))
+    return folder if folder.is_absolute() else None
+
+
 def _beginning_with(prefix: str, conf: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(prefix): conf[key] for key in conf if key.startswith(prefix)}
 
@@ -183,6 +223,8 @@ def _typed(label: str, value: Any, expected: Any) -> Any:
 def _fits(value: Any, option: Any) -> bool:
     if option is type(None):
         return value is None
+    if option is Port:
+        return type(value) is int and 0 <= value < 65536
     if option in (int, float):
         is_number = isinstance(value, int | option) and not isinstance(value, bool)
         return is_number and math.isfinite(value) and value > 0

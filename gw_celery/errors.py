@@ -86,6 +86,39 @@ class PoisonedInput(GWCeleryError):
     """Raised in place of the answer of an input whose replica died each time that it ran alone."""
 
 
+class QueueTimeExceeded(GWCeleryError):
+    """Raised when an input waits in its queue for longer than ``max_queue_time``.
+
+    By the caller before it is sent, or in place of its answer by a worker, which never starts it.
+
+    Attributes:
+        task: name of the task.
+        queue: name of the queue.
+        limit: seconds that it may wait.
+        estimate: seconds that it would wait; from a worker, seconds that it has waited.
+        was_sent: whether it has been in the queue.
+    """
+
+    def __init__(
+        self, task: str, queue: str, limit: float, estimate: float, was_sent: bool = False
+    ) -> None:
+        super().__init__(task, queue, limit, estimate, was_sent)
+        self.task = task
+        self.queue = queue
+        self.limit = limit
+        self.estimate = estimate
+        self.was_sent = was_sent
+
+    def __str__(self) -> str:
+        waits = "waited" if self.was_sent else "would wait for about"
+        consequence = "was not started" if self.was_sent else "was not sent"
+        return (
+            f"{self.task} {waits} {self.estimate:.1f} s in the queue {self.queue!r}, which is over "
+            f"max_queue_time={self.limit:g}, and {consequence}: call it later, add replicas, or "
+            f"raise max_queue_time (setting gw_max_queue_time)"
+        )
+
+
 class WorkerStopped(GWCeleryError):
     """Raised in place of the answer of an acknowledged input that a shutdown cut off."""
 
@@ -130,6 +163,21 @@ class RemoteTraceback(GWCeleryError):
 
     def __str__(self) -> str:
         return f"\n\n(remote traceback)\n{self.traceback}"
+
+
+class SweepDropped(GWCeleryError):
+    """Raised in place of a sweep that finds others waiting, which the broker keeps from running."""
+
+    def __init__(self, name: str, waiting: int) -> None:
+        super().__init__(name, waiting)
+        self.name = name
+        self.waiting = waiting
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} was dropped: {self.waiting} sweeps wait here already; see why this "
+            f"worker cannot broadcast to its broker"
+        )
 
 
 class SerializationError(GWCeleryError, ValueError):

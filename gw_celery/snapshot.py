@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One probe of a child and its last answer. Durations are seconds."""
+
+    name: str
+    kind: str
+    #: ``None`` before the first answer.
+    is_ok: bool | None = None
+    #: In a row.
+    failures: int = 0
+    #: It has failed as often as it may, and not passed since.
+    is_failing: bool = False
+    detail: str = ""
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +42,94 @@ class Replica:
     #: How late the child's event loop ran at its last heartbeat.
     lag: float = 0.0
     resident_bytes: int = 0
+    #: Services that want no inputs here: their readiness probes fail, or have not passed yet.
+    unready: tuple[str, ...] = ()
+    probes: tuple[Probe, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """The work of one service, as far as it is this worker's and that of those like it."""
+
+    #: Messages in its queues; ``None`` where the broker does not tell.
+    queued: int | None = None
+    #: Part of the work that is theirs: 1.0 for all of it.
+    share: float = 1.0
+    #: Workload a second that comes, of that part.
+    rate: float = 0.0
+    #: Workload that waits, of that part, in the queue and in workers.
+    waiting: float = 0.0
+    #: Inputs that run, of that part.
+    running_inputs: float = 0.0
+    #: Workload a second of one replica; ``None`` when nobody knows.
+    score: float | None = None
+    #: Replicas that this needs now.
+    need: float = 0.0
+    #: Replicas that its bursts would need if they came again.
+    keep: float = 0.0
+    #: Whether anything came, waits or runs.
+    is_active: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """What the autoscaler of a worker saw and decided last, in replicas."""
+
+    least: int
+    most: int
+    #: This worker's, after the decision.
+    desired: int = 0
+    #: Those that it has, starting and failing ones among them.
+    actual: int = 0
+    #: What all workers that serve the same should have together, and how many workers that are.
+    total: int = 0
+    workers: int = 1
+    why: str = ""
+    #: Seconds from the start of a replica until it is ready, from experience.
+    start_up: float | None = None
+    #: By service; ``""`` for plain tasks. Empty while the broker cannot be read.
+    services: Mapping[str, Outlook] = dataclasses.field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """The latest figures of one benchmarked task, of whichever replica. Durations are seconds."""
+
+    task: str
+    #: Workload per second in the median round, the slowest and the quickest.
+    value: float
+    least: float
+    most: float
+    #: The throughput of each round, in their order, of the first 100.
+    rounds: tuple[float, ...]
+    success_rate: float
+    #: Latencies of its inputs.
+    p50: float
+    p95: float
+    #: What the first input raised that failed.
+    failure: str = ""
+    #: Since it was measured.
+    age: float = 0.0
+    #: It was found on this machine, where an earlier replica had left it.
+    is_kept: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """What one replica does of one service in a second, in workload; ``None``: not known yet."""
+
+    #: What the worker goes by.
+    value: float | None = None
+    #: What benchmarks say.
+    measured: float | None = None
+    #: What full replicas served.
+    served: float | None = None
+    #: By what share ``served`` is over, or under, ``measured``.
+    drift: float | None = None
+    benchmarks: tuple[Benchmark, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,11 +142,21 @@ class Worker:
     ready_slots: dict[str, int] = dataclasses.field(default_factory=dict)
     #: Inputs that this worker has taken and that wait for a slot.
     waiting: int = 0
+    #: Workload and inputs of each service that arrived, wait, run and were served, since the
+    #: worker started.
+    tallies: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     #: Queues that are consumed now, and those that wait until a replica is ready.
     open_queues: tuple[str, ...] = ()
     closed_queues: tuple[str, ...] = ()
+    #: How quick it is beside the other workers, by service: "quick", "middle" or "slow"; empty
+    #: where the broker makes nothing of it.
+    bands: dict[str, str] = dataclasses.field(default_factory=dict)
     #: Why results cannot be stored, so that nothing is consumed; "" while they can.
     outage: str = ""
+    #: What the autoscaler saw and decided; ``None`` for a worker of a fixed size.
+    scaling: Scaling | None = None
+    #: Scores by service; ``""`` for plain tasks.
+    scores: dict[str, Score] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

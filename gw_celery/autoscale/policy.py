@@ -38,7 +38,7 @@ class Rules:
     target_util: float = 0.9
     #: How long an input may wait in the queue.
     target_queue_time: float = 10.0
-    #: To zero after this long without any input; ``None``: once ``window`` has forgotten the last.
+    #: To zero after this long without any input; ``None``: never.
     inactivity_timeout: float | None = None
     #: Workload per second that is provided for even while less arrives; above 0, never to zero.
     min_load: float = 0.0
@@ -160,10 +160,10 @@ class Meter:
 class Largest:
     """The largest number of the last ``window`` seconds, in constant time."""
 
-    __slots__ = ("_falling", "_window")
+    __slots__ = ("_falling", "window")
 
     def __init__(self, window: float) -> None:
-        self._window = window
+        self.window = window
         self._falling: collections.deque[tuple[float, float]] = collections.deque()
 
     def add(self, now: float, number: float) -> float:
@@ -172,7 +172,7 @@ class Largest:
         while falling and falling[-1][1] <= number:
             falling.pop()
         falling.append((now, number))
-        while falling[0][0] < now - self._window:
+        while falling[0][0] < now - self.window:
             falling.popleft()
         return falling[0][1]
 
@@ -184,17 +184,27 @@ class Decider:
 
     def __init__(self, rules: Rules, least: int, most: int) -> None:
         self._needed = Largest(rules.residence)
-        self._kept = Largest(max(rules.window, rules.residence))
+        self._kept = Largest(rules.window)
+        self._active_at: float | None = None
+        self.follow(rules)
+        self.update(least, most)
+
+    def follow(self, rules: Rules) -> None:
+        """Go by these rules; what was needed of late is not forgotten for it."""
+        self._needed.window = rules.residence
+        self._kept.window = max(rules.window, rules.residence)
         # Less than the head-room that ``target_util`` leaves is no reason to start a replica.
         self._slack = 2.0 - rules.target_util
         self._patience = _patience(rules)
-        self._active_at: float | None = None
-        self.update(least, most)
 
     def update(self, least: int, most: int) -> None:
         """Change the bounds; ``most`` is never below ``least``."""
         self.least = max(0, least)
         self.most = max(self.least, most)
+
+    def hold(self, now: float, replicas: int) -> None:
+        """Keep what an operator asked for, as if the load had."""
+        self._needed.add(now, replicas)
 
     def decide(
         self,
@@ -234,6 +244,6 @@ class Decider:
 
 def _patience(rules: Rules) -> float:
     """For how long nothing has to happen until not even one replica is left."""
-    if rules.min_load > 0:
+    if rules.min_load > 0 or rules.inactivity_timeout is None:
         return math.inf
-    return rules.window if rules.inactivity_timeout is None else rules.inactivity_timeout
+    return rules.inactivity_timeout

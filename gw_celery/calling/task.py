@@ -14,7 +14,7 @@ from celery.exceptions import Ignore, TimeLimitExceeded
 from kombu.utils.imports import symbol_by_name
 
 from gw_celery import codec, errors
-from gw_celery.calling import bound, eager, results
+from gw_celery.calling import admission, bound, eager, results
 from gw_celery.declare import parameters, registry, services
 from gw_celery.runtime import identity, invoke, process
 
@@ -102,9 +102,14 @@ class ServingTask(Task):
     def apply_async(
         self, args: Any = None, kwargs: Any = None, *positional: Any, **options: Any
     ) -> Any:
-        """Send the task to its service's queue, unless the options or ``task_routes`` say else."""
+        """Send the task to its service's queue, unless the options or ``task_routes`` say else.
+
+        Raises:
+            QueueTimeExceeded: when it would wait there for longer than ``max_queue_time``.
+        """
         if not self._is_routed(options, args, kwargs):
             options["queue"] = self.gw_service.queue
+        options = admission.prepared(self, args, kwargs, options)
         send = super().apply_async
         if self.app.conf.task_always_eager:
             with eager.own_join_flag():

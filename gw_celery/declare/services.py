@@ -76,6 +76,11 @@ class Service:
     def queue(self) -> str:
         return self.placement.queue or f"{self.family}.{self.name}"
 
+    def max_queue_time(self, default: float | None) -> float | None:
+        """Seconds that an input may wait in the queue; ``default`` is the project's setting."""
+        own = self.placement.max_queue_time
+        return default if own is None else own
+
     @property
     def is_class(self) -> bool:
         return inspect.isclass(self.target)
@@ -103,6 +108,11 @@ class Service:
             return self.concurrent.max_inputs
         sizes = [m.batched.max_batch_size for m in self.methods.values() if m.batched]
         return 2 * max(sizes) if sizes else 1
+
+    @property
+    def target_inputs(self) -> int:
+        """Inputs in flight that one replica is meant to have."""
+        return self.max_inputs if self.concurrent is None else self.concurrent.target_inputs
 
 
 def placement(

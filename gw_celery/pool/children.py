@@ -13,6 +13,7 @@ from typing import Any
 
 from gw_celery import conf
 from gw_celery.pool import devices, dispatch, replica, wire
+from gw_celery.probes import status
 
 _READ_BYTES = 256 * 1024
 #: A process that closed its socket, or was killed, is a moment from its end.
@@ -44,6 +45,8 @@ class Child:
         self.number = number
         self.life = life
         self.room = dispatch.Room(slots)
+        #: The GPUs that it runs on, as their maker calls them.
+        self.products = tuple(one.name for one in share)
         #: What it holds, by job number, answered or not.
         self.jobs: dict[int, Any] = {}
         self.served = 0
@@ -56,6 +59,10 @@ class Child:
         self.is_leaving = False
         #: Another should take its place: it is worn, stuck, or out of memory.
         self.must_go = False
+        #: Its probes, once it has loaded; ``None`` where there are none.
+        self.checks: status.Checks | None = None
+        #: It was never well: its end counts as a start that failed, however long it lasted.
+        self.is_unfit = False
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         self._unpacker = wire.Unpacker(wire.MAX_CHILD_FRAME_BYTES)

@@ -27,13 +27,19 @@ class Room:
         self._slots = slots
         self._held: collections.Counter[str] = collections.Counter()
         self.total = 0
+        #: Services whose readiness probes fail: they take nothing new here.
+        self.unready: set[str] = set()
         #: A suspect runs alone here, or will: nothing else is taken.
         self.is_reserved = False
         self.is_alone = False
 
+    def serves(self, service: str) -> bool:
+        """Whether inputs of a service may start here, when there is a slot."""
+        return self._key(service) not in self.unready
+
     def has_slot(self, service: str) -> bool:
         key = self._key(service)
-        return self._held[key] < self._slots[key]
+        return self.serves(service) and self._held[key] < self._slots[key]
 
     def take(self, service: str) -> None:
         self._held[self._key(service)] += 1
@@ -98,6 +104,10 @@ class Dispatcher:
             return True
         return False
 
+    def take_out(self, service: str) -> list[Any]:
+        """Take out and return what waits for a service, but no suspects."""
+        return list(self._waiting.pop(service, ()))
+
     def clear(self) -> list[Any]:
         """Take out and return everything."""
         waiting = list(self)
@@ -124,8 +134,9 @@ class Dispatcher:
 
     def _assign_suspect(self, open_to: list[Any]) -> Iterator[Assignment]:
         reserved = [one for one in open_to if one.room.is_reserved]
-        if not reserved and open_to:
-            chosen = min(open_to, key=lambda one: one.room.total)
+        able = [one for one in open_to if one.room.serves(self._suspects[0].service)]
+        if not reserved and able:
+            chosen = min(able, key=lambda one: one.room.total)
             chosen.room.is_reserved = True
             reserved = [chosen]
         for child in reserved:

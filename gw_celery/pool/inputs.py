@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from gw_celery import conf, errors
-from gw_celery.pool import children, deaths, dispatch, jobs, limits, wire
+from gw_celery.pool import children, deaths, dispatch, jobs, limits, tally, wire
+from gw_celery.runtime import lateness
 
 logger = logging.getLogger(__name__)
 
+_NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 #: Seconds that a redelivered input waits for what other workers know of it.
 _LONGEST_QUESTION = 2.0
 
@@ -25,6 +28,7 @@ class Inputs:
         on_stuck: called with a child that cannot stop an input.
         shared_deaths: where the workers' counts of deaths meet, if anywhere.
         bury: called with an input that is given up, why, and after how many deaths.
+        queue_times: seconds that an input of a service may wait until it begins.
     """
 
     def __init__(
@@ -34,8 +38,10 @@ class Inputs:
         on_stuck: Callable[[children.Child], None],
         shared_deaths: deaths.Shared | None = None,
         bury: Callable[[jobs.Job, str, int], None] | None = None,
+        queue_times: Mapping[str, float] = _NO_LIMITS,
     ) -> None:
         self.waiting = dispatch.Dispatcher()
+        self.tallies = tally.Tallies()
         self.limits = limits.Limits()
         self._settings = settings
         self._deaths = deaths.Deaths(settings.max_deaths, shared_deaths)
@@ -44,6 +50,7 @@ class Inputs:
         self._on_let_go = on_let_go
         self._on_stuck = on_stuck
         self._bury = bury
+        self._queue_times = queue_times
         self._held: dict[int, jobs.Job] = {}
         #: Those that a child holds and has not begun: they gather for a batch.
         self._gathering: dict[int, jobs.Job] = {}
@@ -78,6 +85,7 @@ class Inputs:
         if twin is not None:
             twin.join(job, jobs.now())
             return job
+        self.tallies.arrive(job.number, service, tally.workload_of(job.request))
         if job.was_requeued:
             self._deaths.survived(job.task_id)
         self._asked[job.number] = (job, jobs.now())
@@ -91,13 +99,25 @@ class Inputs:
 
         Returns the children that were written to.
         """
-        self.waiting.clear()
+        for job in self.waiting.clear() + [asked for asked, _ in self._asked.values()]:
+            self.tallies.give_back(job.number)
         self._asked.clear()
         dropped = list(self._gathering.values())
         for job in dropped:
             job.abandon()
             self._dismiss(job)
         return {job.child for job in dropped}
+
+    def give_back(self, service: str) -> None:
+        """Let the broker give to other workers what waits here for a service.
+
+        What may only run alone stays: who knows that it kills is here.
+        """
+        for job in self.waiting.take_out(service):
+            if job.give_back():
+                self.tallies.give_back(job.number)
+            else:
+                self.waiting.put(job)
 
     def withdraw(self) -> set[children.Child]:
         """Take out what was revoked or has expired while it gathered for a batch.
@@ -122,13 +142,16 @@ class Inputs:
     def dispatch(self, ready: Iterable[children.Child]) -> set[children.Child]:
         """Start what has a slot; returns the children that were written to."""
         orders: dict[children.Child, list[tuple[Any, ...]]] = {}
+        now = jobs.now()
         for given in self.waiting.assign(ready):
             job, child = given.input, given.child
-            if job.was_withdrawn():
+            if job.was_withdrawn() or self._was_late(job):
                 child.room.give_back(job.service)
+                self.tallies.give_back(job.number)
                 continue
             job.child = child
             child.jobs[job.number] = self._held[job.number] = job
+            self.tallies.start(job.number, now)
             if job.gathers:
                 self._gathering[job.number] = job
             order = wire.Order.RUN_ALONE if job.runs_alone else wire.Order.RUN
@@ -151,8 +174,11 @@ class Inputs:
             self._begun(job, child.pid, min(report[2], now), now)
             return
         if kind == wire.Report.EXPIRED:
-            job.was_withdrawn()
+            if not job.is_answered and not job.was_withdrawn():
+                self._was_late(job)
             return
+        if not job.is_answered and _is_answer(report):
+            self.tallies.serve(job.number, now, is_success=kind == wire.Report.DONE)
         self._let_go(child, job)
         if kind == wire.Report.DONE:
             job.done(report[2], report[3])
@@ -180,6 +206,7 @@ class Inputs:
         for job in self._held.values():
             if not job.is_accepted:
                 job.abandon()
+                self.tallies.give_back(job.number)
         self.limits.clear()
 
     def expire(self, now: float) -> None:
@@ -190,6 +217,7 @@ class Inputs:
                 job.child.send((wire.Order.SOFT, job.number, job.soft_limit))
             elif what is limits.Limit.HARD:
                 job.timed_out()
+                self.tallies.serve(job.number, now, is_success=False)
                 self._dismiss(job)
             else:
                 self._give_up(job)
@@ -209,14 +237,18 @@ class Inputs:
             if job.losses > self._settings.max_deaths and not job.is_accepted:
                 job.accept(child.pid, jobs.now())  # it kills before it can be told to have begun
         accepted = [job for job in unanswered if job.is_accepted]
+        for job in held if is_closing else accepted:
+            self.tallies.give_back(job.number)
         if is_closing:  # the shutdown ended the child, and no input is to blame
             for job in accepted:
                 job.lost(reason)
             return
         for job in reversed(unanswered):
             if not job.is_accepted:
+                self.tallies.wait_again(job.number)
                 self.waiting.put(job, first=True)
-        self._deaths.record(accepted)
+        if not child.is_unfit:  # it would have died without them
+            self._deaths.record(accepted)
         for job in accepted:
             if self._deaths.is_poison(job.task_id):
                 self._give_up_poison(job, reason)
@@ -246,9 +278,21 @@ class Inputs:
         if self._bury is not None:
             self._bury(job, str(poisoned), self._deaths.count(job.task_id))
         self._deaths.survived(job.task_id)
+        self.tallies.give_back(job.number)
         job.broken(poisoned)
 
+    def _was_late(self, job: jobs.Job) -> bool:
+        """Refuse an input that has waited for too long; whether it has."""
+        limit = self._queue_times.get(job.service)
+        if limit is None or not lateness.is_over(job.request, limit):
+            return False
+        delivery, waited = job.request.get("delivery_info") or {}, lateness.waited(job.request)
+        queue = str(delivery.get("routing_key") or "")
+        job.refuse(errors.QueueTimeExceeded(job.name, queue, limit, waited, True))
+        return True
+
     def _let_go(self, child: children.Child, job: jobs.Job) -> None:
+        self.tallies.give_back(job.number)  # unless it is served
         del child.jobs[job.number]
         self._held.pop(job.number, None)
         self._gathering.pop(job.number, None)
@@ -260,6 +304,7 @@ class Inputs:
 
     def _dismiss(self, job: jobs.Job) -> None:
         """The input is answered: its child stops it, or is replaced when it cannot."""
+        self.tallies.give_back(job.number)  # unless it is served
         self._gathering.pop(job.number, None)
         child = job.child
         if child is None or job.number not in child.jobs:
@@ -289,6 +334,14 @@ class Inputs:
             if is_same and other.request.get("retries") == job.request.get("retries"):
                 return other
         return None
+
+
+def _is_answer(report: list[Any]) -> bool:
+    """Whether an input ran to its end, and does not go back to the broker."""
+    if report[0] != wire.Report.ERROR:
+        return bool(report[0] == wire.Report.DONE)
+    _, _, outcome, *_, requeue = report
+    return outcome not in (wire.Outcome.EXIT, wire.Outcome.UNSTORED) and not requeue
 
 
 def _poisoned(job: jobs.Job, most: int, reason: str) -> errors.PoisonedInput:

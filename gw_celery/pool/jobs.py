@@ -11,6 +11,7 @@ from typing import Any
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated, WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry
+from celery.worker import state
 
 from gw_celery import errors
 from gw_celery.pool import letters, wire
@@ -166,6 +167,23 @@ class Job:
         """Celery's request, whose bound methods are our callbacks."""
         return getattr(self._options.get("accept_callback"), "__self__", None)
 
+    def give_back(self) -> bool:
+        """Have the broker deliver it again, to whoever is ready for it: it has not begun here.
+
+        Returns False for what is not a message of the broker's.
+        """
+        requests = [one._celery_request for one in (self, *self.twins)]
+        if not all(hasattr(one, "reject") for one in requests):
+            return False
+        self.abandon()
+        for request in requests:
+            try:
+                request.reject(requeue=True)
+            except Exception:  # the broker is away, and will deliver it again by itself
+                logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
+            state.task_ready(request)
+        return True
+
     def abandon(self) -> None:
         """Never answer: the broker has the message still and gives it to another worker."""
         self.is_answered = True
@@ -188,6 +206,21 @@ class Job:
     def broken(self, exc: BaseException) -> None:
         """Anything else; Celery decides by the class of ``exc`` and stores the outcome."""
         self._answer("error_callback", _einfo(exc))
+
+    def refuse(self, exc: BaseException) -> None:
+        """Fail it before it starts: one that is acknowledged when it starts is so now."""
+        self.broken(exc)
+        for one in (self, *self.twins):
+            one._acknowledge_early()
+
+    def _acknowledge_early(self) -> None:
+        request = self._celery_request
+        if request is None or request.task.acks_late or request.acknowledged:
+            return
+        try:
+            request.acknowledge()
+        except Exception:
+            logger.exception("task %s[%s] could not be acknowledged", self.name, self.task_id)
 
     def lost(self, reason: str) -> None:
         self.broken(WorkerLostError(f"{reason} Job: {self.number}."))

@@ -8,6 +8,8 @@ from typing import Any
 
 from kombu import compression
 
+from gw_celery import headers
+
 _ADDED = "gw-dead-"
 REASON, SINCE, WORKER = f"{_ADDED}reason", f"{_ADDED}since", f"{_ADDED}worker"
 DEATHS, EXCHANGE, ROUTING_KEY = f"{_ADDED}deaths", f"{_ADDED}exchange", f"{_ADDED}routing-key"
@@ -16,6 +18,8 @@ REQUEUED = "gw-requeued"
 #: Written by the broker, which would read them as the history of the new message.
 _BROKERS = ("x-death", "x-first-death-exchange", "x-first-death-queue", "x-first-death-reason")
 _COUNTED = ("x-delivery-count", "x-acquired-count")
+#: What does not count any more; one that lay here for days has not been late for that long.
+_PAST = {*_BROKERS, *_COUNTED, headers.ENQUEUED}
 #: What a sender chooses. Not ``expiration``, by which the broker would drop the letter, nor
 #: ``user_id``, which it compares with who publishes.
 _PROPERTIES = (
@@ -116,6 +120,6 @@ def revive(letter: Letter) -> Letter:
     kept = {
         name: value
         for name, value in letter.headers.items()
-        if not name.startswith(_ADDED) and name not in _BROKERS and name not in _COUNTED
+        if not name.startswith(_ADDED) and name not in _PAST
     }
     return dataclasses.replace(letter, headers={**kept, REQUEUED: True})

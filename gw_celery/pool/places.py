@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gw_celery import conf, snapshot
+from gw_celery.declare import probes
 from gw_celery.pool import allotment, children, devices, replica
+from gw_celery.probes import status
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +26,14 @@ class Setup:
     slots: Mapping[str, int]
     #: The first frame of a child, but for its number.
     first: dict[str, Any]
+    #: The tasks of each service that have a benchmark.
+    benchmarked: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     #: The devices of each replica; ``None`` where none needs any.
     allotment: allotment.Allotment | None = None
+    #: The probes of what it serves, each with the key of its service.
+    probes: Sequence[tuple[str, probes.Probe]] = ()
+    #: Seconds that an input of a service may wait until it begins, where there is a limit.
+    queue_times: Mapping[str, float] = dataclasses.field(default_factory=dict)
     max_tasks: int | None = None
     #: Resident bytes after which a child is replaced.
     max_bytes: int | None = None
@@ -83,7 +91,8 @@ class Place:
         self.last_error = child.reason or reason
         wait = 0.0
         # One that dies of an input was started well.
-        if child.life.was_steady(now) or any(job.is_accepted for job in child.jobs.values()):
+        was_well = child.life.was_steady(now) or any(one.is_accepted for one in child.jobs.values())
+        if was_well and not child.is_unfit:
             self.backoff.succeeded(now)
         else:
             wait = self.backoff.failed(now)
@@ -118,6 +127,8 @@ class Place:
             seconds_in_state=now - child.life.since,
             lag=child.lag,
             resident_bytes=child.resident_bytes,
+            unready=tuple(sorted(child.room.unready)),
+            probes=tuple(map(_seen, child.checks or ())),
         )
 
 
@@ -193,6 +204,19 @@ class Places:
             self._named.discard(place.number)
             return place
         return None
+
+
+def _seen(check: status.Check) -> snapshot.Probe:
+    last = check.last
+    return snapshot.Probe(
+        name=check.name,
+        kind=check.probe.kind,
+        is_ok=None if last is None else last.is_ok,
+        failures=check.failures,
+        is_failing=check.is_failing,
+        detail="" if last is None else last.detail,
+        seconds=0.0 if last is None else last.seconds,
+    )
 
 
 def _load(place: Place) -> tuple[bool, int, int]:

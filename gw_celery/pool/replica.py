@@ -1,7 +1,8 @@
 """The life of one child, as its parent sees it: a state machine without clock or I/O.
 
-STARTING -> ENTERING -> READY -> DRAINING -> gone. The child proves each step by a report; each
-step has a deadline. A replica whose child is gone waits its backoff and starts another.
+STARTING -> ENTERING -> PROBING -> BENCHMARKING -> READY <-> UNREADY -> DRAINING -> gone. The child
+proves each step by a report; each step has a deadline. A replica whose child is gone waits its
+backoff and starts another.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ class State(enum.Enum):
 
     STARTING = "starting"
     ENTERING = "entering"
+    #: Its startup probes have not passed yet.
+    PROBING = "probing"
+    BENCHMARKING = "benchmarking"
     READY = "ready"
+    #: Loaded and alive, but none of its services wants inputs now.
+    UNREADY = "unready"
     DRAINING = "draining"
     #: The replica waits before it starts another child.
     FAILED = "failed"
@@ -35,6 +41,7 @@ class Deadlines:
 
     boot: float
     start: float
+    benchmark: float
     drain: float
     heartbeat: float
 
@@ -43,6 +50,7 @@ class Deadlines:
         return cls(
             boot=settings.boot_timeout,
             start=settings.start_timeout,
+            benchmark=settings.benchmark_timeout,
             drain=settings.drain_timeout,
             heartbeat=settings.heartbeat_timeout,
         )
@@ -57,7 +65,9 @@ class Life:
     state: State = State.STARTING
     since: float = 0.0
     deadline: float | None = None
-    last_beat: float = 0.0
+    #: When it last showed that its loop turns; ``None`` while it may be silent: imports and loads
+    #: of weights hold the GIL.
+    last_beat: float | None = None
     #: When it became READY; ``None`` before.
     ready_at: float | None = None
 
@@ -68,17 +78,42 @@ class Life:
     def is_ready(self) -> bool:
         return self.state is State.READY
 
+    @property
+    def is_up(self) -> bool:
+        """Whether it has become READY and is not being drained."""
+        return self.state in (State.READY, State.UNREADY)
+
     def loaded(self, now: float) -> None:
         if self.state is State.STARTING:
             self._enter(State.ENTERING, now, self.deadlines.start)
 
     def entered(self, now: float) -> None:
         if self.state is State.ENTERING:
+            self._enter(State.PROBING, now, None)
+            self.last_beat = now
+
+    def probed(self, now: float) -> None:
+        if self.state is State.PROBING:
+            self._enter(State.BENCHMARKING, now, self.deadlines.benchmark)
+
+    def measured(self, now: float) -> None:
+        if self.state is State.BENCHMARKING:
             self._enter(State.READY, now, None)
-            self.ready_at = self.last_beat = now
+            self.ready_at = now
+
+    def measure_again(self, now: float) -> None:
+        """Take nothing new until it has been measured; for one that holds nothing."""
+        if self.state is State.READY:
+            self._enter(State.BENCHMARKING, now, self.deadlines.benchmark)
+
+    def wants_inputs(self, now: float, wants: bool) -> None:
+        """Note that some service of a loaded child wants inputs, or none does."""
+        if self.is_up and wants is not self.is_ready:
+            self._enter(State.READY if wants else State.UNREADY, now, None)
 
     def beat(self, now: float) -> None:
-        self.last_beat = now
+        if self.last_beat is not None:
+            self.last_beat = now
 
     def drain(self, now: float, longest_limit: float) -> None:
         """Take nothing new; what runs has until its own limit, or the drain's, has passed."""
@@ -93,7 +128,7 @@ class Life:
         """Return why the child must be killed now, if it must."""
         if self.deadline is not None and now >= self.deadline:
             return f"was {self.state.value} for {now - self.since:.0f} s{_SETTINGS[self.state]}"
-        if self.ready_at is not None and now - self.last_beat >= self.deadlines.heartbeat:
+        if self.last_beat is not None and now - self.last_beat >= self.deadlines.heartbeat:
             return (
                 f"sent no heartbeat for {now - self.last_beat:.0f} s: it is stopped, or a call "
                 f"blocks its event loop or holds the GIL (setting gw_heartbeat_timeout)"
@@ -109,6 +144,7 @@ class Life:
 _SETTINGS = {
     State.STARTING: " (setting gw_boot_timeout)",
     State.ENTERING: " (setting gw_start_timeout)",
+    State.BENCHMARKING: " (setting gw_benchmark_timeout)",
     State.DRAINING: " (setting gw_drain_timeout)",
 }
 

@@ -27,10 +27,14 @@ from gw_celery.runtime import (
     batcher,
     connections,
     hygiene,
+    inflight,
+    lag,
     loop,
     offload,
+    probe,
     process,
     records,
+    scoring,
     sharing,
     tracing,
 )
@@ -69,7 +73,7 @@ class Outages:
 
 
 def run(channel: socket.socket, setup: dict[str, Any]) -> int:
-    """Load, report READY, run inputs until told to leave; returns the exit code."""
+    """Load, report that all is entered, run inputs until told to leave; returns the exit code."""
     try:
         loaded = load(setup)
     except BaseException as exc:
@@ -135,6 +139,8 @@ class Child(asyncio.Protocol):
             wire.Order.LEAVE: self._leaving.set,
             wire.Order.DRAIN: self._batchers.drain,
         }
+        self._scoring: scoring.Scoring
+        self._probes: probe.Probes | None = None
         self._beat_at = 0.0
 
     # -- protocol --
@@ -173,10 +179,14 @@ class Child(asyncio.Protocol):
             return 1
         if runtime is None:
             return 0
-        self.report((wire.Report.READY,))
+        self.report((wire.Report.ENTERED,))
         self._beat_at = time.monotonic()
         self._beat()
+        lag.Watch(loop.MainLoop(asyncio.get_running_loop()), _in_flight).start()
         await self._leaving.wait()
+        await self._scoring.stop()
+        if self._probes is not None:
+            self._probes.close()
         process.adopt(None)
         await runtime.leave()
         signals.worker_process_shutdown.send(
@@ -213,11 +223,17 @@ class Child(asyncio.Protocol):
         app, around = self._loaded.app, self._loaded.around
         early = records.of(app, self._setup["worker"])
         inputs = tracing.Inputs(app, self.report, threads, around, early)
+        self._scoring = scoring.Scoring(
+            app, self._loaded.settings, inputs.called, self.report, known
+        )
+        self._probes = probe.Probes(runtime, served, self.report, around)
         self._orders |= {
             wire.Order.RUN: inputs.run,
             wire.Order.RUN_ALONE: inputs.run_alone,
             wire.Order.SOFT: inputs.limit,
             wire.Order.STOP: inputs.stop,
+            wire.Order.BENCHMARK: self._scoring.order,
+            wire.Order.PROBE: self._probes.call,
         }
         await runtime.grow(known, served)
         _send_process_init(self._setup["hostname"])
@@ -230,6 +246,10 @@ class Child(asyncio.Protocol):
         self._beat_at = now + _BEAT
         self.report((wire.Report.BEAT, lag, _resident_bytes()))
         asyncio.get_running_loop().call_later(_BEAT, self._beat)
+
+
+def _in_flight() -> list[str]:
+    return [f"{one.name}[{one.task_id}]" for one in list(inflight.held.values())]
 
 
 def _send_process_init(hostname: str) -> None:

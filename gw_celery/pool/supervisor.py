@@ -1,4 +1,4 @@
-"""Keeps every replica filled with a child, and every input with one of them.
+"""What happens next: reports are followed, deadlines judged, inputs given to children.
 
 Everything here runs in one thread: the worker's event loop, or the pool's own where the transport
 has none. It is driven by ``poll``, which reads what children report, and by ``tick``, which judges
@@ -8,22 +8,28 @@ deadlines after that.
 from __future__ import annotations
 
 import logging
-import subprocess
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gw_celery import snapshot
-from gw_celery.pool import children, deaths, inputs, jobs, places, replica, sockets, wire
+from gw_celery.benchmarks import live
+from gw_celery.pool import (
+    children,
+    deaths,
+    inputs,
+    jobs,
+    measuring,
+    places,
+    probing,
+    replica,
+    replicas,
+    sockets,
+    tally,
+    wire,
+)
 
 logger = logging.getLogger(__name__)
-
-#: Grace of a child that was told to leave, over the bounds of its exit hooks.
-_LEAVE_MARGIN = 10.0
-_STUCK = (
-    "a batch of %s goes on with no input left in it: it is replaced (setting gw_cancel_timeout)"
-)
-_NOT_NEEDED = "Worker exited prematurely: it was not needed any more."
 
 
 class Supervisor:
@@ -39,42 +45,65 @@ class Supervisor:
     ) -> None:
         self._setup = setup
         shared = None if connect_redis is None else deaths.Shared(connect_redis, self.wake)
-        self._inputs = inputs.Inputs(setup.settings, self._after_input, self._replace, shared, bury)
+        self._sockets = sockets.Sockets()
+        self._replicas = replicas.Replicas(
+            setup, self._sockets, self._longest_left, self._on_gone, on_capacity
+        )
+        self._inputs = inputs.Inputs(
+            setup.settings,
+            self._after_input,
+            self._replicas.replace,
+            shared,
+            bury,
+            setup.queue_times,
+        )
+        self._measuring = measuring.Measuring(setup, self._send)
+        self._probing = probing.Probing(
+            setup, self._replicas, self._send, self._advance, on_capacity
+        )
         self._on_capacity = on_capacity
         #: Told the numbers of inputs that began in a child that died.
         self._on_lost = on_lost
-        self._places = places.Places(setup.shares)
-        #: Every live child and the replica that it fills, filled, or will fill.
-        self._children: dict[children.Child, places.Place] = {}
-        #: Processes that are ended, or about to end, and not reaped.
-        self._dying: list[subprocess.Popen[bytes]] = []
-        self._sockets = sockets.Sockets()
         # Reentrant: Celery's signal handlers call us in the middle of anything.
         self._lock = threading.RLock()
         #: Inputs that found no slot the last time.
         self._waiting = 0
-        self._is_closing = False
-        self._deadlines = replica.Deadlines.of(setup.settings)
 
     # -- size --
 
     def resize(self, wanted: int) -> None:
         """Grow to, or shrink by draining to, this number of replicas."""
         with self._lock:
-            self._drain_all(self._places.resize(wanted))
+            self._replicas.resize(wanted)
         self.wake()
 
     def restart(self, number: int | None) -> None:
         """Replace the child of one replica, or of all, one after the other, by draining."""
         with self._lock:
-            self._places.restart(number)
+            self._replicas.restart(number)
         self.wake()
 
     def hold(self, number: int | None) -> None:
         """Drain one replica, or all, and start no child there until ``restart``."""
         with self._lock:
-            self._drain_all(self._places.hold(number))
+            self._replicas.hold(number)
         self.wake()
+
+    # -- scores --
+
+    def measure_again(self) -> None:
+        """Have every replica measured again, one after the other, when it has nothing to do."""
+        with self._lock:
+            self._measuring.ask()
+
+    def observe(self, tallies: Mapping[str, live.Tally]) -> None:
+        """Let the traffic correct the scores; about once a second."""
+        with self._lock:
+            ready = [one for one in self._replicas if one.life.is_ready]
+            by_service = {
+                key: sum(one.room.serves(key) for one in ready) for key in self._setup.slots
+            }
+            self._measuring.observe(jobs.now(), tallies, by_service)
 
     # -- inputs --
 
@@ -127,6 +156,7 @@ class Supervisor:
             for child in self._sockets.follow(events):
                 self._receive(child)
             self._inputs.settle_asked(jobs.now())
+            self._probing.look(jobs.now())
             self._dispatch()
             self._inputs.expire(jobs.now())
 
@@ -134,27 +164,33 @@ class Supervisor:
         """Judge deadlines, reap, start what is missing; once a second, after ``poll``."""
         with self._lock:
             now = jobs.now()
-            self._dying = children.reap(self._dying)
-            for child in list(self._children):
+            for child in self._replicas:
                 self._judge(child, now)
-            if (place := self._places.next_to_restart()) is not None:
-                self._drain(place.child)
-            self._places.complete()
-            for place in self._places:
-                self._fill(place, now)
-                self._relieve(place)
+            self._replicas.tick(now)
+            self._probing.expect()
+            self._probing.look(now)
+            for service in self._probing.unready():
+                self._inputs.give_back(service)
             self._dispatch()
+            self._measure_again(now)
+
+    def probe_tick(self) -> None:
+        """Call the probes that are due, now."""
+        with self._lock:
+            self._probing.look(jobs.now())
 
     def next_deadline(self) -> float | None:
-        """Seconds until an input reaches a limit; ``None`` without limits."""
-        return self._inputs.limits.next_in(jobs.now())
+        """Seconds until an input reaches a limit, or a probe is due; ``None`` without either."""
+        now = jobs.now()
+        nexts = (self._inputs.limits.next_in(now), self._probing.next_in(now))
+        return min((one for one in nexts if one is not None), default=None)
 
     # -- the end --
 
     def close(self) -> None:
         """Take nothing new and start no child any more."""
         with self._lock:
-            self._is_closing = True
+            self._replicas.is_closing = True
             self._watch(self._inputs.forget_waiting())
 
     def abandon_unaccepted(self) -> None:
@@ -166,18 +202,18 @@ class Supervisor:
     def leave(self) -> None:
         """Let every child run its exit hooks and end."""
         with self._lock:
-            for child in list(self._children):
-                self._drain(child)
+            for child in self._replicas:
+                self._replicas.drain(child)
 
     def is_empty(self) -> bool:
-        return not self._children
+        return not len(self._replicas)
 
     def kill(self, reason: str) -> None:
         """End every child now; what they hold goes back to the broker or fails with ``reason``."""
         with self._lock:
-            self._is_closing = True
-            for child in list(self._children):
-                self._end(child, reason)
+            self._replicas.is_closing = True
+            for child in self._replicas:
+                self._replicas.end(child, reason)
 
     def release(self) -> None:
         """Close what this object holds open; nothing may be called after it."""
@@ -188,12 +224,15 @@ class Supervisor:
 
     def ready_by_service(self) -> dict[str, int]:
         """Slots of the replicas that are READY, by service."""
-        ready = sum(one.life.is_ready for one in self._children)
-        return {service: slots * ready for service, slots in self._setup.slots.items()}
+        ready = [one for one in self._replicas if one.life.is_ready]
+        return {
+            service: slots * sum(one.room.serves(service) for one in ready)
+            for service, slots in self._setup.slots.items()
+        }
 
     def outage(self) -> str:
         """Why a live child cannot store results; ``""`` while all can, as far as they know."""
-        return next((one.outage for one in self._children if one.outage), "")
+        return next((one.outage for one in self._replicas if one.outage), "")
 
     def waiting(self) -> int:
         """Inputs that wait here because no slot is free."""
@@ -203,9 +242,21 @@ class Supervisor:
         """Inputs of a service that wait here because no slot is free."""
         return self._inputs.waiting.waiting(service)
 
+    def tallies(self) -> dict[str, tally.Tally]:
+        """The work of each service that was taken, is held and was done here; from any thread."""
+        with self._lock:
+            return self._inputs.tallies.seen()
+
+    def scores(self) -> dict[str, float | None]:
+        """Workload per second of one replica, by service; ``None`` while it is not known."""
+        return self._measuring.scores()
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        with self._lock:
+            return self._measuring.seen(jobs.now())
+
     def replicas(self) -> tuple[snapshot.Replica, ...]:
-        slots, now = self._setup.slots_per_replica, jobs.now()
-        return tuple(place.seen(slots, now) for place in self._places)
+        return self._replicas.seen()
 
     # -- reports --
 
@@ -214,7 +265,7 @@ class Supervisor:
         received = child.receive()
         garbage = received.garbage
         for report in received.reports:
-            if child not in self._children:
+            if child not in self._replicas:
                 break
             try:
                 self._handle(child, report)
@@ -225,10 +276,10 @@ class Supervisor:
                 logger.exception("%r: its report %.100r could not be followed", child, report)
         if garbage is not None:
             logger.error("%r wrote garbage and is killed: %s", child, garbage)
-            self._end(child, f"Worker exited prematurely: it wrote garbage ({garbage}).")
+            self._replicas.end(child, f"Worker exited prematurely: it wrote garbage ({garbage}).")
         elif received.is_closed:
-            self._end(child, None)
-        return bool(received.reports) and child in self._children
+            self._replicas.end(child, None)
+        return bool(received.reports) and child in self._replicas
 
     def _handle(self, child: children.Child, report: list[Any]) -> None:
         kind, now = report[0], jobs.now()
@@ -237,11 +288,16 @@ class Supervisor:
             _, child.lag, child.resident_bytes = report
         elif kind == wire.Report.LOADED:
             child.life.loaded(now)
-        elif kind == wire.Report.READY:
-            self._became_ready(child, now)
+        elif kind == wire.Report.ENTERED:
+            child.life.entered(now)
+            self._advance(child, now)
+        elif kind == wire.Report.MEASURED:
+            self._measured(child, report[1], report[2], now)
+        elif kind == wire.Report.PROBED:
+            self._probing.handle(child, report, now)
         elif kind == wire.Report.STUCK:
-            logger.error("%r has a batch of %s that nobody waits for: replaced", child, report[1])
-            self._replace(child)
+            logger.error("%r has a call of %s that nobody waits for: replaced", child, report[1])
+            self._replicas.replace(child)
         elif kind == wire.Report.FAILED:
             child.reason = report[1]
         elif kind == wire.Report.OUTAGE:
@@ -251,149 +307,78 @@ class Supervisor:
             self._inputs.handle(child, report, now)
             if kind == wire.Report.ERROR and report[3] == "builtins.MemoryError":
                 logger.error("%r ran out of memory in a task: it is replaced", child)
-                self._replace(child)
+                self._replicas.replace(child)
+
+    def _advance(self, child: children.Child, now: float) -> None:
+        """Take a child as far towards READY as it has proved itself."""
+        if child.life.state is replica.State.PROBING and self._probing.has_started(child, now):
+            child.life.probed(now)
+        is_next = child.life.state is replica.State.BENCHMARKING
+        if is_next and self._measuring.is_over(child, now):
+            self._replicas.became_ready(child, now)
+            self._probing.expect()
+
+    def _measured(self, child: children.Child, call: int, text: str, now: float) -> None:
+        try:
+            self._measuring.follow(child, call, text, now)
+        except measuring.Failed as exc:
+            self._replicas.refuse(child, str(exc))
+        else:
+            self._advance(child, now)
+
+    def _measure_again(self, now: float) -> None:
+        """Take one idle replica out of service for as long as its benchmarks take."""
+        if self._inputs.waiting or self._replicas.is_closing:
+            return
+        idle = [one for one in self._replicas if one.life.is_ready and not one.jobs]
+        if (child := self._measuring.due(idle, now)) is not None:
+            child.life.measure_again(now)
+            self._advance(child, now)
+            self._on_capacity()
 
     def _after_input(self, child: children.Child) -> None:
         if child.life.state is replica.State.DRAINING:
-            self._leave_when_idle(child)
-        elif child.life.is_ready and self._setup.is_worn(child):
-            self._replace(child)
-
-    def _became_ready(self, child: children.Child, now: float) -> None:
-        child.life.entered(now)
-        place = self._children[child]
-        place.last_error = ""
-        if place.successor is child:
-            place.successor, predecessor = None, place.child
-            place.child = child
-            self._drain(predecessor)
-        if not place.should_run or self._is_closing:
-            self._drain(child)
-        logger.info("%r is ready", child)
-        self._on_capacity()
+            self._replicas.leave_when_idle(child)
+        elif child.life.is_up and self._setup.is_worn(child):
+            self._replicas.replace(child)
 
     # -- children --
 
     def _dispatch(self) -> None:
         before = self._waiting
         if self._inputs.waiting and not self.outage():
-            ready = [one for one in self._children if one.life.is_ready]
+            ready = [one for one in self._replicas if one.life.is_ready]
             self._watch(self._inputs.dispatch(ready))
         self._waiting = len(self._inputs.waiting)
         if self._waiting != before:
             self._on_capacity()
 
+    def _send(self, child: children.Child, order: tuple[Any, ...]) -> None:
+        child.send(order)
+        self._sockets.watch(child)
+
     def _watch(self, written: Iterable[children.Child]) -> None:
         for child in written:
             self._sockets.watch(child)
 
-    def _start(self, place: places.Place, now: float) -> children.Child | None:
-        life = replica.Life(deadlines=self._deadlines, now=now)
-        try:
-            child = children.Child(place.number, life, self._setup.slots, place.share)
-        except OSError as exc:
-            wait = place.backoff.failed(now)
-            place.last_error = f"cannot start a process: {exc}"
-            logger.error("replica %d %s; next try in %.0f s", place.number, place.last_error, wait)
-            return None
-        self._children[child] = place
-        self._sockets.add(child)
-        child.send_first(self._setup.first | {"number": place.number})
-        self._sockets.watch(child)
-        return child
-
-    def _fill(self, place: places.Place, now: float) -> None:
-        if place.child is not None:
-            return
-        if not place.is_wanted:
-            self._places.remove(place)
-        elif place.successor is not None:
-            place.child, place.successor = place.successor, None
-        elif self._may_start(place, now):
-            place.child = self._start(place, now)
-
-    def _may_start(self, place: places.Place, now: float) -> bool:
-        return place.should_run and not self._is_closing and now >= place.backoff.retry_at
+    def _longest_left(self, child: children.Child, now: float) -> float:
+        return self._inputs.limits.longest_left(child.jobs.values(), now)
 
     def _judge(self, child: children.Child, now: float) -> None:
         if child.process.poll() is not None:
-            while child in self._children and self._receive(child):
+            while child in self._replicas and self._receive(child):
                 pass  # what it wrote before it ended
-            self._end(child, None)
+            self._replicas.end(child, None)
         elif (reason := child.life.overdue(now)) is not None:
             logger.error("%r %s: it is killed", child, reason)
             child.reason = child.reason or reason
-            self._end(child, f"Worker exited prematurely: it {reason}.")
+            self._replicas.end(child, f"Worker exited prematurely: it {reason}.")
 
-    def _drain_all(self, drained: list[places.Place]) -> None:
-        for place in drained:
-            self._drain(place.child)
-            self._drain(place.successor)
-
-    def _drain(self, child: children.Child | None) -> None:
-        """Give the child nothing new, and let it leave when it holds nothing."""
-        if child is None or child not in self._children:
-            return
-        state, now = child.life.state, jobs.now()
-        if state is replica.State.STARTING:
-            self._end(child, _NOT_NEEDED)
-        elif state is not replica.State.DRAINING:
-            left = self._inputs.limits.longest_left(child.jobs.values(), now)
-            child.life.drain(now, left)
-            child.send((wire.Order.DRAIN,))
-            self._sockets.watch(child)
-            self._leave_when_idle(child)
-            self._on_capacity()
-
-    def _leave_when_idle(self, child: children.Child) -> None:
-        unanswered = [job for job in child.jobs.values() if not job.is_answered]
-        if unanswered or child.is_leaving:
-            return
-        if child.jobs:  # what is left was stopped and does not go
-            self._end(child, "Worker exited prematurely: it could not stop an input.")
-            return
-        child.is_leaving = True
-        child.life.deadline = jobs.now() + 2 * self._setup.settings.exit_timeout + _LEAVE_MARGIN
-        child.send((wire.Order.LEAVE,))
-        self._sockets.watch(child)
-
-    def _replace(self, child: children.Child) -> None:
-        """Start a successor, which takes over when it is ready; the child serves until then."""
-        if child not in self._children:
-            return
-        child.must_go = True
-        place, now = self._children[child], jobs.now()
-        is_due = place.child is child and place.successor is None
-        if is_due and self._may_start(place, now):
-            place.successor = self._start(place, now)
-
-    def _relieve(self, place: places.Place) -> None:
-        """See to it that a child goes that must: without a successor where none can load."""
-        child = place.child
-        if child is None or not (child.must_go and child.life.is_ready) or place.successor:
-            return
-        if place.backoff.failures:  # memory for one copy only, for example
-            self._drain(child)
-        else:
-            self._replace(child)
-
-    def _end(self, child: children.Child, reason: str | None) -> None:
-        """The child is gone, or killed for ``reason``: settle what it held, and free its place."""
-        if child not in self._children:
-            return
-        place = self._children.pop(child)
-        self._sockets.remove(child)
-        if reason is not None:
-            child.kill()
-        code = child.close()
-        if code is None:
-            child.kill()
-            self._dying.append(child.process)
-        why = reason or children.describe_exit(code)
-        is_expected = child.is_leaving or self._is_closing or not place.should_run
-        place.ended(child, why, jobs.now(), is_expected=is_expected)
+    def _on_gone(self, child: children.Child, why: str) -> None:
+        """Settle what a child held that is gone."""
+        self._measuring.forget(child)
         begun = [job.number for job in child.jobs.values() if job.is_accepted]
-        self._inputs.settle(child, why, is_closing=self._is_closing)
+        self._inputs.settle(child, why, is_closing=self._replicas.is_closing)
         if begun and self._on_lost is not None:
             self._on_lost(begun)
         self._on_capacity()

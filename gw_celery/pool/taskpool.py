@@ -5,43 +5,41 @@ The unit of everything that Celery counts is the slot, room for one input in fli
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from celery.concurrency.base import BasePool
 from celery.worker import state
-from kombu.asynchronous import get_event_loop
 
-from gw_celery import conf, snapshot
+from gw_celery import conf, snapshot, sweeps
 from gw_celery.declare import services
-from gw_celery.pool import dead_letters, janitor, jobs, origin, places, supervisor
+from gw_celery.pool import (
+    dead_letters,
+    driving,
+    estimates,
+    janitor,
+    jobs,
+    lane,
+    origin,
+    places,
+    ranking,
+    supervisor,
+    tally,
+)
 from gw_celery.pool.redis_found import redis_of
-from gw_celery.worker import draining, gate, hooks, notices
+from gw_celery.worker import control_queue, fatal, gate, health, hooks, notices
 
 hooks.listen()
 
 logger = logging.getLogger(__name__)
 
-_TICK = 1.0
 #: Grace of the children at the end, over the bounds of their exit hooks: the supervisor's is less.
 _LEAVE_MARGIN = 15.0
 _SHUT_DOWN = "Worker exited prematurely: the worker shut down."
-
-
-@contextlib.contextmanager
-def _surviving() -> Iterator[None]:
-    """One failure of ours must not leave the worker's loop, which would end the worker."""
-    try:
-        yield
-    except Exception:
-        logger.exception("the pool failed once and goes on")
 
 
 class TaskPool(BasePool):
@@ -59,27 +57,36 @@ class TaskPool(BasePool):
         self._plan = plan
         #: Opens and closes the worker's queues; the consumer's step attaches itself.
         self.gate: gate.Gate | None = None
+        #: The same for the queue of the sweeps.
+        self.control: control_queue.ControlQueue | None = None
+        self._lane = lane.Lane(self._wake)
+        #: When each tick of beat came last.
+        self._ticked: dict[str, float] = {}
         self.limit = limit or 1
         self._setup = places.Setup(
             settings=settings,
             slots=slots,
             first={},
+            benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
+            probes=plan.probes if plan else (),
+            queue_times=plan.queue_times if plan else {},
             max_tasks=options.get("maxtasksperchild"),
             max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
         )
         self.supervisor: supervisor.Supervisor
         self._dead: dead_letters.DeadLetters | None = None
         self._janitor: janitor.Janitor | None = None
-        self._hub: Any = None
-        self._tick_timer: Any = None
-        self._limit_timer: Any = None
-        self._limit_due = 0.0
-        #: How many revocations this worker knew when it last looked.
-        self._revoked = 0
-        self._thread: threading.Thread | None = None
-        self._is_over = threading.Event()
+        self._estimates: estimates.Estimates | None = None
+        #: Where the broker prefers the quicker of several workers.
+        self.ranking: ranking.Ranking | None = None
+        self._driver: driving.Driver
         self._replicas: tuple[snapshot.Replica, ...] = ()
+        #: What a platform's own probes ask; others add their paths to its ``routes``.
+        self.health = health.Health(settings)
+        #: Slots of the READY replicas, as of the last tick.
+        self._slots: dict[str, int] = {}
+        self._scores: dict[str, snapshot.Score] = {}
 
     # -- size --
 
@@ -90,6 +97,11 @@ class TaskPool(BasePool):
         Not those that are READY: Celery's autoscaler would ask for more while a replica loads.
         """
         return max(1, self.limit)
+
+    @property
+    def wanted(self) -> int:
+        """Replicas that were asked for."""
+        return self._replicas_for(self.limit)
 
     def grow(self, n: int = 1) -> None:
         """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
@@ -123,6 +135,8 @@ class TaskPool(BasePool):
     # -- the life of the worker --
 
     def on_start(self) -> None:
+        with fatal.fatal_errors():
+            self.health.start()
         app, hostname = self.options["initargs"]
         self._janitor = janitor.of(app, self._setup.settings, hostname)
         first = {
@@ -141,35 +155,33 @@ class TaskPool(BasePool):
         self.supervisor = supervisor.Supervisor(
             setup, self._on_capacity, redis_of(app), bury, on_lost
         )
+        self._driver = driving.Driver(self.supervisor, self._lane.settle, self._see)
         if self._janitor is not None:
             self._janitor.start()
         if self._plan is not None:
-            self.gate = gate.Gate(app.amqp.queues, self._plan.service_queues, self)
+            queues = self._plan.service_queues
+            self.ranking = ranking.of(app, hostname, queues.values())
+            priority = None if self.ranking is None else self.ranking.priority
+            self.gate = gate.Gate(app.amqp.queues, queues, self, priority)
             self.gate.close_all()
+            self.control = control_queue.ControlQueue() if self._plan.runs_sweeps else None
             notices.log(app, self._plan)
+            self._estimates = estimates.of(app, self._plan, hostname, self.supervisor)
         self._resize(self.limit)
         self.supervisor.tick()
         self._see()
-        if get_event_loop() is None:
-            self._thread = threading.Thread(target=self._run, name="gw-pool", daemon=True)
-            self._thread.start()
+        if self._estimates is not None:
+            self._estimates.start()
+        self._driver.start()
 
     def register_with_event_loop(self, hub: Any) -> None:
         """Called at every start of the consumer, when the hub has forgotten us."""
-        self._hub = hub
-        hub.add_reader(self.supervisor.fileno(), self._on_readable)
-        # A revocation comes between two turns of the hub.
-        hub.on_tick.add(self._withdraw)
-        # Celery 5.7 has cancelled our timers when the connection was lost, 5.6 all timers.
-        for timer in (self._tick_timer, self._limit_timer):
-            if timer is not None:
-                timer.cancel()
-        self._tick_timer = hub.call_repeatedly(_TICK, self._on_tick)
-        self._limit_timer = None
-        self._arm()
+        self._driver.attach(hub)
 
     def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> jobs.Job:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
+        if args[0] in sweeps.COMMANDS:
+            return self._lane.submit(target, args, options)
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
         options["timeout"] = options.get("timeout") or hard
@@ -191,7 +203,7 @@ class TaskPool(BasePool):
 
     def on_stop(self) -> None:
         """Wait for every input in flight, then let the children leave."""
-        if self._is_over.is_set():
+        if self._driver.is_over:
             return
         settings = self._setup.settings
         self.supervisor.close()
@@ -200,7 +212,7 @@ class TaskPool(BasePool):
             bound = grace = settings.cancel_timeout
         else:
             bound, grace = settings.shutdown_timeout, 2 * settings.exit_timeout + _LEAVE_MARGIN
-        if not self._wait(lambda: not self.supervisor.in_flight(), bound):
+        if not self._driver.wait(lambda: not self.supervisor.in_flight(), bound):
             logger.error(
                 "%d inputs are still running after %.0f s; their replicas are killed (setting "
                 "gw_shutdown_timeout)",
@@ -209,13 +221,25 @@ class TaskPool(BasePool):
             )
             self.supervisor.kill(_SHUT_DOWN)
         # What was given back to the broker, or answered at its limit, is about to go.
-        self._wait(lambda: not self.supervisor.held(), settings.cancel_timeout)
+        self._driver.wait(lambda: not self.supervisor.held(), settings.cancel_timeout)
         self.supervisor.leave()
-        self._wait(self.supervisor.is_empty, grace)
+        self._driver.wait(self.supervisor.is_empty, grace)
         self._finish()
 
     def on_terminate(self) -> None:
         self._finish()
+
+    # -- what beat has every worker do --
+
+    def probe_tick(self) -> None:
+        """Call the probes that are due now; they are called without it, too."""
+        self._ticked["probe"] = jobs.now()
+        self.supervisor.probe_tick()
+
+    def benchmark_tick(self) -> None:
+        """Have every replica measured again, one after the other, when it has nothing to do."""
+        self._ticked["benchmark"] = jobs.now()
+        self.supervisor.measure_again()
 
     # -- what is seen from outside --
 
@@ -235,9 +259,21 @@ class TaskPool(BasePool):
         """Inputs that this worker has taken and that wait for a slot."""
         return self.supervisor.waiting()
 
+    def tallies(self) -> dict[str, tally.Tally]:
+        """The work of each service that arrived, waits, runs and was served; from any thread."""
+        return self.supervisor.tallies()
+
     def replicas(self) -> tuple[snapshot.Replica, ...]:
         """The replicas as they were at the last tick."""
         return self._replicas
+
+    def scores(self) -> dict[str, float | None]:
+        """Workload per second of one replica, by service; ``None`` while it is not known."""
+        return self.supervisor.scores()
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        """Where the scores come from, as it was at the last tick."""
+        return self._scores
 
     def _get_info(self) -> dict[str, Any]:
         options = self.options
@@ -251,87 +287,29 @@ class TaskPool(BasePool):
             "writes": "N/A",
             "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
             "gw_outage": self.outage(),
+            "gw_tallies": {key: dataclasses.asdict(one) for key, one in self.tallies().items()},
+            "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
+            "gw_tick_ages": {kind: jobs.now() - at for kind, at in self._ticked.items()},
         }
 
     # -- driving --
 
     def poll(self) -> None:
         """Read what children have reported and judge limits, now."""
-        if self._thread is None:
-            self.supervisor.poll()
+        self._driver.poll()
 
-    def _on_readable(self) -> None:
-        with _surviving():
-            self.supervisor.poll()
-        self._arm()
-
-    def _withdraw(self) -> None:
-        """Take revoked inputs out of the batches that they wait for, before those begin."""
-        if len(state.revoked) != self._revoked:
-            self._revoked = len(state.revoked)
-            self.supervisor.withdraw()
-
-    def _on_tick(self) -> None:
-        self._step()
-        self._arm()
-
-    def _arm(self) -> None:
-        """Have the hub call us at the next limit, which may be before the next tick."""
-        wait = self.supervisor.next_deadline()
-        if wait is None or wait >= _TICK:
-            return
-        due = jobs.now() + wait
-        if self._limit_timer is not None:
-            if due >= self._limit_due:
-                return
-            self._limit_timer.cancel()
-        self._limit_due = due
-        self._limit_timer = self._hub.call_later(wait, self._on_limit)
-
-    def _on_limit(self) -> None:
-        self._limit_timer = None
-        self._on_readable()
-
-    def _run(self) -> None:
-        """The loop of transports that have none."""
-        while not self._is_over.is_set():
-            wait = self.supervisor.next_deadline()
-            self._step(_TICK if wait is None else min(_TICK, wait))
-
-    def _step(self, timeout: float = 0.0) -> None:
-        with _surviving():
-            self.supervisor.poll(timeout)
-            self.supervisor.withdraw()
-            self.supervisor.tick()
-            self._see()
-
-    def _wait(self, is_done: Callable[[], bool], timeout: float) -> bool:
-        """Drive the pool until ``is_done()``: the hub does not run while a worker stops."""
-        end = jobs.now() + timeout
-        hub = get_event_loop()
-        while not is_done() and jobs.now() < end:
-            if self._thread is not None:
-                self._is_over.wait(0.02)
-                continue
-            self.supervisor.poll(0.1)
-            self.supervisor.tick()
-            if hub is not None:
-                draining.run_meanwhile(hub)
-        self._see()
-        return is_done()
+    def _wake(self) -> None:
+        self.supervisor.wake()
 
     def _finish(self) -> None:
-        if self._is_over.is_set():
+        if self._driver.is_over:
             return
-        self._is_over.set()
-        self.supervisor.wake()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(5)
+        self._driver.end()
         self.supervisor.kill(_SHUT_DOWN)
-        if self._hub is not None:
-            self._hub.remove_reader(self.supervisor.fileno())
+        self._driver.detach()
         self.supervisor.release()
-        for thread in (self._dead, self._janitor):
+        self.health.close()
+        for thread in (self._dead, self._janitor, self._estimates, self._lane, self.ranking):
             if thread is not None:
                 thread.close()
 
@@ -349,4 +327,22 @@ class TaskPool(BasePool):
             self.gate.request()
 
     def _see(self) -> None:
+        """Once a second: look at what there is, and let others see it."""
+        self.supervisor.observe(self.tallies())
+        if self.ranking is not None and self.ranking.tick(self.scores()):
+            self._on_capacity()
         self._replicas = self.supervisor.replicas()
+        self._slots = self.supervisor.ready_by_service()
+        self.health.beat(
+            health.Picture(
+                replicas=self._replicas,
+                ready_slots=self._slots,
+                wanted=self._replicas_for(self.limit),
+                outage=self.supervisor.outage(),
+                is_stopping=self._state in (self.CLOSE, self.TERMINATE),
+            )
+        )
+        self._scores = self.supervisor.seen_scores()
+
+    def _look(self) -> tuple[dict[str, tally.Tally], dict[str, int]]:
+        return self.tallies(), self._slots

@@ -37,6 +37,11 @@ class Order(enum.IntEnum):
     RUN_ALONE = 5
     #: Nothing new will come: what gathers for a batch waits no longer.
     DRAIN = 6
+    #: Call one probe: (number of the call, service, method).
+    PROBE = 7
+    #: Measure one task: (number of the call, task name, products of the devices, seconds it has,
+    #: whether a score that this machine has kept will do).
+    BENCHMARK = 8
 
 
 class Report(enum.StrEnum):
@@ -45,9 +50,13 @@ class Report(enum.StrEnum):
     #: (): the app is imported.
     LOADED = "loaded"
     #: (): contexts and hooks are entered.
-    READY = "ready"
+    ENTERED = "entered"
     #: (reason): it cannot serve, and exits.
     FAILED = "failed"
+    #: (call, is it well, detail, seconds).
+    PROBED = "probed"
+    #: (call, score or failure as JSON).
+    MEASURED = "measured"
     #: (job, monotonic seconds): the input starts, or the batch that it waited for.
     ACCEPT = "accept"
     #: (job, text of the result, seconds).
@@ -56,7 +65,7 @@ class Report(enum.StrEnum):
     ERROR = "error"
     #: (task name,): a call of it goes on that nobody waits for, and cannot be ended.
     STUCK = "stuck"
-    #: (job,): it expired while it gathered with others; ``GONE`` follows.
+    #: (job,): it expired, or was late, while it gathered with others; ``GONE`` follows.
     EXPIRED = "expired"
     #: (job,): it is no longer here, and has no answer.
     GONE = "gone"
@@ -87,7 +96,9 @@ class Garbage(errors.GWCeleryError):
 
 _SHAPES: dict[str, tuple[type, ...]] = {
     Report.LOADED: (),
-    Report.READY: (),
+    Report.ENTERED: (),
+    Report.PROBED: (int, bool, str, float),
+    Report.MEASURED: (int, str),
     Report.FAILED: (str,),
     Report.ACCEPT: (int, float),
     Report.DONE: (int, str, float),

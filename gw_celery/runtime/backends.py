@@ -70,6 +70,8 @@ def off_loop(base: type, threads: offload.Offload) -> type:
 
     def moved(name: str) -> Callable[..., Any]:
         def write(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if inflight.is_unseen() and name != "get_task_meta":
+                return None
             return threads(getattr(super(made, self), name), *args, **kwargs)
 
         return write
@@ -96,6 +98,8 @@ def grouped(
             return RedisBackend.mark_as_done(self, task_id, result, request, *rest, **named)
 
         def store_result(self, *args: Any, **kwargs: Any) -> Any:
+            if inflight.is_unseen():
+                return None
             return RedisBackend.store_result(self, *args, **kwargs)
 
         def get_task_meta(self, *args: Any, **kwargs: Any) -> Any:

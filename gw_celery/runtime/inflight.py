@@ -48,8 +48,12 @@ class InFlight:
         self.runs_alone = False
         #: When nobody wants its answer any more, unless it has begun.
         self.expires: dt.datetime | None = None
+        #: Whether it has waited for too long, unless it has begun.
+        self.is_late: Callable[[], bool] = _never
         #: Writes the record of an early acknowledgement, where there is to be one.
         self.record: Callable[[], Awaitable[None]] | None = None
+        #: It is a benchmark's: nothing outside this process may learn of it.
+        self.is_unseen = False
         self._tell = tell
         #: The parent was told that it starts.
         self.has_begun = False
@@ -80,7 +84,7 @@ class InFlight:
         """
         if self.has_begun or self._is_stopped:
             return not self._is_stopped
-        if expiry.has_passed(self.expires):
+        if expiry.has_passed(self.expires) or self.is_late():
             self._tell((wire.Report.EXPIRED, self.job))
             self.stop()
             return False
@@ -161,9 +165,19 @@ class InFlight:
             self._thrown.wait()
 
 
+def _never() -> bool:
+    return False
+
+
 def has_company() -> bool:
     """Whether more than one input is in flight in this process."""
     return len(held) > 1
+
+
+def is_unseen() -> bool:
+    """Whether what runs in this context is the input of a benchmark."""
+    one = current.get()
+    return one is not None and one.is_unseen
 
 
 def open_body(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,6 +38,8 @@ class Loaded:
     reads: frozenset[str]
     #: The canonical text of what was read: as values, 1 and True are equal.
     text: str
+    #: All the values that it was loaded with.
+    values: ParameterValues
     is_pinned: bool
     in_use: int = 0
     #: It takes no further call, and is left when those that use it have ended.
@@ -93,6 +95,15 @@ class Instances:
                     loaded.in_use += 1
                     return loaded
         return None
+
+    def take_any(self) -> Loaded | None:
+        """Count a use of the default instance, or of the last one used where there is none."""
+        with self._lock:
+            usable = [one for one in self._loaded if not one.is_drained]
+            found = next((one for one in usable if one.is_pinned), usable[-1] if usable else None)
+            if found is not None:
+                found.in_use += 1
+            return found
 
     def give_back(self, loaded: Loaded) -> None:
         """End one use of an instance; from any thread."""
@@ -188,7 +199,12 @@ class Instances:
         made: making.Made = life.value.result()
         text = _text(values, made.reads)
         loaded = Loaded(
-            instance=made.instance, life=life, reads=made.reads, text=text, is_pinned=is_pinned
+            instance=made.instance,
+            life=life,
+            reads=made.reads,
+            text=text,
+            values=values,
+            is_pinned=is_pinned,
         )
         with self._lock:
             self._loaded.append(loaded)

@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import kombu.serialization
 from billiard.einfo import ExceptionWithTraceback
@@ -19,6 +19,7 @@ from celery.app import trace
 from celery.exceptions import Ignore, Reject, Retry
 from kombu.utils.encoding import safe_repr, safe_str
 
+from gw_celery import conf
 from gw_celery.pool import wire
 from gw_celery.runtime import (
     bridge,
@@ -27,10 +28,13 @@ from gw_celery.runtime import (
     hygiene,
     identity,
     inflight,
+    lateness,
     offload,
     records,
     running,
 )
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +74,7 @@ class Inputs:
         self._app = app
         self._report = report
         self._early = early
+        self._max_queue_time = conf.read(app.conf).max_queue_time
         self._threads = offload.Offload("body", threads, around)
         self._shared = hygiene.Shared(app)
         self._held = inflight.held
@@ -91,8 +96,11 @@ class Inputs:
 
     def _start(self, one: inflight.InFlight, request: Any, *content: Any) -> None:
         self._held[one.job] = one
-        if _gathers(self._app.tasks.get(one.name)):
+        task = self._app.tasks.get(one.name)
+        if _gathers(task):
             one.expires = expiry.of(self._app, request)
+            if (limit := task.gw_service.max_queue_time(self._max_queue_time)) is not None:
+                one.is_late = functools.partial(lateness.is_over, request, limit)
         elif not self._is_early(one):
             one.begin()
         name = f"{one.name}[{one.task_id}]"
@@ -142,15 +150,18 @@ class Inputs:
         run = functools.partial(
             trace.fast_trace_task, one.name, one.task_id, request, arguments, None, None
         )
-        if runs_on_loop(self._app.tasks.get(one.name)):
-            await self._shared.look()
-            one.task = asyncio.current_task()
-            failed, answer, runtime = await bridge.step(run, one)
-        else:
-            failed, answer, runtime = await self._threads.run(run)
+        failed, answer, runtime = await self.called(one, run)
         if failed:
             return _error(one.job, _unwrapped(answer.exception), safe_str(answer.traceback))
         return (wire.Report.DONE, one.job, _cut(str(answer), _LONGEST_TEXT), float(runtime or 0.0))
+
+    async def called(self, one: inflight.InFlight, run: Callable[[], T]) -> T:
+        """Return ``run()`` from where the tracer of an input runs: on the loop, or in a thread."""
+        if not runs_on_loop(self._app.tasks.get(one.name)):
+            return await self._threads.run(run)
+        await self._shared.look()
+        one.task = asyncio.current_task()
+        return await bridge.step(run, one)
 
     def _is_early(self, one: inflight.InFlight) -> bool:
         return self._early is not None and self._early.has(one.name)

@@ -1,4 +1,4 @@
-"""Whether a broker is a Redis, which has needs of its own."""
+"""What a broker is: a Redis has needs of its own, and RabbitMQ prefers some consumers."""
 
 from __future__ import annotations
 
@@ -12,3 +12,13 @@ def redis_transport(connection: Any) -> Any | None:
     """
     transport = connection.get_transport_cls()
     return transport if transport.driver_type == "redis" else None
+
+
+def has_priorities(connection: Any) -> bool:
+    """Whether the broker prefers some consumers of a queue to others: RabbitMQ does."""
+    return bool(connection.get_transport_cls().driver_type == "amqp")
+
+
+def tells_lengths(connection: Any) -> bool:
+    """Whether one can read how many messages wait in a queue. Nothing connects."""
+    return connection.get_transport_cls().driver_type in ("redis", "amqp")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,25 +11,39 @@ from celery.worker import control
 from gw_celery import snapshot
 
 
-def status(pool: Any, hostname: str) -> snapshot.Worker:
-    """Return the picture of the worker that ``pool`` belongs to, as of its last tick."""
+def status(pool: Any, hostname: str, autoscaler: Any = None) -> snapshot.Worker:
+    """Return the picture of the worker that ``pool`` belongs to, as of its last tick.
+
+    Celery's own autoscaler has no picture.
+    """
     gate = pool.gate
     return snapshot.Worker(
         hostname=hostname,
         replicas=pool.replicas(),
         ready_slots=pool.ready_by_service(),
         waiting=pool.waiting(),
+        tallies={key: dataclasses.asdict(one) for key, one in pool.tallies().items()},
         open_queues=gate.open_queues() if gate else (),
         closed_queues=gate.closed_queues() if gate else (),
+        bands={} if pool.ranking is None else pool.ranking.bands(),
         outage=pool.outage(),
+        scaling=None if autoscaler is None else autoscaler.seen(),
+        scores=pool.seen_scores(),
     )
 
 
 def install() -> None:
     """Register the commands, in a worker with the GPU pool only."""
+    install_ticks()
     control.inspect_command()(gw_status)
     for command in (gw_drain, gw_restart):
         control.control_command(args=[("replica", int)], signature="[replica]")(command)
+
+
+def install_ticks() -> None:
+    """Register those that are broadcast, in every worker: one that lacks them logs errors."""
+    for command in (gw_probe_tick, gw_benchmark_tick, gw_best_score):
+        control.control_command()(command)
 
 
 def describe() -> None:
@@ -44,7 +59,9 @@ def describe() -> None:
 
 def gw_status(state: Any) -> dict[str, Any]:
     """Show the replicas of a worker: state, pid, slots, in flight, restarts, last error."""
-    return status(state.consumer.pool, state.hostname).as_json()
+    scaler = state.consumer.controller.autoscaler
+    seen = scaler if hasattr(scaler, "seen") else None
+    return status(state.consumer.pool, state.hostname, seen).as_json()
 
 
 def gw_drain(state: Any, replica: int | None = None) -> dict[str, str]:
@@ -57,6 +74,30 @@ def gw_restart(state: Any, replica: int | None = None) -> dict[str, str]:
     """Replace the child of one replica, or of all one by one, by draining."""
     pool = state.consumer.pool
     return _applied("restart", pool.restart, pool, replica)
+
+
+def gw_probe_tick(state: Any) -> dict[str, str]:
+    """Run the probes that are due, as beat has them run."""
+    return _ticked(getattr(state.consumer.pool, "probe_tick", None))
+
+
+def gw_benchmark_tick(state: Any) -> dict[str, str]:
+    """Measure the replicas again that are due, as beat has them measured."""
+    return _ticked(getattr(state.consumer.pool, "benchmark_tick", None))
+
+
+def _ticked(tick: Callable[[], None] | None) -> dict[str, str]:
+    if tick is not None:
+        tick()
+    answer: dict[str, str] = control.ok("tick" if tick else "nothing to do: no GPU pool")
+    return answer
+
+
+def gw_best_score(state: Any, worker: str = "", scores: Any = None) -> None:
+    """Hear from another worker how quick it is."""
+    ranking = getattr(state.consumer.pool, "ranking", None)
+    if ranking is not None and isinstance(scores, dict):
+        ranking.hear(str(worker), scores)
 
 
 def _listed(numbers: list[int]) -> str:

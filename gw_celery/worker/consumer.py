@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from celery.app.task import Context
 from celery.worker.consumer import Consumer as CeleryConsumer
 
-from gw_celery import conf, errors
-from gw_celery.worker import redis_transport
+from gw_celery import conf, errors, sweeps
+from gw_celery.worker import control_queue, redis_transport
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,12 @@ class Consumer(CeleryConsumer):
         # What ended while there was no broker is not given back to it.
         self._poll_pool()
         return connected
+
+    def ensure_connected(self, conn: Any) -> Any:
+        # It retries for as long as there is no broker, and the loop stands still meanwhile.
+        health = getattr(self.pool, "health", None)
+        with contextlib.nullcontext() if health is None else health.connecting():
+            return super().ensure_connected(conn)
 
     def _update_prefetch_count(self, index: int = 0) -> None:
         """Do nothing: the gate counts the READY slots, whoever grows or shrinks the pool."""
@@ -127,11 +134,21 @@ class Consumer(CeleryConsumer):
             poll()
 
     def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
+        if (control := self._control_of(queue)) is not None:
+            control.add()
+            return
         super().add_task_queue(queue, *args, **options)
         if (gate := getattr(self.pool, "gate", None)) is not None:
             gate.add(queue)
 
     def cancel_task_queue(self, queue: str) -> None:
+        if (control := self._control_of(queue)) is not None:
+            control.remove()
+            return
         super().cancel_task_queue(queue)
         if (gate := getattr(self.pool, "gate", None)) is not None:
             gate.remove(queue)
+
+    def _control_of(self, queue: str) -> control_queue.ControlQueue | None:
+        """What consumes ``queue`` when it is that of the sweeps; ``None`` for all others."""
+        return getattr(self.pool, "control", None) if queue == sweeps.QUEUE else None

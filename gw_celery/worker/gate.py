@@ -6,7 +6,9 @@ other worker can have it. One that is taken while results cannot be stored is wo
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from celery import bootsteps
@@ -15,6 +17,9 @@ from celery.utils.quorum_queues import detect_quorum_queues
 from gw_celery.declare import services
 
 logger = logging.getLogger(__name__)
+
+#: RabbitMQ's argument of a consumer.
+_PRIORITY = "x-priority"
 
 
 class Gate:
@@ -25,10 +30,19 @@ class Gate:
         service_queues: the service of each service queue.
         pool: a pool that says its READY slots, and what waits in it, by service; and why results
             cannot be stored.
+        priority: the priority of this worker for a service, beside others; ``None`` where the
+            broker prefers no consumer.
     """
 
-    def __init__(self, queues: Any, service_queues: dict[str, str], pool: Any) -> None:
+    def __init__(
+        self,
+        queues: Any,
+        service_queues: dict[str, str],
+        pool: Any,
+        priority: Callable[[str], int] | None = None,
+    ) -> None:
         self._queues = queues
+        self._priority = priority
         self._pool = pool
         self._services = dict.fromkeys(queues.consume_from, services.PLAIN) | service_queues
         #: What is consumed when its service is ready; commands add and take away.
@@ -44,6 +58,8 @@ class Gate:
         self._is_per_queue = False
         #: The prefetch counts with which queues are consumed, where each has its own.
         self._credit: dict[str, int] = {}
+        #: The priority with which each queue is consumed.
+        self._priorities: dict[str, int] = {}
 
     def attach(self, consumer: Any, *, is_per_queue: bool = False) -> None:
         """A consumer starts: its queues and prefetch count are made to fit.
@@ -57,6 +73,7 @@ class Gate:
         self._prefetch = consumer.qos.value
         self._is_per_queue = is_per_queue
         self._credit.clear()
+        self._priorities.clear()
         if is_per_queue:
             # Else the first that is consumed with its count would take all others along.
             for name in self._open:
@@ -98,6 +115,7 @@ class Gate:
                 self._set_closed(name, is_quiet=True)
         else:
             self._follow(ready)
+        self._fit_priorities()
         if self._is_per_queue:
             self._fit_each(ready)
         self._fit_prefetch(ready)
@@ -133,6 +151,7 @@ class Gate:
         """A queue that ``cancel_consumer`` closed stays closed."""
         self._wanted.discard(name)
         self._open.discard(name)
+        self._forget(name)
 
     def open_queues(self) -> tuple[str, ...]:
         return tuple(sorted(self._open))
@@ -157,8 +176,27 @@ class Gate:
 
     def _consume(self, name: str) -> None:
         if (task_consumer := self._task_consumer()) is not None:
-            task_consumer.add_queue(self._queues[name])
+            priority = self._priorities[name] = self._priority_of(name)
+            task_consumer.add_queue(_preferred(self._queues[name], priority))
             task_consumer.consume()
+
+    def _priority_of(self, name: str) -> int:
+        """Of a consumer of this queue; 0, which all others have, where the user has decided it."""
+        is_given = _PRIORITY in (self._queues[name].consumer_arguments or {})
+        return 0 if self._priority is None or is_given else self._priority(self._services[name])
+
+    def _fit_priorities(self) -> None:
+        """Consume those open queues anew whose priority has changed."""
+        if (task_consumer := self._task_consumer()) is None:
+            return
+        for name in sorted(self._open):
+            if self._priorities.get(name, 0) == self._priority_of(name):
+                continue
+            if self._is_per_queue:
+                self._credit.pop(name, None)  # it is consumed anew with its count
+            else:
+                task_consumer.cancel_by_queue(self._queues[name].name)
+                self._consume(name)
 
     def _fit_each(self, ready: dict[str, int]) -> None:
         """Consume each open queue with the slots of its service, anew when they have changed."""
@@ -175,7 +213,7 @@ class Gate:
                 self._consume(name)
 
     def _set_closed(self, name: str, *, is_quiet: bool) -> None:
-        self._credit.pop(name, None)
+        self._forget(name)
         if is_quiet:
             self._quiet.add(name)
         self._open.discard(name)
@@ -186,6 +224,10 @@ class Gate:
             logger.debug("the queue %s is not consumed: its inputs wait here, or all do", name)
         else:
             logger.info("the queue %s is not consumed: no replica is ready for it", name)
+
+    def _forget(self, name: str) -> None:
+        self._credit.pop(name, None)
+        self._priorities.pop(name, None)
 
     def _task_consumer(self) -> Any:
         return None if self._consumer is None else self._consumer.task_consumer
@@ -207,6 +249,15 @@ class Gate:
         elif wanted < self._prefetch:
             consumer.qos.decrement_eventually(self._prefetch - wanted)
         self._prefetch = wanted
+
+
+def _preferred(queue: Any, priority: int) -> Any:
+    """The queue, to be consumed with a priority; Celery's own stays as the user declared it."""
+    if not priority:
+        return queue
+    preferred = copy.copy(queue)
+    preferred.consumer_arguments = {**(queue.consumer_arguments or {}), _PRIORITY: priority}
+    return preferred
 
 
 class GateStep(bootsteps.StartStopStep):

@@ -10,6 +10,19 @@ from gw_celery.worker import broker, serving
 
 logger = logging.getLogger(__name__)
 
+#: What is declared of services and acts on the GPU pool, as ``Service.pool_features`` names it.
+_OF_GPU_POOL = frozenset(
+    {
+        "concurrent",
+        "batched",
+        "benchmark",
+        "memory_gb",
+        "probes",
+        "workload_calculator",
+        "max_queue_time",
+    }
+)
+
 
 def log(app: Any, plan: serving.Plan) -> None:
     """Log what applies; after Celery has set up logging."""
@@ -39,7 +52,8 @@ def _log_strays(plan: serving.Plan) -> None:
 
 def _log_what_waits(plan: serving.Plan) -> None:
     """Say once what is declared but does not act on the pool in use."""
-    acting = {"concurrent", "batched", "memory_gb"} if plan.pool == serving.GPU_POOL else set()
+    acting = set(_OF_GPU_POOL) if plan.pool == serving.GPU_POOL else set()
+    acting |= {"min_workers", "max_workers"} if plan.has_declared_bounds else set()
     waiting = [
         f"{service.name}: {', '.join(named)}"
         for service in plan.served

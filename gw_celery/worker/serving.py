@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gw_celery import conf
-from gw_celery.declare import registry, services
+from gw_celery.declare import probes, registry, services
 from gw_celery.runtime import process
 from gw_celery.worker import ending
 from gw_celery.worker.pipes import Pipes
@@ -38,11 +38,34 @@ class Plan:
     pipes: Pipes | None = None
     #: The devices of each replica of our pool; ``None`` where no service needs any.
     allotment: allotment.Allotment | None = None
+    #: Whether it runs the sweeps that beat sends, in our pool.
+    runs_sweeps: bool = False
+    #: Its size follows the load within what its services declare.
+    has_declared_bounds: bool = False
 
     @property
     def slots(self) -> dict[str, int]:
         """Inputs in flight of each service in one replica of our pool; ``""`` for other tasks."""
         return {one.key: one.max_inputs for one in self.served} | {services.PLAIN: 1}
+
+    @property
+    def queue_times(self) -> dict[str, float]:
+        """Seconds that an input may wait until it begins, for each service with such a limit."""
+        found = {one.key: one.max_queue_time(self.settings.max_queue_time) for one in self.served}
+        return {key: limit for key, limit in found.items() if limit is not None}
+
+    @property
+    def benchmarked(self) -> dict[str, tuple[str, ...]]:
+        """The tasks of each service that have a benchmark."""
+        return {
+            one.key: tuple(each.task_name for each in one.methods.values() if each.benchmark)
+            for one in self.served
+        }
+
+    @property
+    def probes(self) -> list[tuple[str, probes.Probe]]:
+        """The probes of what it serves, each with the key of its service."""
+        return [(one.key, probe) for one in self.served for probe in one.probes]
 
     @property
     def service_queues(self) -> dict[str, str]:

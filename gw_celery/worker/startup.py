@@ -11,7 +11,7 @@ from typing import Any
 
 from celery import concurrency
 
-from gw_celery import conf, errors
+from gw_celery import conf, errors, sweeps
 from gw_celery.calling import names
 from gw_celery.declare import gpu, registry, services
 from gw_celery.worker import (
@@ -20,10 +20,13 @@ from gw_celery.worker import (
     commands,
     compression,
     control,
+    control_queue,
     forks,
     gate,
+    metrics,
     notices,
     preset,
+    scaling,
     serving,
 )
 from gw_celery.worker.pipes import Pipes
@@ -56,6 +59,9 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     if wish is not None:
         _select_families(worker, wish, known, settings)
     expand_families(worker.app.amqp.queues, known)
+    # Again, for what a project has put in the place of its schedule since: `worker -B` reads it.
+    sweeps.schedule(worker.app, registries)
+    commands.install_ticks()
     served = list(registry.serving(known, worker.app.amqp.queues.consume_from))
     pool = _pool_name(worker.pool_cls)
     loads_by_signal = bool(served) and pool in _LOADING_BY_SIGNAL
@@ -98,15 +104,31 @@ def _select_families(
 def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None) -> serving.Plan:
     from gw_celery.worker import sizing
 
-    plan = dataclasses.replace(plan, allotment=sizing.allot(plan))
-    sizing.fit(worker, plan, wish)
+    plan = dataclasses.replace(plan, allotment=sizing.allot(plan), **_sweeping(worker, plan))
+    is_declared = sizing.fit(worker, plan, wish)
+    plan = dataclasses.replace(plan, has_declared_bounds=is_declared)
     control.guard_size()
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
+    metrics.install(worker, plan.service_queues)
+    if not conf.is_set(worker.app.conf, "worker_autoscaler"):
+        worker.autoscaler_cls = scaling.AUTOSCALER
+    worker.app.steps["worker"].add(scaling.ScalingStep)
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
-    worker.app.steps["consumer"].add(gate.GateStep)
+    worker.app.steps["consumer"].update({gate.GateStep, control_queue.ControlStep})
     return plan
+
+
+def _sweeping(worker: Any, plan: serving.Plan) -> dict[str, Any]:
+    """Take the queue of the sweeps from the gate's, where it was named among them."""
+    is_named = sweeps.QUEUE in plan.queues
+    if is_named:
+        worker.app.amqp.queues.deselect(sweeps.QUEUE)
+    return {
+        "runs_sweeps": is_named or bool(plan.served),
+        "queues": tuple(one for one in plan.queues if one != sweeps.QUEUE),
+    }
 
 
 def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> None:

@@ -53,6 +53,28 @@ def typed() -> Typed:
     return Typed()
 
 
+def test_a_replica_is_shown_with_the_last_answers_of_its_probes(typed: Typed) -> None:
+    probes = (
+        snapshot.Probe(name="Model.starts", kind="startup", is_ok=True, seconds=0.25),
+        snapshot.Probe(
+            name="Model.health",
+            kind="readiness",
+            is_ok=False,
+            failures=2,
+            detail="returned False",
+            seconds=3.0,
+        ),
+        snapshot.Probe(name="Model.health", kind="liveness"),
+    )
+    one = snapshot.Replica(number=0, state="unready", pid=4711, slots=8, probes=probes)
+    worker = snapshot.Worker(hostname="gpu@host", replicas=(one,)).as_json()
+    assert typed("status", {"gpu@host": worker}).output.splitlines()[2:] == [
+        "    startup probe Model.starts passed, in 0.25 s",
+        "    readiness probe Model.health failed, 2 in a row, in 3 s: returned False",
+        "    liveness probe Model.health has not answered yet",
+    ]
+
+
 def test_a_worker_is_shown_with_its_queues_and_replicas(typed: Typed) -> None:
     result = typed("status", {"gpu@host": GPU})
     assert result.exit_code == 0
@@ -68,6 +90,36 @@ def test_a_worker_that_cannot_store_results_says_why_it_takes_nothing(typed: Typ
     assert typed("status", {"a@host": away}).output.splitlines() == [
         "a@host: 0 waiting; consumes nothing; closed: nothing",
         "  consuming is paused, results cannot be stored: ConnectionError(refused)",
+    ]
+
+
+def test_the_scores_of_a_worker_are_shown_with_where_they_come_from(typed: Typed) -> None:
+    measured = snapshot.Benchmark(
+        task="p.embed",
+        value=480.0,
+        least=450.0,
+        most=495.0,
+        rounds=(450.0, 480.0, 495.0),
+        success_rate=0.9,
+        p50=0.0203,
+        p95=0.031,
+        failure="KeyError: 'x'",
+        age=7300.0,
+        is_kept=True,
+    )
+    scores = {
+        "": snapshot.Score(value=7.0, served=7.0),
+        "p.embed": snapshot.Score(
+            value=300.0, measured=480.0, served=300.0, drift=-0.375, benchmarks=(measured,)
+        ),
+        "p.rank": snapshot.Score(),
+    }
+    worker = snapshot.Worker(hostname="", scores=scores).as_json()
+    assert typed("status", {"a@host": worker}).output.splitlines()[1:] == [
+        "  plain tasks: 7/s a replica, as served; it has no benchmark",
+        "  p.embed: 300/s a replica, as served; -38% from the benchmark's 480/s",
+        "    p.embed: 480/s (450 to 495), p50 20.3 ms, p95 31 ms, 90% succeeded, found here, 2 h "
+        "ago; first failure: KeyError: 'x'",
     ]
 
 
@@ -182,3 +234,11 @@ def test_without_a_dead_letter_queue_the_command_says_which_setting_it_is() -> N
     result = CliRunner().invoke(cli.gw, ["dead"], obj=SimpleNamespace(app=app))
     assert result.exit_code == 1
     assert "gw_dead_letter_queue is None" in result.stderr
+
+
+def test_the_autoscaler_says_how_many_it_wants_and_why(typed: Typed) -> None:
+    scaling = snapshot.Scaling(least=1, most=4, desired=3, actual=2, why="embed needs 2.50")
+    result = typed("status", {"gpu@host": GPU | {"scaling": scaling.as_json()}})
+    assert (
+        "  autoscaler: 2 replicas, 3 wanted, 1 to 4: embed needs 2.50" in result.output.splitlines()
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from gw_celery import conf
@@ -16,9 +17,16 @@ DIED = "Worker exited prematurely: signal 9 (SIGKILL)"
 class Request:
     """Stands for Celery's request: the job's callbacks are its methods."""
 
+    task = SimpleNamespace(acks_late=True)
+
     def __init__(self) -> None:
         self.heard: list[Any] = []
         self.is_revoked = False
+
+    id = "the request's"
+
+    def reject(self, requeue: bool) -> None:
+        self.heard.append(("rejected", requeue))
 
     def revoked(self) -> bool:
         if self.is_revoked:
@@ -56,6 +64,7 @@ class Child:
         self.room = dispatch.Room(SLOTS)
         self.jobs: dict[int, jobs.Job] = {}
         self.served = 0
+        self.is_unfit = False
         self.told: list[tuple[Any, ...]] = []
 
     def send(self, *orders: tuple[Any, ...]) -> None:

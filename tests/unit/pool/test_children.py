@@ -8,7 +8,7 @@ import pytest
 from gw_celery.pool import children, devices, replica
 from tests.processes import eventually
 
-LIMITS = replica.Deadlines(boot=1, start=1, drain=1, heartbeat=1)
+LIMITS = replica.Deadlines(boot=1, start=1, benchmark=1, drain=1, heartbeat=1)
 L4 = devices.Device(name="NVIDIA L4", token="GPU-1", memory_gb=24, index=1)
 
 

@@ -82,6 +82,23 @@ def test_a_task_of_a_service_that_is_not_served_takes_a_plain_slot() -> None:
     assert len(assigned(waiting, child)) == 1
 
 
+def test_a_service_that_is_not_ready_in_a_child_starts_in_the_others_only() -> None:
+    waiting = waiting_for(Input(0), Input(1), Input(2, "classify"))
+    unready, other = Child(), Child({"embed": 1, "classify": 1, services.PLAIN: 1})
+    unready.room.unready.add("embed")
+    assert assigned(waiting, unready, other) == [(0, 1), (2, 0)]
+    unready.room.unready.clear()
+    assert assigned(waiting, unready, other) == [(1, 0)]
+
+
+def test_a_suspect_waits_for_a_child_where_its_service_is_ready() -> None:
+    waiting = waiting_for(Input(0, runs_alone=True), Input(1, "classify"))
+    unready, other = Child(), Child()
+    unready.room.unready.add("embed")
+    assert assigned(waiting, unready) == [(1, 0)]
+    assert assigned(waiting, unready, other) == [(0, 1)]
+
+
 def test_nothing_starts_without_children() -> None:
     waiting = waiting_for(Input(0), Input(1, runs_alone=True))
     assert assigned(waiting) == []

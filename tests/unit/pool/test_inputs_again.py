@@ -125,6 +125,30 @@ def test_an_input_that_nobody_can_be_asked_about_starts_at_once(child: Child) ->
     assert child.runs == ["a"]
 
 
+def test_a_child_that_was_never_well_blames_no_input() -> None:
+    pool = Pool(max_deaths=1)
+    for _ in range(3):
+        child = Child()
+        child.is_unfit = True
+        job = pool.start("a", child)
+        assert not job.runs_alone
+        pool.die(child)
+        assert pool.heard(job)[1] is WorkerLostError
+
+
+def test_what_waits_for_a_service_can_be_given_to_other_workers_but_not_a_suspect() -> None:
+    pool = Pool()
+    pool.start("killer")
+    pool.die(pool.children[0])
+    suspect, waits = pool.submit("killer"), pool.submit("waits")
+    pool.inputs.give_back("other")
+    assert len(pool.inputs.waiting) == 2
+    pool.inputs.give_back("embed")
+    assert list(pool.inputs.waiting) == [suspect]
+    assert waits.is_answered
+    assert pool.heard(waits) == [("rejected", True)]
+
+
 def test_a_shutdown_blames_no_input() -> None:
     pool = Pool(max_deaths=1)
     child = Child()

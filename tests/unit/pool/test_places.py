@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import gw_celery as gw
 from gw_celery import conf, snapshot
-from gw_celery.pool import devices, places, replica
+from gw_celery.pool import devices, dispatch, places, replica
+from gw_celery.probes import status
 
-LIMITS = replica.Deadlines(boot=1, start=1, drain=1, heartbeat=1)
+LIMITS = replica.Deadlines(boot=1, start=1, benchmark=1, drain=1, heartbeat=1)
 
 
 class Child:
@@ -20,9 +23,15 @@ class Child:
         self.served = 0
         self.resident_bytes = 0
         self.lag = 0.25
+        self.room = dispatch.Room({})
+        self.checks = None
+        self.reason = ""
+        self.is_unfit = False
         if is_ready:
             self.life.loaded(1.0)
             self.life.entered(2.0)
+            self.life.probed(2.0)
+            self.life.measured(2.0)
 
 
 def replicas_of(count: int) -> places.Places:
@@ -310,3 +319,39 @@ def test_a_replica_that_leaves_for_good_is_not_replaced() -> None:
     made.remove(drained)
     made.complete()
     assert len(list(made)) == 1
+
+
+def test_the_end_of_a_child_that_was_never_well_is_a_failed_start_however_long_it_served() -> None:
+    (place,) = replicas_of(1)
+    waits = []
+    for _ in range(3):
+        place.child = Child(held=2)
+        place.child.is_unfit = True
+        for number in place.child.jobs:
+            place.child.jobs[number] = SimpleNamespace(is_accepted=True)
+        place.ended(place.child, "its liveness probe failed", 1000.0, is_expected=False)
+        waits.append(place.backoff.retry_at - 1000.0)
+    assert waits == [1, 2, 4]
+
+
+def test_what_the_probes_of_a_child_said_is_seen() -> None:
+    (place,) = replicas_of(1)
+    place.child.checks = status.Checks([("proj.Model", gw.Probe.on("health", failures=1))])
+    (check,) = place.child.checks
+    place.child.room.unready = {"proj.Model"}
+    assert place.seen(4, 10.0).probes == (snapshot.Probe(name="Model.health", kind="liveness"),)
+    check.called(1, 5.0)
+    check.answered(status.Answer(is_ok=False, detail="returned False", seconds=0.5))
+    seen = place.seen(4, 10.0)
+    assert seen.unready == ("proj.Model",)
+    assert seen.probes == (
+        snapshot.Probe(
+            name="Model.health",
+            kind="liveness",
+            is_ok=False,
+            failures=1,
+            is_failing=True,
+            detail="returned False",
+            seconds=0.5,
+        ),
+    )

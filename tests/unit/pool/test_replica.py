@@ -5,7 +5,7 @@ import pytest
 from gw_celery.pool import replica
 from gw_celery.pool.replica import State
 
-DEADLINES = replica.Deadlines(boot=30, start=600, drain=30, heartbeat=15)
+DEADLINES = replica.Deadlines(boot=30, start=600, benchmark=120, drain=30, heartbeat=15)
 
 
 def started(now: float = 100.0) -> replica.Life:
@@ -18,9 +18,21 @@ def entering(now: float = 100.0) -> replica.Life:
     return life
 
 
-def ready(now: float = 100.0) -> replica.Life:
+def probing(now: float = 100.0) -> replica.Life:
     life = entering(now)
     life.entered(now)
+    return life
+
+
+def benchmarking(now: float = 100.0) -> replica.Life:
+    life = probing(now)
+    life.probed(now)
+    return life
+
+
+def ready(now: float = 100.0) -> replica.Life:
+    life = benchmarking(now)
+    life.measured(now)
     return life
 
 
@@ -31,17 +43,26 @@ def test_a_child_proves_each_step_of_its_start() -> None:
     assert (life.state, life.since) == (State.ENTERING, 102)
     assert not life.is_ready
     life.entered(150)
-    assert (life.state, life.since) == (State.READY, 150)
+    assert (life.state, life.since) == (State.PROBING, 150)
+    life.probed(151)
+    assert (life.state, life.since) == (State.BENCHMARKING, 151)
+    assert not life.is_ready
+    life.measured(160)
+    assert (life.state, life.since) == (State.READY, 160)
     assert life.is_ready
 
 
 def test_a_step_out_of_order_changes_nothing() -> None:
     life = started()
     life.entered(101)
+    life.probed(101)
+    life.measured(101)
     assert (life.state, life.since) == (State.STARTING, 100)
     life = ready()
     life.loaded(105)
     life.entered(105)
+    life.probed(105)
+    life.measured(105)
     assert (life.state, life.since) == (State.READY, 100)
 
 
@@ -150,3 +171,59 @@ def test_a_child_that_served_starts_the_doubling_anew() -> None:
     assert backoff.retry_at == 50
     assert backoff.failed(60) == 1
     assert backoff.retry_at == 61
+
+
+def test_a_child_without_a_service_that_wants_inputs_is_unready_until_one_does() -> None:
+    life = ready()
+    life.wants_inputs(103, False)
+    assert (life.state, life.since, life.is_ready, life.is_up) == (State.UNREADY, 103, False, True)
+    life.wants_inputs(104, False)
+    assert life.since == 103
+    life.wants_inputs(105, True)
+    assert (life.state, life.since, life.is_up) == (State.READY, 105, True)
+
+
+def test_only_a_loaded_child_can_be_unready() -> None:
+    for life in (benchmarking(), entering()):
+        life.wants_inputs(101, False)
+        assert life.state is not State.UNREADY
+    life = ready()
+    life.drain(101, 0)
+    life.wants_inputs(102, True)
+    assert life.state is State.DRAINING
+
+
+def test_silence_counts_from_the_end_of_loading_on() -> None:
+    life = entering()
+    life.beat(100)
+    assert life.overdue(500) is None
+    assert "no heartbeat for 15 s" in (probing().overdue(115) or "")
+
+
+def test_a_benchmark_has_a_bound_however_alive_its_child_is() -> None:
+    life = benchmarking()
+    life.beat(219)
+    assert life.overdue(219.9) is None
+    reason = life.overdue(220) or ""
+    assert "was benchmarking for 120 s (setting gw_benchmark_timeout)" in reason
+
+
+def test_a_ready_child_may_be_measured_again() -> None:
+    life = ready(100)
+    life.beat(200)
+    life.measure_again(200)
+    assert (life.state, life.is_ready, life.is_up) == (State.BENCHMARKING, False, False)
+    assert life.overdue(200 + 14) is None
+    assert life.overdue(200 + 15) is not None, "it owes its heartbeats meanwhile"
+    life.measured(230)
+    assert life.is_ready
+
+
+def test_only_a_ready_child_may_be_measured_again() -> None:
+    life = probing(100)
+    life.measure_again(101)
+    assert life.state is State.PROBING
+    life = ready(100)
+    life.drain(101, 0)
+    life.measure_again(102)
+    assert life.state is State.DRAINING

@@ -117,6 +117,20 @@ def test_celery_gives_a_lost_input_back_to_the_broker(request_of: Any) -> None:
     assert "acked" not in happened
 
 
+@pytest.mark.parametrize("acks_late", [True, False])
+def test_an_input_that_has_not_begun_is_given_to_another_worker(
+    request_of: Any, acks_late: bool
+) -> None:
+    request, happened = request_of(acks_late=acks_late)
+    state.task_reserved(request)
+    job = job_of(request)
+    job.give_back()
+    assert happened == [("rejected", True), ("task-rejected", None)]
+    assert request not in state.reserved_requests
+    job.lost("nothing follows")
+    assert len(happened) == 2
+
+
 def test_celery_fails_an_input_at_its_hard_limit_once(request_of: Any, celery_app: Celery) -> None:
     request, happened = request_of()
     job = job_of(request)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import gw_celery as gw
-from gw_celery import conf
+from gw_celery import conf, sweeps
 from gw_celery.pool import allotment, machine, taskpool
 from gw_celery.worker import hooks, serving
 
@@ -54,3 +55,29 @@ def test_celerys_autoscaler_gets_what_fits_and_the_log_says_so(
 def test_what_does_not_fit_is_known_before(pool: taskpool.TaskPool) -> None:
     assert pool.refusal(6) is None
     assert "4 replicas were asked for, and 3 fit" in str(pool.refusal(7))
+
+
+def test_a_tick_is_passed_on_and_remembered_with_its_time(pool: taskpool.TaskPool) -> None:
+    passed_on: list[str] = []
+    pool.supervisor = SimpleNamespace(  # type: ignore[assignment]
+        probe_tick=lambda: passed_on.append("probe"),
+        measure_again=lambda: passed_on.append("benchmark"),
+    )
+    pool.probe_tick()
+    pool.benchmark_tick()
+    assert passed_on == ["probe", "benchmark"]
+    assert list(pool._ticked) == ["probe", "benchmark"]
+
+
+@pytest.mark.parametrize(("name", "runs_here"), [(sweeps.PROBE, True), ("plain", False)])
+def test_only_the_sweeps_run_in_the_worker_itself(
+    pool: taskpool.TaskPool, name: str, runs_here: bool
+) -> None:
+    woken, submitted = threading.Event(), []
+    pool.supervisor = SimpleNamespace(  # type: ignore[assignment]
+        wake=woken.set, submit=lambda *args: submitted.append(args)
+    )
+    args = (name, "id", {"delivery_info": {"routing_key": "gw.control"}}, b"", None, None)
+    pool.on_apply(lambda *args: (0, None, 0.0), args, {})
+    assert (woken.wait(10 if runs_here else 0), len(submitted)) == (runs_here, int(not runs_here))
+    pool._lane.close()

@@ -17,7 +17,7 @@ jobs = st.integers(1, 2**63)
 seconds = st.floats(allow_nan=False, allow_infinity=False)
 reports = st.one_of(
     st.just([wire.Report.LOADED]),
-    st.just([wire.Report.READY]),
+    st.just([wire.Report.ENTERED]),
     st.tuples(st.just(wire.Report.FAILED), any_text),
     st.tuples(st.just(wire.Report.ACCEPT), jobs, seconds),
     st.tuples(st.just(wire.Report.DONE), jobs, any_text, seconds),
@@ -34,6 +34,8 @@ reports = st.one_of(
     st.tuples(st.just(wire.Report.GONE), jobs),
     st.tuples(st.just(wire.Report.BEAT), seconds, st.integers(0)),
     st.tuples(st.just(wire.Report.OUTAGE), any_text),
+    st.tuples(st.just(wire.Report.PROBED), jobs, st.booleans(), any_text, seconds),
+    st.tuples(st.just(wire.Report.MEASURED), jobs, any_text),
 ).map(list)
 orders = st.tuples(st.sampled_from(wire.Order), st.integers(), st.binary(max_size=50))
 anything = st.recursive(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -81,6 +82,25 @@ def test_a_look_at_a_result_is_taken_from_a_thread(cache: CacheBackend, around: 
 def test_a_result_that_cannot_be_stored_is_the_tracers_to_handle(cache: CacheBackend) -> None:
     with pytest.raises(Exception, match=r"lambda|function"):
         stepped(lambda: cache.mark_as_done("id-1", lambda: None))
+
+
+@pytest.mark.parametrize("is_stepped", [True, False])
+def test_what_the_input_of_a_benchmark_says_of_itself_goes_nowhere(
+    cache: CacheBackend, is_stepped: bool
+) -> None:
+    cache.forget("unseen")
+    one = inflight.InFlight(0, "t", "unseen", lambda report: None)
+    one.is_unseen = True
+
+    def body() -> None:
+        inflight.current.set(one)
+        cache.store_result("unseen", {"done": 1}, "PROGRESS")
+        cache.mark_as_failure("unseen", ValueError("x"))
+        assert cache.get_task_meta("unseen")["status"] == states.PENDING
+
+    apart = contextvars.copy_context().run
+    apart(stepped, body) if is_stepped else apart(body)
+    assert cache.get_state("unseen") == states.PENDING
 
 
 # -- install --

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Iterator
@@ -10,9 +11,18 @@ import pytest
 from celery.worker.control import Panel
 
 from gw_celery import snapshot
+from gw_celery.pool import tally
 from gw_celery.worker import commands
 
-NAMES = ("gw_status", "gw_drain", "gw_restart")
+TALLY = tally.Tally(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
+NAMES = (
+    "gw_status",
+    "gw_drain",
+    "gw_restart",
+    "gw_probe_tick",
+    "gw_benchmark_tick",
+    "gw_best_score",
+)
 
 
 class Gate:
@@ -23,12 +33,24 @@ class Gate:
         return ("cpu.classify",)
 
 
+class Ranking:
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, dict[str, float]]] = []
+
+    def hear(self, worker: str, scores: dict[str, float]) -> None:
+        self.heard.append((worker, scores))
+
+    def bands(self) -> dict[str, str]:
+        return {"embed": "quick"}
+
+
 class Pool:
     """A pool with replicas 0 and 2, which notes what it is told."""
 
     def __init__(self, gate: Gate | None = None) -> None:
         self.gate = gate
         self.numbers: tuple[int, ...] = (0, 2)
+        self.ranking: Ranking | None = None
         self.told: list[tuple[str, int | None]] = []
 
     def replicas(self) -> tuple[snapshot.Replica, ...]:
@@ -42,6 +64,12 @@ class Pool:
     def waiting(self) -> int:
         return 5
 
+    def tallies(self) -> dict[str, tally.Tally]:
+        return {"embed": TALLY}
+
+    def seen_scores(self) -> dict[str, snapshot.Score]:
+        return {"embed": snapshot.Score(value=9.0)}
+
     def outage(self) -> str:
         return "gone"
 
@@ -50,6 +78,12 @@ class Pool:
 
     def restart(self, number: int | None) -> None:
         self.told.append(("restart", number))
+
+    def probe_tick(self) -> None:
+        self.told.append(("probe", None))
+
+    def benchmark_tick(self) -> None:
+        self.told.append(("benchmark", None))
 
 
 @pytest.fixture
@@ -60,7 +94,8 @@ def pool() -> Pool:
 @pytest.fixture
 def state(pool: Pool) -> Any:
     """What Celery gives to every remote-control command."""
-    return SimpleNamespace(consumer=SimpleNamespace(pool=pool), hostname="gpu@host")
+    consumer = SimpleNamespace(pool=pool, controller=SimpleNamespace(autoscaler=None))
+    return SimpleNamespace(consumer=consumer, hostname="gpu@host")
 
 
 def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state: Any) -> None:
@@ -70,10 +105,26 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "hostname": "gpu@host",
         "ready_slots": {"embed": 8, "": 2},
         "waiting": 5,
+        "tallies": {"embed": dataclasses.asdict(TALLY)},
         "open_queues": ["cpu.embed"],
         "closed_queues": ["cpu.classify"],
+        "bands": {},
         "outage": "gone",
+        "scaling": None,
+        "scores": {"embed": dataclasses.asdict(snapshot.Score(value=9.0)) | {"benchmarks": []}},
     }
+
+
+def test_the_status_tells_what_our_autoscaler_decided_and_celerys_has_nothing_to_tell(
+    state: Any,
+) -> None:
+    outlook = snapshot.Outlook(queued=7, need=1.5)
+    seen = snapshot.Scaling(least=1, most=4, desired=2, services={"embed": outlook})
+    state.consumer.controller.autoscaler = SimpleNamespace(seen=lambda: seen)
+    told = json.loads(json.dumps(commands.gw_status(state)))["scaling"]
+    assert (told["desired"], told["services"]["embed"]["need"]) == (2, 1.5)
+    state.consumer.controller.autoscaler = SimpleNamespace(info=dict)
+    assert commands.gw_status(state)["scaling"] is None
 
 
 def test_a_pool_without_services_has_no_gate_and_a_status(state: Any) -> None:
@@ -153,7 +204,7 @@ def test_the_command_line_knows_commands_that_a_process_does_not_carry_out(
 @pytest.mark.usefixtures("installed")
 def test_celery_knows_the_commands_and_can_list_them() -> None:
     assert [Panel.data[name] for name in NAMES] == [getattr(commands, name) for name in NAMES]
-    assert [Panel.meta[name].type for name in NAMES] == ["inspect", "control", "control"]
+    assert [Panel.meta[name].type for name in NAMES] == ["inspect", *["control"] * 5]
     for name in NAMES:
         assert Panel.meta[name].help == inspect.getdoc(getattr(commands, name))
 
@@ -163,3 +214,28 @@ def test_celery_knows_the_commands_and_can_list_them() -> None:
 def test_celerys_own_command_line_can_name_a_replica(name: str) -> None:
     about = Panel.meta[name]
     assert (about.args, about.signature, about.variadic) == ([("replica", int)], "[replica]", None)
+
+
+@pytest.mark.parametrize("what", ["probe", "benchmark"])
+def test_a_tick_reaches_the_gpu_pool_and_means_nothing_elsewhere(
+    state: Any, pool: Pool, what: str
+) -> None:
+    command = getattr(commands, f"gw_{what}_tick")
+    assert command(state) == {"ok": "tick"}
+    assert pool.told == [(what, None)]
+    state.consumer.pool = object()
+    assert command(state) == {"ok": "nothing to do: no GPU pool"}
+
+
+def test_what_another_worker_tells_reaches_the_ranking(state: Any, pool: Pool) -> None:
+    pool.ranking = ranking = Ranking()
+    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
+    commands.gw_best_score(state, worker="odd@host", scores="none")
+    assert ranking.heard == [("other@host", {"embed": 4.0})]
+    assert commands.gw_status(state)["bands"] == {"embed": "quick"}
+
+
+def test_a_worker_without_a_ranking_hears_it_without_complaint(state: Any) -> None:
+    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
+    state.consumer.pool = object()
+    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})

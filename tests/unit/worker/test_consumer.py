@@ -18,6 +18,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.gate: gate.Gate | None = None
+        self.control: Any = None
         self.ready = {"embed": 0, "": 0}
         self.polls = 0
         self.asked: list[str] = []
@@ -279,6 +280,17 @@ def test_a_queue_that_is_added_is_the_gates(consuming: consumer.Consumer, pool: 
     consuming.add_task_queue("added")
     assert consuming.task_consumer.consuming_from("added")
     assert pool.gate.open_queues() == ("added", "embed", "mail")
+
+
+def test_the_queue_of_the_sweeps_is_not_the_gates(consuming: consumer.Consumer, pool: Pool) -> None:
+    told: list[str] = []
+    pool.control = types.SimpleNamespace(
+        add=lambda: told.append("add"), remove=lambda: told.append("remove")
+    )
+    consuming.cancel_task_queue("gw.control")
+    consuming.add_task_queue("gw.control")
+    assert told == ["remove", "add"]
+    assert not consuming.task_consumer.consuming_from("gw.control")
 
 
 @pytest.mark.parametrize("queue", ["embed", "mail", "added"])

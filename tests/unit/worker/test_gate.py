@@ -21,6 +21,7 @@ class Pool:
     def __init__(self) -> None:
         self.ready: dict[str, int] = {"embed": 0, "classify": 0, "": 0}
         self.waiting: Counter[str] = Counter()
+        self.priorities: Counter[str] = Counter()
         self.lost = ""
         self.gate: gate.Gate | None = None
 
@@ -29,6 +30,9 @@ class Pool:
 
     def backlog(self, service: str) -> int:
         return self.waiting[service]
+
+    def priority(self, service: str) -> int:
+        return self.priorities[service]
 
     def outage(self) -> str:
         return self.lost
@@ -82,7 +86,7 @@ def pool() -> Pool:
 
 @pytest.fixture
 def closed(queues: Any, pool: Pool) -> gate.Gate:
-    made = gate.Gate(queues, SERVICES, pool)
+    made = gate.Gate(queues, SERVICES, pool, pool.priority)
     made.close_all()
     pool.gate = made
     return made
@@ -469,6 +473,7 @@ class Counting:
         self._prefetch = 1
         self.counts: dict[str, int] = {}
         self.consumed: list[str] = []
+        self.arguments: dict[str, Any] = {}
 
     def qos(self, prefetch_count: int, apply_global: bool) -> None:
         assert not apply_global
@@ -477,10 +482,14 @@ class Counting:
     def add_queue(self, queue: Any) -> None:
         self._made.add_queue(queue)
 
+    def consuming_from(self, name: str) -> bool:
+        return bool(self._made.consuming_from(name))
+
     def consume(self) -> None:
         for queue in self._made.queues:
             if not self._made.consuming_from(queue):
                 self.counts[queue.name] = self._prefetch
+                self.arguments[queue.name] = queue.consumer_arguments
                 self.consumed.append(queue.name)
         self._made.consume()
 
@@ -551,3 +560,123 @@ def test_the_next_connection_has_the_counts_of_quorum_queues_too(
     following.task_consumer = Counting(following.task_consumer)
     closed.attach(following, is_per_queue=True)
     assert following.task_consumer.counts == {EMBED: 2, CLASSIFY: 1, PLAIN: 1}
+
+
+# -- a broker that prefers some consumers to others (RabbitMQ) --
+
+
+@pytest.fixture
+def preferring(celery_app: Celery, connection: Any, closed: gate.Gate, pool: Pool) -> Counting:
+    """A consumer whose queues are all open."""
+    made = Consumer(celery_app, connection)
+    made.task_consumer = Counting(made.task_consumer)
+    closed.attach(made)
+    everything_is_ready(pool)
+    closed.apply()
+    return made.task_consumer
+
+
+def test_a_queue_is_consumed_with_the_priority_of_its_service(
+    preferring: Counting, closed: gate.Gate, pool: Pool
+) -> None:
+    assert preferring.arguments == {EMBED: None, CLASSIFY: None, PLAIN: None}
+    pool.priorities.update({"embed": 1, "classify": -1})
+    closed.apply()
+    assert preferring.arguments == {
+        EMBED: {"x-priority": 1},
+        CLASSIFY: {"x-priority": -1},
+        PLAIN: None,
+    }
+
+
+def test_a_queue_is_consumed_anew_when_its_priority_changes_and_no_other(
+    preferring: Counting, closed: gate.Gate, pool: Pool
+) -> None:
+    preferring.consumed.clear()
+    pool.priorities["embed"] = -1
+    closed.apply()
+    closed.apply()
+    assert preferring.consumed == [EMBED]
+    pool.priorities["embed"] = 0
+    closed.apply()
+    assert preferring.consumed == [EMBED, EMBED]
+    assert preferring.arguments[EMBED] is None
+
+
+def test_a_queue_that_opens_again_has_its_priority(
+    preferring: Counting, closed: gate.Gate, pool: Pool
+) -> None:
+    pool.ready["embed"] = 0
+    closed.apply()
+    preferring.consumed.clear()
+    pool.priorities["embed"] = 1
+    pool.ready["embed"] = 2
+    closed.apply()
+    assert preferring.consumed == [EMBED]
+    assert preferring.arguments[EMBED] == {"x-priority": 1}
+
+
+def test_a_broker_without_priorities_is_told_of_none(
+    celery_app: Celery, connection: Any, queues: Any, pool: Pool
+) -> None:
+    everything_is_ready(pool)
+    pool.priorities["embed"] = 1
+    made = Consumer(celery_app, connection)
+    made.task_consumer = Counting(made.task_consumer)
+    gate.Gate(queues, SERVICES, pool).attach(made)
+    assert made.task_consumer.arguments.get(EMBED) is None
+
+
+def test_the_next_connection_has_the_priorities_too(
+    preferring: Counting, closed: gate.Gate, pool: Pool, celery_app: Celery, connection: Any
+) -> None:
+    pool.priorities["embed"] = 1
+    closed.apply()
+    closed.detach()
+    following = Consumer(celery_app, connection)
+    following.task_consumer = Counting(following.task_consumer)
+    closed.attach(following)
+    assert following.task_consumer.arguments[EMBED] == {"x-priority": 1}
+    assert following.task_consumer.consuming_from(PLAIN)
+
+
+def test_a_queue_that_add_consumer_opens_has_its_priority(
+    preferring: Counting, closed: gate.Gate, pool: Pool, queues: Any
+) -> None:
+    closed.remove(EMBED)
+    preferring.cancel_by_queue(EMBED)
+    pool.priorities["embed"] = 1
+    preferring.add_queue(queues[EMBED])
+    preferring.consume()
+    closed.add(EMBED)
+    assert preferring.arguments[EMBED] == {"x-priority": 1}
+
+
+def test_what_the_user_says_of_a_consumer_is_kept(
+    preferring: Counting, closed: gate.Gate, pool: Pool, queues: Any
+) -> None:
+    queues[EMBED].consumer_arguments = {"x-cancel-on-ha-failover": True}
+    queues[CLASSIFY].consumer_arguments = {"x-priority": 7}
+    preferring.consumed.clear()
+    pool.priorities.update({"embed": 1, "classify": 1})
+    closed.apply()
+    assert preferring.consumed == [EMBED]
+    assert preferring.arguments[EMBED] == {"x-cancel-on-ha-failover": True, "x-priority": 1}
+    assert queues[EMBED].consumer_arguments == {"x-cancel-on-ha-failover": True}
+
+
+def test_a_quorum_queue_is_consumed_anew_with_its_count_and_its_priority(
+    celery_app: Celery, connection: Any, closed: gate.Gate, pool: Pool
+) -> None:
+    made = Consumer(celery_app, connection)
+    counting = made.task_consumer = Counting(made.task_consumer)
+    closed.attach(made, is_per_queue=True)
+    everything_is_ready(pool)
+    closed.apply()
+    counting.consumed.clear()
+    pool.priorities["embed"] = -1
+    closed.apply()
+    closed.apply()
+    assert counting.consumed == [EMBED]
+    assert counting.counts == {EMBED: 2, CLASSIFY: 1, PLAIN: 1}
+    assert counting.arguments[EMBED] == {"x-priority": -1}

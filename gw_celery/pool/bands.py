@@ -1,0 +1,80 @@
+"""How quick a worker is among those that serve the same queue: in three coarse bands.
+
+A broker that knows priorities of consumers gives an input to a quicker worker as long as that has a
+free slot. Bands are coarse and sticky, because a change is a new subscription.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+#: Part of the best score from which on a worker is QUICK, and below which it is SLOW.
+_QUICK = 0.7
+_SLOW = 0.35
+#: How far beyond a border a score must be for a worker to change its band: measuring is noisy.
+_STICKINESS = 0.1
+#: Seconds that a worker stays in a band at least.
+_RESIDENCE = 10.0
+
+
+class Band(enum.IntEnum):
+    """The value is RabbitMQ's ``x-priority``; a consumer that names none has 0."""
+
+    SLOW = -1
+    #: Also of a worker that does not know its score, as other programs that consume the queue.
+    MIDDLE = 0
+    QUICK = 1
+
+
+def of(score: float | None, best: float | None, held: Band | None = None) -> Band:
+    """Return the band of a worker by its score.
+
+    Args:
+        score: of this worker; ``None`` while it is not known.
+        best: of all workers that are known; ``None`` while none is.
+        held: the band that it is in, which it leaves only for a clear reason.
+    """
+    if score is None or score <= 0:
+        return Band.MIDDLE
+    part = score / max(score, best or 0.0)
+    plain = _by_borders(part, _SLOW, _QUICK)
+    if held is None or plain is held:
+        return plain
+    stretch = 1 + _STICKINESS
+    if plain > held:  # the borders above it are farther away, so that it may rise by less
+        return max(held, _by_borders(part, _SLOW * stretch, _QUICK * stretch))
+    return min(held, _by_borders(part, _SLOW / stretch, _QUICK / stretch))
+
+
+def _by_borders(part: float, slow: float, quick: float) -> Band:
+    if part >= quick:
+        return Band.QUICK
+    return Band.MIDDLE if part >= slow else Band.SLOW
+
+
+class Place:
+    """The band of one worker for one service, as time goes by.
+
+    It is MIDDLE until the worker knows its score and has heard of, or claimed, the best one.
+    """
+
+    def __init__(self) -> None:
+        self.band = Band.MIDDLE
+        self._is_known = False
+        self._since = -math.inf
+
+    def follow(self, score: float | None, best: float | None, now: float) -> bool:
+        """Look at the scores again; whether the band is another one now.
+
+        A score that is not known any more, because no replica is there, changes nothing. The first
+        band is not kept for long: it may come from a claim that others contradict.
+        """
+        if score is None or best is None or now - self._since < _RESIDENCE:
+            return False
+        band = of(score, best, self.band if self._is_known else None)
+        is_other = band is not self.band
+        if is_other and self._is_known:
+            self._since = now
+        self.band, self._is_known = band, True
+        return is_other

@@ -1,0 +1,1 @@
+"""Is a replica well: what follows from the answers of its probes."""

@@ -1,0 +1,96 @@
+"""The queue of the sweeps in a worker with the GPU pool: never gated, and with a credit of its own.
+
+It is consumed on a channel beside that of the inputs. With theirs it would share their prefetch
+count: a busy worker would take one input more than it has slots for, and then no sweep.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import bootsteps
+from kombu.common import ignore_errors
+
+from gw_celery import sweeps
+
+logger = logging.getLogger(__name__)
+
+
+class ControlQueue:
+    """Whether the queue of the sweeps is consumed; on the consumer's thread."""
+
+    def __init__(self) -> None:
+        self._is_wanted = True
+        self._celery_consumer: Any = None
+        self._consumer: Any = None
+
+    @property
+    def is_consumed(self) -> bool:
+        return self._consumer is not None
+
+    def attach(self, celery_consumer: Any) -> None:
+        """Celery's consumer has started."""
+        self._celery_consumer = celery_consumer
+        self._open()
+
+    def detach(self) -> None:
+        """It stops, or has lost its connection; the next one consumes what is wanted."""
+        self._close()
+        self._celery_consumer = None
+
+    def add(self) -> None:
+        """The command ``add_consumer`` names the queue."""
+        self._is_wanted = True
+        self._open()
+
+    def remove(self) -> None:
+        """A queue that ``cancel_consumer`` closed stays closed."""
+        self._is_wanted = False
+        self._close()
+
+    def _open(self) -> None:
+        celery_consumer = self._celery_consumer
+        if celery_consumer is None or self._consumer is not None or not self._is_wanted:
+            return
+        amqp = celery_consumer.app.amqp
+        try:
+            queue = amqp.queues[sweeps.QUEUE]
+        except KeyError:  # the project makes no queues that it has not named
+            logger.warning("task_queues lacks %s: this worker hears no beat", sweeps.QUEUE)
+            return
+        made = amqp.TaskConsumer(
+            celery_consumer.connection.channel(),
+            queues=[queue],
+            on_message=celery_consumer.create_task_handler(),
+            on_decode_error=celery_consumer.on_decode_error,
+        )
+        made.qos(prefetch_count=1)
+        made.consume()
+        self._consumer = made
+
+    def _close(self) -> None:
+        made, self._consumer = self._consumer, None
+        if made is not None:
+            ignore_errors(self._celery_consumer, made.cancel)
+            ignore_errors(self._celery_consumer, made.channel.close)
+
+
+class ControlStep(bootsteps.StartStopStep):
+    """Attaches the worker's queue of sweeps to each consumer that starts."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        if (control := consumer.pool.control) is not None:
+            control.attach(consumer)
+
+    def stop(self, consumer: Any) -> None:
+        if (control := consumer.pool.control) is not None:
+            control.detach()
+
+    def info(self, consumer: Any) -> dict[str, Any]:
+        """Part of ``inspect stats``: ``active_queues`` knows the queues of inputs only."""
+        control = consumer.pool.control
+        is_consumed = control is not None and control.is_consumed
+        return {"gw_control": {"queue": sweeps.QUEUE, "is_consumed": is_consumed}}

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gw_celery import conf, errors, snapshot
+from gw_celery.worker import health, http
+from tests.processes import eventually
+
+READY = snapshot.Replica(number=0, state="ready", pid=12)
+LOADING = snapshot.Replica(number=1, state="entering", pid=13, seconds_in_state=4.2)
+ILL = snapshot.Replica(
+    number=2,
+    state="unready",
+    pid=14,
+    probes=(
+        snapshot.Probe(name="Model.health", kind="readiness", is_ok=False, detail="returned False"),
+        snapshot.Probe(name="Model.lives", kind="liveness", is_ok=True),
+    ),
+)
+DEAD = snapshot.Replica(number=3, state="failed", last_error="OSError: no weights")
+SERVES = health.Picture(replicas=(READY,), ready_slots={"proj.Model": 4, "": 1})
+
+
+@contextmanager
+def running(**settings: Any) -> Iterator[health.Health]:
+    one = health.Health(conf.Settings(**settings))
+    one.start()
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def ask(one: health.Health, path: str) -> tuple[int, dict[str, Any]]:
+    try:
+        with urllib.request.urlopen(one.address + path, timeout=10) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
+
+
+# -- ready --
+
+
+def test_a_worker_is_ready_when_each_of_its_services_is_ready_somewhere() -> None:
+    assert health.is_ready(SERVES) == health.Verdict(is_ok=True)
+    slots = {"proj.Model": 4, "proj.other": 0, "": 1}
+    verdict = health.is_ready(health.Picture(replicas=(READY, ILL), ready_slots=slots))
+    assert verdict == health.Verdict(is_ok=False, why=("no replica is ready for proj.other",))
+
+
+def test_a_worker_of_plain_tasks_is_ready_with_any_replica() -> None:
+    assert health.is_ready(health.Picture(ready_slots={"": 1})).is_ok
+    assert not health.is_ready(health.Picture(ready_slots={"": 0})).is_ok
+
+
+def test_a_worker_that_is_scaled_to_zero_is_ready_and_one_that_stops_is_not() -> None:
+    nothing = {"proj.Model": 0, "": 0}
+    assert health.is_ready(health.Picture(ready_slots=nothing, wanted=0)).is_ok
+    stops = health.Picture(replicas=(READY,), ready_slots={"": 1}, is_stopping=True)
+    assert health.is_ready(stops) == health.Verdict(is_ok=False, why=("the worker stops",))
+
+
+def test_a_result_backend_that_is_away_is_told_and_no_failure() -> None:
+    away = health.Picture(ready_slots={"": 1}, outage="Redis does not answer")
+    assert health.is_ready(away) == health.Verdict(is_ok=True, why=("Redis does not answer",))
+
+
+def test_a_replica_says_what_keeps_it_from_inputs() -> None:
+    assert health.why_not(READY) == ""
+    assert health.why_not(LOADING) == "entering for 4 s"
+    assert "unready for 0 s; readiness probe Model.health: returned False" in health.why_not(ILL)
+    assert health.why_not(DEAD) == "failed for 0 s; OSError: no weights"
+
+
+# -- over HTTP --
+
+
+def test_each_path_answers_from_the_last_picture_with_the_reasons() -> None:
+    with running(health_port=0) as one:
+        one.beat(health.Picture(replicas=(LOADING,), ready_slots={"": 0}))
+        assert ask(one, "/livez")[0] == 200
+        status, said = ask(one, "/startupz")
+        assert (status, said["why"]) == (503, ["no replica has been ready yet"])
+        assert said["replicas"] == [
+            {"number": 1, "state": "entering", "pid": 13, "why": "entering for 4 s"}
+        ]
+        assert ask(one, "/readyz")[0] == 503
+        one.beat(SERVES)
+        assert [ask(one, path)[0] for path in ("/livez", "/readyz", "/startupz")] == [200] * 3
+        one.beat(health.Picture(replicas=(DEAD,), ready_slots={"": 0}))
+        assert [ask(one, path)[0] for path in ("/livez", "/readyz", "/startupz")] == [200, 503, 200]
+
+
+def test_a_loop_that_does_not_turn_is_dead_unless_it_waits_for_the_broker() -> None:
+    with running(health_port=0, heartbeat_timeout=0.2) as one:
+        one.beat(SERVES)
+        status, said = eventually(
+            lambda: found if (found := ask(one, "/livez"))[0] == 503 else None
+        )
+        assert "loop has not turned for" in said["why"][0]
+        with one.connecting():
+            status, said = ask(one, "/livez")
+            assert (status, said["why"]) == (200, ["connects to the broker for 0 s"])
+        assert ask(one, "/livez")[0] == 200
+
+
+def test_others_may_add_a_path() -> None:
+    with running(health_port=0) as one:
+        one.routes["/metrics"] = lambda: http.Reply(body=b'{"gw_replicas": 1}')
+        assert ask(one, "/metrics") == (200, {"gw_replicas": 1})
+
+
+# -- the file --
+
+
+def test_the_file_is_young_while_the_loop_turns_and_gone_after_a_clean_stop(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "alive"
+    with running(heartbeat_file=str(file)) as one:
+        for _ in range(2):
+            os.utime(file, (0, 0))
+
+            def is_young() -> bool:
+                one.beat(SERVES)
+                return age(file) < 60
+
+            eventually(is_young, 10)
+    assert not file.exists()
+
+
+def test_the_file_grows_old_when_the_loop_hangs_and_not_while_it_waits_for_the_broker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_FRESH", -1.0)  # the loop was never heard of in time
+    file = tmp_path / "alive"
+    with running(heartbeat_file=str(file), health_port=0) as one:
+        os.utime(file, (0, 0))
+        for _ in range(30):  # each turn of the thread ends with a look at the file
+            ask(one, "/livez")
+        assert age(file) > 1000
+        with one.connecting():
+            eventually(lambda: age(file) < 60, 10)
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    one = health.Health(conf.Settings(heartbeat_file=str(tmp_path / "no" / "alive")))
+    with pytest.raises(errors.ConfigurationError, match=r"gw_heartbeat_file=.*cannot be written"):
+        one.start()
+
+
+def test_a_file_that_cannot_be_touched_any_more_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = folder / "alive"
+    with running(heartbeat_file=str(file)) as one:
+        file.unlink()
+        folder.rmdir()
+        for _ in range(3):
+            one._touch_if_alive(time.monotonic())
+        folder.mkdir()
+        one._touch_if_alive(time.monotonic())
+        assert file.exists()
+    assert 1 <= caplog.text.count("cannot be touched") <= 2
+
+
+def test_nothing_is_started_where_nothing_is_configured() -> None:
+    with running() as one:
+        assert (one.address, one._thread) == ("", None)
+
+
+@pytest.mark.parametrize("value", [-1, 65536, True, "80", 80.0])
+def test_a_port_is_a_port(value: object) -> None:
+    with pytest.raises(errors.ConfigurationError, match="gw_health_port"):
+        conf.read({"gw_health_port": value})
+    assert conf.read({"gw_health_port": 0}).health_port == 0
