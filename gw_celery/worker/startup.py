@@ -23,8 +23,10 @@ from gw_celery.worker import (
     control_queue,
     forks,
     gate,
+    metrics,
     notices,
     preset,
+    scaling,
     serving,
 )
 from gw_celery.worker.pipes import Pipes
@@ -50,7 +52,6 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     """
     settings = conf.read(worker.app.conf)
     preset.configure_codec(settings)
-    commands.install_for_peers()
     known = [one for one in registries if _belongs(one, worker.app)]
     _require_names(worker.app, known)
     preset.require_visibility(worker.app, known)
@@ -104,11 +105,16 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None)
     from gw_celery.worker import sizing
 
     plan = dataclasses.replace(plan, allotment=sizing.allot(plan), **_sweeping(worker, plan))
-    sizing.fit(worker, plan, wish)
+    is_declared = sizing.fit(worker, plan, wish)
+    plan = dataclasses.replace(plan, has_declared_bounds=is_declared)
     control.guard_size()
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
+    metrics.install(worker, plan.service_queues)
+    if not conf.is_set(worker.app.conf, "worker_autoscaler"):
+        worker.autoscaler_cls = scaling.AUTOSCALER
+    worker.app.steps["worker"].add(scaling.ScalingStep)
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
     worker.app.steps["consumer"].update({gate.GateStep, control_queue.ControlStep})
     return plan
