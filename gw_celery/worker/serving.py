@@ -38,10 +38,10 @@ class Plan:
     pipes: Pipes | None = None
     #: The devices of each replica of our pool; ``None`` where no service needs any.
     allotment: allotment.Allotment | None = None
-    #: Its size follows the load within what its services declare.
-    has_declared_bounds: bool = False
     #: Whether it runs the sweeps that beat sends, in our pool.
     runs_sweeps: bool = False
+    #: Its size follows the load within what its services declare.
+    has_declared_bounds: bool = False
 
     @property
     def slots(self) -> dict[str, int]:

@@ -111,10 +111,10 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None)
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
+    metrics.install(worker, plan.service_queues)
     if not conf.is_set(worker.app.conf, "worker_autoscaler"):
         worker.autoscaler_cls = scaling.AUTOSCALER
     worker.app.steps["worker"].add(scaling.ScalingStep)
-    metrics.install(worker, plan.service_queues)
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
     worker.app.steps["consumer"].update({gate.GateStep, control_queue.ControlStep})
     return plan

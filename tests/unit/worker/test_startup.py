@@ -275,6 +275,43 @@ def test_what_does_not_fit_is_refused_at_run_time(
     assert control.Panel.data[command](state, **arguments) == {"error": "5 do not fit"}
 
 
+GPU_POOL = "gw_celery.pool:TaskPool"
+
+
+@pytest.mark.parametrize(
+    ("queues", "consumed", "runs_sweeps"),
+    [
+        (["cpu"], ["cpu.tidy"], True),
+        (["cpu", "gw.control"], ["cpu.tidy"], True),
+        (["gw.control"], [], True),
+        (["celery"], ["celery"], False),
+    ],
+)
+def test_a_worker_that_serves_runs_the_sweeps_beside_what_the_gate_owns(
+    app: gw.App, queues: list[str], consumed: list[str], runs_sweeps: bool
+) -> None:
+    app.remote(gpu=gw.Gpu("CPU"))(tidy)
+    plan = prepared(app, *queues, pool=GPU_POOL)
+    assert (list(plan.queues), plan.runs_sweeps) == (consumed, runs_sweeps)
+    assert list(app.celery.amqp.queues.consume_from) == consumed
+
+
+async def tidy(x): ...
+
+
+def test_a_stock_worker_consumes_the_queue_of_the_sweeps_as_any_other(app: gw.App) -> None:
+    app.remote(gpu=gw.Gpu("CPU"))(tidy)
+    plan = prepared(app, "gw.control")
+    assert (list(plan.queues), plan.runs_sweeps) == (["gw.control"], False)
+
+
+@pytest.mark.parametrize("pool", ["prefork", GPU_POOL])
+def test_every_worker_knows_the_commands_that_are_broadcast(app: gw.App, pool: str) -> None:
+    app.remote(gpu=gw.Gpu("CPU"))(tidy)
+    prepared(app, "cpu", pool=pool)
+    assert {"gw_probe_tick", "gw_benchmark_tick", "gw_best_score"} <= set(control.Panel.data)
+
+
 class Scaler:
     """Celery's autoscaler, and ours."""
 
@@ -311,40 +348,3 @@ def test_workers_with_our_pool_have_our_autoscaler_unless_the_project_chose_one(
     worker = worker_of(declared.celery, "gpu", pool=OURS)
     startup.prepare(worker, [declared.registry])
     assert not hasattr(worker, "autoscaler_cls")
-
-
-GPU_POOL = "gw_celery.pool:TaskPool"
-
-
-@pytest.mark.parametrize(
-    ("queues", "consumed", "runs_sweeps"),
-    [
-        (["cpu"], ["cpu.tidy"], True),
-        (["cpu", "gw.control"], ["cpu.tidy"], True),
-        (["gw.control"], [], True),
-        (["celery"], ["celery"], False),
-    ],
-)
-def test_a_worker_that_serves_runs_the_sweeps_beside_what_the_gate_owns(
-    app: gw.App, queues: list[str], consumed: list[str], runs_sweeps: bool
-) -> None:
-    app.remote(gpu=gw.Gpu("CPU"))(tidy)
-    plan = prepared(app, *queues, pool=GPU_POOL)
-    assert (list(plan.queues), plan.runs_sweeps) == (consumed, runs_sweeps)
-    assert list(app.celery.amqp.queues.consume_from) == consumed
-
-
-async def tidy(x): ...
-
-
-def test_a_stock_worker_consumes_the_queue_of_the_sweeps_as_any_other(app: gw.App) -> None:
-    app.remote(gpu=gw.Gpu("CPU"))(tidy)
-    plan = prepared(app, "gw.control")
-    assert (list(plan.queues), plan.runs_sweeps) == (["gw.control"], False)
-
-
-@pytest.mark.parametrize("pool", ["prefork", GPU_POOL])
-def test_every_worker_knows_the_commands_that_are_broadcast(app: gw.App, pool: str) -> None:
-    app.remote(gpu=gw.Gpu("CPU"))(tidy)
-    prepared(app, "cpu", pool=pool)
-    assert {"gw_probe_tick", "gw_benchmark_tick", "gw_best_score"} <= set(control.Panel.data)
