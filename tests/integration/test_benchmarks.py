@@ -168,6 +168,22 @@ def test_a_changed_function_is_measured_again_and_an_unchanged_one_is_not(
     assert ran("1", {"gw_score_cache": None}) == 2
 
 
+def test_full_replicas_correct_a_score_that_no_traffic_confirms(start: Any) -> None:
+    # The benchmark rests for 20 ms and the traffic for a second: ten at a time, of workload 2.
+    for body, count in ((measured.rest, 300), (measured.unmeasured, 120)):
+        for _ in range(count):
+            body.apply_async(kwargs={"seconds": 1.0}, ignore_result=True)
+    worker = start("rest", "unmeasured")
+    measure = score_of(worker, "measured.rest")["measured"]
+    eventually(lambda: "of measured.rest is " in worker.log_text(), 40)
+    eventually(lambda: scores(worker)["measured.unmeasured"]["value"], 40)
+    found = scores(worker)
+    assert found["measured.rest"]["measured"] == measure
+    assert found["measured.rest"]["value"] == found["measured.rest"]["served"] < 0.7 * measure
+    assert 0.5 * 4 < found["measured.unmeasured"]["value"] < 1.2 * 4
+    assert worker.log_text().count("goes by what is served") == 1
+
+
 def test_an_idle_replica_is_measured_again_and_serves_again(start: Any, ledger_path: Path) -> None:
     worker = start("rest", "shared", settings={"gw_benchmark_period": 3.0})
     (pid,) = eventually(lambda: pooling.ready_pids(worker, measured.celery), 20)
