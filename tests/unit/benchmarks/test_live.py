@@ -37,9 +37,7 @@ class Traffic:
             self.tally.served += rate
             self.tally.served_inputs = round(self.tally.served / each)
             self.tally.running_inputs = round(taken * self.slots * ready)
-            self.warnings += self.live.observe(
-                self.now, self.tally, ready, has_more=self.has_more
-            )
+            self.warnings += self.live.observe(self.now, self.tally, ready, has_more=self.has_more)
 
 
 def test_a_service_without_a_benchmark_has_no_score_until_it_is_full_for_a_while() -> None:
