@@ -44,7 +44,7 @@ class Settings:
     heartbeat_timeout: float = 30.0
     #: File that a worker with the GPU pool touches every second while its loop turns.
     heartbeat_file: str | None = None
-    #: Port of ``/livez``, ``/readyz`` and ``/startupz``; 0 for any that is free.
+    #: Port of ``/livez``, ``/readyz``, ``/startupz`` and ``/metrics``; 0 for any that is free.
     health_port: Port | None = None
     #: Address that it is open on.
     health_host: str = "127.0.0.1"

@@ -29,6 +29,10 @@ class ConfigurationError(GWCeleryError):
     """Raised when the settings are unknown, of a wrong type, or contradict each other."""
 
 
+class TraceError(GWCeleryError, ValueError):
+    """Raised when a trace to simulate cannot be read."""
+
+
 class UsageError(GWCeleryError, TypeError):
     """Raised when a declared object is called in a way that it does not support."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -44,6 +45,53 @@ class Replica:
     #: Services that want no inputs here: their readiness probes fail, or have not passed yet.
     unready: tuple[str, ...] = ()
     probes: tuple[Probe, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """The work of one service, as far as it is this worker's and that of those like it."""
+
+    #: Messages in its queues; ``None`` where the broker does not tell.
+    queued: int | None = None
+    #: Part of the work that is theirs: 1.0 for all of it.
+    share: float = 1.0
+    #: Workload a second that comes, of that part.
+    rate: float = 0.0
+    #: Workload that waits, of that part, in the queue and in workers.
+    waiting: float = 0.0
+    #: Inputs that run, of that part.
+    running_inputs: float = 0.0
+    #: Workload a second of one replica; ``None`` when nobody knows.
+    score: float | None = None
+    #: Replicas that this needs now.
+    need: float = 0.0
+    #: Replicas that its bursts would need if they came again.
+    keep: float = 0.0
+    #: Whether anything came, waits or runs.
+    is_active: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """What the autoscaler of a worker saw and decided last, in replicas."""
+
+    least: int
+    most: int
+    #: This worker's, after the decision.
+    desired: int = 0
+    #: Those that it has, starting and failing ones among them.
+    actual: int = 0
+    #: What all workers that serve the same should have together, and how many workers that are.
+    total: int = 0
+    workers: int = 1
+    why: str = ""
+    #: Seconds from the start of a replica until it is ready, from experience.
+    start_up: float | None = None
+    #: By service; ``""`` for plain tasks. Empty while the broker cannot be read.
+    services: Mapping[str, Outlook] = dataclasses.field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +153,8 @@ class Worker:
     bands: dict[str, str] = dataclasses.field(default_factory=dict)
     #: Why results cannot be stored, so that nothing is consumed; "" while they can.
     outage: str = ""
+    #: What the autoscaler saw and decided; ``None`` for a worker of a fixed size.
+    scaling: Scaling | None = None
     #: Scores by service; ``""`` for plain tasks.
     scores: dict[str, Score] = dataclasses.field(default_factory=dict)
 

@@ -114,7 +114,9 @@ class Inputs:
         What may only run alone stays: who knows that it kills is here.
         """
         for job in self.waiting.take_out(service):
-            if not job.give_back():
+            if job.give_back():
+                self.tallies.give_back(job.number)
+            else:
                 self.waiting.put(job)
 
     def withdraw(self) -> set[children.Child]:

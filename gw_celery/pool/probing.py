@@ -49,28 +49,35 @@ class Probing:
         self._on_started = on_started
         self._on_capacity = on_capacity
         self._calls = 0
+        #: When there is something to do; see ``expect``.
+        self._next_at = math.inf
 
     def next_in(self, now: float) -> float | None:
         """Seconds until there is something to do; ``None`` when nothing is due."""
-        if not self._declared:
-            return None
-        dues = (one.checks.next_at for one in self._alive if one.checks is not None)
-        soonest = min(dues, default=math.inf)
-        return None if math.isinf(soonest) else max(0.0, soonest - now)
+        return None if math.isinf(self._next_at) else max(0.0, self._next_at - now)
+
+    def expect(self) -> None:
+        """The next ``look`` looks at every child: one may have a new state."""
+        self._next_at = -math.inf if self._declared else math.inf
 
     def look(self, now: float) -> None:
         """Call what is due, and count what has no answer in time; after reports were read."""
-        if self._declared:
-            for child in self._alive:
-                self._look_at(child, now)
+        if now < self._next_at:  # it is called for every report of a child
+            return
+        for child in self._alive:
+            self._look_at(child, now)
+        dues = (one.checks.next_at for one in self._alive if one.checks is not None)
+        self._next_at = min(dues, default=math.inf)
 
     def has_started(self, child: children.Child, now: float) -> bool:
         """Whether the startup probes of a child have passed; they are called from now on."""
+        self.expect()
         checks = self._checks_of(child, now)
         return checks is None or checks.have_started
 
     def handle(self, child: children.Child, report: list[Any], now: float) -> None:
         """Follow the answer of a probe."""
+        self.expect()
         _, call, is_ok, detail, seconds = report
         check = None if child.checks is None else child.checks.find(call)
         if check is not None:

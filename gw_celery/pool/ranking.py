@@ -124,6 +124,7 @@ class Crier:
             "destination": None,
         }
         with self._app.connection_for_write() as connection:
+            connection.connect()  # else publishing would try to, for ever
             mailbox = self._app.control.mailbox(connection)
             Producer(connection, auto_declare=False).publish(
                 message,

@@ -173,6 +173,8 @@ class Supervisor:
             for child in self._replicas:
                 self._judge(child, now)
             self._replicas.tick(now)
+            self._probing.expect()
+            self._probing.look(now)
             for service in self._probing.unready():
                 self._inputs.give_back(service)
             self._dispatch()
@@ -320,6 +322,7 @@ class Supervisor:
         is_next = child.life.state is replica.State.BENCHMARKING
         if is_next and self._measuring.is_over(child, now):
             self._replicas.became_ready(child, now)
+            self._probing.expect()
 
     def _measured(self, child: children.Child, call: int, text: str, now: float) -> None:
         try:

@@ -106,8 +106,8 @@ class Check:
         self.call = None
         if self._is_late:
             return Consequence.NOTHING
-        if answer.is_ok and answer.seconds > self.probe.timeout_s:
-            # The parent was away, and has not counted it.
+        if answer.seconds > self.probe.timeout_s:
+            # The child gave it up, or the parent was away and has not counted it.
             answer = dataclasses.replace(answer, is_ok=False, detail=self._too_late())
         return self._note(answer)
 

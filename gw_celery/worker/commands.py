@@ -11,8 +11,11 @@ from celery.worker import control
 from gw_celery import snapshot
 
 
-def status(pool: Any, hostname: str) -> snapshot.Worker:
-    """Return the picture of the worker that ``pool`` belongs to, as of its last tick."""
+def status(pool: Any, hostname: str, autoscaler: Any = None) -> snapshot.Worker:
+    """Return the picture of the worker that ``pool`` belongs to, as of its last tick.
+
+    Celery's own autoscaler has no picture.
+    """
     gate = pool.gate
     return snapshot.Worker(
         hostname=hostname,
@@ -24,6 +27,7 @@ def status(pool: Any, hostname: str) -> snapshot.Worker:
         closed_queues=gate.closed_queues() if gate else (),
         bands={} if pool.ranking is None else pool.ranking.bands(),
         outage=pool.outage(),
+        scaling=None if autoscaler is None else autoscaler.seen(),
         scores=pool.seen_scores(),
     )
 
@@ -37,14 +41,9 @@ def install() -> None:
 
 
 def install_ticks() -> None:
-    """Register those that beat has broadcast, in every worker: one that lacks them logs errors."""
-    for command in (gw_probe_tick, gw_benchmark_tick):
+    """Register those that are broadcast, in every worker: one that lacks them logs errors."""
+    for command in (gw_probe_tick, gw_benchmark_tick, gw_best_score):
         control.control_command()(command)
-
-
-def install_for_peers() -> None:
-    """Register what workers tell each other, in every worker: the others have no use for it."""
-    control.control_command()(gw_best_score)
 
 
 def describe() -> None:
@@ -60,7 +59,9 @@ def describe() -> None:
 
 def gw_status(state: Any) -> dict[str, Any]:
     """Show the replicas of a worker: state, pid, slots, in flight, restarts, last error."""
-    return status(state.consumer.pool, state.hostname).as_json()
+    scaler = state.consumer.controller.autoscaler
+    seen = scaler if hasattr(scaler, "seen") else None
+    return status(state.consumer.pool, state.hostname, seen).as_json()
 
 
 def gw_drain(state: Any, replica: int | None = None) -> dict[str, str]:

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gw_celery import conf, errors, snapshot
@@ -93,6 +93,8 @@ class Health:
             "/readyz": lambda: self._reply(is_ready(self._picture)),
             "/startupz": lambda: self._reply(self.has_started()),
         }
+        #: Called with each beat, in the thread of the loop.
+        self.watchers: list[Callable[[], None]] = []
         self._picture = Picture()
         self._has_started = False
         self._beat_at = time.monotonic()
@@ -130,6 +132,8 @@ class Health:
         self._picture = picture
         self._has_started |= picture.wanted == 0 or any(map(_is_up, picture.replicas))
         self._beat_at = time.monotonic()
+        for watch in self.watchers:
+            watch()
 
     @contextlib.contextmanager
     def connecting(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from gw_celery.worker import (
     control_queue,
     forks,
     gate,
+    metrics,
     notices,
     preset,
     serving,
@@ -50,7 +51,6 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     """
     settings = conf.read(worker.app.conf)
     preset.configure_codec(settings)
-    commands.install_for_peers()
     known = [one for one in registries if _belongs(one, worker.app)]
     _require_names(worker.app, known)
     preset.require_visibility(worker.app, known)
@@ -109,6 +109,7 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None)
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
+    metrics.install(worker, plan.service_queues)
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
     worker.app.steps["consumer"].update({gate.GateStep, control_queue.ControlStep})
     return plan

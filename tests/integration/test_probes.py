@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import probed
@@ -106,6 +107,26 @@ def test_inputs_that_wait_where_nobody_is_ready_go_to_the_other_worker(site: Sit
     assert sum(pids == [other] for pids in site.began(NAMES).values()) >= len(NAMES) - 8
 
 
+def test_on_rabbitmq_too_the_traffic_goes_to_the_worker_that_is_ready(
+    start_worker: StartWorker, tmp_path: Path, rabbitmq_url: str, result_url: str
+) -> None:
+    site = Site(start_worker, tmp_path)
+    readiness = probe("is_ready", "readiness", failures=1)
+    many = {"settings": {"worker_prefetch_multiplier": 8}, "broker": rabbitmq_url}
+    with pooling.client(rabbitmq_url, result_url) as app:
+        sick = site.start(readiness, node="sick", **many)
+        sent = [
+            app.send_task("probed.Model.rest", (name, 2.0), queue="cpu.Model") for name in NAMES
+        ]
+        eventually(lambda: sum(map(bool, site.began(NAMES).values())) == 4, 20)
+        site.switch("is_ready", "node=sick false")
+        eventually(lambda: "takes no inputs of probed.Model" in sick.log_text(), 20)
+        site.start(readiness, node="well", **many)
+        (other,) = eventually(lambda: pooling.ready_pids(site.nodes["well"], app), 20)
+        assert [one.get(timeout=60) for one in sent] == NAMES
+    assert sum(pids == [other] for pids in site.began(NAMES).values()) >= len(NAMES) - 8
+
+
 def test_a_service_beside_one_that_is_not_ready_is_served(site: Site) -> None:
     readiness = probe("is_ready", "readiness", failures=2)
     site.switch("is_ready", "false")
@@ -129,6 +150,16 @@ def test_a_replica_whose_only_service_is_not_ready_is_unready_and_alive(
     (pid,) = site.times("is_ready")
     site.switch("is_ready", "ok")
     assert probing.pids(worker) == [pid]
+
+
+def test_a_loop_that_an_input_blocks_is_told_of_with_its_task_and_line(site: Site) -> None:
+    worker = site.start()
+    sent = probed.Model().block.delay("blocks", 3.0)
+    assert sent.get(timeout=30) is None
+    told = eventually(lambda: re.search(r"event loop is .* late, .*", worker.log_text()), 20)
+    culprit = rf"because of probed\.Model\.block\[{sent.id}\], at \S+probed\.py:\d+ in block;"
+    assert re.search(culprit, told[0])
+    assert worker.log_text().count("event loop is") == 1
 
 
 def test_probes_leave_nothing_in_results_and_events(

@@ -9,6 +9,8 @@ import pytest
 from celery import Celery
 
 from benchmarks import shares
+from tests import services
+from tests.conftest import needed
 
 pytestmark = pytest.mark.integration
 
@@ -21,10 +23,14 @@ def on_redis(redis_url: str, result_url: str, tmp_path: Path) -> Iterator[Celery
 
 @pytest.fixture(params=["classic", "quorum"])
 def on_rabbitmq(
-    request: pytest.FixtureRequest, rabbitmq_url: str, result_url: str, tmp_path: Path
+    request: pytest.FixtureRequest, result_url: str, tmp_path: Path
 ) -> Iterator[Celery]:
     is_quorum = request.param == "quorum"
-    with shares.pair(rabbitmq_url, result_url, tmp_path, is_quorum=is_quorum) as client:
+    # Queues of another type by the same names exist in the tests' virtual host.
+    with (
+        needed(services.rabbitmq_vhost()) as url,
+        shares.pair(url, result_url, tmp_path, is_quorum=is_quorum) as client,
+    ):
         shares.wait_ranked(client)
         yield client
 

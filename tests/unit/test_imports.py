@@ -73,3 +73,12 @@ assert testing.in_process
 del sys.modules["pytest"]
 """
     assert "gw_celery" in loaded_by(code)
+
+
+def test_metrics_load_no_library_before_a_scrape() -> None:
+    code = """
+from gw_celery import contrib, snapshot
+from gw_celery.worker import metrics
+metrics.Metrics(lambda: snapshot.Worker(hostname="w"), {}).look()
+"""
+    assert "prometheus_client" not in loaded_by(code)

@@ -46,7 +46,7 @@ def test_a_dead_letter_is_the_message_with_why_when_who_and_how_often() -> None:
 
 def test_what_is_sent_again_is_what_was_sent_first_with_no_deaths() -> None:
     sent = message()
-    sent.headers |= {"x-delivery-count": 4, "x-death": [{"count": 1}]}
+    sent.headers |= {"x-delivery-count": 4, "gw-enqueued": 1.0, "x-death": [{"count": 1}]}
     alive = letters.revive(letters.bury(sent, DEATH))
     assert alive.headers == {"id": "a", "task": "proj.embed", "mine": "kept", "gw-requeued": True}
     assert (alive.body, alive.properties) == (sent.body, sent.properties)

@@ -127,6 +127,16 @@ def test_a_broker_that_hangs_holds_nobody_up(app: Celery, monkeypatch: pytest.Mo
     crier._thread.join(30)
 
 
+def test_a_broker_that_cannot_be_reached_is_not_waited_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with Celery("ranked", broker="amqp://127.0.0.1:1//", set_as_current=False) as app:
+        crier = ranking.Crier(app, "me@host")
+        crier.say({"embed": 1.0})
+        eventually(lambda: "ConnectionRefusedError" in caplog.text, 20)
+        crier.close()
+
+
 def test_a_broker_that_is_away_is_told_of_once(
     app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -130,6 +130,12 @@ def test_what_is_revoked_or_expires_is_given_back(pool: Pool) -> None:
     assert counts(pool) == (1, 0, 0, 0, 1)
 
 
+def test_what_goes_to_other_workers_because_no_replica_is_ready_is_given_back(pool: Pool) -> None:
+    pool.submit("a")
+    pool.inputs.give_back("embed")
+    assert counts(pool) == (1, 0, 0, 0, 1)
+
+
 def test_what_kills_and_is_given_up_is_given_back() -> None:
     pool = Pool(shared=Shared(a=3), max_deaths=3)
     job = pool.submit("a", is_redelivered=True)

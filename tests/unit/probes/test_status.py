@@ -158,6 +158,13 @@ def test_an_answer_that_the_parent_reads_late_was_in_time_by_the_childs_clock() 
     assert one.last.detail == "no answer within 3 s"
 
 
+def test_a_call_that_the_child_gave_up_had_no_answer_in_time() -> None:
+    one = asked(check("liveness"), 100)
+    one.answered(status.Answer(is_ok=False, detail="TimeoutError", seconds=3.01))
+    assert one.last is not None
+    assert (one.failures, one.last.detail) == (1, "no answer within 3 s")
+
+
 def test_nothing_counts_for_the_time_in_which_the_parent_could_not_read() -> None:
     all_checks = checks("liveness")
     (one,) = all_checks

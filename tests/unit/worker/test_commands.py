@@ -15,7 +15,14 @@ from gw_celery.pool import tally
 from gw_celery.worker import commands
 
 TALLY = tally.Tally(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
-NAMES = ("gw_status", "gw_drain", "gw_restart", "gw_probe_tick", "gw_benchmark_tick")
+NAMES = (
+    "gw_status",
+    "gw_drain",
+    "gw_restart",
+    "gw_probe_tick",
+    "gw_benchmark_tick",
+    "gw_best_score",
+)
 
 
 class Gate:
@@ -87,7 +94,8 @@ def pool() -> Pool:
 @pytest.fixture
 def state(pool: Pool) -> Any:
     """What Celery gives to every remote-control command."""
-    return SimpleNamespace(consumer=SimpleNamespace(pool=pool), hostname="gpu@host")
+    consumer = SimpleNamespace(pool=pool, controller=SimpleNamespace(autoscaler=None))
+    return SimpleNamespace(consumer=consumer, hostname="gpu@host")
 
 
 def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state: Any) -> None:
@@ -102,6 +110,7 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
         "closed_queues": ["cpu.classify"],
         "bands": {},
         "outage": "gone",
+        "scaling": None,
         "scores": {"embed": dataclasses.asdict(snapshot.Score(value=9.0)) | {"benchmarks": []}},
     }
 
@@ -183,7 +192,7 @@ def test_the_command_line_knows_commands_that_a_process_does_not_carry_out(
 @pytest.mark.usefixtures("installed")
 def test_celery_knows_the_commands_and_can_list_them() -> None:
     assert [Panel.data[name] for name in NAMES] == [getattr(commands, name) for name in NAMES]
-    assert [Panel.meta[name].type for name in NAMES] == ["inspect", *["control"] * 4]
+    assert [Panel.meta[name].type for name in NAMES] == ["inspect", *["control"] * 5]
     for name in NAMES:
         assert Panel.meta[name].help == inspect.getdoc(getattr(commands, name))
 

@@ -309,4 +309,4 @@ def test_a_stock_worker_consumes_the_queue_of_the_sweeps_as_any_other(app: gw.Ap
 def test_every_worker_knows_the_commands_that_are_broadcast(app: gw.App, pool: str) -> None:
     app.remote(gpu=gw.Gpu("CPU"))(tidy)
     prepared(app, "cpu", pool=pool)
-    assert {"gw_probe_tick", "gw_benchmark_tick"} <= set(control.Panel.data)
+    assert {"gw_probe_tick", "gw_benchmark_tick", "gw_best_score"} <= set(control.Panel.data)

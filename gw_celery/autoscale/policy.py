@@ -1,0 +1,239 @@
+"""How many replicas the load needs, and when to have fewer: pure, on a clock that is an argument.
+
+Three questions, asked in this order once a second:
+
+- ``Meter``: how much arrives, and how large are its bursts?
+- ``need`` and ``kept``: how many replicas does that take, now and should it come again?
+- ``Decider``: up at once; down only below everything that was needed of late.
+
+Two durations shape all of it: ``target_queue_time``, which an input may wait, and ``start_up``,
+which a new replica takes. `Rules.lateness` is their ratio: near 0 a replica can be ordered when it
+is needed; near 1 it comes when the burst is over, and only what is already there helps.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+
+#: Bursts are measured over these multiples of ``target_queue_time``; the last is the base load.
+SPANS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+#: The rate is taken over so many ``target_queue_time`` more where help comes at once.
+PROOF = 2.5
+#: A need is held for this many times what a new replica takes to start and to clear the queue.
+RESIDENCE = 4.0
+#: What rounding must not turn into one replica more.
+EPSILON = 1e-9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What the operator wants; durations in seconds."""
+
+    #: The share of a replica's score that is planned with.
+    target_util: float = 0.9
+    #: How long an input may wait in the queue.
+    target_queue_time: float = 10.0
+    #: To zero after this long without any input; ``None``: once ``window`` has forgotten the last.
+    inactivity_timeout: float | None = None
+    #: Workload per second that is provided for even while less arrives; above 0, never to zero.
+    min_load: float = 0.0
+    #: Expected time from the start of a replica until it is READY.
+    start_up: float = 30.0
+    #: For how long bursts are expected to come again.
+    window: float = 600.0
+
+    @property
+    def lateness(self) -> float:
+        """0: help comes at once; towards 1: long after an input should have been served."""
+        return self.start_up / (self.start_up + self.target_queue_time)
+
+    @property
+    def rate_span(self) -> float:
+        """Seconds over which the rate is taken: the later help comes, the less proof is awaited."""
+        return self.target_queue_time * (1.0 + PROOF * (1.0 - self.lateness))
+
+    @property
+    def residence(self) -> float:
+        """For how long a need that was met is held."""
+        return RESIDENCE * (self.start_up + self.target_queue_time)
+
+
+def need(
+    rate: float, backlog: float, score: float, rules: Rules, at_hand: float = math.inf
+) -> float:
+    """The replicas that one service needs now.
+
+    ``rate`` arrives per second, and ``backlog`` waits (both workload): it is to be gone within
+    ``target_queue_time`` while more arrives. ``score`` is a replica's workload per second.
+
+    What already runs is no backlog: it has its slot, and a drain lets it end. Counted again, a
+    single input that takes an hour would order hundreds of replicas. For the same reason waiting
+    inputs order no more replicas than they fill: ``at_hand`` is that number, if it is known.
+    """
+    rate = max(rate, rules.min_load)
+    late = min(backlog / (rules.target_queue_time * score), at_hand)
+    return max(rate / (score * rules.target_util), rate / score + late)
+
+
+def kept(pace: float, score: float, rules: Rules) -> float:
+    """The replicas that one service needs for its bursts, should they come again (`Meter.pace`)."""
+    return pace / (score * rules.target_util)
+
+
+class Meter:
+    """What arrives at a service, in workload: its rate, and the pace that its bursts ask for."""
+
+    __slots__ = (
+        "_arrived",
+        "_firsts",
+        "_grace",
+        "_head_room",
+        "_rate_first",
+        "_rate_span",
+        "_spans",
+        "_times",
+        "_totals",
+        "pace",
+        "rate",
+    )
+
+    def __init__(self, rules: Rules, now: float) -> None:
+        self._grace = rules.target_queue_time
+        self._head_room = 1.0 + rules.lateness
+        self._rate_span = rules.rate_span
+        self._spans = [span * rules.target_queue_time for span in SPANS]
+        # The sample that each span starts at: they only ever move on.
+        self._firsts = [0] * len(SPANS)
+        self._rate_first = 0
+        self._times = [now]
+        self._totals = [0.0]
+        self._arrived = 0.0
+        #: Workload per second that arrives now.
+        self.rate = 0.0
+        #: Workload per second that would have to be served so that no input waits too long. What
+        #: arrives within a span may be served until ``target_queue_time`` after its end: the span
+        #: that asks for most counts. What bursts ask for beyond the base load is raised by
+        #: `Rules.lateness`: the next may be larger, and what it starts would come too late for it.
+        self.pace = 0.0
+
+    def add(self, now: float, workload: float) -> None:
+        """Count what arrived since the last call.
+
+        A negative number corrects the one before: an input on its way from a queue to a worker may
+        have been seen by neither, or by both.
+        """
+        arrived = self._arrived = self._arrived + workload
+        times, totals, firsts, grace = self._times, self._totals, self._firsts, self._grace
+        times.append(now)
+        totals.append(arrived)
+        first = self._rate_first = _moved(times, self._rate_first, now - self._rate_span)
+        self.rate = max(0.0, arrived - totals[first]) / max(self._rate_span, now - times[first])
+        most = base = 0.0
+        for place, span in enumerate(self._spans):
+            first, since = firsts[place], now - span
+            while times[first + 1] <= since:
+                first += 1
+            firsts[place] = first
+            base = (arrived - totals[first]) / (now - times[first] + grace)
+            if base > most:
+                most = base
+        base = max(0.0, base)
+        self.pace = base + self._head_room * (most - base)
+        if min(first, self._rate_first) > 1_000:
+            self._forget(min(first, self._rate_first))
+
+    def _forget(self, count: int) -> None:
+        del self._times[:count]
+        del self._totals[:count]
+        self._firsts = [first - count for first in self._firsts]
+        self._rate_first -= count
+
+
+def _moved(times: list[float], first: int, since: float) -> int:
+    while times[first + 1] <= since:
+        first += 1
+    return first
+
+
+class Largest:
+    """The largest number of the last ``window`` seconds, in constant time."""
+
+    __slots__ = ("_falling", "_window")
+
+    def __init__(self, window: float) -> None:
+        self._window = window
+        self._falling: collections.deque[tuple[float, float]] = collections.deque()
+
+    def add(self, now: float, number: float) -> float:
+        """Count ``number``, and say which is the largest."""
+        falling = self._falling
+        while falling and falling[-1][1] <= number:
+            falling.pop()
+        falling.append((now, number))
+        while falling[0][0] < now - self._window:
+            falling.popleft()
+        return falling[0][1]
+
+
+class Decider:
+    """How many replicas there should be, from ``least`` to ``most``: up at once, down slowly."""
+
+    __slots__ = ("_active_at", "_kept", "_needed", "_patience", "_slack", "least", "most")
+
+    def __init__(self, rules: Rules, least: int, most: int) -> None:
+        self._needed = Largest(rules.residence)
+        self._kept = Largest(max(rules.window, rules.residence))
+        # Less than the head-room that ``target_util`` leaves is no reason to start a replica.
+        self._slack = 2.0 - rules.target_util
+        self._patience = _patience(rules)
+        self._active_at: float | None = None
+        self.update(least, most)
+
+    def update(self, least: int, most: int) -> None:
+        """Change the bounds; ``most`` is never below ``least``."""
+        self.least = max(0, least)
+        self.most = max(self.least, most)
+
+    def decide(
+        self,
+        now: float,
+        need: float | None,
+        actual: int,
+        keep: float | None = None,
+        is_active: bool | None = None,
+    ) -> int:
+        """The desired replicas.
+
+        Arguments:
+            need: replicas that the load needs now; ``None`` when nobody knows: the size is held.
+            actual: replicas that there are, starting and draining ones included.
+            keep: replicas that its bursts would need if they came again (`kept`); without it,
+                what was needed is kept for as long.
+            is_active: whether anything arrived since the last call, waits or runs; without it, a
+                need is activity.
+        """
+        if need is None:
+            return self._bounded(actual)
+        keep = need if keep is None else keep
+        wanted = max(need, keep)
+        held = max(self._needed.add(now, wanted), self._kept.add(now, keep))
+        if (need > 0 if is_active is None else is_active) or self._active_at is None:
+            self._active_at = now
+        elif self.least == 0 and now - self._active_at >= self._patience:
+            # One at a time at the end: nothing that was misread for a moment empties the pool.
+            return self._bounded(1 if actual > 1 else 0)
+        if wanted > actual * self._slack:
+            return self._bounded(max(actual, math.ceil(wanted - EPSILON)))
+        return self._bounded(min(actual, max(1, math.ceil(held - EPSILON))))
+
+    def _bounded(self, desired: int) -> int:
+        return max(self.least, min(self.most, desired))
+
+
+def _patience(rules: Rules) -> float:
+    """For how long nothing has to happen until not even one replica is left."""
+    if rules.min_load > 0:
+        return math.inf
+    return rules.window if rules.inactivity_timeout is None else rules.inactivity_timeout

@@ -1,0 +1,1 @@
+"""What the autoscaler would have done: a trace of arrivals, replayed through the policy itself."""

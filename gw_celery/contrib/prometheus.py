@@ -1,0 +1,201 @@
+"""What exporters of Celery's own figures do not have, as Prometheus metrics.
+
+A scrape renders the last picture of the worker: it asks the pool, the broker and the children
+nothing. Figures that are not known yet are left out, for 0 would be a claim.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from gw_celery import errors, snapshot
+from gw_celery.contrib import loads
+from gw_celery.pool import replica
+
+try:
+    from prometheus_client import core, exposition, registry
+except ImportError as exc:
+    raise errors.ConfigurationError(
+        "metrics were asked for and prometheus_client is not installed: "
+        "pip install 'gw-celery[metrics]'"
+    ) from exc
+
+#: What the labels call plain tasks. The key of a service has a dot in it.
+PLAIN = "plain"
+
+_SERVICE = ("service", "queue")
+#: A load behind the values of its labels.
+_Labelled = tuple[tuple[str, str], loads.Load]
+#: Metrics of each service: name, what it says, and where the figure is in its load.
+_GAUGES: tuple[tuple[str, str, Callable[[loads.Load], float | None]], ...] = (
+    (
+        "gw_queue_length",
+        "Messages in the service's queue; every worker reports the same queue: take the max.",
+        lambda load: load.queued,
+    ),
+    (
+        "gw_backlog_workload",
+        "Workload that waits, in the queue and in workers: this worker's part of it.",
+        lambda load: load.backlog,
+    ),
+    (
+        "gw_wanted_replicas",
+        "Replicas that the demand asks for: this worker's part, even beyond what it could have.",
+        lambda load: load.wanted,
+    ),
+    ("gw_score", "Workload per second of one replica.", lambda load: load.score),
+    (
+        "gw_score_drift_ratio",
+        "By what share the traffic says more than the benchmark, or less.",
+        lambda load: load.drift,
+    ),
+    (
+        "gw_capacity",
+        "Workload per second of all replicas that are READY for the service.",
+        lambda load: load.capacity,
+    ),
+    ("gw_ready_slots", "Inputs that READY replicas can run.", lambda load: load.ready_slots),
+)
+#: Of a tally: what is now, and what has been since the worker started.
+_TALLIED_NOW = (
+    ("gw_waiting", "waiting", "in this worker, without a slot"),
+    ("gw_in_flight", "running", "in its replicas"),
+)
+_TALLIED_EVER = (
+    ("gw_arrived", "arrived", "that this worker has taken"),
+    ("gw_served", "served", "that its replicas have answered"),
+)
+
+
+class Collector(registry.Collector):
+    """The metrics of one worker.
+
+    Args:
+        seen: returns its last picture, at once, from any thread.
+        queues: the queue of each service.
+    """
+
+    def __init__(self, seen: Callable[[], snapshot.Worker], queues: Mapping[str, str]) -> None:
+        self._seen = seen
+        self._queues = queues
+
+    def describe(self) -> Iterable[core.Metric]:
+        """Nothing: registering must not look at a worker that does not run yet."""
+        return ()
+
+    def collect(self) -> Iterator[core.Metric]:
+        seen = self._seen()
+        yield from _of_worker(seen)
+        yield from _of_replicas(seen.replicas)
+        labelled = [
+            ((load.service or PLAIN, self._queues.get(load.service, "")), load)
+            for load in loads.of(seen)
+        ]
+        yield from _of_services(labelled)
+        yield from _of_tallies(labelled)
+        if seen.scaling is not None:
+            yield from _of_scaling(seen.scaling)
+
+
+class Page:
+    """The metrics as a web page, on a registry that holds nothing else of this process."""
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self, seen: Callable[[], snapshot.Worker], queues: Mapping[str, str]) -> None:
+        self._registry = registry.CollectorRegistry(auto_describe=False)
+        self._registry.register(Collector(seen, queues))
+
+    def __call__(self) -> bytes:
+        return exposition.generate_latest(self._registry)
+
+
+def _of_worker(seen: snapshot.Worker) -> Iterator[core.Metric]:
+    info = core.InfoMetricFamily("gw_worker", "Celery's name of the worker.")
+    info.add_metric((), {"worker": seen.hostname})
+    yield info
+    states = Counter(one.state for one in seen.replicas)
+    counted = core.GaugeMetricFamily("gw_replicas", "Replicas by state.", labels=("state",))
+    for state in replica.State:
+        counted.add_metric((state.value,), states[state.value])
+    yield counted
+    is_open = core.GaugeMetricFamily(
+        "gw_queue_open", "Whether this worker consumes the queue now.", labels=("queue",)
+    )
+    for queue in seen.open_queues:
+        is_open.add_metric((queue,), 1)
+    for queue in seen.closed_queues:
+        is_open.add_metric((queue,), 0)
+    yield is_open
+    yield core.GaugeMetricFamily(
+        "gw_outage",
+        "Whether nothing is consumed because results cannot be stored.",
+        value=bool(seen.outage),
+    )
+
+
+def _of_scaling(scaling: snapshot.Scaling) -> Iterator[core.Metric]:
+    yield core.GaugeMetricFamily(
+        "gw_desired_replicas",
+        "Replicas that the autoscaler wants of this worker.",
+        value=scaling.desired,
+    )
+    yield core.GaugeMetricFamily(
+        "gw_capacity_replicas",
+        "Replicas that this worker may have at most.",
+        value=scaling.most,
+    )
+
+
+def _of_replicas(replicas: Iterable[snapshot.Replica]) -> Iterator[core.Metric]:
+    label = ("replica",)
+    restarts = core.CounterMetricFamily(
+        "gw_replica_restarts", "Children that ended and should not have.", labels=label
+    )
+    lag = core.GaugeMetricFamily(
+        "gw_replica_loop_lag_seconds",
+        "How late the event loop of the replica's child ran at its last heartbeat.",
+        labels=label,
+    )
+    resident = core.GaugeMetricFamily(
+        "gw_replica_resident_bytes", "Resident memory of the replica's child.", labels=label
+    )
+    for one in replicas:
+        number = (str(one.number),)
+        restarts.add_metric(number, one.restarts)
+        if one.pid is not None:
+            lag.add_metric(number, one.lag)
+            resident.add_metric(number, one.resident_bytes)
+    yield from (restarts, lag, resident)
+
+
+def _of_services(labelled: Sequence[_Labelled]) -> Iterator[core.Metric]:
+    for name, text, figure in _GAUGES:
+        gauge = core.GaugeMetricFamily(name, text, labels=_SERVICE)
+        for labels, load in labelled:
+            if (value := figure(load)) is not None:
+                gauge.add_metric(labels, value)
+        yield gauge
+
+
+def _of_tallies(labelled: Sequence[_Labelled]) -> Iterator[core.Metric]:
+    families = ((core.GaugeMetricFamily, _TALLIED_NOW), (core.CounterMetricFamily, _TALLIED_EVER))
+    for family, tallied in families:
+        for name, key, text in tallied:
+            yield _tallied(
+                family(f"{name}_workload", f"Workload {text}.", labels=_SERVICE), labelled, key
+            )
+            yield _tallied(
+                family(f"{name}_inputs", f"Inputs {text}.", labels=_SERVICE),
+                labelled,
+                f"{key}_inputs",
+            )
+
+
+def _tallied(family: Any, labelled: Sequence[_Labelled], key: str) -> core.Metric:
+    for labels, load in labelled:
+        family.add_metric(labels, load.tally.get(key, 0))
+    metric: core.Metric = family
+    return metric
