@@ -164,6 +164,11 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
     ]
     if answer.get("outage"):  # workers of an older version do not say it
         lines.append(f"  consuming is paused, results cannot be stored: {answer['outage']}")
+    if scaling := answer.get("scaling"):
+        lines.append(
+            f"  autoscaler: {scaling['actual']} replicas, {scaling['desired']} wanted, "
+            f"{scaling['least']} to {scaling['most']}: {scaling['why']}"
+        )
     for one in answer["replicas"]:
         line = (
             f"  replica {one['number']}  {one['state']:<9} pid {one['pid'] or '-'}  "

@@ -63,6 +63,14 @@ class Settings:
     worker_ttl: float | None = 60.0
     #: Replicas of a worker with the GPU pool; without it, as many as its slots need.
     replicas: int | None = None
+    #: Workload a second of each service that the autoscaler is ready for, whatever comes.
+    min_load: float | None = None
+    #: Part of its score that a replica is meant to be used by, 1 at most.
+    target_util: float = 0.9
+    #: Time within which what waits for a service should have been begun.
+    target_queue_time: float = 10.0
+    #: Time without work after which the last replica goes, where none must stay; ``None``: never.
+    inactivity_timeout: float | None = None
     #: Folder that keeps scores, a relative one in the user's cache; ``None``: none are kept.
     score_cache: str | None = "gw_celery/scores"
     #: Longest time between two ticks of beat to the probes, shorter where a probe's period is;

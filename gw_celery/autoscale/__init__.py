@@ -1,1 +1,7 @@
-"""How many replicas there should be: what decides is pure, what reads queues and starts is not."""
+"""Sizing the pool by its load; ``worker_autoscaler = "gw_celery.autoscale:Autoscaler"``."""
+
+from __future__ import annotations
+
+from gw_celery.autoscale.autoscaler import Autoscaler
+
+__all__ = ["Autoscaler"]

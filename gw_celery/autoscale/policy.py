@@ -13,6 +13,7 @@ is needed; near 1 it comes when the burst is over, and only what is already ther
 
 from __future__ import annotations
 
+import array
 import collections
 import dataclasses
 import math
@@ -23,6 +24,8 @@ SPANS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 PROOF = 2.5
 #: A need is held for this many times what a new replica takes to start and to clear the queue.
 RESIDENCE = 4.0
+#: Numbers of samples that are no longer needed are dropped by so many at a time; even.
+FORGET = 128
 #: What rounding must not turn into one replica more.
 EPSILON = 1e-9
 
@@ -35,7 +38,7 @@ class Rules:
     target_util: float = 0.9
     #: How long an input may wait in the queue.
     target_queue_time: float = 10.0
-    #: To zero after this long without any input; ``None``: once ``window`` has forgotten the last.
+    #: To zero after this long without any input; ``None``: never.
     inactivity_timeout: float | None = None
     #: Workload per second that is provided for even while less arrives; above 0, never to zero.
     min_load: float = 0.0
@@ -92,9 +95,8 @@ class Meter:
         "_head_room",
         "_rate_first",
         "_rate_span",
+        "_samples",
         "_spans",
-        "_times",
-        "_totals",
         "pace",
         "rate",
     )
@@ -107,8 +109,8 @@ class Meter:
         # The sample that each span starts at: they only ever move on.
         self._firsts = [0] * len(SPANS)
         self._rate_first = 0
-        self._times = [now]
-        self._totals = [0.0]
+        # A time and the total until then, in turn: so that a thousand fit into a processor's cache.
+        self._samples = array.array("d", [now, 0.0])
         self._arrived = 0.0
         #: Workload per second that arrives now.
         self.rate = 0.0
@@ -125,45 +127,43 @@ class Meter:
         have been seen by neither, or by both.
         """
         arrived = self._arrived = self._arrived + workload
-        times, totals, firsts, grace = self._times, self._totals, self._firsts, self._grace
-        times.append(now)
-        totals.append(arrived)
-        first = self._rate_first = _moved(times, self._rate_first, now - self._rate_span)
-        self.rate = max(0.0, arrived - totals[first]) / max(self._rate_span, now - times[first])
+        samples, firsts, grace = self._samples, self._firsts, self._grace
+        samples.append(now)
+        samples.append(arrived)
+        first, since = self._rate_first, now - self._rate_span
+        while samples[first + 2] <= since:
+            first += 2
+        self._rate_first = first
+        gained = arrived - samples[first + 1]
+        self.rate = max(0.0, gained) / max(self._rate_span, now - samples[first])
         most = base = 0.0
         for place, span in enumerate(self._spans):
             first, since = firsts[place], now - span
-            while times[first + 1] <= since:
-                first += 1
+            while samples[first + 2] <= since:
+                first += 2
             firsts[place] = first
-            base = (arrived - totals[first]) / (now - times[first] + grace)
+            base = (arrived - samples[first + 1]) / (now - samples[first] + grace)
             if base > most:
                 most = base
-        base = max(0.0, base)
+        if base < 0.0:
+            base = 0.0
         self.pace = base + self._head_room * (most - base)
-        if min(first, self._rate_first) > 1_000:
-            self._forget(min(first, self._rate_first))
+        if first > FORGET and self._rate_first > FORGET:
+            self._forget(FORGET)
 
     def _forget(self, count: int) -> None:
-        del self._times[:count]
-        del self._totals[:count]
+        del self._samples[:count]
         self._firsts = [first - count for first in self._firsts]
         self._rate_first -= count
-
-
-def _moved(times: list[float], first: int, since: float) -> int:
-    while times[first + 1] <= since:
-        first += 1
-    return first
 
 
 class Largest:
     """The largest number of the last ``window`` seconds, in constant time."""
 
-    __slots__ = ("_falling", "_window")
+    __slots__ = ("_falling", "window")
 
     def __init__(self, window: float) -> None:
-        self._window = window
+        self.window = window
         self._falling: collections.deque[tuple[float, float]] = collections.deque()
 
     def add(self, now: float, number: float) -> float:
@@ -172,7 +172,7 @@ class Largest:
         while falling and falling[-1][1] <= number:
             falling.pop()
         falling.append((now, number))
-        while falling[0][0] < now - self._window:
+        while falling[0][0] < now - self.window:
             falling.popleft()
         return falling[0][1]
 
@@ -184,17 +184,27 @@ class Decider:
 
     def __init__(self, rules: Rules, least: int, most: int) -> None:
         self._needed = Largest(rules.residence)
-        self._kept = Largest(max(rules.window, rules.residence))
+        self._kept = Largest(rules.window)
+        self._active_at: float | None = None
+        self.follow(rules)
+        self.update(least, most)
+
+    def follow(self, rules: Rules) -> None:
+        """Go by these rules; what was needed of late is not forgotten for it."""
+        self._needed.window = rules.residence
+        self._kept.window = max(rules.window, rules.residence)
         # Less than the head-room that ``target_util`` leaves is no reason to start a replica.
         self._slack = 2.0 - rules.target_util
         self._patience = _patience(rules)
-        self._active_at: float | None = None
-        self.update(least, most)
 
     def update(self, least: int, most: int) -> None:
         """Change the bounds; ``most`` is never below ``least``."""
         self.least = max(0, least)
         self.most = max(self.least, most)
+
+    def hold(self, now: float, replicas: int) -> None:
+        """Keep what an operator asked for, as if the load had."""
+        self._needed.add(now, replicas)
 
     def decide(
         self,
@@ -234,6 +244,6 @@ class Decider:
 
 def _patience(rules: Rules) -> float:
     """For how long nothing has to happen until not even one replica is left."""
-    if rules.min_load > 0:
+    if rules.min_load > 0 or rules.inactivity_timeout is None:
         return math.inf
-    return rules.window if rules.inactivity_timeout is None else rules.inactivity_timeout
+    return rules.inactivity_timeout

@@ -109,6 +109,11 @@ class Service:
         sizes = [m.batched.max_batch_size for m in self.methods.values() if m.batched]
         return 2 * max(sizes) if sizes else 1
 
+    @property
+    def target_inputs(self) -> int:
+        """Inputs in flight that one replica is meant to have."""
+        return self.max_inputs if self.concurrent is None else self.concurrent.target_inputs
+
 
 def placement(
     *,

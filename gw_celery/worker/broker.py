@@ -17,3 +17,8 @@ def redis_transport(connection: Any) -> Any | None:
 def has_priorities(connection: Any) -> bool:
     """Whether the broker prefers some consumers of a queue to others: RabbitMQ does."""
     return bool(connection.get_transport_cls().driver_type == "amqp")
+
+
+def tells_lengths(connection: Any) -> bool:
+    """Whether one can read how many messages wait in a queue. Nothing connects."""
+    return connection.get_transport_cls().driver_type in ("redis", "amqp")

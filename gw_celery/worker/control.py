@@ -44,20 +44,46 @@ def guard(plan: serving.Plan) -> None:
 
 
 def guard_size() -> None:
-    """Let ``pool_grow`` and ``autoscale`` refuse more replicas than there are devices for."""
-    grow, scale = control.pool_grow, control.autoscale
+    """Let ``pool_grow`` and ``autoscale`` refuse more replicas than there are devices for.
+
+    Under our autoscaler ``pool_grow`` and ``pool_shrink`` work, too, as they did in Celery 4.
+    """
+    grow, shrink, scale = control.pool_grow, control.pool_shrink, control.autoscale
 
     def pool_grow(state: Any, n: int = 1, **options: Any) -> dict[str, str]:
-        wanted = state.consumer.pool.limit + n
-        return _unless_refused(state, wanted, lambda: grow(state, n, **options))
+        def carry_out() -> dict[str, str]:
+            return _forced(state, "force_scale_up", n) or grow(state, n, **options)
+
+        return _unless_refused(state, state.consumer.pool.limit + n, carry_out)
+
+    def pool_shrink(state: Any, n: int = 1, **options: Any) -> dict[str, str]:
+        answer: dict[str, str] = _forced(state, "force_scale_down", n) or shrink(
+            state, n, **options
+        )
+        return answer
 
     def autoscale(state: Any, max: Any = None, min: Any = None) -> dict[str, str]:  # noqa: A002
         wanted = builtins.max(max or 0, min or 0)
         return _unless_refused(state, wanted, lambda: scale(state, max=max, min=min))
 
     pool_grow.__doc__, autoscale.__doc__ = grow.__doc__, scale.__doc__
-    control.control_command(args=[("n", int)], signature="[N=1]")(pool_grow)
+    pool_shrink.__doc__ = shrink.__doc__
+    for command in (pool_grow, pool_shrink):
+        control.control_command(args=[("n", int)], signature="[N=1]")(command)
     control.control_command(args=[("max", int), ("min", int)], signature="[max [min]]")(autoscale)
+
+
+def _forced(state: Any, how: str, slots: int) -> dict[str, str] | None:
+    """Resize at once where the autoscaler allows it; ``None`` where it does not, or there is none.
+
+    Celery's own refuses.
+    """
+    force = getattr(state.consumer.controller.autoscaler, how, None)
+    if force is None:
+        return None
+    force(slots)
+    answer: dict[str, str] = control.ok(f"now {state.consumer.pool.limit} slots")
+    return answer
 
 
 def _unless_refused(

@@ -52,7 +52,8 @@ def _log_strays(plan: serving.Plan) -> None:
 
 def _log_what_waits(plan: serving.Plan) -> None:
     """Say once what is declared but does not act on the pool in use."""
-    acting = _OF_GPU_POOL if plan.pool == serving.GPU_POOL else frozenset()
+    acting = set(_OF_GPU_POOL) if plan.pool == serving.GPU_POOL else set()
+    acting |= {"min_workers", "max_workers"} if plan.has_declared_bounds else set()
     waiting = [
         f"{service.name}: {', '.join(named)}"
         for service in plan.served

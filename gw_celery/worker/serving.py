@@ -40,6 +40,8 @@ class Plan:
     allotment: allotment.Allotment | None = None
     #: Whether it runs the sweeps that beat sends, in our pool.
     runs_sweeps: bool = False
+    #: Its size follows the load within what its services declare.
+    has_declared_bounds: bool = False
 
     @property
     def slots(self) -> dict[str, int]:

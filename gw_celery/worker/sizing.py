@@ -15,7 +15,7 @@ from billiard import cpu_count
 from gw_celery import conf, errors
 from gw_celery.declare import gpu, registry
 from gw_celery.pool import allotment, devices, machine
-from gw_celery.worker import serving
+from gw_celery.worker import broker, serving
 from gw_celery.worker.asked import Asked
 
 logger = logging.getLogger(__name__)
@@ -52,26 +52,53 @@ def allot(plan: serving.Plan) -> allotment.Allotment | None:
     return allotment.allot(needs, machine.look(plan.settings.gpu_kinds)) if needs else None
 
 
-def fit(worker: Any, plan: serving.Plan, asked: Asked | None) -> None:
-    """Set the slots of ``worker``, which Celery calls its concurrency.
+def fit(worker: Any, plan: serving.Plan, asked: Asked | None) -> bool:
+    """Set the slots of ``worker``, which Celery calls its concurrency, or their bounds.
+
+    Returns whether the bounds are those that its services declare.
 
     Raises:
         ConfigurationError: when more replicas are asked for than fit.
     """
+    _require_share(plan.settings)
     per_replica = sum(plan.slots.values())
-    scale = worker.options.get("autoscale")
+    given = worker.options.get("autoscale")
+    scale = given or declared_bounds(plan, asked)
     if scale and not isinstance(scale, str):  # text comes from programs only
-        # Celery's own options count slots, those of ``gw worker`` replicas.
+        # Celery's own options count slots, those of ``gw worker`` and of services replicas.
         unit = 1 if asked is None else per_replica
         _require_room(plan, math.ceil(max(scale) * unit / per_replica))
+        _require_lengths(worker, min(scale))
         worker.options["autoscale"] = tuple(bound * unit for bound in scale)
-        return
+        return not given
     replicas = _replicas(plan, asked)
     if replicas is not None:
         _require_room(plan, replicas)
         worker.concurrency = replicas * per_replica
     elif plan.allotment is not None:
         worker.concurrency = _slots_that_fit(worker.concurrency, plan.allotment, per_replica)
+    return False
+
+
+def declared_bounds(plan: serving.Plan, asked: Asked | None) -> tuple[int, int] | None:
+    """The most and the least replicas of a worker that ``gw worker`` started without a size.
+
+    A replica holds every service: there are as many as the greediest wants, and as many stay as the
+    neediest does. ``None`` where no service, and no setting, says anything about it.
+    """
+    settings, where = plan.settings, [one.placement for one in plan.served]
+    if asked is None or asked.replicas or settings.replicas or not where:
+        return None
+    least = max(one.min_workers for one in where)
+    declared = [one.max_workers for one in where if one.max_workers is not None]
+    if not (least or declared or settings.inactivity_timeout):
+        return None
+    fitting = plan.allotment.most if plan.allotment else None
+    if fitting is not None and len(declared) < len(where):
+        return fitting, min(least, fitting)
+    most = max([1, least, *declared])
+    most = most if fitting is None else min(most, fitting)
+    return most, min(least, most)
 
 
 def _replicas(plan: serving.Plan, asked: Asked | None) -> int | None:
@@ -80,6 +107,27 @@ def _replicas(plan: serving.Plan, asked: Asked | None) -> int | None:
         return plan.settings.replicas
     fitting = plan.allotment.most if plan.allotment else 1
     return asked.replicas or plan.settings.replicas or fitting
+
+
+def _require_share(settings: conf.Settings) -> None:
+    if settings.target_util > 1:
+        raise errors.ConfigurationError(
+            f"gw_target_util={settings.target_util:g}: must be 1 at most, the part of a replica's "
+            f"score that it is meant to be used by"
+        )
+
+
+def _require_lengths(worker: Any, least: int) -> None:
+    """Refuse to go to zero where nobody would learn of the next message."""
+    if least:
+        return
+    with worker.app.connection_for_read() as connection:
+        if not broker.tells_lengths(connection):
+            raise errors.ConfigurationError(
+                f"a worker that may have no replica must know what waits in its queues, and the "
+                f"transport {connection.transport_cls!r} does not tell: let one stay "
+                f"(min_workers=1, or --autoscale MAX,1), or use Redis or RabbitMQ"
+            )
 
 
 def _require_room(plan: serving.Plan, replicas: int) -> None:

@@ -26,6 +26,7 @@ from gw_celery.worker import (
     metrics,
     notices,
     preset,
+    scaling,
     serving,
 )
 from gw_celery.worker.pipes import Pipes
@@ -104,12 +105,16 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None)
     from gw_celery.worker import sizing
 
     plan = dataclasses.replace(plan, allotment=sizing.allot(plan), **_sweeping(worker, plan))
-    sizing.fit(worker, plan, wish)
+    is_declared = sizing.fit(worker, plan, wish)
+    plan = dataclasses.replace(plan, has_declared_bounds=is_declared)
     control.guard_size()
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
     metrics.install(worker, plan.service_queues)
+    if not conf.is_set(worker.app.conf, "worker_autoscaler"):
+        worker.autoscaler_cls = scaling.AUTOSCALER
+    worker.app.steps["worker"].add(scaling.ScalingStep)
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
     worker.app.steps["consumer"].update({gate.GateStep, control_queue.ControlStep})
     return plan

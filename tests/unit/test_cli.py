@@ -234,3 +234,11 @@ def test_without_a_dead_letter_queue_the_command_says_which_setting_it_is() -> N
     result = CliRunner().invoke(cli.gw, ["dead"], obj=SimpleNamespace(app=app))
     assert result.exit_code == 1
     assert "gw_dead_letter_queue is None" in result.stderr
+
+
+def test_the_autoscaler_says_how_many_it_wants_and_why(typed: Typed) -> None:
+    scaling = snapshot.Scaling(least=1, most=4, desired=3, actual=2, why="embed needs 2.50")
+    result = typed("status", {"gpu@host": GPU | {"scaling": scaling.as_json()}})
+    assert (
+        "  autoscaler: 2 replicas, 3 wanted, 1 to 4: embed needs 2.50" in result.output.splitlines()
+    )

@@ -18,6 +18,7 @@ from gw_celery.autoscale.simulate import cluster
 class Ours:
     """One worker's part of our policy: what the worker runs, on the simulator's facts."""
 
+    __slots__ = ("_decider", "_meter", "_positions", "_rules", "_score", "_seen")
     on_arrival = False
 
     def __init__(

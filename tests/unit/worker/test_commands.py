@@ -115,6 +115,18 @@ def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state:
     }
 
 
+def test_the_status_tells_what_our_autoscaler_decided_and_celerys_has_nothing_to_tell(
+    state: Any,
+) -> None:
+    outlook = snapshot.Outlook(queued=7, need=1.5)
+    seen = snapshot.Scaling(least=1, most=4, desired=2, services={"embed": outlook})
+    state.consumer.controller.autoscaler = SimpleNamespace(seen=lambda: seen)
+    told = json.loads(json.dumps(commands.gw_status(state)))["scaling"]
+    assert (told["desired"], told["services"]["embed"]["need"]) == (2, 1.5)
+    state.consumer.controller.autoscaler = SimpleNamespace(info=dict)
+    assert commands.gw_status(state)["scaling"] is None
+
+
 def test_a_pool_without_services_has_no_gate_and_a_status(state: Any) -> None:
     state.consumer.pool = Pool(gate=None)
     status = commands.gw_status(state)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from billiard import cpu_count
+from celery import Celery
 
 import gw_celery as gw
 from gw_celery import conf, errors
@@ -49,11 +50,16 @@ def plan_of(declared: gw.App, *queues: str, **settings: Any) -> serving.Plan:
 
 
 def fitted(
-    plan: serving.Plan, asked: Asked | None = None, slots: Any = 5, **options: Any
+    plan: serving.Plan,
+    asked: Asked | None = None,
+    slots: Any = 5,
+    broker: str = "redis://",
+    **options: Any,
 ) -> types.SimpleNamespace:
     """A worker of so many slots, after it was fitted."""
-    worker = types.SimpleNamespace(concurrency=slots, options=options)
-    sizing.fit(worker, plan, asked)
+    app = Celery("sizing", broker=broker, set_as_current=False)
+    worker = types.SimpleNamespace(concurrency=slots, options=options, app=app)
+    worker.is_declared = sizing.fit(worker, plan, asked)
     return worker
 
 
@@ -164,6 +170,96 @@ def test_autoscale_counts_replicas(declared: gw.App) -> None:
     assert worker.options["autoscale"] == (15, 5)
     with pytest.raises(errors.ConfigurationError, match="4 replicas were asked for"):
         fitted(plan_of(declared, GENERATE), Asked(), autoscale=(4, 1))
+
+
+# -- gw worker: bounds --
+
+
+def bounded(app: gw.App, *bounds: tuple[int, int | None], gpu: str = "A100") -> list[str]:
+    """The queues of services that declare ``(min_workers, max_workers)``."""
+    queues = []
+    for number, (least, most) in enumerate(bounds):
+
+        async def body(x): ...
+
+        body.__name__ = body.__qualname__ = f"bounded{number}"
+        app.remote(gpu=gw.Gpu(gpu), min_workers=least, max_workers=most)(body)
+        queues.append(f"{gw.Gpu(gpu).family}.bounded{number}")
+    app.celery.finalize()
+    return queues
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ([(1, 2)], (2, 1)),
+        ([(0, 2)], (2, 0)),
+        ([(2, None)], (3, 2)),
+        ([(1, 2), (0, 3)], (3, 1)),
+        ([(1, 2), (0, None)], (3, 1)),
+        ([(0, 1), (2, 3)], (3, 2)),
+        ([(4, 9)], (3, 3)),
+    ],
+)
+def test_replicas_are_as_many_as_the_greediest_service_wants_and_the_neediest_keeps(
+    app: gw.App, bounds: list[tuple[int, int | None]], expected: tuple[int, int]
+) -> None:
+    worker = fitted(plan_of(app, *bounded(app, *bounds)), Asked())
+    slots = len(bounds) + 1
+    assert worker.options["autoscale"] == tuple(slots * bound for bound in expected)
+    assert worker.is_declared
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"), [([(0, 4)], (4, 0)), ([(2, None)], (2, 2)), ([(1, 2), (0, 3)], (3, 1))]
+)
+def test_without_devices_bounds_are_those_that_are_declared(
+    app: gw.App, bounds: list[tuple[int, int | None]], expected: tuple[int, int]
+) -> None:
+    worker = fitted(plan_of(app, *bounded(app, *bounds, gpu="CPU")), Asked())
+    slots = len(bounds) + 1
+    assert worker.options["autoscale"] == tuple(slots * bound for bound in expected)
+
+
+def test_a_worker_that_may_go_to_zero_is_scaled_without_bounds(declared: gw.App) -> None:
+    plan = plan_of(declared, GENERATE, inactivity_timeout=60.0)
+    assert fitted(plan, Asked()).options["autoscale"] == (15, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings"),
+    [(None, {}), (Asked(replicas=2), {}), (Asked(), {"replicas": 2})],
+)
+def test_a_size_that_was_asked_for_stays(
+    app: gw.App, asked: Asked | None, settings: dict[str, Any]
+) -> None:
+    plan = plan_of(app, *bounded(app, (1, 3)), **settings)
+    worker = fitted(plan, asked, slots=4)
+    assert "autoscale" not in worker.options
+    assert (worker.concurrency, worker.is_declared) == (4, False)
+
+
+def test_bounds_that_were_asked_for_win(app: gw.App) -> None:
+    worker = fitted(plan_of(app, *bounded(app, (1, 3))), Asked(), autoscale=(2, 2))
+    assert worker.options["autoscale"] == (4, 4)
+    assert not worker.is_declared
+
+
+@pytest.mark.parametrize("broker", ["memory://", "filesystem://"])
+def test_zero_replicas_are_refused_where_nobody_learns_of_messages(
+    app: gw.App, broker: str
+) -> None:
+    queues = bounded(app, (0, 3))
+    with pytest.raises(errors.ConfigurationError, match="does not tell: let one stay"):
+        fitted(plan_of(app, *queues), Asked(), broker=broker)
+    assert fitted(plan_of(app, *queues), Asked(), broker="amqp://").options["autoscale"] == (6, 0)
+    kept = fitted(plan_of(app, *queues), Asked(), broker=broker, autoscale=(3, 1))
+    assert kept.options["autoscale"] == (6, 2)
+
+
+def test_more_than_all_of_a_score_cannot_be_used(declared: gw.App) -> None:
+    with pytest.raises(errors.ConfigurationError, match=r"gw_target_util=1\.5: must be 1 at most"):
+        fitted(plan_of(declared, GENERATE, target_util=1.5))
 
 
 # -- gw worker: queues --

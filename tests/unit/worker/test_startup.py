@@ -310,3 +310,41 @@ def test_every_worker_knows_the_commands_that_are_broadcast(app: gw.App, pool: s
     app.remote(gpu=gw.Gpu("CPU"))(tidy)
     prepared(app, "cpu", pool=pool)
     assert {"gw_probe_tick", "gw_benchmark_tick", "gw_best_score"} <= set(control.Panel.data)
+
+
+class Scaler:
+    """Celery's autoscaler, and ours."""
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+
+    def force_scale_up(self, slots: int) -> None:
+        self.pool.limit += slots
+
+    def force_scale_down(self, slots: int) -> None:
+        self.pool.limit -= slots
+
+
+@pytest.mark.parametrize(("command", "slots"), [("pool_grow", 4), ("pool_shrink", 0)])
+def test_our_autoscaler_lets_an_operator_resize_the_pool(
+    declared, command: str, slots: int
+) -> None:
+    prepared(declared, "gpu", pool=OURS)
+    pool = pool_of(allows=4)
+    controller = types.SimpleNamespace(autoscaler=Scaler(pool))
+    consumer = types.SimpleNamespace(pool=pool, controller=controller)
+    answer = control.Panel.data[command](types.SimpleNamespace(consumer=consumer), n=2)
+    assert (answer, pool.limit) == ({"ok": f"now {slots} slots"}, slots)
+    controller.autoscaler = object()
+    answer = control.Panel.data[command](types.SimpleNamespace(consumer=consumer), n=0)
+    assert "not supported with autoscale" in answer["error"]
+
+
+def test_workers_with_our_pool_have_our_autoscaler_unless_the_project_chose_one(declared) -> None:
+    worker = worker_of(declared.celery, "gpu", pool=OURS)
+    startup.prepare(worker, [declared.registry])
+    assert worker.autoscaler_cls == "gw_celery.autoscale:Autoscaler"
+    declared.celery.conf.worker_autoscaler = "celery.worker.autoscale:Autoscaler"
+    worker = worker_of(declared.celery, "gpu", pool=OURS)
+    startup.prepare(worker, [declared.registry])
+    assert not hasattr(worker, "autoscaler_cls")

@@ -1,0 +1,349 @@
+"""Celery's autoscaler for the GPU pool: sizes it once a second, in whole replicas.
+
+Everything here runs in the thread of the worker's loop, or in Celery's autoscaler thread where the
+transport has no loop; what waits for the broker is in ``demand``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from celery.worker import autoscale
+from kombu.asynchronous import get_event_loop
+
+from gw_celery import conf, snapshot
+from gw_celery.autoscale import demand, facts, outlook, policy, startup
+from gw_celery.declare import services
+from gw_celery.pool import tally, taskpool
+from gw_celery.worker import hooks, serving
+
+logger = logging.getLogger(__name__)
+
+_ROUND = 1.0
+#: A start-up that differs by less than this factor, and a second, is the same.
+_NEAR = 1.5
+#: What beat sends to workers is no work for replicas.
+_CONTROL_QUEUE = "gw.control"
+
+
+class Autoscaler(autoscale.Autoscaler):
+    """Grows the pool when its services need more replicas, and drains those that none needs.
+
+    Bounds are in slots, as everything that Celery counts, and rounded up to whole replicas. On any
+    other pool this is Celery's own autoscaler.
+    """
+
+    def __new__(cls, pool: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(pool, taskpool.TaskPool):
+            return autoscale.Autoscaler(pool, *args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        pool: taskpool.TaskPool,
+        max_concurrency: int,
+        min_concurrency: int = 0,
+        worker: Any = None,
+        keepalive: float = _ROUND,
+        mutex: Any = None,
+    ) -> None:
+        super().__init__(pool, max_concurrency, min_concurrency, worker, keepalive, mutex)
+        plan = hooks.plan()
+        self._slots = plan.slots if plan else {services.PLAIN: 1}
+        self._targets = {one.key: one.target_inputs for one in plan.served} if plan else {}
+        self._unit = sum(self._slots.values())
+        self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
+        settings = conf.read(worker.app.conf)
+        self._rules = _rules(settings)
+        self._decider = policy.Decider(self._rules, self._least, self._most)
+        self._start_up = startup.StartUp()
+        self._services: dict[str, outlook.Service] = {}
+        self._seats = outlook.Seats()
+        self._life = uuid.uuid4().hex[:12]
+        self._demand = demand.Demand(
+            worker.app, _queues(worker.app, plan), worker.hostname, self._on_read
+        )
+        self._seen = snapshot.Scaling(least=self._least, most=self._most)
+        self._hub: Any = None
+        self._asked = threading.Event()
+        self._judged: demand.Reading | None = None
+        self._is_over = False
+
+    # -- the life of the worker --
+
+    def begin(self) -> None:
+        """Start to look at the broker."""
+        self._demand.start()
+
+    def end(self) -> None:
+        """The worker stops: its size is its pool's own business from now on."""
+        self._is_over = True
+        self._asked.set()
+        self._demand.close()
+
+    def body(self) -> None:
+        """One turn of Celery's thread, where the transport has no event loop."""
+        with self.mutex:
+            self.maybe_scale()
+        self._asked.wait(_ROUND)
+        self._asked.clear()
+
+    def maybe_scale(self, req: Any = None) -> None:
+        """Decide when something new has been read, once a second; a message decides nothing."""
+        if req is not None or self._is_over:
+            return
+        self._hub = get_event_loop()
+        reading = self._demand.latest()
+        if reading is None:
+            self._hold()
+        elif reading is not self._judged:
+            self._judged = reading
+            self._decide(reading, time.monotonic())
+
+    def on_task_received(self, req: Any) -> None:
+        """Celery's own autoscaler notes the time; the thread counts what comes."""
+
+    # -- what operators steer and see --
+
+    def update(self, max: int | None = None, min: int | None = None) -> tuple[int, int]:  # noqa: A002
+        """Change the bounds, in slots; returns them, in whole replicas.
+
+        Raises:
+            ValueError: for a lower bound over the upper one.
+        """
+        most = self._most if max is None else self._replicas(max)
+        least = self._least if min is None else self._replicas(min)
+        if least > most or most < 1:
+            raise ValueError(
+                f"max={most * self._unit} and min={least * self._unit} slots: min must not be "
+                f"over max, nor max less than 1; give both"
+            )
+        with self.mutex:
+            self._set_bounds(most, least)
+            self._resize(self._clamped(self.pool.wanted), "its bounds were changed")
+        return self.max_concurrency, self.min_concurrency
+
+    def force_scale_up(self, n: int) -> None:
+        """Grow by ``n`` slots now, over the upper bound if need be; what is not needed goes later.
+
+        Celery's ``pool_grow``.
+        """
+        with self.mutex:
+            wanted = self.pool.wanted + self._replicas(n)
+            self._set_bounds(max(self._most, wanted), self._least)
+            self._decider.hold(time.monotonic(), wanted)
+            self._resize(wanted, "an operator asked for more")
+
+    def force_scale_down(self, n: int) -> None:
+        """Shrink by ``n`` slots now, under the lower bound if need be; what is needed comes back.
+
+        Celery's ``pool_shrink``.
+        """
+        with self.mutex:
+            wanted = max(0, self.pool.wanted - self._replicas(n))
+            self._set_bounds(self._most, min(self._least, wanted))
+            self._resize(wanted, "an operator asked for less")
+
+    def info(self) -> dict[str, Any]:
+        """Celery's figures, in slots, and ours, in replicas, under ``gw``."""
+        return {**super().info(), "gw": self._seen.as_json()}
+
+    def seen(self) -> snapshot.Scaling:
+        """The picture of the last decision."""
+        return self._seen
+
+    # -- deciding --
+
+    def _decide(self, reading: demand.Reading, now: float) -> None:
+        self._learn(now)
+        # Seen together with the queues: what has moved from there since would be counted twice.
+        mine = self._facts()
+        self._demand.tell(mine)
+        seen = {key: self._outlook(key, told, reading, now) for key, told in mine.items()}
+        group = outlook.group_of(mine, reading.peers)
+        total = self._total(seen, group, now)
+        target = self._clamped(self._part(group, total))
+        why = _why(seen, total, len(group))
+        self._see(target, why, seen, total, len(group))
+        self._resize(target, why)
+
+    def _hold(self) -> None:
+        """What waits is not known: keep the size, within its bounds."""
+        target = self._clamped(self.pool.wanted)
+        self._see(target, "the broker tells nothing: the size is kept", {}, target, 1)
+        self._resize(target, self._seen.why)
+
+    def _learn(self, now: float) -> None:
+        """Follow how long a start takes; what depends on it begins anew when that has changed."""
+        self._start_up.see(self.pool.replicas(), now)
+        seconds = self._start_up.seconds
+        if seconds is None or _is_near(seconds, self._rules.start_up):
+            return
+        self._rules = dataclasses.replace(self._rules, start_up=seconds)
+        self._services.clear()
+        self._decider.follow(self._rules)
+
+    def _total(
+        self, seen: Mapping[str, snapshot.Outlook], group: Sequence[facts.Facts], now: float
+    ) -> int:
+        """Replicas that the group of workers should have together."""
+        least = sum(one.least for one in group)
+        if self._rules.inactivity_timeout is None:
+            least = max(1, least)
+        # One's own replicas that fail are not given up: others would start with no patience.
+        self._decider.update(least, self._most + sum(one.capacity for one in group[1:]))
+        return self._decider.decide(
+            now,
+            sum(one.need for one in seen.values()),
+            sum(one.replicas for one in group),
+            sum(one.keep for one in seen.values()),
+            self._start_up.is_loading or any(one.is_active for one in seen.values()),
+        )
+
+    def _part(self, group: Sequence[facts.Facts], total: int) -> int:
+        """This worker's replicas of those of the group.
+
+        One that fails to start is taken over by others, and is tried here all the same.
+        """
+        me, *others = group
+        whole = dataclasses.replace(me, capacity=self._most)
+        return max(self._seats.part([one, *others], me.worker, total) for one in {me, whole})
+
+    def _facts(self) -> dict[str, facts.Facts]:
+        tallies, scores = self.pool.tallies(), self.pool.scores()
+        replicas = self.pool.replicas()
+        failing = sum(one.state == "failed" and one.restarts > 0 for one in replicas)
+        serves = ",".join(sorted(self._slots))
+        found = {}
+        for key in self._slots:
+            held = tallies.get(key, tally.Tally())
+            found[key] = facts.Facts(
+                worker=self.worker.hostname,
+                serves=serves,
+                capacity=max(0, self._most - failing),
+                least=self._least,
+                replicas=max(len(replicas), self.pool.wanted),
+                score=scores.get(key),
+                # What was given back to its queue comes again from there.
+                taken=held.arrived - held.given_back,
+                life=self._life,
+                waiting=held.waiting,
+                waiting_inputs=held.waiting_inputs,
+                running_inputs=held.running_inputs,
+                mean=held.mean,
+            )
+        return found
+
+    def _outlook(
+        self, key: str, mine: facts.Facts, reading: demand.Reading, now: float
+    ) -> snapshot.Outlook:
+        if (service := self._services.get(key)) is None:
+            service = outlook.Service(self._targets.get(key, 1), self._rules, now)
+            self._services[key] = service
+        length = None if reading.lengths is None else reading.lengths.get(key)
+        consumers = None if length is None else length.consumers
+        if consumers is not None and not self.pool.ready_by_service().get(key):
+            consumers += 1  # it would be one, and its queue is closed
+        return service.see(
+            now,
+            mine,
+            None if reading.peers is None else reading.peers.get(key, ()),
+            queued=None if length is None else length.messages,
+            consumers=consumers,
+        )
+
+    def _resize(self, replicas: int, why: str) -> None:
+        wanted = self.pool.wanted
+        self._demand.is_at_zero = replicas == 0
+        if replicas == wanted:
+            return
+        logger.info("%d replicas instead of %d: %s", replicas, wanted, why)
+        slots = replicas * self._unit - self.pool.limit
+        if slots > 0:
+            self.pool.grow(slots)
+        else:
+            self.pool.shrink(-slots)
+        self.pool.maintain_pool()
+
+    def _see(
+        self,
+        target: int,
+        why: str,
+        seen: Mapping[str, snapshot.Outlook],
+        total: int,
+        workers: int,
+    ) -> None:
+        self._seen = snapshot.Scaling(
+            least=self._least,
+            most=self._most,
+            desired=target,
+            actual=self.pool.wanted,
+            total=total,
+            workers=workers,
+            why=why,
+            start_up=self._start_up.seconds,
+            services=seen,
+        )
+
+    def _on_read(self) -> None:
+        """Called in the thread: have it judged now, while it is true."""
+        if self._is_over:
+            return
+        if self._hub is not None:
+            self._hub.call_soon(self.maybe_scale)
+        else:
+            self._asked.set()
+
+    def _replicas(self, slots: int) -> int:
+        return math.ceil(slots / self._unit)
+
+    def _set_bounds(self, most: int, least: int) -> None:
+        self._most, self._least = most, least
+        self.max_concurrency, self.min_concurrency = most * self._unit, least * self._unit
+
+    def _clamped(self, replicas: int) -> int:
+        return max(self._least, min(self._most, replicas))
+
+
+def _is_near(seconds: float, known: float) -> bool:
+    return known / _NEAR <= seconds + 1.0 <= known * _NEAR + 2.0
+
+
+def _rules(settings: conf.Settings) -> policy.Rules:
+    return policy.Rules(
+        target_util=settings.target_util,
+        target_queue_time=settings.target_queue_time,
+        inactivity_timeout=settings.inactivity_timeout,
+        min_load=settings.min_load or 0.0,
+    )
+
+
+def _queues(app: Any, plan: serving.Plan | None) -> dict[str, list[str]]:
+    """The queues of each service; those of plain tasks are together."""
+    found: dict[str, list[str]] = {}
+    names = app.amqp.queues.consume_from if plan is None else plan.queues
+    known = {} if plan is None else plan.service_queues
+    for name in names:
+        if name != _CONTROL_QUEUE:
+            found.setdefault(known.get(name, services.PLAIN), []).append(name)
+    return found
+
+
+def _why(seen: Mapping[str, snapshot.Outlook], total: int, workers: int) -> str:
+    """Say what the services need, those that need nothing left out."""
+    told = [
+        f"{key or 'plain tasks'} needs {one.need:.2f} ({one.rate:.3g}/s come, "
+        f"{one.waiting:.3g} wait, a replica does "
+        f"{'?' if one.score is None else format(one.score, '.3g')}/s)"
+        for key, one in seen.items()
+        if one.need > 0
+    ]
+    among = f"; {total} in all among {workers} workers" if workers > 1 else ""
+    return ("; ".join(told) or "nothing waits or comes") + among

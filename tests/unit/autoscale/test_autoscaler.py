@@ -1,0 +1,353 @@
+"""The autoscaler on a pool without processes, with a broker that says what the test says."""
+
+from __future__ import annotations
+
+import logging
+import time
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.worker import autoscale as celerys
+
+import gw_celery.autoscale
+from gw_celery import snapshot
+from gw_celery.autoscale import autoscaler, demand, facts, lengths
+from gw_celery.pool import tally, taskpool
+from gw_celery.worker import hooks
+
+SLOTS = {"model": 4, "": 1}
+
+
+class Pool(taskpool.TaskPool):
+    """Only its size, and what it says of its work."""
+
+    def __init__(self, limit: int = 5) -> None:
+        self.limit = limit
+        self.held: dict[str, tally.Tally] = {}
+        self.known_scores: dict[str, float | None] = {"model": 10.0}
+        self.failed = 0
+        self.maintained = 0
+
+    @property
+    def wanted(self) -> int:
+        return -(-self.limit // 5)
+
+    def grow(self, n: int = 1) -> None:
+        self.limit += n
+
+    def shrink(self, n: int = 1) -> None:
+        self.limit = max(0, self.limit - n)
+
+    def maintain_pool(self, *args: Any, **kwargs: Any) -> None:
+        self.maintained += 1
+
+    def replicas(self) -> tuple[snapshot.Replica, ...]:
+        return tuple(
+            snapshot.Replica(
+                number=number,
+                state="failed" if number < self.failed else "ready",
+                restarts=int(number < self.failed),
+            )
+            for number in range(self.wanted)
+        )
+
+    def tallies(self) -> dict[str, tally.Tally]:
+        return self.held
+
+    def scores(self) -> dict[str, float | None]:
+        return self.known_scores
+
+    def ready_by_service(self) -> dict[str, int]:
+        return {key: slots * self.wanted for key, slots in SLOTS.items()}
+
+
+class Scaled:
+    """The autoscaler of a worker, its pool, and a clock that steps a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+        self.app = Celery("scaled", broker="memory://", set_as_current=False)
+        self.app.conf.update(settings)
+        self.pool = Pool()
+        served = [types.SimpleNamespace(key="model", target_inputs=4)]
+        plan = types.SimpleNamespace(
+            slots=SLOTS, served=served, queues=["cpu.model"], service_queues={"cpu.model": "model"}
+        )
+        monkeypatch.setattr(hooks, "_plan", plan)
+        worker = types.SimpleNamespace(app=self.app, hostname="gpu@me")
+        self.scaler = autoscaler.Autoscaler(self.pool, 20, 5, worker=worker)
+        self.now = 1000.0
+        self.queued: int | None = 0
+        self.peers: tuple[facts.Facts, ...] | None = None
+        monkeypatch.setattr(self.scaler._demand, "latest", self.latest)
+        monkeypatch.setattr(autoscaler, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+
+    def latest(self) -> demand.Reading | None:
+        if self.queued is None:
+            return None
+        counted = {"model": lengths.Length(self.queued)}
+        others = None if self.peers is None else {"model": self.peers, "": self.peers}
+        return demand.Reading(at=self.now, lengths=counted, peers=others)
+
+    def after(self, seconds: int = 1) -> int:
+        for _ in range(seconds):
+            self.now += 1.0
+            self.scaler.maybe_scale()
+        return self.pool.wanted
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scaled]:
+    scaled = Scaled(monkeypatch)
+    yield scaled
+    scaled.app.close()
+
+
+def test_it_is_found_where_the_setting_names_it() -> None:
+    assert gw_celery.autoscale.Autoscaler is autoscaler.Autoscaler
+
+
+def test_another_pool_has_celerys_own() -> None:
+    pool: Any = types.SimpleNamespace(num_processes=1)
+    found = autoscaler.Autoscaler(pool, 3, 1, worker=None, mutex=None)
+    assert type(found) is celerys.Autoscaler
+    assert (found.max_concurrency, found.keepalive) == (3, celerys.AUTOSCALE_KEEPALIVE)
+
+
+def test_it_grows_at_once_by_what_waits_and_has_children_started_at_once(scaled: Scaled) -> None:
+    scaled.queued = 290
+    assert scaled.after(1) == 3
+    assert (scaled.pool.limit, scaled.pool.maintained) == (15, 1)
+
+
+def test_it_grows_no_further_than_its_bound(scaled: Scaled) -> None:
+    scaled.queued = 100_000
+    assert scaled.after(1) == 4
+
+
+def test_it_shrinks_when_nothing_has_come_for_long_and_no_further_than_its_bound(
+    scaled: Scaled,
+) -> None:
+    scaled.queued = 290
+    scaled.after(1)
+    scaled.queued = 0
+    assert scaled.after(30) == 3
+    assert scaled.after(1500) == 1
+
+
+def test_a_message_decides_nothing(scaled: Scaled) -> None:
+    scaled.queued = 1000
+    scaled.now += 1.0
+    scaled.scaler.maybe_scale(object())
+    assert scaled.pool.wanted == 1
+
+
+def test_what_was_read_is_judged_once_however_many_timers_there_are(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided: list[Any] = []
+    monkeypatch.setattr(scaled.scaler, "_decide", lambda *given: decided.append(given))
+    reading = scaled.latest()
+    monkeypatch.setattr(scaled.scaler._demand, "latest", lambda: reading)
+    for _ in range(3):
+        scaled.scaler.maybe_scale()
+    assert decided == [(reading, scaled.now)]
+
+
+def test_a_worker_that_stops_is_left_alone(scaled: Scaled) -> None:
+    scaled.scaler.end()
+    scaled.queued = 1000
+    assert scaled.after(3) == 1
+
+
+def test_a_broker_that_cannot_be_read_holds_the_size(scaled: Scaled) -> None:
+    scaled.queued = 290
+    scaled.after(1)
+    scaled.queued = None
+    assert scaled.after(3000) == 3
+    assert "kept" in scaled.scaler.seen().why
+
+
+def test_what_the_worker_holds_counts_with_what_waits(scaled: Scaled) -> None:
+    scaled.pool.held = {"model": tally.Tally(arrived=290.0, waiting=290.0, waiting_inputs=290)}
+    assert scaled.after(1) == 3
+
+
+def test_without_a_score_slots_are_counted(scaled: Scaled) -> None:
+    scaled.pool.known_scores = {}
+    scaled.queued = 10
+    assert scaled.after(1) == 3
+
+
+def test_to_zero_only_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for timeout, expected in ((None, 1), (60.0, 0)):
+        scaled = Scaled(monkeypatch, gw_inactivity_timeout=timeout)
+        scaled.scaler.update(min=0)
+        assert scaled.after(50) == 1
+        assert scaled.after(3000) == expected
+        assert scaled.scaler._demand.is_at_zero is (expected == 0)
+        scaled.queued = 1
+        assert scaled.after(1) == 1
+        scaled.app.close()
+
+
+def test_before_the_last_replica_goes_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled = Scaled(monkeypatch, gw_inactivity_timeout=2000.0)
+    scaled.scaler.update(min=0)
+    scaled.queued = 290
+    scaled.after(1)
+    scaled.queued = 0
+    sizes = [scaled.after(1) for _ in range(3000)]
+    assert set(sizes) >= {3, 1, 0}
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes.count(1) > 1
+    scaled.app.close()
+
+
+def test_a_replica_that_loads_for_longer_than_that_does_not_go_before_it_was_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scaled = Scaled(monkeypatch, gw_inactivity_timeout=5.0)
+    scaled.scaler.update(min=0)
+    loading = snapshot.Replica(number=0, state="entering", pid=7)
+    with monkeypatch.context() as patch:
+        patch.setattr(scaled.pool, "replicas", lambda: (loading,))
+        assert scaled.after(60) == 1
+    assert scaled.after(4) == 1
+    assert scaled.after(4) == 0
+    scaled.app.close()
+
+
+# -- several workers --
+
+
+def other(name: str, **given: Any) -> facts.Facts:
+    told: dict[str, Any] = {"capacity": 4, "score": 10.0, "serves": ",model"}
+    return facts.Facts(worker=name, **(told | given))
+
+
+def test_two_workers_do_not_each_scale_for_the_whole_queue(scaled: Scaled) -> None:
+    scaled.peers = (other("gpu@two", replicas=1, least=1),)
+    scaled.queued = 390
+    assert scaled.after(1) == 2
+    assert (scaled.scaler.seen().total, scaled.scaler.seen().workers) == (4, 2)
+
+
+def test_a_worker_that_is_gone_leaves_its_part_to_the_others(scaled: Scaled) -> None:
+    scaled.peers = (other("gpu@two", replicas=1, least=1),)
+    scaled.queued = 390
+    scaled.after(1)
+    scaled.peers = ()
+    assert scaled.after(1) == 4
+
+
+def test_a_replica_that_cannot_start_is_taken_over_and_tried_on(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled.queued = 190
+    scaled.after(1)
+    scaled.pool.failed = 2
+    scaled.peers = (other("gpu@two", least=1),)
+    told: dict[str, facts.Facts] = {}
+    monkeypatch.setattr(scaled.scaler._demand, "tell", told.update)
+    assert scaled.after(1) >= 1
+    assert told["model"].capacity == 2
+    assert scaled.pool.wanted >= 1
+
+
+def test_replicas_that_all_fail_are_tried_on_and_not_made_anew(scaled: Scaled) -> None:
+    scaled.queued = 100_000
+    assert scaled.after(1) == 4
+    scaled.pool.failed = 4
+    assert {scaled.after(1) for _ in range(60)} == {4}
+
+
+# -- operators --
+
+
+def test_bounds_are_slots_rounded_up_to_replicas(scaled: Scaled) -> None:
+    assert scaled.scaler.update(max=11, min=6) == (15, 10)
+    assert scaled.pool.wanted == 2
+    assert scaled.scaler.update(max=10) == (10, 10)
+    scaled.queued = 100_000
+    assert scaled.after(1) == 2
+
+
+def test_less_than_there_are_are_drained_at_once(scaled: Scaled) -> None:
+    scaled.queued = 100_000
+    scaled.after(1)
+    scaled.scaler.update(max=5)
+    assert scaled.pool.wanted == 1
+
+
+@pytest.mark.parametrize("bounds", [{"max": 3, "min": 8}, {"min": 21}, {"max": 0, "min": 0}])
+def test_bounds_that_contradict_each_other_are_refused(
+    scaled: Scaled, bounds: dict[str, int]
+) -> None:
+    with pytest.raises(ValueError, match="give both"):
+        scaled.scaler.update(**bounds)
+    assert (scaled.scaler.max_concurrency, scaled.scaler.min_concurrency) == (20, 5)
+
+
+def test_an_operator_resizes_it_at_once_and_beyond_its_bounds(scaled: Scaled) -> None:
+    scaled.scaler.force_scale_up(5)
+    assert scaled.pool.wanted == 2
+    assert scaled.after(60) == 2
+    assert scaled.after(1500) == 1
+    scaled.scaler.force_scale_up(23)
+    assert (scaled.pool.wanted, scaled.scaler.max_concurrency) == (6, 30)
+    scaled.scaler.force_scale_down(30)
+    assert (scaled.pool.wanted, scaled.scaler.min_concurrency) == (0, 0)
+    scaled.queued = 1
+    assert scaled.after(1) == 1
+
+
+def test_it_says_what_it_saw_and_decided(scaled: Scaled, caplog: pytest.LogCaptureFixture) -> None:
+    scaled.queued = 290
+    with caplog.at_level(logging.INFO):
+        scaled.after(3)
+    said = [one.message for one in caplog.records if "replicas instead" in one.message]
+    assert said == [
+        "3 replicas instead of 1: model needs 2.90 (0/s come, 290 wait, a replica does 10/s)"
+    ]
+    info = scaled.scaler.info()
+    assert (info["max"], info["min"], info["current"]) == (20, 5, 15)
+    assert info["gw"]["desired"] == info["gw"]["actual"] == 3
+    assert info["gw"]["services"]["model"]["queued"] == 290
+
+
+def test_a_start_takes_as_long_as_it_has_taken(scaled: Scaled, monkeypatch: Any) -> None:
+    loading = snapshot.Replica(number=0, state="entering", pid=7, seconds_in_state=0.0)
+    monkeypatch.setattr(scaled.pool, "replicas", lambda: (loading,))
+    scaled.after(1)
+    scaled.now += 100.0
+    ready = snapshot.Replica(number=0, state="ready", pid=7, seconds_in_state=1.0)
+    monkeypatch.setattr(scaled.pool, "replicas", lambda: (ready,))
+    scaled.after(1)
+    assert scaled.scaler.seen().start_up == pytest.approx(100.0)
+    assert scaled.scaler._rules.start_up == pytest.approx(100.0)
+
+
+# -- without an event loop --
+
+
+def test_celerys_thread_decides_where_there_is_no_loop(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoscaler, "_ROUND", 0.01)
+    monkeypatch.setattr(autoscaler, "time", time)
+    scaled.queued = 290
+    scaled.scaler.body()
+    assert scaled.pool.wanted == 3
+
+
+def test_what_was_read_is_judged_in_the_thread_of_the_loop_at_once(scaled: Scaled) -> None:
+    woken: list[Any] = []
+    scaled.scaler._hub = types.SimpleNamespace(call_soon=woken.append)
+    scaled.scaler._on_read()
+    assert woken == [scaled.scaler.maybe_scale]
+    scaled.scaler.end()
+    scaled.scaler._on_read()
+    assert len(woken) == 1
