@@ -27,7 +27,7 @@ _OF_TIME = 0.9
 
 
 #: Seconds for which it is believed what waits in the broker.
-_RECENT = 3.0
+_RECENT = 5.0
 #: Rounds of a benchmark that operators see: what they see travels to whoever asks.
 _MOST_SHOWN = 100
 

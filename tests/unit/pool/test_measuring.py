@@ -245,7 +245,7 @@ def test_full_replicas_correct_the_score_and_a_drift_is_told_once(
     assert "the score of embed is 44.72/s, -55 % from the benchmark's 100/s" in record.getMessage()
 
 
-@pytest.mark.parametrize(("age", "is_learnt"), [(0.0, True), (5.0, False)])
+@pytest.mark.parametrize(("age", "is_learnt"), [(0.0, True), (6.0, False)])
 def test_a_queue_that_was_seen_to_hold_more_shows_that_replicas_are_full(
     age: float, *, is_learnt: bool
 ) -> None:
