@@ -41,9 +41,9 @@ def scores(worker: WorkerProcess) -> dict[str, Any]:
 def score_of(worker: WorkerProcess, service: str) -> dict[str, Any]:
     """The score of a service that has been measured; what stats shows is a second old."""
 
-    def look() -> dict[str, Any] | None:
+    def look() -> dict[str, Any]:
         found: dict[str, Any] = scores(worker)[service]
-        return found if found["measured"] else None
+        return found if found["measured"] else {}
 
     return eventually(look, 20)
 
@@ -200,6 +200,27 @@ def test_an_idle_replica_is_measured_again_and_serves_again(start: Any, ledger_p
     assert pooling.ready_pids(worker, measured.celery) in ([], [pid])
     eventually(lambda: score_of(worker, "measured.rest")["benchmarks"][0]["age"] < 5.0)
     assert not score_of(worker, "measured.rest")["benchmarks"][0]["is_kept"]
+
+
+def both(pids: list[int]) -> list[int]:
+    """The children of two replicas, once there are two."""
+    return pids if len(pids) == 2 else []
+
+
+def test_a_tick_has_idle_replicas_measured_again_one_at_a_time(
+    start: Any, ledger_path: Path
+) -> None:
+    worker = start("shared", replicas=2, settings={"gw_benchmark_period": None})
+    pids = set(eventually(lambda: both(pooling.ready_pids(worker, measured.celery)), 20))
+    before = len(ledger.words(ledger_path, "batch"))
+    measured.celery.control.broadcast("gw_benchmark_tick", destination=[worker.node])
+
+    def again() -> list[int]:
+        return [int(line[0]) for line in ledger.words(ledger_path, "batch")[before:]]
+
+    eventually(lambda: len(again()) == 16, 20)
+    first = again()[0]
+    assert again() == [first] * 8 + [*(pids - {first})] * 8
 
 
 def test_a_worker_that_stops_does_not_wait_for_a_benchmark(start: Any, ledger_path: Path) -> None:
