@@ -30,7 +30,6 @@ from gw_celery.pool import (
     ranking,
     supervisor,
     tally,
-    ticks,
 )
 from gw_celery.pool.redis_found import redis_of
 from gw_celery.worker import control_queue, fatal, gate, health, hooks, notices
@@ -62,7 +61,8 @@ class TaskPool(BasePool):
         #: The same for the queue of the sweeps.
         self.control: control_queue.ControlQueue | None = None
         self._lane = lane.Lane(self._wake)
-        self.ticks = ticks.Ticks()
+        #: When each tick of beat came last.
+        self._ticked: dict[str, float] = {}
         self.limit = limit or 1
         self._setup = places.Setup(
             settings=settings,
@@ -234,12 +234,12 @@ class TaskPool(BasePool):
 
     def probe_tick(self) -> None:
         """Call the probes that are due now; they are called without it, too."""
-        self.ticks.heard(ticks.Kind.PROBE, jobs.now())
+        self._ticked["probe"] = jobs.now()
         self.supervisor.probe_tick()
 
     def benchmark_tick(self) -> None:
         """Have every replica measured again, one after the other, when it has nothing to do."""
-        self.ticks.heard(ticks.Kind.BENCHMARK, jobs.now())
+        self._ticked["benchmark"] = jobs.now()
         self.supervisor.measure_again()
 
     # -- what is seen from outside --
@@ -294,7 +294,7 @@ class TaskPool(BasePool):
             "gw_outage": self.outage(),
             "gw_tallies": {key: dataclasses.asdict(one) for key, one in self.tallies().items()},
             "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
-            "gw_tick_ages": self.ticks.ages(jobs.now()),
+            "gw_tick_ages": {kind: jobs.now() - at for kind, at in self._ticked.items()},
         }
 
     # -- driving --

@@ -36,7 +36,6 @@ FLOORS = {
     "gw_celery.pool.letters": 2,
     "gw_celery.pool.replica": 2,
     "gw_celery.pool.tally": 2,
-    "gw_celery.pool.ticks": 2,
     "gw_celery.probes.status": 2,
     "gw_celery.benchmarks.score": 2,
     "gw_celery.autoscale.facts": 2,

@@ -198,7 +198,9 @@ class Odd:
 
 
 @pytest.mark.parametrize(
-    "value", [b"bytes", {1, 2}, {1: 2}, {(1, 2): 3}, Odd(), object, len, lambda: 1, 1j], ids=repr
+    "value",
+    [b"bytes", {1, 2}, {1: 2}, {(1, 2): 3}, Odd(), object, len, lambda: 1, 1j],
+    ids=lambda one: type(one).__name__,
 )
 def test_any_sample_has_a_fingerprint(app: gw.App, value: Any) -> None:
     async def embed(x: Any) -> None: ...

@@ -62,9 +62,10 @@ def test_the_result_backend_comes_before_the_broker(
 
 
 def test_the_brokers_redis_serves_after_its_connection_was_collected(
-    redis_url: str, monkeypatch: pytest.MonkeyPatch, closing: ExitStack
+    redis_url: str, closing: ExitStack
 ) -> None:
-    monkeypatch.delenv("CELERY_RESULT_BACKEND")
+    # One of its own, undone before the broker's: the shared one would set it again at the end.
+    closing.enter_context(pytest.MonkeyPatch.context()).delenv("CELERY_RESULT_BACKEND")
     connect: Any = redis_of(app_of(redis_url, "cache+memory://"))
     client = connect()
     closing.callback(client.connection_pool.disconnect)
