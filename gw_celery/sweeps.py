@@ -13,6 +13,7 @@ from typing import Any
 
 import celery
 from celery import _state
+from kombu.entity import Exchange, Queue
 
 from gw_celery import conf, errors
 from gw_celery.declare import registry
@@ -100,6 +101,23 @@ def schedule(app: Any, registries: Iterable[registry.Registry]) -> None:
     }
     _given[app] = {name: entry for name, entry in wanted.items() if name not in users}
     app.conf.beat_schedule = {**users, **_given[app]}
+
+
+def queue_of(app: Any) -> Any:
+    """Return the queue of the sweeps, the same in every process that declares it.
+
+    RabbitMQ refuses a queue that another process declared otherwise, so that no priorities or queue
+    types that an app gives to its missing queues are for this one. A project may name it, though.
+
+    Raises:
+        KeyError: where a project makes no queues that it has not named.
+    """
+    named = {getattr(one, "name", one) for one in app.conf.task_queues or ()}
+    if QUEUE not in named and app.conf.task_create_missing_queues:
+        queue: Any = Queue(QUEUE, Exchange(QUEUE), routing_key=QUEUE)
+        app.amqp.queues[QUEUE] = queue
+        queue.queue_arguments = None  # it has just been given the app's
+    return app.amqp.queues[QUEUE]
 
 
 def given(app: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ def settle(service: Any, registries: Iterable[registry.Registry]) -> None:
     away, and no other row is touched.
     """
     app, scheduler = service.app, service.scheduler
+    with contextlib.suppress(KeyError):  # a project that makes no queues is told when it sends
+        sweeps.queue_of(app)
     sweeps.schedule(app, registries)
     ours = sweeps.given(app)
     if _is_database(scheduler):

@@ -55,7 +55,7 @@ class ControlQueue:
             return
         amqp = celery_consumer.app.amqp
         try:
-            queue = amqp.queues[sweeps.QUEUE]
+            queue = sweeps.queue_of(celery_consumer.app)
         except KeyError:  # the project makes no queues that it has not named
             logger.warning("task_queues lacks %s: this worker hears no beat", sweeps.QUEUE)
             return

@@ -59,6 +59,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     if wish is not None:
         _select_families(worker, wish, known, settings)
     expand_families(worker.app.amqp.queues, known)
+    _select_sweeps(worker.app)
     # Again, for what a project has put in the place of its schedule since: `worker -B` reads it.
     sweeps.schedule(worker.app, registries)
     commands.install_ticks()
@@ -118,6 +119,13 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None)
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
     worker.app.steps["consumer"].update({gate.GateStep, control_queue.ControlStep})
     return plan
+
+
+def _select_sweeps(app: Any) -> None:
+    """Where ``-Q`` names their queue, have it be the one that beat sends to."""
+    known, consumed = app.amqp.queues, app.amqp.queues.consume_from
+    if sweeps.QUEUE in consumed and consumed is not known:
+        consumed[sweeps.QUEUE] = sweeps.queue_of(app)
 
 
 def _sweeping(worker: Any, plan: serving.Plan) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_a_cold_shutdown_gives_the_input_of_a_synchronous_body_to_the_next_worke
     start_served: StartServed, ledger_path: Path
 ) -> None:
     worker = start_served("prefork")
-    sent = served.Classifier().slow.delay(3.0)
+    sent = served.Classifier().slow.delay(10.0)
     eventually(lambda: ledger.words(ledger_path, "began"))
     worker.signal(signal.SIGQUIT)
     worker.wait_exit(30)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import kombu
 import pytest
 from celery import Celery, _state
 
@@ -219,3 +220,19 @@ def gw_task() -> type:
     from celery import Task
 
     return Task
+
+
+def test_the_queue_is_the_same_in_every_process_whatever_queues_the_app_makes(app: gw.App) -> None:
+    app.celery.conf.update(task_queue_max_priority=10, task_create_missing_queue_type="quorum")
+    assert app.celery.amqp.queues["other"].queue_arguments == {
+        "x-queue-type": "quorum",
+        "x-max-priority": 10,
+    }
+    queue = sweeps.queue_of(app.celery)
+    assert (queue.name, queue.queue_arguments) == ("gw.control", None)
+    assert app.celery.amqp.queues["gw.control"] is queue
+
+
+def test_a_queue_that_the_project_names_is_the_project_s(app: gw.App) -> None:
+    app.celery.conf.task_queues = [kombu.Queue("gw.control", queue_arguments={"x-max-length": 9})]
+    assert sweeps.queue_of(app.celery).queue_arguments == {"x-max-length": 9}
