@@ -152,12 +152,21 @@ def _report(ledger: Path, sent: int, drained: float, watch: Watch) -> None:
         "most replicas": max(one[3] for one in watch.seen),
         "replicas at the end": watch.seen[-1][3],
         "seconds until back": round(watch.seen[-1][0]),
+        "step: most that waited": max(one[2] for one in watch.seen),
+        "step: seconds until none waited": round(_gone(watch)),
         "drained after the last": round(drained, 1),
         "p50 wait": waits[len(waits) // 2],
         "p99 wait": waits[len(waits) * 99 // 100],
         "longest wait": waits[-1],
     }
     print(json.dumps(figures))
+
+
+def _gone(watch: Watch) -> float:
+    """Seconds from the step up until what it piled up was gone."""
+    step = sum(seconds for seconds, _ in PHASES[:1])
+    piled = [one for one in watch.seen if step < one[0] < step + 120 and one[2] > 10]
+    return piled[-1][0] - step if piled else 0.0
 
 
 def _zero(server: devserver.Server, folder: Path) -> None:
@@ -205,11 +214,15 @@ def _drawn(watch: Watch) -> str:
         parts.append(f'<text x="40" y="{top - 6}">{title}, at most {most:g}</text>')
         lines = [(column, "#2060a0")] + ([(4, "#20a040")] if column == 3 else [])
         for shown, colour in lines:
-            points = " ".join(
-                f"{40 + wide * one[0] / last:.1f},{top + high * (1 - one[shown] / most):.1f}"
-                for one in watch.seen
-            )
-            parts.append(f'<polyline fill="none" stroke="{colour}" points="{points}"/>')
+            # A step, not a slope; what does not change needs no points.
+            path, before = "M40 " + f"{top + high}", -1.0
+            for one in watch.seen:
+                if one[shown] != before:
+                    before = one[shown]
+                    path += (
+                        f"H{40 + wide * one[0] / last:.1f}V{top + high * (1 - before / most):.0f}"
+                    )
+            parts.append(f'<path fill="none" stroke="{colour}" d="{path}H{40 + wide}"/>')
         parts.append(f'<path d="M40 {top}V{top + high}H{40 + wide}" fill="none" stroke="#888"/>')
     for second in range(0, int(last) + 1, 60):
         place = 40 + wide * second / last

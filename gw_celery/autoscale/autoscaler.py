@@ -18,7 +18,7 @@ from typing import Any
 from celery.worker import autoscale
 from kombu.asynchronous import get_event_loop
 
-from gw_celery import conf, snapshot
+from gw_celery import conf, snapshot, sweeps
 from gw_celery.autoscale import demand, facts, outlook, policy, startup
 from gw_celery.declare import services
 from gw_celery.pool import tally, taskpool
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 _ROUND = 1.0
 #: A start-up that differs by less than this factor, and a second, is the same.
 _NEAR = 1.5
-#: What beat sends to workers is no work for replicas.
-_CONTROL_QUEUE = "gw.control"
 
 
 class Autoscaler(autoscale.Autoscaler):
@@ -333,7 +331,7 @@ def _queues(app: Any, plan: serving.Plan | None) -> dict[str, list[str]]:
     names = app.amqp.queues.consume_from if plan is None else plan.queues
     known = {} if plan is None else plan.service_queues
     for name in names:
-        if name != _CONTROL_QUEUE:
+        if name != sweeps.QUEUE:  # no work for replicas
             found.setdefault(known.get(name, services.PLAIN), []).append(name)
     return found
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _ROUND = 1.0
 #: While nothing is loaded a message waits for the next look.
-_ROUND_AT_ZERO = 0.4
+_ROUND_AT_ZERO = 0.25
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 16.0
 #: What was read longer ago says nothing about now.

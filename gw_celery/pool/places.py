@@ -78,6 +78,11 @@ class Place:
     def is_ready(self) -> bool:
         return self.child is not None and self.child.life.is_ready
 
+    @property
+    def is_up(self) -> bool:
+        """Whether its child has loaded and is not being drained, ready for inputs or not."""
+        return self.child is not None and self.child.life.is_up
+
     def ended(self, child: children.Child, reason: str, now: float, *, is_expected: bool) -> None:
         """The child is gone: say why, and when the next one may start."""
         if self.child is child:
@@ -197,13 +202,20 @@ class Places:
             self._restarting.popleft()  # a new child is as good as a restarted one
         else:
             return None
+        for number in self._restarting:
+            one = self._places.get(number)
+            if one is not None and one.is_up and not one.is_ready:
+                return self._taken_to_restart(one)  # it serves nobody who would miss it
         others = [one for one in self if one is not place and one.should_run]
         is_named = place.number in self._named
         if place.is_ready and (is_named or all(one.is_ready for one in others)):
-            self._restarting.popleft()
-            self._named.discard(place.number)
-            return place
+            return self._taken_to_restart(place)
         return None
+
+    def _taken_to_restart(self, place: Place) -> Place:
+        self._restarting.remove(place.number)
+        self._named.discard(place.number)
+        return place
 
 
 def _seen(check: status.Check) -> snapshot.Probe:

@@ -85,8 +85,6 @@ class TaskPool(BasePool):
         self._replicas: tuple[snapshot.Replica, ...] = ()
         #: What a platform's own probes ask; others add their paths to its ``routes``.
         self.health = health.Health(settings)
-        #: Slots of the READY replicas, as of the last tick.
-        self._slots: dict[str, int] = {}
         self._scores: dict[str, snapshot.Score] = {}
 
     # -- size --
@@ -337,17 +335,13 @@ class TaskPool(BasePool):
         if self.ranking is not None and self.ranking.tick(self.scores()):
             self._on_capacity()
         self._replicas = self.supervisor.replicas()
-        self._slots = self.supervisor.ready_by_service()
         self.health.beat(
             health.Picture(
                 replicas=self._replicas,
-                ready_slots=self._slots,
+                ready_slots=self.supervisor.ready_by_service(),
                 wanted=self._replicas_for(self.limit),
                 outage=self.supervisor.outage(),
                 is_stopping=self._state in (self.CLOSE, self.TERMINATE),
             )
         )
         self._scores = self.supervisor.seen_scores()
-
-    def _look(self) -> tuple[dict[str, tally.Tally], dict[str, int]]:
-        return self.tallies(), self._slots

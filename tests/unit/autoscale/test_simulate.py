@@ -99,6 +99,12 @@ def test_a_busy_replica_ends_its_input_before_it_goes() -> None:
     assert found.replica_seconds == 10 + 4
 
 
+def test_an_idle_replica_that_has_gone_serves_no_more() -> None:
+    found = played([(0, 0), (5, 4), (5, 4)], Course(2, 1), initial=2)
+    assert found.waits == [0, 0, 4]
+    assert found.replica_seconds == 13 + 1
+
+
 def test_a_replica_that_is_not_wanted_any_more_stops_starting() -> None:
     found = played([(0, 10), (0, 1)], Course(2, 1))
     assert found.waits == [0, 10]

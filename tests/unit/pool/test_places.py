@@ -163,6 +163,17 @@ def test_a_replica_that_loads_is_restarted_when_it_is_ready() -> None:
     assert made.next_to_restart() is at(made, 0)
 
 
+def test_a_replica_that_is_not_ready_is_restarted_at_once_for_nobody_misses_it() -> None:
+    made = replicas_of(3)
+    unready: Any = at(made, 1).child
+    unready.life.wants_inputs(3.0, False)
+    made.restart(None)
+    assert made.next_to_restart() is at(made, 1)
+    assert made.next_to_restart() is None, "the others wait until it is ready"
+    at(made, 1).child = Child()
+    assert made.next_to_restart() is at(made, 0)
+
+
 def test_one_replica_is_restarted_alone_and_once() -> None:
     made = replicas_of(3)
     made.restart(1)
