@@ -57,9 +57,9 @@ class Autoscaler(autoscale.Autoscaler):
         self._slots = plan.slots if plan else {services.PLAIN: 1}
         self._targets = {one.key: one.target_inputs for one in plan.served} if plan else {}
         self._unit = sum(self._slots.values())
-        self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
         settings = conf.read(worker.app.conf)
         self._rules = _rules(settings)
+        self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
         self._decider = policy.Decider(self._rules, self._least, self._most)
         self._start_up = startup.StartUp()
         self._services: dict[str, outlook.Service] = {}
@@ -77,7 +77,8 @@ class Autoscaler(autoscale.Autoscaler):
     # -- the life of the worker --
 
     def begin(self) -> None:
-        """Start to look at the broker."""
+        """Start to look at the broker, known to the other workers before the first decision."""
+        self._demand.tell(self._facts())
         self._demand.start()
 
     def end(self) -> None:
@@ -120,10 +121,10 @@ class Autoscaler(autoscale.Autoscaler):
         """
         most = self._most if max is None else self._replicas(max)
         least = self._least if min is None else self._replicas(min)
-        if least > most or most < 1:
+        if not 0 <= least <= most or most < 1:
             raise ValueError(
                 f"max={most * self._unit} and min={least * self._unit} slots: min must not be "
-                f"over max, nor max less than 1; give both"
+                f"over max, nor less than 0, nor max less than 1; give both"
             )
         with self.mutex:
             self._set_bounds(most, least)
@@ -169,7 +170,8 @@ class Autoscaler(autoscale.Autoscaler):
         seen = {key: self._outlook(key, told, reading, now) for key, told in mine.items()}
         group = outlook.group_of(mine, reading.peers)
         total = self._total(seen, group, now)
-        target = self._clamped(self._part(group, total))
+        part = self._share.kept(now, self._part(group, total), total)
+        target = self._clamped(part)
         why = _why(seen, total, len(group))
         self._see(target, why, seen, total, len(group))
         self._resize(target, why)
@@ -177,7 +179,13 @@ class Autoscaler(autoscale.Autoscaler):
     def _hold(self) -> None:
         """What waits is not known: keep the size, within its bounds."""
         target = self._clamped(self.pool.wanted)
-        self._see(target, "the broker tells nothing: the size is kept", {}, target, 1)
+        self._see(
+            target,
+            "nothing is known of the broker or the other workers: the size is kept",
+            {},
+            target,
+            1,
+        )
         self._resize(target, self._seen.why)
 
     def _learn(self, now: float) -> None:
@@ -189,6 +197,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._rules = dataclasses.replace(self._rules, start_up=seconds)
         self._services.clear()
         self._decider.follow(self._rules)
+        self._share.follow(self._rules)
 
     def _total(
         self, seen: Mapping[str, snapshot.Outlook], group: Sequence[facts.Facts], now: float
@@ -306,6 +315,7 @@ class Autoscaler(autoscale.Autoscaler):
 
     def _set_bounds(self, most: int, least: int) -> None:
         self._most, self._least = most, least
+        self._share = policy.Share(self._rules)
         self.max_concurrency, self.min_concurrency = most * self._unit, least * self._unit
 
     def _clamped(self, replicas: int) -> int:

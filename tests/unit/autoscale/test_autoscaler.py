@@ -274,7 +274,51 @@ def test_replicas_that_all_fail_are_tried_on_and_not_made_anew(scaled: Scaled) -
     assert {scaled.after(1) for _ in range(60)} == {4}
 
 
+def test_a_replica_goes_to_a_worker_that_comes_only_when_that_has_had_time_to_load(
+    scaled: Scaled,
+) -> None:
+    scaled.queued = 390
+    scaled.peers = ()
+    assert scaled.after(1) == 4
+    scaled.peers = (other("gpu@two", replicas=2, least=1),)
+    assert scaled.after(60) == 4
+    assert scaled.after(200) == 2
+
+
+def test_a_worker_whose_replicas_fail_now_and_then_moves_none(scaled: Scaled) -> None:
+    scaled.queued = 390
+    sizes = []
+    for turn in range(20):
+        scaled.peers = (other("gpu@two", replicas=4, least=1, capacity=1 if turn % 2 else 4),)
+        sizes.append(scaled.after(30))
+    assert sizes == sorted(sizes), "each change starts a replica that the next one drains"
+
+
+def test_scores_that_waver_move_no_replica(scaled: Scaled) -> None:
+    scaled.queued = 390
+    sizes = []
+    for turn in range(20):
+        scaled.peers = (other("gpu@two", replicas=2, score=20.0 if turn % 2 else 10.0),)
+        sizes.append(scaled.after(10))
+    assert sizes == sorted(sizes)
+
+
 # -- operators --
+
+
+def test_less_than_no_replica_is_refused(scaled: Scaled) -> None:
+    with pytest.raises(ValueError, match="nor less than 0"):
+        scaled.scaler.update(max=20, min=-5)
+
+
+def test_an_operator_takes_away_what_a_worker_kept_of_another(scaled: Scaled) -> None:
+    scaled.queued = 390
+    scaled.peers = ()
+    scaled.after(1)
+    scaled.peers = (other("gpu@two", replicas=2, least=1),)
+    scaled.after(2)
+    scaled.scaler.force_scale_down(10)
+    assert scaled.after(2) == 2
 
 
 def test_bounds_are_slots_rounded_up_to_replicas(scaled: Scaled) -> None:
