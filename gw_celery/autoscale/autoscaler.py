@@ -208,13 +208,15 @@ class Autoscaler(autoscale.Autoscaler):
             least = max(1, least)
         # One's own replicas that fail are not given up: others would start with no patience.
         self._decider.update(least, self._most + sum(one.capacity for one in group[1:]))
-        return self._decider.decide(
+        # What was ordered a second ago others have not told yet: it is not to be taken back for that.
+        self._ordered = self._decider.decide(
             now,
             sum(one.need for one in seen.values()),
-            sum(one.replicas for one in group),
+            max(self._ordered, sum(one.replicas for one in group)),
             sum(one.keep for one in seen.values()),
             self._start_up.is_loading or any(one.is_active for one in seen.values()),
         )
+        return self._ordered
 
     def _part(self, group: Sequence[facts.Facts], total: int) -> int:
         """This worker's replicas of those of the group.
@@ -316,6 +318,8 @@ class Autoscaler(autoscale.Autoscaler):
     def _set_bounds(self, most: int, least: int) -> None:
         self._most, self._least = most, least
         self._share = policy.Share(self._rules)
+        #: Replicas that the group was last found to need.
+        self._ordered = 0
         self.max_concurrency, self.min_concurrency = most * self._unit, least * self._unit
 
     def _clamped(self, replicas: int) -> int:

@@ -294,6 +294,15 @@ def test_a_worker_whose_replicas_fail_now_and_then_moves_none(scaled: Scaled) ->
     assert sizes == sorted(sizes), "each change starts a replica that the next one drains"
 
 
+def test_what_others_have_ordered_and_not_told_is_not_taken_back(scaled: Scaled) -> None:
+    scaled.pool.known_scores = {}
+    scaled.peers = (other("gpu@a", replicas=1, least=1, score=None),)
+    scaled.queued = 16
+    assert scaled.after(1) == 2
+    scaled.queued = 11  # one is on its way into a worker, and seen by nobody
+    assert scaled.after(1) == 2
+
+
 def test_scores_that_waver_move_no_replica(scaled: Scaled) -> None:
     scaled.queued = 390
     sizes = []
