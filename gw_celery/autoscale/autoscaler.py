@@ -230,7 +230,10 @@ class Autoscaler(autoscale.Autoscaler):
     def _facts(self) -> dict[str, facts.Facts]:
         tallies, scores = self.pool.tallies(), self.pool.scores()
         replicas = self.pool.replicas()
-        failing = sum(one.state == "failed" and one.restarts > 0 for one in replicas)
+        missing = sum(one.state == "failed" and one.restarts > 0 for one in replicas)
+        held = sum(one.state == "stopped" for one in replicas)
+        # Of a worker that an operator has drained, others have to do the work.
+        missing += self._most if held and held == len(replicas) else held
         serves = ",".join(sorted(self._slots))
         found = {}
         for key in self._slots:
@@ -238,7 +241,7 @@ class Autoscaler(autoscale.Autoscaler):
             found[key] = facts.Facts(
                 worker=self.worker.hostname,
                 serves=serves,
-                capacity=max(0, self._most - failing),
+                capacity=max(0, self._most - missing),
                 least=self._least,
                 replicas=max(len(replicas), self.pool.wanted),
                 score=scores.get(key),

@@ -267,6 +267,19 @@ def test_a_replica_that_cannot_start_is_taken_over_and_tried_on(
     assert scaled.pool.wanted >= 1
 
 
+@pytest.mark.parametrize(("states", "capacity"), [("sr", 3), ("ss", 0), ("rr", 4)])
+def test_others_do_what_a_drained_worker_would(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch, states: str, capacity: int
+) -> None:
+    names = {"s": "stopped", "r": "ready"}
+    seen = [snapshot.Replica(number=n, state=names[one]) for n, one in enumerate(states)]
+    monkeypatch.setattr(scaled.pool, "replicas", lambda: tuple(seen))
+    told: dict[str, facts.Facts] = {}
+    monkeypatch.setattr(scaled.scaler._demand, "tell", told.update)
+    scaled.after(1)
+    assert told["model"].capacity == capacity
+
+
 def test_replicas_that_all_fail_are_tried_on_and_not_made_anew(scaled: Scaled) -> None:
     scaled.queued = 100_000
     assert scaled.after(1) == 4
