@@ -59,6 +59,8 @@ class Autoscaler(autoscale.Autoscaler):
         self._unit = sum(self._slots.values())
         settings = conf.read(worker.app.conf)
         self._rules = _rules(settings)
+        #: Replicas that the group was last found to need.
+        self._ordered = 0
         self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
         self._decider = policy.Decider(self._rules, self._least, self._most)
         self._start_up = startup.StartUp()
@@ -321,7 +323,6 @@ class Autoscaler(autoscale.Autoscaler):
     def _set_bounds(self, most: int, least: int) -> None:
         self._most, self._least = most, least
         self._share = policy.Share(self._rules)
-        #: Replicas that the group was last found to need.
         self._ordered = 0
         self.max_concurrency, self.min_concurrency = most * self._unit, least * self._unit
 
