@@ -174,6 +174,8 @@ class Autoscaler(autoscale.Autoscaler):
         total = self._total(seen, group, now)
         part = self._share.kept(now, self._part(group, total), total)
         target = self._clamped(part)
+        if reading.lengths is None:
+            target = max(1, target)  # with none, nobody would learn of the next message
         why = _why(seen, total, len(group))
         self._see(target, why, seen, total, len(group))
         self._resize(target, why)

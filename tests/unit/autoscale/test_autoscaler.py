@@ -203,6 +203,22 @@ def test_to_zero_only_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> No
         scaled.app.close()
 
 
+def test_where_queues_cannot_be_read_no_operator_gets_to_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scaled = Scaled(monkeypatch, gw_inactivity_timeout=2.0)
+
+    def blind() -> demand.Reading:
+        return demand.Reading(at=scaled.now, lengths=None, peers=None)
+
+    monkeypatch.setattr(scaled.scaler._demand, "latest", blind)
+    scaled.scaler.update(min=0)
+    assert scaled.after(60) == 1
+    scaled.scaler.force_scale_down(5)
+    assert scaled.after(60) == 1
+    scaled.app.close()
+
+
 def test_before_the_last_replica_goes_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     scaled = Scaled(monkeypatch, gw_inactivity_timeout=2000.0)
     scaled.scaler.update(min=0)
