@@ -152,6 +152,8 @@ class Autoscaler(autoscale.Autoscaler):
         with self.mutex:
             wanted = max(0, self.pool.wanted - self._replicas(n))
             self._set_bounds(self._most, min(self._least, wanted))
+            # What was needed of late is no reason to start again what is still draining.
+            self._decider = policy.Decider(self._rules, self._least, self._most)
             self._resize(wanted, "an operator asked for less")
 
     def info(self) -> dict[str, Any]:
@@ -212,7 +214,7 @@ class Autoscaler(autoscale.Autoscaler):
             least = max(1, least)
         # One's own replicas that fail are not given up: others would start with no patience.
         self._decider.update(least, self._most + sum(one.capacity for one in group[1:]))
-        # What was ordered a second ago others have not told yet: it is not to be taken back for that.
+        # What was ordered a second ago others have not told yet: that does not take it back.
         self._ordered = self._decider.decide(
             now,
             sum(one.need for one in seen.values()),

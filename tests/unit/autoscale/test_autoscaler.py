@@ -396,6 +396,20 @@ def test_an_operator_resizes_it_at_once_and_beyond_its_bounds(scaled: Scaled) ->
     assert scaled.after(1) == 1
 
 
+def test_what_an_operator_takes_away_stays_away_while_it_drains(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled.queued = 290
+    scaled.after(1)
+    scaled.queued = 0
+    assert scaled.after(5) == 3
+    scaled.scaler.force_scale_down(10)
+    states = ["ready", "draining", "draining"]
+    seen = tuple(snapshot.Replica(number=n, state=one) for n, one in enumerate(states))
+    monkeypatch.setattr(scaled.pool, "replicas", lambda: seen)
+    assert scaled.after(5) == 1
+
+
 def test_it_says_what_it_saw_and_decided(scaled: Scaled, caplog: pytest.LogCaptureFixture) -> None:
     scaled.queued = 290
     with caplog.at_level(logging.INFO):
