@@ -57,9 +57,11 @@ class Autoscaler(autoscale.Autoscaler):
         self._slots = plan.slots if plan else {services.PLAIN: 1}
         self._targets = {one.key: one.target_inputs for one in plan.served} if plan else {}
         self._unit = sum(self._slots.values())
-        self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
         settings = conf.read(worker.app.conf)
         self._rules = _rules(settings)
+        #: Replicas that the group was last found to need.
+        self._ordered = 0
+        self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
         self._decider = policy.Decider(self._rules, self._least, self._most)
         self._start_up = startup.StartUp()
         self._services: dict[str, outlook.Service] = {}
@@ -77,7 +79,8 @@ class Autoscaler(autoscale.Autoscaler):
     # -- the life of the worker --
 
     def begin(self) -> None:
-        """Start to look at the broker."""
+        """Start to look at the broker, known to the other workers before the first decision."""
+        self._demand.tell(self._facts())
         self._demand.start()
 
     def end(self) -> None:
@@ -120,10 +123,10 @@ class Autoscaler(autoscale.Autoscaler):
         """
         most = self._most if max is None else self._replicas(max)
         least = self._least if min is None else self._replicas(min)
-        if least > most or most < 1:
+        if not 0 <= least <= most or most < 1:
             raise ValueError(
                 f"max={most * self._unit} and min={least * self._unit} slots: min must not be "
-                f"over max, nor max less than 1; give both"
+                f"over max, nor less than 0, nor max less than 1; give both"
             )
         with self.mutex:
             self._set_bounds(most, least)
@@ -149,6 +152,8 @@ class Autoscaler(autoscale.Autoscaler):
         with self.mutex:
             wanted = max(0, self.pool.wanted - self._replicas(n))
             self._set_bounds(self._most, min(self._least, wanted))
+            # What was needed of late is no reason to start again what is still draining.
+            self._decider = policy.Decider(self._rules, self._least, self._most)
             self._resize(wanted, "an operator asked for less")
 
     def info(self) -> dict[str, Any]:
@@ -169,7 +174,10 @@ class Autoscaler(autoscale.Autoscaler):
         seen = {key: self._outlook(key, told, reading, now) for key, told in mine.items()}
         group = outlook.group_of(mine, reading.peers)
         total = self._total(seen, group, now)
-        target = self._clamped(self._part(group, total))
+        part = self._share.kept(now, self._part(group, total), total)
+        target = self._clamped(part)
+        if reading.lengths is None:
+            target = max(1, target)  # with none, nobody would learn of the next message
         why = _why(seen, total, len(group))
         self._see(target, why, seen, total, len(group))
         self._resize(target, why)
@@ -177,7 +185,13 @@ class Autoscaler(autoscale.Autoscaler):
     def _hold(self) -> None:
         """What waits is not known: keep the size, within its bounds."""
         target = self._clamped(self.pool.wanted)
-        self._see(target, "the broker tells nothing: the size is kept", {}, target, 1)
+        self._see(
+            target,
+            "nothing is known of the broker or the other workers: the size is kept",
+            {},
+            target,
+            1,
+        )
         self._resize(target, self._seen.why)
 
     def _learn(self, now: float) -> None:
@@ -189,6 +203,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._rules = dataclasses.replace(self._rules, start_up=seconds)
         self._services.clear()
         self._decider.follow(self._rules)
+        self._share.follow(self._rules)
 
     def _total(
         self, seen: Mapping[str, snapshot.Outlook], group: Sequence[facts.Facts], now: float
@@ -199,13 +214,15 @@ class Autoscaler(autoscale.Autoscaler):
             least = max(1, least)
         # One's own replicas that fail are not given up: others would start with no patience.
         self._decider.update(least, self._most + sum(one.capacity for one in group[1:]))
-        return self._decider.decide(
+        # What was ordered a second ago others have not told yet: that does not take it back.
+        self._ordered = self._decider.decide(
             now,
             sum(one.need for one in seen.values()),
-            sum(one.replicas for one in group),
+            max(self._ordered, sum(one.replicas for one in group)),
             sum(one.keep for one in seen.values()),
             self._start_up.is_loading or any(one.is_active for one in seen.values()),
         )
+        return self._ordered
 
     def _part(self, group: Sequence[facts.Facts], total: int) -> int:
         """This worker's replicas of those of the group.
@@ -219,7 +236,10 @@ class Autoscaler(autoscale.Autoscaler):
     def _facts(self) -> dict[str, facts.Facts]:
         tallies, scores = self.pool.tallies(), self.pool.scores()
         replicas = self.pool.replicas()
-        failing = sum(one.state == "failed" and one.restarts > 0 for one in replicas)
+        missing = sum(one.state == "failed" and one.restarts > 0 for one in replicas)
+        held = sum(one.state == "stopped" for one in replicas)
+        # Of a worker that an operator has drained, others have to do the work.
+        missing += self._most if held and held == len(replicas) else held
         serves = ",".join(sorted(self._slots))
         found = {}
         for key in self._slots:
@@ -227,7 +247,7 @@ class Autoscaler(autoscale.Autoscaler):
             found[key] = facts.Facts(
                 worker=self.worker.hostname,
                 serves=serves,
-                capacity=max(0, self._most - failing),
+                capacity=max(0, self._most - missing),
                 least=self._least,
                 replicas=max(len(replicas), self.pool.wanted),
                 score=scores.get(key),
@@ -306,6 +326,8 @@ class Autoscaler(autoscale.Autoscaler):
 
     def _set_bounds(self, most: int, least: int) -> None:
         self._most, self._least = most, least
+        self._share = policy.Share(self._rules)
+        self._ordered = 0
         self.max_concurrency, self.min_concurrency = most * self._unit, least * self._unit
 
     def _clamped(self, replicas: int) -> int:

@@ -30,6 +30,8 @@ _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 16.0
 #: What was read longer ago says nothing about now.
 _STALE = 5.0
+#: Workers that come together know of one another by then.
+_MEETING = 2.5
 #: Seconds that the broker has to answer.
 _ANSWER = 10.0
 #: Seconds that the end of a worker waits for the thread.
@@ -71,6 +73,9 @@ class Demand:
         self._reading: Reading | None = None
         self._source: Source | None = None
         self._is_away = False
+        #: Until then the workers that come, or come back, with this one need not be there.
+        self._meets_until = 0.0
+        self._last_wait = 0.0
         self._waits = backoff.Backoff(_FIRST_WAIT, _LONGEST_WAIT)
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gw-demand", daemon=True)
@@ -110,13 +115,21 @@ class Demand:
         try:
             if self._source is None:
                 self._source = Source(self._app, self._queues, self._me)
-            self._reading = self._source.read(self._mine)
+                # After an outage the others may have just begun to wait for twice as long.
+                patience = min(2.0 * self._last_wait, _LONGEST_WAIT)
+                self._meets_until = time.monotonic() + patience + _MEETING
+            reading = self._source.read(self._mine)
+            is_early = reading.peers is not None and reading.at < self._meets_until
         except Exception as exc:
             return self._went_away(exc)
         if self._is_away:
             logger.warning("the broker tells again how long the queues are")
         self._is_away = False
         self._waits.reset()
+        if is_early:
+            return _ROUND  # each would scale for the whole queue
+        self._last_wait = 0.0
+        self._reading = reading
         self._on_read()
         return _ROUND_AT_ZERO if self.is_at_zero else _ROUND
 
@@ -129,7 +142,8 @@ class Demand:
         if self._source is not None:
             self._source.close()
             self._source = None
-        return self._waits.next()
+        self._last_wait = self._waits.next()
+        return self._last_wait
 
 
 class Source:

@@ -242,6 +242,32 @@ class Decider:
         return max(self.least, min(self.most, desired))
 
 
+class Share:
+    """One worker's part of a group's replicas: what moves to another goes when that one has begun.
+
+    A part changes with the others that come, fail to start or were measured anew. To follow each
+    time would drain what serves while its successor elsewhere loads, and start it again here with
+    the next figure.
+    """
+
+    __slots__ = ("_parts", "_total")
+
+    def __init__(self, rules: Rules) -> None:
+        self._parts = Largest(rules.residence)
+        self._total = 0
+
+    def follow(self, rules: Rules) -> None:
+        """Go by these rules."""
+        self._parts.window = rules.residence
+
+    def kept(self, now: float, part: int, total: int) -> int:
+        """Return the replicas to have: the largest part of late, but no more than all need."""
+        if total < self._total:
+            self._parts = Largest(self._parts.window)
+        self._total = total
+        return min(total, round(self._parts.add(now, part)))
+
+
 def _patience(rules: Rules) -> float:
     """For how long nothing has to happen until not even one replica is left."""
     if rules.min_load > 0 or rules.inactivity_timeout is None:

@@ -146,6 +146,8 @@ class Places:
         self._places: dict[int, Place] = {}
         self._restarting: collections.deque[int] = collections.deque()
         self._named: set[int] = set()
+        #: All were drained by an operator: so is what is added, until all are restarted.
+        self._is_held = False
 
     def __iter__(self) -> Iterator[Place]:
         return iter([place for _, place in sorted(self._places.items())])
@@ -171,10 +173,13 @@ class Places:
         shares = self._shares
         missing = self._wanted - sum(one.is_wanted for one in self)
         for number in _free_numbers(self._places, missing, None if shares is None else len(shares)):
-            self._places[number] = Place(number, () if shares is None else shares[number])
+            place = Place(number, () if shares is None else shares[number])
+            place.is_held = self._is_held
+            self._places[number] = place
 
     def hold(self, number: int | None) -> list[Place]:
         """Return the replicas to drain, one or all; they stay stopped until a restart."""
+        self._is_held = self._is_held or number is None
         held = [place for place in self if number in (None, place.number)]
         for place in held:
             place.is_held = True
@@ -186,6 +191,7 @@ class Places:
         One that is named does not wait for the others, which may never be ready.
         """
         self._named |= {number} if number is not None else set()
+        self._is_held = self._is_held and number is not None
         for place in self:
             if number in (None, place.number) and place.is_wanted:
                 place.is_held = False

@@ -81,6 +81,9 @@ def _forced(state: Any, how: str, slots: int) -> dict[str, str] | None:
     force = getattr(state.consumer.controller.autoscaler, how, None)
     if force is None:
         return None
+    if slots < 1:
+        refusal: dict[str, str] = control.nok(f"{slots} slots: give 1 or more")
+        return refusal
     force(slots)
     answer: dict[str, str] = control.ok(f"now {state.consumer.pool.limit} slots")
     return answer

@@ -121,6 +121,9 @@ def _connect(parameters: dict[str, Any]) -> Any:
     for name, default in (("socket_timeout", _TIMEOUT), ("client_name", "gw_celery-watch")):
         if given.get(name) is None:
             given[name] = default
+    # redis-py's own PING fails on a subscriber, which is answered otherwise: after a pause in which
+    # every slot was taken it would end the worker. `Watch._probe` is what checks this link.
+    given["health_check_interval"] = 0
     given.pop("max_connections", None)
     cls = given.pop("connection_class", redis.Connection)
     link = cls(**given)

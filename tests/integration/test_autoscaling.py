@@ -137,6 +137,7 @@ def test_an_operator_changes_the_bounds_and_sees_what_was_decided(start: Start) 
     assert "autoscale now max=15 min=10" in tell(worker, max=11, min=6)
     eventually(lambda: states(worker) == ["ready"] * 2, 30)
     assert "give both" in tell(worker, max=UNIT)
+    eventually(lambda: status(worker)["scaling"]["services"], 20)
     found = pooling.ask(worker, "stats", scaled.celery)["autoscaler"]
     assert (found["max"], found["min"], found["current"]) == (15, 10, 10)
     assert found["gw"]["services"]["scaled.infer"]["queued"] == 0

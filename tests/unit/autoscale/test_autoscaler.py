@@ -203,6 +203,22 @@ def test_to_zero_only_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> No
         scaled.app.close()
 
 
+def test_where_queues_cannot_be_read_no_operator_gets_to_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scaled = Scaled(monkeypatch, gw_inactivity_timeout=2.0)
+
+    def blind() -> demand.Reading:
+        return demand.Reading(at=scaled.now, lengths=None, peers=None)
+
+    monkeypatch.setattr(scaled.scaler._demand, "latest", blind)
+    scaled.scaler.update(min=0)
+    assert scaled.after(60) == 1
+    scaled.scaler.force_scale_down(5)
+    assert scaled.after(60) == 1
+    scaled.app.close()
+
+
 def test_before_the_last_replica_goes_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     scaled = Scaled(monkeypatch, gw_inactivity_timeout=2000.0)
     scaled.scaler.update(min=0)
@@ -267,6 +283,19 @@ def test_a_replica_that_cannot_start_is_taken_over_and_tried_on(
     assert scaled.pool.wanted >= 1
 
 
+@pytest.mark.parametrize(("states", "capacity"), [("sr", 3), ("ss", 0), ("rr", 4)])
+def test_others_do_what_a_drained_worker_would(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch, states: str, capacity: int
+) -> None:
+    names = {"s": "stopped", "r": "ready"}
+    seen = [snapshot.Replica(number=n, state=names[one]) for n, one in enumerate(states)]
+    monkeypatch.setattr(scaled.pool, "replicas", lambda: tuple(seen))
+    told: dict[str, facts.Facts] = {}
+    monkeypatch.setattr(scaled.scaler._demand, "tell", told.update)
+    scaled.after(1)
+    assert told["model"].capacity == capacity
+
+
 def test_replicas_that_all_fail_are_tried_on_and_not_made_anew(scaled: Scaled) -> None:
     scaled.queued = 100_000
     assert scaled.after(1) == 4
@@ -274,7 +303,60 @@ def test_replicas_that_all_fail_are_tried_on_and_not_made_anew(scaled: Scaled) -
     assert {scaled.after(1) for _ in range(60)} == {4}
 
 
+def test_a_replica_goes_to_a_worker_that_comes_only_when_that_has_had_time_to_load(
+    scaled: Scaled,
+) -> None:
+    scaled.queued = 390
+    scaled.peers = ()
+    assert scaled.after(1) == 4
+    scaled.peers = (other("gpu@two", replicas=2, least=1),)
+    assert scaled.after(60) == 4
+    assert scaled.after(200) == 2
+
+
+def test_a_worker_whose_replicas_fail_now_and_then_moves_none(scaled: Scaled) -> None:
+    scaled.queued = 390
+    sizes = []
+    for turn in range(20):
+        scaled.peers = (other("gpu@two", replicas=4, least=1, capacity=1 if turn % 2 else 4),)
+        sizes.append(scaled.after(30))
+    assert sizes == sorted(sizes), "each change starts a replica that the next one drains"
+
+
+def test_what_others_have_ordered_and_not_told_is_not_taken_back(scaled: Scaled) -> None:
+    scaled.pool.known_scores = {}
+    scaled.peers = (other("gpu@a", replicas=1, least=1, score=None),)
+    scaled.queued = 16
+    assert scaled.after(1) == 2
+    scaled.queued = 11  # one is on its way into a worker, and seen by nobody
+    assert scaled.after(1) == 2
+
+
+def test_scores_that_waver_move_no_replica(scaled: Scaled) -> None:
+    scaled.queued = 390
+    sizes = []
+    for turn in range(20):
+        scaled.peers = (other("gpu@two", replicas=2, score=20.0 if turn % 2 else 10.0),)
+        sizes.append(scaled.after(10))
+    assert sizes == sorted(sizes)
+
+
 # -- operators --
+
+
+def test_less_than_no_replica_is_refused(scaled: Scaled) -> None:
+    with pytest.raises(ValueError, match="nor less than 0"):
+        scaled.scaler.update(max=20, min=-5)
+
+
+def test_an_operator_takes_away_what_a_worker_kept_of_another(scaled: Scaled) -> None:
+    scaled.queued = 390
+    scaled.peers = ()
+    scaled.after(1)
+    scaled.peers = (other("gpu@two", replicas=2, least=1),)
+    scaled.after(2)
+    scaled.scaler.force_scale_down(10)
+    assert scaled.after(2) == 2
 
 
 def test_bounds_are_slots_rounded_up_to_replicas(scaled: Scaled) -> None:
@@ -312,6 +394,20 @@ def test_an_operator_resizes_it_at_once_and_beyond_its_bounds(scaled: Scaled) ->
     assert (scaled.pool.wanted, scaled.scaler.min_concurrency) == (0, 0)
     scaled.queued = 1
     assert scaled.after(1) == 1
+
+
+def test_what_an_operator_takes_away_stays_away_while_it_drains(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaled.queued = 290
+    scaled.after(1)
+    scaled.queued = 0
+    assert scaled.after(5) == 3
+    scaled.scaler.force_scale_down(10)
+    states = ["ready", "draining", "draining"]
+    seen = tuple(snapshot.Replica(number=n, state=one) for n, one in enumerate(states))
+    monkeypatch.setattr(scaled.pool, "replicas", lambda: seen)
+    assert scaled.after(5) == 1
 
 
 def test_it_says_what_it_saw_and_decided(scaled: Scaled, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,6 +113,36 @@ def test_a_broker_that_is_away_is_told_once_and_tried_ever_seldomer(
     assert (broker.opened, broker.closed) == (7, 6)
     broker.is_up = False
     assert looking._round() == 1.0
+
+
+def test_workers_that_come_together_meet_before_anything_is_decided(
+    app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = types.SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(demand, "time", clock)
+
+    def read(mine: Any) -> demand.Reading:
+        if not broker.is_up:
+            raise ConnectionResetError("gone")
+        counted = {"model": lengths.Length(1)}
+        return demand.Reading(at=clock.now, lengths=counted, peers={"model": ()})
+
+    monkeypatch.setattr(broker, "read", read)
+    looking = demand.Demand(app, QUEUES, "gpu@one")
+
+    def seconds_until_known() -> float:
+        began = clock.now
+        while messages(looking) is None and clock.now < began + 60.0:
+            clock.now += looking._round()
+        return clock.now - began
+
+    assert 2.0 <= seconds_until_known() <= 4.0
+    broker.is_up = False
+    for _ in range(4):  # another of those that it was away for waits for 8 s, or as long again
+        clock.now += looking._round()
+    broker.is_up = True
+    assert 16.0 <= seconds_until_known() <= 20.0
 
 
 def test_what_was_read_long_ago_is_not_known(

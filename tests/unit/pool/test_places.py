@@ -77,6 +77,19 @@ def test_a_number_is_taken_until_its_replica_has_drained() -> None:
     assert [place.is_wanted for place in made] == [True, False, True]
 
 
+def test_what_is_added_to_a_pool_that_is_drained_is_not_started_either() -> None:
+    made = replicas_of(2)
+    made.hold(None)
+    made.resize(3)
+    assert not any(place.should_run for place in made)
+    made.restart(0)
+    made.resize(4)
+    assert [place.should_run for place in made] == [True, False, False, False]
+    made.restart(None)
+    made.resize(5)
+    assert all(place.should_run for place in made)
+
+
 def test_a_pool_shrinks_by_the_highest_number_of_what_is_equally_idle() -> None:
     made = replicas_of(3)
     assert numbers(made.resize(1)) == [2, 1]

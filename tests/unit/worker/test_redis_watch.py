@@ -84,6 +84,17 @@ def test_the_first_message_after_a_pause_is_recorded_as_it_is_taken(
     assert calls(server, "brpop") == 0
 
 
+def test_a_worker_that_looked_away_for_long_probes_the_link(start: Any, redis_url: str) -> None:
+    worker = start()
+    worker.fall_idle()
+    # All slots were taken for longer than redis-py lets a connection be silent.
+    worker.watch._link.next_health_check = 0.0
+    worker.watch._probe()
+    eventually(lambda: worker.turn() or not worker.watch._owes_answer, 10, 0)
+    send(redis_url, [1])
+    assert worker.read(1) == [1]
+
+
 def test_messages_of_every_queue_and_priority_wake_it(start: Any, redis_url: str) -> None:
     worker = start("q", "other")
     sent = [("q", 0), ("other", 0), ("q", 9), ("other", 3)]

@@ -335,6 +335,8 @@ def test_our_autoscaler_lets_an_operator_resize_the_pool(
     consumer = types.SimpleNamespace(pool=pool, controller=controller)
     answer = control.Panel.data[command](types.SimpleNamespace(consumer=consumer), n=2)
     assert (answer, pool.limit) == ({"ok": f"now {slots} slots"}, slots)
+    answer = control.Panel.data[command](types.SimpleNamespace(consumer=consumer), n=-2)
+    assert (answer, pool.limit) == ({"error": "-2 slots: give 1 or more"}, slots)
     controller.autoscaler = object()
     answer = control.Panel.data[command](types.SimpleNamespace(consumer=consumer), n=0)
     assert "not supported with autoscale" in answer["error"]
