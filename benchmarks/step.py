@@ -165,7 +165,7 @@ def _report(ledger: Path, sent: int, drained: float, watch: Watch) -> None:
 def _gone(watch: Watch) -> float:
     """Seconds from the step up until what it piled up was gone."""
     step = sum(seconds for seconds, _ in PHASES[:1])
-    piled = [one for one in watch.seen if step < one[0] < step + 120 and one[2] > 10]
+    piled = [one for one in watch.seen if step < one[0] < step + 90 and one[2] > 10]
     return piled[-1][0] - step if piled else 0.0
 
 

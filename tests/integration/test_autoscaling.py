@@ -202,8 +202,8 @@ def test_without_redis_workers_divide_a_queue_by_its_consumers(
     workers = [start(options=options), start(options=options)]
 
     def share(worker: WorkerProcess) -> float:
-        seen: float = status(worker, on_rabbitmq)["scaling"]["services"]["scaled.infer"]["share"]
-        return seen
+        seen = status(worker, on_rabbitmq)["scaling"]["services"]
+        return float(seen["scaled.infer"]["share"]) if seen else 0.0
 
     eventually(lambda: [share(worker) for worker in workers] == [0.5, 0.5], 30)
     busy(16, on_rabbitmq)
