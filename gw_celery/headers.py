@@ -41,6 +41,10 @@ def waited(request: Mapping[str, Any], now: float) -> float:
     One that was enqueued in the future was sent by a machine whose clock is ahead.
     """
     since = request.get(ENQUEUED)
-    if isinstance(since, bool) or not isinstance(since, int | float) or not math.isfinite(since):
+    if isinstance(since, bool) or not isinstance(since, int | float):
         return 0.0
-    return max(0.0, now - since)
+    try:
+        age = now - since
+    except OverflowError:  # an int of hundreds of digits
+        return 0.0
+    return max(0.0, age) if math.isfinite(age) else 0.0

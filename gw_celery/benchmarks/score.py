@@ -96,7 +96,11 @@ def figure(given: object) -> float | None:
     """Return a number that is 0 or more; ``None`` for anything else."""
     if isinstance(given, bool) or not isinstance(given, int | float):
         return None
-    return float(given) if math.isfinite(given) and given >= 0 else None
+    try:
+        number = float(given)
+    except OverflowError:  # an int of hundreds of digits
+        return None
+    return number if math.isfinite(number) and number >= 0 else None
 
 
 def to_json(score: Score) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class Child:
         self.checks: status.Checks | None = None
         #: It was never well: its end counts as a start that failed, however long it lasted.
         self.is_unfit = False
+        #: Its liveness probe had it ended.
+        self.is_ill = False
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         self._unpacker = wire.Unpacker(wire.MAX_CHILD_FRAME_BYTES)

@@ -9,7 +9,7 @@ about ten things between them, and one that joins says one thing and hears one.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 #: A score that is better by less is not news.
@@ -141,6 +141,6 @@ def _is_score(score: object) -> bool:
     return (
         isinstance(score, int | float)
         and not isinstance(score, bool)
-        and math.isfinite(score)
-        and score > 0
+        # And no int of hundreds of digits, which no float can hold.
+        and 0 < score <= sys.float_info.max
     )

@@ -95,9 +95,7 @@ class Place:
         self.restarts += 1
         self.last_error = child.reason or reason
         wait = 0.0
-        # One that dies of an input was started well.
-        was_well = child.life.was_steady(now) or any(one.is_accepted for one in child.jobs.values())
-        if was_well and not child.is_unfit:
+        if _was_started_well(child, now):
             self.backoff.succeeded(now)
         else:
             wait = self.backoff.failed(now)
@@ -222,6 +220,14 @@ class Places:
         self._restarting.remove(place.number)
         self._named.discard(place.number)
         return place
+
+
+def _was_started_well(child: children.Child, now: float) -> bool:
+    """Whether the end of a child that should have gone on is no fault of its start."""
+    if child.is_ill:
+        return child.life.was_well(now) and not child.is_unfit
+    # One that dies of an input was started well.
+    return child.life.was_steady(now) or any(one.is_accepted for one in child.jobs.values())
 
 
 def _seen(check: status.Check) -> snapshot.Probe:

@@ -133,7 +133,7 @@ class Probing:
         elif consequence is status.Consequence.CANNOT_START:
             self._end(child, check)
         elif consequence is status.Consequence.REPLACE:
-            child.is_unfit = not check.has_passed
+            child.is_unfit, child.is_ill = not check.has_passed, True
             self._end(child, check)
         elif consequence is status.Consequence.NOT_READY:
             logger.error("%r takes no inputs of %s until %s passes", child, *_subjects(check))

@@ -16,6 +16,8 @@ from gw_celery import backoff, conf
 _STEADY = 1.0
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 64.0
+#: One that fell ill in less may do so each time: it must not load its model over and over.
+_WELL = _LONGEST_WAIT
 
 
 class State(enum.Enum):
@@ -123,6 +125,10 @@ class Life:
     def was_steady(self, now: float) -> bool:
         """Whether the child served long enough for its end to be no fault of its start."""
         return self.ready_at is not None and now - self.ready_at >= _STEADY
+
+    def was_well(self, now: float) -> bool:
+        """Whether the child served long enough for its illness to be no fault of its start."""
+        return self.ready_at is not None and now - self.ready_at >= _WELL
 
     def overdue(self, now: float) -> str | None:
         """Return why the child must be killed now, if it must."""

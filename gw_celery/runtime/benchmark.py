@@ -137,7 +137,7 @@ class Measurement:
         name = f"benchmark_generator of {self._task.name}"
         try:
             sample = generator()
-        except Exception as exc:
+        except BaseException as exc:  # in a thread of its own: nothing else interrupts it
             raise score.NoScore(f"{name} raised {type(exc).__name__}: {exc}") from exc
         if not isinstance(sample, Mapping):
             raise score.NoScore(
@@ -158,7 +158,7 @@ class Measurement:
             return headers.DEFAULT_WORKLOAD
         try:
             workload = headers.workload(calculator(**kwargs))
-        except Exception:  # as for callers, who count such an input as the default
+        except BaseException:  # as for callers, who count such an input as the default
             workload = None
         return headers.DEFAULT_WORKLOAD if workload is None else workload
 

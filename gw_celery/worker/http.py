@@ -78,8 +78,8 @@ class Endpoint:
         for key, _ in self._selector.select(timeout):
             if key.fileobj is self._server:
                 self._accept()
-            else:
-                self._serve(self._clients[key.fileobj])  # type: ignore[index]
+            elif (one := self._clients.get(key.fileobj)) is not None:  # type: ignore[call-overload]
+                self._serve(one)  # who was not dropped meanwhile to make room for another
         now = time.monotonic()
         for late in [one for one in self._clients.values() if now >= one.deadline]:
             self._drop(late)

@@ -128,6 +128,21 @@ def test_a_message_without_the_header_is_never_late(worker: WorkerProcess) -> No
     assert send("patient", "foreign", headers={}).get(timeout=20) == "foreign"
 
 
+def test_a_time_of_hundreds_of_digits_breaks_nothing(
+    worker: WorkerProcess, ledger_path: Path
+) -> None:
+    long = send("patient", "before-it", 1.0, headers={})
+    eventually(lambda: pooling.began(ledger_path, "before-it"))
+    odd = send("patient", "odd-time", headers={"gw-enqueued": 10**400})
+    after = send("patient", "after-it", headers={})
+    assert [one.get(timeout=20) for one in (long, odd, after)] == [
+        "before-it",
+        "odd-time",
+        "after-it",
+    ]
+    assert worker.exit_code is None
+
+
 def test_callers_are_refused_while_the_queue_is_too_long_and_let_in_again(
     worker: WorkerProcess, ledger_path: Path
 ) -> None:

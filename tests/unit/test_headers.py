@@ -34,7 +34,9 @@ def test_any_real_number_from_0_on_is_a_workload(given: Any) -> None:
     assert type(found) is float, "it travels in a header"
 
 
-@pytest.mark.parametrize("odd", [None, True, "10", [10.0], math.nan, math.inf], ids=repr)
+@pytest.mark.parametrize(
+    "odd", [None, True, "10", [10.0], math.nan, math.inf, 10**400, -(10**400)], ids=repr
+)
 def test_an_input_that_does_not_say_since_when_it_waits_is_never_late(odd: Any) -> None:
     assert headers.waited({"gw-enqueued": odd}, 1000.0) == 0.0
     assert headers.waited({}, 1000.0) == 0.0

@@ -50,8 +50,10 @@ def rewritten(folder: Path, **changes: Any) -> None:
         {"fingerprint": "c" * 64},
         {"measured_at": None},
         {"measured_at": "yesterday"},
+        {"measured_at": 10**400},
         {"score": {}},
         {"score": {**score.to_json(FOUND), "value": -1}},
+        {"score": {**score.to_json(FOUND), "value": 10**400}},
     ],
 )
 def test_a_file_that_says_something_else_is_ignored_with_a_warning(

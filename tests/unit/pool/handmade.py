@@ -65,6 +65,7 @@ class Child:
         self.jobs: dict[int, jobs.Job] = {}
         self.served = 0
         self.is_unfit = False
+        self.is_ill = False
         self.told: list[tuple[Any, ...]] = []
 
     def send(self, *orders: tuple[Any, ...]) -> None:

@@ -59,7 +59,7 @@ def test_a_claim_is_not_said_that_is_no_news_any_more() -> None:
     assert said(one, 10.0, 5.0, 20.0) == []
 
 
-@pytest.mark.parametrize("score", [0, -1.0, float("nan"), float("inf"), True, "9", None])
+@pytest.mark.parametrize("score", [0, -1.0, float("nan"), float("inf"), 10**400, True, "9", None])
 def test_what_is_no_score_is_ignored(score: Any) -> None:
     one = knowing("other", score)
     assert one.best(EMBED) is None

@@ -27,6 +27,7 @@ class Child:
         self.checks = None
         self.reason = ""
         self.is_unfit = False
+        self.is_ill = False
         if is_ready:
             self.life.loaded(1.0)
             self.life.entered(2.0)
@@ -350,12 +351,25 @@ def test_the_end_of_a_child_that_was_never_well_is_a_failed_start_however_long_i
     waits = []
     for _ in range(3):
         place.child = Child(held=2)
-        place.child.is_unfit = True
+        place.child.is_unfit = place.child.is_ill = True
         for number in place.child.jobs:
             place.child.jobs[number] = SimpleNamespace(is_accepted=True)
         place.ended(place.child, "its liveness probe failed", 1000.0, is_expected=False)
         waits.append(place.backoff.retry_at - 1000.0)
     assert waits == [1, 2, 4]
+
+
+def test_a_child_that_falls_ill_soon_after_each_start_is_started_ever_later() -> None:
+    (place,) = replicas_of(1)
+    waits = []
+    for age in (10.0, 10.0, 63.0, 64.0, 10.0):
+        place.child = Child(held=2)  # READY at 2.0
+        place.child.is_ill = True
+        for number in place.child.jobs:
+            place.child.jobs[number] = SimpleNamespace(is_accepted=True)
+        place.ended(place.child, "its liveness probe failed", 2.0 + age, is_expected=False)
+        waits.append(place.backoff.retry_at - 2.0 - age)
+    assert waits == [1, 2, 4, 0, 1]
 
 
 def test_what_the_probes_of_a_child_said_is_seen() -> None:

@@ -24,6 +24,7 @@ class Child:
         self.room = dispatch.Room(SLOTS)
         self.checks: Any = None
         self.is_unfit = False
+        self.is_ill = False
         self.reason = ""
         self.asked: list[tuple[int, str]] = []
 
@@ -169,6 +170,7 @@ def test_a_child_that_was_well_before_is_not_to_blame_for_its_start() -> None:
         site.probing.look(now)
         site.answer(now, is_ok=is_ok)
     assert len(site.alive.ended) == 1
+    assert site.child.is_ill
     assert not site.child.is_unfit
 
 

@@ -326,11 +326,13 @@ def test_a_generator_makes_each_input(app: gw.App) -> None:
         ({}, r"missing a required argument: 'x'"),
         ({1: 2}, r"keys must match"),
         (ZeroDivisionError("no data"), r"benchmark_generator of .*embed raised ZeroDivisionError"),
+        (SystemExit(3), r"benchmark_generator of .*embed raised SystemExit"),
+        (asyncio.CancelledError(), r"benchmark_generator of .*embed raised CancelledError"),
     ],
 )
 def test_a_generator_that_makes_no_input_is_told_of(app: gw.App, made: Any, why: str) -> None:
     def make() -> Any:
-        if isinstance(made, Exception):
+        if isinstance(made, BaseException):
             raise made
         return made
 

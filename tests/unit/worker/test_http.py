@@ -92,6 +92,24 @@ def test_clients_that_say_nothing_hold_up_nobody_and_are_cut_off(endpoint: http.
         one.close()
 
 
+def test_a_client_that_makes_room_for_another_may_have_asked_at_the_same_time() -> None:
+    endpoint = http.Endpoint("127.0.0.1", 0, ROUTES)
+    where = urlsplit(endpoint.address)
+    clients = []
+    for _ in range(33):  # one more than there is room for, and nobody looks yet at the last
+        clients.append(socket.create_connection((where.hostname, where.port), timeout=10))
+        if len(clients) < 33:
+            endpoint.poll(1.0)
+    for one in clients:
+        one.sendall(b"GET /well HTTP/1.1\r\n\r\n")
+    for _ in range(5):
+        endpoint.poll(0.1)
+    assert clients[-1].recv(12) == b"HTTP/1.1 200"
+    for one in clients:
+        one.close()
+    endpoint.close()
+
+
 @pytest.mark.parametrize("words", [b"\r\n\r\n", b"\x00\xff\r\n\r\n", b"GET\r\n\r\n", b"a" * 9000])
 def test_garbage_is_answered_with_an_error(endpoint: http.Endpoint, words: bytes) -> None:
     where = urlsplit(endpoint.address)
