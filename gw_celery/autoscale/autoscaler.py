@@ -103,6 +103,8 @@ class Autoscaler(autoscale.Autoscaler):
             self._hold()
         elif reading is not self._judged:
             self._judged = reading
+            if reading.lengths is not None:  # by which it knows that its replicas are full
+                self.pool.note_queued({key: at.messages for key, at in reading.lengths.items()})
             self._decide(reading, time.monotonic())
 
     def on_task_received(self, req: Any) -> None:

@@ -16,8 +16,8 @@ _LONGEST = 900.0
 #: Share of the slots that are taken in a replica that has no rest; between two inputs of a slot
 #: lies the way to the broker and back.
 _FULL = 0.9
-#: What a new span weighs against all before it.
-_WEIGHT = 0.3
+#: What a new span weighs against all before it; of factors, for a score can be wrong by many times.
+_WEIGHT = 0.5
 
 
 class Tally(Protocol):
@@ -89,19 +89,21 @@ class Live:
         if before and value and abs(value / before - 1.0) > DRIFT:
             self.served, self._has_warned = None, False
 
-    def observe(self, now: float, tally: Tally, ready: int) -> bool:
+    def observe(self, now: float, tally: Tally, ready: int, *, has_more: bool = False) -> bool:
         """Look at the traffic, about once a second; whether a drift is to be told now.
 
         Args:
             ready: replicas that take inputs.
+            has_more: whether messages are known to wait in the broker.
         """
         span = self._span
         if span is None or span.ready != ready or not ready:
             self._begin(now, tally, ready)
             return False
         slots = self._slots * ready
-        # What waits here has found no slot, whatever the count of a moment says.
-        is_full = tally.waiting_inputs > 0 or tally.running_inputs >= slots
+        # What waits has found no slot, whatever the count of a moment says: short inputs are on
+        # their way to or from the broker for a good part of their time.
+        is_full = has_more or tally.waiting_inputs > 0 or tally.running_inputs >= slots
         span.taken += 1.0 if is_full else tally.running_inputs / slots
         span.looks += 1
         elapsed = now - span.began
@@ -122,7 +124,7 @@ class Live:
     def _learn(self, rate: float) -> None:
         if rate > 0:
             before = self.value
-            self.served = rate if before is None else before + _WEIGHT * (rate - before)
+            self.served = rate if before is None else before * (rate / before) ** _WEIGHT
 
     def _is_to_be_told(self) -> bool:
         drift = self.drift

@@ -199,6 +199,7 @@ def from_class(cls: type, where: Placement, declared_probes: object) -> Service:
         exit_hooks=members.hooks(cls, markers.EXIT)[::-1],
     )
     _require_room(service)
+    _require_defaults(service)
     return service
 
 
@@ -253,6 +254,18 @@ def _require_queue(queue: object) -> None:
     if not isinstance(queue, str) or not queue or "," in queue or queue != queue.strip():
         raise errors.DeclarationError(
             "queue", queue, "must be the name of a queue, without a comma or a space at its ends"
+        )
+
+
+def _require_defaults(service: Service) -> None:
+    """A benchmark calls its method with the default parameters."""
+    required = [name for name, one in service.parameters.items() if one.is_required]
+    measured = [one.name for one in service.methods.values() if one.benchmark is not None]
+    if required and measured:
+        raise errors.DeclarationError(
+            required[0],
+            service.parameters[required[0]],
+            f"needs a default, for the benchmark of {service.name}.{measured[0]} gives no value",
         )
 
 

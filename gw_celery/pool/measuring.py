@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 _OF_TIME = 0.9
 
 
+#: Seconds for which it is believed what waits in the broker.
+_RECENT = 5.0
 #: Rounds of a benchmark that operators see: what they see travels to whoever asks.
 _MOST_SHOWN = 100
 
@@ -76,6 +78,8 @@ class Measuring:
         self._progress: dict[children.Child, _Progress] = {}
         self._live = {key: live.Live(slots) for key, slots in setup.slots.items()}
         self._calls = itertools.count(1)
+        #: Messages in the broker, by service, and when somebody said so.
+        self._queued: tuple[float, Mapping[str, int]] = (0.0, {})
         #: Not before this is a score measured again for its age: the last attempt failed.
         self._patient_until = 0.0
 
@@ -151,6 +155,10 @@ class Measuring:
 
     # -- scores --
 
+    def note_queued(self, queued: Mapping[str, int], now: float) -> None:
+        """Hear how many messages wait in the broker, by service."""
+        self._queued = (now, queued)
+
     def observe(
         self, now: float, tallies: Mapping[str, live.Tally], ready: Mapping[str, int]
     ) -> None:
@@ -159,15 +167,19 @@ class Measuring:
         Args:
             ready: replicas that take inputs, by service.
         """
+        at, queued = self._queued
         for key, one in self._live.items():
-            if key in tallies and one.observe(now, tallies[key], ready.get(key, 0)):
+            has_more = now - at < _RECENT and queued.get(key, 0) > 0
+            if key not in tallies:
+                continue
+            if one.observe(now, tallies[key], ready.get(key, 0), has_more=has_more):
                 logger.warning(
-                    "a replica of this worker serves %.4g/s of %s under full load, %+.0f %% from "
-                    "the %.4g/s that its benchmark says; the worker goes by what is served. Have "
+                    "by what the full replicas of this worker serve, the score of %s is %.4g/s, "
+                    "%+.0f %% from the benchmark's %.4g/s; the worker goes by what is served. Have "
                     "the benchmark's inputs resemble the traffic, and benchmark_concurrency its "
                     "load",
-                    one.served,
                     key or "plain tasks",
+                    one.served,
                     100 * (one.drift or 0.0),
                     one.measured,
                 )

@@ -96,10 +96,16 @@ class Supervisor:
         with self._lock:
             self._measuring.ask()
 
+    def note_queued(self, queued: Mapping[str, int]) -> None:
+        """Hear how many messages wait in the broker, by service."""
+        with self._lock:
+            self._measuring.note_queued(queued, jobs.now())
+
     def observe(self, tallies: Mapping[str, live.Tally]) -> None:
         """Let the traffic correct the scores; about once a second."""
         with self._lock:
-            ready = [one for one in self._replicas if one.life.is_ready]
+            # While results cannot be stored nothing is consumed, however much there is.
+            ready = [one for one in self._replicas if one.life.is_ready and not self.outage()]
             by_service = {
                 key: sum(one.room.serves(key) for one in ready) for key in self._setup.slots
             }

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from celery.concurrency.base import BasePool
@@ -268,6 +269,10 @@ class TaskPool(BasePool):
     def scores(self) -> dict[str, float | None]:
         """Workload per second of one replica, by service; ``None`` while it is not known."""
         return self.supervisor.scores()
+
+    def note_queued(self, queued: Mapping[str, int]) -> None:
+        """Hear from who asks the broker how many messages wait there, by service."""
+        self.supervisor.note_queued(queued)
 
     def seen_scores(self) -> dict[str, snapshot.Score]:
         """Where the scores come from, as it was at the last tick."""

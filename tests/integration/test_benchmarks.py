@@ -41,9 +41,9 @@ def scores(worker: WorkerProcess) -> dict[str, Any]:
 def score_of(worker: WorkerProcess, service: str) -> dict[str, Any]:
     """The score of a service that has been measured; what stats shows is a second old."""
 
-    def look() -> dict[str, Any] | None:
+    def look() -> dict[str, Any]:
         found: dict[str, Any] = scores(worker)[service]
-        return found if found["measured"] else None
+        return found if found["measured"] else {}
 
     return eventually(look, 20)
 
@@ -168,6 +168,22 @@ def test_a_changed_function_is_measured_again_and_an_unchanged_one_is_not(
     assert ran("1", {"gw_score_cache": None}) == 2
 
 
+def test_full_replicas_correct_a_score_that_no_traffic_confirms(start: Any) -> None:
+    # The benchmark rests for 20 ms and the traffic for a second: ten at a time, of workload 2.
+    for body, count in ((measured.rest, 300), (measured.unmeasured, 120)):
+        for _ in range(count):
+            body.apply_async(kwargs={"seconds": 1.0}, ignore_result=True)
+    worker = start("rest", "unmeasured")
+    measure = score_of(worker, "measured.rest")["measured"]
+    eventually(lambda: "of measured.rest is " in worker.log_text(), 40)
+    eventually(lambda: scores(worker)["measured.unmeasured"]["value"], 40)
+    found = scores(worker)
+    assert found["measured.rest"]["measured"] == measure
+    assert found["measured.rest"]["value"] == found["measured.rest"]["served"] < 0.7 * measure
+    assert 0.5 * 4 < found["measured.unmeasured"]["value"] < 1.2 * 4
+    assert worker.log_text().count("goes by what is served") == 1
+
+
 def test_an_idle_replica_is_measured_again_and_serves_again(start: Any, ledger_path: Path) -> None:
     worker = start("rest", "shared", settings={"gw_benchmark_period": 3.0})
     (pid,) = eventually(lambda: pooling.ready_pids(worker, measured.celery), 20)
@@ -184,6 +200,27 @@ def test_an_idle_replica_is_measured_again_and_serves_again(start: Any, ledger_p
     assert pooling.ready_pids(worker, measured.celery) in ([], [pid])
     eventually(lambda: score_of(worker, "measured.rest")["benchmarks"][0]["age"] < 5.0)
     assert not score_of(worker, "measured.rest")["benchmarks"][0]["is_kept"]
+
+
+def both(pids: list[int]) -> list[int]:
+    """The children of two replicas, once there are two."""
+    return pids if len(pids) == 2 else []
+
+
+def test_a_tick_has_idle_replicas_measured_again_one_at_a_time(
+    start: Any, ledger_path: Path
+) -> None:
+    worker = start("shared", replicas=2, settings={"gw_benchmark_period": None})
+    pids = set(eventually(lambda: both(pooling.ready_pids(worker, measured.celery)), 20))
+    before = len(ledger.words(ledger_path, "batch"))
+    measured.celery.control.broadcast("gw_benchmark_tick", destination=[worker.node])
+
+    def again() -> list[int]:
+        return [int(line[0]) for line in ledger.words(ledger_path, "batch")[before:]]
+
+    eventually(lambda: len(again()) == 16, 20)
+    first = again()[0]
+    assert again() == [first] * 8 + [*(pids - {first})] * 8
 
 
 def test_a_worker_that_stops_does_not_wait_for_a_benchmark(start: Any, ledger_path: Path) -> None:

@@ -45,6 +45,13 @@ async def rest(seconds: float) -> float:
     return seconds
 
 
+@app.remote(gpu=CPU)
+@gw.concurrent(max_inputs=4)
+async def unmeasured(seconds: float) -> None:
+    """Without a benchmark."""
+    await asyncio.sleep(seconds)
+
+
 @app.remote(gpu=CPU, benchmark_dataset=[{"x": 1}], benchmark_runs=3)
 @gw.concurrent(max_inputs=4)
 async def broken(x: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -30,6 +30,7 @@ class Pool(taskpool.TaskPool):
         self.known_scores: dict[str, float | None] = {"model": 10.0}
         self.failed = 0
         self.maintained = 0
+        self.noted: dict[str, int] = {}
 
     @property
     def wanted(self) -> int:
@@ -59,6 +60,9 @@ class Pool(taskpool.TaskPool):
 
     def scores(self) -> dict[str, float | None]:
         return self.known_scores
+
+    def note_queued(self, queued: Mapping[str, int]) -> None:
+        self.noted = dict(queued)
 
     def ready_by_service(self) -> dict[str, int]:
         return {key: slots * self.wanted for key, slots in SLOTS.items()}
@@ -120,6 +124,12 @@ def test_it_grows_at_once_by_what_waits_and_has_children_started_at_once(scaled:
     scaled.queued = 290
     assert scaled.after(1) == 3
     assert (scaled.pool.limit, scaled.pool.maintained) == (15, 1)
+
+
+def test_the_pool_hears_what_waits(scaled: Scaled) -> None:
+    scaled.queued = 7
+    scaled.after(1)
+    assert scaled.pool.noted == {"model": 7}
 
 
 def test_it_grows_no_further_than_its_bound(scaled: Scaled) -> None:

@@ -25,6 +25,7 @@ class Traffic:
         self.tally = Tally()
         self.now = 1000.0
         self.warnings = 0
+        self.has_more = False
         self.live.measure(measured)
 
     def flow(
@@ -36,7 +37,7 @@ class Traffic:
             self.tally.served += rate
             self.tally.served_inputs = round(self.tally.served / each)
             self.tally.running_inputs = round(taken * self.slots * ready)
-            self.warnings += self.live.observe(self.now, self.tally, ready)
+            self.warnings += self.live.observe(self.now, self.tally, ready, has_more=self.has_more)
 
 
 def test_a_service_without_a_benchmark_has_no_score_until_it_is_full_for_a_while() -> None:
@@ -89,6 +90,13 @@ def test_what_waits_in_the_worker_shows_that_no_slot_is_free() -> None:
     traffic = Traffic(10)
     traffic.tally.waiting_inputs = 3
     traffic.flow(30, 50.0, taken=0.6)
+    assert traffic.live.value == pytest.approx(50.0, rel=0.01)
+
+
+def test_what_waits_in_the_broker_shows_it_too() -> None:
+    traffic = Traffic(10)
+    traffic.has_more = True
+    traffic.flow(30, 50.0, taken=0.4)
     assert traffic.live.value == pytest.approx(50.0, rel=0.01)
 
 

@@ -123,3 +123,17 @@ def test_what_cannot_be_called_is_refused(app: gw.App, argument: str, value: obj
 
         assert (error.argument, error.value) == (argument, value)
         assert "must be a function" in error.rule
+
+
+def test_a_benchmark_needs_defaults_for_all_parameters(app: gw.App) -> None:
+    class Model:
+        size: int = gw.parameter(default=1)
+        name: str = gw.parameter()
+
+        @gw.method(benchmark_dataset=[{"x": 1}])
+        def predict(self, x: int) -> None: ...
+
+    error = refused(app.cls(), Model)
+
+    assert error.argument == "name"
+    assert "for the benchmark of Model.predict gives no value" in error.rule

@@ -242,8 +242,22 @@ def test_full_replicas_correct_the_score_and_a_drift_is_told_once(
         pool.measuring.observe(float(second), {"embed": tally}, {"embed": 1})
     assert pool.measuring.scores()["embed"] == pytest.approx(20.0, rel=0.01)
     (record,) = caplog.records
-    assert "of embed under full load" in record.getMessage()
-    assert "the 100/s that its benchmark says" in record.getMessage()
+    assert "the score of embed is 44.72/s, -55 % from the benchmark's 100/s" in record.getMessage()
+
+
+@pytest.mark.parametrize(("age", "is_learnt"), [(0.0, True), (6.0, False)])
+def test_a_queue_that_was_seen_to_hold_more_shows_that_replicas_are_full(
+    age: float, *, is_learnt: bool
+) -> None:
+    pool, tally = Pool(), Tally(running_inputs=1)
+    for second in range(1000, 1030):
+        pool.measuring.note_queued({"embed": 7, "Model": 0}, second - age)
+        tally.served += 20.0
+        tally.served_inputs += 20
+        tallies = {"embed": tally, "Model": tally}
+        pool.measuring.observe(float(second), tallies, {"embed": 1, "Model": 1})
+    assert (pool.measuring.scores()["embed"] is not None) is is_learnt
+    assert pool.measuring.scores()["Model"] is None
 
 
 def test_operators_see_the_latest_figures_of_each_task() -> None:
