@@ -314,13 +314,20 @@ def test_an_operator_resizes_it_at_once_and_beyond_its_bounds(scaled: Scaled) ->
     assert scaled.after(1) == 1
 
 
+def test_large_figures_are_told_in_full(scaled: Scaled, caplog: pytest.LogCaptureFixture) -> None:
+    scaled.queued = 68_612
+    with caplog.at_level(logging.INFO):
+        scaled.after(3)
+    assert any("68612 wait" in one.message for one in caplog.records)
+
+
 def test_it_says_what_it_saw_and_decided(scaled: Scaled, caplog: pytest.LogCaptureFixture) -> None:
     scaled.queued = 290
     with caplog.at_level(logging.INFO):
         scaled.after(3)
     said = [one.message for one in caplog.records if "replicas instead" in one.message]
     assert said == [
-        "3 replicas instead of 1: model needs 2.90 (0/s come, 290 wait, a replica does 10/s)"
+        "3 replicas instead of 1: model needs 2.9 (0/s come, 290 wait, a replica does 10/s)"
     ]
     info = scaled.scaler.info()
     assert (info["max"], info["min"], info["current"]) == (20, 5, 15)
