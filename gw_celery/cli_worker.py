@@ -89,5 +89,7 @@ def _require_consistent(ctx: click.Context) -> None:
     for message, names in wrong.items():
         if names <= typed:
             raise click.UsageError(message, ctx)
+    if "autoscale" in typed and not ctx.params["autoscale"][0]:
+        raise click.UsageError("--autoscale MAX,MIN: with MAX 0 it would serve nothing", ctx)
     if "exclude_queues" in typed and "queues" not in typed:
         raise click.UsageError("-X takes away from what -Q lists: give -Q", ctx)

@@ -358,12 +358,17 @@ def _queues(app: Any, plan: serving.Plan | None) -> dict[str, list[str]]:
     return found
 
 
+def _figure(value: float) -> str:
+    """Three digits, and all of a large number: 68600 tokens, not 6.86e+04."""
+    return format(value, ".0f" if value >= 100 else ".3g")
+
+
 def _why(seen: Mapping[str, snapshot.Outlook], total: int, workers: int) -> str:
     """Say what the services need, those that need nothing left out."""
     told = [
-        f"{key or 'plain tasks'} needs {one.need:.2f} ({one.rate:.3g}/s come, "
-        f"{one.waiting:.3g} wait, a replica does "
-        f"{'?' if one.score is None else format(one.score, '.3g')}/s)"
+        f"{key or 'plain tasks'} needs {_figure(one.need)} ({_figure(one.rate)}/s come, "
+        f"{_figure(one.waiting)} wait, a replica does "
+        f"{'?' if one.score is None else _figure(one.score)}/s)"
         for key, one in seen.items()
         if one.need > 0
     ]

@@ -208,8 +208,12 @@ class Job:
         self._answer("error_callback", _einfo(exc))
 
     def refuse(self, exc: BaseException) -> None:
-        """Fail it before it starts: one that is acknowledged when it starts is so now."""
-        self.broken(exc)
+        """Fail it before it starts: one that is acknowledged when it starts is so now.
+
+        Without a traceback, which would say only where it was refused: under overload every line
+        of it is in the log for each input.
+        """
+        self._answer("error_callback", Einfo(exc, f"{type(exc).__name__}: {exc}"))
         for one in (self, *self.twins):
             one._acknowledge_early()
 

@@ -50,7 +50,7 @@ class Measurement:
         self._source = _declared(self._method)
         # The same inputs each time, so that two measures differ by the replica alone.
         self._random = random.Random(self._method.task_name)
-        self._has_logged = False
+        self._has_logged = self._has_told = False
         #: An input goes on that was stopped, and cannot be ended.
         self.is_stuck = False
 
@@ -157,10 +157,28 @@ class Measurement:
         if calculator is None:
             return headers.DEFAULT_WORKLOAD
         try:
-            workload = headers.workload(calculator(**kwargs))
-        except BaseException:  # as for callers, who count such an input as the default
-            workload = None
-        return headers.DEFAULT_WORKLOAD if workload is None else workload
+            given = calculator(**kwargs)
+            workload = headers.workload(given)
+            what = f"returned {given!r:.100}"
+        except BaseException as exc:  # as for callers, who count such an input as the default
+            workload, what = None, f"raised {exc!r:.200}"
+        if workload is not None:
+            return workload
+        self._tell_of_calculator(what)
+        return headers.DEFAULT_WORKLOAD
+
+    def _tell_of_calculator(self, what: str) -> None:
+        """Once: calls by position may have a workload where these, by name, have none."""
+        if not self._has_told:
+            self._has_told = True
+            logger.warning(
+                "workload_calculator of %s %s for a sample of its benchmark, which it gets by "
+                "name: it counts as %g, so that the score is not in the unit of the traffic. "
+                "Give it the parameters of the task",
+                self._task.name,
+                what,
+                headers.DEFAULT_WORKLOAD,
+            )
 
 
 class _Call:

@@ -109,6 +109,13 @@ class Watch:
         except (OSError, redis.exceptions.ConnectionError):
             self.close()
             raise
+        except redis.exceptions.InvalidResponse as exc:
+            # Redis 7.0 tells of FLUSHDB, and of any database, in the wrong protocol. Celery
+            # connects again after a ConnectionError only; of anything else the worker would end.
+            self.close()
+            raise redis.exceptions.ConnectionError(
+                f"Redis cannot be read on the connection that tells of new messages: {exc}"
+            ) from exc
 
     def _ask(self, *command: Any) -> Any:
         self._link.send_command(*command)

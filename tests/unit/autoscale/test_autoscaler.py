@@ -410,13 +410,20 @@ def test_what_an_operator_takes_away_stays_away_while_it_drains(
     assert scaled.after(5) == 1
 
 
+def test_large_figures_are_told_in_full(scaled: Scaled, caplog: pytest.LogCaptureFixture) -> None:
+    scaled.queued = 68_612
+    with caplog.at_level(logging.INFO):
+        scaled.after(3)
+    assert any("68612 wait" in one.message for one in caplog.records)
+
+
 def test_it_says_what_it_saw_and_decided(scaled: Scaled, caplog: pytest.LogCaptureFixture) -> None:
     scaled.queued = 290
     with caplog.at_level(logging.INFO):
         scaled.after(3)
     said = [one.message for one in caplog.records if "replicas instead" in one.message]
     assert said == [
-        "3 replicas instead of 1: model needs 2.90 (0/s come, 290 wait, a replica does 10/s)"
+        "3 replicas instead of 1: model needs 2.9 (0/s come, 290 wait, a replica does 10/s)"
     ]
     info = scaled.scaler.info()
     assert (info["max"], info["min"], info["current"]) == (20, 5, 15)

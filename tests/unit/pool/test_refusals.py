@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,16 @@ def test_one_that_would_be_acknowledged_at_its_start_is_acknowledged_with_its_tw
     job.refuse(errors.QueueTimeExceeded("t", "q", 1.0, 2.0, True))
     assert [one.heard for one in requests] == [[errors.QueueTimeExceeded]] * 2
     assert all(one.acknowledged for one in requests)
+
+
+def test_celery_logs_it_without_the_lines_of_ours_that_refused_it() -> None:
+    told: list[Any] = []
+    job = jobs.Job(0, ("t", "a", {}), "embed", {"error_callback": told.append}, lambda *_: None)
+    job.refuse(errors.QueueTimeExceeded("t", "q", 1.0, 2.0, True))
+    (einfo,) = told
+    logged = logging.Formatter().formatException(einfo.exc_info)
+    assert logged == "gw_celery.errors." + str(einfo)
+    assert str(einfo).startswith("QueueTimeExceeded: t waited 2.0 s")
 
 
 def test_the_error_says_what_is_the_matter_and_comes_back_as_it_went() -> None:

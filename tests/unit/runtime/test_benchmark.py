@@ -115,6 +115,18 @@ def test_what_is_no_workload_counts_as_the_default(app: gw.App, odd: Any) -> Non
     assert 1 / 0.1 < measured(app).value <= 1 / 0.005
 
 
+def test_a_calculator_with_other_parameters_than_its_task_is_told_of_once(
+    app: gw.App, caplog: pytest.LogCaptureFixture
+) -> None:
+    @app.remote(benchmark_dataset=ONE, benchmark_runs=2, workload_calculator=lambda text: 9.0)
+    async def embed(x: int) -> None:
+        await asyncio.sleep(0.005)
+
+    assert 1 / 0.1 < measured(app).value <= 1 / 0.005
+    (told,) = [one.message for one in caplog.records if "workload_calculator of" in one.message]
+    assert "unexpected keyword argument 'x'" in told
+
+
 def test_the_same_inputs_are_drawn_each_time_and_each_input_gets_its_own(app: gw.App) -> None:
     drawn: list[Any] = []
 

@@ -213,6 +213,20 @@ def test_a_link_that_is_cut_ends_the_connection(start: Any, server: redis.Redis)
         eventually(worker.turn, 10, 0)
 
 
+def test_a_database_that_is_flushed_ends_at_most_the_connection(
+    start: Any, server: redis.Redis
+) -> None:
+    worker = start()
+    worker.fall_idle()
+    server.flushall()
+    try:
+        for _ in range(50):
+            worker.turn()
+    except redis.exceptions.ConnectionError:
+        return  # the worker connects again
+    worker.fall_idle()
+
+
 def test_a_link_that_is_silent_ends_the_connection(start: Any) -> None:
     worker = start()
     worker.fall_idle()
