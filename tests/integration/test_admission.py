@@ -15,7 +15,8 @@ from celery.exceptions import ChordError, TaskRevokedError
 
 import gw_celery as gw
 from gw_celery import devserver
-from tests import pooling
+from tests import pooling, services
+from tests.conftest import needed
 from tests.processes import StartWorker, WorkerProcess, eventually
 
 pytestmark = pytest.mark.integration
@@ -35,6 +36,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def worker(redis_server: devserver.Server, directory: Path) -> Iterator[WorkerProcess]:
     with pooling.module_worker(redis_server, directory, module="weighed") as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def rabbitmq_url() -> Iterator[str]:
+    """Of its own: in the virtual host of the other tests the same queues have no priorities."""
+    with needed(services.rabbitmq_vhost()) as url:
+        yield url
 
 
 @pytest.fixture
