@@ -57,6 +57,7 @@ def register(
         "shared": False,
         "time_limit": service.placement.timeout,
         **{name: value for name, value in method.options.items() if name != "base"},
+        "throws": (*method.options.get("throws", ()), *task.ServingTask.throws),
         "name": method.task_name,
         "gw_service": service,
         "gw_method": method,

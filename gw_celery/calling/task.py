@@ -32,6 +32,8 @@ class ServingTask(Task):
     acks_late = True
     reject_on_worker_lost = True
     serializer = codec.NAME
+    # Expected under overload: one line in the log for each, and none of ours.
+    throws = (errors.QueueTimeExceeded,)
     Request = "gw_celery.worker.request:Request"
 
     gw_service: services.Service

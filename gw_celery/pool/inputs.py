@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gw_celery import conf, errors
 from gw_celery.pool import children, deaths, dispatch, jobs, limits, tally, wire
-from gw_celery.runtime import lateness
 
 logger = logging.getLogger(__name__)
 
-_NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 #: Seconds that a redelivered input waits for what other workers know of it.
 _LONGEST_QUESTION = 2.0
 
@@ -28,7 +25,6 @@ class Inputs:
         on_stuck: called with a child that cannot stop an input.
         shared_deaths: where the workers' counts of deaths meet, if anywhere.
         bury: called with an input that is given up, why, and after how many deaths.
-        queue_times: seconds that an input of a service may wait until it begins.
     """
 
     def __init__(
@@ -38,7 +34,6 @@ class Inputs:
         on_stuck: Callable[[children.Child], None],
         shared_deaths: deaths.Shared | None = None,
         bury: Callable[[jobs.Job, str, int], None] | None = None,
-        queue_times: Mapping[str, float] = _NO_LIMITS,
     ) -> None:
         self.waiting = dispatch.Dispatcher()
         self.tallies = tally.Tallies()
@@ -50,7 +45,6 @@ class Inputs:
         self._on_let_go = on_let_go
         self._on_stuck = on_stuck
         self._bury = bury
-        self._queue_times = queue_times
         self._held: dict[int, jobs.Job] = {}
         #: Those that a child holds and has not begun: they gather for a batch.
         self._gathering: dict[int, jobs.Job] = {}
@@ -145,7 +139,7 @@ class Inputs:
         now = jobs.now()
         for given in self.waiting.assign(ready):
             job, child = given.input, given.child
-            if job.was_withdrawn() or self._was_late(job):
+            if job.was_withdrawn():
                 child.room.give_back(job.service)
                 self.tallies.give_back(job.number)
                 continue
@@ -174,8 +168,8 @@ class Inputs:
             self._begun(job, child.pid, min(report[2], now), now)
             return
         if kind == wire.Report.EXPIRED:
-            if not job.is_answered and not job.was_withdrawn():
-                self._was_late(job)
+            if not job.is_answered:
+                job.was_withdrawn()
             return
         if not job.is_answered and _is_answer(report):
             self.tallies.serve(job.number, now, is_success=kind == wire.Report.DONE)
@@ -280,16 +274,6 @@ class Inputs:
         self._deaths.survived(job.task_id)
         self.tallies.give_back(job.number)
         job.broken(poisoned)
-
-    def _was_late(self, job: jobs.Job) -> bool:
-        """Refuse an input that has waited for too long; whether it has."""
-        limit = self._queue_times.get(job.service)
-        if limit is None or not lateness.is_over(job.request, limit):
-            return False
-        delivery, waited = job.request.get("delivery_info") or {}, lateness.waited(job.request)
-        queue = str(delivery.get("routing_key") or "")
-        job.refuse(errors.QueueTimeExceeded(job.name, queue, limit, waited, True))
-        return True
 
     def _let_go(self, child: children.Child, job: jobs.Job) -> None:
         self.tallies.give_back(job.number)  # unless it is served

@@ -207,25 +207,6 @@ class Job:
         """Anything else; Celery decides by the class of ``exc`` and stores the outcome."""
         self._answer("error_callback", _einfo(exc))
 
-    def refuse(self, exc: BaseException) -> None:
-        """Fail it before it starts: one that is acknowledged when it starts is so now.
-
-        Without a traceback, which would say only where it was refused: under overload every line
-        of it is in the log for each input.
-        """
-        self._answer("error_callback", Einfo(exc, f"{type(exc).__name__}: {exc}"))
-        for one in (self, *self.twins):
-            one._acknowledge_early()
-
-    def _acknowledge_early(self) -> None:
-        request = self._celery_request
-        if request is None or request.task.acks_late or request.acknowledged:
-            return
-        try:
-            request.acknowledge()
-        except Exception:
-            logger.exception("task %s[%s] could not be acknowledged", self.name, self.task_id)
-
     def lost(self, reason: str) -> None:
         self.broken(WorkerLostError(f"{reason} Job: {self.number}."))
 

@@ -32,8 +32,6 @@ class Setup:
     allotment: allotment.Allotment | None = None
     #: The probes of what it serves, each with the key of its service.
     probes: Sequence[tuple[str, probes.Probe]] = ()
-    #: Seconds that an input of a service may wait until it begins, where there is a limit.
-    queue_times: Mapping[str, float] = dataclasses.field(default_factory=dict)
     max_tasks: int | None = None
     #: Resident bytes after which a child is replaced.
     max_bytes: int | None = None

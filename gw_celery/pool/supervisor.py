@@ -55,7 +55,6 @@ class Supervisor:
             self._replicas.replace,
             shared,
             bury,
-            setup.queue_times,
         )
         self._measuring = measuring.Measuring(setup, self._send)
         self._probing = probing.Probing(

@@ -71,7 +71,6 @@ class TaskPool(BasePool):
             benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
             probes=plan.probes if plan else (),
-            queue_times=plan.queue_times if plan else {},
             max_tasks=options.get("maxtasksperchild"),
             max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
         )

@@ -48,8 +48,10 @@ class InFlight:
         self.runs_alone = False
         #: When nobody wants its answer any more, unless it has begun.
         self.expires: dt.datetime | None = None
-        #: Whether it has waited for too long, unless it has begun.
-        self.is_late: Callable[[], bool] = _never
+        #: Says why it has waited for too long, unless it has begun.
+        self.judge: Callable[[], Exception | None] = _nothing
+        #: What fails it in place of its body.
+        self.refusal: Exception | None = None
         #: Writes the record of an early acknowledgement, where there is to be one.
         self.record: Callable[[], Awaitable[None]] | None = None
         #: It is a benchmark's: nothing outside this process may learn of it.
@@ -84,13 +86,18 @@ class InFlight:
         """
         if self.has_begun or self._is_stopped:
             return not self._is_stopped
-        if expiry.has_passed(self.expires) or self.is_late():
+        if expiry.has_passed(self.expires):
             self._tell((wire.Report.EXPIRED, self.job))
             self.stop()
             return False
         self.has_begun = True
         self._tell((wire.Report.ACCEPT, self.job, time.monotonic()))
-        return True
+        # Celery's tracer stores a refusal as any failure: callbacks and chords learn of it, and
+        # nothing that waits for the result backend is in the worker's loop.
+        if (refusal := self.judge()) is not None:
+            self.refusal = refusal
+            self.stop()
+        return refusal is None
 
     @property
     def is_in_body(self) -> bool:
@@ -102,8 +109,10 @@ class InFlight:
             self._begin()
             with exits.Contained():  # of the project's other tasks, too
                 answer = run(*args, **kwargs)
-        except asyncio.CancelledError as exc:
-            if self._is_stopped:
+        except (asyncio.CancelledError, invoke.Revoked) as exc:
+            if self.refusal is not None:
+                raise self.refusal from None
+            if self._is_stopped or isinstance(exc, invoke.Revoked):
                 raise invoke.Revoked from None
             if process.current() is None:  # it ends, and the broker has the message still
                 raise
@@ -165,8 +174,8 @@ class InFlight:
             self._thrown.wait()
 
 
-def _never() -> bool:
-    return False
+def _nothing() -> None:
+    return None
 
 
 def has_company() -> bool:

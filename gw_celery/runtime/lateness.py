@@ -9,7 +9,7 @@ from typing import Any
 
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 
-from gw_celery import headers
+from gw_celery import errors, headers
 
 
 def stamp(app: Any, countdown: Any, eta: Any) -> float:
@@ -40,6 +40,10 @@ def waited(request: Mapping[str, Any]) -> float:
     return headers.waited(request, time.time())
 
 
-def is_over(request: Mapping[str, Any], limit: float | None) -> bool:
-    """Whether an input that has not begun has waited for longer than ``limit``."""
-    return limit is not None and waited(request) > limit
+def refusal(name: str, request: Mapping[str, Any], limit: float) -> errors.QueueTimeExceeded | None:
+    """Return why an input must not begin that has waited for longer than ``limit``, if it has."""
+    seconds = waited(request)
+    if seconds <= limit:
+        return None
+    queue = (request.get("delivery_info") or {}).get("routing_key") or ""
+    return errors.QueueTimeExceeded(name, str(queue), limit, seconds, True)

@@ -97,16 +97,21 @@ class Inputs:
     def _start(self, one: inflight.InFlight, request: Any, *content: Any) -> None:
         self._held[one.job] = one
         task = self._app.tasks.get(one.name)
+        if (limit := self._queue_time(task)) is not None:
+            one.judge = functools.partial(lateness.refusal, one.name, request, limit)
         if _gathers(task):
             one.expires = expiry.of(self._app, request)
-            if (limit := task.gw_service.max_queue_time(self._max_queue_time)) is not None:
-                one.is_late = functools.partial(lateness.is_over, request, limit)
         elif not self._is_early(one):
             one.begin()
         name = f"{one.name}[{one.task_id}]"
         task = asyncio.create_task(self._run(one, request, *content), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _queue_time(self, task: Any) -> float | None:
+        """Seconds that an input of ``task`` may wait until it begins."""
+        service = getattr(task, "gw_service", None)
+        return None if service is None else service.max_queue_time(self._max_queue_time)
 
     def limit(self, job: int, seconds: float) -> None:
         if job in self._held:
