@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,30 @@ def test_no_message_is_taken_while_results_cannot_be_stored(
     assert pooling.counts(ledger_path, NAMES + LATER) == pooling.all_once(NAMES + LATER)
     assert (said(worker, PAUSED), said(worker, RESUMED)) == (1, 1)
     assert outage_told(worker, app) == ""
+
+
+@pytest.mark.parametrize("kind", ["down", "frozen"])
+def test_no_refusal_is_lost_nor_holds_up_the_worker_while_it_cannot_be_stored(
+    start_pooled: Callable[..., WorkerProcess], results: Outage, app: Celery, kind: str
+) -> None:
+    worker = start_pooled(settings={"gw_max_queue_time": 5.0})
+    late = {"gw-enqueued": time.time() - 60}
+    freeze = {"down": (results.stop, results.start)}.get(kind) or tuple(
+        lambda signum=signum: os.kill(results.server.pid, signum)
+        for signum in (signal.SIGSTOP, signal.SIGCONT)
+    )
+    freeze[0]()
+    try:
+        sent = [
+            app.send_task("pooled.four", (one, 0.0), queue="cpu.four", headers=late).id
+            for one in NAMES
+        ]
+        paused(worker, app)
+        assert pooling.ask(worker, "ping", app) == {"ok": "pong"}
+    finally:
+        freeze[1]()
+    # One that was given back meanwhile is delivered again, and such an input is never refused.
+    eventually(lambda: results.states(sent) <= {"FAILURE", "SUCCESS"}, 60)
 
 
 def test_an_input_whose_result_cannot_be_stored_is_given_back_and_runs_after_the_outage(
