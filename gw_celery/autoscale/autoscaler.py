@@ -106,9 +106,10 @@ class Autoscaler(autoscale.Autoscaler):
             self._hold()
         elif reading is not self._judged:
             self._judged = reading
-            if reading.lengths is not None:  # by which it knows that its replicas are full
-                self.pool.note_queued({key: at.messages for key, at in reading.lengths.items()})
-            self._decide(reading, time.monotonic())
+            try:
+                self._judge(reading)
+            except Exception:  # out of here it would end the worker's loop
+                logger.exception("the autoscaler failed once, and the pool keeps its size")
 
     def on_task_received(self, req: Any) -> None:
         """Celery's own autoscaler notes the time; the thread counts what comes."""
@@ -165,6 +166,11 @@ class Autoscaler(autoscale.Autoscaler):
         return self._seen
 
     # -- deciding --
+
+    def _judge(self, reading: demand.Reading) -> None:
+        if reading.lengths is not None:  # by which the pool knows that its replicas are full
+            self.pool.note_queued({key: at.messages for key, at in reading.lengths.items()})
+        self._decide(reading, time.monotonic())
 
     def _decide(self, reading: demand.Reading, now: float) -> None:
         self._learn(now)

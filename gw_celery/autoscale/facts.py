@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from typing import Any
+
+#: Nobody counts further: whoever can write into the Redis must not hold up those who read.
+_LARGEST = 1e18
+_MOST = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,10 +64,13 @@ def _read(value: Any, kind: Any) -> Any:
     if kind == "float | None" and value is None:
         return None
     number = _number(value)
+    if kind == "int" and number > _MOST:
+        raise ValueError(f"more replicas or inputs than can be true: {number:.0f}")
     return int(number) if kind == "int" else number
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"not a number: {value!r:.100}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"not a number that can be true: {value!r:.100}")
     return float(value)

@@ -89,7 +89,7 @@ class Peers:
                 continue
             try:
                 told, at = facts.loads(written)
-            except (ValueError, TypeError) as exc:
+            except (ValueError, TypeError, RecursionError) as exc:
                 logger.debug("the facts of %r cannot be read: %s", name, exc)
                 forgotten.append(name)
                 continue

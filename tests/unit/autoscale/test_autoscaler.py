@@ -464,3 +464,15 @@ def test_what_was_read_is_judged_in_the_thread_of_the_loop_at_once(scaled: Scale
     scaled.scaler.end()
     scaled.scaler._on_read()
     assert len(woken) == 1
+
+
+def test_a_decision_that_fails_keeps_the_size_and_the_worker(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = scaled.after(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(scaled.pool, "tallies", lambda: 1 / 0)
+        assert scaled.after(2) == before
+    assert caplog.text.count("the autoscaler failed once, and the pool keeps its size") == 2
+    scaled.queued = 290
+    assert scaled.after(3) > before
