@@ -47,7 +47,7 @@ def test_a_score_that_nobody_knows_is_none() -> None:
 )
 def test_what_is_no_fact_is_refused(change: dict[str, object]) -> None:
     written = json.dumps(json.loads(ONE.dumps(1.0)) | change)
-    with pytest.raises(ValueError, match="not a|more replicas"):
+    with pytest.raises(ValueError, match=r"not a|more replicas"):
         facts.loads(written)
 
 
