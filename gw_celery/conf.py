@@ -124,6 +124,14 @@ def is_set(conf: Any, name: str) -> bool:
     return any(key in given for given in conf.maps[:-1] for key in conf._to_keys(name))
 
 
+def assign(conf: Any, name: str, value: Any) -> None:
+    """Set ``name`` in a Celery configuration, over what the project has in its namespace.
+
+    Celery 5.6 would go on to read that.
+    """
+    conf[conf._to_keys(name)[0]] = value
+
+
 def from_mapping(given: Mapping[str, Any]) -> Settings:
     """Return settings from the bare names that Django's ``GW_CELERY`` has.
 

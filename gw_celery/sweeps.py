@@ -100,7 +100,7 @@ def schedule(app: Any, registries: Iterable[registry.Registry]) -> None:
         if entry is not before.get(name)
     }
     _given[app] = {name: entry for name, entry in wanted.items() if name not in users}
-    app.conf.beat_schedule = {**users, **_given[app]}
+    conf.assign(app.conf, "beat_schedule", {**users, **_given[app]})
 
 
 def queue_of(app: Any) -> Any:

@@ -27,10 +27,15 @@ if os.environ.get("LATE"):
     assert "ticked.hold" not in celery.tasks
 
 
-@signals.task_postrun.connect
 def _on_postrun(sender: object, **_: object) -> None:
     if (name := getattr(sender, "name", "")).startswith("gw_celery."):
         ledger.write("swept", name, threading.current_thread().name)
+
+
+@signals.celeryd_init.connect
+def _in_workers(**_: object) -> None:
+    """Only there: whoever imports this module runs other tasks, too."""
+    signals.task_postrun.connect(_on_postrun)
 
 
 @app.context()

@@ -13,10 +13,12 @@ from gw_celery.runtime import connections
 
 
 @pytest.fixture
-def pool() -> Iterator[Any]:
-    pools.reset()
-    yield pools.connections[Connection("memory://")]
-    pools.reset()
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The only pool there is, for so long: the apps of other tests keep theirs."""
+    monkeypatch.setattr(pools, "connections", pools.Connections(limit=10))
+    made = pools.connections[Connection("memory://")]
+    yield made
+    made.force_close_all()
 
 
 def connected(pool: Any, count: int) -> list[Any]:
