@@ -41,12 +41,12 @@ def close_all() -> None:
 def _forget(app: Any) -> None:
     # A server that is gone cannot be told.
     with contextlib.suppress(Exception):
-        _close_results(app)
+        close_results(app)
     app._after_fork()  # Celery's own way to leave behind connections that are not to be used
     app._local = threading.local()  # where each thread has its result backend
 
 
-def _close_results(app: Any) -> None:
+def close_results(app: Any) -> None:
     """Close what this thread's answers come through, over RPC or from Redis."""
     backend = getattr(app._local, "backend", None)
     consumer = getattr(backend, "result_consumer", None)

@@ -24,10 +24,7 @@ class ControlQueue:
         self._is_wanted = True
         self._celery_consumer: Any = None
         self._consumer: Any = None
-
-    @property
-    def is_consumed(self) -> bool:
-        return self._consumer is not None
+        self.is_consumed = False
 
     def attach(self, celery_consumer: Any) -> None:
         """Celery's consumer has started."""
@@ -36,8 +33,10 @@ class ControlQueue:
 
     def detach(self) -> None:
         """It stops, or has lost its connection; the next one consumes what is wanted."""
-        self._close()
-        self._celery_consumer = None
+        self._cancel()
+        if (made := self._consumer) is not None:
+            ignore_errors(self._celery_consumer, made.channel.close)
+        self._consumer = self._celery_consumer = None
 
     def add(self) -> None:
         """The command ``add_consumer`` names the queue."""
@@ -47,18 +46,26 @@ class ControlQueue:
     def remove(self) -> None:
         """A queue that ``cancel_consumer`` closed stays closed."""
         self._is_wanted = False
-        self._close()
+        self._cancel()
 
     def _open(self) -> None:
-        celery_consumer = self._celery_consumer
-        if celery_consumer is None or self._consumer is not None or not self._is_wanted:
+        if self._celery_consumer is None or self.is_consumed or not self._is_wanted:
             return
+        if self._consumer is None:
+            self._consumer = self._made()
+        if self._consumer is not None:
+            self._consumer.consume()
+            self.is_consumed = True
+
+    def _made(self) -> Any:
+        """Return a consumer with a channel of its own, if there is such a queue."""
+        celery_consumer = self._celery_consumer
         amqp = celery_consumer.app.amqp
         try:
             queue = sweeps.queue_of(celery_consumer.app)
         except KeyError:  # the project makes no queues that it has not named
             logger.warning("task_queues lacks %s: this worker hears no beat", sweeps.QUEUE)
-            return
+            return None
         made = amqp.TaskConsumer(
             celery_consumer.connection.channel(),
             queues=[queue],
@@ -66,14 +73,13 @@ class ControlQueue:
             on_decode_error=celery_consumer.on_decode_error,
         )
         made.qos(prefetch_count=1)
-        made.consume()
-        self._consumer = made
+        return made
 
-    def _close(self) -> None:
-        made, self._consumer = self._consumer, None
-        if made is not None:
-            ignore_errors(self._celery_consumer, made.cancel)
-            ignore_errors(self._celery_consumer, made.channel.close)
+    def _cancel(self) -> None:
+        """Stop consuming. The channel stays: kombu 5.6 reads no other of a Redis once one closes."""
+        if self.is_consumed:
+            self.is_consumed = False
+            ignore_errors(self._celery_consumer, self._consumer.cancel)
 
 
 class ControlStep(bootsteps.StartStopStep):
