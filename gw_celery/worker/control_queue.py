@@ -76,7 +76,7 @@ class ControlQueue:
         return made
 
     def _cancel(self) -> None:
-        """Stop consuming. The channel stays: kombu 5.6 reads no other of a Redis once one closes."""
+        """Stop consuming. The channel stays: kombu 5.6 reads no other once one has closed."""
         if self.is_consumed:
             self.is_consumed = False
             ignore_errors(self._celery_consumer, self._consumer.cancel)
