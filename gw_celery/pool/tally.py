@@ -29,13 +29,13 @@ class Tally:
     arrived: float = 0.0
     #: Answered after it ran: a value, a failure, or a retry.
     served: float = 0.0
-    #: Those of them that gave no value.
+    #: Those of them that gave no value, refused ones included.
     failed: float = 0.0
     #: In the worker, without a slot.
     waiting: float = 0.0
     #: In a child, unanswered.
     running: float = 0.0
-    #: The rest: lost, revoked, refused, or the broker's again.
+    #: The rest: lost, revoked, expired, or the broker's again.
     given_back: float = 0.0
     arrived_inputs: int = 0
     served_inputs: int = 0

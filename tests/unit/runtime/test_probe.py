@@ -141,7 +141,8 @@ def test_what_a_probe_raises_is_the_reason_in_one_short_line(serve: Any) -> None
     assert replica.answer("raises")[0] is False
 
 
-def test_a_coroutine_that_hangs_is_cancelled_so_that_it_can_be_asked_again(serve: Any) -> None:
+def hanging() -> tuple[type, threading.Event]:
+    """A class whose probe hangs until it is cancelled, and what is set then."""
     ended = threading.Event()
 
     class Model:
@@ -152,23 +153,19 @@ def test_a_coroutine_that_hangs_is_cancelled_so_that_it_can_be_asked_again(serve
             finally:
                 ended.set()
 
-    replica = serve(Model, timeout_s=0.1)
+    return Model, ended
+
+
+def test_a_coroutine_that_hangs_is_cancelled_so_that_it_can_be_asked_again(serve: Any) -> None:
+    model, ended = hanging()
+    replica = serve(model, timeout_s=0.1)
     assert replica.answer("hangs") == (False, "TimeoutError")
     assert ended.is_set()
 
 
 def test_a_replica_that_leaves_stops_its_probes(serve: Any, runtime: process.Process) -> None:
-    ended = threading.Event()
-
-    class Model:
-        @gw.method()
-        async def hangs(self) -> None:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.set()
-
-    replica = serve(Model, timeout_s=1000)
+    model, ended = hanging()
+    replica = serve(model, timeout_s=1000)
     replica.ask("hangs")
     eventually(lambda: replica.probes._calls)
     assert runtime.is_on_loop() is False
