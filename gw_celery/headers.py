@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Mapping
 from typing import Any
+
+from gw_celery import figures
 
 #: The cost of the input, as its ``workload_calculator`` says.
 WORKLOAD = "gw-workload"
@@ -20,13 +20,8 @@ MOST_WORKLOAD = 1e12
 
 def workload(value: object) -> float | None:
     """Return ``value`` as a workload; ``None`` for anything but a number from 0 to the most."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return None
-    try:
-        number = float(value)
-    except (OverflowError, ValueError):  # an int of hundreds of digits
-        return None
-    return number if 0 <= number <= MOST_WORKLOAD else None
+    number = figures.finite(value)
+    return number if number is not None and 0 <= number <= MOST_WORKLOAD else None
 
 
 def workload_of(request: Mapping[str, Any]) -> float:
@@ -40,11 +35,5 @@ def waited(request: Mapping[str, Any], now: float) -> float:
 
     One that was enqueued in the future was sent by a machine whose clock is ahead.
     """
-    since = request.get(ENQUEUED)
-    if isinstance(since, bool) or not isinstance(since, int | float):
-        return 0.0
-    try:
-        age = now - since
-    except OverflowError:  # an int of hundreds of digits
-        return 0.0
-    return max(0.0, age) if math.isfinite(age) else 0.0
+    since = figures.finite(request.get(ENQUEUED))
+    return 0.0 if since is None else max(0.0, now - since)

@@ -6,6 +6,8 @@ import dataclasses
 import json
 from typing import Any
 
+from gw_celery import figures
+
 #: Nobody counts further: whoever can write into the Redis must not hold up those who read.
 _LARGEST = 1e18
 _MOST = 1_000_000
@@ -70,7 +72,7 @@ def _read(value: Any, kind: Any) -> Any:
 
 
 def _number(value: Any) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not -_LARGEST <= value <= _LARGEST:
+    number = figures.finite(value)
+    if number is None or abs(number) > _LARGEST:
         raise ValueError(f"not a number that can be true: {value!r:.100}")
-    return float(value)
+    return number

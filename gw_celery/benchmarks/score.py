@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gw_celery import errors
+from gw_celery import errors, figures
 
 
 class NoScore(errors.GWCeleryError):
@@ -94,13 +94,8 @@ def combined(values: Iterable[float]) -> float | None:
 
 def figure(given: object) -> float | None:
     """Return a number that is 0 or more; ``None`` for anything else."""
-    if isinstance(given, bool) or not isinstance(given, int | float):
-        return None
-    try:
-        number = float(given)
-    except OverflowError:  # an int of hundreds of digits
-        return None
-    return number if math.isfinite(number) and number >= 0 else None
+    number = figures.finite(given)
+    return number if number is not None and number >= 0 else None
 
 
 def to_json(score: Score) -> dict[str, Any]:

@@ -9,8 +9,9 @@ about ten things between them, and one that joins says one thing and hears one.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterable, Mapping
+
+from gw_celery import figures
 
 #: A score that is better by less is not news.
 _NEWS = 1.1
@@ -138,9 +139,4 @@ def _doubt(known: _Best, worker: str, score: float, now: float) -> None:
 
 
 def _is_score(score: object) -> bool:
-    return (
-        isinstance(score, int | float)
-        and not isinstance(score, bool)
-        # And no int of hundreds of digits, which no float can hold.
-        and 0 < score <= sys.float_info.max
-    )
+    return (figures.finite(score) or 0.0) > 0

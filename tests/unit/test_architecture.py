@@ -21,6 +21,7 @@ FLOORS = {
     "gw_celery.types": 0,
     "gw_celery.backoff": 1,
     "gw_celery.conf": 1,
+    "gw_celery.figures": 1,
     "gw_celery.headers": 1,
     "gw_celery.snapshot": 1,
     "gw_celery.declare": 1,
