@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime as dt
 import json
 import os
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from benchmarks import step_app
 from gw_celery import devserver, testing
 from gw_celery.testing import connections
+from tests.processes import logged_at
 
 #: Seconds and times the rate.
 PHASES = [(30.0, 1), (60.0, 8), (30.0, 1), *[(10.0, 8), (20.0, 1)] * 4]
@@ -105,7 +105,7 @@ def _step(options: argparse.Namespace, server: devserver.Server, folder: Path) -
         worker.stop()
     _report(folder / "ledger", sent, drained, watch)
     for line in worker.log_text().splitlines():
-        if "replicas instead" in line:
+        if " replicas: " in line:
             print("   ", line)
     if options.plot:
         options.plot.write_text(_drawn(watch))
@@ -179,8 +179,8 @@ def _zero(server: devserver.Server, folder: Path) -> None:
         began = time.time()
         step_app.Model().infer.delay(0, time.monotonic()).get(timeout=60)
         answered = time.time() - began
-        noticed = _logged(worker, "1 replicas instead of 0")
-        start_up = _logged(worker, "is ready\n") - noticed
+        noticed = logged_at(worker, "from 0 to 1 replicas")
+        start_up = logged_at(worker, "is ready\n") - noticed
         figures = {
             "from zero": answered,
             "of that until it was noticed": noticed - began,
@@ -190,13 +190,6 @@ def _zero(server: devserver.Server, folder: Path) -> None:
         print(json.dumps({name: round(seconds, 2) for name, seconds in figures.items()}))
     finally:
         worker.stop()
-
-
-def _logged(worker: testing.Worker, text: str) -> float:
-    """When the last line with this text was written."""
-    (*_, line) = [one for one in worker.log_text().splitlines(keepends=True) if text in one]
-    written = dt.datetime.strptime(line[1:24], "%Y-%m-%d %H:%M:%S,%f")  # noqa: DTZ007
-    return written.timestamp()  # the log, too, is in local time
 
 
 def _drawn(watch: Watch) -> str:

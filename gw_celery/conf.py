@@ -26,6 +26,10 @@ class Port(int):
     """A TCP port; 0 for any that is free."""
 
 
+class Share(float):
+    """A part of something: over 0, and 1 at most."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every setting with its default. Durations are seconds, sizes are bytes."""
@@ -66,9 +70,11 @@ class Settings:
     #: Workload a second of each service that the autoscaler is ready for, whatever comes.
     min_load: float | None = None
     #: Part of its score that a replica is meant to be used by, 1 at most.
-    target_util: float = 0.9
+    target_util: Share = dataclasses.field(default=Share(0.9))
     #: Time within which what waits for a service should have been begun.
     target_queue_time: float = 10.0
+    #: Time for which the autoscaler keeps replicas for bursts that may come again.
+    scale_window: float = 600.0
     #: Time without work after which the last replica goes, where none must stay; ``None``: never.
     inactivity_timeout: float | None = None
     #: Folder that keeps scores, a relative one in the user's cache; ``None``: none are kept.
@@ -221,11 +227,20 @@ def _typed(label: str, value: Any, expected: Any) -> Any:
     for option in options:
         if _fits(value, option):
             return _converted(value, option)
-    wanted = getattr(expected, "__name__", str(expected))
-    raise errors.ConfigurationError(
-        f"setting {label}={value!r}: must be {wanted}"
-        + (" over 0" if expected in (int, float) else "")
-    )
+    wanted = " or ".join(_said(option) for option in options)
+    raise errors.ConfigurationError(f"setting {label}={value!r}: must be {wanted}")
+
+
+def _said(option: Any) -> str:
+    """Say what fits, as far as `_fits` asks for more than the type."""
+    if option is type(None):
+        return "None"
+    if option is Port:
+        return "int from 0 to 65535"
+    if option is Share:
+        return "float over 0, 1 at most"
+    name = str(getattr(option, "__name__", option))
+    return f"{name} over 0" if option in (int, float) else name
 
 
 def _fits(value: Any, option: Any) -> bool:
@@ -233,15 +248,17 @@ def _fits(value: Any, option: Any) -> bool:
         return value is None
     if option is Port:
         return type(value) is int and 0 <= value < 65536
-    if option in (int, float):
-        is_number = isinstance(value, int | option) and not isinstance(value, bool)
-        return is_number and math.isfinite(value) and value > 0
+    if option in (int, float, Share):
+        base = int if option is int else float
+        is_number = isinstance(value, int | base) and not isinstance(value, bool)
+        most = 1.0 if option is Share else math.inf
+        return is_number and math.isfinite(value) and 0 < value <= most
     if typing.get_origin(option) is tuple:
         return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
     return isinstance(value, option)
 
 
 def _converted(value: Any, option: Any) -> Any:
-    if option is float:
-        return float(value)
+    if option in (float, Share):
+        return option(value)
     return tuple(value) if typing.get_origin(option) is tuple else value

@@ -37,6 +37,8 @@ class Replica:
     restarts: int = 0
     last_error: str = ""
     seconds_in_state: float = 0.0
+    #: From the start of the child until it was READY first; ``None`` before.
+    start_up: float | None = None
     #: Until the next child starts, where there is none.
     retry_in: float = 0.0
     #: How late the child's event loop ran at its last heartbeat.
@@ -95,22 +97,28 @@ class Scaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Benchmark:
-    """The latest figures of one benchmarked task, of whichever replica. Durations are seconds."""
+class TaskScore:
+    """What the benchmark of one task gave. Durations are seconds."""
 
     task: str
     #: Workload per second in the median round, the slowest and the quickest.
     value: float
     least: float
     most: float
-    #: The throughput of each round, in their order, of the first 100.
+    #: The throughput of each round, in their order.
     rounds: tuple[float, ...]
     success_rate: float
     #: Latencies of its inputs.
     p50: float
     p95: float
-    #: What the first input raised that failed.
+    #: What the first input raised that failed; "" where none did.
     failure: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark(TaskScore):
+    """The latest score of one task, of whichever replica, with its first 100 rounds."""
+
     #: Since it was measured.
     age: float = 0.0
     #: It was found on this machine, where an earlier replica had left it.

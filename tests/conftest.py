@@ -86,6 +86,12 @@ def rabbitmq_url() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(params=["redis", "rabbitmq"])
+def broker_url(request: pytest.FixtureRequest) -> str:
+    """The broker of a test that runs once on each kind."""
+    return str(request.getfixturevalue(f"{request.param}_url"))
+
+
 @pytest.fixture
 def start_worker(
     redis_url: str, result_url: str, tmp_path: Path
@@ -116,10 +122,10 @@ def start_pooled(start_worker: processes.StartWorker, ledger_path: Path) -> Star
 def pooled_worker(
     redis_server: devserver.Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[processes.WorkerProcess]:
-    """A worker on the GPU pool that all tests of a module share; its ledger is beside its log."""
+    """A worker on the GPU pool that all tests of a module share."""
     from tests import pooling
 
-    with pooling.module_worker(redis_server, tmp_path_factory.mktemp("worker")) as worker:
+    with pooling.module_worker(redis_server, tmp_path_factory) as worker:
         yield worker
 
 

@@ -52,14 +52,25 @@ def start(
 
 @contextmanager
 def module_worker(
-    server: devserver.Server, directory: Path, **given: Any
+    server: devserver.Server, places: pytest.TempPathFactory, **given: Any
 ) -> Iterator[WorkerProcess]:
-    """A worker that all tests of a module share; this process's apps talk to its server."""
+    """A worker that all tests of a module share; this process's apps talk to its server.
+
+    It finds nothing that earlier tests left there.
+    """
+    with redis.Redis(unix_socket_path=str(server.socket)) as left:
+        left.flushall()
+    directory = places.mktemp("worker")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CELERY_BROKER_URL", server.broker_url)
         patch.setenv("CELERY_RESULT_BACKEND", server.result_url)
         with workers(directory, server.broker_url, server.result_url) as start_worker:
             yield start(start_worker, directory / "ledger", **given)
+
+
+def ledger_of(worker: WorkerProcess) -> Path:
+    """What a worker that a module shares writes: it is beside its log."""
+    return worker.log.parent / "ledger"
 
 
 @contextmanager

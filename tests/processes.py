@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gw_celery import testing
 from gw_celery.testing import Worker as WorkerProcess
@@ -20,6 +21,7 @@ __all__ = [
     "environment",
     "eventually",
     "is_alive",
+    "logged_at",
     "workers",
 ]
 
@@ -53,35 +55,27 @@ class Process(testing.Process):
         super().__init__(command, log, env=environment(env), **where)
 
 
-class StartWorker(Protocol):
+def logged_at(worker: WorkerProcess, text: str) -> float:
+    """When the last line with ``text`` was written to a worker's log, in seconds of this clock."""
+    (*_, line) = [one for one in worker.log_text().splitlines(keepends=True) if text in one]
+    written = dt.datetime.strptime(line[1:24], "%Y-%m-%d %H:%M:%S,%f")  # noqa: DTZ007
+    return written.timestamp()  # the log, too, is in local time
+
+
+class StartWorker:
+    """Starts workers; ``broker`` and ``result`` are the defaults.
+
+    They reach a worker through Celery's own variables, so that an app module needs no URL in it.
+    """
+
+    def __init__(self, log_dir: Path, broker: str, result: str) -> None:
+        self._log_dir = log_dir
+        self._broker = broker
+        self._result = result
+        self._started: list[WorkerProcess] = []
+
     def __call__(
         self,
-        app_module: str,
-        *,
-        pool: str = "prefork",
-        concurrency: int = 1,
-        queues: str | None = "cpu",
-        broker: str | None = None,
-        result: str | None = None,
-        extra_args: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-        wait_ready: bool = True,
-        ready_timeout: float = READY_TIMEOUT,
-        verb: Sequence[str] | None = None,
-    ) -> WorkerProcess: ...
-
-
-@contextmanager
-def workers(log_dir: Path, broker: str, result: str) -> Iterator[StartWorker]:
-    """Yield a function that starts workers; stop them all at the end.
-
-    ``broker`` and ``result`` are the defaults; they reach the worker through Celery's own
-    variables, so that an app module needs no URL in it.
-    """
-    started: list[WorkerProcess] = []
-    defaults = {"broker": broker, "result": result}
-
-    def start_worker(
         app_module: str,
         *,
         pool: str = "prefork",
@@ -102,20 +96,28 @@ def workers(log_dir: Path, broker: str, result: str) -> Iterator[StartWorker]:
         worker = WorkerProcess(
             app_module,
             *options,
-            broker_url=broker or defaults["broker"],
-            result_url=result or defaults["result"],
-            log_dir=log_dir,
+            broker_url=broker or self._broker,
+            result_url=result or self._result,
+            log_dir=self._log_dir,
             command=tuple(verb or ("worker",)),
             env={"PYTHONPATH": environment()["PYTHONPATH"], **(env or {})},
-            cwd=log_dir,
+            cwd=self._log_dir,
         )
-        started.append(worker)
+        self._started.append(worker)
         if wait_ready:
             worker.wait_answer(ready_timeout)
         return worker
 
+    def stop(self) -> None:
+        for worker in reversed(self._started):
+            worker.stop()
+
+
+@contextmanager
+def workers(log_dir: Path, broker: str, result: str) -> Iterator[StartWorker]:
+    """Yield what starts workers; stop them all at the end."""
+    start_worker = StartWorker(log_dir, broker, result)
     try:
         yield start_worker
     finally:
-        for worker in reversed(started):
-            worker.stop()
+        start_worker.stop()

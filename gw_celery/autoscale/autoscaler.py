@@ -173,7 +173,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._decide(reading, time.monotonic())
 
     def _decide(self, reading: demand.Reading, now: float) -> None:
-        self._learn(now)
+        self._learn()
         # Seen together with the queues: what has moved from there since would be counted twice.
         mine = self._facts()
         self._demand.tell(mine)
@@ -184,7 +184,7 @@ class Autoscaler(autoscale.Autoscaler):
         target = self._clamped(part)
         if reading.lengths is None:
             target = max(1, target)  # with none, nobody would learn of the next message
-        why = _why(seen, total, len(group))
+        why = self._idle(now) or _why(seen, total, len(group))
         self._see(target, why, seen, total, len(group))
         self._resize(target, why)
 
@@ -200,9 +200,9 @@ class Autoscaler(autoscale.Autoscaler):
         )
         self._resize(target, self._seen.why)
 
-    def _learn(self, now: float) -> None:
+    def _learn(self) -> None:
         """Follow how long a start takes; what depends on it begins anew when that has changed."""
-        self._start_up.see(self.pool.replicas(), now)
+        self._start_up.see(self.pool.replicas())
         seconds = self._start_up.seconds
         if seconds is None or _is_near(seconds, self._rules.start_up):
             return
@@ -229,6 +229,13 @@ class Autoscaler(autoscale.Autoscaler):
             self._start_up.is_loading or any(one.is_active for one in seen.values()),
         )
         return self._ordered
+
+    def _idle(self, now: float) -> str:
+        """Say that nothing happens; "" as long as something does, or did a while ago."""
+        if not self._decider.is_idle(now):
+            return ""
+        # Rates are means over some time and not yet 0: they are no reason for what is done.
+        return f"no input came, waited or ran for {self._rules.inactivity_timeout:g} s"
 
     def _part(self, group: Sequence[facts.Facts], total: int) -> int:
         """This worker's replicas of those of the group.
@@ -287,10 +294,10 @@ class Autoscaler(autoscale.Autoscaler):
 
     def _resize(self, replicas: int, why: str) -> None:
         wanted = self.pool.wanted
-        self._demand.is_at_zero = replicas == 0
+        self._demand.at_zero(is_at_zero=replicas == 0)
         if replicas == wanted:
             return
-        logger.info("%d replicas instead of %d: %s", replicas, wanted, why)
+        logger.info("from %d to %d replicas: %s", wanted, replicas, why)
         slots = replicas * self._unit - self.pool.limit
         if slots > 0:
             self.pool.grow(slots)
@@ -324,6 +331,7 @@ class Autoscaler(autoscale.Autoscaler):
             return
         if self._hub is not None:
             self._hub.call_soon(self.maybe_scale)
+            self.pool.wake()  # the loop looks at it when something else happens
         else:
             self._asked.set()
 
@@ -350,6 +358,7 @@ def _rules(settings: conf.Settings) -> policy.Rules:
         target_queue_time=settings.target_queue_time,
         inactivity_timeout=settings.inactivity_timeout,
         min_load=settings.min_load or 0.0,
+        window=settings.scale_window,
     )
 
 
@@ -365,7 +374,9 @@ def _queues(app: Any, plan: serving.Plan | None) -> dict[str, list[str]]:
 
 
 def _figure(value: float) -> str:
-    """Three digits, and all of a large number: 68600 tokens, not 6.86e+04."""
+    """Three digits, and all of a large number: 68600 tokens, not 6.86e+04; no dust."""
+    if 0 < value < 0.001:
+        return "<0.001"
     return format(value, ".0f" if value >= 100 else ".3g")
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from celery.backends.redis import RedisBackend
 
 from gw_celery import backoff
-from gw_celery.autoscale import facts, lengths, peers
+from gw_celery.autoscale import facts, peers
 from gw_celery.pool import early
-from gw_celery.worker import broker
+from gw_celery.worker import broker, lengths
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,6 @@ _LONGEST_WAIT = 16.0
 _STALE = 5.0
 #: Workers that come together know of one another by then.
 _MEETING = 2.5
-#: Seconds that the broker has to answer.
-_ANSWER = 10.0
 #: Seconds that the end of a worker waits for the thread.
 _FAREWELL = 2.0
 
@@ -78,9 +76,9 @@ class Demand:
         self._last_wait = 0.0
         self._waits = backoff.Backoff(_FIRST_WAIT, _LONGEST_WAIT)
         self._is_over = threading.Event()
+        self._hurry = threading.Event()
+        self._is_at_zero = False
         self._thread = threading.Thread(target=self._run, name="gw-demand", daemon=True)
-        #: Nothing is loaded: look more often.
-        self.is_at_zero = False
 
     def start(self) -> None:
         self._thread.start()
@@ -88,12 +86,19 @@ class Demand:
     def close(self) -> None:
         """End the thread; one that waits for the broker is left behind."""
         self._is_over.set()
+        self._hurry.set()
         if self._thread.is_alive():
             self._thread.join(_FAREWELL)
 
     def tell(self, mine: Mapping[str, facts.Facts]) -> None:
         """Have the other workers know these, from the next round on."""
         self._mine = mine
+
+    def at_zero(self, *, is_at_zero: bool) -> None:
+        """Say whether nothing is loaded: a message waits for the next look then, which is soon."""
+        if is_at_zero and not self._is_at_zero:
+            self._hurry.set()
+        self._is_at_zero = is_at_zero
 
     def latest(self) -> Reading | None:
         """What was read last; ``None`` when that is too long ago, or never was."""
@@ -104,7 +109,8 @@ class Demand:
 
     def _run(self) -> None:
         while not self._is_over.is_set():
-            self._is_over.wait(self._round())
+            self._hurry.wait(self._round())
+            self._hurry.clear()
         if self._source is not None:
             with contextlib.suppress(Exception):
                 self._source.leave()
@@ -131,7 +137,7 @@ class Demand:
         self._last_wait = 0.0
         self._reading = reading
         self._on_read()
-        return _ROUND_AT_ZERO if self.is_at_zero else _ROUND
+        return _ROUND_AT_ZERO if self._is_at_zero else _ROUND
 
     def _went_away(self, exc: Exception) -> float:
         if not self._is_away and not self._is_over.is_set():  # once for an outage
@@ -150,10 +156,8 @@ class Source:
     """One connection to the broker, and what is read over it."""
 
     def __init__(self, app: Any, queues: Mapping[str, Sequence[str]], me: str) -> None:
-        self._connection = _connection(app)
+        self._connection = lengths.connect(app)
         try:
-            # Not by way of its default channel, which would try for ever.
-            self._connection.connect()
             self._lengths = lengths.of(self._connection, queues)
             self._peers = _peers_of(app, self._connection, queues, me)
         except BaseException:
@@ -172,15 +176,6 @@ class Source:
     def close(self) -> None:
         with contextlib.suppress(Exception):
             self._connection.release()
-
-
-def _connection(app: Any) -> Any:
-    """One that gives up a broker that does not answer: a thread without an end would be blind."""
-    connection = app.connection_for_read()
-    names = {"redis": ("socket_timeout", "socket_connect_timeout"), "amqp": ("read_timeout",)}
-    for name in names.get(connection.get_transport_cls().driver_type, ()):
-        connection.transport_options.setdefault(name, _ANSWER)
-    return connection
 
 
 def _peers_of(

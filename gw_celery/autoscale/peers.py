@@ -93,9 +93,10 @@ class Peers:
                 logger.debug("the facts of %r cannot be read: %s", name, exc)
                 forgotten.append(name)
                 continue
-            if now - at < patience:
+            age = abs(now - at)  # after a clock was set back, what is ahead of it is as old
+            if age < patience:
                 found.append(told)
-            elif now - at > _FORGET:
+            elif age > _FORGET:
                 forgotten.append(name)
         if forgotten:
             self._client.hdel(self._keys[service], *forgotten)

@@ -231,12 +231,17 @@ class Decider:
         held = max(self._needed.add(now, wanted), self._kept.add(now, keep))
         if (need > 0 if is_active is None else is_active) or self._active_at is None:
             self._active_at = now
-        elif self.least == 0 and now - self._active_at >= self._patience:
+        elif self.is_idle(now):
             # One at a time at the end: nothing that was misread for a moment empties the pool.
             return self._bounded(1 if actual > 1 else 0)
         if wanted > actual * self._slack:
             return self._bounded(max(actual, math.ceil(wanted - EPSILON)))
         return self._bounded(min(actual, max(1, math.ceil(held - EPSILON))))
+
+    def is_idle(self, now: float) -> bool:
+        """Whether nothing has happened for so long that none need stay, whatever was needed."""
+        quiet_since = now if self._active_at is None else self._active_at
+        return self.least == 0 and now - quiet_since >= self._patience
 
     def _bounded(self, desired: int) -> int:
         return max(self.least, min(self.most, desired))

@@ -16,26 +16,23 @@ class StartUp:
 
     def __init__(self) -> None:
         self.seconds: float | None = None
-        self._began: dict[int, float] = {}
+        #: Whether a child is on its way: one that nobody has used yet is not idle.
+        self.is_loading = False
+        self._known: set[int] = set()
 
-    def see(self, replicas: Iterable[snapshot.Replica], now: float) -> None:
-        """Look at the replicas; a child that was not seen loading teaches nothing."""
-        began: dict[int, float] = {}
+    def see(self, replicas: Iterable[snapshot.Replica]) -> None:
+        """Look at the replicas; each child teaches once, when it has been READY."""
+        loaded: dict[int, float] = {}
+        self.is_loading = False
         for one in replicas:
-            if one.pid is None:
-                continue
-            if one.state in _LOADING:
-                began[one.pid] = self._began.get(one.pid, now - one.seconds_in_state)
-            elif one.state == "ready" and one.pid in self._began:
-                self._learn(now - one.seconds_in_state - self._began[one.pid])
-        self._began = began
-
-    @property
-    def is_loading(self) -> bool:
-        """Whether a child is on its way: one that nobody has used yet is not idle."""
-        return bool(self._began)
+            if one.pid is not None and one.start_up is not None:
+                loaded[one.pid] = one.start_up
+            elif one.state in _LOADING:
+                self.is_loading = True
+        for pid in loaded.keys() - self._known:
+            self._learn(loaded[pid])
+        self._known = set(loaded)
 
     def _learn(self, seconds: float) -> None:
         known = self.seconds
-        seconds = max(0.0, seconds)
         self.seconds = seconds if known is None else known + _NEWEST * (seconds - known)

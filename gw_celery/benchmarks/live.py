@@ -16,6 +16,9 @@ _LONGEST = 900.0
 #: Share of the slots that are taken in a replica that has no rest; between two inputs of a slot
 #: lies the way to the broker and back.
 _FULL = 0.9
+#: Seconds for which what full replicas served is gone by, unless some are full again. A score that
+#: is far too low has so many replicas started that none is ever full, and never learns otherwise.
+_TRUSTED = 600.0
 #: What a new span weighs against all before it; of factors, for a score can be wrong by many times.
 _WEIGHT = 0.5
 
@@ -35,6 +38,14 @@ class Tally(Protocol):
     def served_inputs(self) -> int: ...
 
     @property
+    def refused(self) -> float:
+        """Workload of those of them that had waited for too long, and never ran."""
+
+    @property
+    def busy(self) -> float:
+        """Seconds that what was served had a slot, all added up."""
+
+    @property
     def running_inputs(self) -> int:
         """Those that replicas hold now."""
 
@@ -50,9 +61,20 @@ class _Span:
     began: float
     ready: int
     succeeded: float
+    failed: float
     inputs: int
+    refused: float
+    busy: float
     taken: float = 0.0
     looks: int = 0
+
+    def is_marred(self, tally: Tally, seconds: float) -> bool:
+        """Whether its slots were full, for ``seconds`` in all, of something else than the work."""
+        # What waits may be refused faster than work comes, and what most inputs fail of more
+        # replicas do not mend.
+        is_refusing = tally.refused > self.refused
+        is_failing = _failed(tally) - self.failed > _succeeded(tally) - self.succeeded
+        return is_failing or (is_refusing and tally.busy - self.busy < _FULL * seconds)
 
 
 class Live:
@@ -65,10 +87,11 @@ class Live:
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._span: _Span | None = None
+        self._learnt_at = 0.0
         self._has_warned = False
         #: What benchmarks gave; ``None`` without any.
         self.measured: float | None = None
-        #: What full replicas served; ``None`` while there were none for long enough.
+        #: What full replicas served of late; ``None`` while there were none for long enough.
         self.served: float | None = None
 
     @property
@@ -112,18 +135,30 @@ class Live:
             if span.taken < _FULL * span.looks - 0.5 * _SPAN:
                 self._begin(now, tally, ready)  # it cannot become full any more
             return False
-        is_enough = inputs >= _INPUTS_PER_SLOT * slots and span.taken >= _FULL * span.looks
-        if is_enough:
-            self._learn((_succeeded(tally) - span.succeeded) / elapsed / ready)
+        was_full = inputs >= _INPUTS_PER_SLOT * slots and span.taken >= _FULL * span.looks
+        teaches = was_full and not span.is_marred(tally, slots * elapsed)
+        if teaches:
+            self._learn((_succeeded(tally) - span.succeeded) / elapsed / ready, now)
         self._begin(now, tally, ready)
-        return is_enough and self._is_to_be_told()
+        return teaches and self._is_to_be_told()
 
     def _begin(self, now: float, tally: Tally, ready: int) -> None:
-        self._span = _Span(now, ready, _succeeded(tally), tally.served_inputs)
+        # Not within a span, which may be full and last for longer: it is about to say more.
+        if now - self._learnt_at > _TRUSTED:
+            self.served = None
+        self._span = _Span(
+            began=now,
+            ready=ready,
+            succeeded=_succeeded(tally),
+            failed=_failed(tally),
+            inputs=tally.served_inputs,
+            refused=tally.refused,
+            busy=tally.busy,
+        )
 
-    def _learn(self, rate: float) -> None:
+    def _learn(self, rate: float, now: float) -> None:
         if rate > 0:
-            before = self.value
+            before, self._learnt_at = self.value, now
             self.served = rate if before is None else before * (rate / before) ** _WEIGHT
 
     def _is_to_be_told(self) -> bool:
@@ -132,6 +167,11 @@ class Live:
             return False
         self._has_warned = True
         return True
+
+
+def _failed(tally: Tally) -> float:
+    """Workload of what ran and gave no value."""
+    return tally.failed - tally.refused
 
 
 def _succeeded(tally: Tally) -> float:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gw_celery import errors, figures
+from gw_celery import errors, figures, snapshot
 
 
 class NoScore(errors.GWCeleryError):
@@ -33,25 +33,7 @@ class Round:
         return self.workload / self.elapsed if self.elapsed > 0 else 0.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Score:
-    """What the benchmark of one task gave."""
-
-    task: str
-    #: Workload per second.
-    value: float
-    least: float
-    most: float
-    #: The throughput of every round, in their order.
-    rounds: tuple[float, ...]
-    success_rate: float
-    p50: float
-    p95: float
-    #: What the first failed input raised; "" where none failed.
-    failure: str = ""
-
-
-def of(task: str, rounds: Sequence[Round]) -> Score:
+def of(task: str, rounds: Sequence[Round]) -> snapshot.TaskScore:
     """Return the score of ``task``: the throughput of its median round.
 
     Whatever an input raises makes it a failure, and failures have no workload: what always raises
@@ -70,7 +52,7 @@ def of(task: str, rounds: Sequence[Round]) -> Score:
     value = statistics.median(throughputs) or _overall(rounds)
     if value <= 0:
         raise NoScore("its inputs have no workload: workload_calculator returned 0 for all of them")
-    return Score(
+    return snapshot.TaskScore(
         task=task,
         value=value,
         least=min(throughputs),
@@ -98,11 +80,11 @@ def figure(given: object) -> float | None:
     return number if number is not None and number >= 0 else None
 
 
-def to_json(score: Score) -> dict[str, Any]:
+def to_json(score: snapshot.TaskScore) -> dict[str, Any]:
     return dataclasses.asdict(score)
 
 
-def from_json(given: object) -> Score:
+def from_json(given: object) -> snapshot.TaskScore:
     """Return the score that ``to_json`` wrote.
 
     Raises:
@@ -118,7 +100,7 @@ def from_json(given: object) -> Score:
     read: dict[str, Any] = {name: _number(given[name]) for name in _FIELDS - _TEXTS - {"rounds"}}
     if read["value"] <= 0:
         raise ValueError(f"a score is {read['value']!r}")
-    return Score(**texts, **read, rounds=tuple(map(_number, rounds)))
+    return snapshot.TaskScore(**texts, **read, rounds=tuple(map(_number, rounds)))
 
 
 def loads(text: str) -> Any:
@@ -133,7 +115,7 @@ def loads(text: str) -> Any:
         raise ValueError("JSON that is nested too deep") from None
 
 
-_FIELDS = {field.name for field in dataclasses.fields(Score)}
+_FIELDS = {field.name for field in dataclasses.fields(snapshot.TaskScore)}
 _TEXTS = {"task", "failure"}
 
 

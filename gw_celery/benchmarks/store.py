@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gw_celery import snapshot
 from gw_celery.benchmarks import score
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ _BEGUN = ".new"
 class Kept:
     """A score, and how many seconds ago it was measured."""
 
-    score: score.Score
+    score: snapshot.TaskScore
     age: float
 
 
@@ -55,7 +56,7 @@ class Store:
             logger.warning("the score in %s is ignored, and measured again: %s", path, exc)
             return None
 
-    def keep(self, fingerprint: str, measured: score.Score) -> None:
+    def keep(self, fingerprint: str, measured: snapshot.TaskScore) -> None:
         """Write a score that was measured just now, in the place of an older one."""
         written = {
             "fingerprint": fingerprint,

@@ -46,6 +46,37 @@ def together(loads: Iterable[Load]) -> Load:
     )
 
 
+def shared(rates: Mapping[str, float | None], parts: Mapping[str, float]) -> float | None:
+    """Return the workload a second that services do of a queue that they share.
+
+    Each has slots of its own, so that the one that takes longest for its part sets the pace: one
+    that is quick, and seldom called, makes the others no quicker.
+
+    Args:
+        rates: workload that each does in a second; ``None`` while nobody knows.
+        parts: of the workload that comes, each one's.
+    """
+    # One that is not ready now says nothing of the others.
+    known = {key: rate for key, rate in rates.items() if rate}
+    total = sum(parts.get(key, 0.0) for key in known)
+    if total <= 0:
+        return min(known.values(), default=None)
+    return min(rate * total / parts[key] for key, rate in known.items() if parts.get(key))
+
+
+class Part:
+    """How much workload came for one service of late."""
+
+    def __init__(self) -> None:
+        self._came = self._last = 0.0
+
+    def observe(self, arrived: float) -> float:
+        """Take in the sum since the worker started, once a second; returns what counts now."""
+        self._came = self._came * _KEPT + arrived - self._last
+        self._last = arrived
+        return self._came
+
+
 class Pace:
     """How much workload one slot does in a second while it is taken.
 

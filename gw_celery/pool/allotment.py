@@ -117,6 +117,8 @@ def families_for(
         found = [name for name in of_kind if name in fitting]
     if not found:
         there = "" if kind == "CPU" else f"; this machine has {machine}"
+        if kind is None:
+            there += '; what needs no GPU declares gpu=gw.Gpu("CPU")'
         raise errors.ConfigurationError(
             f"{'gw worker' if kind is None else f'--gpu {kind}'}: no service here can be served; "
             f"families: {_families(declared)}{there}"
@@ -174,8 +176,8 @@ def _families(declared: Mapping[str, Sequence[gpu.Gpu | None]]) -> str:
     """Say what each family takes of a machine."""
     said = []
     for name, listed in sorted(declared.items()):
-        needs = [need for one in listed for need in needs_of([one])]
-        said.append(f"{name} (needs {_listed(needs)})" if needs else name)
+        needs = list(dict.fromkeys(need for one in listed for need in needs_of([one])))
+        said.append(f"{name} (needs {' or '.join(map(str, needs))})" if needs else name)
     return ", ".join(said) or "none: is their module imported"
 
 

@@ -59,6 +59,8 @@ class Child:
         self.is_leaving = False
         #: Another should take its place: it is worn, stuck, or out of memory.
         self.must_go = False
+        #: The log has said what keeps it from leaving.
+        self.has_told = False
         #: Its probes, once it has loaded; ``None`` where there are none.
         self.checks: status.Checks | None = None
         #: It was never well: its end counts as a start that failed, however long it lasted.

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from gw_celery.pool import admission, jobs, tally
-from gw_celery.worker import board, serving
+from gw_celery.worker import board, lengths, serving
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +37,41 @@ class Pool(Protocol):
         """Workload per second of one replica."""
 
 
+class Broker(Protocol):
+    """What tells how many messages wait; only the thread asks it."""
+
+    def read(self) -> Mapping[str, lengths.Length] | None:
+        """By queue; ``None`` where the transport does not tell."""
+
+    def close(self) -> None: ...
+
+
 class Estimates:
     """Publishes the waits of some queues.
 
     Args:
         where: the Redis that callers read.
+        broker: where the queues are.
         worker: the worker's node name.
         queues: the services of each queue, and the slots that a replica has for each.
         pool: whose work it is.
     """
 
     def __init__(
-        self, where: board.Board, worker: str, queues: Mapping[str, Mapping[str, int]], pool: Pool
+        self,
+        where: board.Board,
+        broker: Broker,
+        worker: str,
+        queues: Mapping[str, Mapping[str, int]],
+        pool: Pool,
     ) -> None:
         self._board = where
+        self._broker = broker
         self._worker = worker
         self._queues = queues
         self._pool = pool
         self._paces = {key: admission.Pace() for slots in queues.values() for key in slots}
+        self._parts = {key: admission.Part() for slots in queues.values() for key in slots}
         self._told = {queue: admission.Told(_ROUNDS) for queue in queues}
         self._interval = 1.0
         self._turn = 0
@@ -77,6 +94,7 @@ class Estimates:
             self._is_over.wait(self._interval)
         self._try(self._leave)
         self._board.close()
+        self._broker.close()
 
     def _try(self, what: Callable[[], None]) -> None:
         try:
@@ -94,24 +112,33 @@ class Estimates:
 
     def publish(self) -> None:
         """Write one estimate for each queue."""
+        queued = self._broker.read() or {}
         tallies = self._pool.tallies()
         rates = self._rates(tallies)
         self._turn += 1
         pipe = self._board.client.pipeline(transaction=False)
         for queue, slots in self._queues.items():
-            load = admission.together(
-                admission.Load(
-                    waiting=tallies[one].waiting if one in tallies else 0.0, rate=rates[one]
-                )
-                for one in slots
-            )
+            load = self._load(slots, tallies, rates)
             key = self._board.key("load", queue)
             pipe.hset(key, self._worker, admission.write(load, self._turn))
             pipe.pexpire(key, int(20_000 * _ROUNDS * self._interval))
             pipe.hgetall(key)
-            for one in self._board.lists(queue):
-                pipe.llen(one)
-        self._conclude(iter(pipe.execute()), tallies)
+        self._conclude(pipe.execute()[2::3], tallies, queued)
+
+    def _load(
+        self,
+        services: Iterable[str],
+        tallies: Mapping[str, tally.Tally],
+        rates: Mapping[str, float | None],
+    ) -> admission.Load:
+        found = {key: tallies[key] for key in services if key in tallies}
+        return admission.Load(
+            waiting=sum(one.waiting for one in found.values()),
+            rate=admission.shared(
+                {key: rates[key] for key in services},
+                {key: self._parts[key].observe(one.arrived) for key, one in found.items()},
+            ),
+        )
 
     def _rates(self, tallies: Mapping[str, tally.Tally]) -> dict[str, float | None]:
         """What the READY replicas do in a second: by their score, else by what slots have done."""
@@ -126,17 +153,21 @@ class Estimates:
                 rates[key] = None if pace is None else pace * ready.get(key, 0)
         return rates
 
-    def _conclude(self, answers: Any, tallies: Mapping[str, tally.Tally]) -> None:
+    def _conclude(
+        self,
+        answers: Sequence[Mapping[str, str]],
+        tallies: Mapping[str, tally.Tally],
+        queued: Mapping[str, lengths.Length],
+    ) -> None:
         now, most = jobs.now(), 0
         pipe = self._board.client.pipeline(transaction=False)
-        for queue, services in self._queues.items():
-            _, _, told, *lengths = [next(answers) for _ in range(3 + len(self._board.suffixes))]
+        for (queue, services), told in zip(self._queues.items(), answers, strict=True):
             heard = self._told[queue]
             loads, most = heard.hear(told, now), max(most, len(told))
             found = [tallies[key] for key in services if key in tallies]
-            queued = sum(lengths) * tally.mean(found)
             total = admission.together(loads)
-            wait = admission.estimate(queued, total.waiting, total.rate)
+            messages = queued[queue].messages if queue in queued else 0
+            wait = admission.estimate(messages * tally.mean(found), total.waiting, total.rate)
             key = self._board.key("wait", queue)
             if wait is None:
                 pipe.delete(key)
@@ -168,4 +199,5 @@ def of(app: Any, plan: serving.Plan, worker: str, pool: Pool) -> Estimates | Non
         queue: {one.key: one.max_inputs for one in plan.served if one.queue == queue}
         for queue in sorted(limited)
     }
-    return Estimates(where, worker, queues, pool)
+    broker = lengths.Reader(app, {queue: [queue] for queue in queues})
+    return Estimates(where, broker, worker, queues, pool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a redelivered input waits for what other workers know of it.
 _LONGEST_QUESTION = 2.0
+#: What a child reports of an input that waited for too long.
+_REFUSED = f"{errors.QueueTimeExceeded.__module__}.{errors.QueueTimeExceeded.__qualname__}"
 
 
 class Inputs:
@@ -172,7 +175,9 @@ class Inputs:
                 job.was_withdrawn()
             return
         if not job.is_answered and _is_answer(report):
-            self.tallies.serve(job.number, now, is_success=kind == wire.Report.DONE)
+            is_success = kind == wire.Report.DONE
+            is_refused = not is_success and report[3] == _REFUSED
+            self.tallies.serve(job.number, now, is_success=is_success, is_refused=is_refused)
         self._let_go(child, job)
         if kind == wire.Report.DONE:
             job.done(report[2], report[3])
@@ -256,6 +261,7 @@ class Inputs:
         elif not job.is_answered:
             job.accept(pid, started)
             self.limits.begin(job, now)
+            job.child.life.began(now, job.hard_limit or math.inf)
 
     def _admit(self, job: jobs.Job) -> None:
         """Let an input wait for a slot, alone when it is a suspect; give up one that kills."""

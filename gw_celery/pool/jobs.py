@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ from billiard.exceptions import Terminated, WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state
 
-from gw_celery import errors
+from gw_celery import errors, figures
 from gw_celery.pool import letters, wire
 
 logger = logging.getLogger(__name__)
@@ -95,8 +94,7 @@ class Job:
     def odd_limit(self) -> Any:
         """Return a limit that is no number of seconds: any client may write it into a message."""
         for limit in (self.soft_limit, self.hard_limit):
-            is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
-            if limit is not None and not (is_number and math.isfinite(limit)):
+            if limit is not None and figures.finite(limit) is None:
                 return limit
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import heapq
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -30,14 +31,15 @@ class Limits:
         self._count = itertools.count()
         #: The entries that count, of each input.
         self._live: dict[int, set[int]] = {}
+        #: When each input that runs reaches its hard limit; infinite without one.
         self._hard: dict[int, float] = {}
 
     def begin(self, job: Any, now: float) -> None:
         """The input starts: its limits count from here."""
         if job.soft_limit:
             self._add(now + job.soft_limit, job, Limit.SOFT)
+        self._hard[job.number] = now + (job.hard_limit or math.inf)
         if job.hard_limit:
-            self._hard[job.number] = now + job.hard_limit
             self._add(now + job.hard_limit, job, Limit.HARD)
 
     def expect_gone(self, job: Any, when: float) -> None:
@@ -73,7 +75,10 @@ class Limits:
         return max(0.0, self._heap[0][0] - now) if self._heap else None
 
     def longest_left(self, jobs: Iterable[Any], now: float) -> float:
-        """Seconds until the last of ``jobs`` reaches its hard limit."""
+        """Seconds until the last of ``jobs`` that run reaches its hard limit.
+
+        Infinite where one has none. What has not begun has no time of its own yet.
+        """
         return max((self._hard.get(one.number, now) - now for one in jobs), default=0.0)
 
     def _add(self, when: float, job: Any, what: Limit) -> None:

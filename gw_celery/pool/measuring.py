@@ -40,7 +40,7 @@ class Failed(Exception):
 class Measured:
     """The score of one task in one child."""
 
-    score: score.Score
+    score: snapshot.TaskScore
     #: When it was measured, by the parent's clock.
     since: float
     is_kept: bool

@@ -126,6 +126,7 @@ class Place:
             slots=slots,
             in_flight=len(child.jobs),
             seconds_in_state=now - child.life.since,
+            start_up=child.life.start_up,
             lag=child.lag,
             resident_bytes=child.resident_bytes,
             unready=tuple(sorted(child.room.unready)),

@@ -111,7 +111,10 @@ class Probing:
             # Not ready until their readiness probes have passed once.
             child.room.unready = checks.unready
         elif checks is not None and state is replica.State.DRAINING:
-            checks.end()
+            if child.is_leaving:
+                checks.end()
+            else:
+                checks.drain()
         elif checks is not None and child.life.is_up:
             wants = bool(self._services - child.room.unready)
             # It may have been measured again meanwhile, and counts as READY since.

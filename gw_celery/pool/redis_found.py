@@ -17,5 +17,11 @@ def redis_of(app: Any) -> Callable[[], Any] | None:
     with app.connection_for_write() as connection:
         if broker.redis_transport(connection) is None:
             return None
-    # Its channel knows every form of address that the transport knows.
-    return lambda: app.connection_for_write().default_channel.client
+    return lambda: _client(app)
+
+
+def _client(app: Any) -> Any:
+    # The channel knows every form of address that the transport knows. What is closed with it are
+    # its sockets: the client's pool goes on, and opens others.
+    with app.connection_for_write() as connection:
+        return connection.default_channel.client

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 
 from gw_celery import backoff, conf
 
@@ -72,8 +73,11 @@ class Life:
     last_beat: float | None = None
     #: When it became READY; ``None`` before.
     ready_at: float | None = None
+    #: Seconds from the start of its process until it was READY first; ``None`` before.
+    start_up: float | None = None
 
     def __post_init__(self, now: float) -> None:
+        self._began = now
         self._enter(State.STARTING, now, self.deadlines.boot)
 
     @property
@@ -102,6 +106,8 @@ class Life:
         if self.state is State.BENCHMARKING:
             self._enter(State.READY, now, None)
             self.ready_at = now
+            if self.start_up is None:
+                self.start_up = now - self._began
 
     def measure_again(self, now: float) -> None:
         """Take nothing new until it has been measured; for one that holds nothing."""
@@ -118,9 +124,24 @@ class Life:
             self.last_beat = now
 
     def drain(self, now: float, longest_limit: float) -> None:
-        """Take nothing new; what runs has until its own limit, or the drain's, has passed."""
+        """Take nothing new; what runs has until its own limit, or the drain's, has passed.
+
+        Args:
+            longest_limit: seconds that the last input may run; infinite where one has no limit.
+        """
         if self.state is not State.DRAINING:
-            self._enter(State.DRAINING, now, max(self.deadlines.drain, longest_limit))
+            bound = max(self.deadlines.drain, longest_limit)
+            self._enter(State.DRAINING, now, None if math.isinf(bound) else bound)
+
+    def began(self, now: float, limit: float) -> None:
+        """An input that waited in a draining child has begun: it may run for ``limit`` seconds."""
+        if self.state is State.DRAINING and self.deadline is not None:
+            self.deadline = None if math.isinf(limit) else max(self.deadline, now + limit)
+
+    def lingers(self, now: float) -> bool:
+        """Whether it has been draining for long because of what has no limit."""
+        is_bound = self.state is not State.DRAINING or self.deadline is not None
+        return not is_bound and now - self.since >= self.deadlines.drain
 
     def was_steady(self, now: float) -> bool:
         """Whether the child served long enough for its end to be no fault of its start."""

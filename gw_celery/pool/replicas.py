@@ -13,6 +13,12 @@ logger = logging.getLogger(__name__)
 
 #: Grace of a child that was told to leave, over the bounds of its exit hooks.
 _LEAVE_MARGIN = 10.0
+#: Inputs that one line of the log names.
+_NAMED = 5
+_LINGERS = (
+    "%r has been draining for %.0f s: it waits for inputs that have no time limit, %s. End one "
+    "with `celery control terminate SIGTERM ID`; give them a limit (timeout=, time_limit=)"
+)
 _NOT_NEEDED = "Worker exited prematurely: it was not needed any more."
 
 
@@ -87,6 +93,10 @@ class Replicas:
         for place in self._places:
             self._fill(place, now)
             self._relieve(place)
+        for child in self._children:
+            if child.life.lingers(now) and not child.has_told:
+                child.has_told = True
+                logger.warning(_LINGERS, child, now - child.life.since, _unlimited(child))
 
     # -- one child --
 
@@ -142,6 +152,9 @@ class Replicas:
     def replace(self, child: children.Child) -> None:
         """Start a successor, which takes over when it is ready; the child serves until then."""
         if child not in self._children:
+            return
+        if child.life.state is replica.State.DRAINING:
+            self.leave_when_idle(child)  # what is stuck in it may be all that it still holds
             return
         child.must_go = True
         place, now = self._children[child], jobs.now()
@@ -210,3 +223,9 @@ class Replicas:
             self.drain(child)
         else:
             self.replace(child)
+
+
+def _unlimited(child: children.Child) -> str:
+    """Names of the inputs that a child holds and nothing ends; the first of them."""
+    found = [job for job in child.jobs.values() if not job.is_answered and not job.hard_limit]
+    return ", ".join(f"{job.name}[{job.task_id}]" for job in found[:_NAMED])

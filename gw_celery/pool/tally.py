@@ -31,6 +31,9 @@ class Tally:
     served: float = 0.0
     #: Those of them that gave no value, refused ones included.
     failed: float = 0.0
+    #: Those that had waited for too long, and never began.
+    refused_inputs: int = 0
+    refused: float = 0.0
     #: In the worker, without a slot.
     waiting: float = 0.0
     #: In a child, unanswered.
@@ -86,6 +89,8 @@ class _Sums:
         self.arrived_inputs = 0
         self.busy = 0.0
         self.failed = 0.0
+        self.refused = 0.0
+        self.refused_inputs = 0
 
     def arrive(self, workload: float) -> None:
         weight = _NEWEST if self.arrived_inputs else 1.0
@@ -109,6 +114,8 @@ class _Sums:
             arrived=self.arrived,
             served=workload[_Place.SERVED],
             failed=self.failed,
+            refused=self.refused,
+            refused_inputs=self.refused_inputs,
             waiting=workload[_Place.WAITING],
             running=workload[_Place.RUNNING],
             given_back=workload[_Place.GIVEN_BACK],
@@ -145,13 +152,16 @@ class Tallies:
         if (one := self._held.get(number)) is not None:
             self._move(one, _Place.WAITING)
 
-    def serve(self, number: int, now: float, *, is_success: bool) -> None:
-        """It is answered after it ran."""
+    def serve(self, number: int, now: float, *, is_success: bool, is_refused: bool = False) -> None:
+        """It is answered after it ran, or in place of that."""
         if (one := self._held.pop(number, None)) is not None:
             if one.place is _Place.RUNNING:
                 self._of(one.service).busy += max(0.0, now - one.since)
             if not is_success:
                 self._of(one.service).failed += one.workload
+            if is_refused:
+                self._of(one.service).refused += one.workload
+                self._of(one.service).refused_inputs += 1
             self._move(one, _Place.SERVED)
 
     def give_back(self, number: int) -> None:

@@ -60,7 +60,7 @@ class TaskPool(BasePool):
         self.gate: gate.Gate | None = None
         #: The same for the queue of the sweeps.
         self.control: control_queue.ControlQueue | None = None
-        self._lane = lane.Lane(self._wake)
+        self._lane = lane.Lane(self.wake)
         #: When each tick of beat came last.
         self._ticked: dict[str, float] = {}
         self.limit = limit or 1
@@ -300,7 +300,8 @@ class TaskPool(BasePool):
         """Read what children have reported and judge limits, now."""
         self._driver.poll()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Have the worker's loop turn now; from any thread."""
         self.supervisor.wake()
 
     def _finish(self) -> None:

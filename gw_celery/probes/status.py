@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from gw_celery.declare import probes
 
@@ -208,9 +208,16 @@ class Checks:
                     one.begin(now)
         return is_news
 
+    def drain(self) -> None:
+        """Call the liveness probes alone: what drains for long must not hang meanwhile."""
+        self._end(one for one in self._all if one.probe.kind != "liveness")
+
     def end(self) -> None:
         """Call nothing any more."""
-        for one in self._all:
+        self._end(self._all)
+
+    def _end(self, ended: Iterable[Check]) -> None:
+        for one in ended:
             one.end()
 
     def due(self, now: float) -> list[Check]:

@@ -18,7 +18,7 @@ from typing import Any
 from celery import _state
 from celery.app.task import Context
 
-from gw_celery import headers
+from gw_celery import headers, snapshot
 from gw_celery.benchmarks import score
 from gw_celery.declare import benchmark, services
 from gw_celery.runtime import exits, identity, inflight, loop, running
@@ -54,7 +54,7 @@ class Measurement:
         #: An input goes on that was stopped, and cannot be ended.
         self.is_stuck = False
 
-    async def run(self) -> score.Score:
+    async def run(self) -> snapshot.TaskScore:
         """Return the score, after a pass that is not counted.
 
         Raises:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gw_celery import conf
+from gw_celery import conf, snapshot
 from gw_celery.benchmarks import fingerprint, score, store
 from gw_celery.declare import registry
 from gw_celery.pool import wire
@@ -97,7 +97,7 @@ class Scoring:
             await loop.in_thread(self._keep, key, measured)
         return {"score": score.to_json(measured), "age": None}
 
-    async def _measured(self, task: Any, within: float, *, is_again: bool) -> score.Score:
+    async def _measured(self, task: Any, within: float, *, is_again: bool) -> snapshot.TaskScore:
         logger.info("the benchmark of %s begins", task.name)
         measurement = benchmark.Measurement(task, self._called, self._settings.cancel_timeout)
         bound = asyncio.timeout(within)
@@ -129,6 +129,6 @@ class Scoring:
     def _found(self, key: str) -> store.Kept | None:
         return None if self._store is None else self._store.find(key)
 
-    def _keep(self, key: str, measured: score.Score) -> None:
+    def _keep(self, key: str, measured: snapshot.TaskScore) -> None:
         if self._store is not None:
             self._store.keep(key, measured)

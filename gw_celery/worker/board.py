@@ -10,27 +10,17 @@ from urllib.parse import parse_qsl
 
 from gw_celery.worker import broker
 
-#: kombu's, of messages with a priority.
-_STEPS = (0, 3, 6, 9)
-_SEPARATOR = "\x06\x16"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Board:
-    """A Redis, and how the keys of this app begin and its queues are stored there."""
+    """A Redis, and how the keys of this app begin there."""
 
     client: Any
     prefix: str = ""
-    #: Of the lists of a queue, by priority; empty where the queues are elsewhere.
-    suffixes: tuple[str, ...] = ()
     pid: int = dataclasses.field(default_factory=os.getpid)
 
     def key(self, what: str, queue: str) -> str:
         return f"{self.prefix}gw:{what}:{queue}"
-
-    def lists(self, queue: str) -> list[str]:
-        """The keys that together hold the messages of a queue."""
-        return [f"{self.prefix}{queue}{suffix}" for suffix in self.suffixes]
 
     def close(self) -> None:
         self.client.close()
@@ -52,7 +42,6 @@ def of(app: Any, timeout: float) -> Board | None:
             return Board(
                 client=_connect(_of_broker(connection) | waits),
                 prefix=given.get("global_keyprefix", ""),
-                suffixes=_suffixes(given),
             )
     return _of_results(app, waits)
 
@@ -112,9 +101,3 @@ def _of_broker(connection: Any) -> dict[str, Any]:
 def _number(virtual_host: Any) -> int:
     text = str(virtual_host or "").strip("/")
     return int(text) if text.isdigit() else 0
-
-
-def _suffixes(given: Mapping[str, Any]) -> tuple[str, ...]:
-    separator = given.get("sep", _SEPARATOR)
-    steps = given.get("priority_steps", _STEPS)
-    return tuple(f"{separator}{step}" if step else "" for step in steps)

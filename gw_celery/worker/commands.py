@@ -115,7 +115,7 @@ def _applied(
     known = [one.number for one in pool.replicas()]
     if replica is not None and replica not in known:
         refusal: dict[str, str] = control.nok(
-            f"there is no replica {replica}: this worker has {_listed(known)}"
+            f"there is no replica {replica!r}: this worker has {_listed(known)}"
         )
         return refusal
     steer(replica)

@@ -59,7 +59,13 @@ def _log_what_waits(plan: serving.Plan) -> None:
         for service in plan.served
         if (named := [one for one in service.pool_features() if one not in acting])
     ]
-    if waiting:
+    if waiting and plan.pool == serving.GPU_POOL:
+        logger.warning(
+            "declared, but without effect on this worker, which was given its size "
+            "(--replicas, --autoscale, -c, gw_replicas): %s",
+            "; ".join(waiting),
+        )
+    elif waiting:
         logger.warning(
             "declared, but without effect on the %s pool: %s", plan.pool, "; ".join(waiting)
         )

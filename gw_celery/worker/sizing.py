@@ -60,7 +60,6 @@ def fit(worker: Any, plan: serving.Plan, asked: Asked | None) -> bool:
     Raises:
         ConfigurationError: when more replicas are asked for than fit.
     """
-    _require_share(plan.settings)
     per_replica = sum(plan.slots.values())
     given = worker.options.get("autoscale")
     scale = given or declared_bounds(plan, asked)
@@ -107,14 +106,6 @@ def _replicas(plan: serving.Plan, asked: Asked | None) -> int | None:
         return plan.settings.replicas
     fitting = plan.allotment.most if plan.allotment else 1
     return asked.replicas or plan.settings.replicas or fitting
-
-
-def _require_share(settings: conf.Settings) -> None:
-    if settings.target_util > 1:
-        raise errors.ConfigurationError(
-            f"gw_target_util={settings.target_util:g}: must be 1 at most, the part of a replica's "
-            f"score that it is meant to be used by"
-        )
 
 
 def _require_lengths(worker: Any, least: int) -> None:

@@ -61,8 +61,8 @@ def test_an_added_document_can_be_found(web: Web) -> None:
 
     assert sent.status == 202
     assert web.finished(sent.body["task_id"])["state"] == "SUCCESS"
-    for step in sent.body["steps"]:
-        assert web.get(f"/api/tasks/{step}/").body["state"] == "SUCCESS"
+    states = [web.get(f"/api/tasks/{step}/").body["state"] for step in sent.body["steps"]]
+    assert states == ["SUCCESS"] * 2
     best = web.search("a drawing on my skin that never fades")[0]
     assert (best["title"], best["text"]) == (title, text)
     assert best["document_id"] == sent.body["document_id"]

@@ -22,17 +22,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 SETTINGS = {"gw_max_deaths": 1, "gw_max_dead_letters": 2}
 
 
-@pytest.fixture(params=["redis", "rabbitmq"])
-def broker(request: pytest.FixtureRequest, redis_url: str) -> str:
-    if request.param == "redis":
-        return redis_url
-    url: str = request.getfixturevalue("rabbitmq_url")
-    return url
-
-
 @pytest.fixture
-def client(broker: str, result_url: str) -> Iterator[Celery]:
-    with pooling.client(broker, result_url) as app:
+def client(broker_url: str, result_url: str) -> Iterator[Celery]:
+    with pooling.client(broker_url, result_url) as app:
         yield app
 
 
@@ -45,8 +37,10 @@ def empty(client: Celery) -> Iterator[None]:
 
 
 @pytest.fixture
-def worker(start_worker: StartWorker, ledger_path: Path, broker: str, empty: None) -> WorkerProcess:
-    return pooling.start(start_worker, ledger_path, broker=broker, settings=SETTINGS)
+def worker(
+    start_worker: StartWorker, ledger_path: Path, broker_url: str, empty: None
+) -> WorkerProcess:
+    return pooling.start(start_worker, ledger_path, broker=broker_url, settings=SETTINGS)
 
 
 def dead(worker: WorkerProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -136,9 +130,9 @@ def test_the_queue_never_grows_beyond_its_bound(client: Celery, empty: None) -> 
 
 
 def test_none_switches_the_queue_off(
-    start_worker: StartWorker, ledger_path: Path, client: Celery, broker: str, empty: None
+    start_worker: StartWorker, ledger_path: Path, client: Celery, broker_url: str, empty: None
 ) -> None:
     settings = {"gw_max_deaths": 1, "gw_dead_letter_queue": None}
-    worker = pooling.start(start_worker, ledger_path, broker=broker, settings=settings)
+    worker = pooling.start(start_worker, ledger_path, broker=broker_url, settings=settings)
     poison(client, "first")
     assert lying(worker) == []

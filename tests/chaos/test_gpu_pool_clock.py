@@ -61,10 +61,9 @@ def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(tmp_path / "clock")
 
 
-@pytest.fixture(params=["redis", "rabbitmq"])
-def app(request: pytest.FixtureRequest, redis_url: str, result_url: str) -> Iterator[Celery]:
-    url = redis_url if request.param == "redis" else request.getfixturevalue("rabbitmq_url")
-    with pooling.client(str(url), result_url) as app:
+@pytest.fixture
+def app(broker_url: str, result_url: str) -> Iterator[Celery]:
+    with pooling.client(broker_url, result_url) as app:
         yield app
 
 

@@ -31,12 +31,6 @@ def results(tmp_path: Path) -> Iterator[Outage]:
         yield made
 
 
-@pytest.fixture(params=["redis", "rabbitmq"])
-def broker_url(request: pytest.FixtureRequest, redis_url: str) -> str:
-    url = redis_url if request.param == "redis" else request.getfixturevalue("rabbitmq_url")
-    return str(url)
-
-
 @pytest.fixture
 def app(broker_url: str) -> Iterator[Celery]:
     with pooling.client(broker_url, "disabled://") as app:

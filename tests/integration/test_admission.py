@@ -15,6 +15,7 @@ from celery.exceptions import ChordError, TaskRevokedError
 
 import gw_celery as gw
 from gw_celery import devserver
+from gw_celery.calling import waits
 from tests import pooling, services
 from tests.conftest import needed
 from tests.processes import StartWorker, WorkerProcess, eventually
@@ -28,13 +29,10 @@ Send = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("worker")
-
-
-@pytest.fixture(scope="module")
-def worker(redis_server: devserver.Server, directory: Path) -> Iterator[WorkerProcess]:
-    with pooling.module_worker(redis_server, directory, module="weighed") as started:
+def worker(
+    redis_server: devserver.Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WorkerProcess]:
+    with pooling.module_worker(redis_server, tmp_path_factory, module="weighed") as started:
         yield started
 
 
@@ -46,8 +44,8 @@ def rabbitmq_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def ledger_path(directory: Path) -> Path:
-    return directory / "ledger"
+def ledger_path(worker: WorkerProcess) -> Path:
+    return pooling.ledger_of(worker)
 
 
 def send(name: str, *args: Any, age: float = 0.0, app: Celery = weighed.celery, **options: Any):
@@ -193,6 +191,25 @@ def test_what_matters_more_starts_first(
     began = [line.split()[-1] for line in ledger_path.read_text().splitlines() if "began" in line]
     # To Redis 0 matters most, to RabbitMQ the largest.
     assert began == (["0", "3", "6", "9"] if kind == "redis" else ["9", "6", "3", "0"])
+
+
+def test_callers_are_told_of_what_waits_in_rabbitmq_by_way_of_the_results_redis(
+    rabbitmq_url: str, result_url: str, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    worker = pooling.start(
+        start_worker, tmp_path / "told", broker=rabbitmq_url, result=result_url, module="weighed"
+    )
+    with pooling.client(rabbitmq_url, result_url) as app:
+        app.conf.task_queue_max_priority = 10
+        assert send("patient", "first", 0.3, app=app).get(timeout=20) == "first"
+        sent = [send("patient", f"{one}", 0.3, app=app, age=-LATE) for one in range(40)]
+        told = waits.of(app)
+        # What the worker itself holds would be done in a fraction of that.
+        eventually(lambda: (told.estimate("cpu.patient") or 0.0) > 20 * 0.3, 20)
+        for one in sent:
+            one.revoke()
+        eventually(lambda: told.estimate("cpu.patient") == 0.0, 20)
+    worker.stop()
 
 
 def test_rabbitmq_refuses_at_reception_and_publishes_nothing_without_redis(

@@ -48,18 +48,26 @@ def score_of(worker: WorkerProcess, service: str) -> dict[str, Any]:
     return eventually(look, 20)
 
 
-def test_the_score_of_20_ms_for_ten_at_a_time_is_500_calls_a_second(start: Any) -> None:
-    # Each run is as quick as the machine lets it be, and never quicker than the body.
-    worker = start("rest")
-    service = score_of(worker, "measured.rest")
-    (found,) = service["benchmarks"]
-    ideal = 10 / 0.02 * 2.0
-    assert 0.5 * ideal < service["value"] <= ideal
-    assert service["value"] == found["value"]
-    assert found["least"] <= found["value"] <= found["most"]
-    assert len(found["rounds"]) == 10
-    assert 0.02 <= found["p50"] <= found["p95"]
-    assert found["success_rate"] == 1.0
+def test_the_score_of_20_ms_for_ten_at_a_time_is_500_calls_a_second(
+    start: Any, tmp_path: Path
+) -> None:
+    # What disturbs a machine lowers a score and never raises it: the best of a few measurements.
+    ideal, best = 10 / 0.02 * 2.0, 0.0
+    for number in range(3):
+        worker = start("rest", settings={"gw_score_cache": str(tmp_path / f"scores-{number}")})
+        service = score_of(worker, "measured.rest")
+        worker.stop()
+        (found,) = service["benchmarks"]
+        assert service["value"] == found["value"] <= 1.02 * ideal
+        assert not found["is_kept"]
+        assert found["least"] <= found["value"] <= found["most"]
+        assert len(found["rounds"]) == 10
+        assert 0.02 <= found["p50"] <= found["p95"]
+        assert found["success_rate"] == 1.0
+        best = max(best, found["value"])
+        if best >= 0.9 * ideal:
+            break
+    assert best >= 0.9 * ideal
 
 
 def test_a_benchmark_that_always_raises_never_becomes_ready(start: Any, ledger_path: Path) -> None:

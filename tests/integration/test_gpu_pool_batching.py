@@ -24,22 +24,19 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("worker")]
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("worker")
-
-
-@pytest.fixture(scope="module")
-def worker(redis_server: devserver.Server, directory: Path) -> Iterator[WorkerProcess]:
+def worker(
+    redis_server: devserver.Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WorkerProcess]:
     with pooling.module_worker(
-        redis_server, directory, module="gathered", queues="cpu", extra_args=["-E"]
+        redis_server, tmp_path_factory, module="gathered", queues="cpu", extra_args=["-E"]
     ) as started:
         yield started
 
 
 @pytest.fixture(autouse=True)
-def ledger_path(directory: Path) -> Path:
+def ledger_path(worker: WorkerProcess) -> Path:
     """The ledger of the worker, empty."""
-    path = directory / "ledger"
+    path = pooling.ledger_of(worker)
     path.write_text("")
     return path
 
@@ -98,8 +95,9 @@ def test_parameter_sets_never_share_a_call(ledger_path: Path) -> None:
         gathered.Model(scale=scale).scaled.s(number) for number in range(8) for scale in (1, 2, 3)
     ).apply_async()
     assert results.get(timeout=30) == [n * scale for n in range(8) for scale in (1, 2, 3)]
-    for one in calls(ledger_path, "scaled"):
-        assert len({entry.split(":")[0] for entry in one}) == 1
+    scales = [{entry.split(":")[0] for entry in one} for one in calls(ledger_path, "scaled")]
+    assert {len(one) for one in scales} == {1}
+    assert set.union(*scales) == {"1", "2", "3"}
 
 
 def test_a_body_awaits_a_batched_method_of_its_own_service_without_a_slot(

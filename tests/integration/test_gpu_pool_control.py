@@ -55,6 +55,20 @@ def test_grow_adds_a_replica_and_shrink_drains_one_with_nothing_lost(
     eventually(lambda: pooling.ask(worker, "stats")["prefetch_count"] == one)
 
 
+@pytest.mark.parametrize("name", ["plain_rest", "unlimited"])
+def test_a_shrink_waits_for_what_has_no_time_limit_and_says_so(
+    name: str, start_pooled: StartPooled, ledger_path: Path
+) -> None:
+    worker = start_pooled(settings={"gw_drain_timeout": 0.5})
+    sent = getattr(pooled, name).delay("long", 4.0)
+    eventually(lambda: pooling.began(ledger_path, "long"), 20)
+    pooling.tell(worker, "pool_shrink", n=slots(worker))
+    assert sent.get(timeout=20) == "long"
+    assert pooling.counts(ledger_path, ["long"]) == pooling.all_once(["long"])
+    eventually(lambda: pooling.replicas(worker) == [], 20)
+    assert f"no time limit, pooled.{name}[{sent.id}]" in worker.log_text()
+
+
 def test_a_worker_shrunk_to_nothing_takes_no_message_until_it_grows(
     start_pooled: StartPooled, ledger_path: Path
 ) -> None:

@@ -63,7 +63,7 @@ def test_the_autoscaler_starts_no_more_replicas_than_its_maximum(
     assert pooling.wrote(ledger_path, "entering", "Model") <= 1 + 2
 
 
-@pytest.mark.parametrize("limits", [["a", "b"], [None, "1"], [float("inf"), None]])
+@pytest.mark.parametrize("limits", [["a", "b"], [None, "1"], [float("inf"), None], [10**400, None]])
 def test_an_odd_time_limit_fails_its_input_and_no_worker(
     limits: list[Any], start_pooled: StartPooled
 ) -> None:

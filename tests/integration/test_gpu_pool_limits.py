@@ -20,21 +20,18 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("worker")
-
-
-@pytest.fixture(scope="module")
-def worker(redis_server: devserver.Server, directory: Path) -> Iterator[WorkerProcess]:
+def worker(
+    redis_server: devserver.Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WorkerProcess]:
     with pooling.module_worker(
-        redis_server, directory, extra_args=["-E"], settings={"gw_drain_timeout": 5.0}
+        redis_server, tmp_path_factory, extra_args=["-E"], settings={"gw_drain_timeout": 5.0}
     ) as started:
         yield started
 
 
 @pytest.fixture
-def ledger_path(directory: Path) -> Path:
-    return directory / "ledger"
+def ledger_path(worker: WorkerProcess) -> Path:
+    return pooling.ledger_of(worker)
 
 
 @pytest.fixture

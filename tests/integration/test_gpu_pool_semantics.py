@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("pooled_worker")]
 
 @pytest.fixture
 def ledger_path(pooled_worker: WorkerProcess) -> Path:
-    return pooled_worker.log.parent / "ledger"
+    return pooling.ledger_of(pooled_worker)
 
 
 def test_retry_runs_the_body_again_with_its_count() -> None:

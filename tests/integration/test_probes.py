@@ -162,6 +162,30 @@ def test_a_loop_that_an_input_blocks_is_told_of_with_its_task_and_line(site: Sit
     assert worker.log_text().count("event loop is") == 1
 
 
+def test_a_probe_takes_no_slot_and_needs_none(site: Site) -> None:
+    worker = site.start(probe("lives", "liveness", period_s=0.2, timeout_s=30.0))
+    (pid,) = probing.pids(worker)
+
+    def calls() -> int:
+        return len(site.times("lives")[pid])
+
+    # All four slots are held: it is called on.
+    held = [probed.Model().rest.delay(name, 4.0) for name in NAMES[:4]]
+    eventually(lambda: all(site.began(NAMES[:4]).values()), 20)
+    before = calls()
+    eventually(lambda: calls() >= before + 5, 20)
+    assert not any(one.ready() for one in held), "it waited for a slot"
+    assert sorted(one.get(timeout=20) for one in held) == NAMES[:4]
+    # A call of it hangs: all four slots are there.
+    site.switch("lives", "hang")
+    before = calls()
+    eventually(lambda: calls() == before + 1, 20)
+    held = [probed.Model().rest.delay(name, 4.0) for name in NAMES[4:8]]
+    eventually(lambda: all(site.began(NAMES[4:8]).values()), 20)
+    assert not any(one.ready() for one in held), "an input waited for it"
+    assert sorted(one.get(timeout=20) for one in held) == NAMES[4:8]
+
+
 def test_probes_leave_nothing_in_results_and_events(
     site: Site, redis_server: devserver.Server
 ) -> None:
@@ -173,12 +197,11 @@ def test_probes_leave_nothing_in_results_and_events(
         )
         eventually(lambda: sum(map(len, site.times("lives").values())) > 5, 20)
         sent = probed.Model().rest.delay("n0", 0.5)
-        # It takes no slot of an input: its own four are all there beside both probes.
         more = [probed.Model().rest.delay(name, 0.5) for name in NAMES[1:4]]
-        assert [one.get(timeout=20) for one in more] == NAMES[1:4]
+        assert [one.get(timeout=20) for one in (sent, *more)] == NAMES[:4]
         eventually(lambda: sent.id in seen, 20)
     assert len(seen) == 4
     assert pooling.ask(worker, "stats", probed.celery)["total"] == {"probed.Model.rest": 4}
     with redis.Redis(unix_socket_path=str(redis_server.socket), db=1) as client:
         stored = [json.loads(client.get(key)) for key in client.keys("celery-task-meta-*")]
-    assert {one["result"] for one in stored} <= set(NAMES)
+    assert sorted(one["result"] for one in stored) == NAMES[:4]

@@ -14,6 +14,9 @@ from tests.conftest import needed
 
 pytestmark = pytest.mark.integration
 
+#: Within 15 % of 1:4; over so many inputs that chance is a small part of that.
+LEAST, MOST, INPUTS = 3.4, 4.6, 960
+
 
 @pytest.fixture
 def on_redis(redis_url: str, result_url: str, tmp_path: Path) -> Iterator[Celery]:
@@ -36,7 +39,7 @@ def on_rabbitmq(
 
 
 def test_at_saturation_shares_follow_speed_by_pull(on_redis: Celery) -> None:
-    assert 3.0 < shares.saturated(on_redis, 480).ratio < 5.0
+    assert LEAST < shares.saturated(on_redis, INPUTS).ratio < MOST
 
 
 def test_rabbitmq_gives_the_quick_worker_nearly_all_at_half_load_and_its_share_at_saturation(
@@ -44,4 +47,4 @@ def test_rabbitmq_gives_the_quick_worker_nearly_all_at_half_load_and_its_share_a
 ) -> None:
     at_half = shares.half_load(on_rabbitmq, 160)
     assert at_half.quick > 0.8 * (at_half.quick + at_half.slow)
-    assert 3.0 < shares.saturated(on_rabbitmq, 480).ratio < 5.0
+    assert LEAST < shares.saturated(on_rabbitmq, INPUTS).ratio < MOST

@@ -103,6 +103,11 @@ def test_a_number_that_is_none_is_an_error(name: str, value: object) -> None:
     assert "over 0" in said
 
 
+def test_more_than_all_of_a_score_cannot_be_used() -> None:
+    assert conf.from_mapping({"target_util": 1}).target_util == 1.0
+    assert "target_util=1.5: must be float over 0, 1 at most" in refused({"target_util": 1.5})
+
+
 def test_a_float_is_no_count() -> None:
     assert "max_instances=3.0: must be int" in refused({"max_instances": 3.0})
 

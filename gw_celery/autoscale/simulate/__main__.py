@@ -13,6 +13,9 @@ from gw_celery import errors
 from gw_celery.autoscale import policy
 from gw_celery.autoscale.simulate import plot, report, runs, trace
 
+#: Replicas, and nodes.
+_MOST = 100_000
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 2 is the code of an option or a file that cannot be used."""
@@ -36,7 +39,7 @@ def _check(options: argparse.Namespace) -> None:
             f"--min {options.min} is more than --max {options.max}: raise --max or lower --min"
         )
     if options.plot is not None:
-        plot.require()
+        plot.require(options.plot)
 
 
 def _question(options: argparse.Namespace) -> runs.Question:
@@ -114,7 +117,8 @@ def _count(text: str) -> int:
 
 
 def _from_one(text: str) -> int:
-    return int(_number(text, "a whole number of 1 or more", lambda n: n >= 1 and n == int(n)))
+    rule = f"a whole number from 1 to {_MOST:,}"
+    return int(_number(text, rule, lambda n: 1 <= n <= _MOST and n == int(n)))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,27 @@ from gw_celery import errors
 from gw_celery.autoscale.simulate import cluster
 
 
-def require() -> None:
-    """Fail now, not after the work, when there is nothing to draw with."""
+def require(path: Path) -> None:
+    """Fail now, not after the work, when there is nothing to draw with, or no place for it.
+
+    Raises:
+        ConfigurationError: says which, and what to do.
+    """
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib import figure
     except ImportError as error:
         raise errors.ConfigurationError(
             "--plot draws with matplotlib, which is not installed: pip install 'gw-celery[plots]'"
         ) from error
+    known = figure.Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise errors.ConfigurationError(
+            f"--plot {path}: its ending says what kind of picture; known are {', '.join(known)}"
+        )
+    if not path.parent.is_dir():
+        raise errors.ConfigurationError(
+            f"--plot {path}: there is no directory {path.parent}: make it first"
+        )
 
 
 def draw(moments: Sequence[cluster.Moment], path: Path, title: str) -> None:

@@ -50,10 +50,11 @@ def text(found: Mapping[str, Any]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     )
+    fixed = found["best_fixed_replicas"]
     return (
         f"{found['served'] + found['refused']:,} inputs; the best fixed pool in hindsight has "
-        f"{found['best_fixed_replicas']} replicas: {found['best_fixed_replica_seconds']:,.0f} "
-        f"replica-seconds\n\n" + "\n".join(table)
+        f"{fixed} {'replica' if fixed == 1 else 'replicas'}: "
+        f"{found['best_fixed_replica_seconds']:,.0f} replica-seconds\n\n" + "\n".join(table)
     )
 
 

@@ -11,6 +11,9 @@ from gw_celery import errors
 from gw_celery.autoscale import policy, seats
 from gw_celery.autoscale.simulate import cluster, hindsight, policies, report, trace
 
+#: Seconds of a trace; each is played one by one.
+_LONGEST = 30 * 86_400
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
@@ -85,6 +88,11 @@ def _positions(question: Question) -> list[list[int]]:
 
 
 def _refuse_overload(replayed: trace.Trace, question: Question) -> None:
+    if replayed.seconds > _LONGEST:
+        raise errors.ConfigurationError(
+            f"this trace lasts {replayed.seconds:,.0f} s, and {_LONGEST:,} at most are replayed: "
+            f"are all of its times of one kind? else give a part of it"
+        )
     seconds = sum(replayed.workloads) / (question.score * question.most)
     if seconds > 10 * replayed.seconds + 86_400:
         raise errors.ConfigurationError(

@@ -81,6 +81,11 @@ async def meet(count: int) -> int:
     return os.getpid()
 
 
+@app.remote(gpu=CPU, timeout=None)
+async def unlimited(name: str, seconds: float = 0.0) -> str:
+    return await resting.rest(name, seconds)
+
+
 @app.remote(gpu=CPU)
 async def single(name: str, seconds: float = 0.0) -> str:
     """Rest, one at a time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import types
 from collections.abc import Iterator, Mapping
@@ -14,9 +15,9 @@ from celery.worker import autoscale as celerys
 
 import gw_celery.autoscale
 from gw_celery import snapshot
-from gw_celery.autoscale import autoscaler, demand, facts, lengths
+from gw_celery.autoscale import autoscaler, demand, facts, policy
 from gw_celery.pool import tally, taskpool
-from gw_celery.worker import hooks
+from gw_celery.worker import hooks, lengths
 
 SLOTS = {"model": 4, "": 1}
 
@@ -31,6 +32,10 @@ class Pool(taskpool.TaskPool):
         self.failed = 0
         self.maintained = 0
         self.noted: dict[str, int] = {}
+        self.woken = 0
+
+    def wake(self) -> None:
+        self.woken += 1
 
     @property
     def wanted(self) -> int:
@@ -69,19 +74,34 @@ class Pool(taskpool.TaskPool):
 
 
 class Scaled:
-    """The autoscaler of a worker, its pool, and a clock that steps a second."""
+    """The autoscaler of a worker, its pool, and a clock that steps a second.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    Args:
+        name: the worker's node name.
+        most: replicas that it may have, and ``least`` those that it keeps.
+        target: inputs of the model that a replica is meant to hold.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        name: str = "gpu@me",
+        most: int = 4,
+        least: int = 1,
+        target: int = 4,
+        **settings: Any,
+    ) -> None:
         self.app = Celery("scaled", broker="memory://", set_as_current=False)
         self.app.conf.update(settings)
         self.pool = Pool()
-        served = [types.SimpleNamespace(key="model", target_inputs=4)]
+        served = [types.SimpleNamespace(key="model", target_inputs=target)]
         plan = types.SimpleNamespace(
             slots=SLOTS, served=served, queues=["cpu.model"], service_queues={"cpu.model": "model"}
         )
         monkeypatch.setattr(hooks, "_plan", plan)
-        worker = types.SimpleNamespace(app=self.app, hostname="gpu@me")
-        self.scaler = autoscaler.Autoscaler(self.pool, 20, 5, worker=worker)
+        worker = types.SimpleNamespace(app=self.app, hostname=name)
+        self.scaler = autoscaler.Autoscaler(self.pool, 5 * most, 5 * least, worker=worker)
         self.now = 1000.0
         self.queued: int | None = 0
         self.peers: tuple[facts.Facts, ...] | None = None
@@ -197,10 +217,51 @@ def test_to_zero_only_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> No
         scaled.scaler.update(min=0)
         assert scaled.after(50) == 1
         assert scaled.after(3000) == expected
-        assert scaled.scaler._demand.is_at_zero is (expected == 0)
+        assert scaled.scaler._demand._is_at_zero is (expected == 0)
         scaled.queued = 1
         assert scaled.after(1) == 1
         scaled.app.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "replicas"),
+    [
+        ({}, 2),
+        ({"gw_target_util": 0.3}, 4),
+        ({"gw_target_queue_time": 2.0}, 4),
+        ({"gw_min_load": 30.0}, 4),
+    ],
+    ids=str,
+)
+def test_what_is_set_is_what_is_decided_by(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], replicas: int
+) -> None:
+    # 13 arrive a second, 50 wait, and a replica does 10 a second.
+    scaled = Scaled(monkeypatch, **settings)
+    scaled.queued = 50
+    for second in range(120):
+        scaled.pool.held = {"model": tally.Tally(arrived=13.0 * second)}
+        scaled.after(1)
+    assert scaled.pool.wanted == replicas
+    scaled.app.close()
+
+
+def test_what_goes_for_want_of_inputs_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scaled = Scaled(monkeypatch, gw_inactivity_timeout=5.0)
+    scaled.scaler.update(min=0)
+    scaled.queued = 290
+    scaled.after(3)
+    scaled.queued = 0
+    with caplog.at_level(logging.INFO):
+        assert scaled.after(8) == 0
+    said = [one.message for one in caplog.records if "replicas: " in one.message]
+    assert said == [
+        "from 3 to 1 replicas: no input came, waited or ran for 5 s",
+        "from 1 to 0 replicas: no input came, waited or ran for 5 s",
+    ]
+    scaled.app.close()
 
 
 def test_where_queues_cannot_be_read_no_operator_gets_to_zero(
@@ -294,6 +355,22 @@ def test_others_do_what_a_drained_worker_would(
     monkeypatch.setattr(scaled.scaler._demand, "tell", told.update)
     scaled.after(1)
     assert told["model"].capacity == capacity
+
+
+@pytest.mark.parametrize(
+    ("states", "replicas"),
+    [([], 2), (["starting", "entering"], 2), (["ready", "draining", "draining"], 3)],
+)
+def test_replicas_that_load_or_drain_count_in_what_others_are_told(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch, states: list[str], replicas: int
+) -> None:
+    scaled.pool.limit = 10  # two are wanted
+    seen = tuple(snapshot.Replica(number=n, state=one) for n, one in enumerate(states))
+    monkeypatch.setattr(scaled.pool, "replicas", lambda: seen)
+    told: dict[str, facts.Facts] = {}
+    monkeypatch.setattr(scaled.scaler._demand, "tell", told.update)
+    scaled.after(1)
+    assert {one.replicas for one in told.values()} == {replicas}
 
 
 def test_replicas_that_all_fail_are_tried_on_and_not_made_anew(scaled: Scaled) -> None:
@@ -417,13 +494,17 @@ def test_large_figures_are_told_in_full(scaled: Scaled, caplog: pytest.LogCaptur
     assert any("68612 wait" in one.message for one in caplog.records)
 
 
+def test_what_is_next_to_nothing_is_told_so() -> None:
+    assert [autoscaler._figure(one) for one in (0.0, 2.65e-05, 0.004)] == ["0", "<0.001", "0.004"]
+
+
 def test_it_says_what_it_saw_and_decided(scaled: Scaled, caplog: pytest.LogCaptureFixture) -> None:
     scaled.queued = 290
     with caplog.at_level(logging.INFO):
         scaled.after(3)
-    said = [one.message for one in caplog.records if "replicas instead" in one.message]
+    said = [one.message for one in caplog.records if "replicas: " in one.message]
     assert said == [
-        "3 replicas instead of 1: model needs 2.9 (0/s come, 290 wait, a replica does 10/s)"
+        "from 1 to 3 replicas: model needs 2.9 (0/s come, 290 wait, a replica does 10/s)"
     ]
     info = scaled.scaler.info()
     assert (info["max"], info["min"], info["current"]) == (20, 5, 15)
@@ -432,15 +513,26 @@ def test_it_says_what_it_saw_and_decided(scaled: Scaled, caplog: pytest.LogCaptu
 
 
 def test_a_start_takes_as_long_as_it_has_taken(scaled: Scaled, monkeypatch: Any) -> None:
-    loading = snapshot.Replica(number=0, state="entering", pid=7, seconds_in_state=0.0)
-    monkeypatch.setattr(scaled.pool, "replicas", lambda: (loading,))
-    scaled.after(1)
-    scaled.now += 100.0
-    ready = snapshot.Replica(number=0, state="ready", pid=7, seconds_in_state=1.0)
+    ready = snapshot.Replica(number=0, state="ready", pid=7, start_up=100.0)
     monkeypatch.setattr(scaled.pool, "replicas", lambda: (ready,))
     scaled.after(1)
     assert scaled.scaler.seen().start_up == pytest.approx(100.0)
     assert scaled.scaler._rules.start_up == pytest.approx(100.0)
+
+
+def test_without_settings_it_goes_by_the_rules_that_the_simulator_has(scaled: Scaled) -> None:
+    assert scaled.scaler._rules == policy.Rules()
+
+
+def test_replicas_are_kept_for_bursts_for_as_long_as_the_setting_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scaled = Scaled(monkeypatch, gw_scale_window=300.0)
+    scaled.after(1)
+    scaled.pool.held = {"model": tally.Tally(arrived=290.0)}
+    assert scaled.after(300) == 3
+    assert scaled.after(50) == 1
+    scaled.app.close()
 
 
 # -- without an event loop --
@@ -456,14 +548,61 @@ def test_celerys_thread_decides_where_there_is_no_loop(
     assert scaled.pool.wanted == 3
 
 
+class Frozen:
+    """A broker that answers once, and from then on no more: stands in for ``demand.Source``."""
+
+    def __init__(self) -> None:
+        self.is_asked_in_vain, self.is_over = threading.Event(), threading.Event()
+        self.answers = [demand.Reading(at=time.monotonic(), lengths=_LENGTHS, peers=None)]
+
+    def __call__(self, *_: Any) -> Frozen:
+        return self
+
+    def read(self, mine: Any) -> demand.Reading:
+        if threading.current_thread() is threading.main_thread():
+            pytest.fail("the worker's loop waits for the broker")
+        if not self.answers:
+            self.is_asked_in_vain.set()
+            self.is_over.wait(30)
+            raise ConnectionResetError("gone")
+        return self.answers.pop()
+
+    def leave(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+_LENGTHS = {"model": lengths.Length(290)}
+
+
+def test_a_broker_that_is_frozen_holds_no_decision_up(
+    scaled: Scaled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = Frozen()
+    monkeypatch.setattr(demand, "Source", frozen)
+    monkeypatch.setattr(demand, "_ROUND", 0.01)
+    monkeypatch.delattr(scaled.scaler._demand, "latest")  # it is the real one's
+    scaled.scaler.begin()
+    assert frozen.is_asked_in_vain.wait(10)
+    scaled.scaler.maybe_scale()
+    assert scaled.pool.wanted == 3, "by what was read before"
+    monkeypatch.setattr(demand, "_STALE", 0.0)
+    scaled.scaler.maybe_scale()
+    assert scaled.pool.wanted == 3
+    assert "nothing is known of the broker" in scaled.scaler.seen().why
+    frozen.is_over.set()
+    scaled.scaler.end()
+
+
 def test_what_was_read_is_judged_in_the_thread_of_the_loop_at_once(scaled: Scaled) -> None:
-    woken: list[Any] = []
-    scaled.scaler._hub = types.SimpleNamespace(call_soon=woken.append)
+    asked: list[Any] = []
+    scaled.scaler._hub = types.SimpleNamespace(call_soon=asked.append)
     scaled.scaler._on_read()
-    assert woken == [scaled.scaler.maybe_scale]
+    assert asked == [scaled.scaler.maybe_scale]
+    assert scaled.pool.woken == 1, "the loop may be asleep for a second"
     scaled.scaler.end()
     scaled.scaler._on_read()
-    assert len(woken) == 1
+    assert (len(asked), scaled.pool.woken) == (1, 1)
 
 
 def test_a_decision_that_fails_keeps_the_size_and_the_worker(

@@ -11,7 +11,8 @@ import pytest
 from celery import Celery
 
 from gw_celery import devserver
-from gw_celery.autoscale import demand, facts, lengths
+from gw_celery.autoscale import demand, facts
+from gw_celery.worker import lengths
 from tests.processes import eventually
 
 QUEUES = {"model": ["gpu.A100.model"]}
@@ -159,8 +160,24 @@ def test_what_was_read_long_ago_is_not_known(
 def test_it_looks_more_often_while_nothing_is_loaded(app: Celery, broker: Broker) -> None:
     looking = demand.Demand(app, QUEUES, "gpu@one")
     assert looking._round() == 1.0
-    looking.is_at_zero = True
+    looking.at_zero(is_at_zero=True)
     assert looking._round() < 0.5
+
+
+def test_from_the_moment_on_that_nothing_is_loaded(
+    app: Celery, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demand, "_ROUND", 60.0)
+    monkeypatch.setattr(demand, "_ROUND_AT_ZERO", 60.0)
+    looks: list[float] = []
+    looking = demand.Demand(app, QUEUES, "gpu@one", lambda: looks.append(time.monotonic()))
+    looking.start()
+    eventually(lambda: len(looks) == 1)
+    looking.at_zero(is_at_zero=True)
+    eventually(lambda: len(looks) == 2)
+    looking.at_zero(is_at_zero=True)
+    looking.close()
+    assert (len(looks), looking._thread.is_alive()) == (2, False)
 
 
 def test_a_thread_that_waits_for_the_broker_holds_nobody_up(

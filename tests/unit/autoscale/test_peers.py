@@ -59,6 +59,15 @@ def shift(client: redis.Redis, worker: str, seconds: float) -> None:
     client.hset(KEY, worker, json.dumps(told | {"at": told["at"] - seconds}))
 
 
+def test_a_clock_that_is_set_back_keeps_no_dead_worker_alive(client: redis.Redis) -> None:
+    one, two = Worker(client, "gpu@one"), Worker(client, "gpu@two")
+    two.round()
+    shift(client, "gpu@two", -3600.0)
+    assert one.round()["model"] == []
+    two.round()
+    assert one.round()["model"] == ["gpu@two"], "it lives, and has told again"
+
+
 def test_one_that_was_killed_is_not_counted_and_later_removed(client: redis.Redis) -> None:
     one, two = Worker(client, "gpu@one"), Worker(client, "gpu@two")
     two.round()

@@ -367,6 +367,18 @@ def test_a_plot_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gone/plot.png", "there is no directory"), ("plot.xyz", "known are"), ("plot", "png")],
+)
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert __main__.main(["no-such-trace.csv", "--plot", str(tmp_path / name)]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_without_matplotlib_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,34 +6,48 @@ from gw_celery import snapshot
 from gw_celery.autoscale import startup
 
 
-def at(state: str, seconds: float, pid: int | None = 7) -> list[snapshot.Replica]:
-    return [snapshot.Replica(number=0, state=state, pid=pid, seconds_in_state=seconds)]
+def at(state: str, start_up: float | None = None, pid: int | None = 7) -> snapshot.Replica:
+    return snapshot.Replica(number=0, state=state, pid=pid, start_up=start_up)
 
 
 def test_a_start_up_lasts_from_the_start_of_a_child_until_it_is_ready() -> None:
     seen = startup.StartUp()
-    seen.see(at("starting", 0.25), 100.25)
-    seen.see(at("entering", 1.0), 102.0)
-    seen.see(at("benchmarking", 1.0), 103.0)
-    is_loading = [seen.is_loading]
-    seen.see(at("ready", 0.5), 104.0)
-    assert seen.seconds == pytest.approx(3.5)
-    assert [*is_loading, seen.is_loading] == [True, False]
-    seen.see(at("ready", 1.5), 105.0)
-    assert seen.seconds == pytest.approx(3.5)
+    is_loading = []
+    for one in (at("starting"), at("entering"), at("benchmarking"), at("ready", 3.5)):
+        seen.see([one])
+        is_loading.append(seen.is_loading)
+    assert is_loading == [True, True, True, False]
+    assert seen.seconds == 3.5
+
+
+def test_one_that_was_ready_at_the_next_look_teaches_as_well() -> None:
+    seen = startup.StartUp()
+    seen.see([])
+    seen.see([at("ready", 0.4)])
+    assert seen.seconds == 0.4
+
+
+def test_a_replica_that_is_measured_again_does_not_start() -> None:
+    seen = startup.StartUp()
+    for state in ("ready", "benchmarking", "ready", "unready", "draining"):
+        seen.see([at(state, 60.0)])
+        assert not seen.is_loading
+    assert seen.seconds == 60.0
+    seen.see([at("ready", 60.0), at("starting", pid=8)])
+    assert seen.is_loading
+    seen.see([at("ready", 60.0), at("ready", 50.0, pid=8)])
+    assert seen.seconds == 55.0
 
 
 def test_the_newest_start_up_counts_most() -> None:
     seen = startup.StartUp()
     for pid, seconds in enumerate([2.0, 4.0, 8.0]):
-        seen.see(at("starting", 0.0, pid), 0.0)
-        seen.see(at("ready", 0.0, pid), seconds)
+        seen.see([at("ready", seconds, pid)])
     assert seen.seconds == pytest.approx(5.5)
 
 
-def test_a_child_that_never_was_ready_or_was_not_seen_loading_teaches_nothing() -> None:
+def test_a_child_that_never_was_ready_teaches_nothing() -> None:
     seen = startup.StartUp()
-    seen.see(at("starting", 0.0), 0.0)
-    seen.see(at("failed", 0.0, pid=None), 50.0)
-    seen.see(at("ready", 9.0, pid=8), 60.0)
-    assert seen.seconds is None
+    seen.see([at("starting")])
+    seen.see([at("failed", pid=None)])
+    assert (seen.seconds, seen.is_loading) == (None, False)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import linecache
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,11 +156,22 @@ def test_other_hardware_has_another() -> None:
     assert of(app, "a", "b") == of(app, "b", "a")
 
 
-def test_another_version_of_torch_has_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = of(function())
-    monkeypatch.setattr(fingerprint, "_installed", lambda name: "9.9" if name == "torch" else "1")
+@pytest.mark.parametrize("library", ["gw-celery", "torch"])
+def test_another_version_of_a_library_has_another(
+    monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    before, known = of(function()), fingerprint._installed
+    monkeypatch.setattr(
+        fingerprint, "_installed", lambda name: "9.9" if name == library else known(name)
+    )
     assert of(function()) != before
-    assert fingerprint.code(of) == fingerprint.code(of)
+
+
+def test_another_python_has_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = of(function())
+    # The code is the same: that Python compiles it to something else is not what is asked here.
+    monkeypatch.setattr(platform, "python_version", lambda: "9.9.9")
+    assert of(function()) != before
 
 
 def test_torch_is_not_imported_for_it() -> None:

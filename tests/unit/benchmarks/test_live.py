@@ -5,15 +5,7 @@ import dataclasses
 import pytest
 
 from gw_celery.benchmarks import live
-
-
-@dataclasses.dataclass
-class Tally:
-    served: float = 0.0
-    failed: float = 0.0
-    served_inputs: int = 0
-    running_inputs: int = 0
-    waiting_inputs: int = 0
+from gw_celery.pool import tally
 
 
 class Traffic:
@@ -22,7 +14,7 @@ class Traffic:
     def __init__(self, slots: int, *, measured: float | None = None) -> None:
         self.live = live.Live(slots)
         self.slots = slots
-        self.tally = Tally()
+        self.tally = tally.Tally()
         self.now = 1000.0
         self.warnings = 0
         self.has_more = False
@@ -34,10 +26,16 @@ class Traffic:
         """Serve ``rate`` workload a second, in inputs of ``each``, with a share of slots taken."""
         for _ in range(seconds):
             self.now += 1.0
-            self.tally.served += rate
-            self.tally.served_inputs = round(self.tally.served / each)
-            self.tally.running_inputs = round(taken * self.slots * ready)
+            served = self.tally.served + rate
+            self.count(
+                served=served,
+                served_inputs=round(served / each),
+                running_inputs=round(taken * self.slots * ready),
+            )
             self.warnings += self.live.observe(self.now, self.tally, ready, has_more=self.has_more)
+
+    def count(self, **changed: float) -> None:
+        self.tally = dataclasses.replace(self.tally, **changed)  # type: ignore[arg-type]
 
 
 def test_a_service_without_a_benchmark_has_no_score_until_it_is_full_for_a_while() -> None:
@@ -88,7 +86,7 @@ def test_moments_between_two_inputs_do_not_keep_a_replica_from_being_full() -> N
 
 def test_what_waits_in_the_worker_shows_that_no_slot_is_free() -> None:
     traffic = Traffic(10)
-    traffic.tally.waiting_inputs = 3
+    traffic.count(waiting_inputs=3)
     traffic.flow(30, 50.0, taken=0.6)
     assert traffic.live.value == pytest.approx(50.0, rel=0.01)
 
@@ -140,13 +138,80 @@ def test_nothing_served_teaches_nothing() -> None:
 def test_inputs_that_raise_at_once_make_no_replica_quick() -> None:
     traffic = Traffic(10, measured=100.0)
     for _ in range(60):
-        traffic.tally.failed += 900.0
-        traffic.flow(1, 950.0)
+        traffic.count(failed=traffic.tally.failed + 40.0)
+        traffic.flow(1, 90.0)
     assert traffic.live.value == pytest.approx(50.0, rel=0.2)
-    for _ in range(60):
-        traffic.tally.failed += 900.0
-        traffic.flow(1, 900.0)
-    assert traffic.live.value == pytest.approx(50.0, rel=0.2), "a span of failures alone is none"
+    for failed in (900.0, 850.0):
+        for _ in range(60):
+            traffic.count(failed=traffic.tally.failed + failed)
+            traffic.flow(1, 900.0)
+        assert traffic.live.value == pytest.approx(50.0, rel=0.2), "most fail: that teaches nothing"
+
+
+def test_what_was_served_long_ago_is_forgotten_for_what_was_measured() -> None:
+    traffic = Traffic(10, measured=100.0)
+    traffic.flow(60, 5.0)
+    assert traffic.live.value == pytest.approx(5.0, rel=0.1), "it was slow"
+    for taken, value in ((0.2, 5.0), (1.0, 5.0), (0.2, 5.0)):
+        traffic.flow(300, 5.0, taken=taken)
+        assert traffic.live.value == pytest.approx(value, rel=0.1), "so it was minutes ago"
+    traffic.flow(400, 5.0, taken=0.2)
+    assert traffic.live.value == 100.0
+    assert traffic.live.drift is None
+
+
+def test_inputs_that_are_refused_make_no_replica_slow() -> None:
+    traffic = Traffic(4, measured=20.0)
+    for second in range(1, 61):
+        is_late = second % 30 > 12  # after a burst all that waits is late for a while
+        served = 40 if is_late else 20
+        tallied = traffic.tally
+        traffic.count(
+            refused=tallied.refused + (40.0 if is_late else 0.0),
+            failed=tallied.failed + (40.0 if is_late else 0.0),
+            busy=tallied.busy + (0.0 if is_late else 4.0),
+            waiting_inputs=50,
+        )
+        traffic.flow(1, float(served))
+    assert traffic.live.value == pytest.approx(20.0)
+
+
+def test_slots_that_are_at_work_teach_also_while_others_are_refused() -> None:
+    traffic = Traffic(4, measured=20.0)
+    for _ in range(300):
+        tallied = traffic.tally
+        traffic.count(
+            refused=tallied.refused + 3.0,
+            failed=tallied.failed + 3.0,
+            busy=tallied.busy + 3.9,
+            waiting_inputs=50,
+        )
+        traffic.flow(1, 13.0)
+    assert traffic.live.value == pytest.approx(10.0, rel=0.01)
+
+
+def test_a_score_that_is_too_high_comes_down_also_where_most_is_refused() -> None:
+    traffic = Traffic(4, measured=300.0)
+    for _ in range(300):
+        tallied = traffic.tally
+        traffic.count(
+            refused=tallied.refused + 200.0,
+            failed=tallied.failed + 200.0,
+            busy=tallied.busy + 3.9,
+            waiting_inputs=50,
+        )
+        traffic.flow(1, 300.0)
+    assert traffic.live.value == pytest.approx(100.0, rel=0.01)
+
+
+def test_what_full_replicas_serve_slowly_is_not_forgotten_between_two_lessons() -> None:
+    traffic, seen = Traffic(1, measured=100.0), []
+    for _ in range(5000):
+        traffic.flow(1, 10.0, each=3500.0)
+        seen.append(traffic.live.value)
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] is not None
+    assert seen[-1] < 12.0
 
 
 def test_no_replica_teaches_nothing() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -111,10 +110,3 @@ def test_anything_else_is_no_score(given: object) -> None:
 def test_what_is_no_json_cannot_be_read(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         score.loads(text)
-
-
-def test_every_figure_of_a_score_can_be_shown() -> None:
-    from gw_celery import snapshot
-
-    shown = {field.name for field in dataclasses.fields(snapshot.Benchmark)}
-    assert WRITTEN.keys() <= shown

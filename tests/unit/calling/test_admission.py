@@ -217,8 +217,8 @@ def test_only_what_may_wait_for_so_long_says_since_when(
     assert before <= sent[1]["gw-enqueued"] <= time.time()
 
 
-def test_the_projects_limit_is_for_services_that_have_none(
-    app: gw.App, celery_app: Celery, weigh: Any, sent: list[dict[str, Any]]
+def test_what_the_projects_limit_is_for_says_it_too(
+    celery_app: Celery, weigh: Any, sent: list[dict[str, Any]]
 ) -> None:
     celery_app.conf.gw_max_queue_time = 60.0
     weigh.delay("a")
@@ -293,6 +293,18 @@ def test_await_and_the_others_are_told_the_same(
         with pytest.raises(gw.QueueTimeExceeded):
             call()
     assert sent == []
+
+
+def test_the_projects_limit_is_for_services_that_have_none(
+    weigh: Any, patient: Any, celery_app: Celery, told: Told
+) -> None:
+    celery_app.conf.gw_max_queue_time = LIMIT + 5
+    told.queues["weigh"] = told.queues["patient"]
+    with pytest.raises(gw.QueueTimeExceeded) as the_projects:
+        weigh.delay("a")
+    with pytest.raises(gw.QueueTimeExceeded) as its_own:
+        patient.delay()
+    assert (the_projects.value.limit, its_own.value.limit) == (LIMIT + 5, LIMIT)
 
 
 def test_a_task_without_a_limit_asks_for_no_estimate(weigh: Any, told: Told) -> None:

@@ -79,6 +79,8 @@ def test_a_project_that_is_right_passes_the_checks(project) -> None:
     [
         ('{"start_timout": 900}', "GW_CELERY start_timout; did you mean 'start_timeout'?"),
         ('{"start_timeout": "long"}', "GW_CELERY start_timeout='long': must be float over 0"),
+        ('{"health_port": "8070"}', "='8070': must be int from 0 to 65535 or None"),
+        ('{"probe_period": -1}', "probe_period=-1: must be float over 0 or None"),
         ('["start_timeout"]', "GW_CELERY=['start_timeout']: must be a dict"),
     ],
 )

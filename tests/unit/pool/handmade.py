@@ -8,7 +8,7 @@ from typing import Any
 
 from gw_celery import conf
 from gw_celery.declare import services
-from gw_celery.pool import dispatch, inputs, jobs, wire
+from gw_celery.pool import dispatch, inputs, jobs, replica, wire
 
 SLOTS = {"embed": 2, services.PLAIN: 1}
 DIED = "Worker exited prematurely: signal 9 (SIGKILL)"
@@ -61,6 +61,8 @@ class Child:
 
     def __init__(self, pid: int = 100) -> None:
         self.pid = pid
+        deadlines = replica.Deadlines.of(conf.Settings())
+        self.life = replica.Life(deadlines=deadlines, now=jobs.now())
         self.room = dispatch.Room(SLOTS)
         self.jobs: dict[int, jobs.Job] = {}
         self.served = 0

@@ -29,6 +29,34 @@ def test_the_loads_of_workers_add_up_and_one_that_has_served_nothing_adds_no_rat
     assert admission.together([]) == Load()
 
 
+@pytest.mark.parametrize(
+    ("rates", "parts", "expected"),
+    [
+        ({"slow": 2.0}, {"slow": 7.0}, 2.0),
+        ({"slow": 2.0, "quick": 900.0}, {"slow": 98.0, "quick": 2.0}, 2.0 / 0.98),
+        ({"slow": 2.0, "quick": 900.0}, {"quick": 5.0}, 900.0),
+        ({"slow": 2.0, "quick": 8.0}, {"slow": 1.0, "quick": 4.0}, 10.0),
+        ({"slow": 2.0, "quick": 900.0}, {}, 2.0),
+        ({"slow": None, "quick": 9.0}, {"slow": 98.0, "quick": 2.0}, 9.0),
+        ({"slow": 0.0, "quick": 9.0}, {"slow": 1.0, "quick": 1.0}, 9.0),
+        ({"slow": None}, {"slow": 1.0}, None),
+    ],
+)
+def test_of_services_that_share_a_queue_the_slowest_for_its_part_sets_the_pace(
+    rates: dict[str, float | None], parts: dict[str, float], expected: float | None
+) -> None:
+    assert admission.shared(rates, parts) == (None if expected is None else pytest.approx(expected))
+
+
+def test_the_part_of_a_service_is_what_came_of_late() -> None:
+    part = admission.Part()
+    assert part.observe(10.0) == 10.0
+    for _ in range(300):
+        found = part.observe(10.0)
+    assert found < 0.1
+    assert part.observe(15.0) == pytest.approx(5.0, rel=0.02)
+
+
 def test_the_pace_is_that_of_a_taken_slot_and_idleness_does_not_lower_it() -> None:
     pace = admission.Pace()
     assert pace.observe(0.0, 0.0) is None

@@ -205,6 +205,7 @@ def test_a_machine_whose_gpus_serve_nothing_serves_the_cpu() -> None:
             "cpu",
             "here can be served; families: gpu, gpu.A100 (needs 1 x A100 all to itself",
         ),
+        (None, "", "cpu", '; what needs no GPU declares gpu=gw.Gpu("CPU")'),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_what_there_is(

@@ -9,7 +9,7 @@ import pytest
 
 from gw_celery.pool import admission, estimates, jobs
 from gw_celery.pool.tally import Tally
-from gw_celery.worker import board
+from gw_celery.worker import board, lengths
 
 
 class Redis:
@@ -18,7 +18,6 @@ class Redis:
     def __init__(self) -> None:
         self.hashes: dict[str, dict[str, str]] = {}
         self.values: dict[str, str] = {}
-        self.lengths: dict[str, int] = {}
         self.lifetimes: dict[str, int] = {}
         self.is_away = self.is_closed = False
         self._answers: list[Any] = []
@@ -42,9 +41,6 @@ class Redis:
     def hgetall(self, key: str) -> None:
         self._answers.append(dict(self.hashes[key]))
 
-    def llen(self, key: str) -> None:
-        self._answers.append(self.lengths.get(key, 0))
-
     def set(self, key: str, value: str, px: int) -> None:
         self.values[key], self.lifetimes[key] = value, px
 
@@ -55,6 +51,20 @@ class Redis:
         if self.is_away:
             raise ConnectionError("away")
         return self._answers
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Broker:
+    """The lengths of queues, and whether anything reads them still."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, lengths.Length] | None = {"q": lengths.Length(0)}
+        self.is_closed = False
+
+    def read(self) -> dict[str, lengths.Length] | None:
+        return self.found
 
     def close(self) -> None:
         self.is_closed = True
@@ -88,18 +98,21 @@ def pool() -> Pool:
     return Pool()
 
 
-def worker(server: Redis, pool: Pool, name: str = "w1") -> estimates.Estimates:
-    where = board.Board(client=server, suffixes=("", ":3"))
-    return estimates.Estimates(where, name, {"q": {"embed": 2}}, pool)
+def worker(
+    server: Redis, pool: Pool, name: str = "w1", broker: Broker | None = None
+) -> estimates.Estimates:
+    where = board.Board(client=server)
+    return estimates.Estimates(where, broker or Broker(), name, {"q": {"embed": 2}}, pool)
 
 
 def test_what_waits_in_the_queue_and_the_worker_is_done_at_the_pace_of_the_slots(
     server: Redis, pool: Pool
 ) -> None:
-    one = worker(server, pool)
+    broker = Broker()
+    one = worker(server, pool, broker=broker)
     one.publish()
     assert server.values == {"gw:wait:q": "0.000"}, "nothing waits"
-    server.lengths = {"q": 3, "q:3": 2}
+    broker.found = {"q": lengths.Length(5)}
     one.publish()
     assert server.values == {}, "nobody knows how fast it is"
     pool.tally = Tally(waiting=4.0, served=10.0, busy=20.0, arrived_inputs=7, mean=2.0)
@@ -117,8 +130,9 @@ def test_a_score_goes_before_what_the_slots_have_done(server: Redis, pool: Pool)
 
 def test_workers_share_a_queue_by_what_they_do_together(server: Redis, pool: Pool) -> None:
     pool.tally, pool.score = Tally(waiting=10.0), 10.0
-    first, second = worker(server, pool, "w1"), worker(server, pool, "w2")
-    server.lengths = {"q": 20}
+    broker = Broker()
+    broker.found = {"q": lengths.Length(20)}
+    first, second = (worker(server, pool, name, broker) for name in ("w1", "w2"))
     first.publish()
     assert float(server.values["gw:wait:q"]) == 3.0
     second.publish()
@@ -126,6 +140,32 @@ def test_workers_share_a_queue_by_what_they_do_together(server: Redis, pool: Poo
     second._leave()
     first.publish()
     assert float(server.values["gw:wait:q"]) == 3.0
+
+
+def test_a_quick_service_on_the_same_queue_makes_the_slow_one_no_quicker(server: Redis) -> None:
+    class Two(Pool):
+        def tallies(self) -> Mapping[str, Tally]:
+            return {"slow": Tally(arrived=98.0), "quick": Tally(arrived=2.0)}
+
+        def ready_by_service(self) -> Mapping[str, int]:
+            return {"slow": 1, "quick": 1}
+
+        def scores(self) -> Mapping[str, float | None]:
+            return {"slow": 2.0, "quick": 900.0}
+
+    broker = Broker()
+    broker.found = {"q": lengths.Length(100)}
+    slots = {"q": {"slow": 1, "quick": 1}}
+    estimates.Estimates(board.Board(client=server), broker, "w1", slots, Two()).publish()
+    assert float(server.values["gw:wait:q"]) == pytest.approx(49.0)
+
+
+def test_where_the_broker_does_not_tell_what_workers_hold_counts(server: Redis, pool: Pool) -> None:
+    broker = Broker()
+    broker.found = None
+    pool.tally, pool.score = Tally(waiting=10.0), 10.0
+    worker(server, pool, broker=broker).publish()
+    assert float(server.values["gw:wait:q"]) == 1.0
 
 
 def test_a_worker_that_serves_nothing_now_refuses_nobody(server: Redis, pool: Pool) -> None:
@@ -147,12 +187,13 @@ def test_a_redis_that_is_away_is_told_of_once_and_the_thread_ends(
     server: Redis, pool: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.is_away = True
-    one = worker(server, pool)
+    broker = Broker()
+    one = worker(server, pool, broker=broker)
     for _ in range(3):
         one._try(one.publish)
     assert len(caplog.records) == 1
     one.start()
     started = jobs.now()
     one.close()
-    assert server.is_closed
+    assert (server.is_closed, broker.is_closed) == (True, True)
     assert jobs.now() - started < 2 * estimates._PATIENCE + 5

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from billiard.exceptions import Terminated, WorkerLostError
 
+from gw_celery import errors
 from gw_celery.pool import jobs, wire
 from tests.unit.pool.handmade import Child, Pool, Shared
 
@@ -54,6 +55,15 @@ def test_a_failure_frees_the_slot_as_an_answer_does(pool: Pool, child: Child) ->
     pool.report(job, wire.Report.ERROR, wire.Outcome.FAILURE, *texts, False)
     assert pool.heard(job) == [("accepted", 100), "Traceback: x"]
     assert child.room.total == 0
+
+
+def test_an_input_that_its_child_refused_is_counted(pool: Pool) -> None:
+    name = f"{errors.QueueTimeExceeded.__module__}.QueueTimeExceeded"
+    for raised in ("proj.Oops", name):
+        texts = [raised, "x", "x", "Traceback: x"]
+        pool.report(pool.start("a"), wire.Report.ERROR, wire.Outcome.FAILURE, *texts, False)
+    (tallied,) = pool.inputs.tallies.seen().values()
+    assert (tallied.failed, tallied.refused_inputs) == (2.0, 1)
 
 
 def test_an_input_that_its_child_has_dropped_is_lost(pool: Pool, child: Child) -> None:
@@ -193,6 +203,19 @@ def test_limits_count_from_the_start_of_the_body(pool: Pool, child: Child) -> No
     assert child.stopped == [job.number]
     pool.inputs.expire(jobs.now() + 60.0)
     assert pool.stuck == [child]
+
+
+@pytest.mark.parametrize(("limits", "left"), [({"timeout": 900.0}, 900.0), ({}, None)])
+def test_what_begins_in_a_draining_child_has_its_time(
+    pool: Pool, child: Child, limits: dict[str, float], left: float | None
+) -> None:
+    job = pool.submit("a", **limits)
+    pool.dispatch()
+    child.life.loaded(jobs.now())
+    child.life.drain(jobs.now(), 0.0)
+    pool.accept(job)
+    deadline = child.life.deadline
+    assert deadline == (None if left is None else pytest.approx(jobs.now() + left, abs=5.0))
 
 
 def test_an_input_that_ended_reaches_no_limit(pool: Pool, child: Child) -> None:

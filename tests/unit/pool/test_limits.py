@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given
@@ -114,15 +115,24 @@ def test_a_limit_that_has_passed_is_due_at_once() -> None:
 
 def test_a_drain_waits_for_the_longest_hard_limit_that_is_left() -> None:
     watch = limits.Limits()
-    jobs = [Job(1, hard_limit=10), Job(2, hard_limit=300), Job(3, soft_limit=900)]
-    assert watch.longest_left(jobs, now=0) == 0
+    jobs = [Job(1, hard_limit=10), Job(2, hard_limit=300)]
+    assert watch.longest_left(jobs, now=50) == 0, "none has begun"
     for job in jobs:
         watch.begin(job, now=0)
     assert watch.longest_left(jobs, now=100) == 200
-    assert watch.longest_left(jobs[::2], now=5) == 5
+    assert watch.longest_left(jobs[:1], now=5) == 5
     assert watch.longest_left([], now=100) == 0
-    watch.forget(jobs[1])
-    assert watch.longest_left(jobs, now=5) == 5
+    watch.expect_gone(jobs[1], when=7)
+    assert watch.longest_left(jobs, now=5) == 5, "what was stopped has its grace"
+
+
+def test_a_drain_waits_for_as_long_as_it_takes_where_an_input_has_no_limit() -> None:
+    watch, job = limits.Limits(), Job(3, soft_limit=900)
+    assert watch.longest_left([Job(1, hard_limit=10), job], now=0) == 0, "none has begun"
+    watch.begin(job, now=0)
+    assert watch.longest_left([Job(1, hard_limit=10), job], now=5) == math.inf
+    watch.expect_gone(job, when=10)
+    assert watch.longest_left([job], now=5) == 0
 
 
 def test_a_worker_that_ends_has_no_limits_any_more() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
@@ -8,20 +7,16 @@ import pytest
 
 from gw_celery import conf
 from gw_celery.benchmarks import score
-from gw_celery.pool import measuring, places, replica, wire
+from gw_celery.pool import measuring, places, replica, tally, wire
 from gw_celery.pool.replica import State
 
 LIMITS = replica.Deadlines(boot=10, start=10, benchmark=100, drain=10, heartbeat=10)
 DAY = 86400.0
 
 
-@dataclasses.dataclass
-class Tally:
-    served: float = 0.0
-    failed: float = 0.0
-    served_inputs: int = 0
-    running_inputs: int = 4
-    waiting_inputs: int = 0
+def served(inputs: int, *, running: int = 4) -> tally.Tally:
+    """So many inputs were served since the worker started, and so many run."""
+    return tally.Tally(served=float(inputs), served_inputs=inputs, running_inputs=running)
 
 
 class Child:
@@ -234,12 +229,10 @@ def test_a_child_that_has_not_been_ready_is_not_measured_twice() -> None:
 def test_full_replicas_correct_the_score_and_a_drift_is_told_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    pool, tally = Pool(), Tally()
+    pool = Pool()
     pool.measured(0.0, 100.0, 10.0, 10.0)
     for second in range(300):
-        tally.served += 20.0
-        tally.served_inputs += 20
-        pool.measuring.observe(float(second), {"embed": tally}, {"embed": 1})
+        pool.measuring.observe(float(second), {"embed": served(20 * second)}, {"embed": 1})
     assert pool.measuring.scores()["embed"] == pytest.approx(20.0, rel=0.01)
     (record,) = caplog.records
     assert "the score of embed is 44.72/s, -55 % from the benchmark's 100/s" in record.getMessage()
@@ -249,12 +242,10 @@ def test_full_replicas_correct_the_score_and_a_drift_is_told_once(
 def test_a_queue_that_was_seen_to_hold_more_shows_that_replicas_are_full(
     age: float, *, is_learnt: bool
 ) -> None:
-    pool, tally = Pool(), Tally(running_inputs=1)
+    pool = Pool()
     for second in range(1000, 1030):
         pool.measuring.note_queued({"embed": 7, "Model": 0}, second - age)
-        tally.served += 20.0
-        tally.served_inputs += 20
-        tallies = {"embed": tally, "Model": tally}
+        tallies = dict.fromkeys(("embed", "Model"), served(20 * second, running=1))
         pool.measuring.observe(float(second), tallies, {"embed": 1, "Model": 1})
     assert (pool.measuring.scores()["embed"] is not None) is is_learnt
     assert pool.measuring.scores()["Model"] is None

@@ -248,6 +248,7 @@ def test_a_replica_that_serves_shows_its_child() -> None:
         restarts=1,
         last_error="it died",
         seconds_in_state=10.0,
+        start_up=2.0,
         lag=0.25,
         resident_bytes=4096,
     )

@@ -24,7 +24,7 @@ class Child:
         self.room = dispatch.Room(SLOTS)
         self.checks: Any = None
         self.is_unfit = False
-        self.is_ill = False
+        self.is_ill = self.is_leaving = False
         self.reason = ""
         self.asked: list[tuple[int, str]] = []
 
@@ -207,18 +207,34 @@ def test_nothing_is_unready_where_no_child_is_up() -> None:
     assert site.probing.unready() == set()
 
 
-def test_a_child_that_is_drained_is_asked_no_more() -> None:
-    site = Site(on("liveness"), on("readiness")).enter()
-    asked = len(site.child.asked)
-    site.child.life.drain(1.0, 0.0)
-    site.probing.look(1000.0)
-    site.answer(1000.0, is_ok=False)
-    assert (len(site.child.asked), site.alive.ended) == (asked, [])
-    assert site.probing.next_in(1000.0) is None
+def draining(*, is_leaving: bool) -> Site:
+    """A child that has been draining for some periods of its probes."""
+    site = Site(on("liveness", failures=1), on("readiness", failures=1)).enter()
+    site.answer(0.0)
+    site.child.asked.clear()
+    site.child.life.drain(1.0, math.inf)
+    site.child.is_leaving = is_leaving
+    site.probing.expect()
+    for now in range(1, 15):
+        site.probing.look(float(now))
+    return site
+
+
+def test_a_child_that_drains_is_asked_whether_it_lives_and_nothing_else() -> None:
+    site = draining(is_leaving=False)
+    assert {method for _, method in site.child.asked} == {"liveness"}
+    (why,) = site.alive.ended
+    assert "its liveness probe Model.liveness failed (1 of 1 in a row: no answer within 3 s)" in why
+
+
+def test_a_child_that_leaves_is_asked_no_more() -> None:
+    site = draining(is_leaving=True)
+    assert (site.child.asked, site.alive.ended) == ([], [])
+    assert site.probing.next_in(15.0) is None
 
 
 def test_an_answer_that_nobody_asked_for_is_ignored() -> None:
-    site = Site(on("liveness")).enter()
+    site = Site(on("liveness", failures=1)).enter()
     child: Any = site.child
     site.probing.handle(child, [wire.Report.PROBED, 12345, False, "", 0.0], 1.0)
     site.probing.handle(Child(), [wire.Report.PROBED, 1, False, "", 0.0], 1.0)  # type: ignore[arg-type]

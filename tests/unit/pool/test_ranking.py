@@ -135,6 +135,8 @@ def test_a_broker_that_cannot_be_reached_is_not_waited_for(
         crier.say({"embed": 1.0})
         eventually(lambda: "ConnectionRefusedError" in caplog.text, 20)
         crier.close()
+        assert crier._thread is not None
+        assert not crier._thread.is_alive()
 
 
 def test_a_broker_that_is_away_is_told_of_once(

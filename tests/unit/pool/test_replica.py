@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from gw_celery.pool import replica
@@ -136,12 +138,50 @@ def test_a_drain_lasts_until_its_timeout_or_the_last_limit(longest: float, bound
     assert "gw_drain_timeout" in (life.overdue(200 + bound) or "")
 
 
+def test_a_drain_without_a_limit_has_no_deadline_and_is_told_of() -> None:
+    life = ready(now=100)
+    life.drain(200, math.inf)
+    life.beat(10_000)
+    assert life.overdue(10_000) is None
+    assert (life.lingers(229), life.lingers(230)) == (False, True)
+    bounded = ready(now=100)
+    assert not bounded.lingers(1000)
+    bounded.drain(200, 500)
+    assert not bounded.lingers(600)
+
+
+def test_what_begins_while_it_drains_has_its_time() -> None:
+    life = ready(now=100)
+    life.began(150, 1000)
+    life.drain(200, 0)
+    life.began(210, 5)
+    life.beat(229)
+    assert (life.overdue(229.9), life.overdue(230) is None) == (None, False)
+    life.began(220, 300)
+    assert life.overdue(230) is None
+    life.began(221, math.inf)
+    life.beat(9_000)
+    assert life.overdue(9_000) is None
+
+
 def test_a_second_drain_does_not_move_the_deadline() -> None:
     life = ready()
     life.drain(110, 0)
     life.drain(135, 500)
     life.beat(139)
     assert life.overdue(140) is not None
+
+
+def test_a_start_up_is_that_of_the_process_however_often_it_is_measured() -> None:
+    life = started(now=100)
+    life.loaded(110)
+    life.entered(150)
+    life.probed(151)
+    assert life.start_up is None
+    life.measured(160)
+    life.measure_again(500)
+    life.measured(503)
+    assert life.start_up == 60
 
 
 def test_only_a_child_that_served_for_a_while_was_steady() -> None:

@@ -191,6 +191,16 @@ def test_what_gave_no_value_is_served_and_failed() -> None:
     assert (seen.served, seen.failed) == (6.0, 4.0)
 
 
+def test_what_is_refused_is_counted_apart() -> None:
+    tallies = tally.Tallies()
+    for number in range(2):
+        tallies.arrive(number, "embed", 2.0)
+        tallies.start(number, 10.0)
+        tallies.serve(number, 11.0, is_success=False, is_refused=number == 0)
+    seen = tallies.seen()["embed"]
+    assert (seen.refused_inputs, seen.failed) == (1, 4.0)
+
+
 def test_rounding_leaves_nothing_behind() -> None:
     tallies = tally.Tallies()
     for number in range(1000):

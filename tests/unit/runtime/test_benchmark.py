@@ -10,7 +10,7 @@ from celery import Celery, current_task, signals
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 
 import gw_celery as gw
-from gw_celery import conf
+from gw_celery import conf, snapshot
 from gw_celery.benchmarks import score
 from gw_celery.declare import services
 from gw_celery.runtime import (
@@ -30,10 +30,10 @@ ONE = [{"x": 1}]
 
 def measured(
     app: gw.App, *, name: str = "", within: float = 30.0, grace: float = 5.0
-) -> score.Score:
+) -> snapshot.TaskScore:
     """The score of a task of the only service, measured as in a replica."""
 
-    async def act() -> score.Score:
+    async def act() -> snapshot.TaskScore:
         celery_app: Any = app.celery
         batchers = batcher.Batchers(sharing.Host())
         hosted = loop.MainLoop(asyncio.get_running_loop())
@@ -56,7 +56,7 @@ def measured(
             process.adopt(None)
             await runtime.leave()
 
-    found: score.Score = run(act)
+    found: snapshot.TaskScore = run(act)
     return found
 
 

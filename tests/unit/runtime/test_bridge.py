@@ -368,10 +368,13 @@ def test_a_timeout_of_the_body_is_its_own(thread: loop.LoopThread) -> None:
 
 
 def test_a_call_that_was_abandoned_before_it_began_never_starts(thread: loop.LoopThread) -> None:
+    started: list[str] = []
+
     async def body() -> None:
-        raise AssertionError("started")
+        started.append("started")
 
     running = call(thread, body())
     running.abandon(SystemExit(1))
     with pytest.raises(SystemExit):
         running.run(LONG)
+    assert run(thread, asyncio.sleep(0, started)) == []

@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -96,3 +98,22 @@ def test_only_a_few_of_many_inputs_are_named(host: loop.LoopThread) -> None:
     watch = lag.Watch(host, lambda: names)
     assert watch._suspects().endswith("proj.embed[2] and 6 more")
     assert lag.Watch(host, list)._suspects() == "nothing"
+
+
+def test_a_second_is_how_late_a_loop_may_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = types.SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(lag, "time", clock)
+    timers: list[float] = []
+    turning = types.SimpleNamespace(call_later=lambda seconds, turn: timers.append(seconds))
+    host: Any = types.SimpleNamespace(loop=turning)
+    watch = lag.Watch(host, list)
+    watch._turn()
+    for late in (0.95, 1.1):
+        assert complaints(caplog) == []
+        clock.now += timers[-1] + late
+        watch._turn()
+    (said,) = complaints(caplog)
+    assert "is 1.1 s late" in said

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gw_celery import conf, errors
+from gw_celery import errors
 from gw_celery.pool import wire
 from gw_celery.runtime import bridge, inflight, lateness
 from tests.unit.runtime.tracers import keep, run
@@ -101,7 +101,3 @@ def test_the_error_says_what_is_the_matter_and_comes_back_as_it_went() -> None:
     waited = errors.QueueTimeExceeded("proj.embed", "gpu.embed", 30.0, 41.26, True)
     assert "waited 41.3 s" in str(waited)
     assert "was not started" in str(waited)
-
-
-def test_the_projects_limit_is_for_services_that_have_none() -> None:
-    assert conf.Settings().max_queue_time is None

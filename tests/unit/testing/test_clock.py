@@ -76,12 +76,19 @@ def test_sums_of_seconds_reach_the_time_that_they_mean() -> None:
 
 def test_a_thread_may_move_the_clock_of_a_loop() -> None:
     async def main() -> None:
-        clock, done = FakeClock(), asyncio.Event()
-        clock.call_at(5, done.set, CONTEXT)
+        clock, done, rang_in = FakeClock(), asyncio.Event(), []
+
+        def ring() -> None:
+            rang_in.append(threading.get_ident())
+            done.set()
+
+        clock.call_at(5, ring, CONTEXT)
         threading.Thread(target=clock.advance, args=(5,)).start()
         await asyncio.wait_for(done.wait(), 10)
+        assert rang_in == [threading.get_ident()]
 
-    asyncio.run(main())
+    # Debugging: a loop that another thread does not ask as it must complains.
+    asyncio.run(main(), debug=True)
 
 
 def test_time_never_goes_backwards() -> None:

@@ -154,7 +154,7 @@ def test_a_replica_that_is_not_there_is_refused_with_those_that_are(
     state: Any, pool: Pool, what: str, replica: Any
 ) -> None:
     answer = getattr(commands, f"gw_{what}")(state, replica)
-    assert answer == {"error": f"there is no replica {replica}: this worker has replicas 0, 2"}
+    assert answer == {"error": f"there is no replica {replica!r}: this worker has replicas 0, 2"}
     assert pool.told == []
 
 
@@ -237,5 +237,6 @@ def test_what_another_worker_tells_reaches_the_ranking(state: Any, pool: Pool) -
 
 def test_a_worker_without_a_ranking_hears_it_without_complaint(state: Any) -> None:
     commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
+    assert commands.gw_status(state)["bands"] == {}
     state.consumer.pool = object()
     commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})

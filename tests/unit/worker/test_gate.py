@@ -499,26 +499,29 @@ class Counting:
 
 
 @pytest.fixture
-def counting(celery_app: Celery, connection: Any, closed: gate.Gate) -> Counting:
-    made = Consumer(celery_app, connection)
+def counting(celery_app: Celery, connection: Any, closed: gate.Gate, pool: Pool) -> Counting:
+    """A consumer of quorum queues, all of them open."""
+    return opened(celery_app, connection, closed, pool, is_per_queue=True)
+
+
+def opened(
+    app: Celery, connection: Any, closed: gate.Gate, pool: Pool, *, is_per_queue: bool = False
+) -> Counting:
+    made = Consumer(app, connection)
     made.task_consumer = Counting(made.task_consumer)
-    closed.attach(made, is_per_queue=True)
+    closed.attach(made, is_per_queue=is_per_queue)
+    everything_is_ready(pool)
+    closed.apply()
     return made.task_consumer
 
 
-def test_each_quorum_queue_is_consumed_with_the_slots_of_its_service(
-    counting: Counting, closed: gate.Gate, pool: Pool
-) -> None:
-    everything_is_ready(pool)
-    closed.apply()
+def test_each_quorum_queue_is_consumed_with_the_slots_of_its_service(counting: Counting) -> None:
     assert counting.counts == {EMBED: 2, CLASSIFY: 1, PLAIN: 1}
 
 
 def test_a_quorum_queue_is_consumed_anew_when_its_slots_change_and_no_other(
     counting: Counting, closed: gate.Gate, pool: Pool
 ) -> None:
-    everything_is_ready(pool)
-    closed.apply()
     counting.consumed.clear()
     pool.ready["embed"] = 6
     closed.apply()
@@ -530,8 +533,6 @@ def test_a_quorum_queue_is_consumed_anew_when_its_slots_change_and_no_other(
 def test_a_quorum_queue_needs_no_closing_when_its_service_is_full(
     counting: Counting, closed: gate.Gate, pool: Pool
 ) -> None:
-    everything_is_ready(pool)
-    closed.apply()
     pool.waiting["embed"] = 5
     closed.apply()
     assert counting.counts[EMBED] == 2
@@ -540,8 +541,6 @@ def test_a_quorum_queue_needs_no_closing_when_its_service_is_full(
 def test_a_quorum_queue_without_a_replica_is_closed_and_opens_again(
     counting: Counting, closed: gate.Gate, pool: Pool
 ) -> None:
-    everything_is_ready(pool)
-    closed.apply()
     pool.ready["embed"] = 0
     closed.apply()
     assert counting.counts == {CLASSIFY: 1, PLAIN: 1}
@@ -553,8 +552,6 @@ def test_a_quorum_queue_without_a_replica_is_closed_and_opens_again(
 def test_the_next_connection_has_the_counts_of_quorum_queues_too(
     counting: Counting, closed: gate.Gate, pool: Pool, celery_app: Celery, connection: Any
 ) -> None:
-    everything_is_ready(pool)
-    closed.apply()
     closed.detach()
     following = Consumer(celery_app, connection)
     following.task_consumer = Counting(following.task_consumer)
@@ -568,12 +565,7 @@ def test_the_next_connection_has_the_counts_of_quorum_queues_too(
 @pytest.fixture
 def preferring(celery_app: Celery, connection: Any, closed: gate.Gate, pool: Pool) -> Counting:
     """A consumer whose queues are all open."""
-    made = Consumer(celery_app, connection)
-    made.task_consumer = Counting(made.task_consumer)
-    closed.attach(made)
-    everything_is_ready(pool)
-    closed.apply()
-    return made.task_consumer
+    return opened(celery_app, connection, closed, pool)
 
 
 def test_a_queue_is_consumed_with_the_priority_of_its_service(
@@ -666,13 +658,8 @@ def test_what_the_user_says_of_a_consumer_is_kept(
 
 
 def test_a_quorum_queue_is_consumed_anew_with_its_count_and_its_priority(
-    celery_app: Celery, connection: Any, closed: gate.Gate, pool: Pool
+    counting: Counting, closed: gate.Gate, pool: Pool
 ) -> None:
-    made = Consumer(celery_app, connection)
-    counting = made.task_consumer = Counting(made.task_consumer)
-    closed.attach(made, is_per_queue=True)
-    everything_is_ready(pool)
-    closed.apply()
     counting.consumed.clear()
     pool.priorities["embed"] = -1
     closed.apply()

@@ -60,3 +60,22 @@ def test_the_memory_of_a_service_acts_on_the_gpu_pool_only(
     )
     notices._log_what_waits(plan)
     assert ("embed: memory_gb" in caplog.text) is is_said
+
+
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_bounds_that_the_worker_does_not_go_by_are_named_with_what_it_goes_by(
+    app: gw.App, caplog: pytest.LogCaptureFixture, is_declared: bool
+) -> None:
+    @app.remote(max_workers=3)
+    async def embed(): ...
+
+    plan = serving.Plan(
+        registries=[app.registry],
+        served=list(app.registry.services.values()),
+        settings=conf.Settings(),
+        pool=serving.GPU_POOL,
+        has_declared_bounds=is_declared,
+    )
+    notices._log_what_waits(plan)
+    said = "which was given its size (--replicas, --autoscale, -c, gw_replicas): embed: max_workers"
+    assert (said in caplog.text) is not is_declared

@@ -214,7 +214,7 @@ def test_a_link_that_is_cut_ends_the_connection(start: Any, server: redis.Redis)
 
 
 def test_a_database_that_is_flushed_ends_at_most_the_connection(
-    start: Any, server: redis.Redis
+    start: Any, server: redis.Redis, redis_url: str
 ) -> None:
     worker = start()
     worker.fall_idle()
@@ -223,8 +223,9 @@ def test_a_database_that_is_flushed_ends_at_most_the_connection(
         for _ in range(50):
             worker.turn()
     except redis.exceptions.ConnectionError:
-        return  # the worker connects again
-    worker.fall_idle()
+        worker = start()  # as a worker connects again
+    send(redis_url, [1])
+    assert worker.read(1) == [1]
 
 
 def test_a_link_that_is_silent_ends_the_connection(start: Any) -> None:

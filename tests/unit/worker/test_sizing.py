@@ -257,11 +257,6 @@ def test_zero_replicas_are_refused_where_nobody_learns_of_messages(
     assert kept.options["autoscale"] == (6, 2)
 
 
-def test_more_than_all_of_a_score_cannot_be_used(declared: gw.App) -> None:
-    with pytest.raises(errors.ConfigurationError, match=r"gw_target_util=1\.5: must be 1 at most"):
-        fitted(plan_of(declared, GENERATE, target_util=1.5))
-
-
 # -- gw worker: queues --
 
 

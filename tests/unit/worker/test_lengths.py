@@ -9,7 +9,7 @@ from amqp.exceptions import ChannelError, NotFound, PreconditionFailed
 from celery import Celery
 
 from gw_celery import devserver
-from gw_celery.autoscale import lengths
+from gw_celery.worker import lengths
 
 QUEUES = {"model": ["gpu.A100.model"], "": ["celery", "mail"]}
 
@@ -36,6 +36,41 @@ def test_every_priority_of_a_queue_counts_on_redis(connection: Any) -> None:
     send(connection, "mail", 1)
     read = lengths.of(connection, QUEUES).read
     assert read() == {"model": lengths.Length(5), "": lengths.Length(1)}
+
+
+def test_the_lists_of_a_queue_are_those_that_the_app_names(gw_broker: devserver.Server) -> None:
+    with Celery("lengths", broker=gw_broker.broker_url, set_as_current=False) as app:
+        app.conf.broker_transport_options = {"priority_steps": [0, 5], "sep": ":"}
+        with app.connection_for_write() as connection:
+            connection.SimpleQueue("mail").close()
+            send(connection, "mail", 1, priority=5)
+            keys = set(lengths.plain_client(connection.default_channel).keys("mail*"))
+        reader = lengths.Reader(app, {"mail": ["mail"]})
+        assert (keys, reader.read()) == ({b"mail:5"}, {"mail": lengths.Length(1)})
+        reader.close()
+
+
+def test_a_reader_connects_anew_after_a_failure(
+    gw_broker: devserver.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Celery("lengths", broker=gw_broker.broker_url, set_as_current=False) as app:
+        connections: list[Any] = []
+
+        def failing_once(connection: Any, queues: Any) -> Any:
+            connections.append(connection)
+            if len(connections) == 1:
+                raise ConnectionResetError("gone")
+            return lengths.Unreadable()
+
+        monkeypatch.setattr(lengths, "of", failing_once)
+        reader = lengths.Reader(app, QUEUES)
+        with pytest.raises(ConnectionResetError):
+            reader.read()
+        assert reader.read() is None
+        first, second = connections
+        assert (first.connected, second.connected) == (False, True)
+        reader.close()
+        assert not second.connected
 
 
 def test_a_queue_that_nobody_has_sent_to_is_empty_on_redis(connection: Any) -> None:

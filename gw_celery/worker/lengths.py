@@ -11,6 +11,11 @@ import redis
 
 from gw_celery.worker import broker
 
+#: Seconds that the broker has to answer: a thread that waits without an end would be blind.
+_ANSWER = 10.0
+#: What bounds its answers, by the transport's kind.
+_BOUNDS = {"redis": ("socket_timeout", "socket_connect_timeout"), "amqp": ("read_timeout",)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Length:
@@ -95,6 +100,49 @@ class DeclaredLengths:
 
 #: What AMQP answers about a queue that nobody has declared.
 _NOT_FOUND = 404
+
+
+class Reader:
+    """Reads over a connection that it makes at the first reading, and after each failed one."""
+
+    def __init__(self, app: Any, queues: Mapping[str, Sequence[str]]) -> None:
+        self._app = app
+        self._queues = queues
+        self._connection: Any = None
+        self._lengths: Any = None
+
+    def read(self) -> dict[str, Length] | None:
+        """Return the lengths by service; ``None`` where the transport does not tell."""
+        try:
+            if self._lengths is None:
+                self._connection = connect(self._app)
+                self._lengths = of(self._connection, self._queues)
+            read: dict[str, Length] | None = self._lengths.read()
+            return read
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        connection, self._connection, self._lengths = self._connection, None, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.release()
+
+
+def connect(app: Any) -> Any:
+    """Return a new connection to the broker of ``app``, which gives up one that is silent."""
+    connection = app.connection_for_read()
+    for name in _BOUNDS.get(connection.get_transport_cls().driver_type, ()):
+        connection.transport_options.setdefault(name, _ANSWER)
+    try:
+        # Not by way of its default channel, which would try for ever.
+        connection.connect()
+    except BaseException:
+        with contextlib.suppress(Exception):
+            connection.release()
+        raise
+    return connection
 
 
 def of(connection: Any, queues: Mapping[str, Sequence[str]]) -> Any:

@@ -1,0 +1,170 @@
+"""What the simulator's command makes of its options, draws, and costs."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gw_celery.autoscale import policy
+from gw_celery.autoscale.simulate import __main__, cluster, plot, runs, trace
+
+#: The figures that are our policy's own, and not of the best fixed pool or of other policies.
+OURS = ("replica_seconds", "starts", "mean_wait", "max_wait", "over_target_share")
+#: Longer than can be played.
+FOREVER = "seconds,workload\n0,1\n1e9,1\n"
+BASE = ("--score", "2", "--startup", "5", "--min", "1", "--max", "12")
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    """Four minutes of tokens, a burst in each, and a pause."""
+    lot, path = random.Random(11), tmp_path / "trace.csv"
+    lines = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+    for second in (*range(120), *range(180, 240)):
+        for _ in range(4 if second % 60 < 15 else lot.choice((0, 0, 1))):
+            moment = f"2026-01-01 00:{second // 60:02}:{second % 60:02}.{lot.randrange(1000):03}"
+            lines.append(f"{moment},{lot.randint(1, 2)},{lot.randint(0, 1)}")
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--score", "4"),
+        ("--startup", "20"),
+        ("--min", "3"),
+        ("--max", "3"),
+        ("--target-queue-time", "4"),
+        ("--target-util", "0.4"),
+        ("--queue-limit", "5"),
+        ("--nodes", "4"),
+        ("--seed", "1"),
+        ("--window", "15"),
+        ("--generated-factor", "1"),
+    ],
+    ids=lambda option: option[0],
+)
+def test_an_option_changes_what_our_policy_does(
+    short: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
+) -> None:
+    assert _figures(capsys, short, *BASE) == _figures(capsys, short, *BASE)
+    assert _figures(capsys, short, *BASE, *option) != _figures(capsys, short, *BASE)
+
+
+def test_to_zero_only_with_a_timeout(short: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to_zero = (*BASE, "--min", "0")
+    patient, eager = (
+        _figures(capsys, short, *to_zero, *given) for given in ((), ("--inactivity-timeout", "5"))
+    )
+    assert eager["replica_seconds"] < patient["replica_seconds"]
+
+
+def test_the_minimum_and_the_limit_of_the_queue_are_kept(
+    short: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As many at least as at most: that pool is fixed, and so are those of all nodes together.
+    for nodes in ("1", "4"):
+        fixed = _told(capsys, short, *BASE, "--min", "4", "--max", "4", "--nodes", nodes)
+        assert fixed["starts"] == 0
+    full = _told(capsys, short, *BASE, "--max", "1", "--queue-limit", "3")
+    assert full["refused"] > 0
+
+
+def _told(capsys: pytest.CaptureFixture[str], *given: object) -> dict[str, Any]:
+    capsys.readouterr()
+    assert __main__.main([*map(str, given), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def _figures(capsys: pytest.CaptureFixture[str], *given: object) -> dict[str, float]:
+    found = _told(capsys, *given)
+    return {key: found[key] for key in OURS}
+
+
+# -- the plot --
+
+
+def test_the_plot_has_arrivals_backlog_and_desired_and_actual_replicas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda sheet, path: drawn.append((sheet, path)))
+    moments = [
+        cluster.Moment(at=float(at), arrived=3 * at, waiting=at, desired=4 + at, actual=9 - at)
+        for at in range(5)
+    ]
+    plot.draw(moments, tmp_path / "plot.png", "a trace")
+    ((sheet, path),) = drawn
+    assert path == tmp_path / "plot.png"
+    above, middle, below = sheet.axes
+    lines = [[list(line.get_ydata()) for line in one.get_lines()] for one in sheet.axes]
+    assert lines == [[[0, 3, 3, 3, 3]], [[0, 1, 2, 3, 4]], [[9, 8, 7, 6, 5], [4, 5, 6, 7, 8]]]
+    assert all(
+        list(line.get_xdata()) == [0, 1, 2, 3, 4] for one in sheet.axes for line in one.lines
+    )
+    assert above.get_title() == "a trace"
+    assert [one.get_ylabel() for one in (above, middle, below)] == [
+        "arrivals per second",
+        "inputs waiting",
+        "replicas",
+    ]
+    assert [text.get_text() for text in below.get_legend().get_texts()] == ["actual", "desired"]
+
+
+# -- a thousand deciders --
+
+
+class Still:
+    """A node that decides nothing: what is left is the simulation itself."""
+
+    on_arrival = False
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def desired(self, now: float, facts: cluster.Facts) -> int:
+        return self._size
+
+
+def test_a_thousand_deciders_cost_little_more_than_the_simulation_of_them() -> None:
+    # An hour of them is to take less than a minute. How quick a machine is at the moment is taken
+    # out by measuring against the same simulation without decisions: 16 times as long was measured.
+    lot = random.Random(3)
+    steady = trace.Trace(sorted(lot.uniform(0, 30) for _ in range(100)), [0.1] * 100)
+    question = runs.Question(score=1.0, rules=policy.Rules(), most=20, nodes=1000)
+    still = [Still(size) for size in (1, *[0] * 999)]
+    ours = _seconds(lambda: runs.play(steady, question))
+    bare = _seconds(lambda: runs.play_with(steady, question, still))
+    assert ours < 32 * bare
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """CPU time of it, where nothing disturbs it: the least of a few."""
+    taken = []
+    for _ in range(5):
+        began = time.thread_time()
+        work()
+        taken.append(time.thread_time() - began)
+    return min(taken)
+
+
+def test_times_of_two_kinds_and_a_size_beyond_all_are_refused(
+    tmp_path: Path, short: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = tmp_path / "mixed.csv"
+    mixed.write_text(FOREVER)
+    assert __main__.main([str(mixed)]) == 2
+    assert "1,000,000,000 s, and 2,592,000 at most" in capsys.readouterr().err
+    for option in ("--max", "--nodes"):
+        with pytest.raises(SystemExit):
+            __main__.main([str(short), option, "1000000000"])
+        assert "a whole number from 1 to 100,000" in capsys.readouterr().err
