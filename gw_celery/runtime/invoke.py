@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -45,11 +47,15 @@ class Running:
 
     def __init__(self) -> None:
         self._calls: dict[str, bridge.Call[Any]] = {}
+        #: Revoked on their way from the worker to here, which takes a moment: no more than a few.
+        self._revoked_early: collections.deque[str] = collections.deque(maxlen=100)
+        self._changing = threading.Lock()
 
     def run(self, runtime: process.Process, one: Input, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` of an input on the loop, for a thread that waits, within its limits."""
         call = runtime.call(work)
-        self._calls[one.task_id] = call
+        if self._is_revoked_as_added(one.task_id, call):
+            call.abandon(Revoked())
         has_limit = runtime.enforces_limits and (one.soft_limit or one.hard_limit)
         limits = _Limits(runtime.loop, call, one) if has_limit else None
         try:
@@ -61,20 +67,28 @@ class Running:
 
     def interrupt(self, task_id: str, exc: BaseException | None) -> bool:
         """Raise ``exc`` in a running input, or stop it without one; whether there was one."""
-        if exc is None:
-            return self.revoke(task_id)
         call = self._calls.get(task_id)
         if call is None or call.is_over:
             return False
-        call.interrupt(exc)
+        if exc is None:
+            call.abandon(Revoked())
+        else:
+            call.interrupt(exc)
         return True
 
-    def revoke(self, task_id: str) -> bool:
-        """Stop a running input; whether there was one."""
-        call = self._calls.get(task_id)
+    def revoke(self, task_id: str) -> None:
+        """Stop an input that runs or is about to."""
+        with self._changing:
+            call = self._calls.get(task_id)
+            if call is None:
+                self._revoked_early.append(task_id)
         if call is not None:
             call.abandon(Revoked())
-        return call is not None
+
+    def _is_revoked_as_added(self, task_id: str, call: bridge.Call[Any]) -> bool:
+        with self._changing:
+            self._calls[task_id] = call
+            return task_id in self._revoked_early
 
 
 running = Running()

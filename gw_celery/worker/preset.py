@@ -98,8 +98,15 @@ def tune_worker(worker: Any, settings: conf.Settings) -> None:
         app.conf.worker_proc_alive_timeout, settings.start_timeout + 30
     )
     app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
-    if not conf.is_set(app.conf, "worker_prefetch_multiplier"):
+    if _has_default_prefetch(worker):
         worker.prefetch_multiplier = 1
+
+
+def _has_default_prefetch(worker: Any) -> bool:
+    """Whether nobody chose it. ``--prefetch-multiplier`` with the default looks like no choice."""
+    default = worker.app.conf.worker_prefetch_multiplier
+    is_set = conf.is_set(worker.app.conf, "worker_prefetch_multiplier")
+    return not is_set and worker.prefetch_multiplier == default
 
 
 def _limits(app: Any, registries: Sequence[registry.Registry]) -> list[float]:

@@ -282,6 +282,25 @@ def test_revoke_with_terminate_cancels_the_coroutine(
     assert served.square.options(timeout=20).remote(3) == 9
 
 
+def test_what_is_terminated_while_it_waits_for_a_thread_never_begins(
+    start_served: StartServed, ledger_path: Path
+) -> None:
+    worker = start_served("threads", extra_args=["--prefetch-multiplier=3"])
+    first = served.record.delay("first", 2.0)
+    waiting = [served.record.delay("second"), served.Classifier().slow.delay(0.0)]
+    eventually(lambda: all(one.id in worker.log_text() for one in waiting))
+    for one in waiting:
+        one.revoke(terminate=True)
+    assert first.get(timeout=10) == "first"
+    assert served.square.options(timeout=20).remote(3) == 9
+    for one in waiting:
+        with pytest.raises(TaskRevokedError):
+            one.get(timeout=10)
+    assert [line[2] for line in ledger.words(ledger_path, "began")] == ["first"]
+    asked = served.celery.control.inspect(destination=[worker.node])
+    eventually(lambda: not asked.active()[worker.node] and not asked.reserved()[worker.node])
+
+
 def test_a_family_expands_to_the_queues_of_its_services(start_served: StartServed) -> None:
     worker = start_served("solo")
     active = served.celery.control.inspect(destination=[worker.node]).active_queues()

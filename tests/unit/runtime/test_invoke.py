@@ -234,7 +234,7 @@ def test_a_revoked_input_ends_the_wait_and_cancels_the_body(app, run) -> None:
 
     def revoke() -> None:
         waiting.began.wait(LONG)
-        assert invoke.running.revoke("42")
+        invoke.running.revoke("42")
 
     helper = threading.Thread(target=revoke)
     helper.start()
@@ -243,7 +243,15 @@ def test_a_revoked_input_ends_the_wait_and_cancels_the_body(app, run) -> None:
     helper.join()
     waiting.ended.wait(LONG)
     assert waiting.how == "CancelledError"
-    assert not invoke.running.revoke("42")
+
+
+def test_an_input_that_was_revoked_on_its_way_never_begins(app, run) -> None:
+    waiting = Waiting(app)
+    invoke.running.revoke("on its way")
+
+    with pytest.raises(invoke.Revoked):
+        run("wait", task_id="on its way")
+    assert not waiting.began.is_set()
 
 
 def test_limits_that_the_pool_enforces_are_not_ours(app) -> None:

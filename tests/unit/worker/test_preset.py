@@ -170,3 +170,10 @@ def test_a_prefetch_of_the_users_is_kept(celery_app) -> None:
     preset.tune_worker(worker, conf.Settings())
 
     assert worker.prefetch_multiplier == 4
+
+
+def test_a_prefetch_of_the_command_line_is_kept(celery_app) -> None:
+    worker = types.SimpleNamespace(app=celery_app, prefetch_multiplier=3)
+    preset.tune_worker(worker, conf.Settings())
+
+    assert worker.prefetch_multiplier == 3
