@@ -96,9 +96,9 @@ class Demand:
 
     def at_zero(self, *, is_at_zero: bool) -> None:
         """Say whether nothing is loaded: a message waits for the next look then, which is soon."""
-        if is_at_zero and not self._is_at_zero:
-            self._hurry.set()
-        self._is_at_zero = is_at_zero
+        was_at_zero, self._is_at_zero = self._is_at_zero, is_at_zero
+        if is_at_zero and not was_at_zero:
+            self._hurry.set()  # last: the thread asks then how long to wait
 
     def latest(self) -> Reading | None:
         """What was read last; ``None`` when that is too long ago, or never was."""

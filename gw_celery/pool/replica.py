@@ -138,6 +138,15 @@ class Life:
         if self.state is State.DRAINING and self.deadline is not None:
             self.deadline = None if math.isinf(limit) else max(self.deadline, now + limit)
 
+    def ended(self, now: float, longest_limit: float) -> None:
+        """An input of a draining child has ended: what is left is bound, if nothing unlimited is.
+
+        Args:
+            longest_limit: seconds that the last of the others may run.
+        """
+        if self.state is State.DRAINING and self.deadline is None and math.isfinite(longest_limit):
+            self.deadline = now + max(self.deadlines.drain, longest_limit)
+
     def lingers(self, now: float) -> bool:
         """Whether it has been draining for long because of what has no limit."""
         is_bound = self.state is not State.DRAINING or self.deadline is not None

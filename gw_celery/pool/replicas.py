@@ -132,6 +132,8 @@ class Replicas:
         """Let a draining child leave once nothing in it is unanswered."""
         unanswered = [job for job in child.jobs.values() if not job.is_answered]
         if unanswered or child.is_leaving:
+            now = jobs.now()
+            child.life.ended(now, self._longest_left(child, now))
             return
         if child.jobs:  # what is left was stopped and does not go
             self.end(child, "Worker exited prematurely: it could not stop an input.")

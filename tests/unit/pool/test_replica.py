@@ -164,6 +164,18 @@ def test_what_begins_while_it_drains_has_its_time() -> None:
     assert life.overdue(9_000) is None
 
 
+@pytest.mark.parametrize(("left", "bound"), [(0, 30), (300, 300)])
+def test_a_drain_is_bound_again_once_what_has_no_limit_has_ended(left: float, bound: float) -> None:
+    life = ready(now=100)
+    life.drain(200, math.inf)
+    life.ended(210, math.inf)
+    assert life.deadline is None
+    life.ended(220, left)
+    assert life.deadline == 220 + bound
+    life.ended(230, 0)
+    assert life.deadline == 220 + bound
+
+
 def test_a_second_drain_does_not_move_the_deadline() -> None:
     life = ready()
     life.drain(110, 0)

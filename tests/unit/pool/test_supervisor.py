@@ -13,6 +13,7 @@ import pytest
 import gw_celery as gw
 from gw_celery import conf
 from gw_celery.pool import jobs, places, supervisor, wire
+from tests.unit.pool import handmade
 
 LIVES = gw.Probe.on("lives", kind="liveness", period_s=10)
 
@@ -21,6 +22,7 @@ class Process:
     """Stands in for a child's process, and keeps its end of the socket."""
 
     pid = 100
+    is_killed = False
 
     def __init__(self, command: Any, pass_fds: list[int], **_: Any) -> None:
         self.socket = socket.socket(fileno=os.dup(pass_fds[0]))
@@ -31,6 +33,7 @@ class Process:
         """It runs."""
 
     def kill(self) -> None:
+        self.is_killed = True
         self.socket.close()
 
     def wait(self, timeout: float) -> int:
@@ -76,6 +79,29 @@ class Site:
         assert self.supervisor.ready_by_service() == {"proj.Model": 2, "": 1}
         self.process.orders()
 
+    def submit(self, task_id: str, **options: Any) -> jobs.Job:
+        """Give it an input, as Celery does."""
+        request = handmade.Request()
+        args = ("proj.embed", task_id, {"id": task_id}, b"", "json", "utf-8")
+        given = {**request.options(), "correlation_id": task_id, **options}
+        return self.supervisor.submit(args, "proj.Model", given)
+
+    def begin(self, job: jobs.Job) -> None:
+        self.report([wire.Report.ACCEPT, job.number, self.now])
+
+    def report(self, *reports: list[Any]) -> None:
+        self.process.report(*reports)
+        self.supervisor.poll(10.0)
+
+    def drain(self) -> None:
+        self.supervisor.resize(0)
+        self.process.orders()
+
+    def later(self, seconds: float) -> None:
+        self.now += seconds
+        self.report([wire.Report.BEAT, 0.0, 0])
+        self.supervisor.tick()
+
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
@@ -95,3 +121,31 @@ def test_a_tick_has_a_probe_called_that_is_due_and_no_other(site: Site) -> None:
     assert site.process.orders() == [(wire.Order.PROBE, 1, "proj.Model", "lives")]
     site.supervisor.probe_tick()
     assert site.process.orders() == [], "its answer is awaited"
+
+
+def test_a_drain_waits_for_what_has_no_limit_and_then_for_the_rest_no_longer(site: Site) -> None:
+    endless, unbegun = site.submit("endless"), site.submit("never begins")
+    site.begin(endless)
+    site.drain()
+    site.later(1000.0)
+    assert not site.process.is_killed
+    site.report([wire.Report.DONE, endless.number, "text", 1.0])
+    site.later(29.0)
+    assert not site.process.is_killed
+    site.later(2.0)
+    assert site.process.is_killed
+    assert site.supervisor.waiting() == 1, "what never began starts elsewhere"
+    assert not unbegun.is_answered
+
+
+def test_what_does_not_stop_keeps_no_draining_replica(site: Site) -> None:
+    stuck = site.submit("stuck")
+    site.begin(stuck)
+    site.drain()
+    stuck.terminate(15)
+    assert (wire.Order.STOP, stuck.number) in site.process.orders()
+    site.later(1.0)
+    assert not site.process.is_killed
+    site.later(conf.Settings().cancel_timeout)
+    site.supervisor.poll()
+    assert site.process.is_killed
