@@ -10,7 +10,7 @@ import pytest
 from gw_celery.autoscale import policy
 from gw_celery.autoscale.simulate import cluster, policies
 from gw_celery.pool import tally
-from tests.unit.autoscale.test_autoscaler import Scaled
+from tests.unit.autoscale.handmade import Scaled
 
 MOST = 12
 #: Workload that a replica does in a second.

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gw_celery.autoscale import autoscaler, facts
-from tests.unit.autoscale.test_autoscaler import Scaled
+from tests.unit.autoscale.handmade import Scaled
 
 #: Replicas that each of ten workers may have.
 CAPACITIES = st.lists(st.integers(1, 6), min_size=10, max_size=10)
@@ -49,10 +49,9 @@ class Group:
         return [one.pool.wanted for one in self.workers]
 
     @property
-    def total(self) -> int:
-        """What all of them say that they need together."""
-        (total,) = {one.scaler.seen().total for one in self.workers}
-        return total
+    def totals(self) -> set[int]:
+        """What each of them says that they need together."""
+        return {one.scaler.seen().total for one in self.workers}
 
 
 @contextmanager
@@ -75,16 +74,18 @@ def has_its_part(parts: Sequence[int], capacities: Sequence[int]) -> bool:
 
 @settings(deadline=None, max_examples=25)
 @example([1] * 9 + [2], 11)
+@example([1] * 8 + [3, 1], 11)
 @given(CAPACITIES, st.integers(2, 70))
 def test_ten_workers_do_not_each_scale_for_the_whole_queue(
     capacities: list[int], needed: int
 ) -> None:
+    wanted = min(needed, sum(capacities))
+    # They have one each as they begin: less than the head-room over that is no reason for another.
+    # Who sees one more, because a replica moves as they begin, takes that for what there is.
+    enough = {10, 11} if wanted == 11 else {wanted}
     with group(capacities) as workers:
         # A replica does 10 a second, and what waits is to be done within 10 s.
         for seconds in (1, 1, 30):
             parts = workers.after(seconds, queued=100 * needed - 10)
-            assert sum(parts) == workers.total
-            # They have one each as they begin: less than the head-room over that is no reason.
-            wanted = min(needed, sum(capacities))
-            assert workers.total == wanted or workers.total == 10 >= wanted / 1.1
+            assert sum(parts) in workers.totals <= enough
             assert has_its_part(parts, capacities)
