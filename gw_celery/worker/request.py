@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 #: There, the thread of a body and the control command that revokes it may answer one message at
 #: once. kombu raises at the second answer, in the worker's loop: it would end the worker.
-_answering = threading.Lock()
+#: Reentrant: the handler of a signal, which stops the pool, may interrupt an answer.
+_answering = threading.RLock()
 
 
 class Request(request.Request):

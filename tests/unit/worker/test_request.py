@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,6 +61,31 @@ def test_two_threads_that_answer_a_message_at_once_answer_it_once(
     getattr(request, first)()
     others[0].join(10.0)
     assert answers == [first]
+
+
+def test_a_message_is_answered_by_the_handler_of_a_signal_that_interrupts_an_answer(
+    celery_app: Celery,
+) -> None:
+    # As in a cold shutdown: Celery stops the pool in its handler, wherever its loop was.
+    @celery_app.task(name="proj.embed")
+    def embed() -> None: ...
+
+    answers: list[str] = []
+
+    def request_of(name: str, meanwhile: Callable[[], None]) -> Any:
+        def answer(*_: Any) -> None:
+            meanwhile()
+            answers.append(name)
+
+        message = message_of(celery_app, "proj.embed")
+        return Request(message, app=celery_app, task=embed, on_ack=answer)
+
+    other = request_of("other", lambda: None)
+    interrupted = request_of("interrupted", other.acknowledge)
+    loop = threading.Thread(target=interrupted.acknowledge, daemon=True)
+    loop.start()
+    loop.join(10.0)
+    assert answers == ["other", "interrupted"]
 
 
 @pytest.mark.parametrize("is_async", [True, False])
