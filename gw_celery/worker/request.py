@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
+from celery import states
 from celery.concurrency.thread import TaskPool as ThreadPool
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import Ignore, TaskRevokedError
 from celery.worker import request
 
 from gw_celery.runtime import invoke
 
+logger = logging.getLogger(__name__)
+
 #: There, the thread of a body and the control command that revokes it may answer one message at
 #: once. kombu raises at the second answer, in the worker's loop: it would end the worker.
-_answering = threading.Lock()
+#: Reentrant: the handler of a signal, which stops the pool, may interrupt an answer.
+_answering = threading.RLock()
 
 
 class Request(request.Request):
@@ -32,8 +37,8 @@ class Request(request.Request):
     def terminate(self, pool: Any, signal: Any = None) -> None:
         """Stop this request; on the threads pool by cancelling its coroutine.
 
-        A synchronous body that has begun cannot be stopped there: Celery's own answer,
-        ``NotImplementedError`` to the control command, says so.
+        A synchronous body that has begun cannot be stopped there, which the log says. Celery's own
+        answer, ``NotImplementedError``, would end the command before it comes to other inputs.
         """
         if not isinstance(pool, ThreadPool):
             super().terminate(pool, signal)
@@ -44,9 +49,28 @@ class Request(request.Request):
             return
         if self.task.gw_method.is_async:
             invoke.running.revoke(self.id)
-            self._announce_revoked("terminated", True, signal, False)
-        else:
-            pool.terminate_job(self.worker_pid, signal)
+        elif not invoke.running.interrupt(self.id, None):  # it does not wait for its instance
+            logger.warning(
+                "%s[%s] was to be terminated, and goes on: a synchronous body that has begun "
+                "cannot be stopped on the threads pool; use prefork or the GPU pool",
+                self.name,
+                self.id,
+            )
+            return
+        self._announce_revoked("terminated", True, signal, False)
+
+    def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = super().on_failure(exc_info, *args, **kwargs)
+        exc = getattr(exc_info.exception, "exc", exc_info.exception)
+        if self._is_unwanted and isinstance(exc, Ignore) and self.task.track_started:
+            # The tracer writes STARTED; it may have done so over what was announced.
+            self._store_revoked()
+        return answer
+
+    def _store_revoked(self) -> None:
+        if self.store_errors:
+            revoked = TaskRevokedError("terminated")
+            self.task.backend.store_result(self.id, revoked, states.REVOKED, request=self._context)
 
     def acknowledge(self) -> None:
         with _answering:

@@ -301,6 +301,34 @@ def test_what_is_terminated_while_it_waits_for_a_thread_never_begins(
     eventually(lambda: not asked.active()[worker.node] and not asked.reserved()[worker.node])
 
 
+def test_a_synchronous_body_that_cannot_be_terminated_spares_no_other_input(
+    start_served: StartServed, ledger_path: Path
+) -> None:
+    worker = start_served("threads", concurrency=5)
+    kept = served.Classifier().slow.delay(4.0)
+    ended = [served.rest.delay(30.0, f"r{n}") for n in range(4)]
+    eventually(lambda: len(ledger.words(ledger_path, "began")) == 5)
+    for one in ended:  # ids are a set to Celery: in some of them it is the first
+        served.celery.control.terminate([kept.id, one.id])
+    for one in ended:
+        with pytest.raises(TaskRevokedError):
+            one.get(timeout=10)
+    # Its caller is told by Celery 5.6 that it was revoked, whatever becomes of it.
+    eventually(lambda: ledger.words(ledger_path, "ended"))
+    assert "cannot be stopped on the threads pool" in worker.log_text()
+
+
+def test_what_waits_for_its_instance_on_the_threads_pool_can_be_terminated(
+    start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served("threads", {"LOAD_HOOK": "8"})
+    sent = served.Classifier(model="large").classify.delay(0.6)
+    eventually(lambda: ["loading", "large"] in [one[1:] for one in ledger.read(ledger_path)])
+    sent.revoke(terminate=True)
+    with pytest.raises(TaskRevokedError):
+        sent.get(timeout=5)
+
+
 def test_a_family_expands_to_the_queues_of_its_services(start_served: StartServed) -> None:
     worker = start_served("solo")
     active = served.celery.control.inspect(destination=[worker.node]).active_queues()

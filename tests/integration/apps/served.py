@@ -1,8 +1,9 @@
 """An app as a team would write it, that tells a ledger what it does.
 
 Environment: ``LOAD`` seconds that the context takes to enter, ``LOAD_AGAIN`` from the second entry
-on, ``LOAD_TOKENIZER`` of one of them alone; ``FAIL`` names what fails to load (``context`` or
-``hook``), or ``blocked``: a context that blocks the event loop; ``START_TIMEOUT`` is the setting.
+on, ``LOAD_TOKENIZER`` of one of them alone, ``LOAD_HOOK`` of the large classifier; ``FAIL`` names
+what fails to load (``context`` or ``hook``), or ``blocked``: a context that blocks the event loop;
+``START_TIMEOUT`` is the setting.
 """
 
 from __future__ import annotations
@@ -219,6 +220,8 @@ class Classifier:
     @gw.on_enter()
     def load(self) -> None:
         ledger.write("loading", self.model)
+        if self.model == "large":
+            time.sleep(float(os.environ.get("LOAD_HOOK", "0")))
         if os.environ.get("FAIL") == "hook":
             raise RuntimeError("CUDA is not there")
         self.weights = self.model * 2
