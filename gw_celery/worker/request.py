@@ -15,17 +15,19 @@ from gw_celery.runtime import invoke
 
 logger = logging.getLogger(__name__)
 
-#: There, the thread of a body and the control command that revokes it may answer one message at
-#: once. kombu raises at the second answer, in the worker's loop: it would end the worker.
-#: Reentrant: the handler of a signal, which stops the pool, may interrupt an answer.
-_answering = threading.RLock()
-
 
 class Request(request.Request):
     """A request whose running body can be stopped without stopping its process."""
 
     #: On the threads pool: it was to be stopped before or as it was accepted.
     _is_unwanted = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # On that pool the thread of a body and the control command that revokes it may answer at
+        # once. kombu raises at the second answer, in the worker's loop: it would end the worker.
+        # Reentrant: the handler of a signal, which stops the pool, may interrupt an answer.
+        self._answering = threading.RLock()
 
     def on_accepted(self, pid: int, time_accepted: float) -> None:
         super().on_accepted(pid, time_accepted)
@@ -56,6 +58,7 @@ class Request(request.Request):
                 self.name,
                 self.id,
             )
+            self._is_unwanted = False
             return
         self._announce_revoked("terminated", True, signal, False)
 
@@ -73,9 +76,9 @@ class Request(request.Request):
             self.task.backend.store_result(self.id, revoked, states.REVOKED, request=self._context)
 
     def acknowledge(self) -> None:
-        with _answering:
+        with self._answering:
             super().acknowledge()
 
     def reject(self, requeue: bool = False) -> None:
-        with _answering:
+        with self._answering:
             super().reject(requeue)
