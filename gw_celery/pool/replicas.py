@@ -94,9 +94,11 @@ class Replicas:
             self._fill(place, now)
             self._relieve(place)
         for child in self._children:
-            if child.life.lingers(now) and not child.has_told:
+            # None is unlimited while the one that was is being stopped.
+            is_due = child.life.lingers(now) and not child.has_told
+            if is_due and (names := _unlimited(child)):
                 child.has_told = True
-                logger.warning(_LINGERS, child, now - child.life.since, _unlimited(child))
+                logger.warning(_LINGERS, child, now - child.life.since, names)
 
     # -- one child --
 

@@ -33,7 +33,7 @@ class Request(request.Request):
         super().on_accepted(pid, time_accepted)
         if self._is_unwanted:
             # The thread that calls this runs the body next: not with an exception.
-            self._announce_revoked("terminated", True, None, False)
+            self._announce_terminated(None)
             raise TaskRevokedError(self.id)
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
@@ -60,7 +60,7 @@ class Request(request.Request):
             )
             self._is_unwanted = False
             return
-        self._announce_revoked("terminated", True, signal, False)
+        self._announce_terminated(signal)
 
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
         answer = super().on_failure(exc_info, *args, **kwargs)
@@ -69,6 +69,12 @@ class Request(request.Request):
             # The tracer writes STARTED; it may have done so over what was announced.
             self._store_revoked()
         return answer
+
+    def _announce_terminated(self, signal: Any) -> None:
+        """Store and tell it once, whichever thread comes first."""
+        with self._answering:
+            if not self._already_revoked:
+                self._announce_revoked("terminated", True, signal, False)
 
     def _store_revoked(self) -> None:
         if self.store_errors:

@@ -138,14 +138,18 @@ def test_a_drain_waits_for_what_has_no_limit_and_then_for_the_rest_no_longer(sit
     assert not unbegun.is_answered
 
 
-def test_what_does_not_stop_keeps_no_draining_replica(site: Site) -> None:
+def test_what_does_not_stop_keeps_no_draining_replica(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
     stuck = site.submit("stuck")
     site.begin(stuck)
     site.drain()
+    site.later(28.0)
     stuck.terminate(15)
     assert (wire.Order.STOP, stuck.number) in site.process.orders()
-    site.later(1.0)
+    site.later(3.0)
     assert not site.process.is_killed
+    assert "no time limit" not in caplog.text, "it is being stopped"
     site.later(conf.Settings().cancel_timeout)
     site.supervisor.poll()
     assert site.process.is_killed

@@ -12,7 +12,7 @@ import pytest
 from billiard.einfo import ExceptionInfo
 from celery import Celery, states
 from celery.concurrency.thread import TaskPool
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, TaskRevokedError
 from kombu import Message, serialization
 
 from gw_celery.runtime import invoke
@@ -107,6 +107,30 @@ def test_what_is_revoked_just_before_its_state_is_started_stays_revoked(
         request.on_failure(ExceptionInfo())
 
     assert embed.AsyncResult("42").state == states.REVOKED
+
+
+def test_a_request_that_is_terminated_as_it_is_accepted_is_announced_once(
+    celery_app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Eventer:
+        enabled = True
+
+        def send(self, kind: str, **fields: Any) -> None:
+            told.append(kind)
+            if kind == "task-started":  # the control command comes just then
+                request.terminate(TaskPool(1), "TERM")
+
+    @celery_app.task(name="proj.embed")
+    def embed() -> None: ...
+
+    embed.gw_method = types.SimpleNamespace(is_async=True)
+    monkeypatch.setattr(invoke, "running", Loading())
+    told: list[str] = []
+    message = message_of(celery_app, "proj.embed")
+    request: Any = Request(message, app=celery_app, task=embed, eventer=Eventer())
+    with pytest.raises(TaskRevokedError):
+        request.on_accepted(0, time.monotonic())
+    assert told == ["task-started", "task-revoked"]
 
 
 class Loading:
