@@ -249,6 +249,9 @@ class Gate:
         elif wanted < self._prefetch:
             consumer.qos.decrement_eventually(self._prefetch - wanted)
         self._prefetch = wanted
+        if consumer.qos.value != consumer.qos.prev:
+            # Celery does it once its loop has waited for whatever comes next, for up to a second.
+            consumer.qos.update()
 
 
 def _preferred(queue: Any, priority: int) -> Any:

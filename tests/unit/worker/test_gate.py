@@ -44,12 +44,17 @@ class Consumer:
     def __init__(self, app: Celery, connection: Any, prefetch: int = 1, multiplier: int = 1):
         self.task_consumer = app.amqp.TaskConsumer(connection.channel())
         self.task_consumer.consume()
-        self.qos = QoS(lambda **_: None, prefetch * multiplier)
+        #: The prefetch counts that the broker was told.
+        self.told: list[int] = []
+        self.qos = QoS(self._tell, prefetch * multiplier)
         self.initial_prefetch_count = prefetch * multiplier
         self.prefetch_multiplier = multiplier
         self.app = app
         self.connection = connection
         self.soon: list[Callable[[], None]] = []
+
+    def _tell(self, prefetch_count: int) -> None:
+        self.told.append(prefetch_count)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         self.soon.append(callback)
@@ -434,6 +439,18 @@ def test_tasks_with_an_eta_keep_what_celery_added_for_them(
     pool.ready.update({"embed": 0, "classify": 0})
     closed.apply()
     assert consumer.qos.value == 11
+
+
+def test_the_broker_is_told_of_another_prefetch_count_at_once_and_of_the_same_not(
+    consumer: Consumer, closed: gate.Gate, pool: Pool
+) -> None:
+    # Celery's loop does it, too, once it has waited for the next message or timer.
+    consumer.told.clear()
+    everything_is_ready(pool)
+    closed.apply()
+    assert consumer.told == [4]
+    closed.apply()
+    assert consumer.told == [4]
 
 
 def test_a_project_that_wants_no_prefetch_limit_keeps_none(
