@@ -17,15 +17,15 @@ import statistics
 from pathlib import Path
 
 from benchmarks import scaling_traces
-from gw_celery.autoscale import policy
-from gw_celery.autoscale.simulate import hindsight, policies, report, runs, trace
+from gw_celery.policy import scaling
+from gw_celery.simulate import hindsight, policies, report, runs, trace
 
 SCORE, MOST = 2_000.0, 400
 Row = tuple[float, float, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Varied(policy.Rules):
+class Varied(scaling.Rules):
     """The rules with what is fixed in them multiplied."""
 
     late: float = 1.0
@@ -38,7 +38,7 @@ class Varied(policy.Rules):
 
     @property
     def rate_span(self) -> float:
-        plain = policy.Rules(start_up=self.start_up, target_queue_time=self.target_queue_time)
+        plain = scaling.Rules(start_up=self.start_up, target_queue_time=self.target_queue_time)
         return self.span * plain.rate_span
 
     @property
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def best(one: trace.Trace) -> hindsight.Fixed:
-    return hindsight.best(one, SCORE, policy.Rules().target_queue_time)
+    return hindsight.best(one, SCORE, scaling.Rules().target_queue_time)
 
 
 def ours(one: trace.Trace, fixed: hindsight.Fixed, rules: Varied) -> Row:
@@ -94,7 +94,7 @@ def ours(one: trace.Trace, fixed: hindsight.Fixed, rules: Varied) -> Row:
     return statistics.mean(shares), statistics.mean(costs), max(starts)
 
 
-def _question(rules: policy.Rules, seed: int = 0) -> runs.Question:
+def _question(rules: scaling.Rules, seed: int = 0) -> runs.Question:
     return runs.Question(score=SCORE, rules=rules, most=MOST, seed=seed)
 
 
@@ -113,7 +113,7 @@ def _print_all(
     for (name, one), row in zip(traces.items(), found, strict=True):
         cells = [_cell(row)]
         if is_with_others:
-            question = _question(policy.Rules(start_up=start_up))
+            question = _question(scaling.Rules(start_up=start_up))
             for other in (policies.Stock, policies.Keda, policies.Ray):
                 scaler = other(1, MOST)
                 played = runs.play_with(one, question, [scaler])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from gw_celery import snapshot
+from gw_celery.protocol import snapshot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gw_celery import errors, snapshot
+from gw_celery import errors
 from gw_celery.contrib import loads
-from gw_celery.pool import replica
+from gw_celery.pool import child_state
+from gw_celery.protocol import snapshot
 
 try:
     from prometheus_client import core, exposition, registry
@@ -118,7 +119,7 @@ def _of_worker(seen: snapshot.Worker) -> Iterator[core.Metric]:
     yield info
     states = Counter(one.state for one in seen.replicas)
     counted = core.GaugeMetricFamily("gw_replicas", "Replicas by state.", labels=("state",))
-    for state in replica.State:
+    for state in child_state.State:
         counted.add_metric((state.value,), states[state.value])
     yield counted
     is_open = core.GaugeMetricFamily(

@@ -15,16 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gw_celery import errors
-from gw_celery.autoscale import policy
-from gw_celery.autoscale.simulate import (
-    __main__,
-    cluster,
-    hindsight,
-    policies,
-    report,
-    runs,
-    trace,
-)
+from gw_celery.policy import scaling
+from gw_celery.simulate import __main__, cluster, hindsight, policies, report, runs, trace
 from tests.processes import ROOT
 
 EXAMPLE = ROOT / "docs" / "traces" / "bursts.csv"
@@ -70,7 +62,7 @@ def poisson(seed: int, rate: float, count: int, workload: float = 1.0) -> trace.
 
 
 def ask(**given: Any) -> runs.Question:
-    rules = policy.Rules(start_up=given.pop("start_up", 5.0))
+    rules = scaling.Rules(start_up=given.pop("start_up", 5.0))
     return runs.Question(**({"score": 1.0, "rules": rules, "most": 20} | given))
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gw_celery.autoscale import policy
-from gw_celery.autoscale.simulate import __main__, cluster, plot, runs, trace
+from gw_celery.policy import scaling
+from gw_celery.simulate import __main__, cluster, plot, runs, trace
 
 #: The figures that are our policy's own, and not of the best fixed pool or of other policies.
 OURS = ("replica_seconds", "starts", "mean_wait", "max_wait", "over_target_share")
@@ -130,7 +130,7 @@ def test_a_decider_among_a_thousand_costs_no_more_than_alone() -> None:
     steady = trace.Trace(sorted(lot.uniform(0, 10) for _ in range(30)), [0.1] * 30)
 
     def lines_of_a_decision(nodes: int) -> float:
-        question = runs.Question(score=1.0, rules=policy.Rules(), most=20, nodes=nodes)
+        question = runs.Question(score=1.0, rules=scaling.Rules(), most=20, nodes=nodes)
         seconds = len(runs.play(steady, question).moments)
         return _lines(lambda: runs.play(steady, question)) / (seconds * nodes)
 
