@@ -8,7 +8,7 @@ multiple of the best fixed pool's, and the starts. --trace adds a trace of your 
 versions; --vary does it again with each constant of the policy a fifth lower and higher, and prints
 means; --others adds the compared policies.
 
-``compare`` has the options of ``python -m gw_celery.autoscale.simulate``, and prints its figures
+``compare`` has the options of ``python -m gw_celery.simulate``, and prints its figures
 for our policy and the others on one trace, beside the best fixed pool in hindsight.
 """
 
@@ -25,9 +25,9 @@ from typing import Any
 
 from benchmarks import scaling_hindsight, scaling_plot, scaling_rivals, scaling_traces
 from gw_celery import errors
-from gw_celery.autoscale import policy
-from gw_celery.autoscale.simulate import __main__ as command
-from gw_celery.autoscale.simulate import cluster, report, runs, trace
+from gw_celery.policy import scaling
+from gw_celery.simulate import __main__ as command
+from gw_celery.simulate import cluster, report, runs, trace
 
 SCORE, MOST = 2_000.0, 400
 #: The simulator's columns, with the cost beside that of the best fixed pool.
@@ -36,7 +36,7 @@ Row = tuple[float, float, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Varied(policy.Rules):
+class Varied(scaling.Rules):
     """The rules with what is fixed in them multiplied."""
 
     late: float = 1.0
@@ -49,7 +49,7 @@ class Varied(policy.Rules):
 
     @property
     def rate_span(self) -> float:
-        plain = policy.Rules(start_up=self.start_up, target_queue_time=self.target_queue_time)
+        plain = scaling.Rules(start_up=self.start_up, target_queue_time=self.target_queue_time)
         return self.span * plain.rate_span
 
     @property
@@ -142,7 +142,7 @@ def text(compared: dict[str, Any]) -> str:
 
 
 def best(one: trace.Trace) -> scaling_hindsight.Fixed:
-    return scaling_hindsight.best(one, SCORE, policy.Rules().target_queue_time)
+    return scaling_hindsight.best(one, SCORE, scaling.Rules().target_queue_time)
 
 
 def ours(one: trace.Trace, fixed: scaling_hindsight.Fixed, rules: Varied) -> Row:
@@ -152,11 +152,11 @@ def ours(one: trace.Trace, fixed: scaling_hindsight.Fixed, rules: Varied) -> Row
     return statistics.mean(shares), statistics.mean(costs), max(starts)
 
 
-def _scenario(rules: policy.Rules, seed: int = 0) -> cluster.Scenario:
+def _scenario(rules: scaling.Rules, seed: int = 0) -> cluster.Scenario:
     return cluster.Scenario(score=SCORE, rules=rules, most=MOST, seed=seed)
 
 
-def _row(outcome: cluster.Outcome, fixed: scaling_hindsight.Fixed, rules: policy.Rules) -> Row:
+def _row(outcome: cluster.Outcome, fixed: scaling_hindsight.Fixed, rules: scaling.Rules) -> Row:
     figures = report.figures(outcome, rules.target_queue_time)
     cost = figures["replica_seconds"] / fixed.replica_seconds
     return figures["over_target_share"], cost, int(figures["starts"])
@@ -172,7 +172,7 @@ def _print_all(
     for (name, one), row in zip(traces.items(), found, strict=True):
         cells = [_cell(row)]
         if is_with_others:
-            rules = policy.Rules(start_up=start_up)
+            rules = scaling.Rules(start_up=start_up)
             for scaler in scaling_rivals.all_of(1, MOST).values():
                 outcome = runs.play(one, _scenario(rules), [scaler])
                 cells.append(_cell(_row(outcome, fixed[name], rules)))

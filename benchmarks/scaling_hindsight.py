@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import heapq
 
-from gw_celery.autoscale.simulate import trace as traces
+from gw_celery.simulate import trace as traces
 
 #: The share of inputs that a pool may serve too late and still be good.
 FORGIVEN = 0.01

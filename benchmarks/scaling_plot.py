@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gw_celery import errors
-from gw_celery.autoscale.simulate import cluster, runs, trace
+from gw_celery.simulate import cluster, runs, trace
 
 
 @dataclasses.dataclass(frozen=True)

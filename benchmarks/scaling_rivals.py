@@ -9,8 +9,8 @@ from __future__ import annotations
 import collections
 import math
 
-from gw_celery.autoscale import policy
-from gw_celery.autoscale.simulate import cluster
+from gw_celery.policy import scaling
+from gw_celery.simulate import cluster
 
 
 class Stock:
@@ -71,7 +71,7 @@ class Keda:
     def __init__(self, least: int, most: int) -> None:
         self._least, self._most = least, most
         self._size = least
-        self._advice = policy.Largest(self.window)
+        self._advice = scaling.Largest(self.window)
         self._next_sync, self._next_poll = 0.0, 0.0
         self._active_at = 0.0
 

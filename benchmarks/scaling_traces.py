@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable
 
-from gw_celery.autoscale.simulate.trace import Trace
+from gw_celery.simulate.trace import Trace
 
 HOUR = 3_600
 Rate = Callable[[int], float]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gw_celery.app import App
+from gw_celery.client.preset import preset
 from gw_celery.codec import register_type
 from gw_celery.declare.gpu import Gpu
 from gw_celery.declare.markers import batched, concurrent, method, on_enter, on_exit
@@ -26,8 +27,7 @@ from gw_celery.errors import (
     StartupError,
     UsageError,
 )
-from gw_celery.runtime.running import current_batch
-from gw_celery.worker.preset import preset
+from gw_celery.runtime.current_batch import current_batch
 
 __version__ = "0.1.0"
 

@@ -10,12 +10,11 @@ import celery
 from celery import Celery, _state
 from celery.local import Proxy
 
-from gw_celery import codec, errors, sweeps
-from gw_celery.calling import handle, names, outcome, registration
+from gw_celery import codec, errors, signals
+from gw_celery.client import beat_tasks, handle, names, registration, results
 from gw_celery.declare import benchmark, check, gpu, markers, options, registry, services
-from gw_celery.runtime import process
+from gw_celery.runtime import in_process
 from gw_celery.types import AnyFunction
-from gw_celery.worker import hooks
 
 C = TypeVar("C", bound=type)
 
@@ -34,12 +33,12 @@ class App:
         self._celery = _require_celery(celery)
         self.registry = registry.Registry(name)
         if self._celery is not None:
-            self.registry.join(self._celery, beside=hooks.registries())
+            self.registry.join(self._celery, beside=signals.registries())
         codec.register()
-        hooks.connect(self.registry)
+        signals.connect(self.registry)
         # What is declared after ours, and before the Celery app is finalized, is seen only then.
         _state.connect_on_app_finalize(self._require_names)
-        sweeps.join(self._celery, hooks.registries)
+        beat_tasks.join(self._celery, signals.registries)
 
     def __repr__(self) -> str:
         return f"<App {self.name}: {len(self.registry.services)} services>"
@@ -76,8 +75,8 @@ class App:
         def register(cls: C) -> C:
             _require_context(cls)
             context = registry.Context(cls=cls, args=args, kwargs=kwargs)
-            self.registry.add_context(context, beside=hooks.registries())
-            outcome.know_module(cls.__module__)
+            self.registry.add_context(context, beside=signals.registries())
+            results.know_module(cls.__module__)
             return cls
 
         return register
@@ -93,7 +92,7 @@ class App:
             raise errors.ContextLookupError(
                 f"{key} is not registered: decorate it with @app.context() of App({self.name!r})"
             )
-        runtime = process.current()
+        runtime = in_process.current()
         if runtime is None:
             raise errors.ContextLookupError(
                 f"{key} is not entered in process {os.getpid()}: this is not a GPU worker; "
@@ -221,11 +220,11 @@ class App:
             registration.require_options(method)
         if (app := self._celery or names.current_app()) is not None:
             names.require_free(app, service)
-        self.registry.add_service(service, beside=hooks.registries())
-        outcome.know_module(service.target.__module__)
+        self.registry.add_service(service, beside=signals.registries())
+        results.know_module(service.target.__module__)
         for method in service.methods.values():
             codec.register_annotations(method.function)
-            outcome.know_exceptions(method.options)
+            results.know_exceptions(method.options)
 
     def _require_names(self, celery_app: Any) -> None:
         if self._celery in (None, celery_app):
@@ -236,7 +235,7 @@ class App:
         task = registration.register(self._celery, self.registry, service, method)
         for app in list(self.registry.celery_apps):
             if app.finalized:  # else it will be
-                sweeps.schedule(app, hooks.registries())
+                beat_tasks.schedule(app, signals.registries())
         return task
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from gw_celery import cli_worker, conf
-from gw_celery.pool import dead_queue, letters
+from gw_celery import conf
+from gw_celery.pool import dead_letter_message, dead_queue
+from gw_celery.worker import command as worker_command
 from gw_celery.worker import commands
 
 _TIMEOUT = 2.0
@@ -22,7 +23,7 @@ def gw() -> None:
     """Serve models: start GPU workers, see and steer their replicas."""
 
 
-gw.add_command(cli_worker.worker)
+gw.add_command(worker_command.worker)
 
 
 def _destination(function: Any) -> Any:
@@ -107,7 +108,7 @@ def _requeue(lying: dead_queue.DeadQueue, name: str, task_id: str) -> None:
     click.echo(f"{sent.task}[{task_id}] is in its queue again, with no deaths")
 
 
-def _show_dead(found: list[letters.Letter], name: str, *, as_json: bool) -> None:
+def _show_dead(found: list[dead_letter_message.Letter], name: str, *, as_json: bool) -> None:
     summaries = [letter.summary() for letter in found]
     if as_json:
         click.echo(json.dumps(summaries, indent=2))

@@ -8,8 +8,7 @@ from celery import current_app
 from django.apps import AppConfig
 
 import gw_celery
-from gw_celery import errors
-from gw_celery.worker import hooks
+from gw_celery import errors, signals
 from gw_celery_django import checks, settings
 
 
@@ -23,7 +22,7 @@ class GWCeleryConfig(AppConfig):
     def ready(self) -> None:
         checks.register_all()
         # Where no App is left, what an earlier one had beat send must go, too.
-        hooks.listen_to_beat()
+        signals.listen_to_beat()
         # The system check reports what is wrong, and a worker refuses to start.
         with contextlib.suppress(errors.ConfigurationError):
             settings.apply(current_app)

@@ -8,8 +8,8 @@ from typing import Any
 from celery import current_app
 from django.core import checks
 
-from gw_celery import errors
-from gw_celery.worker import hooks, preset
+from gw_celery import errors, signals
+from gw_celery.client import preset
 from gw_celery_django import settings
 
 #: Result backends that notify a waiting client; others are asked at intervals.
@@ -52,7 +52,7 @@ def check_content(**_: Any) -> Sequence[checks.CheckMessage]:
 def check_visibility(**_: Any) -> Sequence[checks.CheckMessage]:
     """Redis redelivers no message of a task that may still run."""
     return _errors(
-        "gw_celery.E004", lambda: preset.require_visibility(current_app, hooks.registries())
+        "gw_celery.E004", lambda: preset.require_visibility(current_app, signals.registries())
     )
 
 

@@ -18,11 +18,15 @@ from typing import Any
 from celery.worker import autoscale
 from kombu.asynchronous import get_event_loop
 
-from gw_celery import conf, snapshot, sweeps
-from gw_celery.autoscale import demand, facts, outlook, policy, startup
+from gw_celery import conf, signals
+from gw_celery.client import beat_tasks
+from gw_celery.cluster import poller, records
 from gw_celery.declare import services
-from gw_celery.pool import tally, taskpool
-from gw_celery.worker import hooks, serving
+from gw_celery.policy import demand as policy_demand
+from gw_celery.policy import scaling, startup_time
+from gw_celery.pool import counters, taskpool
+from gw_celery.protocol import snapshot
+from gw_celery.worker import serving
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ class Autoscaler(autoscale.Autoscaler):
         mutex: Any = None,
     ) -> None:
         super().__init__(pool, max_concurrency, min_concurrency, worker, keepalive, mutex)
-        plan = hooks.plan()
+        plan = signals.plan()
         self._slots = plan.slots if plan else {services.PLAIN: 1}
         self._targets = {one.key: one.target_inputs for one in plan.served} if plan else {}
         self._unit = sum(self._slots.values())
@@ -62,18 +66,18 @@ class Autoscaler(autoscale.Autoscaler):
         #: Replicas that the group was last found to need.
         self._ordered = 0
         self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
-        self._decider = policy.Decider(self._rules, self._least, self._most)
-        self._start_up = startup.StartUp()
-        self._services: dict[str, outlook.Service] = {}
-        self._seats = outlook.Seats()
+        self._decider = scaling.Decider(self._rules, self._least, self._most)
+        self._start_up = startup_time.StartUp()
+        self._services: dict[str, policy_demand.Service] = {}
+        self._seats = policy_demand.Seats()
         self._life = uuid.uuid4().hex[:12]
-        self._demand = demand.Demand(
+        self._demand = poller.Demand(
             worker.app, _queues(worker.app, plan), worker.hostname, self._on_read
         )
         self._seen = snapshot.Scaling(least=self._least, most=self._most)
         self._hub: Any = None
         self._asked = threading.Event()
-        self._judged: demand.Reading | None = None
+        self._judged: poller.Reading | None = None
         self._is_over = False
 
     # -- the life of the worker --
@@ -154,7 +158,7 @@ class Autoscaler(autoscale.Autoscaler):
             wanted = max(0, self.pool.wanted - self._replicas(n))
             self._set_bounds(self._most, min(self._least, wanted))
             # What was needed of late is no reason to start again what is still draining.
-            self._decider = policy.Decider(self._rules, self._least, self._most)
+            self._decider = scaling.Decider(self._rules, self._least, self._most)
             self._resize(wanted, "an operator asked for less")
 
     def info(self) -> dict[str, Any]:
@@ -167,18 +171,18 @@ class Autoscaler(autoscale.Autoscaler):
 
     # -- deciding --
 
-    def _judge(self, reading: demand.Reading) -> None:
+    def _judge(self, reading: poller.Reading) -> None:
         if reading.lengths is not None:  # by which the pool knows that its replicas are full
             self.pool.note_queued({key: at.messages for key, at in reading.lengths.items()})
         self._decide(reading, time.monotonic())
 
-    def _decide(self, reading: demand.Reading, now: float) -> None:
+    def _decide(self, reading: poller.Reading, now: float) -> None:
         self._learn()
         # Seen together with the queues: what has moved from there since would be counted twice.
         mine = self._facts()
         self._demand.tell(mine)
         seen = {key: self._outlook(key, told, reading, now) for key, told in mine.items()}
-        group = outlook.group_of(mine, reading.peers)
+        group = policy_demand.group_of(mine, reading.peers)
         total = self._total(seen, group, now)
         part = self._share.kept(now, self._part(group, total), total)
         target = self._clamped(part)
@@ -212,7 +216,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._share.follow(self._rules)
 
     def _total(
-        self, seen: Mapping[str, snapshot.Outlook], group: Sequence[facts.Facts], now: float
+        self, seen: Mapping[str, snapshot.Outlook], group: Sequence[records.Facts], now: float
     ) -> int:
         """Replicas that the group of workers should have together."""
         least = sum(one.least for one in group)
@@ -237,7 +241,7 @@ class Autoscaler(autoscale.Autoscaler):
         # Rates are means over some time and not yet 0: they are no reason for what is done.
         return f"no input came, waited or ran for {self._rules.inactivity_timeout:g} s"
 
-    def _part(self, group: Sequence[facts.Facts], total: int) -> int:
+    def _part(self, group: Sequence[records.Facts], total: int) -> int:
         """This worker's replicas of those of the group.
 
         One that fails to start is taken over by others, and is tried here all the same.
@@ -246,7 +250,7 @@ class Autoscaler(autoscale.Autoscaler):
         whole = dataclasses.replace(me, capacity=self._most)
         return max(self._seats.part([one, *others], me.worker, total) for one in {me, whole})
 
-    def _facts(self) -> dict[str, facts.Facts]:
+    def _facts(self) -> dict[str, records.Facts]:
         tallies, scores = self.pool.tallies(), self.pool.scores()
         replicas = self.pool.replicas()
         missing = sum(one.state == "failed" and one.restarts > 0 for one in replicas)
@@ -256,8 +260,8 @@ class Autoscaler(autoscale.Autoscaler):
         serves = ",".join(sorted(self._slots))
         found = {}
         for key in self._slots:
-            held = tallies.get(key, tally.Tally())
-            found[key] = facts.Facts(
+            held = tallies.get(key, counters.Tally())
+            found[key] = records.Facts(
                 worker=self.worker.hostname,
                 serves=serves,
                 capacity=max(0, self._most - missing),
@@ -275,10 +279,10 @@ class Autoscaler(autoscale.Autoscaler):
         return found
 
     def _outlook(
-        self, key: str, mine: facts.Facts, reading: demand.Reading, now: float
+        self, key: str, mine: records.Facts, reading: poller.Reading, now: float
     ) -> snapshot.Outlook:
         if (service := self._services.get(key)) is None:
-            service = outlook.Service(self._targets.get(key, 1), self._rules, now)
+            service = policy_demand.Service(self._targets.get(key, 1), self._rules, now)
             self._services[key] = service
         length = None if reading.lengths is None else reading.lengths.get(key)
         consumers = None if length is None else length.consumers
@@ -340,7 +344,7 @@ class Autoscaler(autoscale.Autoscaler):
 
     def _set_bounds(self, most: int, least: int) -> None:
         self._most, self._least = most, least
-        self._share = policy.Share(self._rules)
+        self._share = scaling.Share(self._rules)
         self._ordered = 0
         self.max_concurrency, self.min_concurrency = most * self._unit, least * self._unit
 
@@ -352,8 +356,8 @@ def _is_near(seconds: float, known: float) -> bool:
     return known / _NEAR <= seconds + 1.0 <= known * _NEAR + 2.0
 
 
-def _rules(settings: conf.Settings) -> policy.Rules:
-    return policy.Rules(
+def _rules(settings: conf.Settings) -> scaling.Rules:
+    return scaling.Rules(
         target_util=settings.target_util,
         target_queue_time=settings.target_queue_time,
         inactivity_timeout=settings.inactivity_timeout,
@@ -368,7 +372,7 @@ def _queues(app: Any, plan: serving.Plan | None) -> dict[str, list[str]]:
     names = app.amqp.queues.consume_from if plan is None else plan.queues
     known = {} if plan is None else plan.service_queues
     for name in names:
-        if name != sweeps.QUEUE:  # no work for replicas
+        if name != beat_tasks.QUEUE:  # no work for replicas
             found.setdefault(known.get(name, services.PLAIN), []).append(name)
     return found
 

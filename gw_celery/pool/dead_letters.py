@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gw_celery import conf
-from gw_celery.pool import dead_queue, jobs, letters
+from gw_celery.pool import dead_letter_message, dead_queue, request
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +42,23 @@ class DeadLetters:
         self._most = most
         self._patience = patience
         self._hostname = hostname
-        self._letters: queue.Queue[letters.Letter | None] = queue.Queue(_LONGEST_QUEUE)
+        self._letters: queue.Queue[dead_letter_message.Letter | None] = queue.Queue(_LONGEST_QUEUE)
         #: What the thread is writing.
-        self._at_hand: letters.Letter | None = None
+        self._at_hand: dead_letter_message.Letter | None = None
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
 
-    def bury(self, job: jobs.Job, reason: str, deaths: int) -> None:
+    def bury(self, job: request.Job, reason: str, deaths: int) -> None:
         """Take the message of an input that is given up; it is written soon."""
         if job.message is None:
             return
         since = self._app.now().isoformat(timespec="seconds")
         try:
-            letter = letters.bury(
+            letter = dead_letter_message.bury(
                 job.message,
-                letters.Death(reason=reason, since=since, worker=self._hostname, deaths=deaths),
+                dead_letter_message.Death(
+                    reason=reason, since=since, worker=self._hostname, deaths=deaths
+                ),
             )
             self._letters.put_nowait(letter)
         except queue.Full:
@@ -82,7 +84,7 @@ class DeadLetters:
         for letter in self._left():
             _log_lost(letter, "the worker ends and the broker is away")
 
-    def _left(self) -> Iterator[letters.Letter]:
+    def _left(self) -> Iterator[dead_letter_message.Letter]:
         if self._at_hand is not None:
             yield self._at_hand
         with contextlib.suppress(queue.Empty):
@@ -106,9 +108,9 @@ class DeadLetters:
             if self._is_over.is_set() and self._letters.empty():
                 return
 
-    def _add(self, letter: letters.Letter) -> bool:
+    def _add(self, letter: dead_letter_message.Letter) -> bool:
         """Try until the broker has it, has no room for it, or has been away for too long."""
-        end = jobs.now() + self._patience
+        end = request.now() + self._patience
         while True:
             try:
                 # A connection of its own, for letters are rare.
@@ -117,10 +119,10 @@ class DeadLetters:
                     return room.add(letter)
             except Exception as exc:
                 logger.warning("the letter of task %s waits: %r", letter.task_id, exc)
-                if jobs.now() >= end or self._is_over.wait(_PAUSE):
+                if request.now() >= end or self._is_over.wait(_PAUSE):
                     raise
 
-    def _say(self, letter: letters.Letter, *, is_added: bool) -> None:
+    def _say(self, letter: dead_letter_message.Letter, *, is_added: bool) -> None:
         if is_added:
             logger.warning(
                 "task %s[%s] lies in the queue %s: look at it with `celery gw dead`, send it again "
@@ -151,5 +153,5 @@ def of(app: Any, settings: conf.Settings, hostname: str) -> DeadLetters | None:
     return DeadLetters(app, name, settings.max_dead_letters, settings.store_timeout, hostname)
 
 
-def _log_lost(letter: letters.Letter, why: str) -> None:
+def _log_lost(letter: dead_letter_message.Letter, why: str) -> None:
     logger.error("task %s[%s] has no dead letter: %s", letter.task, letter.task_id, why)

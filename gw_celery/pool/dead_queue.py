@@ -10,8 +10,8 @@ from amqp.exceptions import MessageNacked
 from kombu.entity import Queue
 from kombu.utils import json
 
-from gw_celery.pool import letters
-from gw_celery.worker import broker
+from gw_celery.pool import dead_letter_message
+from gw_celery.transport import broker
 
 #: Seconds that RabbitMQ has to confirm a message.
 _CONFIRM_TIMEOUT = 10.0
@@ -36,15 +36,15 @@ return 1
 class DeadQueue(Protocol):
     """A queue of dead letters that never holds more than its bound."""
 
-    def add(self, letter: letters.Letter) -> bool:
+    def add(self, letter: dead_letter_message.Letter) -> bool:
         """Put a letter into the queue; False when it is full."""
         ...
 
-    def look(self) -> Iterator[letters.Letter]:
+    def look(self) -> Iterator[dead_letter_message.Letter]:
         """Yield what lies there, the oldest first; it stays."""
         ...
 
-    def requeue(self, task_id: str) -> letters.Letter | None:
+    def requeue(self, task_id: str) -> dead_letter_message.Letter | None:
         """Send one again to where it came from, and take it out; None when it is not there."""
         ...
 
@@ -69,19 +69,23 @@ class RedisQueue:
         self._name = name
         self._most = most
 
-    def add(self, letter: letters.Letter) -> bool:
+    def add(self, letter: dead_letter_message.Letter) -> bool:
         written = self._written(letter, "", self._name)
         return bool(self._run(_ADD, [self._name], self._most, written))
 
-    def look(self) -> Iterator[letters.Letter]:
+    def look(self) -> Iterator[dead_letter_message.Letter]:
         return (letter for letter, _ in self._read())
 
-    def requeue(self, task_id: str) -> letters.Letter | None:
+    def requeue(self, task_id: str) -> dead_letter_message.Letter | None:
         channel = self._connection.default_channel
         for letter, raw in self._read():
             if letter.task_id != task_id:
                 continue
-            alive, exchange, key = letters.revive(letter), letter.exchange, letter.routing_key
+            alive, exchange, key = (
+                dead_letter_message.revive(letter),
+                letter.exchange,
+                letter.routing_key,
+            )
             queues = channel._lookup(exchange, key) if exchange else [key]
             priority = channel._get_message_priority({"properties": alive.properties})
             lists = [channel._q_for_pri(queue, priority) for queue in queues]
@@ -90,17 +94,20 @@ class RedisQueue:
                 return alive
         return None
 
-    def _read(self) -> Iterator[tuple[letters.Letter, bytes]]:
+    def _read(self) -> Iterator[tuple[dead_letter_message.Letter, bytes]]:
         """The oldest are at the end: what is added meanwhile moves none of them."""
         channel = self._connection.default_channel
         for end in range(1, self._most + 1, _PAGE):
             page = self._run(_LOOK, [self._name], -end - _PAGE + 1, -end)
             for raw in reversed(page):
-                yield letters.read(channel.Message(json.loads(raw), channel=channel)), raw
+                yield (
+                    dead_letter_message.read(channel.Message(json.loads(raw), channel=channel)),
+                    raw,
+                )
             if len(page) < _PAGE:
                 return
 
-    def _written(self, letter: letters.Letter, exchange: str, routing_key: str) -> str:
+    def _written(self, letter: dead_letter_message.Letter, exchange: str, routing_key: str) -> str:
         channel = self._connection.default_channel
         message = _prepared(channel, letter)
         channel._inplace_augment_message(message, exchange, routing_key)
@@ -122,7 +129,7 @@ class BrokerQueue:
         self._name = name
         self._most = most
 
-    def add(self, letter: letters.Letter) -> bool:
+    def add(self, letter: dead_letter_message.Letter) -> bool:
         if self._declare() >= self._most:
             return False
         try:
@@ -132,17 +139,17 @@ class BrokerQueue:
             return False  # other workers have filled it meanwhile
         return True
 
-    def look(self) -> Iterator[letters.Letter]:
+    def look(self) -> Iterator[dead_letter_message.Letter]:
         with self._channel() as channel:
             for message in self._messages(channel):
-                yield letters.read(message)
+                yield dead_letter_message.read(message)
 
-    def requeue(self, task_id: str) -> letters.Letter | None:
+    def requeue(self, task_id: str) -> dead_letter_message.Letter | None:
         with self._channel() as channel:
             for message in self._messages(channel):
-                letter = letters.read(message)
+                letter = dead_letter_message.read(message)
                 if letter.task_id == task_id:
-                    alive = letters.revive(letter)
+                    alive = dead_letter_message.revive(letter)
                     if not letter.exchange:  # as any sender does: it may have been deleted
                         self._app.amqp.queues[letter.routing_key](channel).declare()
                     self._publish(channel, alive, letter.exchange, letter.routing_key)
@@ -190,7 +197,7 @@ class BrokerQueue:
             yield message
 
     def _publish(
-        self, channel: Any, letter: letters.Letter, exchange: str, routing_key: str
+        self, channel: Any, letter: dead_letter_message.Letter, exchange: str, routing_key: str
     ) -> None:
         options: dict[str, Any] = {}
         if self._connection.transport.driver_type == "amqp":
@@ -199,7 +206,7 @@ class BrokerQueue:
         channel.basic_publish(message, exchange=exchange, routing_key=routing_key, **options)
 
 
-def _prepared(channel: Any, letter: letters.Letter) -> Any:
+def _prepared(channel: Any, letter: dead_letter_message.Letter) -> Any:
     properties = dict(letter.properties)
     priority = properties.pop("priority", None)
     return channel.prepare_message(

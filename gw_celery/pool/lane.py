@@ -19,7 +19,7 @@ from billiard.einfo import ExceptionInfo
 from billiard.exceptions import WorkerLostError
 
 from gw_celery import errors
-from gw_celery.pool import jobs
+from gw_celery.pool import request as pool_request
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,12 @@ class Lane:
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
 
-    def submit(self, target: Callable[..., Any], args: Any, options: dict[str, Any]) -> jobs.Job:
+    def submit(
+        self, target: Callable[..., Any], args: Any, options: dict[str, Any]
+    ) -> pool_request.Job:
         """Take one sweep; ``target`` is Celery's tracer, as for every pool."""
-        job = jobs.Job(0, tuple(args), "", options, lambda job, signum: None)
-        job.accept(os.getpid(), jobs.now())
+        job = pool_request.Job(0, tuple(args), "", options, lambda job, signum: None)
+        job.accept(os.getpid(), pool_request.now())
         try:
             self._orders.put_nowait((target, job))
         except queue.Full:
@@ -80,10 +82,10 @@ class Lane:
             self._wake()
 
 
-_Order = tuple[Callable[..., Any], jobs.Job]
+_Order = tuple[Callable[..., Any], pool_request.Job]
 
 
-def _carried_out(target: Callable[..., Any], job: jobs.Job) -> Callable[[], None]:
+def _carried_out(target: Callable[..., Any], job: pool_request.Job) -> Callable[[], None]:
     """Run a sweep; returns what tells Celery of it."""
     name, task_id, request = job.args[:3]
     try:

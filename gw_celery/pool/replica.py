@@ -1,206 +1,259 @@
-"""The life of one child, as its parent sees it: a state machine without clock or I/O.
-
-STARTING -> ENTERING -> PROBING -> BENCHMARKING -> READY <-> UNREADY -> DRAINING -> gone. The child
-proves each step by a report; each step has a deadline. A replica whose child is gone waits its
-backoff and starts another.
-"""
+"""The replicas of a pool: numbered places, each filled by one child after the other."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import enum
-import math
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from gw_celery import backoff, conf
+from gw_celery import conf
+from gw_celery.declare import probes
+from gw_celery.gpus import allocation, devices
+from gw_celery.policy import probes as policy_probes
+from gw_celery.pool import child_process, child_state
+from gw_celery.protocol import snapshot
 
-#: A child that was ready for less is as bad as one that never was.
-_STEADY = 1.0
-_FIRST_WAIT = 1.0
-_LONGEST_WAIT = 64.0
-#: One that fell ill in less may do so each time: it must not load its model over and over.
-_WELL = _LONGEST_WAIT
-
-
-class State(enum.Enum):
-    """What a child, or a replica without one, is doing."""
-
-    STARTING = "starting"
-    ENTERING = "entering"
-    #: Its startup probes have not passed yet.
-    PROBING = "probing"
-    BENCHMARKING = "benchmarking"
-    READY = "ready"
-    #: Loaded and alive, but none of its services wants inputs now.
-    UNREADY = "unready"
-    DRAINING = "draining"
-    #: The replica waits before it starts another child.
-    FAILED = "failed"
-    STOPPED = "stopped"
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Deadlines:
-    """How long each step may take, in seconds."""
+class Setup:
+    """What every child of a pool gets, and how many inputs it takes."""
 
-    boot: float
-    start: float
-    benchmark: float
-    drain: float
-    heartbeat: float
+    settings: conf.Settings
+    #: Inputs in flight of each service in one replica; ``services.PLAIN`` for other tasks.
+    slots: Mapping[str, int]
+    #: The first frame of a child, but for its number.
+    first: dict[str, Any]
+    #: The tasks of each service that have a benchmark.
+    benchmarked: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    #: The devices of each replica; ``None`` where none needs any.
+    allotment: allocation.Allotment | None = None
+    #: The probes of what it serves, each with the key of its service.
+    probes: Sequence[tuple[str, probes.Probe]] = ()
+    max_tasks: int | None = None
+    #: Resident bytes after which a child is replaced.
+    max_bytes: int | None = None
 
-    @classmethod
-    def of(cls, settings: conf.Settings) -> Deadlines:
-        return cls(
-            boot=settings.boot_timeout,
-            start=settings.start_timeout,
-            benchmark=settings.benchmark_timeout,
-            drain=settings.drain_timeout,
-            heartbeat=settings.heartbeat_timeout,
-        )
+    @property
+    def slots_per_replica(self) -> int:
+        return sum(self.slots.values())
+
+    @property
+    def shares(self) -> Sequence[Sequence[devices.Device]] | None:
+        """The devices of each replica, by its number; ``None`` for any number without devices."""
+        return None if self.allotment is None else self.allotment.shares
+
+    def is_worn(self, child: child_process.Child) -> bool:
+        """Whether a child served, or holds, as much as it may."""
+        has_served = self.max_tasks is not None and child.served >= self.max_tasks
+        return has_served or (self.max_bytes is not None and child.resident_bytes > self.max_bytes)
 
 
-@dataclasses.dataclass(kw_only=True)
-class Life:
-    """The state of one child and the time when it must have changed."""
+class Place:
+    """A replica: a numbered place for a child, which outlives it."""
 
-    deadlines: Deadlines
-    now: dataclasses.InitVar[float]
-    state: State = State.STARTING
-    since: float = 0.0
-    deadline: float | None = None
-    #: When it last showed that its loop turns; ``None`` while it may be silent: imports and loads
-    #: of weights hold the GIL.
-    last_beat: float | None = None
-    #: When it became READY; ``None`` before.
-    ready_at: float | None = None
-    #: Seconds from the start of its process until it was READY first; ``None`` before.
-    start_up: float | None = None
+    def __init__(self, number: int, share: Sequence[devices.Device] = ()) -> None:
+        self.number = number
+        #: The devices of all its children, one after the other.
+        self.share = share
+        self.child: child_process.Child | None = None
+        #: Loads while ``child`` still serves, and takes its place.
+        self.successor: child_process.Child | None = None
+        self.backoff = child_state.Backoff()
+        self.restarts = 0
+        self.last_error = ""
+        self.is_wanted = True
+        #: Drained by an operator: no child is started until it is restarted.
+        self.is_held = False
 
-    def __post_init__(self, now: float) -> None:
-        self._began = now
-        self._enter(State.STARTING, now, self.deadlines.boot)
+    @property
+    def should_run(self) -> bool:
+        return self.is_wanted and not self.is_held
 
     @property
     def is_ready(self) -> bool:
-        return self.state is State.READY
+        return self.child is not None and self.child.life.is_ready
 
     @property
     def is_up(self) -> bool:
-        """Whether it has become READY and is not being drained."""
-        return self.state in (State.READY, State.UNREADY)
+        """Whether its child has loaded and is not being drained, ready for inputs or not."""
+        return self.child is not None and self.child.life.is_up
 
-    def loaded(self, now: float) -> None:
-        if self.state is State.STARTING:
-            self._enter(State.ENTERING, now, self.deadlines.start)
+    def ended(
+        self, child: child_process.Child, reason: str, now: float, *, is_expected: bool
+    ) -> None:
+        """The child is gone: say why, and when the next one may start."""
+        if self.child is child:
+            self.child = None
+        if self.successor is child:
+            self.successor = None
+        if is_expected:
+            self.backoff.succeeded(now)
+            return
+        self.restarts += 1
+        self.last_error = child.reason or reason
+        wait = 0.0
+        if _was_started_well(child, now):
+            self.backoff.succeeded(now)
+        else:
+            wait = self.backoff.failed(now)
+        logger.error(
+            "%r ended while %s, with %d inputs in flight: %s; the next child starts in %.0f s",
+            child,
+            child.life.state.value,
+            len(child.jobs),
+            self.last_error,
+            wait,
+        )
 
-    def entered(self, now: float) -> None:
-        if self.state is State.ENTERING:
-            self._enter(State.PROBING, now, None)
-            self.last_beat = now
+    def seen(self, slots: int, now: float) -> snapshot.Replica:
+        """Return the picture that operators see."""
+        about: dict[str, Any] = {
+            "number": self.number,
+            "devices": tuple(one.token for one in self.share),
+            "restarts": self.restarts,
+            "last_error": self.last_error,
+        }
+        child = self.child
+        if child is None:
+            state = child_state.State.FAILED if self.should_run else child_state.State.STOPPED
+            wait = max(0.0, self.backoff.retry_at - now)
+            return snapshot.Replica(**about, state=state.value, retry_in=wait)
+        return snapshot.Replica(
+            **about,
+            state=child.life.state.value,
+            pid=child.pid,
+            slots=slots,
+            in_flight=len(child.jobs),
+            seconds_in_state=now - child.life.since,
+            start_up=child.life.start_up,
+            lag=child.lag,
+            resident_bytes=child.resident_bytes,
+            unready=tuple(sorted(child.room.unready)),
+            probes=tuple(map(_seen, child.checks or ())),
+        )
 
-    def probed(self, now: float) -> None:
-        if self.state is State.PROBING:
-            self._enter(State.BENCHMARKING, now, self.deadlines.benchmark)
 
-    def measured(self, now: float) -> None:
-        if self.state is State.BENCHMARKING:
-            self._enter(State.READY, now, None)
-            self.ready_at = now
-            if self.start_up is None:
-                self.start_up = now - self._began
+class Places:
+    """All replicas of a worker, those that are being drained for good among them."""
 
-    def measure_again(self, now: float) -> None:
-        """Take nothing new until it has been measured; for one that holds nothing."""
-        if self.state is State.READY:
-            self._enter(State.BENCHMARKING, now, self.deadlines.benchmark)
+    def __init__(self, shares: Sequence[Sequence[devices.Device]] | None = None) -> None:
+        self._shares = shares
+        self._wanted = 0
+        self._places: dict[int, Place] = {}
+        self._restarting: collections.deque[int] = collections.deque()
+        self._named: set[int] = set()
+        #: All were drained by an operator: so is what is added, until all are restarted.
+        self._is_held = False
 
-    def wants_inputs(self, now: float, wants: bool) -> None:
-        """Note that some service of a loaded child wants inputs, or none does."""
-        if self.is_up and wants is not self.is_ready:
-            self._enter(State.READY if wants else State.UNREADY, now, None)
+    def __iter__(self) -> Iterator[Place]:
+        return iter([place for _, place in sorted(self._places.items())])
 
-    def beat(self, now: float) -> None:
-        if self.last_beat is not None:
-            self.last_beat = now
+    def resize(self, wanted: int) -> list[Place]:
+        """Have ``wanted`` replicas; returns those to drain, the idle and least loaded first.
 
-    def drain(self, now: float, longest_limit: float) -> None:
-        """Take nothing new; what runs has until its own limit, or the drain's, has passed.
-
-        Args:
-            longest_limit: seconds that the last input may run; infinite where one has no limit.
+        One whose devices another still drains on is added by ``complete``.
         """
-        if self.state is not State.DRAINING:
-            bound = max(self.deadlines.drain, longest_limit)
-            self._enter(State.DRAINING, now, None if math.isinf(bound) else bound)
+        self._wanted = wanted
+        present = [place for place in self if place.is_wanted]
+        self.complete()
+        surplus = sorted(present, key=_load)[: max(0, len(present) - wanted)]
+        for place in surplus:
+            place.is_wanted = False
+        return surplus
 
-    def began(self, now: float, limit: float) -> None:
-        """An input that waited in a draining child has begun: it may run for ``limit`` seconds."""
-        if self.state is State.DRAINING and self.deadline is not None:
-            self.deadline = None if math.isinf(limit) else max(self.deadline, now + limit)
+    def remove(self, place: Place) -> None:
+        self._places.pop(place.number, None)
 
-    def ended(self, now: float, longest_limit: float) -> None:
-        """An input of a draining child has ended: what is left is bound, if nothing unlimited is.
+    def complete(self) -> None:
+        """Add the replicas that are wanted, as far as there are devices for them now."""
+        shares = self._shares
+        missing = self._wanted - sum(one.is_wanted for one in self)
+        for number in _free_numbers(self._places, missing, None if shares is None else len(shares)):
+            place = Place(number, () if shares is None else shares[number])
+            place.is_held = self._is_held
+            self._places[number] = place
 
-        Args:
-            longest_limit: seconds that the last of the others may run.
+    def hold(self, number: int | None) -> list[Place]:
+        """Return the replicas to drain, one or all; they stay stopped until a restart."""
+        self._is_held = self._is_held or number is None
+        held = [place for place in self if number in (None, place.number)]
+        for place in held:
+            place.is_held = True
+        return held
+
+    def restart(self, number: int | None) -> None:
+        """Have one replica, or all one after the other, restarted; see ``next_to_restart``.
+
+        One that is named does not wait for the others, which may never be ready.
         """
-        if self.state is State.DRAINING and self.deadline is None and math.isfinite(longest_limit):
-            self.deadline = now + max(self.deadlines.drain, longest_limit)
+        self._named |= {number} if number is not None else set()
+        self._is_held = self._is_held and number is not None
+        for place in self:
+            if number in (None, place.number) and place.is_wanted:
+                place.is_held = False
+                if place.number not in self._restarting:
+                    add = self._restarting.append if number is None else self._restarting.appendleft
+                    add(place.number)
 
-    def lingers(self, now: float) -> bool:
-        """Whether it has been draining for long because of what has no limit."""
-        is_bound = self.state is not State.DRAINING or self.deadline is not None
-        return not is_bound and now - self.since >= self.deadlines.drain
-
-    def was_steady(self, now: float) -> bool:
-        """Whether the child served long enough for its end to be no fault of its start."""
-        return self.ready_at is not None and now - self.ready_at >= _STEADY
-
-    def was_well(self, now: float) -> bool:
-        """Whether the child served long enough for its illness to be no fault of its start."""
-        return self.ready_at is not None and now - self.ready_at >= _WELL
-
-    def overdue(self, now: float) -> str | None:
-        """Return why the child must be killed now, if it must."""
-        if self.deadline is not None and now >= self.deadline:
-            return f"was {self.state.value} for {now - self.since:.0f} s{_SETTINGS[self.state]}"
-        if self.last_beat is not None and now - self.last_beat >= self.deadlines.heartbeat:
-            return (
-                f"sent no heartbeat for {now - self.last_beat:.0f} s: it is stopped, or a call "
-                f"blocks its event loop or holds the GIL (setting gw_heartbeat_timeout)"
-            )
+    def next_to_restart(self) -> Place | None:
+        """Return a replica to drain now: when all others are ready, so that one goes at a time."""
+        while self._restarting:
+            place = self._places.get(self._restarting[0])
+            if place is not None and place.child is not None:
+                break
+            self._restarting.popleft()  # a new child is as good as a restarted one
+        else:
+            return None
+        for number in self._restarting:
+            one = self._places.get(number)
+            if one is not None and one.is_up and not one.is_ready:
+                return self._taken_to_restart(one)  # it serves nobody who would miss it
+        others = [one for one in self if one is not place and one.should_run]
+        is_named = place.number in self._named
+        if place.is_ready and (is_named or all(one.is_ready for one in others)):
+            return self._taken_to_restart(place)
         return None
 
-    def _enter(self, state: State, now: float, timeout: float | None) -> None:
-        self.state = state
-        self.since = now
-        self.deadline = None if timeout is None else now + timeout
+    def _taken_to_restart(self, place: Place) -> Place:
+        self._restarting.remove(place.number)
+        self._named.discard(place.number)
+        return place
 
 
-_SETTINGS = {
-    State.STARTING: " (setting gw_boot_timeout)",
-    State.ENTERING: " (setting gw_start_timeout)",
-    State.BENCHMARKING: " (setting gw_benchmark_timeout)",
-    State.DRAINING: " (setting gw_drain_timeout)",
-}
+def _was_started_well(child: child_process.Child, now: float) -> bool:
+    """Whether the end of a child that should have gone on is no fault of its start."""
+    if child.is_ill:
+        return child.life.was_well(now) and not child.is_unfit
+    # One that dies of an input was started well.
+    return child.life.was_steady(now) or any(one.is_accepted for one in child.jobs.values())
 
 
-class Backoff:
-    """When a replica may start its next child."""
+def _seen(check: policy_probes.Check) -> snapshot.Probe:
+    last = check.last
+    return snapshot.Probe(
+        name=check.name,
+        kind=check.probe.kind,
+        is_ok=None if last is None else last.is_ok,
+        failures=check.failures,
+        is_failing=check.is_failing,
+        detail="" if last is None else last.detail,
+        seconds=0.0 if last is None else last.seconds,
+    )
 
-    def __init__(self) -> None:
-        self.failures = 0
-        self.retry_at = 0.0
-        self._waits = backoff.Backoff(_FIRST_WAIT, _LONGEST_WAIT)
 
-    def failed(self, now: float) -> float:
-        """Count a failed start and return the seconds to wait: 1, 2, 4 up to 64."""
-        self.failures += 1
-        wait = self._waits.next()
-        self.retry_at = now + wait
-        return wait
+def _load(place: Place) -> tuple[bool, int, int]:
+    """Order for shrinking: what serves nothing, then the least loaded, the highest number first."""
+    held = len(place.child.jobs) if place.child is not None else 0
+    return (place.is_ready, held, -place.number)
 
-    def succeeded(self, now: float) -> None:
-        self.failures = 0
-        self.retry_at = now
-        self._waits.reset()
+
+def _free_numbers(taken: Mapping[int, Any], count: int, most: int | None) -> list[int]:
+    """The lowest numbers below ``most`` that are not taken: a number stands for its devices."""
+    numbers = itertools.count() if most is None else iter(range(most))
+    free = (number for number in numbers if number not in taken)
+    return list(itertools.islice(free, max(0, count)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import selectors
 from collections.abc import Iterator
 
-from gw_celery.pool import children, wakeup
+from gw_celery.pool import child_process, wakeup
 
 Event = tuple[selectors.SelectorKey, int]
 
@@ -16,7 +16,7 @@ class Sockets:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._wakeup = wakeup.Wakeup(self._selector)
-        self._children: set[children.Child] = set()
+        self._children: set[child_process.Child] = set()
 
     def fileno(self) -> int:
         """One descriptor that is readable when ``wait`` would return at once."""
@@ -30,7 +30,7 @@ class Sockets:
         """Return what has happened, for ``follow``; the only part that needs no lock."""
         return self._selector.select(timeout)
 
-    def follow(self, events: list[Event]) -> Iterator[children.Child]:
+    def follow(self, events: list[Event]) -> Iterator[child_process.Child]:
         """Write what can be written now, and yield the children that have something to read."""
         for key, mask in events:
             child = key.data
@@ -43,16 +43,16 @@ class Sockets:
             if mask & selectors.EVENT_READ:
                 yield child
 
-    def add(self, child: children.Child) -> None:
+    def add(self, child: child_process.Child) -> None:
         self._children.add(child)
         self._selector.register(child, selectors.EVENT_READ, child)
 
-    def remove(self, child: children.Child) -> None:
+    def remove(self, child: child_process.Child) -> None:
         """Forget a child; before its socket is closed."""
         self._children.remove(child)
         self._selector.unregister(child)
 
-    def watch(self, child: children.Child) -> None:
+    def watch(self, child: child_process.Child) -> None:
         """Ask to be told when the socket takes more, only while there is more."""
         if child in self._children:
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.wants_to_write else 0)

@@ -12,22 +12,21 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gw_celery import snapshot
-from gw_celery.benchmarks import live
+from gw_celery.policy import live_scores
 from gw_celery.pool import (
-    children,
-    deaths,
-    inputs,
-    jobs,
-    measuring,
-    places,
-    probing,
-    replica,
+    child_process,
+    child_state,
+    counters,
+    poison,
+    probes,
     replicas,
+    request,
+    requests,
     sockets,
-    tally,
-    wire,
 )
+from gw_celery.pool import replica as pool_replica
+from gw_celery.pool import scores as pool_scores
+from gw_celery.protocol import frames, snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -37,27 +36,27 @@ class Supervisor:
 
     def __init__(
         self,
-        setup: places.Setup,
+        setup: pool_replica.Setup,
         on_capacity: Callable[[], None],
         connect_redis: Callable[[], Any] | None = None,
-        bury: Callable[[jobs.Job, str, int], None] | None = None,
+        bury: Callable[[request.Job, str, int], None] | None = None,
         on_lost: Callable[[list[int]], None] | None = None,
     ) -> None:
         self._setup = setup
-        shared = None if connect_redis is None else deaths.Shared(connect_redis, self.wake)
+        shared = None if connect_redis is None else poison.Shared(connect_redis, self.wake)
         self._sockets = sockets.Sockets()
         self._replicas = replicas.Replicas(
             setup, self._sockets, self._longest_left, self._on_gone, on_capacity
         )
-        self._inputs = inputs.Inputs(
+        self._inputs = requests.Inputs(
             setup.settings,
             self._after_input,
             self._replicas.replace,
             shared,
             bury,
         )
-        self._measuring = measuring.Measuring(setup, self._send)
-        self._probing = probing.Probing(
+        self._measuring = pool_scores.Measuring(setup, self._send)
+        self._probing = probes.Probing(
             setup, self._replicas, self._send, self._advance, on_capacity
         )
         self._on_capacity = on_capacity
@@ -99,9 +98,9 @@ class Supervisor:
     def note_queued(self, queued: Mapping[str, int]) -> None:
         """Hear how many messages wait in the broker, by service."""
         with self._lock:
-            self._measuring.note_queued(queued, jobs.now())
+            self._measuring.note_queued(queued, request.now())
 
-    def observe(self, tallies: Mapping[str, live.Tally]) -> None:
+    def observe(self, tallies: Mapping[str, live_scores.Tally]) -> None:
         """Let the traffic correct the scores; about once a second."""
         with self._lock:
             # While results cannot be stored nothing is consumed, however much there is.
@@ -109,18 +108,18 @@ class Supervisor:
             by_service = {
                 key: sum(one.room.serves(key) for one in ready) for key in self._setup.slots
             }
-            self._measuring.observe(jobs.now(), tallies, by_service)
+            self._measuring.observe(request.now(), tallies, by_service)
 
     # -- inputs --
 
-    def submit(self, args: tuple[Any, ...], service: str, options: dict[str, Any]) -> jobs.Job:
+    def submit(self, args: tuple[Any, ...], service: str, options: dict[str, Any]) -> request.Job:
         """Take one input; it starts when a replica has a slot for it."""
         with self._lock:
             job = self._inputs.submit(args, service, options, self._stop)
             self._dispatch()
         return job
 
-    def _stop(self, job: jobs.Job, signum: int) -> None:
+    def _stop(self, job: request.Job, signum: int) -> None:
         """Stop one input and answer it as terminated, before or after its start."""
         with self._lock:
             self._inputs.stop(job, signum)
@@ -161,15 +160,15 @@ class Supervisor:
         with self._lock:
             for child in self._sockets.follow(events):
                 self._receive(child)
-            self._inputs.settle_asked(jobs.now())
-            self._probing.look(jobs.now())
+            self._inputs.settle_asked(request.now())
+            self._probing.look(request.now())
             self._dispatch()
-            self._inputs.expire(jobs.now())
+            self._inputs.expire(request.now())
 
     def tick(self) -> None:
         """Judge deadlines, reap, start what is missing; once a second, after ``poll``."""
         with self._lock:
-            now = jobs.now()
+            now = request.now()
             for child in self._replicas:
                 self._judge(child, now)
             self._replicas.tick(now)
@@ -183,11 +182,11 @@ class Supervisor:
     def probe_tick(self) -> None:
         """Call the probes that are due, now."""
         with self._lock:
-            self._probing.look(jobs.now())
+            self._probing.look(request.now())
 
     def next_deadline(self) -> float | None:
         """Seconds until an input reaches a limit, or a probe is due; ``None`` without either."""
-        now = jobs.now()
+        now = request.now()
         nexts = (self._inputs.limits.next_in(now), self._probing.next_in(now))
         return min((one for one in nexts if one is not None), default=None)
 
@@ -248,7 +247,7 @@ class Supervisor:
         """Inputs of a service that wait here because no slot is free."""
         return self._inputs.waiting.waiting(service)
 
-    def tallies(self) -> dict[str, tally.Tally]:
+    def tallies(self) -> dict[str, counters.Tally]:
         """The work of each service that was taken, is held and was done here; from any thread."""
         with self._lock:
             return self._inputs.tallies.seen()
@@ -259,14 +258,14 @@ class Supervisor:
 
     def seen_scores(self) -> dict[str, snapshot.Score]:
         with self._lock:
-            return self._measuring.seen(jobs.now())
+            return self._measuring.seen(request.now())
 
     def replicas(self) -> tuple[snapshot.Replica, ...]:
         return self._replicas.seen()
 
     # -- reports --
 
-    def _receive(self, child: children.Child) -> bool:
+    def _receive(self, child: child_process.Child) -> bool:
         """Handle what a child has reported; whether there was anything."""
         received = child.receive()
         garbage = received.garbage
@@ -275,7 +274,7 @@ class Supervisor:
                 break
             try:
                 self._handle(child, report)
-            except wire.Garbage as exc:
+            except frames.Garbage as exc:
                 garbage = exc
                 break
             except Exception:  # the others' answers must not be lost with it
@@ -287,47 +286,47 @@ class Supervisor:
             self._replicas.end(child, None)
         return bool(received.reports) and child in self._replicas
 
-    def _handle(self, child: children.Child, report: list[Any]) -> None:
-        kind, now = report[0], jobs.now()
-        if kind == wire.Report.BEAT:
+    def _handle(self, child: child_process.Child, report: list[Any]) -> None:
+        kind, now = report[0], request.now()
+        if kind == frames.Report.BEAT:
             child.life.beat(now)
             _, child.lag, child.resident_bytes = report
-        elif kind == wire.Report.LOADED:
+        elif kind == frames.Report.LOADED:
             child.life.loaded(now)
-        elif kind == wire.Report.ENTERED:
+        elif kind == frames.Report.ENTERED:
             child.life.entered(now)
             self._advance(child, now)
-        elif kind == wire.Report.MEASURED:
+        elif kind == frames.Report.MEASURED:
             self._measured(child, report[1], report[2], now)
-        elif kind == wire.Report.PROBED:
+        elif kind == frames.Report.PROBED:
             self._probing.handle(child, report, now)
-        elif kind == wire.Report.STUCK:
+        elif kind == frames.Report.STUCK:
             logger.error("%r has a call of %s that nobody waits for: replaced", child, report[1])
             self._replicas.replace(child)
-        elif kind == wire.Report.FAILED:
+        elif kind == frames.Report.FAILED:
             child.reason = report[1]
-        elif kind == wire.Report.OUTAGE:
+        elif kind == frames.Report.OUTAGE:
             child.outage = report[1]
             self._on_capacity()
         else:
             self._inputs.handle(child, report, now)
-            if kind == wire.Report.ERROR and report[3] == "builtins.MemoryError":
+            if kind == frames.Report.ERROR and report[3] == "builtins.MemoryError":
                 logger.error("%r ran out of memory in a task: it is replaced", child)
                 self._replicas.replace(child)
 
-    def _advance(self, child: children.Child, now: float) -> None:
+    def _advance(self, child: child_process.Child, now: float) -> None:
         """Take a child as far towards READY as it has proved itself."""
-        if child.life.state is replica.State.PROBING and self._probing.has_started(child, now):
+        if child.life.state is child_state.State.PROBING and self._probing.has_started(child, now):
             child.life.probed(now)
-        is_next = child.life.state is replica.State.BENCHMARKING
+        is_next = child.life.state is child_state.State.BENCHMARKING
         if is_next and self._measuring.is_over(child, now):
             self._replicas.became_ready(child, now)
             self._probing.expect()
 
-    def _measured(self, child: children.Child, call: int, text: str, now: float) -> None:
+    def _measured(self, child: child_process.Child, call: int, text: str, now: float) -> None:
         try:
             self._measuring.follow(child, call, text, now)
-        except measuring.Failed as exc:
+        except pool_scores.Failed as exc:
             self._replicas.refuse(child, str(exc))
         else:
             self._advance(child, now)
@@ -342,8 +341,8 @@ class Supervisor:
             self._advance(child, now)
             self._on_capacity()
 
-    def _after_input(self, child: children.Child) -> None:
-        if child.life.state is replica.State.DRAINING:
+    def _after_input(self, child: child_process.Child) -> None:
+        if child.life.state is child_state.State.DRAINING:
             self._replicas.leave_when_idle(child)
         elif child.life.is_up and self._setup.is_worn(child):
             self._replicas.replace(child)
@@ -359,18 +358,18 @@ class Supervisor:
         if self._waiting != before:
             self._on_capacity()
 
-    def _send(self, child: children.Child, order: tuple[Any, ...]) -> None:
+    def _send(self, child: child_process.Child, order: tuple[Any, ...]) -> None:
         child.send(order)
         self._sockets.watch(child)
 
-    def _watch(self, written: Iterable[children.Child]) -> None:
+    def _watch(self, written: Iterable[child_process.Child]) -> None:
         for child in written:
             self._sockets.watch(child)
 
-    def _longest_left(self, child: children.Child, now: float) -> float:
+    def _longest_left(self, child: child_process.Child, now: float) -> float:
         return self._inputs.limits.longest_left(child.jobs.values(), now)
 
-    def _judge(self, child: children.Child, now: float) -> None:
+    def _judge(self, child: child_process.Child, now: float) -> None:
         if child.process.poll() is not None:
             while child in self._replicas and self._receive(child):
                 pass  # what it wrote before it ended
@@ -380,7 +379,7 @@ class Supervisor:
             child.reason = child.reason or reason
             self._replicas.end(child, f"Worker exited prematurely: it {reason}.")
 
-    def _on_gone(self, child: children.Child, why: str) -> None:
+    def _on_gone(self, child: child_process.Child, why: str) -> None:
         """Settle what a child held that is gone."""
         self._measuring.forget(child)
         begun = [job.number for job in child.jobs.values() if job.is_accepted]

@@ -16,25 +16,26 @@ from typing import Any
 from celery.concurrency.base import BasePool
 from celery.worker import state
 
-from gw_celery import conf, snapshot, sweeps
+from gw_celery import conf, signals
+from gw_celery.client import beat_tasks
+from gw_celery.cluster import lost_workers, ranking, wait_estimates
 from gw_celery.declare import services
 from gw_celery.pool import (
+    counters,
     dead_letters,
-    driving,
-    estimates,
-    janitor,
-    jobs,
+    driver,
     lane,
     origin,
-    places,
-    ranking,
+    replica,
+    request,
     supervisor,
-    tally,
 )
-from gw_celery.pool.redis_found import redis_of
-from gw_celery.worker import control_queue, fatal, gate, health, hooks, notices
+from gw_celery.protocol import snapshot
+from gw_celery.runtime import fatal_exit
+from gw_celery.transport.find import redis_of
+from gw_celery.worker import control_queue, gate, health, start_notices
 
-hooks.listen()
+signals.listen()
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class TaskPool(BasePool):
 
     def __init__(self, limit: int | None = None, **options: Any) -> None:
         super().__init__(limit, **options)
-        plan = hooks.plan()
+        plan = signals.plan()
         settings = conf.read(self.app.conf) if plan is None else plan.settings
         slots = plan.slots if plan else {services.PLAIN: 1}
         self._plan = plan
@@ -64,7 +65,7 @@ class TaskPool(BasePool):
         #: When each tick of beat came last.
         self._ticked: dict[str, float] = {}
         self.limit = limit or 1
-        self._setup = places.Setup(
+        self._setup = replica.Setup(
             settings=settings,
             slots=slots,
             first={},
@@ -76,11 +77,11 @@ class TaskPool(BasePool):
         )
         self.supervisor: supervisor.Supervisor
         self._dead: dead_letters.DeadLetters | None = None
-        self._janitor: janitor.Janitor | None = None
-        self._estimates: estimates.Estimates | None = None
+        self._janitor: lost_workers.Janitor | None = None
+        self._estimates: wait_estimates.Estimates | None = None
         #: Where the broker prefers the quicker of several workers.
         self.ranking: ranking.Ranking | None = None
-        self._driver: driving.Driver
+        self._driver: driver.Driver
         self._replicas: tuple[snapshot.Replica, ...] = ()
         #: What a platform's own probes ask; others add their paths to its ``routes``.
         self.health = health.Health(settings)
@@ -133,10 +134,10 @@ class TaskPool(BasePool):
     # -- the life of the worker --
 
     def on_start(self) -> None:
-        with fatal.fatal_errors():
+        with fatal_exit.fatal_errors():
             self.health.start()
         app, hostname = self.options["initargs"]
-        self._janitor = janitor.of(app, self._setup.settings, hostname)
+        self._janitor = lost_workers.of(app, self._setup.settings, hostname)
         first = {
             "worker": self._janitor and self._janitor.worker,
             "app": origin.find(app),
@@ -153,7 +154,7 @@ class TaskPool(BasePool):
         self.supervisor = supervisor.Supervisor(
             setup, self._on_capacity, redis_of(app), bury, on_lost
         )
-        self._driver = driving.Driver(self.supervisor, self._lane.settle, self._see)
+        self._driver = driver.Driver(self.supervisor, self._lane.settle, self._see)
         if self._janitor is not None:
             self._janitor.start()
         if self._plan is not None:
@@ -163,8 +164,8 @@ class TaskPool(BasePool):
             self.gate = gate.Gate(app.amqp.queues, queues, self, priority)
             self.gate.close_all()
             self.control = control_queue.ControlQueue() if self._plan.runs_sweeps else None
-            notices.log(app, self._plan)
-            self._estimates = estimates.of(app, self._plan, hostname, self.supervisor)
+            start_notices.log(app, self._plan)
+            self._estimates = wait_estimates.of(app, self._plan, hostname, self.supervisor)
         self._resize(self.limit)
         self.supervisor.tick()
         self._see()
@@ -176,9 +177,9 @@ class TaskPool(BasePool):
         """Called at every start of the consumer, when the hub has forgotten us."""
         self._driver.attach(hub)
 
-    def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> jobs.Job:
+    def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> request.Job:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
-        if args[0] in sweeps.COMMANDS:
+        if args[0] in beat_tasks.COMMANDS:
             return self._lane.submit(target, args, options)
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
@@ -231,12 +232,12 @@ class TaskPool(BasePool):
 
     def probe_tick(self) -> None:
         """Call the probes that are due now; they are called without it, too."""
-        self._ticked["probe"] = jobs.now()
+        self._ticked["probe"] = request.now()
         self.supervisor.probe_tick()
 
     def benchmark_tick(self) -> None:
         """Have every replica measured again, one after the other, when it has nothing to do."""
-        self._ticked["benchmark"] = jobs.now()
+        self._ticked["benchmark"] = request.now()
         self.supervisor.measure_again()
 
     # -- what is seen from outside --
@@ -257,7 +258,7 @@ class TaskPool(BasePool):
         """Inputs that this worker has taken and that wait for a slot."""
         return self.supervisor.waiting()
 
-    def tallies(self) -> dict[str, tally.Tally]:
+    def tallies(self) -> dict[str, counters.Tally]:
         """The work of each service that arrived, waits, runs and was served; from any thread."""
         return self.supervisor.tallies()
 
@@ -291,7 +292,7 @@ class TaskPool(BasePool):
             "gw_outage": self.outage(),
             "gw_tallies": {key: dataclasses.asdict(one) for key, one in self.tallies().items()},
             "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
-            "gw_tick_ages": {kind: jobs.now() - at for kind, at in self._ticked.items()},
+            "gw_tick_ages": {kind: request.now() - at for kind, at in self._ticked.items()},
         }
 
     # -- driving --

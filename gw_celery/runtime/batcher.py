@@ -13,9 +13,17 @@ from celery import current_task
 from celery.exceptions import Retry
 
 from gw_celery import errors
-from gw_celery.batching import buffer, policy
 from gw_celery.declare import markers, services
-from gw_celery.runtime import answers, bridge, clocks, memory, offload, running, sharing
+from gw_celery.policy import batch_buffer, batching
+from gw_celery.runtime import (
+    answers,
+    batch_items,
+    clocks,
+    current_batch,
+    greenlet_bridge,
+    memory,
+    offload,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +36,13 @@ class Batcher:
         host: the replica that calls it.
     """
 
-    def __init__(self, method: services.Method, host: sharing.Host) -> None:
+    def __init__(self, method: services.Method, host: batch_items.Host) -> None:
         declared = _declared(method)
         self._method = method
         self._host = host
         self._clock = host.clock
         self._declared = declared
-        self._bounds = buffer.Bounds(
+        self._bounds = batch_buffer.Bounds(
             size=declared.max_batch_size,
             wait=declared.wait_ms / 1000,
             cost=declared.max_batch_cost,
@@ -42,9 +50,9 @@ class Batcher:
         self._threads = offload.Offload(
             f"batch-{method.name}", declared.max_running_batches, host.around
         )
-        self._waiting = buffer.Buffers()
+        self._waiting = batch_buffer.Buffers()
         #: The calls that run, and the inputs that each was made for.
-        self._running: dict[asyncio.Task[None], list[sharing.Member]] = {}
+        self._running: dict[asyncio.Task[None], list[batch_items.Member]] = {}
         #: Those of them that nobody waits for.
         self._deserted: set[asyncio.Task[None]] = set()
         self._timer: clocks.Timer | None = None
@@ -52,7 +60,7 @@ class Batcher:
         self._is_draining = False
 
     async def submit(
-        self, work: sharing.Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, work: batch_items.Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """Return the answer to one input, from a call that it shares.
 
@@ -86,7 +94,7 @@ class Batcher:
         self._form_soon()
 
     def _key(
-        self, work: sharing.Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, work: batch_items.Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Hashable:
         if self._declared.key is None:
             return work.key
@@ -102,17 +110,17 @@ class Batcher:
         return work.key, type(own), own
 
     def _waiting_for(
-        self, work: sharing.Work, arguments: Mapping[str, Any], key: Hashable, cost: int
-    ) -> buffer.Waiting:
-        who, now = running.joining.get(), self._clock.now()
-        member = sharing.Member(
+        self, work: batch_items.Work, arguments: Mapping[str, Any], key: Hashable, cost: int
+    ) -> batch_buffer.Waiting:
+        who, now = current_batch.joining.get(), self._clock.now()
+        member = batch_items.Member(
             work=work,
             arguments=arguments,
             since=now,
             joining=who,
             outcome=asyncio.get_running_loop().create_future(),
         )
-        return buffer.Waiting(
+        return batch_buffer.Waiting(
             payload=member,
             key=key,
             since=now,
@@ -150,7 +158,7 @@ class Batcher:
             self._timer = None
         while len(self._running) < self._declared.max_running_batches:
             now = self._clock.now()
-            batch = policy.next_batch(
+            batch = batching.next_batch(
                 self._waiting, self._bounds, now, is_draining=self._is_draining
             )
             if batch is None:
@@ -159,11 +167,11 @@ class Batcher:
             self._start(batch)
 
     def _wait_until_due(self, now: float) -> None:
-        wait = policy.due_in(self._waiting, self._bounds, now)
+        wait = batching.due_in(self._waiting, self._bounds, now)
         if wait is not None:
             self._timer = self._clock.call_at(now + wait, self._form, self._host.context)
 
-    def _start(self, batch: policy.Batch) -> None:
+    def _start(self, batch: batching.Batch) -> None:
         members = [one.payload for one in batch.members]
         task = asyncio.get_running_loop().create_task(
             self._serve(members, batch.flush),
@@ -195,11 +203,11 @@ class Batcher:
 
     # -- running --
 
-    async def _serve(self, members: list[sharing.Member], flush: policy.Flush) -> None:
+    async def _serve(self, members: list[batch_items.Member], flush: batching.Flush) -> None:
         """Answer every member, in as many calls as it takes."""
         parts = [members]
-        running.held.set(frozenset({members[0].work.service}))
-        running.is_in_batch.set(True)
+        current_batch.held.set(frozenset({members[0].work.service}))
+        current_batch.is_in_batch.set(True)
         try:
             with members[0].work.using():
                 while parts:
@@ -214,8 +222,8 @@ class Batcher:
                 one.fail(exc)
 
     async def _answered(
-        self, part: list[sharing.Member], flush: policy.Flush
-    ) -> list[list[sharing.Member]]:
+        self, part: list[batch_items.Member], flush: batching.Flush
+    ) -> list[list[batch_items.Member]]:
         """Call the body for ``part``; returns the parts to call it for again."""
         if not part:
             return []
@@ -233,16 +241,18 @@ class Batcher:
             one.answer(entry)
         return []
 
-    async def _call(self, part: list[sharing.Member], flush: policy.Flush) -> Any:
+    async def _call(self, part: list[batch_items.Member], flush: batching.Flush) -> Any:
         now = self._clock.now()
         waited = tuple(now - one.since for one in part)
-        running.batch.set(running.Batch(size=len(part), flush=flush.value, waited=waited))
+        current_batch.batch.set(
+            current_batch.Batch(size=len(part), flush=flush.value, waited=waited)
+        )
         fn = part[0].work.fn
         args, kwargs = answers.listed(self._method, [one.arguments for one in part])
         self._host.tell()
         if self._method.is_async:
-            return await bridge.step(
-                lambda: bridge.drive(self._body(fn, args, kwargs)), bridge.NOBODY
+            return await greenlet_bridge.step(
+                lambda: greenlet_bridge.drive(self._body(fn, args, kwargs)), greenlet_bridge.NOBODY
             )
         return await self._threads.run(self._sync_body, fn, args, kwargs)
 
@@ -266,7 +276,9 @@ class Batcher:
 
     # -- recovering --
 
-    def _failed(self, part: list[sharing.Member], exc: Exception) -> list[list[sharing.Member]]:
+    def _failed(
+        self, part: list[batch_items.Member], exc: Exception
+    ) -> list[list[batch_items.Member]]:
         """Isolate the input that the call failed for; returns the parts to try."""
         if all(one.outcome.done() for one in part):
             return []
@@ -289,7 +301,7 @@ class Batcher:
     def _take_less(self, size: int, exc: Exception) -> None:
         if size == 1:
             return
-        self._bounds = policy.halves(self._bounds, size)
+        self._bounds = batching.halves(self._bounds, size)
         logger.warning(
             "a call of %s ran out of the device's memory with %d inputs (%s): until this replica "
             "restarts, it takes %d at most; lower max_batch_size, or bound size_fn's sum",
@@ -303,7 +315,7 @@ class Batcher:
 class Batchers:
     """The batchers of a replica, each made when its method is first called."""
 
-    def __init__(self, host: sharing.Host) -> None:
+    def __init__(self, host: batch_items.Host) -> None:
         self._host = host
         self._batchers: dict[str, Batcher] = {}
         self._is_draining = False
@@ -329,7 +341,7 @@ def _try_again(asked: Retry) -> None:
     current_task.retry(exc=asked.exc, **when)
 
 
-def _cut(members: list[sharing.Member], size: int) -> list[list[sharing.Member]]:
+def _cut(members: list[batch_items.Member], size: int) -> list[list[batch_items.Member]]:
     return [members[start : start + size] for start in range(0, len(members), size)]
 
 

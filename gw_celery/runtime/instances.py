@@ -21,7 +21,7 @@ from typing import Any
 
 from gw_celery import conf, errors
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import lifecycle, making, views
+from gw_celery.runtime import instance_maker, instance_views, lifecycle
 from gw_celery.types import ParameterValues
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Instances:
     def __init__(self, service: services.Service, settings: conf.Settings) -> None:
         self._service = service
         self._settings = settings
-        self._view_class = views.view_class(service.target)
+        self._view_class = instance_views.view_class(service.target)
         self._loaded: list[Loaded] = []  # least recently used first
         self._lock = threading.Lock()
         self._building = asyncio.Lock()
@@ -79,7 +79,7 @@ class Instances:
         """The instance of the default parameters; none when a parameter has no default."""
         if any(one.is_required for one in self._service.parameters.values()):
             return None
-        return making.unit(self._service, self._view_class, self._defaults())
+        return instance_maker.unit(self._service, self._view_class, self._defaults())
 
     def adopt(self, life: lifecycle.Entered) -> None:
         """Take over the instance of the default parameters; whoever entered it leaves it."""
@@ -143,7 +143,7 @@ class Instances:
 
     def view(self, loaded: Loaded, values: ParameterValues) -> Any:
         """Return the object that a call with ``values`` sees: shared state, own parameters."""
-        return views.view(loaded.instance, values)
+        return instance_views.view(loaded.instance, values)
 
     async def leave(self) -> None:
         """Leave every instance that ``load`` built; the start-up's own are not among them.
@@ -187,7 +187,7 @@ class Instances:
 
     async def _enter(self, values: ParameterValues) -> None:
         """Enter one instance, and raise what it raised."""
-        unit = making.unit(self._service, self._view_class, values)
+        unit = instance_maker.unit(self._service, self._view_class, values)
         life = lifecycle.Entered(unit, self._settings.exit_timeout)
         try:
             await lifecycle.settle_all([life], self._settings.start_timeout)
@@ -196,7 +196,7 @@ class Instances:
         self._add(life, values, is_pinned=False)
 
     def _add(self, life: lifecycle.Entered, values: ParameterValues, *, is_pinned: bool) -> None:
-        made: making.Made = life.value.result()
+        made: instance_maker.Made = life.value.result()
         text = _text(values, made.reads)
         loaded = Loaded(
             instance=made.instance,

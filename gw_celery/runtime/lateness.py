@@ -9,7 +9,8 @@ from typing import Any
 
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 
-from gw_celery import errors, headers
+from gw_celery import errors
+from gw_celery.protocol import headers
 
 
 def stamp(app: Any, countdown: Any, eta: Any) -> float:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from celery.app import amqp
 from kombu import pools
 
-from gw_celery.runtime import bridge
+from gw_celery.runtime import greenlet_bridge
 
 T = TypeVar("T")
 
@@ -32,9 +32,9 @@ class Offload:
 
     def __call__(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Return ``fn(*args, **kwargs)``."""
-        if not bridge.can_park():
+        if not greenlet_bridge.can_park():
             return fn(*args, **kwargs)
-        return bridge.drive(self.run(fn, *args, **kwargs))
+        return greenlet_bridge.drive(self.run(fn, *args, **kwargs))
 
     async def run(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Return ``fn(*args, **kwargs)``, from a thread, in the context of the caller."""
@@ -56,7 +56,7 @@ class _Producers:
         self._offload = offload
 
     def acquire(self, *args: Any, **kwargs: Any) -> Any:
-        if bridge.would_block_loop():
+        if greenlet_bridge.would_block_loop():
             return self._blocking.acquire(*args, **kwargs)
         return self._offload(self._pool.acquire, *args, **kwargs)
 

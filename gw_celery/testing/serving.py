@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gw_celery.calling import eager
-from gw_celery.runtime import batcher, clocks, process, sharing
+from gw_celery.client import local
+from gw_celery.runtime import batch_items, batcher, clocks
+from gw_celery.runtime import in_process as runtime_in_process
 
 if TYPE_CHECKING:
     from gw_celery.app import App
@@ -28,16 +29,16 @@ def in_process(app: App, *, clock: clocks.Clock | None = None) -> Iterator[None]
         StartupError: when a context or hook fails, with every cause.
     """
     conf = app.celery.conf
-    is_outermost = process.current() is None
-    runtime = eager.started(app.celery)
+    is_outermost = runtime_in_process.current() is None
+    runtime = local.started(app.celery)
     before = conf.task_always_eager, runtime.batchers
     conf.task_always_eager = True
     if runtime.batchers is None or clock is not None:
-        runtime.batchers = batcher.Batchers(sharing.Host(clock=clock or clocks.Monotonic()))
+        runtime.batchers = batcher.Batchers(batch_items.Host(clock=clock or clocks.Monotonic()))
     try:
         runtime.enter([app.registry], list(app.registry.services.values()))
         yield
     finally:
         conf.task_always_eager, runtime.batchers = before
         if is_outermost:
-            eager.stop(runtime)
+            local.stop(runtime)

@@ -10,7 +10,7 @@ from typing import Any
 
 from celery.beat import PersistentScheduler
 
-from gw_celery import sweeps
+from gw_celery.client import beat_tasks
 from gw_celery.declare import registry
 
 logger = logging.getLogger(__name__)
@@ -27,9 +27,9 @@ def settle(service: Any, registries: Iterable[registry.Registry]) -> None:
     """
     app, scheduler = service.app, service.scheduler
     with contextlib.suppress(KeyError):  # a project that makes no queues is told when it sends
-        sweeps.queue_of(app)
-    sweeps.schedule(app, registries)
-    ours = sweeps.given(app)
+        beat_tasks.queue_of(app)
+    beat_tasks.schedule(app, registries)
+    ours = beat_tasks.given(app)
     if _is_database(scheduler):
         scheduler.update_from_dict({name: _as_row(entry) for name, entry in ours.items()})
         _remove_stale(scheduler, app.conf.beat_schedule or {})
@@ -54,8 +54,8 @@ def _remove_stale(scheduler: Any, declared: Iterable[str]) -> None:
     rows = scheduler.Model._default_manager
     kept = set(declared)
     # Asked again in Python: the LIKE of some databases takes GW_CELERY for the same.
-    for row in rows.filter(name__startswith=sweeps.PREFIX):
-        if row.name.startswith(sweeps.PREFIX) and row.name not in kept:
+    for row in rows.filter(name__startswith=beat_tasks.PREFIX):
+        if row.name.startswith(beat_tasks.PREFIX) and row.name not in kept:
             logger.warning("the periodic task %s is removed: nothing declares it", row.name)
             scheduler.schedule.pop(row.name, None)
             row.delete()

@@ -9,7 +9,8 @@ from typing import Any
 from celery import bootsteps
 from celery.worker import state
 
-from gw_celery.worker import fatal, notices, serving
+from gw_celery.runtime import fatal_exit
+from gw_celery.worker import serving, start_notices
 from gw_celery.worker.pipes import Pipes
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class ServingStep(bootsteps.StartStopStep):
 
     def start(self, worker: Any) -> None:
         # Not earlier: Celery sets up logging after ``worker_init``.
-        notices.log(worker.app, self.plan)
+        start_notices.log(worker.app, self.plan)
 
     def info(self, worker: Any) -> dict[str, Any]:
         served = {service.name: service.queue for service in self.plan.served}
@@ -36,7 +37,7 @@ class LoadingStep(ServingStep):
 
     def start(self, worker: Any) -> None:
         super().start(worker)
-        with fatal.fatal_errors():
+        with fatal_exit.fatal_errors():
             serving.start(self.plan, state.maybe_shutdown)
 
 
@@ -72,8 +73,8 @@ class ChildrenStep(ServingStep):
                 failure.reason,
             )
         if failures:
-            worker.exitcode = fatal.EX_FAILURE
-            state.should_stop = fatal.EX_FAILURE
+            worker.exitcode = fatal_exit.EX_FAILURE
+            state.should_stop = fatal_exit.EX_FAILURE
 
 
 def install(worker: Any, plan: serving.Plan) -> None:

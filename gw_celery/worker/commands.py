@@ -8,7 +8,7 @@ from typing import Any
 
 from celery.worker import control
 
-from gw_celery import snapshot
+from gw_celery.protocol import snapshot
 
 
 def status(pool: Any, hostname: str, autoscaler: Any = None) -> snapshot.Worker:

@@ -10,8 +10,10 @@ from typing import Any
 from celery.app.task import Context
 from celery.worker.consumer import Consumer as CeleryConsumer
 
-from gw_celery import conf, errors, sweeps
-from gw_celery.worker import control_queue, redis_transport
+from gw_celery import conf, errors
+from gw_celery.client import beat_tasks
+from gw_celery.transport import transport
+from gw_celery.worker import control_queue
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Consumer(CeleryConsumer):
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
-        connected = self.ensure_connected(redis_transport.use(connection))
+        connected = self.ensure_connected(transport.use(connection))
         # What ended while there was no broker is not given back to it.
         self._poll_pool()
         return connected
@@ -151,4 +153,4 @@ class Consumer(CeleryConsumer):
 
     def _control_of(self, queue: str) -> control_queue.ControlQueue | None:
         """What consumes ``queue`` when it is that of the sweeps; ``None`` for all others."""
-        return getattr(self.pool, "control", None) if queue == sweeps.QUEUE else None
+        return getattr(self.pool, "control", None) if queue == beat_tasks.QUEUE else None

@@ -12,7 +12,7 @@ from typing import Any
 from celery import bootsteps
 from kombu.common import ignore_errors
 
-from gw_celery import sweeps
+from gw_celery.client import beat_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,9 @@ class ControlQueue:
         celery_consumer = self._celery_consumer
         amqp = celery_consumer.app.amqp
         try:
-            queue = sweeps.queue_of(celery_consumer.app)
+            queue = beat_tasks.queue_of(celery_consumer.app)
         except KeyError:  # the project makes no queues that it has not named
-            logger.warning("task_queues lacks %s: this worker hears no beat", sweeps.QUEUE)
+            logger.warning("task_queues lacks %s: this worker hears no beat", beat_tasks.QUEUE)
             return None
         made = amqp.TaskConsumer(
             celery_consumer.connection.channel(),
@@ -99,4 +99,4 @@ class ControlStep(bootsteps.StartStopStep):
         """Part of ``inspect stats``: ``active_queues`` knows the queues of inputs only."""
         control = consumer.pool.control
         is_consumed = control is not None and control.is_consumed
-        return {"gw_control": {"queue": sweeps.QUEUE, "is_consumed": is_consumed}}
+        return {"gw_control": {"queue": beat_tasks.QUEUE, "is_consumed": is_consumed}}

@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gw_celery import conf, errors, snapshot
+from gw_celery import conf, errors
 from gw_celery.declare import services
+from gw_celery.protocol import snapshot
 from gw_celery.worker import http
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from typing import Any
 
 from celery import bootsteps
 
-from gw_celery import conf, errors, snapshot
+from gw_celery import conf, errors
+from gw_celery.protocol import snapshot
 from gw_celery.worker import commands, http
 
 PATH = "/metrics"

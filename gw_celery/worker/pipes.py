@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 
-from gw_celery.worker import ending
+from gw_celery.worker import stop_signal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Pipes:
     """Made before the fork: why children cannot load, and that their worker stops."""
 
     def __init__(self) -> None:
-        self.bell = ending.Bell()
+        self.bell = stop_signal.Bell()
         self._reader, self._writer = os.pipe()
 
     def report(self, reason: str) -> None:

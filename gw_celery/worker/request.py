@@ -11,7 +11,7 @@ from celery.concurrency.thread import TaskPool as ThreadPool
 from celery.exceptions import Ignore, TaskRevokedError
 from celery.worker import request
 
-from gw_celery.runtime import invoke
+from gw_celery.runtime import body
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class Request(request.Request):
         if self.time_start is None:
             return
         if self.task.gw_method.is_async:
-            invoke.running.revoke(self.id)
-        elif not invoke.running.interrupt(self.id, None):  # it does not wait for its instance
+            body.running.revoke(self.id)
+        elif not body.running.interrupt(self.id, None):  # it does not wait for its instance
             logger.warning(
                 "%s[%s] was to be terminated, and goes on: a synchronous body that has begun "
                 "cannot be stopped on the threads pool; use prefork or the GPU pool",

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from gw_celery import conf
 from gw_celery.declare import probes, registry, services
-from gw_celery.runtime import process
-from gw_celery.worker import ending
+from gw_celery.runtime import in_process
+from gw_celery.worker import stop_signal
 from gw_celery.worker.pipes import Pipes
 
 if TYPE_CHECKING:
-    from gw_celery.pool import allotment
+    from gw_celery.gpus import allocation
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Plan:
     #: something else has them load, or nothing is served.
     pipes: Pipes | None = None
     #: The devices of each replica of our pool; ``None`` where no service needs any.
-    allotment: allotment.Allotment | None = None
+    allotment: allocation.Allotment | None = None
     #: Whether it runs the sweeps that beat sends, in our pool.
     runs_sweeps: bool = False
     #: Its size follows the load within what its services declare.
@@ -81,11 +81,11 @@ def start(plan: Plan, check: Callable[[], None]) -> None:
     Raises:
         StartupError: naming each class that failed, and why.
     """
-    runtime = process.Process(
-        plan.settings, enforces_limits=plan.pool != "prefork", is_ending=ending.is_ending
+    runtime = in_process.Process(
+        plan.settings, enforces_limits=plan.pool != "prefork", is_ending=stop_signal.is_ending
     )
     runtime.start()
-    process.adopt(runtime)
+    in_process.adopt(runtime)
     logger.info("pid %d loads %s", runtime.pid, ", ".join(one.name for one in plan.served))
     try:
         runtime.enter(plan.registries, plan.served, check)
@@ -98,7 +98,7 @@ def start(plan: Plan, check: Callable[[], None]) -> None:
 
 def stop() -> None:
     """Leave what this process entered; does nothing where nothing was."""
-    runtime: Any = process.current()
+    runtime: Any = in_process.current()
     if runtime is not None:
-        process.adopt(None)
+        in_process.adopt(None)
         runtime.stop()

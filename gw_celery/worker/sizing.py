@@ -14,9 +14,10 @@ from billiard import cpu_count
 
 from gw_celery import conf, errors
 from gw_celery.declare import gpu, registry
-from gw_celery.pool import allotment, devices, machine
-from gw_celery.worker import broker, serving
-from gw_celery.worker.asked import Asked
+from gw_celery.gpus import allocation, devices, discovery
+from gw_celery.transport import broker
+from gw_celery.worker import serving
+from gw_celery.worker.options import Asked
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,11 @@ def select_families(
         for service in one.services.values():
             declared.setdefault(service.family, []).append(service.placement.gpu)
     # The CPU needs no look at the GPUs.
-    there = devices.NONE if asked.gpu == "CPU" else machine.look(settings.gpu_kinds)
-    worker.app.amqp.queues.select(allotment.families_for(asked.gpu, declared, there))
+    there = devices.NONE if asked.gpu == "CPU" else discovery.look(settings.gpu_kinds)
+    worker.app.amqp.queues.select(allocation.families_for(asked.gpu, declared, there))
 
 
-def allot(plan: serving.Plan) -> allotment.Allotment | None:
+def allot(plan: serving.Plan) -> allocation.Allotment | None:
     """Return which devices each replica of this worker gets; ``None`` where they need none.
 
     NVML is read only for services that need a kind of GPU.
@@ -48,8 +49,8 @@ def allot(plan: serving.Plan) -> allotment.Allotment | None:
     Raises:
         ConfigurationError: when not even one replica fits on this machine.
     """
-    needs = allotment.needs_of(one.placement.gpu for one in plan.served)
-    return allotment.allot(needs, machine.look(plan.settings.gpu_kinds)) if needs else None
+    needs = allocation.needs_of(one.placement.gpu for one in plan.served)
+    return allocation.allot(needs, discovery.look(plan.settings.gpu_kinds)) if needs else None
 
 
 def fit(worker: Any, plan: serving.Plan, asked: Asked | None) -> bool:
@@ -126,7 +127,7 @@ def _require_room(plan: serving.Plan, replicas: int) -> None:
         raise errors.ConfigurationError(why)
 
 
-def _slots_that_fit(slots: Any, given: allotment.Allotment, per_replica: int) -> int:
+def _slots_that_fit(slots: Any, given: allocation.Allotment, per_replica: int) -> int:
     """Return ``slots``; what nobody asked for, Celery's default, is cut to what fits."""
     most = given.most * per_replica
     is_default = slots in ("auto", cpu_count())

@@ -11,11 +11,10 @@ from typing import Any
 
 from celery import concurrency
 
-from gw_celery import conf, errors, sweeps
-from gw_celery.calling import names
+from gw_celery import conf, errors
+from gw_celery.client import beat_tasks, names, preset
 from gw_celery.declare import gpu, registry, services
 from gw_celery.worker import (
-    asked,
     bootsteps,
     commands,
     compression,
@@ -24,10 +23,10 @@ from gw_celery.worker import (
     forks,
     gate,
     metrics,
-    notices,
-    preset,
+    options,
     scaling,
     serving,
+    start_notices,
 )
 from gw_celery.worker.pipes import Pipes
 
@@ -55,13 +54,13 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     known = [one for one in registries if _belongs(one, worker.app)]
     _require_names(worker.app, known)
     preset.require_visibility(worker.app, known)
-    wish: asked.Asked | None = worker.options.pop(asked.OPTION, None)
+    wish: options.Asked | None = worker.options.pop(options.OPTION, None)
     if wish is not None:
         _select_families(worker, wish, known, settings)
     expand_families(worker.app.amqp.queues, known)
     _select_sweeps(worker.app)
     # Again, for what a project has put in the place of its schedule since: `worker -B` reads it.
-    sweeps.schedule(worker.app, registries)
+    beat_tasks.schedule(worker.app, registries)
     commands.install_ticks()
     served = list(registry.serving(known, worker.app.amqp.queues.consume_from))
     pool = _pool_name(worker.pool_cls)
@@ -86,14 +85,14 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
         compression.bound(settings.max_payload_bytes)
     if pool == serving.GPU_POOL:
         return _prepare_gpu_pool(worker, plan, wish)
-    if served or notices.strays(plan):
+    if served or start_notices.strays(plan):
         bootsteps.install(worker, plan)
     return plan
 
 
 def _select_families(
     worker: Any,
-    wish: asked.Asked,
+    wish: options.Asked,
     registries: Sequence[registry.Registry],
     settings: conf.Settings,
 ) -> None:
@@ -102,7 +101,7 @@ def _select_families(
     sizing.select_families(worker, wish, registries, settings)
 
 
-def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None) -> serving.Plan:
+def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: options.Asked | None) -> serving.Plan:
     from gw_celery.worker import sizing
 
     plan = dataclasses.replace(plan, allotment=sizing.allot(plan), **_sweeping(worker, plan))
@@ -124,18 +123,18 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: asked.Asked | None)
 def _select_sweeps(app: Any) -> None:
     """Where ``-Q`` names their queue, have it be the one that beat sends to."""
     known, consumed = app.amqp.queues, app.amqp.queues.consume_from
-    if sweeps.QUEUE in consumed and consumed is not known:
-        consumed[sweeps.QUEUE] = sweeps.queue_of(app)
+    if beat_tasks.QUEUE in consumed and consumed is not known:
+        consumed[beat_tasks.QUEUE] = beat_tasks.queue_of(app)
 
 
 def _sweeping(worker: Any, plan: serving.Plan) -> dict[str, Any]:
     """Take the queue of the sweeps from the gate's, where it was named among them."""
-    is_named = sweeps.QUEUE in plan.queues
+    is_named = beat_tasks.QUEUE in plan.queues
     if is_named:
-        worker.app.amqp.queues.deselect(sweeps.QUEUE)
+        worker.app.amqp.queues.deselect(beat_tasks.QUEUE)
     return {
         "runs_sweeps": is_named or bool(plan.served),
-        "queues": tuple(one for one in plan.queues if one != sweeps.QUEUE),
+        "queues": tuple(one for one in plan.queues if one != beat_tasks.QUEUE),
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 from celery import Celery
 
 from gw_celery import errors
-from gw_celery.pool import dead_queue, letters
+from gw_celery.pool import dead_letter_message, dead_queue
 from tests import pooling
 from tests.processes import StartWorker, WorkerProcess, environment, eventually
 
@@ -105,13 +105,13 @@ def test_an_unknown_id_is_refused(worker: WorkerProcess) -> None:
 
 
 def test_the_queue_never_grows_beyond_its_bound(client: Celery, empty: None) -> None:
-    death = letters.Death(reason="", since="", worker="w@h", deaths=3)
+    death = dead_letter_message.Death(reason="", since="", worker="w@h", deaths=3)
     client.send_task("nobody.serves", queue="unserved", compression="gzip", priority=3)
     with dead_queue.connect(client) as connection:
         queue = client.amqp.queues["unserved"](connection.default_channel)
         message = eventually(queue.get)
         message.ack()
-        letter = letters.bury(message, death)
+        letter = dead_letter_message.bury(message, death)
         room = dead_queue.of(client, connection, "gw.dead", 2)
         assert room.add(letter)
         # A worker with another setting finds the queue made.

@@ -15,7 +15,8 @@ import redis
 import ticked
 from celery import Celery
 
-from gw_celery import devserver, sweeps
+from gw_celery import devserver
+from gw_celery.client import beat_tasks
 from tests import pooling
 from tests.processes import Process, StartWorker, WorkerProcess, eventually
 
@@ -73,8 +74,8 @@ def swept(path: Path) -> list[list[str]]:
     return ledger.words(path, "swept")
 
 
-def sweep(name: str = sweeps.PROBE, **options: Any) -> Any:
-    return ticked.celery.send_task(name, queue=sweeps.QUEUE, ignore_result=True, **options)
+def sweep(name: str = beat_tasks.PROBE, **options: Any) -> Any:
+    return ticked.celery.send_task(name, queue=beat_tasks.QUEUE, ignore_result=True, **options)
 
 
 def test_every_worker_hears_every_tick_while_its_replicas_load(
@@ -108,7 +109,7 @@ def test_ticks_that_expired_while_nobody_listened_are_not_run(
     eventually(lambda: len(swept(ledger_path)) == 1, 20)
     worker.wait_for_log(f"{live.id}] succeeded")
     for one in stale:
-        assert f"Discarding revoked task: {sweeps.PROBE}[{one.id}]" in worker.log_text()
+        assert f"Discarding revoked task: {beat_tasks.PROBE}[{one.id}]" in worker.log_text()
     with redis.Redis(unix_socket_path=str(redis_server.socket), db=1) as results:
         assert results.keys("celery-task-meta-*") == []
 
@@ -137,13 +138,15 @@ def test_a_queue_that_is_cancelled_stays_so_until_it_is_added(
     worker = start()
     node = [worker.node]
     assert pooling.ask(worker, "stats", ticked.celery)["gw_control"]["is_consumed"]
-    ticked.celery.control.cancel_consumer(sweeps.QUEUE, destination=node, reply=True, timeout=15)
+    ticked.celery.control.cancel_consumer(
+        beat_tasks.QUEUE, destination=node, reply=True, timeout=15
+    )
     eventually(lambda: not pooling.ask(worker, "stats", ticked.celery)["gw_control"]["is_consumed"])
     sweep()
     eventually(lambda: pooling.ready_pids(worker, ticked.celery), 20)
     ticked.hold.delay().get(timeout=20)
-    assert (pooling.queued(redis_server, sweeps.QUEUE), swept(ledger_path)) == (1, [])
-    ticked.celery.control.add_consumer(sweeps.QUEUE, destination=node, reply=True, timeout=15)
+    assert (pooling.queued(redis_server, beat_tasks.QUEUE), swept(ledger_path)) == (1, [])
+    ticked.celery.control.add_consumer(beat_tasks.QUEUE, destination=node, reply=True, timeout=15)
     eventually(lambda: len(swept(ledger_path)) == 1)
 
 
@@ -153,9 +156,9 @@ def test_a_stock_worker_can_run_them_for_the_others(
 ) -> None:
     listening = start(env={"LOAD": "300"})
     ticked.celery.control.cancel_consumer(
-        sweeps.QUEUE, destination=[listening.node], reply=True, timeout=15
+        beat_tasks.QUEUE, destination=[listening.node], reply=True, timeout=15
     )
-    stock = start(pool=pool, queues=sweeps.QUEUE)
+    stock = start(pool=pool, queues=beat_tasks.QUEUE)
     sweep()
     eventually(lambda: age(listening) is not None, 20)
     ((pid, *_),) = swept(ledger_path)
@@ -167,7 +170,7 @@ def test_a_stock_worker_can_run_them_for_the_others(
 def test_what_is_no_sweep_runs_where_plain_tasks_do(start: Start, ledger_path: Path) -> None:
     worker = start()
     eventually(lambda: pooling.ready_pids(worker, ticked.celery), 20)
-    sent = ticked.celery.send_task("ticked.where", queue=sweeps.QUEUE)
+    sent = ticked.celery.send_task("ticked.where", queue=beat_tasks.QUEUE)
     assert sent.get(timeout=20) in pooling.ready_pids(worker, ticked.celery)
     sweep()
     eventually(lambda: len(swept(ledger_path)) == 1)
@@ -209,4 +212,4 @@ def test_rabbitmq_brings_ticks_and_drops_what_nobody_took(
 def _waiting(client: Celery) -> int:
     """Messages of the sweeps that are in the broker."""
     with client.connection_for_read() as connection:
-        return int(connection.default_channel.queue_declare(sweeps.QUEUE, passive=True)[1])
+        return int(connection.default_channel.queue_declare(beat_tasks.QUEUE, passive=True)[1])

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import redis
 
-from gw_celery import devserver, sweeps
+from gw_celery import devserver
+from gw_celery.client import beat_tasks
 from tests.processes import Process, environment
 
 pytestmark = pytest.mark.integration
 
-BOTH = [sweeps.BENCHMARK, sweeps.PROBE]
+BOTH = [beat_tasks.BENCHMARK, beat_tasks.PROBE]
 #: Rows of a project: made by hand, some with names that resemble ours.
 THEIRS = ["GW_CELERY.loud", "gw_celery", "gw_celeryX", "nightly"]
 ADD = """
@@ -85,7 +86,7 @@ def change(database: Path, statement: str, *values: Any) -> None:
 
 
 def ours(database: Path) -> list[str]:
-    return sorted(name for name in rows(database) if name.startswith(sweeps.PREFIX))
+    return sorted(name for name in rows(database) if name.startswith(beat_tasks.PREFIX))
 
 
 def test_each_sweep_is_one_row_over_restarts(database: Path, run_beat: RunBeat) -> None:
@@ -98,38 +99,42 @@ def test_each_sweep_is_one_row_over_restarts(database: Path, run_beat: RunBeat) 
         name: row["id"] for name, row in first.items()
     }
     told = ("task", "queue", "every", "period", "expire_seconds", "enabled")
-    assert [again[sweeps.PROBE][key] for key in told] == [
-        *(sweeps.PROBE, sweeps.QUEUE, 10, "seconds", 10, 1)
+    assert [again[beat_tasks.PROBE][key] for key in told] == [
+        *(beat_tasks.PROBE, beat_tasks.QUEUE, 10, "seconds", 10, 1)
     ]
-    assert again[sweeps.BENCHMARK]["every"] == again[sweeps.BENCHMARK]["expire_seconds"] == 86400
+    assert (
+        again[beat_tasks.BENCHMARK]["every"]
+        == again[beat_tasks.BENCHMARK]["expire_seconds"]
+        == 86400
+    )
 
 
 def test_a_changed_period_is_in_the_same_row_and_a_disabled_one_stays_so(
     database: Path, run_beat: RunBeat
 ) -> None:
     run_beat()
-    before = rows(database)[sweeps.PROBE]["id"]
+    before = rows(database)[beat_tasks.PROBE]["id"]
     disable = "update django_celery_beat_periodictask set enabled = 0 where name = ?"
-    change(database, disable, sweeps.BENCHMARK)
+    change(database, disable, beat_tasks.BENCHMARK)
     run_beat(PROBE_PERIOD="5")
     found = rows(database)
-    row = found[sweeps.PROBE]
+    row = found[beat_tasks.PROBE]
     assert (row["id"], row["every"], row["expire_seconds"]) == (before, 5, 5)
-    assert not found[sweeps.BENCHMARK]["enabled"]
+    assert not found[beat_tasks.BENCHMARK]["enabled"]
 
 
 def test_what_is_sent_goes_to_the_queue_of_the_sweeps_and_expires(
     run_beat: RunBeat, redis_server: devserver.Server
 ) -> None:
-    run_beat(until=f"{sweeps.PROBE} sent", PROBE_PERIOD="1")
+    run_beat(until=f"{beat_tasks.PROBE} sent", PROBE_PERIOD="1")
     with redis.Redis(unix_socket_path=str(redis_server.socket)) as broker:
-        headers = json.loads(broker.lindex(sweeps.QUEUE, 0))["headers"]
-    assert headers["task"] == sweeps.PROBE
+        headers = json.loads(broker.lindex(beat_tasks.QUEUE, 0))["headers"]
+    assert headers["task"] == beat_tasks.PROBE
     assert headers["expires"] is not None
 
 
 @pytest.mark.parametrize(
-    ("declared", "left"), [("benchmark", [sweeps.BENCHMARK]), ("", []), ("no app", [])]
+    ("declared", "left"), [("benchmark", [beat_tasks.BENCHMARK]), ("", []), ("no app", [])]
 )
 def test_rows_that_nothing_declares_go_away_and_no_others_are_touched(
     database: Path, run_beat: RunBeat, declared: str, left: list[str]
@@ -154,5 +159,5 @@ def theirs(found: Rows) -> Rows:
     return {
         name: {key: value for key, value in row.items() if key not in of_beat}
         for name, row in found.items()
-        if not name.startswith(sweeps.PREFIX)
+        if not name.startswith(beat_tasks.PREFIX)
     }

@@ -21,7 +21,7 @@ from celery import chain, chord, group
 from celery.exceptions import Ignore, TaskRevokedError
 
 from gw_celery import devserver, errors
-from gw_celery.calling import calls
+from gw_celery.client import calls
 from tests import processes
 from tests.processes import eventually
 

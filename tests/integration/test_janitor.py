@@ -12,13 +12,13 @@ from celery.backends.redis import RedisBackend
 from celery.exceptions import WorkerLostError
 
 from gw_celery import conf
-from gw_celery.pool import early, janitor
+from gw_celery.cluster import early_acks, lost_workers
 from tests import pooling
 
 pytestmark = pytest.mark.integration
 
 LOST = "lost@test:1"
-KEYS = early.Keys("")
+KEYS = early_acks.Keys("")
 
 
 @pytest.fixture
@@ -35,17 +35,17 @@ def lose(client: Celery) -> Callable[..., None]:
         redis = client.backend.client
         redis.sadd(KEYS.workers, LOST)
         for number, task_id in enumerate(ids):
-            record = early.write({"id": task_id, "task": "proj.embed", **entries}, None)
+            record = early_acks.write({"id": task_id, "task": "proj.embed", **entries}, None)
             redis.hset(KEYS.records(LOST), str(number), record)
 
     return leave
 
 
-def other(client: Celery, name: str = "living@test") -> janitor.Janitor:
-    return janitor.Janitor(client, name, lifetime=60.0)
+def other(client: Celery, name: str = "living@test") -> lost_workers.Janitor:
+    return lost_workers.Janitor(client, name, lifetime=60.0)
 
 
-def answer(one: janitor.Janitor, client: Celery) -> bool:
+def answer(one: lost_workers.Janitor, client: Celery) -> bool:
     backend = client.backend
     one._take_over(backend.client, KEYS, LOST)
     return one._answer_all(backend, KEYS)
@@ -138,9 +138,9 @@ def test_a_worker_that_shows_itself_is_not_struck_off(client: Celery) -> None:
 
 
 def test_there_is_no_janitor_without_redis_or_where_it_is_switched_off(client: Celery) -> None:
-    assert janitor.of(client, conf.Settings(worker_ttl=None), "w@h") is None
-    assert janitor.of(client, conf.Settings(), "w@h") is not None
+    assert lost_workers.of(client, conf.Settings(worker_ttl=None), "w@h") is None
+    assert lost_workers.of(client, conf.Settings(), "w@h") is not None
     with Celery("files", backend="cache+memory://", set_as_current=False) as app:
         app.conf.result_backend = "cache+memory://"
         app.backend_cls = "cache+memory://"
-        assert janitor.of(app, conf.Settings(), "w@h") is None
+        assert lost_workers.of(app, conf.Settings(), "w@h") is None

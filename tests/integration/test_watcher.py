@@ -13,7 +13,8 @@ from celery import Celery
 
 import gw_celery as gw
 from gw_celery import devserver
-from gw_celery.calling import sources, waiting
+from gw_celery.client import result_sources
+from gw_celery.client import watcher as client_watcher
 
 pytestmark = pytest.mark.integration
 
@@ -28,8 +29,8 @@ def app(redis_url: str, result_url: str) -> Celery:
 
 
 @pytest.fixture
-def watcher(app: Celery) -> Iterator[waiting.Watcher]:
-    made = waiting.Watcher(app)
+def watcher(app: Celery) -> Iterator[client_watcher.Watcher]:
+    made = client_watcher.Watcher(app)
     yield made
     made.close()
 
@@ -42,7 +43,7 @@ async def until(claim: Callable[[], Any]) -> None:
 
 def test_each_loss_of_the_connection_is_followed_by_the_first_delay(
     app: Celery,
-    watcher: waiting.Watcher,
+    watcher: client_watcher.Watcher,
     redis_server: devserver.Server,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -64,14 +65,14 @@ def test_each_loss_of_the_connection_is_followed_by_the_first_delay(
 
     with (
         redis.Redis(unix_socket_path=str(redis_server.socket)) as client,
-        caplog.at_level(logging.WARNING, sources.__name__),
+        caplog.at_level(logging.WARNING, result_sources.__name__),
     ):
         assert asyncio.run(three_times()) == [1, 2, 3]
     assert [record.args[0] for record in caplog.records] == [0.1, 0.1, 0.1]
 
 
 def test_a_notification_that_was_lost_is_made_good_however_many_calls_come(
-    app: Celery, watcher: waiting.Watcher, monkeypatch: pytest.MonkeyPatch
+    app: Celery, watcher: client_watcher.Watcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def deaf(*args: Any) -> None:
         await asyncio.Event().wait()
@@ -89,18 +90,18 @@ def test_a_notification_that_was_lost_is_made_good_however_many_calls_come(
             one.cancel()
         return (await answer)["result"]
 
-    monkeypatch.setattr(sources.RedisSource, "_listen", deaf)
-    monkeypatch.setattr(sources, "SWEEP", 0.5)
+    monkeypatch.setattr(result_sources.RedisSource, "_listen", deaf)
+    monkeypatch.setattr(result_sources, "SWEEP", 0.5)
     assert asyncio.run(answered()) == "there"
 
 
 def test_an_error_that_nobody_foresaw_is_logged_and_answers_still_come(
     app: Celery,
-    watcher: waiting.Watcher,
+    watcher: client_watcher.Watcher,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    read, fails = sources.RedisSource._read, iter([ValueError("unforeseen")])
+    read, fails = result_sources.RedisSource._read, iter([ValueError("unforeseen")])
 
     async def failing_once(*args: Any) -> None:
         for error in fails:
@@ -110,7 +111,7 @@ def test_an_error_that_nobody_foresaw_is_logged_and_answers_still_come(
     async def answered() -> Any:
         return (await asyncio.wait_for(watcher.meta("1"), LONG))["result"]
 
-    monkeypatch.setattr(sources.RedisSource, "_read", failing_once)
+    monkeypatch.setattr(result_sources.RedisSource, "_read", failing_once)
     app.backend.store_result("1", "here", "SUCCESS")
     assert asyncio.run(answered()) == "here"
     assert "unforeseen" in caplog.text

@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
+import redis
 from celery import Celery, _state
+from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 from kombu.transport import memory
 
 import gw_celery as gw
-from gw_celery import testing
-from gw_celery.runtime import process
+from gw_celery import devserver, testing
+from gw_celery.runtime import in_process
 
 
 @pytest.fixture
@@ -59,7 +61,25 @@ def _messages_stay_in_their_test() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _every_runtime_is_stopped() -> Iterator[None]:
     yield
-    left = process.current()
+    left = in_process.current()
     if left is not None:
-        process.adopt(None)
+        in_process.adopt(None)
         left.stop()
+
+
+@pytest.fixture
+def server(redis_server: devserver.Server, redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis(unix_socket_path=str(redis_server.socket)) as client:
+        yield client
+        client.acl_setuser("default", enabled=True, categories=["+@all"])
+        client.config_set("maxmemory", 0)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """An event loop that this process has, as a worker's main process does."""
+    before, made = get_event_loop(), Hub()
+    set_event_loop(made)
+    yield made
+    set_event_loop(before)
+    made.close()

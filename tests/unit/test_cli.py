@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner, Result
 from kombu import pidbox
 
-from gw_celery import cli, snapshot
+from gw_celery import cli
+from gw_celery.protocol import snapshot
 
 READY = snapshot.Replica(
     number=0,

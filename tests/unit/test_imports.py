@@ -77,7 +77,8 @@ del sys.modules["pytest"]
 
 def test_metrics_load_no_library_before_a_scrape() -> None:
     code = """
-from gw_celery import contrib, snapshot
+from gw_celery import contrib
+from gw_celery.protocol import snapshot
 from gw_celery.worker import metrics
 metrics.Metrics(lambda: snapshot.Worker(hostname="w"), {}).look()
 """

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks import scaling, scaling_hindsight, scaling_plot, scaling_rivals
-from gw_celery.autoscale import policy
-from gw_celery.autoscale.simulate import cluster, report, runs, trace
+from gw_celery.policy import scaling as policy
+from gw_celery.simulate import cluster, report, runs, trace
 from tests.processes import ROOT
 
 EXAMPLE = ROOT / "docs" / "traces" / "bursts.csv"

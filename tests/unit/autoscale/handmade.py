@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from gw_celery import snapshot
-from gw_celery.autoscale import autoscaler, demand, facts
-from gw_celery.pool import tally, taskpool
-from gw_celery.worker import hooks, lengths
+from gw_celery import signals
+from gw_celery.autoscale import autoscaler
+from gw_celery.cluster import poller, queue_lengths, records
+from gw_celery.pool import counters, taskpool
+from gw_celery.protocol import snapshot
 
 SLOTS = {"model": 4, "": 1}
 
@@ -22,7 +23,7 @@ class Pool(taskpool.TaskPool):
 
     def __init__(self, limit: int = 5) -> None:
         self.limit = limit
-        self.held: dict[str, tally.Tally] = {}
+        self.held: dict[str, counters.Tally] = {}
         self.known_scores: dict[str, float | None] = {"model": 10.0}
         self.failed = 0
         self.maintained = 0
@@ -55,7 +56,7 @@ class Pool(taskpool.TaskPool):
             for number in range(self.wanted)
         )
 
-    def tallies(self) -> dict[str, tally.Tally]:
+    def tallies(self) -> dict[str, counters.Tally]:
         return self.held
 
     def scores(self) -> dict[str, float | None]:
@@ -94,21 +95,21 @@ class Scaled:
         plan = types.SimpleNamespace(
             slots=SLOTS, served=served, queues=["cpu.model"], service_queues={"cpu.model": "model"}
         )
-        monkeypatch.setattr(hooks, "_plan", plan)
+        monkeypatch.setattr(signals, "_plan", plan)
         worker = types.SimpleNamespace(app=self.app, hostname=name)
         self.scaler = autoscaler.Autoscaler(self.pool, 5 * most, 5 * least, worker=worker)
         self.now = 1000.0
         self.queued: int | None = 0
-        self.peers: tuple[facts.Facts, ...] | None = None
+        self.peers: tuple[records.Facts, ...] | None = None
         monkeypatch.setattr(self.scaler._demand, "latest", self.latest)
         monkeypatch.setattr(autoscaler, "time", types.SimpleNamespace(monotonic=lambda: self.now))
 
-    def latest(self) -> demand.Reading | None:
+    def latest(self) -> poller.Reading | None:
         if self.queued is None:
             return None
-        counted = {"model": lengths.Length(self.queued)}
+        counted = {"model": queue_lengths.Length(self.queued)}
         others = None if self.peers is None else {"model": self.peers, "": self.peers}
-        return demand.Reading(at=self.now, lengths=counted, peers=others)
+        return poller.Reading(at=self.now, lengths=counted, peers=others)
 
     def after(self, seconds: int = 1) -> int:
         for _ in range(seconds):
@@ -117,6 +118,6 @@ class Scaled:
         return self.pool.wanted
 
 
-def other(name: str, **given: Any) -> facts.Facts:
+def other(name: str, **given: Any) -> records.Facts:
     told: dict[str, Any] = {"capacity": 4, "score": 10.0, "serves": ",model"}
-    return facts.Facts(worker=name, **(told | given))
+    return records.Facts(worker=name, **(told | given))

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from gw_celery.autoscale import policy
-from gw_celery.autoscale.simulate import cluster, runs
-from gw_celery.pool import tally
+from gw_celery.policy import scaling
+from gw_celery.pool import counters
+from gw_celery.simulate import cluster, runs
 from tests.unit.autoscale.handmade import Scaled
 
 MOST = 12
@@ -54,7 +54,7 @@ def test_a_course_of_arrivals_has_worker_and_simulator_decide_the_same(
 ) -> None:
     # The simulator's replicas run one input at a time.
     worker = Scaled(monkeypatch, most=MOST, least=0, target=1, gw_inactivity_timeout=900.0)
-    rules = policy.Rules(inactivity_timeout=900.0)
+    rules = scaling.Rules(inactivity_timeout=900.0)
     simulated = runs.OurPolicy(rules, SCORE, (0, MOST), list(range(1, MOST + 1)))
     load, decided = Load(mean), []
     for second, came in enumerate(arrivals(4000, mean)):
@@ -63,7 +63,7 @@ def test_a_course_of_arrivals_has_worker_and_simulator_decide_the_same(
         # What waits is in the broker, but for what the worker has fetched.
         fetched = min(load.waiting, actual)
         worker.queued = load.waiting - fetched
-        held = tally.Tally(
+        held = counters.Tally(
             arrived=mean * (load.arrived - worker.queued),
             waiting=mean * fetched,
             waiting_inputs=fetched,

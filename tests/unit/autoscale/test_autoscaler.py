@@ -12,10 +12,11 @@ import pytest
 from celery.worker import autoscale as celerys
 
 import gw_celery.autoscale
-from gw_celery import snapshot
-from gw_celery.autoscale import autoscaler, demand, policy
-from gw_celery.pool import tally
-from gw_celery.worker import lengths
+from gw_celery.autoscale import autoscaler
+from gw_celery.cluster import poller, queue_lengths
+from gw_celery.policy import scaling
+from gw_celery.pool import counters
+from gw_celery.protocol import snapshot
 from tests.unit.autoscale.handmade import Scaled
 
 
@@ -91,7 +92,7 @@ def test_a_broker_that_cannot_be_read_holds_the_size(scaled: Scaled) -> None:
 
 
 def test_what_the_worker_holds_counts_with_what_waits(scaled: Scaled) -> None:
-    scaled.pool.held = {"model": tally.Tally(arrived=290.0, waiting=290.0, waiting_inputs=290)}
+    scaled.pool.held = {"model": counters.Tally(arrived=290.0, waiting=290.0, waiting_inputs=290)}
     assert scaled.after(1) == 3
 
 
@@ -130,7 +131,7 @@ def test_what_is_set_is_what_is_decided_by(
     scaled = Scaled(monkeypatch, **settings)
     scaled.queued = 50
     for second in range(120):
-        scaled.pool.held = {"model": tally.Tally(arrived=13.0 * second)}
+        scaled.pool.held = {"model": counters.Tally(arrived=13.0 * second)}
         scaled.after(1)
     assert scaled.pool.wanted == replicas
     scaled.app.close()
@@ -159,8 +160,8 @@ def test_where_queues_cannot_be_read_no_operator_gets_to_zero(
 ) -> None:
     scaled = Scaled(monkeypatch, gw_inactivity_timeout=2.0)
 
-    def blind() -> demand.Reading:
-        return demand.Reading(at=scaled.now, lengths=None, peers=None)
+    def blind() -> poller.Reading:
+        return poller.Reading(at=scaled.now, lengths=None, peers=None)
 
     monkeypatch.setattr(scaled.scaler._demand, "latest", blind)
     scaled.scaler.update(min=0)
@@ -234,7 +235,7 @@ def test_a_start_takes_as_long_as_it_has_taken(scaled: Scaled, monkeypatch: Any)
 
 
 def test_without_settings_it_goes_by_the_rules_that_the_simulator_has(scaled: Scaled) -> None:
-    assert scaled.scaler._rules == policy.Rules()
+    assert scaled.scaler._rules == scaling.Rules()
 
 
 def test_replicas_are_kept_for_bursts_for_as_long_as_the_setting_says(
@@ -242,7 +243,7 @@ def test_replicas_are_kept_for_bursts_for_as_long_as_the_setting_says(
 ) -> None:
     scaled = Scaled(monkeypatch, gw_scale_window=300.0)
     scaled.after(1)
-    scaled.pool.held = {"model": tally.Tally(arrived=290.0)}
+    scaled.pool.held = {"model": counters.Tally(arrived=290.0)}
     assert scaled.after(300) == 3
     assert scaled.after(50) == 1
     scaled.app.close()
@@ -266,12 +267,12 @@ class Frozen:
 
     def __init__(self) -> None:
         self.is_asked_in_vain, self.is_over = threading.Event(), threading.Event()
-        self.answers = [demand.Reading(at=time.monotonic(), lengths=_LENGTHS, peers=None)]
+        self.answers = [poller.Reading(at=time.monotonic(), lengths=_LENGTHS, peers=None)]
 
     def __call__(self, *_: Any) -> Frozen:
         return self
 
-    def read(self, mine: Any) -> demand.Reading:
+    def read(self, mine: Any) -> poller.Reading:
         if threading.current_thread() is threading.main_thread():
             pytest.fail("the worker's loop waits for the broker")
         if not self.answers:
@@ -285,21 +286,21 @@ class Frozen:
     def close(self) -> None: ...
 
 
-_LENGTHS = {"model": lengths.Length(290)}
+_LENGTHS = {"model": queue_lengths.Length(290)}
 
 
 def test_a_broker_that_is_frozen_holds_no_decision_up(
     scaled: Scaled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frozen = Frozen()
-    monkeypatch.setattr(demand, "Source", frozen)
-    monkeypatch.setattr(demand, "_ROUND", 0.01)
+    monkeypatch.setattr(poller, "Source", frozen)
+    monkeypatch.setattr(poller, "_ROUND", 0.01)
     monkeypatch.delattr(scaled.scaler._demand, "latest")  # it is the real one's
     scaled.scaler.begin()
     assert frozen.is_asked_in_vain.wait(10)
     scaled.scaler.maybe_scale()
     assert scaled.pool.wanted == 3, "by what was read before"
-    monkeypatch.setattr(demand, "_STALE", 0.0)
+    monkeypatch.setattr(poller, "_STALE", 0.0)
     scaled.scaler.maybe_scale()
     assert scaled.pool.wanted == 3
     assert "nothing is known of the broker" in scaled.scaler.seen().why

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gw_celery import snapshot
+from gw_celery.protocol import snapshot
 from tests.unit.autoscale.handmade import Scaled, other
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gw_celery import snapshot
-from gw_celery.autoscale import facts
+from gw_celery.cluster import records
+from gw_celery.protocol import snapshot
 from tests.unit.autoscale.handmade import Scaled, other
 
 
@@ -31,7 +31,7 @@ def test_a_replica_that_cannot_start_is_taken_over_and_tried_on(
     scaled.after(1)
     scaled.pool.failed = 2
     scaled.peers = (other("gpu@two", least=1),)
-    told: dict[str, facts.Facts] = {}
+    told: dict[str, records.Facts] = {}
     monkeypatch.setattr(scaled.scaler._demand, "tell", told.update)
     assert scaled.after(1) >= 1
     assert told["model"].capacity == 2
@@ -45,7 +45,7 @@ def test_others_do_what_a_drained_worker_would(
     names = {"s": "stopped", "r": "ready"}
     seen = [snapshot.Replica(number=n, state=names[one]) for n, one in enumerate(states)]
     monkeypatch.setattr(scaled.pool, "replicas", lambda: tuple(seen))
-    told: dict[str, facts.Facts] = {}
+    told: dict[str, records.Facts] = {}
     monkeypatch.setattr(scaled.scaler._demand, "tell", told.update)
     scaled.after(1)
     assert told["model"].capacity == capacity
@@ -61,7 +61,7 @@ def test_replicas_that_load_or_drain_count_in_what_others_are_told(
     scaled.pool.limit = 10  # two are wanted
     seen = tuple(snapshot.Replica(number=n, state=one) for n, one in enumerate(states))
     monkeypatch.setattr(scaled.pool, "replicas", lambda: seen)
-    told: dict[str, facts.Facts] = {}
+    told: dict[str, records.Facts] = {}
     monkeypatch.setattr(scaled.scaler._demand, "tell", told.update)
     scaled.after(1)
     assert {one.replicas for one in told.values()} == {replicas}

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gw_celery.autoscale import autoscaler, facts
+from gw_celery.autoscale import autoscaler
+from gw_celery.cluster import records
 from tests.unit.autoscale.handmade import Scaled
 
 #: Replicas that each of ten workers may have.
@@ -27,13 +28,13 @@ class Group:
         ]
         self.now = 1000.0
         monkeypatch.setattr(autoscaler, "time", types.SimpleNamespace(monotonic=lambda: self.now))
-        self._told: dict[str, facts.Facts] = {}
+        self._told: dict[str, records.Facts] = {}
         for one in self.workers:
             monkeypatch.setattr(one.scaler._demand, "tell", self._tell)
             monkeypatch.setattr(one.scaler._demand, "start", lambda: None)
             one.scaler.begin()
 
-    def _tell(self, mine: dict[str, facts.Facts]) -> None:
+    def _tell(self, mine: dict[str, records.Facts]) -> None:
         self._told[mine["model"].worker] = mine["model"]
 
     def after(self, seconds: int, queued: int) -> list[int]:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from benchmarks import scaling_plot
 from gw_celery import errors
-from gw_celery.autoscale import policy
-from gw_celery.autoscale.simulate import (
+from gw_celery.policy import scaling
+from gw_celery.simulate import (
     __main__,
     cluster,
     report,
@@ -68,7 +68,7 @@ def poisson(seed: int, rate: float, count: int, workload: float = 1.0) -> trace.
 
 
 def scenario(**given: Any) -> cluster.Scenario:
-    rules = policy.Rules(start_up=given.pop("start_up", 5.0))
+    rules = scaling.Rules(start_up=given.pop("start_up", 5.0))
     return cluster.Scenario(**({"score": 1.0, "rules": rules, "most": 20} | given))
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from gw_celery.autoscale import policy
-from gw_celery.autoscale.simulate import __main__, cluster, runs, trace
+from gw_celery.policy import scaling
+from gw_celery.simulate import __main__, cluster, runs, trace
 
 #: The figures that options change.
 OURS = ("replica_seconds", "starts", "mean_wait", "max_wait", "over_target_share")
@@ -100,7 +100,7 @@ def test_a_decider_among_a_thousand_costs_no_more_than_alone() -> None:
     steady = trace.Trace(sorted(lot.uniform(0, 10) for _ in range(30)), [0.1] * 30)
 
     def lines_of_a_decision(nodes: int) -> float:
-        scenario = cluster.Scenario(score=1.0, rules=policy.Rules(), most=20, nodes=nodes)
+        scenario = cluster.Scenario(score=1.0, rules=scaling.Rules(), most=20, nodes=nodes)
         seconds = math.ceil(runs.play(steady, scenario).end)
         return _lines(lambda: runs.play(steady, scenario)) / (seconds * nodes)
 

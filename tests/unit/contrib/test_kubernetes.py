@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from gw_celery import conf, snapshot
+from gw_celery import conf
 from gw_celery.contrib import prometheus
+from gw_celery.protocol import snapshot
 from tests.processes import ROOT
 
 EXAMPLES = sorted((ROOT / "docs" / "kubernetes").glob("*.yaml"))

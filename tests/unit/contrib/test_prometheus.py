@@ -8,9 +8,9 @@ import pytest
 from prometheus_client import parser
 from prometheus_client.core import Metric
 
-from gw_celery import snapshot
 from gw_celery.contrib import prometheus
-from gw_celery.pool import replica
+from gw_celery.pool import child_state
+from gw_celery.protocol import snapshot
 from tests.processes import environment
 
 SERVICE, QUEUE = "shop.Embedder", "gpu.A100.Embedder"
@@ -59,7 +59,7 @@ def samples(worker: snapshot.Worker) -> dict[tuple[str, ...], float]:
 
 def test_replicas_are_counted_by_state_and_no_state_is_left_out() -> None:
     seen = samples(WORKER)
-    counts = {state.value: seen["gw_replicas", state.value] for state in replica.State}
+    counts = {state.value: seen["gw_replicas", state.value] for state in child_state.State}
     assert counts.pop("ready") == 3
     assert counts.pop("failed") == 1
     assert set(counts.values()) == {0}

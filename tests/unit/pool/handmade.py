@@ -8,7 +8,9 @@ from typing import Any
 
 from gw_celery import conf
 from gw_celery.declare import services
-from gw_celery.pool import dispatch, inputs, jobs, replica, wire
+from gw_celery.pool import child_state, dispatch, requests
+from gw_celery.pool import request as pool_request
+from gw_celery.protocol import frames
 
 SLOTS = {"embed": 2, services.PLAIN: 1}
 DIED = "Worker exited prematurely: signal 9 (SIGKILL)"
@@ -61,10 +63,10 @@ class Child:
 
     def __init__(self, pid: int = 100) -> None:
         self.pid = pid
-        deadlines = replica.Deadlines.of(conf.Settings())
-        self.life = replica.Life(deadlines=deadlines, now=jobs.now())
+        deadlines = child_state.Deadlines.of(conf.Settings())
+        self.life = child_state.Life(deadlines=deadlines, now=pool_request.now())
         self.room = dispatch.Room(SLOTS)
-        self.jobs: dict[int, jobs.Job] = {}
+        self.jobs: dict[int, pool_request.Job] = {}
         self.served = 0
         self.is_unfit = False
         self.is_ill = False
@@ -76,12 +78,14 @@ class Child:
     @property
     def runs(self) -> list[str]:
         return [
-            order[3] for order in self.told if order[0] in (wire.Order.RUN, wire.Order.RUN_ALONE)
+            order[3]
+            for order in self.told
+            if order[0] in (frames.Order.RUN, frames.Order.RUN_ALONE)
         ]
 
     @property
     def stopped(self) -> list[int]:
-        return [order[1] for order in self.told if order[0] == wire.Order.STOP]
+        return [order[1] for order in self.told if order[0] == frames.Order.STOP]
 
 
 class Shared:
@@ -121,14 +125,14 @@ class Pool:
         self.let_go: list[Any] = []
         self.stuck: list[Any] = []
         self.buried: list[tuple[str, int]] = []
-        self.inputs = inputs.Inputs(
+        self.inputs = requests.Inputs(
             conf.Settings(**settings),
             self.let_go.append,
             self.stuck.append,
             shared,
             lambda job, reason, deaths: self.buried.append((job.task_id, deaths)),
         )
-        self.requests: dict[jobs.Job, Request] = {}
+        self.requests: dict[pool_request.Job, Request] = {}
 
     def submit(
         self,
@@ -138,7 +142,7 @@ class Pool:
         retries: int = 0,
         headers: Mapping[str, Any] | None = None,
         **limits: float,
-    ) -> jobs.Job:
+    ) -> pool_request.Job:
         request = {"retries": retries, "delivery_info": {"redelivered": is_redelivered}}
         request |= headers or {}
         args = ("proj.embed", task_id, request, b"body", "application/json", "utf-8")
@@ -150,24 +154,24 @@ class Pool:
     def dispatch(self, *ready: Child) -> set[Any]:
         return self.inputs.dispatch(ready or self.children)
 
-    def start(self, task_id: str, *ready: Child, **given: Any) -> jobs.Job:
+    def start(self, task_id: str, *ready: Child, **given: Any) -> pool_request.Job:
         """Submit an input, and have its child say that it begins."""
         job = self.submit(task_id, **given)
         self.dispatch(*ready)
         self.accept(job)
         return job
 
-    def report(self, job: jobs.Job, kind: wire.Report, *rest: Any) -> None:
-        self.inputs.handle(job.child, [kind, job.number, *rest], jobs.now())
+    def report(self, job: pool_request.Job, kind: frames.Report, *rest: Any) -> None:
+        self.inputs.handle(job.child, [kind, job.number, *rest], pool_request.now())
 
-    def accept(self, job: jobs.Job) -> None:
-        self.report(job, wire.Report.ACCEPT, jobs.now())
+    def accept(self, job: pool_request.Job) -> None:
+        self.report(job, frames.Report.ACCEPT, pool_request.now())
 
-    def done(self, job: jobs.Job, text: str = "'text'") -> None:
-        self.report(job, wire.Report.DONE, text, 0.5)
+    def done(self, job: pool_request.Job, text: str = "'text'") -> None:
+        self.report(job, frames.Report.DONE, text, 0.5)
 
     def die(self, child: Child, *, is_closing: bool = False) -> None:
         self.inputs.settle(child, DIED, is_closing=is_closing)
 
-    def heard(self, job: jobs.Job) -> list[Any]:
+    def heard(self, job: pool_request.Job) -> list[Any]:
         return self.requests[job].heard

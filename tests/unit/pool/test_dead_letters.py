@@ -9,7 +9,7 @@ import pytest
 from celery import Celery
 
 from gw_celery import conf, errors
-from gw_celery.pool import dead_letters, dead_queue, letters
+from gw_celery.pool import dead_letter_message, dead_letters, dead_queue
 from tests.processes import eventually
 from tests.unit.pool import handmade
 
@@ -20,13 +20,13 @@ class Room:
     """A dead-letter queue that can be away, or hang."""
 
     def __init__(self) -> None:
-        self.held: list[letters.Letter] = []
+        self.held: list[dead_letter_message.Letter] = []
         self.tries = 0
         self.is_away = False
         self.is_free = threading.Event()
         self.is_free.set()
 
-    def add(self, letter: letters.Letter) -> bool:
+    def add(self, letter: dead_letter_message.Letter) -> bool:
         self.tries += 1
         assert self.is_free.wait(30)
         if self.is_away:
@@ -158,7 +158,7 @@ def test_an_input_that_is_lost_is_not_buried() -> None:
 
 def test_what_a_person_sent_again_has_no_deaths_here_until_it_is_redelivered() -> None:
     pool = handmade.Pool(max_deaths=2)
-    again = {letters.REQUEUED: True}
+    again = {dead_letter_message.REQUEUED: True}
     pool.inputs._deaths.record([SimpleNamespace(task_id="a", runs_alone=True)])
     pool.start("a", headers=again)
     assert not pool.inputs._deaths.is_suspect("a")

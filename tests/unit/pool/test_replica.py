@@ -1,281 +1,401 @@
 from __future__ import annotations
 
-import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from gw_celery.pool import replica
-from gw_celery.pool.replica import State
+import gw_celery as gw
+from gw_celery import conf
+from gw_celery.gpus import devices
+from gw_celery.policy import probes
+from gw_celery.pool import child_state, dispatch
+from gw_celery.pool import replica as pool_replica
+from gw_celery.protocol import snapshot
 
-DEADLINES = replica.Deadlines(boot=30, start=600, benchmark=120, drain=30, heartbeat=15)
-
-
-def started(now: float = 100.0) -> replica.Life:
-    return replica.Life(deadlines=DEADLINES, now=now)
-
-
-def entering(now: float = 100.0) -> replica.Life:
-    life = started(now)
-    life.loaded(now)
-    return life
+LIMITS = child_state.Deadlines(boot=1, start=1, benchmark=1, drain=1, heartbeat=1)
 
 
-def probing(now: float = 100.0) -> replica.Life:
-    life = entering(now)
-    life.entered(now)
-    return life
+class Child:
+    """A process of which only its life and what it holds are looked at."""
+
+    def __init__(self, *, held: int = 0, is_ready: bool = True) -> None:
+        self.life = child_state.Life(deadlines=LIMITS, now=0.0)
+        self.jobs = dict.fromkeys(range(held))
+        self.pid = 100
+        self.served = 0
+        self.resident_bytes = 0
+        self.lag = 0.25
+        self.room = dispatch.Room({})
+        self.checks = None
+        self.reason = ""
+        self.is_unfit = False
+        self.is_ill = False
+        if is_ready:
+            self.life.loaded(1.0)
+            self.life.entered(2.0)
+            self.life.probed(2.0)
+            self.life.measured(2.0)
 
 
-def benchmarking(now: float = 100.0) -> replica.Life:
-    life = probing(now)
-    life.probed(now)
-    return life
+def replicas_of(count: int) -> pool_replica.Places:
+    """This many replicas, with an idle child in each."""
+    made = pool_replica.Places()
+    made.resize(count)
+    for place in made:
+        place.child = Child()
+    return made
 
 
-def ready(now: float = 100.0) -> replica.Life:
-    life = benchmarking(now)
-    life.measured(now)
-    return life
+def at(made: pool_replica.Places, number: int) -> Any:
+    return next(place for place in made if place.number == number)
 
 
-def test_a_child_proves_each_step_of_its_start() -> None:
-    life = started(now=100)
-    assert (life.state, life.since) == (State.STARTING, 100)
-    life.loaded(102)
-    assert (life.state, life.since) == (State.ENTERING, 102)
-    assert not life.is_ready
-    life.entered(150)
-    assert (life.state, life.since) == (State.PROBING, 150)
-    life.probed(151)
-    assert (life.state, life.since) == (State.BENCHMARKING, 151)
-    assert not life.is_ready
-    life.measured(160)
-    assert (life.state, life.since) == (State.READY, 160)
-    assert life.is_ready
+def numbers(found: Any) -> list[int]:
+    return [place.number for place in found]
 
 
-def test_a_step_out_of_order_changes_nothing() -> None:
-    life = started()
-    life.entered(101)
-    life.probed(101)
-    life.measured(101)
-    assert (life.state, life.since) == (State.STARTING, 100)
-    life = ready()
-    life.loaded(105)
-    life.entered(105)
-    life.probed(105)
-    life.measured(105)
-    assert (life.state, life.since) == (State.READY, 100)
+# -- the size --
 
 
-def test_a_drained_child_is_never_ready_again() -> None:
-    life = entering()
-    life.drain(101, 0)
-    life.loaded(102)
-    life.entered(103)
-    assert life.state is State.DRAINING
-    assert not life.is_ready
+def test_a_pool_grows_by_the_lowest_numbers() -> None:
+    made = pool_replica.Places()
+    assert made.resize(2) == []
+    assert made.resize(3) == []
+    assert numbers(made) == [0, 1, 2]
+
+
+def test_a_number_that_is_free_is_used_again() -> None:
+    made = replicas_of(3)
+    made.remove(at(made, 1))
+    made.resize(3)
+    assert numbers(made) == [0, 1, 2]
+    assert at(made, 1).child is None
+
+
+def test_a_number_is_taken_until_its_replica_has_drained() -> None:
+    made = replicas_of(2)
+    (drained,) = made.resize(1)
+    made.resize(2)
+    assert (drained.number, numbers(made)) == (1, [0, 1, 2]), "it stands for its devices"
+    assert [place.is_wanted for place in made] == [True, False, True]
+
+
+def test_what_is_added_to_a_pool_that_is_drained_is_not_started_either() -> None:
+    made = replicas_of(2)
+    made.hold(None)
+    made.resize(3)
+    assert not any(place.should_run for place in made)
+    made.restart(0)
+    made.resize(4)
+    assert [place.should_run for place in made] == [True, False, False, False]
+    made.restart(None)
+    made.resize(5)
+    assert all(place.should_run for place in made)
+
+
+def test_a_pool_shrinks_by_the_highest_number_of_what_is_equally_idle() -> None:
+    made = replicas_of(3)
+    assert numbers(made.resize(1)) == [2, 1]
+    assert [place.should_run for place in made] == [True, False, False]
+
+
+def test_a_pool_shrinks_by_what_serves_nothing_and_then_by_the_least_loaded() -> None:
+    made = replicas_of(5)
+    at(made, 0).child = None
+    at(made, 1).child = Child(held=3, is_ready=False)
+    at(made, 2).child = Child(held=2)
+    at(made, 3).child = Child(held=1)
+    at(made, 4).child = Child(held=4)
+    assert numbers(made.resize(1)) == [0, 1, 3, 2]
+
+
+def test_a_replica_that_drains_for_good_is_drained_once() -> None:
+    made = replicas_of(3)
+    made.resize(1)
+    assert made.resize(1) == []
+    assert numbers(made.resize(0)) == [0]
+
+
+def test_a_replica_that_is_gone_can_be_removed_twice() -> None:
+    made = replicas_of(2)
+    gone = at(made, 1)
+    made.remove(gone)
+    made.remove(gone)
+    assert numbers(made) == [0]
+
+
+# -- drained and restarted by an operator --
+
+
+def test_a_replica_that_is_held_stays_and_runs_nothing_until_a_restart() -> None:
+    made = replicas_of(3)
+    assert numbers(made.hold(0)) == [0]
+    assert [place.should_run for place in made] == [False, True, True]
+    assert made.resize(3) == []
+    at(made, 0).child = None
+    made.restart(0)
+    assert [place.should_run for place in made] == [True, True, True]
+
+
+def test_all_replicas_can_be_held_and_restarted() -> None:
+    made = replicas_of(2)
+    assert numbers(made.hold(None)) == [0, 1]
+    assert not any(place.should_run for place in made)
+    made.restart(None)
+    assert all(place.should_run for place in made)
+
+
+def test_a_replica_that_drains_for_good_is_not_restarted() -> None:
+    made = replicas_of(2)
+    made.resize(1)
+    made.restart(None)
+    assert not at(made, 1).should_run
+    assert made.next_to_restart() is at(made, 0)
+    assert made.next_to_restart() is None
+
+
+def test_replicas_restart_one_at_a_time() -> None:
+    made = replicas_of(3)
+    made.restart(None)
+    restarted = []
+    while (place := made.next_to_restart()) is not None:
+        restarted.append(place.number)
+        place.child.life.drain(3.0, 0.0)
+        assert made.next_to_restart() is None, "another one still drains"
+        place.child = None
+        assert made.next_to_restart() is None, "its next child has not started"
+        place.child = Child(is_ready=False)
+        assert made.next_to_restart() is None, "its next child still loads"
+        place.child = Child()
+    assert restarted == [0, 1, 2]
+
+
+def test_a_replica_that_loads_is_restarted_when_it_is_ready() -> None:
+    made = replicas_of(2)
+    at(made, 0).child = Child(is_ready=False)
+    made.restart(0)
+    assert made.next_to_restart() is None
+    at(made, 0).child = Child()
+    assert made.next_to_restart() is at(made, 0)
+
+
+def test_a_replica_that_is_not_ready_is_restarted_at_once_for_nobody_misses_it() -> None:
+    made = replicas_of(3)
+    unready: Any = at(made, 1).child
+    unready.life.wants_inputs(3.0, False)
+    made.restart(None)
+    assert made.next_to_restart() is at(made, 1)
+    assert made.next_to_restart() is None, "the others wait until it is ready"
+    at(made, 1).child = Child()
+    assert made.next_to_restart() is at(made, 0)
+
+
+def test_one_replica_is_restarted_alone_and_once() -> None:
+    made = replicas_of(3)
+    made.restart(1)
+    made.restart(1)
+    assert made.next_to_restart() is at(made, 1)
+    assert made.next_to_restart() is None
+
+
+def test_a_replica_whose_child_has_died_meanwhile_needs_no_restart() -> None:
+    made = replicas_of(3)
+    made.restart(None)
+    made.remove(at(made, 0))
+    at(made, 1).child = None
+    assert made.next_to_restart() is None
+    at(made, 1).child = Child()
+    assert made.next_to_restart() is at(made, 2)
+    assert made.next_to_restart() is None
+
+
+@pytest.mark.parametrize("others", ["held", "unwanted"])
+def test_a_replica_that_nobody_wants_to_run_holds_up_no_restart(others: str) -> None:
+    made = replicas_of(2)
+    at(made, 0).child.jobs = {1: None}
+    if others == "held":
+        made.hold(1)
+    else:
+        made.resize(1)
+    at(made, 1).child = None
+    made.restart(0)
+    assert made.next_to_restart() is at(made, 0)
+
+
+# -- one replica --
+
+
+def test_a_place_forgets_the_child_that_is_gone_and_no_other() -> None:
+    place, old, new = pool_replica.Place(0), Child(), Child()
+    place.child, place.successor = old, new
+    place.ended(old, "", 0.0, is_expected=True)
+    assert (place.child, place.successor) == (None, new)
+    place.ended(old, "", 0.0, is_expected=True)
+    assert place.successor is new
+    place.ended(new, "", 0.0, is_expected=True)
+    assert place.successor is None
+
+
+def test_a_replica_that_serves_shows_its_child() -> None:
+    place, child = pool_replica.Place(3), Child(held=2)
+    place.child = child
+    child.resident_bytes = 4096
+    place.restarts, place.last_error = 1, "it died"
+    assert place.seen(slots=8, now=12.0) == snapshot.Replica(
+        number=3,
+        state="ready",
+        pid=100,
+        slots=8,
+        in_flight=2,
+        restarts=1,
+        last_error="it died",
+        seconds_in_state=10.0,
+        start_up=2.0,
+        lag=0.25,
+        resident_bytes=4096,
+    )
+
+
+@pytest.mark.parametrize(("now", "wait"), [(5.5, 0.5), (60.0, 0.0)])
+def test_a_replica_without_a_child_shows_when_the_next_one_starts(now: float, wait: float) -> None:
+    place = pool_replica.Place(0)
+    place.backoff.failed(5.0)
+    seen = place.seen(slots=8, now=now)
+    assert (seen.state, seen.retry_in, seen.pid, seen.slots) == ("failed", wait, None, 0)
+
+
+@pytest.mark.parametrize("attribute", ["is_held", "is_wanted"])
+def test_a_replica_that_is_not_to_run_is_stopped(attribute: str) -> None:
+    place = pool_replica.Place(0)
+    setattr(place, attribute, not getattr(place, attribute))
+    assert place.seen(slots=8, now=1.0).state == "stopped"
+
+
+# -- when a child is worn --
 
 
 @pytest.mark.parametrize(
-    ("life", "step", "bound", "setting"),
+    ("bounds", "served", "resident", "is_worn"),
     [
-        (started(), "starting", 30, "gw_boot_timeout"),
-        (entering(), "entering", 600, "gw_start_timeout"),
+        ({}, 10**9, 10**15, False),
+        ({"max_tasks": 3}, 2, 0, False),
+        ({"max_tasks": 3}, 3, 0, True),
+        ({"max_bytes": 1000}, 0, 1000, False),
+        ({"max_bytes": 1000}, 0, 1001, True),
+        ({"max_tasks": 3, "max_bytes": 1000}, 5, 10, True),
     ],
 )
-def test_a_step_that_takes_too_long_is_named_with_its_setting(
-    life: replica.Life, step: str, bound: float, setting: str
+def test_a_child_is_worn_when_it_served_or_holds_as_much_as_it_may(
+    bounds: dict[str, int], served: int, resident: int, is_worn: bool
 ) -> None:
-    assert life.overdue(100 + bound - 0.001) is None
-    reason = life.overdue(100 + bound)
-    assert reason is not None
-    assert f"was {step} for {bound} s" in reason
-    assert setting in reason
+    child = Child()
+    child.served, child.resident_bytes = served, resident
+    setup = pool_replica.Setup(
+        settings=conf.Settings(), slots={"embed": 3, "": 1}, first={}, **bounds
+    )
+    assert setup.is_worn(child) is is_worn
+    assert setup.slots_per_replica == 4
 
 
-def test_the_deadline_of_a_step_counts_from_the_step_before_it() -> None:
-    life = started(now=1000)
-    life.loaded(1029)
-    assert life.overdue(1029 + 599) is None
-    assert life.overdue(1029 + 600) is not None
+# -- devices --
+
+SHARES = [
+    [devices.Device(name="NVIDIA L4", token=f"GPU-{number}", memory_gb=24, index=number)]
+    for number in range(3)
+]
 
 
-def test_a_child_that_loads_owes_no_heartbeat() -> None:
-    assert entering().overdue(100 + 599) is None
+def tokens(made: pool_replica.Places) -> dict[int, tuple[str, ...]]:
+    return {place.number: place.seen(1, 0.0).devices for place in made}
 
 
-def test_a_ready_child_without_heartbeats_is_overdue() -> None:
-    life = ready(now=50)
-    assert life.overdue(64.9) is None
-    reason = life.overdue(65)
-    assert reason is not None
-    assert "no heartbeat for 15 s" in reason
-    assert "gw_heartbeat_timeout" in reason
+def test_a_replica_has_the_devices_of_its_number() -> None:
+    made = pool_replica.Places(SHARES)
+    made.resize(2)
+    assert tokens(made) == {0: ("GPU-0",), 1: ("GPU-1",)}
 
 
-def test_a_heartbeat_gives_a_child_its_full_time_again() -> None:
-    life = ready()
-    for now in range(110, 1000, 10):
-        life.beat(now)
-        assert life.overdue(now + 14.9) is None
-    assert life.overdue(990 + 15) is not None
+def test_a_replica_without_devices_shows_none() -> None:
+    assert tokens(replicas_of(1)) == {0: ()}
 
 
-def test_a_draining_child_still_owes_its_heartbeat() -> None:
-    life = ready()
-    life.drain(101, 1000)
-    assert life.overdue(114.9) is None
-    assert "no heartbeat" in (life.overdue(115) or "")
+def test_there_are_no_more_replicas_than_shares() -> None:
+    made = pool_replica.Places(SHARES)
+    made.resize(5)
+    assert list(tokens(made)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("longest", "bound"), [(0, 30), (29, 30), (300, 300), (-5, 30)])
-def test_a_drain_lasts_until_its_timeout_or_the_last_limit(longest: float, bound: float) -> None:
-    life = ready(now=100)
-    life.drain(200, longest)
-    life.beat(200 + bound)
-    assert life.overdue(200 + bound - 0.001) is None
-    assert "gw_drain_timeout" in (life.overdue(200 + bound) or "")
+def test_a_replica_whose_devices_are_in_use_starts_when_they_are_free() -> None:
+    made = pool_replica.Places(SHARES)
+    made.resize(3)
+    for place in made:
+        place.child = Child(held=0 if place.number == 1 else 1)
+    (drained,) = made.resize(2)
+    assert drained.number == 1
+    assert made.resize(3) == []
+    assert list(tokens(made)) == [0, 1, 2], "the one that drains is still there"
+    assert [place.number for place in made if place.is_wanted] == [0, 2]
+    made.remove(drained)
+    made.complete()
+    assert [place.number for place in made if place.is_wanted] == [0, 1, 2]
+    assert at(made, 1) is not drained
+    assert at(made, 1).share == SHARES[1]
 
 
-def test_a_drain_without_a_limit_has_no_deadline_and_is_told_of() -> None:
-    life = ready(now=100)
-    life.drain(200, math.inf)
-    life.beat(10_000)
-    assert life.overdue(10_000) is None
-    assert (life.lingers(229), life.lingers(230)) == (False, True)
-    bounded = ready(now=100)
-    assert not bounded.lingers(1000)
-    bounded.drain(200, 500)
-    assert not bounded.lingers(600)
+def test_a_replica_that_leaves_for_good_is_not_replaced() -> None:
+    made = pool_replica.Places(SHARES)
+    made.resize(2)
+    (drained,) = made.resize(1)
+    made.remove(drained)
+    made.complete()
+    assert len(list(made)) == 1
 
 
-def test_what_begins_while_it_drains_has_its_time() -> None:
-    life = ready(now=100)
-    life.began(150, 1000)
-    life.drain(200, 0)
-    life.began(210, 5)
-    life.beat(229)
-    assert (life.overdue(229.9), life.overdue(230) is None) == (None, False)
-    life.began(220, 300)
-    assert life.overdue(230) is None
-    life.began(221, math.inf)
-    life.beat(9_000)
-    assert life.overdue(9_000) is None
+def test_the_end_of_a_child_that_was_never_well_is_a_failed_start_however_long_it_served() -> None:
+    (place,) = replicas_of(1)
+    waits = []
+    for _ in range(3):
+        place.child = Child(held=2)
+        place.child.is_unfit = place.child.is_ill = True
+        for number in place.child.jobs:
+            place.child.jobs[number] = SimpleNamespace(is_accepted=True)
+        place.ended(place.child, "its liveness probe failed", 1000.0, is_expected=False)
+        waits.append(place.backoff.retry_at - 1000.0)
+    assert waits == [1, 2, 4]
 
 
-@pytest.mark.parametrize(("left", "bound"), [(0, 30), (300, 300)])
-def test_a_drain_is_bound_again_once_what_has_no_limit_has_ended(left: float, bound: float) -> None:
-    life = ready(now=100)
-    life.drain(200, math.inf)
-    life.ended(210, math.inf)
-    assert life.deadline is None
-    life.ended(220, left)
-    assert life.deadline == 220 + bound
-    life.ended(230, 0)
-    assert life.deadline == 220 + bound
+def test_a_child_that_falls_ill_soon_after_each_start_is_started_ever_later() -> None:
+    (place,) = replicas_of(1)
+    waits = []
+    for age in (10.0, 10.0, 63.0, 64.0, 10.0):
+        place.child = Child(held=2)  # READY at 2.0
+        place.child.is_ill = True
+        for number in place.child.jobs:
+            place.child.jobs[number] = SimpleNamespace(is_accepted=True)
+        place.ended(place.child, "its liveness probe failed", 2.0 + age, is_expected=False)
+        waits.append(place.backoff.retry_at - 2.0 - age)
+    assert waits == [1, 2, 4, 0, 1]
 
 
-def test_a_second_drain_does_not_move_the_deadline() -> None:
-    life = ready()
-    life.drain(110, 0)
-    life.drain(135, 500)
-    life.beat(139)
-    assert life.overdue(140) is not None
-
-
-def test_a_start_up_is_that_of_the_process_however_often_it_is_measured() -> None:
-    life = started(now=100)
-    life.loaded(110)
-    life.entered(150)
-    life.probed(151)
-    assert life.start_up is None
-    life.measured(160)
-    life.measure_again(500)
-    life.measured(503)
-    assert life.start_up == 60
-
-
-def test_only_a_child_that_served_for_a_while_was_steady() -> None:
-    assert not started().was_steady(1100)
-    assert not entering().was_steady(1100)
-    life = ready(now=10)
-    assert not life.was_steady(10.9)
-    assert life.was_steady(11)
-    life.drain(20, 0)
-    assert life.was_steady(21)
-
-
-def test_the_wait_before_the_next_child_doubles_up_to_a_minute() -> None:
-    backoff = replica.Backoff()
-    assert backoff.retry_at == 0
-    assert [backoff.failed(100) for _ in range(9)] == [1, 2, 4, 8, 16, 32, 64, 64, 64]
-    assert backoff.retry_at == 164
-    for _ in range(2000):
-        assert backoff.failed(0) == 64
-
-
-def test_a_child_that_served_starts_the_doubling_anew() -> None:
-    backoff = replica.Backoff()
-    backoff.failed(0)
-    backoff.failed(1)
-    backoff.succeeded(50)
-    assert backoff.retry_at == 50
-    assert backoff.failed(60) == 1
-    assert backoff.retry_at == 61
-
-
-def test_a_child_without_a_service_that_wants_inputs_is_unready_until_one_does() -> None:
-    life = ready()
-    life.wants_inputs(103, False)
-    assert (life.state, life.since, life.is_ready, life.is_up) == (State.UNREADY, 103, False, True)
-    life.wants_inputs(104, False)
-    assert life.since == 103
-    life.wants_inputs(105, True)
-    assert (life.state, life.since, life.is_up) == (State.READY, 105, True)
-
-
-def test_only_a_loaded_child_can_be_unready() -> None:
-    for life in (benchmarking(), entering()):
-        life.wants_inputs(101, False)
-        assert life.state is not State.UNREADY
-    life = ready()
-    life.drain(101, 0)
-    life.wants_inputs(102, True)
-    assert life.state is State.DRAINING
-
-
-def test_silence_counts_from_the_end_of_loading_on() -> None:
-    life = entering()
-    life.beat(100)
-    assert life.overdue(500) is None
-    assert "no heartbeat for 15 s" in (probing().overdue(115) or "")
-
-
-def test_a_benchmark_has_a_bound_however_alive_its_child_is() -> None:
-    life = benchmarking()
-    life.beat(219)
-    assert life.overdue(219.9) is None
-    reason = life.overdue(220) or ""
-    assert "was benchmarking for 120 s (setting gw_benchmark_timeout)" in reason
-
-
-def test_a_ready_child_may_be_measured_again() -> None:
-    life = ready(100)
-    life.beat(200)
-    life.measure_again(200)
-    assert (life.state, life.is_ready, life.is_up) == (State.BENCHMARKING, False, False)
-    assert life.overdue(200 + 14) is None
-    assert life.overdue(200 + 15) is not None, "it owes its heartbeats meanwhile"
-    life.measured(230)
-    assert life.is_ready
-
-
-def test_only_a_ready_child_may_be_measured_again() -> None:
-    life = probing(100)
-    life.measure_again(101)
-    assert life.state is State.PROBING
-    life = ready(100)
-    life.drain(101, 0)
-    life.measure_again(102)
-    assert life.state is State.DRAINING
+def test_what_the_probes_of_a_child_said_is_seen() -> None:
+    (place,) = replicas_of(1)
+    place.child.checks = probes.Checks([("proj.Model", gw.Probe.on("health", failures=1))])
+    (check,) = place.child.checks
+    place.child.room.unready = {"proj.Model"}
+    assert place.seen(4, 10.0).probes == (snapshot.Probe(name="Model.health", kind="liveness"),)
+    check.called(1, 5.0)
+    check.answered(probes.Answer(is_ok=False, detail="returned False", seconds=0.5))
+    seen = place.seen(4, 10.0)
+    assert seen.unready == ("proj.Model",)
+    assert seen.probes == (
+        snapshot.Probe(
+            name="Model.health",
+            kind="liveness",
+            is_ok=False,
+            failures=1,
+            is_failing=True,
+            detail="returned False",
+            seconds=0.5,
+        ),
+    )

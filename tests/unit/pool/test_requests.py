@@ -1,210 +1,293 @@
-"""What Celery's own request makes of the callbacks of a job."""
-
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from celery import Celery
-from celery.worker import state
-from celery.worker.request import Request
-from kombu import Message, serialization
+from billiard.exceptions import Terminated, WorkerLostError
 
-from gw_celery.pool import jobs, wire
+from gw_celery import errors
+from gw_celery.pool import request
+from gw_celery.protocol import frames
+from tests.unit.pool.handmade import Child, Pool, Shared
 
-ID = "the request's"
-
-
-def message_of(app: Celery, task: str) -> Message:
-    """A message as a broker delivers it."""
-    sent = app.amqp.as_task_v2(ID, task, (), {})
-    content_type, content_encoding, body = serialization.dumps(sent.body, "json")
-    return Message(
-        body=body,
-        headers=sent.headers,
-        properties=sent.properties,
-        content_type=content_type,
-        content_encoding=content_encoding,
-        accept={content_type},
-    )
+# -- the way of one input --
 
 
-@pytest.fixture
-def request_of(celery_app: Celery) -> Callable[..., tuple[Any, list[Any]]]:
-    """Makes a request, and the list of what happens to it."""
-    celery_app.backend.forget(ID)  # the memory backend is the process's
-
-    def make(*, acks_late: bool = True) -> tuple[Any, list[Any]]:
-        happened: list[Any] = []
-
-        @celery_app.task(name="proj.embed", acks_late=acks_late, reject_on_worker_lost=True)
-        def embed() -> None: ...
-
-        class Eventer:
-            enabled = True
-
-            def send(self, kind: str, **fields: Any) -> None:
-                happened.append((kind, fields.get("exception") or fields.get("result")))
-
-        request = Request(
-            message_of(celery_app, "proj.embed"),
-            app=celery_app,
-            task=embed,
-            eventer=Eventer(),
-            on_ack=lambda *_: happened.append("acked"),
-            on_reject=lambda _, __, requeue: happened.append(("rejected", requeue)),
-        )
-        return request, happened
-
-    return make
+def test_an_input_waits_runs_and_is_answered(pool: Pool, child: Child) -> None:
+    job = pool.submit("a")
+    assert len(pool.inputs.waiting) == 1
+    assert pool.inputs.in_flight() == 0
+    assert pool.dispatch() == {child}
+    assert child.told == [(frames.Order.RUN, job.number, *job.args)]
+    assert pool.inputs.in_flight() == 1
+    pool.accept(job)
+    pool.done(job)
+    assert pool.heard(job) == [("accepted", 100), "'text'"]
+    assert pool.inputs.in_flight() == 0
+    assert (child.jobs, child.room.total, child.served) == ({}, 0, 1)
+    assert pool.let_go == [child]
 
 
-def report(job: jobs.Job, outcome: wire.Outcome, *, requeue: bool = False) -> None:
-    """Answer ``job`` as a child's report of an exception does."""
+def test_a_child_gets_all_its_inputs_in_one_writing() -> None:
+    writings = []
+    child = Child()
+    child.send = lambda *orders: writings.append(len(orders))
+    pool = Pool(child)
+    pool.submit("a")
+    pool.submit("b")
+    pool.dispatch()
+    assert writings == [2]
+
+
+def test_an_input_over_the_slots_starts_when_one_is_free(pool: Pool, child: Child) -> None:
+    first, *_ = [pool.submit(one) for one in "abc"]
+    pool.dispatch()
+    assert child.runs == ["a", "b"]
+    assert pool.dispatch() == set()
+    pool.accept(first)
+    pool.done(first)
+    pool.dispatch()
+    assert child.runs == ["a", "b", "c"]
+
+
+def test_a_failure_frees_the_slot_as_an_answer_does(pool: Pool, child: Child) -> None:
+    job = pool.start("a")
     texts = ["proj.Oops", "Oops('x')", "x", "Traceback: x"]
-    jobs.answer(job, [wire.Report.ERROR, 7, outcome, *texts, requeue])
+    pool.report(job, frames.Report.ERROR, frames.Outcome.FAILURE, *texts, False)
+    assert pool.heard(job) == [("accepted", 100), "Traceback: x"]
+    assert child.room.total == 0
 
 
-def job_of(request: Any) -> jobs.Job:
-    callbacks = (request.on_accepted, request.on_success, request.on_failure, request.on_timeout)
-    names = ("accept_callback", "callback", "error_callback", "timeout_callback")
-    options = dict(zip(names, callbacks, strict=True)) | {"timeout": 3.0}
-    args = ("proj.embed", ID, {}, b"", "", "")
-    return jobs.Job(7, args, "embed", options, lambda job, signum: None)
+def test_an_input_that_its_child_refused_is_counted(pool: Pool) -> None:
+    name = f"{errors.QueueTimeExceeded.__module__}.QueueTimeExceeded"
+    for raised in ("proj.Oops", name):
+        texts = [raised, "x", "x", "Traceback: x"]
+        pool.report(pool.start("a"), frames.Report.ERROR, frames.Outcome.FAILURE, *texts, False)
+    (tallied,) = pool.inputs.tallies.seen().values()
+    assert (tallied.failed, tallied.refused_inputs) == (2.0, 1)
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        (lambda job: job.done("'text'", 0.5), ["acked", ("task-succeeded", "'text'")]),
-        (
-            lambda job: report(job, wire.Outcome.FAILURE),
-            ["acked", ("task-failed", "Oops('x')")],
-        ),
-        (
-            lambda job: report(job, wire.Outcome.RETRY),
-            ["acked", ("task-retried", "Oops('x')")],
-        ),
-        (lambda job: report(job, wire.Outcome.IGNORE), ["acked"]),
-        (
-            lambda job: report(job, wire.Outcome.REJECT, requeue=True),
-            [("rejected", True), ("task-rejected", None)],
-        ),
-    ],
-    ids=["done", "error", "retry", "ignore", "reject"],
-)
-def test_celery_settles_the_message_as_for_its_own_pools(
-    request_of: Any,
-    answer: Callable[[jobs.Job], None],
-    expected: list[Any],
-    caplog: pytest.LogCaptureFixture,
+def test_an_input_that_its_child_has_dropped_is_lost(pool: Pool, child: Child) -> None:
+    job = pool.start("a")
+    pool.report(job, frames.Report.GONE)
+    assert pool.heard(job)[1:] == [WorkerLostError]
+    assert child.room.total == 0
+
+
+@pytest.mark.parametrize("kind", [frames.Report.ACCEPT, frames.Report.DONE, frames.Report.GONE])
+def test_a_report_of_what_the_child_does_not_hold_is_garbage(pool: Pool, kind: Any) -> None:
+    job = pool.start("a", pool.children[0])
+    with pytest.raises(frames.Garbage, match=f"a {kind} report of job {job.number}"):
+        pool.inputs.handle(Child(), [kind, job.number, 0.0, 0.0], request.now())
+    pool.done(job)
+    with pytest.raises(frames.Garbage, match="which it does not hold"):
+        pool.done(job)
+    assert pool.heard(job) == [("accepted", 100), "'text'"]
+
+
+def test_an_input_that_is_withdrawn_while_it_waits_is_never_sent(pool: Pool, child: Child) -> None:
+    job = pool.submit("a")
+    pool.requests[job].is_revoked = True
+    pool.submit("b")
+    pool.submit("c")
+    pool.dispatch()
+    assert child.runs == ["b", "c"], "the slot of what was withdrawn is free"
+    assert pool.heard(job) == ["revoked"]
+    assert pool.inputs.in_flight() == 2
+
+
+def test_what_has_not_started_is_dropped_and_what_runs_goes_on() -> None:
+    shared = Shared()
+    pool = Pool(shared=shared)
+    running = pool.start("a")
+    waiting, asked = pool.submit("b"), pool.submit("c", is_redelivered=True)
+    pool.inputs.forget_waiting()
+    pool.inputs.settle_asked(request.now())
+    assert pool.dispatch() == set()
+    pool.done(running)
+    assert pool.heard(running) == [("accepted", 100), "'text'"]
+    assert pool.heard(waiting) == pool.heard(asked) == []
+
+
+# -- stops --
+
+
+def test_a_waiting_input_that_is_stopped_never_runs(pool: Pool, child: Child) -> None:
+    job = pool.submit("a")
+    job.terminate(15)
+    assert pool.heard(job) == [("accepted", 0), Terminated], (
+        "Celery announces a revocation when the input is accepted"
+    )
+    pool.dispatch()
+    assert child.told == []
+
+
+def test_an_input_that_is_asked_about_and_stopped_never_runs() -> None:
+    pool = Pool(shared=Shared())
+    job = pool.submit("a", is_redelivered=True)
+    job.terminate(15)
+    pool.inputs.settle_asked(request.now() + 60)
+    assert pool.dispatch() == set()
+    assert pool.heard(job) == [("accepted", 0), Terminated]
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_stopped_input_is_answered_at_once_and_its_child_told(
+    pool: Pool, child: Child, has_begun: bool
 ) -> None:
-    request, happened = request_of()
-    job = job_of(request)
-    job.accept(123, jobs.now())
-    answer(job)
-    assert happened == [("task-started", None), *expected]
-    assert "raised; the worker goes on" not in caplog.text
+    job = pool.submit("a")
+    pool.dispatch()
+    if has_begun:
+        pool.accept(job)
+    job.terminate(15)
+    job.terminate(15)
+    assert pool.heard(job) == [("accepted", 100), Terminated]
+    assert child.stopped == [job.number]
+    assert pool.inputs.in_flight() == 0
+    assert child.room.total == 1, "the body may still run"
+    pool.accept(job)
+    pool.done(job)
+    assert pool.heard(job) == [("accepted", 100), Terminated]
+    assert child.room.total == 0
 
 
-def test_celery_gives_a_lost_input_back_to_the_broker(request_of: Any) -> None:
-    request, happened = request_of()
-    job = job_of(request)
-    job.accept(123, jobs.now())
-    job.lost("Worker exited prematurely: signal 9 (SIGKILL)")
-    assert ("rejected", True) in happened
-    assert "acked" not in happened
-
-
-@pytest.mark.parametrize("acks_late", [True, False])
-def test_an_input_that_has_not_begun_is_given_to_another_worker(
-    request_of: Any, acks_late: bool
+def test_a_child_that_cannot_stop_an_input_is_replaced(
+    pool: Pool, child: Child, caplog: pytest.LogCaptureFixture
 ) -> None:
-    request, happened = request_of(acks_late=acks_late)
-    state.task_reserved(request)
-    job = job_of(request)
-    job.give_back()
-    assert happened == [("rejected", True), ("task-rejected", None)]
-    assert request not in state.reserved_requests
-    job.lost("nothing follows")
-    assert len(happened) == 2
+    job = pool.start("a")
+    job.terminate(15)
+    pool.inputs.expire(request.now() + 4.0)
+    assert pool.stuck == []
+    pool.inputs.expire(request.now() + 6.0)
+    pool.inputs.expire(request.now() + 60.0)
+    assert pool.stuck == [child]
+    assert "task proj.embed[a] did not end 5 s after it was stopped" in caplog.text
 
 
-def test_celery_fails_an_input_at_its_hard_limit_once(request_of: Any, celery_app: Celery) -> None:
-    request, happened = request_of()
-    job = job_of(request)
-    job.accept(123, jobs.now())
-    job.timed_out()
-    report(job, wire.Outcome.FAILURE)
-    assert happened.count("acked") == 1
-    assert [one[0] for one in happened if one != "acked"] == ["task-started", "task-failed"]
-    assert celery_app.AsyncResult(ID).state == "FAILURE"
+def test_a_child_that_stops_an_input_in_time_stays(pool: Pool) -> None:
+    job = pool.start("a")
+    job.terminate(15)
+    pool.report(job, frames.Report.GONE)
+    pool.inputs.expire(request.now() + 60.0)
+    assert pool.stuck == []
+    assert pool.inputs.limits.next_in(request.now()) is None
 
 
-@pytest.fixture
-def revoked() -> Iterator[None]:
-    """The task is revoked after its message was taken."""
-    state.revoked.add(ID)
-    yield
-    state.revoked.pop_value(ID)
+def test_what_has_not_begun_is_left_to_another_worker(pool: Pool, child: Child) -> None:
+    begun = pool.start("a", timeout=1.0)
+    sent = pool.submit("b")
+    pool.dispatch()
+    pool.inputs.abandon_unaccepted()
+    assert pool.inputs.in_flight() == 1
+    pool.accept(sent)
+    pool.done(sent)
+    assert pool.heard(sent) == [], "an accepted input is acknowledged, and would be lost"
+    pool.inputs.expire(request.now() + 60.0)
+    pool.done(begun)
+    assert pool.heard(begun) == [("accepted", 100), "'text'"]
 
 
-@pytest.mark.usefixtures("revoked")
-def test_an_input_that_is_revoked_while_it_waits_is_celerys_to_answer(
-    request_of: Any, celery_app: Celery
+# -- limits --
+
+
+def test_limits_count_from_the_start_of_the_body(pool: Pool, child: Child) -> None:
+    job = pool.submit("a", soft_timeout=1.0, timeout=3.0)
+    pool.dispatch()
+    pool.inputs.expire(request.now() + 60.0)
+    assert pool.heard(job) == []
+    pool.accept(job)
+    pool.inputs.expire(request.now() + 2.0)
+    assert pool.heard(job)[1:] == [("soft limit", 1.0)]
+    assert child.told[1:] == [(frames.Order.SOFT, job.number, 1.0)]
+    pool.inputs.expire(request.now() + 4.0)
+    assert pool.heard(job)[2:] == [("hard limit", 3.0)]
+    assert child.stopped == [job.number]
+    pool.inputs.expire(request.now() + 60.0)
+    assert pool.stuck == [child]
+
+
+@pytest.mark.parametrize(("limits", "left"), [({"timeout": 900.0}, 900.0), ({}, None)])
+def test_what_begins_in_a_draining_child_has_its_time(
+    pool: Pool, child: Child, limits: dict[str, float], left: float | None
 ) -> None:
-    request, happened = request_of()
-    job = job_of(request)
-    assert job.was_withdrawn()
-    assert happened.count("acked") == 1
-    assert celery_app.AsyncResult(ID).state == "REVOKED"
-    job.lost("it died.")
-    assert happened.count("acked") == 1
+    job = pool.submit("a", **limits)
+    pool.dispatch()
+    child.life.loaded(request.now())
+    child.life.drain(request.now(), 0.0)
+    pool.accept(job)
+    deadline = child.life.deadline
+    assert deadline == (None if left is None else pytest.approx(request.now() + left, abs=5.0))
 
 
-def test_an_input_that_nobody_revoked_runs(request_of: Any) -> None:
-    request, happened = request_of()
-    job = job_of(request)
-    assert not job.was_withdrawn()
-    assert not job.is_answered
-    assert happened == []
+def test_an_input_that_ended_reaches_no_limit(pool: Pool, child: Child) -> None:
+    job = pool.start("a", soft_timeout=1.0, timeout=3.0)
+    pool.done(job)
+    pool.inputs.expire(request.now() + 60.0)
+    assert pool.heard(job) == [("accepted", 100), "'text'"]
+    assert len(child.told) == 1
 
 
-def test_an_input_that_cannot_be_checked_runs(request_of: Any, caplog: Any) -> None:
-    request, _ = request_of()
-    request.revoked = raising(ConnectionError("backend"))
-    job = job_of(request)
-    assert not job.was_withdrawn()
-    assert f"task proj.embed[{ID}] could not be checked" in caplog.text
+# -- children that are gone --
 
 
-@pytest.mark.parametrize(("acks_late", "state_"), [(False, "FAILURE"), (True, "PENDING")])
-def test_what_a_cold_shutdown_stops_fails_where_no_broker_has_it(
-    request_of: Any, celery_app: Celery, acks_late: bool, state_: str
-) -> None:
-    request, _ = request_of(acks_late=acks_late)
-    request._already_cancelled = True
-    job_of(request).fail_when_nobody_retries()
-    assert celery_app.AsyncResult(ID).state == state_
+def test_what_had_begun_is_lost_and_the_rest_starts_elsewhere_first() -> None:
+    gone, other = Child(1), Child(2)
+    pool = Pool(gone, other)
+    begun = pool.start("a", gone, soft_timeout=1.0, timeout=2.0)
+    sent = pool.submit("b")
+    pool.dispatch(gone)
+    pool.submit("c")
+    pool.die(gone)
+    assert pool.heard(begun) == [("accepted", 1), WorkerLostError]
+    assert (gone.jobs, pool.inputs.in_flight()) == ({}, 0)
+    pool.dispatch(other)
+    assert other.runs == ["b", "c"]
+    pool.accept(sent)
+    pool.done(sent)
+    assert pool.heard(sent) == [("accepted", 2), "'text'"]
+    pool.inputs.expire(request.now() + 60.0)
+    assert pool.heard(begun) == [("accepted", 1), WorkerLostError]
 
 
-def test_a_result_backend_that_is_away_holds_up_no_cold_shutdown(
-    request_of: Any,
-    celery_app: Celery,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    request, _ = request_of(acks_late=False)
-    request._already_cancelled = True
-    monkeypatch.setattr(request.task.backend, "mark_as_failure", raising(ConnectionError("gone")))
-    job_of(request).fail_when_nobody_retries()
-    assert celery_app.AsyncResult(ID).state == "PENDING"
-    assert f"proj.embed[{ID}] was running when its worker was shut down" in caplog.text
+def test_what_had_not_begun_keeps_its_order_in_the_next_child(pool: Pool, child: Child) -> None:
+    for one in "abc":
+        pool.submit(one)
+    pool.dispatch()
+    pool.die(child)
+    small, next_ = Child(), Child()
+    small.room.take("embed")
+    pool.dispatch(small)
+    pool.dispatch(next_)
+    assert (small.runs, next_.runs) == (["a"], ["b", "c"])
 
 
-def raising(exc: Exception) -> Callable[..., Any]:
-    def fail(*_: Any, **__: Any) -> None:
-        raise exc
+def test_what_a_child_had_answered_before_it_died_stays_answered(pool: Pool, child: Child) -> None:
+    job = pool.start("a")
+    job.terminate(15)
+    pool.die(child)
+    assert pool.heard(job) == [("accepted", 100), Terminated]
 
-    return fail
+
+def test_a_worker_that_ends_leaves_what_had_not_begun_to_another(pool: Pool, child: Child) -> None:
+    begun = pool.start("a")
+    sent = pool.submit("b")
+    pool.dispatch()
+    pool.die(child, is_closing=True)
+    assert pool.heard(begun)[1:] == [WorkerLostError]
+    assert pool.heard(sent) == []
+    assert pool.dispatch(Child()) == set()
+
+
+def test_an_input_that_kills_before_it_is_seen_to_begin_is_lost_in_the_end() -> None:
+    pool = Pool(max_deaths=3)
+    job = pool.submit("a")
+    for _ in range(3):
+        child = Child()
+        assert pool.dispatch(child)
+        pool.die(child)
+        assert pool.heard(job) == []
+    child = Child()
+    assert pool.dispatch(child)
+    pool.die(child)
+    assert pool.heard(job) == [("accepted", 100), WorkerLostError]
+    assert pool.dispatch(Child()) == set()

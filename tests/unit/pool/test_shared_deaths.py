@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gw_celery.pool import deaths
+from gw_celery.pool import poison
 from tests.processes import eventually
 
 
@@ -35,7 +35,7 @@ class Asked:
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self.woken = threading.Semaphore(0)
-        self.shared = deaths.Shared(connect, self.woken.release)
+        self.shared = poison.Shared(connect, self.woken.release)
         self.answers: list[tuple[str, int | None]] = []
 
     def ask(self, task_id: str) -> bool:
@@ -131,7 +131,7 @@ def test_a_question_is_answered_when_redis_cannot_be_connected_to() -> None:
 def test_with_more_questions_than_may_wait_the_next_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(deaths, "_LONGEST_QUEUE", 2)
+    monkeypatch.setattr(poison, "_LONGEST_QUEUE", 2)
     redis = Redis(a=b"1")
     redis.is_let.clear()
     with asking(lambda: redis) as asked:
@@ -148,7 +148,7 @@ def test_with_more_questions_than_may_wait_the_next_is_refused(
 
 
 def test_a_redis_that_hangs_holds_up_no_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deaths, "_LONGEST_QUEUE", 1)
+    monkeypatch.setattr(poison, "_LONGEST_QUEUE", 1)
     redis = Redis()
     redis.is_let.clear()
     with asking(lambda: redis) as asked:

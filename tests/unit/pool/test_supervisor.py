@@ -12,7 +12,9 @@ import pytest
 
 import gw_celery as gw
 from gw_celery import conf
-from gw_celery.pool import jobs, places, supervisor, wire
+from gw_celery.pool import replica, supervisor
+from gw_celery.pool import request as pool_request
+from gw_celery.protocol import frames as protocol_frames
 from tests.unit.pool import handmade
 
 LIVES = gw.Probe.on("lives", kind="liveness", period_s=10)
@@ -27,7 +29,7 @@ class Process:
     def __init__(self, command: Any, pass_fds: list[int], **_: Any) -> None:
         self.socket = socket.socket(fileno=os.dup(pass_fds[0]))
         self.socket.setblocking(False)
-        self._unpacker = wire.Unpacker(wire.MAX_PARENT_FRAME_BYTES)
+        self._unpacker = protocol_frames.Unpacker(protocol_frames.MAX_PARENT_FRAME_BYTES)
 
     def poll(self) -> None:
         """It runs."""
@@ -40,7 +42,7 @@ class Process:
         return -9
 
     def report(self, *reports: list[Any]) -> None:
-        self.socket.send(wire.pack_reports(reports))
+        self.socket.send(protocol_frames.pack_reports(reports))
 
     def orders(self) -> list[tuple[Any, ...]]:
         """What it was told since the last call."""
@@ -48,7 +50,7 @@ class Process:
             frames = self._unpacker.feed(self.socket.recv(1 << 20))
         except BlockingIOError:
             return []
-        return [order for frame in frames for order in wire.unpack_orders(frame)]
+        return [order for frame in frames for order in protocol_frames.unpack_orders(frame)]
 
 
 class Site:
@@ -63,8 +65,8 @@ class Site:
             return started[-1]
 
         monkeypatch.setattr(subprocess, "Popen", popen)
-        monkeypatch.setattr(jobs, "now", lambda: self.now)
-        setup = places.Setup(
+        monkeypatch.setattr(pool_request, "now", lambda: self.now)
+        setup = replica.Setup(
             settings=conf.Settings(),
             slots={"proj.Model": 2, "": 1},
             first={},
@@ -74,20 +76,20 @@ class Site:
         self.supervisor.resize(1)
         self.supervisor.tick()
         (self.process,) = started
-        self.process.report([wire.Report.LOADED], [wire.Report.ENTERED])
+        self.process.report([protocol_frames.Report.LOADED], [protocol_frames.Report.ENTERED])
         self.supervisor.poll(10.0)
         assert self.supervisor.ready_by_service() == {"proj.Model": 2, "": 1}
         self.process.orders()
 
-    def submit(self, task_id: str, **options: Any) -> jobs.Job:
+    def submit(self, task_id: str, **options: Any) -> pool_request.Job:
         """Give it an input, as Celery does."""
         request = handmade.Request()
         args = ("proj.embed", task_id, {"id": task_id}, b"", "json", "utf-8")
         given = {**request.options(), "correlation_id": task_id, **options}
         return self.supervisor.submit(args, "proj.Model", given)
 
-    def begin(self, job: jobs.Job) -> None:
-        self.report([wire.Report.ACCEPT, job.number, self.now])
+    def begin(self, job: pool_request.Job) -> None:
+        self.report([protocol_frames.Report.ACCEPT, job.number, self.now])
 
     def report(self, *reports: list[Any]) -> None:
         self.process.report(*reports)
@@ -99,7 +101,7 @@ class Site:
 
     def later(self, seconds: float) -> None:
         self.now += seconds
-        self.report([wire.Report.BEAT, 0.0, 0])
+        self.report([protocol_frames.Report.BEAT, 0.0, 0])
         self.supervisor.tick()
 
 
@@ -118,7 +120,7 @@ def test_a_tick_has_a_probe_called_that_is_due_and_no_other(site: Site) -> None:
     assert due is not None
     site.now += due
     site.supervisor.probe_tick()
-    assert site.process.orders() == [(wire.Order.PROBE, 1, "proj.Model", "lives")]
+    assert site.process.orders() == [(protocol_frames.Order.PROBE, 1, "proj.Model", "lives")]
     site.supervisor.probe_tick()
     assert site.process.orders() == [], "its answer is awaited"
 
@@ -129,7 +131,7 @@ def test_a_drain_waits_for_what_has_no_limit_and_then_for_the_rest_no_longer(sit
     site.drain()
     site.later(1000.0)
     assert not site.process.is_killed
-    site.report([wire.Report.DONE, endless.number, "text", 1.0])
+    site.report([protocol_frames.Report.DONE, endless.number, "text", 1.0])
     site.later(29.0)
     assert not site.process.is_killed
     site.later(2.0)
@@ -146,7 +148,7 @@ def test_what_does_not_stop_keeps_no_draining_replica(
     site.drain()
     site.later(28.0)
     stuck.terminate(15)
-    assert (wire.Order.STOP, stuck.number) in site.process.orders()
+    assert (protocol_frames.Order.STOP, stuck.number) in site.process.orders()
     site.later(3.0)
     assert not site.process.is_killed
     assert "no time limit" not in caplog.text, "it is being stopped"

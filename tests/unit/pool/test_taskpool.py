@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 import gw_celery as gw
-from gw_celery import conf, sweeps
-from gw_celery.pool import allotment, machine, taskpool
-from gw_celery.worker import hooks, serving
+from gw_celery import conf, signals
+from gw_celery.client import beat_tasks
+from gw_celery.gpus import allocation, discovery
+from gw_celery.pool import taskpool
+from gw_celery.worker import serving
 
 
 @pytest.fixture
@@ -26,9 +28,11 @@ def pool(app: gw.App, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> task
         served=list(app.registry.services.values()),
         settings=conf.Settings(),
         pool=serving.GPU_POOL,
-        allotment=allotment.allot([allotment.Need(kind="A100")], machine.fakes("A100:3", ["A100"])),
+        allotment=allocation.allot(
+            [allocation.Need(kind="A100")], discovery.fakes("A100:3", ["A100"])
+        ),
     )
-    monkeypatch.setattr(hooks, "_plan", plan)
+    monkeypatch.setattr(signals, "_plan", plan)
     made: Any = taskpool.TaskPool(2, app=app.celery)
     made.supervisor = SimpleNamespace(resize=sizes.append)
     return made
@@ -69,7 +73,7 @@ def test_a_tick_is_passed_on_and_remembered_with_its_time(pool: taskpool.TaskPoo
     assert list(pool._ticked) == ["probe", "benchmark"]
 
 
-@pytest.mark.parametrize(("name", "runs_here"), [(sweeps.PROBE, True), ("plain", False)])
+@pytest.mark.parametrize(("name", "runs_here"), [(beat_tasks.PROBE, True), ("plain", False)])
 def test_only_the_sweeps_run_in_the_worker_itself(
     pool: taskpool.TaskPool, name: str, runs_here: bool
 ) -> None:

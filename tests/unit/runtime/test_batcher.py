@@ -10,7 +10,7 @@ from celery.exceptions import Ignore
 
 import gw_celery as gw
 from gw_celery import errors
-from gw_celery.runtime import batcher, running, sharing
+from gw_celery.runtime import batch_items, batcher, current_batch
 from gw_celery.testing import FakeClock
 
 Submit = Callable[..., Awaitable[Any]]
@@ -31,11 +31,11 @@ def gathering(
     (method,) = service.methods.values()
 
     async def main() -> None:
-        batchers = batcher.Batchers(sharing.Host(**(host or {})))
+        batchers = batcher.Batchers(batch_items.Host(**(host or {})))
 
         def submit(*args: Any, key: Any = None, **kwargs: Any) -> Awaitable[Any]:
             given = {} if using is None else {"using": using}
-            work = sharing.Work(fn=body, service="unit", key=key, **given)
+            work = batch_items.Work(fn=body, service="unit", key=key, **given)
             return batchers.of(method).submit(work, args, kwargs)
 
         await test(submit, batchers.of(method))
@@ -55,7 +55,7 @@ class Calls:
 
     def __init__(self, answer: Callable[[list[Any]], Any] = lambda xs: [x * 10 for x in xs]):
         self.seen: list[list[Any]] = []
-        self.batches: list[running.Batch | None] = []
+        self.batches: list[current_batch.Batch | None] = []
         self.was_cancelled = asyncio.Event()
         self.open = asyncio.Event()
         self.open.set()
@@ -527,9 +527,9 @@ def test_an_input_begins_when_its_batch_does_and_one_that_was_withdrawn_does_not
         calls.open.clear()
         first = asyncio.ensure_future(submit(0))
         await calls.entered.wait()
-        running.joining.set(wanted)
+        current_batch.joining.set(wanted)
         staying = asyncio.ensure_future(submit(1))
-        running.joining.set(gone)
+        current_batch.joining.set(gone)
         leaving = asyncio.ensure_future(submit(2))
         await asyncio.sleep(0)
         assert wanted.begun == 0
@@ -545,7 +545,7 @@ def test_an_input_begins_when_its_batch_does_and_one_that_was_withdrawn_does_not
 
 def test_a_suspect_waits_for_nobody() -> None:
     async def test(submit: Submit, _: Any) -> None:
-        running.joining.set(Joining(runs_alone=True))
+        current_batch.joining.set(Joining(runs_alone=True))
         assert await asyncio.wait_for(submit(1), 10) == 10
 
     gathering(test, Calls(), max_batch_size=8, wait_ms=600_000)
@@ -577,9 +577,9 @@ def test_what_began_is_told_before_the_body_can_end_the_process() -> None:
     (service,) = app.registry.services.values()
 
     async def main() -> None:
-        batchers = batcher.Batchers(sharing.Host(tell=lambda: told.append("told")))
+        batchers = batcher.Batchers(batch_items.Host(tell=lambda: told.append("told")))
         (method,) = service.methods.values()
-        await batchers.of(method).submit(sharing.Work(fn=body, service="unit"), (1,), {})
+        await batchers.of(method).submit(batch_items.Work(fn=body, service="unit"), (1,), {})
 
     asyncio.run(main())
     assert told == ["told", "body"]
@@ -607,8 +607,8 @@ def test_a_synchronous_body_runs_in_a_thread_of_its_own_and_knows_its_batch() ->
     (service,) = app.registry.services.values()
 
     async def main() -> list[int]:
-        batchers = batcher.Batchers(sharing.Host())
-        work = sharing.Work(fn=body, service="unit")
+        batchers = batcher.Batchers(batch_items.Host())
+        work = batch_items.Work(fn=body, service="unit")
         method = service.methods["body"]
         return await asyncio.gather(*(batchers.of(method).submit(work, (x,), {}) for x in range(3)))
 
@@ -636,8 +636,8 @@ def test_a_stop_iteration_in_a_thread_fails_its_input_and_the_next_are_served() 
     (service,) = app.registry.services.values()
 
     async def main() -> int:
-        one = batcher.Batchers(sharing.Host()).of(service.methods["body"])
-        work = sharing.Work(fn=body, service="unit")
+        one = batcher.Batchers(batch_items.Host()).of(service.methods["body"])
+        work = batch_items.Work(fn=body, service="unit")
         with pytest.raises(RuntimeError, match="StopIteration"):
             await asyncio.wait_for(one.submit(work, (1,), {}), 10)
         return await asyncio.wait_for(one.submit(work, (2,), {}), 10)
@@ -649,11 +649,13 @@ def test_the_body_belongs_to_no_input() -> None:
     found: list[Any] = []
 
     async def body(xs: list[int], scale: list[int]) -> list[int]:
-        found.append((running.joining.get(), running.held.get(), running.is_in_batch.get()))
+        found.append(
+            (current_batch.joining.get(), current_batch.held.get(), current_batch.is_in_batch.get())
+        )
         return xs
 
     async def test(submit: Submit, _: Any) -> None:
-        running.joining.set(Joining())
+        current_batch.joining.set(Joining())
         await submit(1)
         assert gw.current_batch() is None
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from gw_celery import errors
-from gw_celery.pool import wire
-from gw_celery.runtime import bridge, inflight, lateness
+from gw_celery.protocol import frames
+from gw_celery.replica import input as replica_input
+from gw_celery.runtime import greenlet_bridge, lateness
 from tests.unit.runtime.tracers import keep, run
 
 LIMIT = 30.0
@@ -46,9 +47,9 @@ def test_what_cannot_be_called_late_may_begin(request_of: Any) -> None:
     assert lateness.refusal("t", request_of(), LIMIT) is None
 
 
-def waiting() -> tuple[inflight.InFlight, list[tuple[Any, ...]]]:
+def waiting() -> tuple[replica_input.InFlight, list[tuple[Any, ...]]]:
     told: list[tuple[Any, ...]] = []
-    one = inflight.InFlight(1, "t", "a", told.append)
+    one = replica_input.InFlight(1, "t", "a", told.append)
     one.judge = lambda: LATE
     return one, told
 
@@ -57,7 +58,7 @@ def test_a_late_input_is_accepted_and_fails_in_place_of_its_body() -> None:
     one, told = waiting()
     assert not one.begin()
     assert not one.begin()
-    assert [report[0] for report in told] == [wire.Report.ACCEPT]
+    assert [report[0] for report in told] == [frames.Report.ACCEPT]
     with pytest.raises(errors.QueueTimeExceeded) as raised:
         one.run_body(lambda: "never", (), {})
     assert raised.value is LATE
@@ -75,8 +76,8 @@ def test_one_that_is_late_for_its_batch_fails_where_it_waits() -> None:
 
         async def trace() -> Any:
             one.task = asyncio.current_task()
-            body = lambda: one.run_body(lambda: bridge.drive(wait()), (), {})  # noqa: E731
-            return await bridge.step(lambda: keep(body), one)
+            body = lambda: one.run_body(lambda: greenlet_bridge.drive(wait()), (), {})  # noqa: E731
+            return await greenlet_bridge.step(lambda: keep(body), one)
 
         tracing = asyncio.create_task(trace())
         await waits.wait()
@@ -86,7 +87,7 @@ def test_one_that_is_late_for_its_batch_fails_where_it_waits() -> None:
         return outcome
 
     assert run(act) is LATE
-    assert [report[0] for report in told] == [wire.Report.ACCEPT]
+    assert [report[0] for report in told] == [frames.Report.ACCEPT]
 
 
 def test_the_error_says_what_is_the_matter_and_comes_back_as_it_went() -> None:

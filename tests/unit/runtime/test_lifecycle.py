@@ -8,7 +8,7 @@ import pytest
 
 from gw_celery import errors
 from gw_celery.declare import registry
-from gw_celery.runtime import lifecycle, process
+from gw_celery.runtime import in_process, lifecycle
 
 LONG = 60.0
 
@@ -299,7 +299,7 @@ class OnLoop(Recorded):
 
 async def lived(cls: type) -> list[str]:
     threads: list[str] = []
-    unit = process._context_unit(registry.Context(cls=cls, args=(threads,), kwargs={}))
+    unit = in_process._context_unit(registry.Context(cls=cls, args=(threads,), kwargs={}))
     life = lifecycle.Entered(unit, LONG)
     await lifecycle.settle_all([life], LONG)
     assert life.value.result() == "entered"

@@ -11,7 +11,7 @@ import pytest
 from celery import Celery
 from celery.app import amqp
 
-from gw_celery.runtime import bridge, offload
+from gw_celery.runtime import greenlet_bridge, offload
 from tests.unit.runtime.tracers import DEADLINE, Around, Free, run, stepped
 
 colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="none")
@@ -86,7 +86,7 @@ def test_the_loop_and_other_inputs_go_on_while_every_thread_is_blocked(
     async def act() -> list[str]:
         release = threading.Event()
         blocked = [
-            asyncio.create_task(bridge.step(lambda: off(release.wait, DEADLINE), Free()))
+            asyncio.create_task(greenlet_bridge.step(lambda: off(release.wait, DEADLINE), Free()))
             for _ in range(5)
         ]
         ended: list[str] = []
@@ -96,7 +96,9 @@ def test_the_loop_and_other_inputs_go_on_while_every_thread_is_blocked(
                 await asyncio.sleep(0)
             ended.append(name)
 
-        await asyncio.gather(other("a"), bridge.step(lambda: bridge.drive(other("b")), Free()))
+        await asyncio.gather(
+            other("a"), greenlet_bridge.step(lambda: greenlet_bridge.drive(other("b")), Free())
+        )
         assert not any(one.done() for one in blocked)
         release.set()
         assert await asyncio.gather(*blocked) == [True] * 5
@@ -113,7 +115,7 @@ def test_an_input_that_is_interrupted_does_not_wait_for_its_thread(off: offload.
             began.set()
             release.wait(DEADLINE)
 
-        tracing = asyncio.create_task(bridge.step(lambda: off(block), Free()))
+        tracing = asyncio.create_task(greenlet_bridge.step(lambda: off(block), Free()))
         assert await asyncio.to_thread(began.wait, DEADLINE)
         tracing.cancel()
         try:
@@ -161,7 +163,7 @@ def test_a_task_that_is_sent_from_elsewhere_is_published_in_place(
 def test_more_senders_than_threads_all_publish(publisher: Celery) -> None:
     async def act() -> None:
         send = lambda: publisher.send_task("proj.embed", queue="many")  # noqa: E731
-        await asyncio.gather(*(bridge.step(send, Free()) for _ in range(50)))
+        await asyncio.gather(*(greenlet_bridge.step(send, Free()) for _ in range(50)))
 
     run(act)
     assert queued(publisher, "many") == 50
@@ -204,14 +206,14 @@ def test_a_child_task_of_a_body_publishes_while_inputs_hold_every_producer(
                 taken.append(True)
                 if len(taken) == publisher.amqp.producer_pool.limit:
                     holding.set()
-                bridge.drive(release.wait())
+                greenlet_bridge.drive(release.wait())
 
         async def child() -> None:
             publisher.send_task("proj.embed", queue="from a child")
 
         taken: list[bool] = []
         held = [
-            asyncio.create_task(bridge.step(hold, Free()))
+            asyncio.create_task(greenlet_bridge.step(hold, Free()))
             for _ in range(publisher.amqp.producer_pool.limit)
         ]
         await holding.wait()

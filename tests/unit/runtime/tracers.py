@@ -7,7 +7,8 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from gw_celery.runtime import bridge, inflight
+from gw_celery.replica import input as replica_input
+from gw_celery.runtime import greenlet_bridge
 
 DEADLINE = 30.0
 
@@ -42,11 +43,11 @@ def run(act: Callable[[], Awaitable[Any]]) -> Any:
 
 def stepped(fn: Callable[[], Any]) -> Any:
     """Run ``fn`` as Celery's tracer runs for an asynchronous body."""
-    return run(lambda: bridge.step(fn, Free()))
+    return run(lambda: greenlet_bridge.step(fn, Free()))
 
 
-def an_input() -> inflight.InFlight:
-    return inflight.InFlight(1, "proj.embed", "id-1", lambda report: None)
+def an_input() -> replica_input.InFlight:
+    return replica_input.InFlight(1, "proj.embed", "id-1", lambda report: None)
 
 
 def keep(outcome: Callable[[], Any]) -> Any:

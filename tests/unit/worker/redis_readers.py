@@ -10,7 +10,7 @@ from typing import Any
 import redis
 from kombu import Connection, Consumer, Queue
 
-from gw_celery.worker import redis_transport
+from gw_celery.transport import transport
 from tests.processes import eventually
 
 
@@ -63,7 +63,7 @@ class Reader:
 def reading(url: str, *queues: Queue | str, **options: Any) -> Iterator[Reader]:
     # A channel that closes waits for what it has asked: a second, by default.
     given = {"polling_interval": 0.05, **options.pop("transport_options", {})}
-    connection = redis_transport.use(Connection(url, transport_options=given))
+    connection = transport.use(Connection(url, transport_options=given))
     named = [Queue(one) if isinstance(one, str) else one for one in queues or ("q",)]
     reader = Reader(connection, named, **options)
     try:

@@ -13,7 +13,7 @@ from celery.beat import Service
 from celery.signals import beat_init
 
 import gw_celery as gw
-from gw_celery import sweeps
+from gw_celery.client import beat_tasks
 
 MAIL = {"mail": {"task": "mail", "schedule": 60.0}}
 
@@ -61,8 +61,8 @@ def check(self) -> bool: ...
 def test_an_entry_that_is_needed_no_more_leaves_the_file(
     scheduled: Callable[[Celery], list[str]], later: dict[str, Any]
 ) -> None:
-    assert scheduled(probing(beat_schedule=MAIL)) == [sweeps.PROBE, "mail"]
-    assert scheduled(probing(beat_schedule=MAIL)) == [sweeps.PROBE, "mail"]
+    assert scheduled(probing(beat_schedule=MAIL)) == [beat_tasks.PROBE, "mail"]
+    assert scheduled(probing(beat_schedule=MAIL)) == [beat_tasks.PROBE, "mail"]
     assert scheduled(probing(beat_schedule=MAIL, **later)) == ["mail"]
 
 
@@ -73,7 +73,7 @@ def test_a_changed_period_replaces_the_one_in_the_file(
     app = probing(gw_probe_period=5.0)
     scheduled(app)
     with started(app, tmp_path / "schedule") as scheduler:
-        assert scheduler.schedule[sweeps.PROBE].schedule.seconds == 5.0
+        assert scheduler.schedule[beat_tasks.PROBE].schedule.seconds == 5.0
 
 
 def test_a_schedule_that_a_project_replaced_late_is_completed(
@@ -82,4 +82,4 @@ def test_a_schedule_that_a_project_replaced_late_is_completed(
     app = probing()
     app.finalize()
     app.conf.beat_schedule = MAIL
-    assert scheduled(app) == [sweeps.PROBE, "mail"]
+    assert scheduled(app) == [beat_tasks.PROBE, "mail"]

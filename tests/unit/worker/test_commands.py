@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from celery.worker.control import Panel
 
-from gw_celery import snapshot
-from gw_celery.pool import tally
+from gw_celery.pool import counters
+from gw_celery.protocol import snapshot
 from gw_celery.worker import commands
 
-TALLY = tally.Tally(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
+TALLY = counters.Tally(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
 NAMES = (
     "gw_status",
     "gw_drain",
@@ -64,7 +64,7 @@ class Pool:
     def waiting(self) -> int:
         return 5
 
-    def tallies(self) -> dict[str, tally.Tally]:
+    def tallies(self) -> dict[str, counters.Tally]:
         return {"embed": TALLY}
 
     def seen_scores(self) -> dict[str, snapshot.Score]:

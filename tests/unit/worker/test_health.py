@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from gw_celery import conf, errors, snapshot
+from gw_celery import conf, errors
+from gw_celery.protocol import snapshot
 from gw_celery.worker import health, http
 from tests.processes import eventually
 

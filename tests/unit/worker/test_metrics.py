@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gw_celery import snapshot
+from gw_celery.protocol import snapshot
 from gw_celery.worker import commands, metrics
 
 RENDERER = "gw_celery.contrib.prometheus"

@@ -15,7 +15,7 @@ from celery.concurrency.thread import TaskPool
 from celery.exceptions import Ignore, TaskRevokedError
 from kombu import Message, serialization
 
-from gw_celery.runtime import invoke
+from gw_celery.runtime import body as runtime_body
 from gw_celery.worker.request import Request
 
 
@@ -96,7 +96,7 @@ def test_what_is_revoked_just_before_its_state_is_started_stays_revoked(
     def embed() -> None: ...
 
     embed.gw_method = types.SimpleNamespace(is_async=is_async)
-    monkeypatch.setattr(invoke, "running", Loading())
+    monkeypatch.setattr(runtime_body, "running", Loading())
     request: Any = Request(message_of(celery_app, "proj.embed"), app=celery_app, task=embed)
     request.on_accepted(0, time.monotonic())
     request.terminate(TaskPool(1), "TERM")
@@ -124,7 +124,7 @@ def test_a_request_that_is_terminated_as_it_is_accepted_is_announced_once(
     def embed() -> None: ...
 
     embed.gw_method = types.SimpleNamespace(is_async=True)
-    monkeypatch.setattr(invoke, "running", Loading())
+    monkeypatch.setattr(runtime_body, "running", Loading())
     told: list[str] = []
     message = message_of(celery_app, "proj.embed")
     request: Any = Request(message, app=celery_app, task=embed, eventer=Eventer())

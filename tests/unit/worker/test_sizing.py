@@ -11,7 +11,7 @@ import gw_celery as gw
 from gw_celery import conf, errors
 from gw_celery.declare import registry
 from gw_celery.worker import serving, sizing
-from gw_celery.worker.asked import Asked
+from gw_celery.worker.options import Asked
 
 
 @pytest.fixture(autouse=True)

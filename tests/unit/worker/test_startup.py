@@ -12,7 +12,7 @@ from celery.worker import control
 
 import gw_celery as gw
 from gw_celery import errors
-from gw_celery.worker import asked, notices, serving, startup
+from gw_celery.worker import options, serving, start_notices, startup
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_a_bare_family_that_no_service_belongs_to_is_said_with_those_that_are(
 ) -> None:
     plan = prepared(declared, "cpu", "celery", pool=pool)
 
-    notices.log(declared.celery, plan)
+    start_notices.log(declared.celery, plan)
     assert "-Q cpu: no service belongs to this family" in caplog.text
     assert caplog.text.rstrip().endswith("families here: gpu, gpu.A100, gpu.H100x2")
     if pool != "gw_celery.pool:TaskPool":  # which logs by itself
@@ -172,11 +172,11 @@ def test_a_bare_family_that_no_service_belongs_to_is_said_with_those_that_are(
 
 
 def test_a_worker_of_families_that_are_there_is_told_nothing(declared, caplog) -> None:
-    notices.log(declared.celery, prepared(declared, "gpu", "celery"))
+    start_notices.log(declared.celery, prepared(declared, "gpu", "celery"))
     assert caplog.text == ""
 
     without = startup.prepare(worker_of(Celery("plain", set_as_current=False), "gpu"), [])
-    assert notices.strays(without) == []
+    assert start_notices.strays(without) == []
 
 
 def test_a_plain_task_that_came_after_a_service_of_its_name_is_refused(declared) -> None:
@@ -249,7 +249,7 @@ def test_only_our_pool_gives_devices_to_its_processes(declared, monkeypatch) -> 
 def test_a_worker_of_our_command_serves_the_families_of_its_machine(declared, monkeypatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "A100:2")
     worker = worker_of(declared.celery, "celery", pool=OURS)
-    worker.options["gw_asked"] = asked.Asked()
+    worker.options["gw_asked"] = options.Asked()
     plan = startup.prepare(worker, [declared.registry])
 
     assert sorted(plan.queues) == ["gpu.A100.Ranker", "gpu.A100.embed", "gpu.anywhere"]

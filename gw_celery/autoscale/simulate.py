@@ -1,0 +1,10 @@
+"""``python -m gw_celery.autoscale.simulate``: the path under which the simulator is documented."""
+
+from __future__ import annotations
+
+import sys
+
+from gw_celery.simulate.__main__ import main
+
+if __name__ == "__main__":
+    sys.exit(main())

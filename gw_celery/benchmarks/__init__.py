@@ -1,1 +1,0 @@
-"""What one replica does in a second, in workload: measured, kept, and corrected by traffic."""

@@ -1,1 +1,0 @@
-"""How a task is called, and how its answer comes back."""

@@ -1,0 +1,1 @@
+"""Declaring as Celery tasks, calling, and awaiting answers: what a web process loads."""

@@ -1,0 +1,136 @@
+"""What our tasks write into the headers of a message, and which they do not send at all."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from celery._state import get_current_task
+from celery.exceptions import SoftTimeLimitExceeded
+
+from gw_celery import conf, errors
+from gw_celery.client import wait_estimates
+from gw_celery.protocol import headers
+from gw_celery.runtime import body_guard, lateness
+
+logger = logging.getLogger(__name__)
+
+#: What Celery gives to the tasks of a canvas, and to those that it sends by itself: refused in the
+#: middle of it, a chord would never end, and a retry or the rest of a chain be lost.
+_IN_CANVAS = ("group_id", "chord", "parent_id", "retries")
+
+#: Written by us, for this very input.
+_WRITTEN = (headers.WORKLOAD, headers.ENQUEUED)
+#: Not the calculator's: they interrupt the body that makes the call.
+_INTERRUPTS = (
+    SoftTimeLimitExceeded,
+    asyncio.CancelledError,
+    KeyboardInterrupt,
+    SystemExit,
+    GeneratorExit,
+    body_guard.Stopped,
+)
+
+#: Tasks whose calculator has been complained of in this process.
+_warned: set[str] = set()
+_settings: weakref.WeakKeyDictionary[Any, conf.Settings] = weakref.WeakKeyDictionary()
+
+
+def prepared(task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return ``options`` of ``apply_async`` with our headers.
+
+    Raises:
+        QueueTimeExceeded: when the input would wait for longer than it may.
+    """
+    limit = task.gw_service.max_queue_time(_settings_of(task.app).max_queue_time)
+    if limit is not None:
+        _require_room(task, options, limit)
+    given = options.get("headers") or {}
+    ours = _ours(task, args, kwargs, options, limit)
+    # A retry has the headers of the input that it repeats, and somebody else's may be passed on.
+    kept = {key: given[key] for key in given if key not in _WRITTEN} if given else {}
+    if ours or len(kept) != len(given):
+        return {**options, "headers": {**kept, **ours}}
+    return options
+
+
+def _ours(
+    task: Any, args: Any, kwargs: Any, options: dict[str, Any], limit: float | None
+) -> dict[str, float]:
+    ours = {}
+    if (calculate := task.gw_method.workload_calculator) is not None:
+        ours[headers.WORKLOAD] = _workload(task, calculate, args or (), kwargs or {})
+    if limit is not None:
+        countdown, eta = options.get("countdown"), options.get("eta")
+        ours[headers.ENQUEUED] = lateness.stamp(task.app, countdown, eta)
+    return ours
+
+
+def _workload(task: Any, calculate: Callable[..., Any], args: Any, kwargs: Any) -> float:
+    try:
+        given = calculate(*args, **kwargs)
+    except _INTERRUPTS:
+        raise
+    except BaseException as exc:  # a library written in Rust panics with no Exception
+        if _can_be_called(task, args, kwargs):
+            _warn(task.name, f"raised {exc!r:.200}")
+        return headers.DEFAULT_WORKLOAD
+    found = headers.workload(given)
+    if found is None:
+        if inspect.iscoroutine(given):
+            given.close()
+        _warn(task.name, f"returned {given!r:.100}")
+        return headers.DEFAULT_WORKLOAD
+    return found
+
+
+def _can_be_called(task: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the arguments are not to blame: Celery is about to refuse the call for them."""
+    try:
+        task.check_arguments(args, kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _warn(task_name: str, what: str) -> None:
+    if task_name in _warned:
+        return
+    _warned.add(task_name)
+    logger.warning(
+        "workload_calculator of %s %s: the workload of an input is a number from 0 to %g. It "
+        "counts as %g now, and whenever this happens again",
+        task_name,
+        what,
+        headers.MOST_WORKLOAD,
+        headers.DEFAULT_WORKLOAD,
+    )
+
+
+def _require_room(task: Any, options: dict[str, Any], limit: float) -> None:
+    if not _is_alone(options) or options.get("countdown") or options.get("eta"):
+        return
+    queue = getattr(options.get("queue"), "name", options.get("queue"))
+    if not isinstance(queue, str) or task.app.conf.task_always_eager:
+        return
+    estimate = wait_estimates.of(task.app).estimate(queue)
+    if estimate is not None and estimate > limit:
+        raise errors.QueueTimeExceeded(task.name, queue, limit, estimate)
+
+
+def _is_alone(options: dict[str, Any]) -> bool:
+    """Whether it is a call of its own: who makes it can be told, and nothing is half sent."""
+    if any(options.get(one) for one in _IN_CANVAS):
+        return False
+    return not (options.get("task_id") and get_current_task() is not None)
+
+
+def _settings_of(app: Any) -> conf.Settings:
+    found = _settings.get(app)
+    if found is None:
+        found = _settings[app] = conf.read(app.conf)
+    return found

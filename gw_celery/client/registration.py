@@ -1,0 +1,119 @@
+"""Making Celery tasks of a service's methods, for one Celery app or for all of a process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import celery
+from celery import _state
+from celery.local import Proxy
+
+from gw_celery import conf, errors, signals
+from gw_celery.client import task
+from gw_celery.declare import options, registry, services
+
+#: Not ``hasattr``: asking the class for its ``app`` would bind it to one.
+_TAKEN = {*dir(task.ServingTask), *task.ServingTask.__annotations__} - {*options.OF_CELERY}
+_DEFAULT_CLASS = "celery.app.task:Task"
+_DJANGO_CLASS = "celery.contrib.django.task:DjangoTask"
+
+
+def require_options(method: services.Method) -> None:
+    """Check the options of a task that only Celery's own classes can judge.
+
+    Raises:
+        DeclarationError: for a ``base`` that is no task class, or an attribute that would take
+            the place of one that every task has.
+    """
+    for name, value in method.options.items():
+        if name in _TAKEN:
+            raise errors.DeclarationError(name, value, "is part of every task: name it otherwise")
+    base = method.options.get("base", celery.Task)
+    if not isinstance(base, type) or not issubclass(base, celery.Task):
+        raise errors.DeclarationError("base", base, "must be a subclass of celery.Task")
+    if base.__call__ is not celery.Task.__call__:
+        raise errors.DeclarationError(
+            "base",
+            base,
+            "has a __call__ of its own, and so have our tasks: use before_start and after_return, "
+            "or a context",
+        )
+
+
+def register(
+    celery_app: Any, declared: registry.Registry, service: services.Service, method: services.Method
+) -> Any:
+    """Return the task of ``method`` on ``celery_app``; without one, a proxy of the current app's.
+
+    Raises:
+        DeclarationError: when another App has given a Celery app a task of this name.
+    """
+    given = {
+        # Celery gives the tasks of one app to every other one of the process, in no certain
+        # order: of two apps with a task of the same name, one would run the other's body.
+        "shared": False,
+        "time_limit": service.placement.timeout,
+        **{name: value for name, value in method.options.items() if name != "base"},
+        "throws": (*method.options.get("throws", ()), *task.ServingTask.throws),
+        "name": method.task_name,
+        "gw_service": service,
+        "gw_method": method,
+        "gw_registry": declared,
+    }
+    body, base = _runner(method), method.options.get("base")
+    if celery_app is not None:
+        return celery_app.task(base=_base_class(celery_app, base), **given)(body)
+    given |= {"shared": False, "lazy": False}
+
+    def add(to: Any) -> None:
+        declared.join(to, beside=signals.registries())
+        to.task(base=_base_class(to, base), **given)(body)
+
+    _for_every_app(add)
+    return Proxy(lambda: celery.current_app.tasks[method.task_name])
+
+
+def _for_every_app(add: Callable[[Any], None]) -> None:
+    """As ``shared_task`` does, which would give the tasks of all apps the same base class."""
+    for app in list(_state._get_active_apps()):  # a task may make its app now
+        if app.finalized:
+            _add_where_in_use(add, app)
+    _state.connect_on_app_finalize(add)
+
+
+def _add_where_in_use(add: Callable[[Any], None], app: Any) -> None:
+    try:
+        add(app)
+    except errors.DeclarationError:
+        # One that is not in use keeps the task that it has, as in Celery: it may be a test's.
+        if app is _state.get_current_app():
+            raise
+
+
+def _base_class(celery_app: Any, base: type | None) -> type:
+    """Return our class over ``base``, which replaces the app's own as it does in Celery."""
+    own = base or celery_app.task_cls
+    # Tasks of a Django project have delay_on_commit(); Celery's fallback app is not told so.
+    is_django = own == _DEFAULT_CLASS and conf.is_django_project()
+    return task.base_class(_DJANGO_CLASS if is_django else own)
+
+
+def _runner(method: services.Method) -> Callable[..., Any]:
+    """Return the synchronous function that Celery sees: its wrappers expect one on every pool."""
+
+    @functools.wraps(method.function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        current = _state.get_current_task()
+        if current is None or current.name != method.task_name:
+            raise errors.UsageError(
+                f"{method.task_name}.run() is what a worker calls: write .local(...) to run it "
+                f"here, or .delay(...), .remote(...) or `await` to send it"
+            )
+        return current.execute(args, kwargs)
+
+    run.__signature__ = (  # type: ignore[attr-defined]
+        services.full_signature(method) if method.is_bound else method.signature
+    )
+    return run

@@ -1,0 +1,202 @@
+"""Our Celery task: routing, parameters, and ``await task(x)``, over any task base class."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from celery.app.task import Task
+from celery.exceptions import Ignore, TimeLimitExceeded
+from kombu.utils.imports import symbol_by_name
+
+from gw_celery import codec, errors
+from gw_celery.client import async_result, bound, queue_time
+from gw_celery.client import local as client_local
+from gw_celery.declare import parameters, registry, services
+from gw_celery.runtime import body, in_process, task_context
+
+#: Set on a request once its body has begun: a call of the task from inside it is a new call.
+_BEGUN = "gw_begun"
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+
+
+class ServingTask(Task):
+    """A Celery task whose body runs on the loop, with the loaded state of its process."""
+
+    abstract = True
+
+    # A replica that dies must not take its inputs with it.
+    acks_late = True
+    reject_on_worker_lost = True
+    serializer = codec.NAME
+    # Expected under overload: one line in the log for each, and none of ours.
+    throws = (errors.QueueTimeExceeded,)
+    Request = "gw_celery.worker.request:Request"
+
+    gw_service: services.Service
+    gw_method: services.Method
+    gw_registry: registry.Registry
+
+    @classmethod
+    def on_bound(cls, app: Any) -> None:
+        super().on_bound(app)
+        task_context.follow_requests(cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ServingTask:
+        """A copied signature or handle is for the same task; Celery asks the current app for it."""
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the body when Celery's tracer calls, else return an awaitable of the answer."""
+        request = self.request_stack.top
+        if request is None or request.called_directly or _BEGUN in vars(request):
+            return bound.BoundTask(self)(*args, **kwargs)
+        setattr(request, _BEGUN, True)
+        try:
+            return self.run(*args, **kwargs)
+        except body.HardLimit as limit:
+            raise TimeLimitExceeded(*limit.args) from None
+        except body.Revoked:
+            raise Ignore from None  # the worker has stored and announced the revocation
+        except Exception as exc:
+            exc.__traceback__ = _user_frames(exc.__traceback__)
+            raise
+
+    def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one input for the tracer: what ``run`` does behind Celery's own wrappers.
+
+        Raises:
+            NotServedError: when this process has not loaded the service.
+        """
+        request = self.request
+        runtime = in_process.current()
+        if request.is_eager:
+            runtime = client_local.serving(self.app, self.gw_registry, self.gw_service)
+        if runtime is None or not runtime.serves(self.gw_service.key):
+            raise self._not_served(request)
+        return body.run(runtime, self.input_for({"headers": request.headers}, args, kwargs))
+
+    def input_for(
+        self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> body.Input:
+        """Return one input of this task with the parameters that its headers carry."""
+        request = self.request
+        hard, soft = request.timelimit or (None, None)
+        return body.Input(
+            task_id=request.id or "",
+            service=self.gw_service,
+            method=self.gw_method,
+            given=self._parameters(given),
+            soft_limit=soft or self.soft_time_limit,
+            hard_limit=hard or self.time_limit,
+            args=args,
+            kwargs=kwargs,
+        )
+
+    def check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise ``TypeError`` when the arguments do not fit the signature."""
+        if self.typing:
+            self.__header__(*args, **kwargs)
+
+    def apply_async(
+        self, args: Any = None, kwargs: Any = None, *positional: Any, **options: Any
+    ) -> Any:
+        """Send the task to its service's queue, unless the options or ``task_routes`` say else.
+
+        Raises:
+            QueueTimeExceeded: when it would wait there for longer than ``max_queue_time``.
+        """
+        if not self._is_routed(options, args, kwargs):
+            options["queue"] = self.gw_service.queue
+        options = queue_time.prepared(self, args, kwargs, options)
+        send = super().apply_async
+        if self.app.conf.task_always_eager:
+            with client_local.own_join_flag():
+                return send(args, kwargs, *positional, **options)
+        return send(args, kwargs, *positional, **options)
+
+    def AsyncResult(self, task_id: str, **kwargs: Any) -> async_result.Result:  # noqa: N802
+        return async_result.Result(
+            task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs
+        )
+
+    def options(self, *, timeout: float | None = None, **given: Any) -> bound.BoundTask:
+        """Return the task with a ``timeout`` for callers and any option of ``apply_async``."""
+        return bound.BoundTask(self).options(timeout=timeout, **given)
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """Send the task and block until it is answered; see ``BoundTask.remote``."""
+        return bound.BoundTask(self).remote(*args, **kwargs)
+
+    async def aremote(self, *args: Any, **kwargs: Any) -> Any:
+        """Send the task and wait for its answer on the event loop."""
+        return await bound.BoundTask(self).aremote(*args, **kwargs)
+
+    def spawn(self, *args: Any, **kwargs: Any) -> async_result.Spawned:
+        """Send the task and return a handle to ``get``, ``await`` or ``cancel``."""
+        return bound.BoundTask(self).spawn(*args, **kwargs)
+
+    def local(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the body in this process and return its answer."""
+        return bound.BoundTask(self).local(*args, **kwargs)
+
+    def map(self, it: Any) -> Any:
+        """Refused: see ``BoundTask.map``."""
+        return bound.BoundTask(self).map(it)
+
+    def starmap(self, it: Any) -> Any:
+        """Refused, as ``map``."""
+        return bound.BoundTask(self).starmap(it)
+
+    def chunks(self, it: Any, n: int) -> Any:
+        """Refused, as ``map``."""
+        return bound.BoundTask(self).chunks(it, n)
+
+    def _is_routed(self, options: dict[str, Any], args: Any, kwargs: Any) -> bool:
+        if _names_queue(options):
+            return True
+        router = self.app.amqp.router
+        if not router.routes:
+            return False
+        # A route may say something else alone, such as a priority.
+        return _names_queue(router.lookup_route(self.name, args, kwargs, options, self) or {})
+
+    def _parameters(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The parameters that a message carries: checked again, for no handle may have made it."""
+        service = self.gw_service
+        text = (given.get("headers") or {}).get(bound.PARAMETERS)
+        return parameters.bind(service.name, service.parameters, json.loads(text) if text else {})
+
+    def _not_served(self, request: Any) -> errors.NotServedError:
+        queue = (request.delivery_info or {}).get("routing_key")
+        service = self.gw_service
+        return errors.NotServedError(
+            f"{self.name}[{request.id}] reached {request.hostname} by the queue {queue!r}, but "
+            f"that worker has not loaded {service.name}: send it to {service.queue!r} and start a "
+            f"worker with -Q {service.family}"
+        )
+
+
+def _names_queue(options: Mapping[str, Any]) -> bool:
+    return any(options.get(one) for one in ("queue", "exchange", "routing_key"))
+
+
+def _user_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:
+    """Skip our frames before the body's: what is stored and logged should show the body."""
+    first = traceback
+    while first is not None and first.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        first = first.tb_next
+    return first or traceback
+
+
+@functools.cache
+def base_class(task_class: str | type) -> type[ServingTask]:
+    """Return our task over ``task_class``, so that an app's own base class keeps its methods."""
+    base = symbol_by_name(task_class)
+    if issubclass(ServingTask, base):
+        return ServingTask
+    return type("ServingTask", (ServingTask, base), {"abstract": True})

@@ -1,0 +1,207 @@
+"""Send calls and wait for their answers: one watcher per process for any number of calls.
+
+The watcher is a thread with a loop of its own, because callers come from many loops (an ASGI
+server's, one per ``async_to_sync``, scripts). With the Redis backend it holds one subscription
+connection; any other backend is asked at intervals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from celery import states
+from celery.app import backends
+from celery.backends.base import DisabledBackend
+
+from gw_celery import conf, errors
+from gw_celery.client import publisher
+from gw_celery.runtime import loop
+
+logger = logging.getLogger(__name__)
+
+Meta = Mapping[str, Any]
+#: Sends a call with the options of ``apply_async`` that the watcher adds; its ``AsyncResult``.
+Send = Callable[..., Any]
+
+#: Seconds that the exit of a process waits for calls and revocations that are being sent.
+_LAST_WORDS = 2.0
+
+
+class Watcher:
+    """Sends the calls of this process for one Celery app, and resolves their answers."""
+
+    def __init__(self, app: Any) -> None:
+        # Here: the Redis clients take half of the package's import time, and most processes
+        # that import it never wait for an answer.
+        from gw_celery.client import result_sources
+
+        _require_backend(app)
+        self.settings = conf.read(app.conf)
+        self.pid = os.getpid()
+        self._waiting: dict[str, list[_Waiter]] = {}
+        # Celery makes it at the first use. Of threads that came at once each would make one, and
+        # RabbitMQ may drop what was published over a connection that is dropped with its pool.
+        _ = app.amqp.producer_pool
+        self._publisher = publisher.Publisher(self.settings.publish_threads)
+        self._thread = loop.LoopThread("gw-watcher")
+        self._thread.start()
+
+        async def made() -> result_sources.Source:
+            return result_sources.of(app, self._resolve, self.settings)
+
+        # Made on its thread: Celery gives each thread a result backend of its own.
+        self._source = asyncio.run_coroutine_threadsafe(made(), self._thread.loop).result()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the watcher's threads; calls that still wait get no answer any more."""
+        self._publisher.close(_LAST_WORDS)
+        self._thread.stop(_LAST_WORDS)
+
+    def submit(self, send: Send) -> concurrent.futures.Future[Any]:
+        """Send a call off the caller's thread, so that its answer comes to this watcher."""
+        if self._publisher.backlog >= self.settings.max_waiting:
+            raise _too_many(self._publisher.backlog, "to be sent")
+
+        def prepared() -> Any:
+            self._source.prepare()
+            return send(**self._source.sending)
+
+        return self._publisher.submit(prepared)
+
+    async def publish(self, send: Send) -> Any:
+        """Send a call and return its ``AsyncResult``; revoke it when that is not waited for."""
+        sending = self.submit(send)
+        try:
+            return await asyncio.wrap_future(sending)
+        except asyncio.CancelledError:
+            self.give_up(sending)
+            raise
+
+    def give_up(self, sending: concurrent.futures.Future[Any]) -> None:
+        """Do not send a call, or revoke it once it is sent."""
+        if not sending.cancel():
+            sending.add_done_callback(self._revoke_sent)
+
+    async def answered(self, result: Any) -> Meta:
+        """Wait for the record of a finished call; revoke the call when that is not waited for."""
+        try:
+            return await self.meta(result.id)
+        except asyncio.CancelledError:
+            self._revoke(result)
+            raise
+
+    async def meta(self, task_id: str) -> Meta:
+        """Wait for the record of the finished task ``task_id``."""
+        waiter = _Waiter(asyncio.get_running_loop())
+        self._thread.loop.call_soon_threadsafe(self._add, task_id, waiter)
+        try:
+            return await waiter.future
+        finally:
+            self._thread.loop.call_soon_threadsafe(self._remove, task_id, waiter)
+
+    def _revoke_sent(self, sending: concurrent.futures.Future[Any]) -> None:
+        if sending.exception() is None:
+            self._revoke(sending.result())
+
+    def _revoke(self, result: Any) -> None:
+        """Revoke off the caller's thread; nobody waits for it."""
+        self._publisher.submit(result.revoke).add_done_callback(_log_failure)
+
+    def _add(self, task_id: str, waiter: _Waiter) -> None:
+        if len(self._waiting) >= self.settings.max_waiting:
+            waiter.settle(_too_many(len(self._waiting), "for answers"))
+            return
+        self._waiting.setdefault(task_id, []).append(waiter)
+        self._source.watch(task_id)
+
+    def _remove(self, task_id: str, waiter: _Waiter) -> None:
+        waiters = self._waiting.get(task_id, [])
+        if waiter in waiters:
+            waiters.remove(waiter)
+        if not waiters and self._waiting.pop(task_id, None) is not None:
+            self._source.forget(task_id)
+
+    def _resolve(self, task_id: str, meta: Meta | Exception) -> None:
+        if not isinstance(meta, Exception) and meta["status"] not in states.READY_STATES:
+            return
+        if self._waiting.get(task_id):
+            self._source.forget(task_id)
+        for waiter in self._waiting.pop(task_id, []):
+            waiter.settle(meta)
+
+
+class _Waiter:
+    """A future of the caller's loop, settled from the watcher's thread."""
+
+    def __init__(self, caller: asyncio.AbstractEventLoop) -> None:
+        self.future: asyncio.Future[Meta] = caller.create_future()
+        self._caller = caller
+
+    def settle(self, answer: Meta | Exception) -> None:
+        try:
+            self._caller.call_soon_threadsafe(self._set, answer)
+        except RuntimeError:
+            return  # the caller's loop was closed: nobody waits any more
+
+    def _set(self, answer: Meta | Exception) -> None:
+        if self.future.done():
+            return
+        if isinstance(answer, Exception):
+            self.future.set_exception(answer)
+        else:
+            self.future.set_result(answer)
+
+
+_watchers: dict[int, Watcher] = {}
+_making = threading.Lock()
+
+
+def watcher(app: Any) -> Watcher:
+    """Return this process's watcher for ``app``, starting it at the first use.
+
+    Raises:
+        ConfigurationError: when the app has no result backend, so that no answer would ever come.
+    """
+    with _making:
+        found = _watchers.get(id(app))
+        if found is None or found.pid != os.getpid():  # a fork does not copy threads
+            found = _watchers[id(app)] = Watcher(app)
+        return found
+
+
+def close_all() -> None:
+    """Close the watchers of this process; the next call of an app makes another."""
+    with _making:
+        found = [one for one in _watchers.values() if one.pid == os.getpid()]
+        _watchers.clear()
+    for one in found:
+        atexit.unregister(one.close)
+        one.close()
+
+
+def _require_backend(app: Any) -> None:
+    found, _ = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+    if issubclass(found, DisabledBackend):
+        raise errors.ConfigurationError(
+            f"the Celery app {app.main!r} has no result backend (result_backend="
+            f"{app.conf.result_backend!r}), so that no answer would ever come: set result_backend, "
+            f"or CELERY_RESULT_BACKEND, to the URL that its workers have (redis://... is the "
+            f"quickest), or send the task with .delay()"
+        )
+
+
+def _too_many(number: int, what: str) -> errors.UsageError:
+    return errors.UsageError(f"{number} calls wait {what} already (setting gw_max_waiting)")
+
+
+def _log_failure(revoking: concurrent.futures.Future[Any]) -> None:
+    if exc := revoking.exception():
+        logger.warning("a call that nobody waits for could not be revoked: %r", exc)

@@ -1,0 +1,276 @@
+"""Has the replicas measure themselves, and knows what each can do in a second.
+
+A child that has passed its startup probes is told to measure one benchmarked task after the other,
+and is READY when each has a score. A score is remembered for the next children on devices of the
+same name, until an operator restarts replicas. Later the same is done again on a replica that has
+nothing to do. In between, the traffic corrects what was measured.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import logging
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from gw_celery.policy import live_scores
+from gw_celery.policy import scores as policy_scores
+from gw_celery.pool import child_process, replica
+from gw_celery.protocol import frames, snapshot
+
+logger = logging.getLogger(__name__)
+
+#: Share of the time left to a child that it is told of: its own word of a benchmark that hangs,
+#: which names the task, should come before the parent's deadline.
+_OF_TIME = 0.9
+
+
+#: Seconds for which it is believed what waits in the broker.
+_RECENT = 5.0
+#: Rounds of a benchmark that operators see: what they see travels to whoever asks.
+_MOST_SHOWN = 100
+
+
+class Failed(Exception):
+    """Raised for a task that has no score, in words for the operator."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Measured:
+    """The score of one task in one child."""
+
+    score: snapshot.TaskScore
+    #: When it was measured, by the parent's clock.
+    since: float
+
+
+@dataclasses.dataclass
+class _Progress:
+    """How far a child is."""
+
+    scores: dict[str, Measured] = dataclasses.field(default_factory=dict)
+    left: collections.deque[str] = dataclasses.field(default_factory=collections.deque)
+    #: The order that it works on, and its task; 0 for none.
+    call: int = 0
+    task: str = ""
+    #: It has been READY: what is measured now is measured again.
+    was_ready: bool = False
+    #: Somebody asked for it to be measured again.
+    is_asked: bool = False
+
+
+class Measuring:
+    """The scores of a worker's children.
+
+    Args:
+        setup: which tasks of each service have a benchmark, and the slots of each.
+        send: writes an order to a child.
+    """
+
+    def __init__(
+        self, setup: replica.Setup, send: Callable[[child_process.Child, tuple[Any, ...]], None]
+    ) -> None:
+        self._benchmarked = {key: tuple(names) for key, names in setup.benchmarked.items() if names}
+        self._period = setup.settings.benchmark_period
+        self._send = send
+        self._progress: dict[child_process.Child, _Progress] = {}
+        #: The latest score of each task on devices of these names, for the next children.
+        self._remembered: dict[tuple[str, tuple[str, ...]], Measured] = {}
+        #: Children that an operator's restart found running: perhaps of older code or weights, so
+        #: that what they measure is not remembered.
+        self._outdated: frozenset[child_process.Child] = frozenset()
+        self._live = {key: live_scores.Live(slots) for key, slots in setup.slots.items()}
+        self._calls = itertools.count(1)
+        #: Messages in the broker, by service, and when somebody said so.
+        self._queued: tuple[float, Mapping[str, int]] = (0.0, {})
+        #: Not before this is a score measured again for its age: the last attempt failed.
+        self._patient_until = 0.0
+
+    # -- one child --
+
+    def is_over(self, child: child_process.Child, now: float) -> bool:
+        """Whether a child has measured all; if not, it is told to go on."""
+        progress = self._progress.get(child)
+        if progress is None:
+            progress = self._begin(child)
+        if progress.call:
+            return False
+        if not progress.left:
+            progress.was_ready = True
+            return True
+        progress.call, progress.task = next(self._calls), progress.left.popleft()
+        within = _OF_TIME * max(0.0, (child.life.deadline or now) - now)
+        is_again = progress.was_ready
+        order = (frames.Order.BENCHMARK, progress.call, progress.task, within, is_again)
+        self._send(child, order)
+        return False
+
+    def _begin(self, child: child_process.Child) -> _Progress:
+        """Begin with what is remembered; a task without a score is measured."""
+        progress = self._progress[child] = _Progress()
+        for task in self._tasks():
+            if (measured := self._remembered.get((task, child.products))) is None:
+                progress.left.append(task)
+            else:
+                progress.scores[task] = measured
+        self._update()
+        return progress
+
+    def follow(self, child: child_process.Child, call: int, text: str, now: float) -> None:
+        """Take the answer to an order.
+
+        Raises:
+            Failed: when a child that has never been READY has no score.
+            Garbage: for what no child of this version writes.
+        """
+        known = self._progress.get(child)
+        if known is None or call != known.call:
+            return
+        task, known.call = known.task, 0
+        try:
+            measured = _read(text, now)
+        except Failed as exc:
+            if not known.was_ready:
+                raise Failed(_explained(task, exc)) from None
+            # It served well before; what is wrong with it, probes can tell.
+            logger.error("%r keeps its score: %s", child, _explained(task, exc))
+            self._patient_until = now + (self._period or 0.0)
+        else:
+            known.scores[task] = measured
+            if child not in self._outdated:
+                self._remembered[task, child.products] = measured
+            self._update()
+
+    def forget_scores(self, live: Iterable[child_process.Child]) -> None:
+        """Have children that start from now on measure: code and weights may have changed.
+
+        Args:
+            live: the children that run now.
+        """
+        self._remembered.clear()
+        self._outdated = frozenset(live)
+
+    def forget(self, child: child_process.Child) -> None:
+        """The child is gone."""
+        if self._progress.pop(child, None) is not None:
+            self._update()
+
+    # -- again --
+
+    def ask(self) -> None:
+        """Have every replica measured again, once it has nothing to do."""
+        for one in self._progress.values():
+            one.is_asked = one.was_ready
+
+    def due(self, idle: Iterable[child_process.Child], now: float) -> child_process.Child | None:
+        """Return a child of ``idle`` to measure again now, told to be; one at a time."""
+        if not self._benchmarked or any(one.call for one in self._progress.values()):
+            return None
+        for child in idle:
+            known = self._progress.get(child)
+            if known is not None and (known.is_asked or self._is_old(known, now)):
+                known.is_asked = False
+                known.left.extend(self._tasks())
+                return child
+        return None
+
+    def _is_old(self, known: _Progress, now: float) -> bool:
+        if self._period is None or now < self._patient_until:
+            return False
+        return any(now - one.since >= self._period for one in known.scores.values())
+
+    # -- scores --
+
+    def note_queued(self, queued: Mapping[str, int], now: float) -> None:
+        """Hear how many messages wait in the broker, by service."""
+        self._queued = (now, queued)
+
+    def observe(
+        self, now: float, tallies: Mapping[str, live_scores.Tally], ready: Mapping[str, int]
+    ) -> None:
+        """Let the traffic correct the scores; about once a second.
+
+        Args:
+            ready: replicas that take inputs, by service.
+        """
+        at, queued = self._queued
+        for key, one in self._live.items():
+            has_more = now - at < _RECENT and queued.get(key, 0) > 0
+            if key not in tallies:
+                continue
+            if one.observe(now, tallies[key], ready.get(key, 0), has_more=has_more):
+                logger.warning(
+                    "by what the full replicas of this worker serve, the score of %s is %.4g/s, "
+                    "%+.0f %% from the benchmark's %.4g/s; the worker goes by what is served. Have "
+                    "the benchmark's inputs resemble the traffic, and benchmark_concurrency its "
+                    "load",
+                    key or "plain tasks",
+                    one.served,
+                    100 * (one.drift or 0.0),
+                    one.measured,
+                )
+
+    def scores(self) -> dict[str, float | None]:
+        """Workload per second of one replica, by service; ``None`` while it is not known."""
+        return {key: one.value for key, one in self._live.items()}
+
+    def seen(self, now: float) -> dict[str, snapshot.Score]:
+        """Return what operators see of the scores, by service."""
+        return {
+            key: snapshot.Score(
+                value=one.value,
+                measured=one.measured,
+                served=one.served,
+                drift=one.drift,
+                benchmarks=tuple(self._shown(key, now)),
+            )
+            for key, one in self._live.items()
+        }
+
+    def _shown(self, service: str, now: float) -> Iterator[snapshot.Benchmark]:
+        """The latest figures of each task, of whichever replica."""
+        for name in self._benchmarked.get(service, ()):
+            found = [one.scores[name] for one in self._progress.values() if name in one.scores]
+            if found:
+                latest = max(found, key=lambda one: one.since)
+                figures = policy_scores.to_json(latest.score)
+                figures["rounds"] = figures["rounds"][:_MOST_SHOWN]
+                age = now - latest.since
+                yield snapshot.Benchmark(**figures, age=age)
+
+    def _update(self) -> None:
+        for service, names in self._benchmarked.items():
+            each = [
+                policy_scores.combined(one.scores[name].score.value for name in names)
+                for one in self._progress.values()
+                if one.scores.keys() >= set(names)
+            ]
+            values = [value for value in each if value is not None]
+            # Without a replica the last score is the best guess of what the next will do.
+            if values:
+                self._live[service].measure(statistics.median(values))
+
+    def _tasks(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(self._benchmarked.values())
+
+
+def _read(text: str, now: float) -> Measured:
+    try:
+        given = policy_scores.loads(text)
+        if isinstance(given, dict) and isinstance(given.get("failure"), str):
+            raise Failed(given["failure"])
+        if not isinstance(given, dict) or given.keys() != {"score"}:
+            raise ValueError(f"not the answer to an order to measure: {text:.100}")
+        return Measured(score=policy_scores.from_json(given["score"]), since=now)
+    except ValueError as exc:
+        raise frames.Garbage(str(exc)) from None
+
+
+def _explained(task: str, why: Failed) -> str:
+    return (
+        f"the benchmark of {task} gave no score: {why}. A replica is ready when its benchmarks "
+        f"succeed: mend the body, or the inputs of benchmark_dataset or benchmark_generator"
+    )

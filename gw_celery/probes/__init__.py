@@ -1,1 +1,0 @@
-"""Is a replica well: what follows from the answers of its probes."""

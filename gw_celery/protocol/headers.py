@@ -1,0 +1,39 @@
+"""What a caller says of an input in its headers, for workers that never decode its body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gw_celery.protocol import untrusted
+
+#: The cost of the input, as its ``workload_calculator`` says.
+WORKLOAD = "gw-workload"
+#: When the input could begin at the earliest, in seconds of the sender's wall clock.
+ENQUEUED = "gw-enqueued"
+
+#: The cost of an input that nobody knows more of.
+DEFAULT_WORKLOAD = 1.0
+#: A larger one counts as unknown: beside it, a sum would lose all others, or overflow.
+MOST_WORKLOAD = 1e12
+
+
+def workload(value: object) -> float | None:
+    """Return ``value`` as a workload; ``None`` for anything but a number from 0 to the most."""
+    number = untrusted.finite(value)
+    return number if number is not None and 0 <= number <= MOST_WORKLOAD else None
+
+
+def workload_of(request: Mapping[str, Any]) -> float:
+    """Return the workload that a message carries; anything odd, or nothing, counts as 1.0."""
+    found = workload(request.get(WORKLOAD))
+    return DEFAULT_WORKLOAD if found is None else found
+
+
+def waited(request: Mapping[str, Any], now: float) -> float:
+    """Return for how many seconds an input has waited; 0.0 when it does not say since when.
+
+    One that was enqueued in the future was sent by a machine whose clock is ahead.
+    """
+    since = untrusted.finite(request.get(ENQUEUED))
+    return 0.0 if since is None else max(0.0, now - since)

@@ -1,0 +1,1 @@
+"""Only our pool's child process."""

@@ -1,0 +1,83 @@
+"""Records, in Redis, of the inputs of this replica that are acknowledged when they begin.
+
+They travel in the pipelines of the results. An input that is acknowledged when it ends has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from gw_celery import errors
+from gw_celery.cluster import early_acks
+from gw_celery.replica import input as replica_input
+
+logger = logging.getLogger(__name__)
+
+
+class Records:
+    """What a worker's early inputs leave in Redis while they run.
+
+    Args:
+        app: the Celery app, whose backend groups what it writes.
+        worker: the worker's name in Redis.
+    """
+
+    def __init__(self, app: Any, worker: str) -> None:
+        self._app = app
+        self._key = early_acks.Keys.of(app.backend).records(worker)
+        self._held: set[int] = set()
+        # asyncio keeps only weak references to its tasks.
+        self._ending: set[asyncio.Task[None]] = set()
+
+    def has(self, name: str) -> bool:
+        """Whether inputs of this task are acknowledged when they begin."""
+        task = self._app.tasks.get(name)
+        return task is not None and not task.acks_late
+
+    async def begin(self, one: replica_input.InFlight, request: Any, arguments: Any) -> None:
+        """Record an input that is about to start; without Redis it starts all the same."""
+        record = self._written(one, request, arguments)
+        self._held.add(one.job)
+        try:
+            await self._app.backend.command("hset", self._key, str(one.job), record)
+        except Exception as exc:
+            logger.warning(
+                "task %s[%s] starts without a record: if its worker is killed it stays unanswered: "
+                "%r",
+                one.name,
+                one.task_id,
+                exc,
+            )
+
+    def end(self, job: int) -> None:
+        """Have the record of an input removed soon, if it has one."""
+        if job in self._held:
+            self._held.discard(job)
+            task = asyncio.create_task(self._remove(str(job)))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    async def _remove(self, number: str) -> None:
+        try:
+            await self._app.backend.command("hdel", self._key, number)
+        except Exception as exc:  # whoever finds it finds its result, too
+            logger.warning("the record of input %s stays: %r", number, exc)
+
+    def _written(self, one: replica_input.InFlight, request: Any, arguments: Any) -> bytes:
+        embed = arguments[2] if len(arguments) > 2 else None
+        try:
+            return early_acks.write(request, embed)
+        except errors.SerializationError as exc:
+            logger.warning(
+                "task %s[%s] has callbacks that cannot be recorded: %s", one.name, one.task_id, exc
+            )
+            return early_acks.write(request, None)
+
+
+def of(app: Any, worker: str | None) -> Records | None:
+    """Return the records of a worker; None where nobody would look for them."""
+    if worker is None or not hasattr(app.backend, "command"):
+        return None
+    return Records(app, worker)

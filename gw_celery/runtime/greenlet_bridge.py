@@ -1,0 +1,231 @@
+"""Run a coroutine for code that cannot await: Celery's tracer, which is synchronous.
+
+Two cases. A *foreign thread* (the tracer of a stock pool) hands the coroutine to the loop and
+blocks; what interrupts its wait, a soft time limit or a termination, is carried into the
+coroutine. *On the loop itself* the caller must be inside a coroutine that this module steps: each
+is stepped in a greenlet, so that a nested synchronous call (a task body in eager mode that calls
+``.delay()``) can park the greenlet while the loop goes on. The stepping is the one that
+SQLAlchemy's ``greenlet_spawn`` made known, except that the greenlet steps the whole coroutine and
+hands over only the futures that it yields.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any, Generic, Protocol, TypeVar
+
+import greenlet
+from celery.exceptions import SoftTimeLimitExceeded
+
+from gw_celery import errors
+from gw_celery.runtime import body_guard
+
+T = TypeVar("T")
+
+#: Seconds between two questions of a thread that waits whether it still should.
+_INTERVAL = 0.2
+
+
+class _Stepping(greenlet.greenlet):
+    """A greenlet that steps one coroutine; ``call`` can replace a cancellation."""
+
+    call: Interrupted
+
+
+def drive(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run ``coroutine`` to its end from inside a stepping greenlet, parking it while it waits.
+
+    Raises:
+        BlockingCallError: when this thread runs an event loop but not in such a greenlet.
+    """
+    current = greenlet.getcurrent()
+    if not isinstance(current, _Stepping) or current.parent is None:
+        coroutine.close()
+        raise errors.BlockingCallError(
+            "a task was called synchronously on the event loop; write `await task(...)`, or call "
+            "it directly in the task's body instead of in a task that the body created"
+        )
+    step, argument = coroutine.send, None
+    while True:
+        try:
+            waited_for = step(argument)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        try:
+            step, argument = coroutine.send, current.parent.switch(waited_for)
+        except BaseException as exc:
+            step, argument = coroutine.throw, _replaced(current, exc)
+
+
+def _replaced(current: _Stepping, exc: BaseException) -> Any:
+    if isinstance(exc, asyncio.CancelledError):
+        return current.call.take_interrupt() or exc
+    return exc
+
+
+def can_park() -> bool:
+    """Whether the caller runs in a greenlet that ``drive`` can park."""
+    current = greenlet.getcurrent()
+    return isinstance(current, _Stepping) and current.parent is not None
+
+
+def would_block_loop() -> bool:
+    """Whether the caller runs on an event loop, in something that ``drive`` cannot park."""
+    return not can_park() and asyncio._get_running_loop() is not None
+
+
+async def step(fn: Callable[[], T], call: Interrupted) -> T:
+    """Run a synchronous ``fn`` in a greenlet of its own, which ``drive`` parks while it waits."""
+    return await _Stepped(fn, call)
+
+
+class Interrupted(Protocol):
+    """Whose coroutine is interrupted by cancelling what it waits for."""
+
+    def take_interrupt(self) -> BaseException | None: ...
+
+
+class _Nobody:
+    """One whose cancellation nothing stands in for."""
+
+    def take_interrupt(self) -> None:
+        return None
+
+
+NOBODY: Interrupted = _Nobody()
+
+
+class _Stepped(Generic[T]):
+    """Awaits a function that is run in a greenlet of its own."""
+
+    def __init__(self, fn: Callable[[], T], call: Interrupted) -> None:
+        self._fn = fn
+        self._call = call
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        stepping = _Stepping(self._fn)
+        stepping.call = self._call
+        # The greenlet shares the context of the task, so that context variables set in the
+        # body are seen by what it awaits.
+        stepping.gr_context = greenlet.getcurrent().gr_context
+        waited_for = stepping.switch()
+        while not stepping.dead:
+            try:
+                sent = yield waited_for
+            except BaseException as exc:
+                waited_for = stepping.throw(exc)
+            else:
+                waited_for = stepping.switch(sent)
+        return waited_for  # type: ignore[no-any-return]
+
+
+class Call(Generic[T]):
+    """One coroutine that runs on a loop for a thread that waits."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        coroutine: Coroutine[Any, Any, T],
+        context: contextvars.Context,
+        at_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._loop = loop
+        self._coroutine = coroutine
+        self._context = context
+        self._at_end = at_end
+        self._task: asyncio.Task[T] | None = None
+        self._interrupt: BaseException | None = None
+        self._abandoned: BaseException | None = None
+        self._over = threading.Event()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can be raised in the coroutine any more."""
+        return self._over.is_set()
+
+    def run(self, cancel_timeout: float, meanwhile: Callable[[], None] | None = None) -> T:
+        """Start the coroutine, wait for it, and return or raise its outcome.
+
+        A ``SoftTimeLimitExceeded`` that interrupts the wait is raised *in the coroutine*, as a
+        sync task would get it; anything else cancels it and is raised here, once the coroutine
+        has ended or ``cancel_timeout`` seconds have passed. ``meanwhile`` is called a few times a
+        second during the wait: what it raises interrupts the wait, too.
+        """
+        self._loop.call_soon_threadsafe(self._start)
+        try:
+            self._wait(cancel_timeout, meanwhile)
+            return self._outcome()
+        finally:
+            self._at_end()
+
+    def interrupt(self, exc: BaseException) -> None:
+        """Raise ``exc`` in the coroutine at its next (or present) wait; from any thread."""
+        self._loop.call_soon_threadsafe(self._cancel, exc)
+
+    def abandon(self, exc: BaseException) -> None:
+        """Answer the waiting thread with ``exc`` at once and cancel the coroutine."""
+        self._loop.call_soon_threadsafe(self._abandon, exc)
+
+    def take_interrupt(self) -> BaseException | None:
+        """Return the exception that stands in for a cancellation, once."""
+        exc, self._interrupt = self._interrupt, None
+        if exc is not None and self._task is not None:
+            self._task.uncancel()
+        return exc
+
+    def _wait(self, cancel_timeout: float, meanwhile: Callable[[], None] | None) -> None:
+        while True:
+            try:
+                self._wait_asking(meanwhile)
+                return
+            except SoftTimeLimitExceeded as limit:
+                self.interrupt(limit)
+            except BaseException:
+                self._loop.call_soon_threadsafe(self._cancel)
+                self._over.wait(cancel_timeout)
+                raise
+
+    def _wait_asking(self, meanwhile: Callable[[], None] | None) -> None:
+        if meanwhile is None:
+            self._over.wait()
+            return
+        while not self._over.wait(_INTERVAL):
+            meanwhile()
+
+    def _start(self) -> None:
+        if self._abandoned is not None:
+            self._coroutine.close()
+            return
+        self._task = self._loop.create_task(self._await(), context=self._context)
+        self._task.add_done_callback(self._finish)
+
+    def _finish(self, _: asyncio.Task[T]) -> None:
+        self._coroutine.close()  # it never began when it was cancelled before its first step
+        self._over.set()
+
+    async def _await(self) -> T:
+        with body_guard.Contained():  # asyncio would end the loop with an exit
+            return await _Stepped(lambda: drive(self._coroutine), self)
+
+    def _cancel(self, instead: BaseException | None = None) -> None:
+        if self._task is not None and not self._task.done():
+            self._interrupt = instead
+            self._task.cancel()
+
+    def _abandon(self, exc: BaseException) -> None:
+        if not self._over.is_set():
+            self._abandoned = exc
+            self._cancel()
+            self._over.set()
+
+    def _outcome(self) -> T:
+        if self._abandoned is not None:
+            raise self._abandoned
+        if self._task is None:
+            raise RuntimeError("the call ended before it began")
+        if self._task.cancelled():
+            raise self._interrupt or errors.GWCeleryError("the body of the task cancelled itself")
+        return self._task.result()

@@ -1,0 +1,242 @@
+"""What one process serves: its loop, its entered contexts, its loaded instances.
+
+There is one ``Process`` per process at most. It is made by the worker (never in a web process),
+by eager mode, or by ``gw_celery.testing``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+from gw_celery import conf, errors
+from gw_celery.declare import registry, services
+from gw_celery.runtime import (
+    batcher,
+    greenlet_bridge,
+    instances,
+    lifecycle,
+    load_watchdog,
+    loop,
+    task_context,
+)
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class Process:
+    """The loaded state of this process; ``start`` enters it, ``stop`` leaves it."""
+
+    def __init__(
+        self,
+        settings: conf.Settings,
+        *,
+        enforces_limits: bool = True,
+        is_ending: Callable[[], bool] = lambda: False,
+        host: loop.LoopThread | loop.MainLoop | None = None,
+        batchers: batcher.Batchers | None = None,
+    ) -> None:
+        self.settings = settings
+        #: False where the pool itself enforces time limits.
+        self.enforces_limits = enforces_limits
+        #: Whether a signal has told this process to end: a body's exit is then the process's.
+        self.is_ending = is_ending
+        #: Where the inputs of batched methods gather; ``None`` where each has a call of its own.
+        self.batchers = batchers
+        self.pid = os.getpid()
+        self._loop = loop.LoopThread() if host is None else host
+        self._contexts: dict[str, lifecycle.Entered] = {}
+        self._served: set[str] = set()
+        self._instances: dict[str, instances.Instances] = {}
+        self._lives: dict[str, lifecycle.Entered] = {}
+        self._growing = asyncio.Lock()
+        self._entering: list[lifecycle.Entered] = []
+        self._is_blocked = False
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop.loop
+
+    def start(self) -> None:
+        """Start the loop, and make Celery's current task follow the body onto it."""
+        task_context.install()
+        self._loop.start()
+
+    def enter(
+        self,
+        registries: Iterable[registry.Registry],
+        served: Sequence[services.Service],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Enter what ``served`` needs and is not entered yet; blocks until all of it is.
+
+        Contexts belong to an App: they are entered when one of its services is served. ``check``
+        is called a few times a second; what it raises ends the load.
+
+        Raises:
+            StartupError: with every cause; what had entered is left again.
+        """
+        coroutine = self.grow(registries, served)
+        if self.is_on_loop():
+            greenlet_bridge.drive(coroutine)
+            return
+        watching = load_watchdog.Vigil(
+            self._loop,
+            self._entering,
+            start_timeout=self.settings.start_timeout,
+            grace=self.settings.cancel_timeout,
+            check=check,
+        )
+        try:
+            self.call(coroutine).run(self.settings.cancel_timeout, meanwhile=watching)
+        finally:
+            self._is_blocked = watching.saw_blocked_loop
+
+    def stop(self) -> None:
+        """Leave everything and end the loop; errors are logged, the waits are bounded.
+
+        What is still entering is cancelled. A loop that a load blocks cannot leave anything.
+        """
+        if self._is_blocked:
+            self._loop.stop(timeout=0.0)
+            return
+        bound = self.settings.exit_timeout
+        future = asyncio.run_coroutine_threadsafe(self.leave(), self.loop)
+        try:
+            # Each unit has its own bound; the margin is for the loop to report them.
+            future.result(2 * bound + 5)
+        except TimeoutError:
+            logger.error("pid %d did not leave its contexts in %.0f s", self.pid, 2 * bound + 5)
+        self._loop.stop(timeout=5.0)
+
+    def serves(self, service_key: str) -> bool:
+        return service_key in self._served
+
+    def context(self, key: str) -> Any:
+        """Return what the context's ``__aenter__`` returned.
+
+        Raises:
+            KeyError: when it is not entered in this process.
+        """
+        life = self._contexts[key]
+        if not life.has_entered:
+            raise KeyError(key)
+        return life.value.result()
+
+    def instances_of(self, service: services.Service) -> instances.Instances:
+        """Return the instances of a class task that this process serves."""
+        return self._instances[service.key]
+
+    def is_on_loop(self) -> bool:
+        return self._loop.is_current()
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> greenlet_bridge.Call[T]:
+        """Prepare ``coroutine`` to run on the loop, in the context of the caller."""
+        context = contextvars.copy_context()
+        followed = context.run(task_context.follow)
+        return greenlet_bridge.Call(self.loop, coroutine, context, at_end=followed.end)
+
+    async def grow(
+        self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
+    ) -> None:
+        """As ``enter``, for a caller on the loop: nothing watches for a load that blocks it."""
+        async with self._growing:
+            contexts = self._missing_contexts(registries, served)
+            added = [one for one in served if one.key not in self._served]
+            await self._enter(contexts, [one for one in added if one.is_class])
+            self._served.update(one.key for one in added)
+
+    def _missing_contexts(
+        self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
+    ) -> list[registry.Context]:
+        keys = {service.key for service in served}
+        return [
+            context
+            for one in registries
+            if keys & one.services.keys()
+            for context in one.contexts.values()
+            if context.key not in self._contexts
+        ]
+
+    async def _enter(
+        self, contexts: Sequence[registry.Context], classes: Sequence[services.Service]
+    ) -> None:
+        made = {one.key: self._instances_for(one) for one in classes}
+        defaults = [one.default_unit() for one in made.values()]
+        units = [_context_unit(one) for one in contexts]
+        entering = [
+            lifecycle.Entered(unit, self.settings.exit_timeout)
+            for unit in (*units, *filter(None, defaults))
+        ]
+        lives = {life.unit.name: life for life in entering}
+        self._contexts.update({unit.name: lives[unit.name] for unit in units})
+        self._entering.extend(entering)
+        try:
+            await lifecycle.settle_all(entering, self.settings.start_timeout)
+        except (errors.StartupError, asyncio.CancelledError):
+            for unit in units:
+                del self._contexts[unit.name]
+            raise
+        finally:
+            self._entering.clear()
+        for key in made.keys() & lives.keys():
+            made[key].adopt(lives[key])
+        self._lives.update(lives)
+        self._instances.update(made)
+
+    def _instances_for(self, service: services.Service) -> instances.Instances:
+        return instances.Instances(service, self.settings)
+
+    async def leave(self) -> None:
+        """Leave everything, in parallel, and cancel what is still entering."""
+        for life in self._entering:
+            life.abandon()
+        async with self._growing:  # whoever grows leaves what it entered
+            await asyncio.gather(*(one.leave() for one in self._instances.values()))
+            await lifecycle.leave_all(list(self._lives.values()))
+            self._served.clear()
+            self._lives.clear()
+            self._contexts.clear()
+            self._instances.clear()
+
+
+def _context_unit(context: registry.Context) -> lifecycle.Unit:
+    """A unit that builds the object here, in the replica, and enters it."""
+    made: list[Any] = []
+
+    async def enter() -> Any:
+        manager = await loop.in_thread(lambda: context.cls(*context.args, **context.kwargs))
+        made.append(manager)
+        if hasattr(manager, "__aenter__"):
+            return await manager.__aenter__()
+        return await loop.in_thread(manager.__enter__)
+
+    async def leave() -> None:
+        manager = made[0]
+        if hasattr(manager, "__aexit__"):
+            await manager.__aexit__(None, None, None)
+        else:
+            await loop.in_thread(manager.__exit__, None, None, None)
+
+    return lifecycle.Unit(name=context.key, enter=enter, leave=leave)
+
+
+_current: Process | None = None
+
+
+def current() -> Process | None:
+    """Return this process's runtime; ``None`` where nothing is served."""
+    # A fork copies the variable but not the loop's thread.
+    return _current if _current is not None and _current.pid == os.getpid() else None
+
+
+def adopt(process: Process | None) -> None:
+    """Make ``process`` the runtime of this process."""
+    global _current
+    _current = process

@@ -1,0 +1,247 @@
+"""A queue and the replicas that serve it, simulated event by event under a scaling policy.
+
+One queue, first come, first served; a replica runs one input at a time. A replica costs from its
+start; one that is removed ends its input first. A policy observes what a worker can know: how many
+inputs wait and run, and the workload of what has run, never of what still waits.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import heapq
+from collections.abc import Sequence
+from typing import Protocol
+
+from gw_celery.policy import scaling
+from gw_celery.simulate import trace as traces
+
+#: Inputs over which the mean workload is taken.
+MEAN_OVER = 100
+
+
+@dataclasses.dataclass(slots=True)
+class Observation:
+    """What a policy can know at a moment."""
+
+    #: Inputs that were sent, and those of them that wait, run, or were refused.
+    arrived: int = 0
+    waiting: int = 0
+    running: int = 0
+    refused: int = 0
+    #: Mean workload of the latest inputs that ran.
+    mean: float = 1.0
+    #: Replicas of all nodes: starting, ready and draining.
+    actual: int = 0
+
+
+class Scaler(Protocol):
+    """The part of a policy that runs on one node: asked once a second."""
+
+    #: Asked at each arrival, too.
+    on_arrival: bool
+
+    def desired(self, now: float, observation: Observation) -> int:
+        """Return the number of replicas that this node should have."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What is simulated: ``least`` and ``most`` are replicas of all nodes together."""
+
+    #: Workload per second of one replica.
+    score: float
+    rules: scaling.Rules
+    #: As many are READY when the trace begins.
+    least: int = 1
+    most: int = 60
+    nodes: int = 1
+    #: Inputs that may wait; more are refused. ``None``: any number.
+    queue_limit: int | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a policy made of a trace."""
+
+    #: How long each input waited, in the order of arrival; ``None`` for one that was refused.
+    waits: list[float | None]
+    replica_seconds: float = 0.0
+    starts: int = 0
+    #: When the last input ended.
+    end: float = 0.0
+
+
+class _Node:
+    """The replicas of one worker."""
+
+    __slots__ = ("draining", "gone", "idle", "live", "starting")
+
+    def __init__(self) -> None:
+        #: Replicas that do not drain, those of them that are idle, and those that drain.
+        self.live = self.idle = self.draining = 0
+        #: Replicas that were idle and have gone, but are still in the cluster's list of free ones.
+        self.gone = 0
+        #: The events at which its new replicas will be READY.
+        self.starting: list[int] = []
+
+
+class Cluster:
+    """All nodes, their queue, and the events to come."""
+
+    def __init__(self, trace: traces.Trace, scenario: Scenario, nodes: int) -> None:
+        self._trace = trace
+        self._scenario = scenario
+        #: Most replicas of one node, those that drain included.
+        self._room = -(-scenario.most // nodes)
+        self._nodes = [_Node() for _ in range(nodes)]
+        self.observation = Observation()
+        self._outcome = Outcome([None] * len(trace))
+        self._queue: collections.deque[int] = collections.deque()
+        #: The node of each free replica, in the order in which they take inputs.
+        self._free: collections.deque[int] = collections.deque()
+        #: Time, number of the event, node, and whether a replica is READY then, or an input ends.
+        self._events: list[tuple[float, int, int, bool]] = []
+        self._scheduled = 0
+        self._ran = 0
+        self._last_end = 0.0
+        for number in range(scenario.least):
+            self._start(0.0, number % nodes, 0.0)
+        self.advance(0.0)
+
+    @property
+    def is_over(self) -> bool:
+        now = self.observation
+        return now.arrived == len(self._trace) and not now.waiting and not now.running
+
+    def advance(self, now: float) -> None:
+        """Let everything happen that happens until ``now``, arrivals excepted."""
+        events = self._events
+        while events and events[0][0] <= now:
+            at, event, number, is_start = heapq.heappop(events)
+            starting = self._nodes[number].starting
+            if not is_start:
+                self._input_ended(at, number)
+            elif event in starting:  # else it was removed before it was READY
+                starting.remove(event)
+                self._set_free(number)
+            self._dispatch(at)
+
+    def arrive(self, now: float) -> None:
+        """Let the next input of the trace arrive."""
+        observation, limit = self.observation, self._scenario.queue_limit
+        observation.arrived += 1
+        if limit is not None and observation.waiting >= limit:
+            observation.refused += 1
+            return
+        observation.waiting += 1
+        self._queue.append(observation.arrived - 1)
+        self._dispatch(now)
+
+    def scale(self, now: float, number: int, desired: int) -> None:
+        """Start replicas of a node, or remove some: starting ones, then idle, then busy ones."""
+        node = self._nodes[number]
+        if desired == node.live:
+            return
+        for _ in range(min(desired, self._room - node.draining) - node.live):
+            self._outcome.starts += 1
+            self._start(now, number, self._scenario.rules.start_up)
+        for _ in range(node.live - desired):
+            self._remove_one(now, node)
+
+    def close(self) -> Outcome:
+        """Return the outcome; what there is costs until the last input ended."""
+        self._outcome.end = max(self._last_end, self._trace.seconds)
+        self._outcome.replica_seconds += self._outcome.end * self.observation.actual
+        return self._outcome
+
+    def _start(self, now: float, number: int, start_up: float) -> None:
+        node = self._nodes[number]
+        node.live += 1
+        self._change_actual(now, 1)
+        node.starting.append(self._schedule(now + start_up, number, is_start=True))
+
+    def _remove_one(self, now: float, node: _Node) -> None:
+        node.live -= 1
+        if node.starting:
+            node.starting.pop()
+        elif node.idle:
+            node.idle -= 1
+            node.gone += 1
+        else:
+            node.draining += 1
+            return
+        self._change_actual(now, -1)
+
+    def _input_ended(self, now: float, number: int) -> None:
+        node = self._nodes[number]
+        self.observation.running -= 1
+        self._last_end = now
+        if node.draining:
+            node.draining -= 1
+            self._change_actual(now, -1)
+        else:
+            self._set_free(number)
+
+    def _set_free(self, number: int) -> None:
+        self._nodes[number].idle += 1
+        self._free.append(number)
+
+    def _dispatch(self, now: float) -> None:
+        while self._queue and self._free:
+            number = self._free.popleft()
+            node = self._nodes[number]
+            if node.gone:
+                node.gone -= 1
+                continue
+            node.idle -= 1
+            self._run(now, number, self._queue.popleft())
+
+    def _run(self, now: float, number: int, index: int) -> None:
+        observation, workload = self.observation, self._trace.workloads[index]
+        observation.waiting -= 1
+        observation.running += 1
+        self._ran += 1
+        observation.mean += (workload - observation.mean) / min(self._ran, MEAN_OVER)
+        self._outcome.waits[index] = now - self._trace.times[index]
+        self._schedule(now + workload / self._scenario.score, number, is_start=False)
+
+    def _change_actual(self, now: float, change: int) -> None:
+        self.observation.actual += change
+        self._outcome.replica_seconds -= change * now
+
+    def _schedule(self, at: float, number: int, *, is_start: bool) -> int:
+        self._scheduled += 1
+        heapq.heappush(self._events, (at, self._scheduled, number, is_start))
+        return self._scheduled
+
+
+def simulate(
+    trace: traces.Trace, scenario: Scenario, scalers: Sequence[Scaler], phases: Sequence[float]
+) -> Outcome:
+    """Replay a trace until its last input has ended.
+
+    Args:
+        scalers: the policy of each node.
+        phases: when in each second a node decides, by node.
+    """
+    cluster = Cluster(trace, scenario, len(scalers))
+    turns = sorted((phase, number) for number, phase in enumerate(phases))
+    on_arrival = [number for number, scaler in enumerate(scalers) if scaler.on_arrival]
+    arrivals = collections.deque(trace.times)
+    second = 0.0
+    while True:
+        for phase, number in turns:
+            now = second + phase
+            while arrivals and arrivals[0] <= now:
+                at = arrivals.popleft()
+                cluster.advance(at)
+                cluster.arrive(at)
+                for asked in on_arrival:
+                    cluster.scale(at, asked, scalers[asked].desired(at, cluster.observation))
+            cluster.advance(now)
+            if cluster.is_over:
+                return cluster.close()
+            cluster.scale(now, number, scalers[number].desired(now, cluster.observation))
+        second += 1.0

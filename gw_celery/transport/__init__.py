@@ -1,0 +1,1 @@
+"""Our Redis transport for kombu, and how results are written to Redis."""

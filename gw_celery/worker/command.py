@@ -1,0 +1,99 @@
+"""``celery -A proj gw worker``: Celery's own worker command, with the GPU pool, in replicas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from celery.bin import worker as stock
+from celery.bin.base import CeleryCommand, CeleryOption
+from click.core import ParameterSource
+
+from gw_celery import conf, errors
+from gw_celery.declare import gpu as kinds
+from gw_celery.worker import options as worker_options
+
+_GROUP = "GPU Worker Options"
+_POOL = "gw_celery.pool:TaskPool"
+_TYPED = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+
+
+class _Command(CeleryCommand):
+    """A command with the options of Celery's worker behind its own.
+
+    They are looked up when they are needed: Celery adds those of the user's app to its command.
+    """
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        ours = len(self.params)  # what follows is --help
+        params = super().get_params(ctx)
+        return [*params[:ours], *stock.worker.params, *params[ours:]]
+
+
+def _known_kind(ctx: click.Context, _: click.Parameter, kind: str | None) -> str | None:
+    if kind is not None:
+        try:
+            kinds.require_known(kinds.Gpu(kind), lambda: conf.read(ctx.obj.app.conf).gpu_kinds)
+        except errors.DeclarationError as exc:
+            raise click.BadParameter(f"{kind}: {exc.rule}") from exc
+    return kind
+
+
+@click.command("worker", cls=_Command, context_settings=dict(stock.worker.context_settings))
+@click.option(
+    "--gpu",
+    metavar="KIND",
+    callback=_known_kind,
+    cls=CeleryOption,
+    help_group=_GROUP,
+    help="Serve the families of this kind of GPU, such as A100, or CPU. Without it: all families "
+    "that the GPUs of this machine can serve, or cpu where they can serve none.",
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(min=1),
+    cls=CeleryOption,
+    help_group=_GROUP,
+    help="Loaded copies of what is served, each on GPUs of its own. Default: the setting "
+    "gw_replicas, else as many as fit; 1 without GPUs.",
+)
+@click.pass_context
+def worker(ctx: click.Context, /, gpu: str | None, replicas: int | None, **options: Any) -> Any:
+    """Start a worker with the GPU pool, for this process alone.
+
+    It takes the options of `celery worker`, but for -P and -c; --autoscale MAX,MIN counts replicas.
+
+    \b
+    $ celery -A proj gw worker -l INFO
+    $ celery -A proj gw worker --gpu A100 --replicas 2
+    $ celery -A proj gw worker -Q gpu.A100.generate
+    """
+    _require_consistent(ctx)
+    wish = worker_options.Asked(
+        gpu=gpu, replicas=replicas, names_queues=bool(options.get("queues"))
+    )
+    # Its callback, not the command: what was parsed, and what was left over, is in this context.
+    return ctx.invoke(
+        stock.worker.callback, **(options | {"pool": _POOL, worker_options.OPTION: wish})
+    )
+
+
+def _require_consistent(ctx: click.Context) -> None:
+    """Refuse options that say the same thing twice, or the opposite."""
+    typed = {name for name in ctx.params if ctx.get_parameter_source(name) in _TYPED}
+    wrong = {
+        "-P is for `celery worker`: `gw worker` always has the GPU pool": {"pool"},
+        "-c counts slots: say --replicas N": {"concurrency"},
+        "-Q and --gpu both say what is served: give one of them": {"queues", "gpu"},
+        "--autoscale MAX,MIN says how many replicas: leave out --replicas": {
+            "autoscale",
+            "replicas",
+        },
+    }
+    for message, names in wrong.items():
+        if names <= typed:
+            raise click.UsageError(message, ctx)
+    if "autoscale" in typed and not ctx.params["autoscale"][0]:
+        raise click.UsageError("--autoscale MAX,MIN: with MAX 0 it would serve nothing", ctx)
+    if "exclude_queues" in typed and "queues" not in typed:
+        raise click.UsageError("-X takes away from what -Q lists: give -Q", ctx)

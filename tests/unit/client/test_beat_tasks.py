@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import kombu
+import pytest
+from celery import Celery, _state
+
+import gw_celery as gw
+from gw_celery import conf, signals
+from gw_celery.client import beat_tasks
+
+BOTH = [beat_tasks.BENCHMARK, beat_tasks.PROBE]
+
+
+def probed(app: gw.App, name: str = "Probed", period: float = 30.0) -> None:
+    methods = {"__module__": __name__, "check": gw.method()(check)}
+    app.cls(probes=[gw.Probe.on("check", period_s=period)])(type(name, (), methods))
+
+
+def measured(app: gw.App, **options: Any) -> None:
+    app.remote(benchmark_dataset=[{"x": 1}], **options)(measure)
+
+
+def check(self) -> bool: ...
+
+
+async def measure(x): ...
+
+
+def ours(celery_app: Celery) -> list[str]:
+    return sorted(name for name in celery_app.conf.beat_schedule if name.startswith("gw_celery."))
+
+
+def test_an_entry_names_the_task_the_queue_and_when_it_expires(app: gw.App) -> None:
+    probed(app)
+    measured(app)
+    app.celery.finalize()
+    options = {"queue": "gw.control", "ignore_result": True}
+    assert app.celery.conf.beat_schedule == {
+        "gw_celery.probe_sweep": {
+            "task": "gw_celery.probe_sweep",
+            "schedule": 10.0,
+            "options": {**options, "expires": 10.0, "expiration": 10.0},
+        },
+        "gw_celery.benchmark_sweep": {
+            "task": "gw_celery.benchmark_sweep",
+            "schedule": 86_400.0,
+            "options": {**options, "expires": 86_400.0, "expiration": 86_400.0},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("declare", "expected"),
+    [
+        (lambda app: None, []),
+        (lambda app: app.remote(check_nothing), []),
+        (probed, [beat_tasks.PROBE]),
+        (measured, [beat_tasks.BENCHMARK]),
+    ],
+)
+def test_there_is_an_entry_only_for_what_is_declared(
+    app: gw.App, declare: Callable[[gw.App], None], expected: list[str]
+) -> None:
+    declare(app)
+    app.celery.finalize()
+    assert ours(app.celery) == expected
+
+
+async def check_nothing(x): ...
+
+
+@pytest.mark.parametrize("moment", ["before", "configured", "finalized"])
+def test_the_entries_are_there_whenever_something_is_declared(app: gw.App, moment: str) -> None:
+    if moment == "configured":
+        assert app.celery.conf.timezone is None
+    if moment == "finalized":
+        app.celery.finalize()
+    probed(app)
+    measured(app)
+    app.celery.finalize()
+    assert ours(app.celery) == BOTH
+
+
+@pytest.fixture
+def current() -> Iterator[Celery]:
+    """A Celery app that lazy Apps bind to, and that no later test finds."""
+    before = _state._tls.current_app, _state.default_app
+    with Celery("current", broker="memory://", backend="cache+memory://") as made:
+        made.set_current()
+        yield made
+    _state._tls.current_app, _state.default_app = before
+
+
+@pytest.mark.parametrize("is_finalized", [False, True])
+def test_a_lazily_bound_app_gives_them_to_the_app_in_use(
+    current: Celery, is_finalized: bool
+) -> None:
+    if is_finalized:
+        current.finalize()
+    lazy = gw.App("lazy")
+    # Names of their own: they go to the apps of other tests, too, while those live.
+    probed(lazy, f"Lazy{is_finalized}")
+    measured(lazy, name=f"lazy.{is_finalized}", queue=f"lazy{is_finalized}")
+    current.finalize()
+    assert ours(current) == BOTH
+    assert set(beat_tasks.COMMANDS) <= set(current.tasks)
+
+
+def test_several_apps_of_one_celery_app_share_the_tasks_and_the_entries(
+    celery_app: Celery, recwarn: pytest.WarningsRecorder
+) -> None:
+    first, second = gw.App("first", celery_app), gw.App("second", celery_app)
+    probed(first, "Slow", 30.0)
+    celery_app.finalize()
+    assert celery_app.conf.beat_schedule[beat_tasks.PROBE]["schedule"] == 10.0
+    probed(second, "Quick", 3.0)
+    measured(second)
+    assert ours(celery_app) == BOTH
+    assert celery_app.conf.beat_schedule[beat_tasks.PROBE]["schedule"] == 3.0
+    assert [name for name in celery_app.tasks if name.startswith(beat_tasks.PREFIX)] == [
+        beat_tasks.PROBE,
+        beat_tasks.BENCHMARK,
+    ]
+
+
+def test_what_the_user_schedules_stays_and_wins(app: gw.App) -> None:
+    mail = {"task": "mail", "schedule": 60.0}
+    own = {"task": beat_tasks.PROBE, "schedule": 7.0}
+    given = {"mail": mail, beat_tasks.PROBE: own}
+    app.celery.conf.beat_schedule = given
+    probed(app)
+    measured(app)
+    app.celery.finalize()
+    measured_too(app)
+    schedule = app.celery.conf.beat_schedule
+    assert sorted(schedule) == [*BOTH, "mail"]
+    assert (schedule["mail"], schedule[beat_tasks.PROBE]) == (mail, own)
+    assert sorted(given) == [beat_tasks.PROBE, "mail"], "a project's own dict is not written to"
+    assert list(beat_tasks.given(app.celery)) == [beat_tasks.BENCHMARK]
+
+
+def measured_too(app: gw.App) -> None:
+    app.remote(benchmark_dataset=[{"x": 1}], queue="other")(check_nothing)
+
+
+def test_a_schedule_that_was_replaced_later_is_completed_again(app: gw.App) -> None:
+    probed(app)
+    app.celery.finalize()
+    app.celery.conf.beat_schedule = {"mail": {"task": "mail", "schedule": 60.0}}
+    beat_tasks.schedule(app.celery, signals.registries())
+    assert sorted(app.celery.conf.beat_schedule) == [beat_tasks.PROBE, "mail"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"gw_probe_period": None}, [beat_tasks.BENCHMARK]),
+        ({"gw_benchmark_period": None}, [beat_tasks.PROBE]),
+        ({"gw_benchmark_period": None, "gw_probe_period": None}, []),
+    ],
+)
+def test_a_setting_switches_an_entry_off(
+    app: gw.App, settings: dict[str, Any], expected: list[str]
+) -> None:
+    app.celery.conf.update(settings)
+    probed(app)
+    measured(app)
+    app.celery.finalize()
+    assert ours(app.celery) == expected
+
+
+@pytest.mark.parametrize(
+    ("longest", "declared", "period"), [(10.0, 30.0, 10.0), (10.0, 2.0, 2.0), (10.0, 0.1, 1.0)]
+)
+def test_the_quickest_probe_sets_the_period_within_bounds(
+    app: gw.App, longest: float, declared: float, period: float
+) -> None:
+    probed(app, period=declared)
+    found = beat_tasks.entries([app.registry], conf.Settings(probe_period=longest))
+    assert found[beat_tasks.PROBE]["schedule"] == period
+
+
+def test_a_setting_of_a_wrong_type_is_logged_and_breaks_nothing(
+    app: gw.App, caplog: pytest.LogCaptureFixture
+) -> None:
+    app.celery.conf.gw_probe_period = "10 s"
+    probed(app)
+    app.celery.finalize()
+    assert "app.conf.gw_probe_period='10 s': must be" in caplog.text
+    assert ours(app.celery) == []
+
+
+@pytest.mark.parametrize(("name", "command"), beat_tasks.COMMANDS.items())
+def test_a_sweep_broadcasts_its_command_and_waits_for_no_reply(
+    app: gw.App, name: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    control = app.celery.control
+    monkeypatch.setattr(control, "broadcast", lambda *args, **options: told.append((args, options)))
+    task = app.celery.tasks[name]
+    assert task.apply().successful()
+    assert told == [((command,), {"reply": False})]
+    assert task.ignore_result
+
+
+def test_a_project_whose_tasks_derive_from_a_class_of_its_own_has_plain_sweeps() -> None:
+    class Audited(gw_task()):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            raise PermissionError("no user")
+
+    celery_app = Celery("audited", broker="memory://", task_cls=Audited, set_as_current=False)
+    gw.App("audited", celery_app)
+    assert not isinstance(celery_app.tasks[beat_tasks.PROBE], Audited)
+
+
+def gw_task() -> type:
+    from celery import Task
+
+    return Task
+
+
+def test_the_queue_is_the_same_in_every_process_whatever_queues_the_app_makes(app: gw.App) -> None:
+    app.celery.conf.update(task_queue_max_priority=10, task_create_missing_queue_type="quorum")
+    assert app.celery.amqp.queues["other"].queue_arguments == {
+        "x-queue-type": "quorum",
+        "x-max-priority": 10,
+    }
+    queue = beat_tasks.queue_of(app.celery)
+    assert (queue.name, queue.queue_arguments) == ("gw.control", None)
+    assert app.celery.amqp.queues["gw.control"] is queue
+
+
+def test_a_queue_that_the_project_names_is_the_project_s(app: gw.App) -> None:
+    app.celery.conf.task_queues = [kombu.Queue("gw.control", queue_arguments={"x-max-length": 9})]
+    assert beat_tasks.queue_of(app.celery).queue_arguments == {"x-max-length": 9}

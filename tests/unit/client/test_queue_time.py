@@ -1,0 +1,337 @@
+"""What is written into the headers of a message, and which is not sent: no broker, no Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import Celery, chain, chord, group
+from celery.exceptions import SoftTimeLimitExceeded
+
+import gw_celery as gw
+from gw_celery.client import queue_time, wait_estimates
+
+LIMIT = 5.0
+
+
+class Panic(BaseException):
+    """What a library written in Rust raises."""
+
+
+@pytest.fixture
+def sent(celery_app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The headers of everything that ``celery_app`` publishes."""
+    published: list[dict[str, Any]] = []
+    send = celery_app.amqp.send_task_message
+
+    def note(producer: Any, name: str, message: Any, headers: Any = None, **given: Any) -> Any:
+        published.append({**message.headers, **(headers or {})})
+        return send(producer, name, message, headers=headers, **given)
+
+    monkeypatch.setattr(celery_app.amqp, "send_task_message", note)
+    return published
+
+
+@pytest.fixture(autouse=True)
+def _nothing_has_been_complained_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_time, "_warned", set())
+
+
+@pytest.fixture
+def weigh(app: gw.App) -> Any:
+    @app.remote(workload_calculator=lambda text, factor=1.0: len(text) * factor)
+    async def weigh(text, factor=1.0):
+        return text
+
+    return weigh
+
+
+def workloads(sent: list[dict[str, Any]]) -> list[Any]:
+    return [one.get("gw-workload") for one in sent]
+
+
+# -- workload --
+
+
+def test_every_way_of_calling_carries_the_workload(weigh: Any, sent: list[dict[str, Any]]) -> None:
+    weigh.delay("abc")
+    weigh.apply_async(("abc",), {"factor": 2})
+    weigh.apply_async(["abc"])
+    weigh.s("abc").delay()
+    weigh.si("abc").apply_async(countdown=1)
+    weigh.options(priority=3).delay("abc")
+    group(weigh.s("a"), weigh.s("ab")).delay()
+    assert workloads(sent) == [3.0, 6.0, 3.0, 3.0, 3.0, 3.0, 1.0, 2.0]
+    assert all(type(one) is float for one in workloads(sent))
+
+
+def test_methods_are_weighed_without_self(app: gw.App, sent: list[dict[str, Any]]) -> None:
+    @app.cls
+    class Scale:
+        unit: float = gw.parameter(default=1.0)
+
+        @gw.method(workload_calculator=lambda x, times: x * times)
+        def weigh(self, x, times):
+            return x
+
+    Scale(unit=2.0).weigh.delay(3, times=4)
+    assert workloads(sent) == [12.0]
+    assert "gw_params" in sent[0], "the headers of others stay"
+
+
+def test_a_bound_task_is_weighed_without_its_task(app: gw.App, sent: list[dict[str, Any]]) -> None:
+    @app.remote(bind=True, workload_calculator=lambda x: x)
+    async def own(self, x):
+        return x
+
+    own.delay(3)
+    assert workloads(sent) == [3.0]
+
+
+def test_a_task_without_a_calculator_carries_no_header_not_even_of_another(
+    app: gw.App, weigh: Any, sent: list[dict[str, Any]]
+) -> None:
+    @app.remote
+    async def plain(text=""):
+        return text
+
+    plain.delay()
+    plain.apply_async(headers={"gw-workload": 7.0, "gw-enqueued": 1.0, "mine": "x"})
+    assert workloads(sent) == [None, None]
+    assert "gw-enqueued" not in sent[1]
+    assert sent[1]["mine"] == "x"
+    weigh.apply_async(("ab",), headers={"gw-workload": 7.0})
+    assert workloads(sent)[-1] == 2.0
+
+
+@pytest.mark.parametrize(
+    "calculate",
+    [
+        lambda x: True,
+        lambda x: -1,
+        lambda x: float("nan"),
+        lambda x: float("inf"),
+        lambda x: "1",
+        lambda x: None,
+        lambda x: 10**400,
+        lambda x: 1 / 0,
+        lambda: 1.0,
+    ],
+)
+def test_a_calculator_that_does_not_say_counts_as_the_default_with_one_warning(
+    app: gw.App,
+    sent: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+    calculate: Callable[..., Any],
+) -> None:
+    @app.remote(workload_calculator=calculate)
+    async def odd(x):
+        return x
+
+    for _ in range(3):
+        odd.delay(1)
+    assert workloads(sent) == [1.0] * 3
+    (warning,) = [one for one in caplog.records if one.name == queue_time.__name__]
+    assert warning.levelno == logging.WARNING
+    assert "odd" in warning.getMessage()
+
+
+def test_a_calculator_that_panics_breaks_no_call(app: gw.App, sent: list[dict[str, Any]]) -> None:
+    def panic(x):
+        raise Panic
+
+    async def later(x):
+        return 1.0
+
+    @app.remote(workload_calculator=panic)
+    async def rusty(x):
+        return x
+
+    @app.remote(workload_calculator=later)
+    async def awaited(x):
+        return x
+
+    rusty.delay(1)
+    awaited.delay(1)
+    assert workloads(sent) == [1.0, 1.0]
+
+
+def test_what_interrupts_the_calling_body_is_not_the_calculators(app: gw.App) -> None:
+    def limited(x):
+        raise SoftTimeLimitExceeded(1)
+
+    @app.remote(workload_calculator=limited)
+    async def interrupted(x):
+        return x
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        interrupted.delay(1)
+
+
+def test_a_call_that_celery_refuses_is_not_blamed_on_the_calculator(
+    weigh: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(TypeError):
+        weigh.delay()
+    assert [one for one in caplog.records if one.name == queue_time.__name__] == []
+
+
+def test_eager_mode_works_with_a_calculator_and_a_limit(
+    app: gw.App, celery_app: Celery, serve: Callable[[], None]
+) -> None:
+    @app.remote(workload_calculator=lambda x: x, max_queue_time=LIMIT)
+    async def both(x):
+        return x
+
+    serve()
+    assert both.local(2) == 2
+    celery_app.conf.task_always_eager = True
+    assert both.delay(2).get() == 2
+    assert both.remote(2) == 2
+
+
+# -- since when it waits --
+
+
+@pytest.fixture
+def patient(app: gw.App) -> Any:
+    @app.remote(max_queue_time=LIMIT)
+    async def patient(x=0):
+        return x
+
+    return patient
+
+
+def test_only_what_may_wait_for_so_long_says_since_when(
+    weigh: Any, patient: Any, sent: list[dict[str, Any]]
+) -> None:
+    before = time.time()
+    weigh.delay("a")
+    patient.delay()
+    assert "gw-enqueued" not in sent[0]
+    assert before <= sent[1]["gw-enqueued"] <= time.time()
+
+
+def test_what_the_projects_limit_is_for_says_it_too(
+    celery_app: Celery, weigh: Any, sent: list[dict[str, Any]]
+) -> None:
+    celery_app.conf.gw_max_queue_time = 60.0
+    weigh.delay("a")
+    assert "gw-enqueued" in sent[0]
+
+
+def test_the_clock_starts_at_the_eta(patient: Any, sent: list[dict[str, Any]]) -> None:
+    soon = dt.datetime.now(dt.UTC) + dt.timedelta(hours=1)
+    patient.apply_async(countdown=3600)
+    patient.apply_async(eta=soon)
+    patient.apply_async(eta=soon.isoformat())
+    patient.apply_async(eta=dt.datetime.now(dt.UTC) - dt.timedelta(hours=1))
+    now = time.time()
+    for one in sent[:3]:
+        assert one["gw-enqueued"] == pytest.approx(now + 3600, abs=60)
+    assert sent[3]["gw-enqueued"] == pytest.approx(now, abs=60)
+
+
+def test_a_repeated_message_waits_anew(patient: Any, sent: list[dict[str, Any]]) -> None:
+    patient.apply_async(headers={"gw-enqueued": 1.0}, retries=1)
+    assert sent[0]["gw-enqueued"] == pytest.approx(time.time(), abs=60)
+
+
+# -- refused before it is sent --
+
+
+class Told:
+    """Estimates that a test has written."""
+
+    def __init__(self, **queues: float) -> None:
+        self.queues = queues
+        self.asked: list[str] = []
+
+    def estimate(self, queue: str) -> float | None:
+        self.asked.append(queue)
+        return self.queues.get(queue.partition(".")[2])
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    found = Told(patient=40.0)
+    monkeypatch.setattr(wait_estimates, "of", lambda app: found)
+    return found
+
+
+def test_what_would_wait_for_too_long_is_not_sent(
+    patient: Any, told: Told, sent: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(gw.QueueTimeExceeded) as raised:
+        patient.delay()
+    assert sent == []
+    assert (raised.value.estimate, raised.value.limit) == (40.0, LIMIT)
+    assert raised.value.queue == "gpu.patient"
+    assert raised.value.task.endswith(".patient")
+    assert not raised.value.was_sent
+    told.queues["patient"] = LIMIT
+    patient.delay()
+    told.queues.clear()
+    patient.delay()
+    assert len(sent) == 2, "as long as it may, or for as long as nobody knows"
+
+
+def test_await_and_the_others_are_told_the_same(
+    app: gw.App, celery_app: Celery, patient: Any, told: Told, sent: list[dict[str, Any]]
+) -> None:
+    async def awaited() -> None:
+        with pytest.raises(gw.QueueTimeExceeded):
+            await patient()
+
+    asyncio.run(awaited())
+    for call in (patient.remote, patient.spawn, patient.s().delay):
+        with pytest.raises(gw.QueueTimeExceeded):
+            call()
+    assert sent == []
+
+
+def test_the_projects_limit_is_for_services_that_have_none(
+    weigh: Any, patient: Any, celery_app: Celery, told: Told
+) -> None:
+    celery_app.conf.gw_max_queue_time = LIMIT + 5
+    told.queues["weigh"] = told.queues["patient"]
+    with pytest.raises(gw.QueueTimeExceeded) as the_projects:
+        weigh.delay("a")
+    with pytest.raises(gw.QueueTimeExceeded) as its_own:
+        patient.delay()
+    assert (the_projects.value.limit, its_own.value.limit) == (LIMIT + 5, LIMIT)
+
+
+def test_a_task_without_a_limit_asks_for_no_estimate(weigh: Any, told: Told) -> None:
+    weigh.delay("a")
+    assert told.asked == []
+
+
+def test_what_is_for_later_is_judged_later(patient: Any, told: Told) -> None:
+    patient.apply_async(countdown=60)
+    patient.apply_async(eta=dt.datetime.now(dt.UTC) + dt.timedelta(hours=1))
+    assert told.asked == []
+
+
+def test_another_queue_has_an_estimate_of_its_own(patient: Any, told: Told) -> None:
+    patient.apply_async(queue="elsewhere")
+    assert told.asked == ["elsewhere"]
+
+
+def test_no_canvas_is_sent_in_part_and_no_retry_is_lost(
+    patient: Any, weigh: Any, told: Told, sent: list[dict[str, Any]]
+) -> None:
+    group(patient.s(), patient.s()).delay()
+    chord([weigh.s("a")], patient.si())
+    patient.apply_async(retries=1)
+    patient.apply_async(parent_id="the one before it in a chain")
+    assert told.asked == []
+    assert len(sent) == 4
+    with pytest.raises(gw.QueueTimeExceeded):
+        chain(patient.si(), weigh.si("a")).delay()
+    assert len(sent) == 4, "nothing of the chain has been sent"

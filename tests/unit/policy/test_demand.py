@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from gw_celery.cluster import records
+from gw_celery.policy import demand, scaling
+from gw_celery.protocol import snapshot
+
+RULES = scaling.Rules(target_queue_time=10.0, target_util=1.0, start_up=10.0)
+ME = records.Facts(worker="gpu@me", serves="model", capacity=4, score=2.0)
+
+
+def other(name: str, **given: Any) -> records.Facts:
+    return dataclasses.replace(ME, worker=name, **given)
+
+
+def seen(
+    *looks: dict[str, Any], mine: records.Facts = ME, others: Any = None, slots: int = 2
+) -> list[snapshot.Outlook]:
+    """The outlooks of looks a second apart; each may say ``mine`` and ``others`` itself."""
+    service = demand.Service(slots, RULES, 0.0)
+    return [
+        service.see(float(now), look.pop("mine", mine), look.pop("others", others), **look)
+        for now, look in enumerate(looks, start=1)
+    ]
+
+
+def test_what_waits_in_the_queue_and_in_the_worker_is_to_be_done_in_time() -> None:
+    mine = dataclasses.replace(ME, waiting=20.0, waiting_inputs=2, mean=10.0)
+    (one,) = seen({"queued": 8}, mine=mine)
+    assert one.waiting == 100.0
+    # 100 within 10 s, by replicas that do 2 a second each.
+    assert one.need == pytest.approx(5.0)
+    assert one.is_active
+
+
+def test_what_waits_orders_no_more_replicas_than_it_fills() -> None:
+    mine = dataclasses.replace(ME, score=0.001)
+    (one,) = seen({"queued": 6}, mine=mine)
+    assert one.need == pytest.approx(3.0)
+
+
+def test_a_queue_that_was_full_before_anybody_looked_is_no_rate() -> None:
+    first, second = seen({"queued": 1000}, {"queued": 1000})
+    assert (first.rate, second.rate) == (0.0, 0.0)
+
+
+def test_what_moves_from_the_queue_to_a_worker_has_not_come_twice() -> None:
+    took = dataclasses.replace(ME, taken=5.0, waiting=0.0, running_inputs=5)
+    before, after = seen({"queued": 5}, {"queued": 0, "mine": took})
+    assert after.rate == before.rate == 0.0
+    assert after.is_active
+
+
+def test_what_comes_is_what_the_queue_and_the_workers_have_more_of() -> None:
+    looks = [
+        {"queued": second, "mine": dataclasses.replace(ME, taken=3.0 * second)}
+        for second in range(60)
+    ]
+    assert seen(*looks)[-1].rate == pytest.approx(4.0)
+
+
+def test_another_life_of_a_worker_has_taken_nothing_yet() -> None:
+    before = dataclasses.replace(ME, taken=500.0, life="a")
+    after = dataclasses.replace(ME, taken=3.0, life="b")
+    assert seen({"queued": 0, "mine": before}, {"queued": 0, "mine": after})[-1].rate == 0.0
+
+
+def test_a_worker_that_is_gone_takes_nothing_back() -> None:
+    two = other("gpu@two", taken=500.0)
+    assert seen({"queued": 0, "others": [two]}, {"queued": 0, "others": []})[-1].rate == 0.0
+
+
+def test_without_a_score_as_many_as_hold_all_inputs_are_needed() -> None:
+    mine = dataclasses.replace(ME, score=None, running_inputs=2, waiting_inputs=1)
+    (one,) = seen({"queued": 4}, mine=mine)
+    assert (one.need, one.keep) == (3.5, 3.5)
+
+
+def test_a_transport_that_tells_nothing_leaves_what_the_worker_holds() -> None:
+    mine = dataclasses.replace(ME, waiting=40.0, waiting_inputs=40)
+    (one,) = seen({}, mine=mine)
+    assert (one.queued, one.waiting, one.need) == (None, 40.0, 2.0)
+
+
+def test_a_transport_that_tells_nothing_has_one_more_wanted_while_all_are_full() -> None:
+    full = dataclasses.replace(ME, replicas=2, running_inputs=4)
+    assert seen({}, mine=full)[0].need == 3.0
+    assert seen({"queued": 0}, mine=full)[0].need == 0.0
+    assert seen({}, mine=dataclasses.replace(full, running_inputs=3))[0].need == 0.0
+
+
+def test_workers_that_serve_the_same_see_the_same_need() -> None:
+    two = other("gpu@two", waiting=10.0, waiting_inputs=10, capacity=1)
+    (mine,) = seen({"queued": 50}, others=[two])
+    (theirs,) = seen({"queued": 50}, mine=two, others=[ME])
+    assert mine == theirs
+    assert (mine.share, mine.waiting, mine.need) == (1.0, 60.0, 3.0)
+
+
+def test_those_that_serve_other_things_too_have_their_part_by_capacity() -> None:
+    two = other("gpu@two", serves="model,more", capacity=12)
+    (mine,) = seen({"queued": 80}, others=[two])
+    (theirs,) = seen({"queued": 80}, mine=two, others=[ME])
+    assert (mine.share, theirs.share) == (0.25, 0.75)
+    assert (mine.waiting, theirs.waiting) == (20.0, 60.0)
+
+
+def test_a_worker_that_cannot_start_a_replica_leaves_the_work_to_others() -> None:
+    (one,) = seen({"queued": 80}, others=[other("gpu@two", serves="more", capacity=0)])
+    assert one.share == 1.0
+    (none,) = seen(
+        {"queued": 80},
+        mine=dataclasses.replace(ME, capacity=0),
+        others=[other("gpu@two", serves="more", capacity=0)],
+    )
+    assert none.share == 0.5
+
+
+def test_where_only_consumers_are_counted_the_queue_is_divided_among_them() -> None:
+    mine = dataclasses.replace(ME, waiting=10.0, waiting_inputs=10)
+    (one,) = seen({"queued": 80, "consumers": 4}, mine=mine)
+    assert (one.share, one.waiting) == (0.25, 30.0)
+    (alone,) = seen({"queued": 80, "consumers": 0}, mine=mine)
+    assert alone.waiting == 90.0
+
+
+def test_the_score_of_a_service_is_that_of_its_workers_by_capacity() -> None:
+    (one,) = seen(
+        {"queued": 0}, others=[other("a", capacity=12, score=6.0), other("b", score=None)]
+    )
+    assert one.score == 5.0
+
+
+def test_a_group_is_those_that_serve_the_same() -> None:
+    two, three = other("gpu@two"), other("gpu@three", serves="more")
+    assert demand.group_of({"model": ME}, {"model": (two, three)}) == [ME, two]
+    assert demand.group_of({"model": ME}, None) == [ME]
+
+
+def parts(*group: records.Facts, total: int) -> dict[str, int]:
+    seats = demand.Seats()
+    return {one.worker: seats.part(group, one.worker, total) for one in group[:1]} | {
+        one.worker: demand.Seats().part(group, one.worker, total) for one in group[1:]
+    }
+
+
+@pytest.mark.parametrize("total", range(9))
+def test_the_parts_are_the_whole(total: int) -> None:
+    found = parts(ME, other("gpu@two"), total=total)
+    assert sum(found.values()) == total
+    assert abs(found["gpu@me"] - found["gpu@two"]) <= 1
+
+
+def test_a_faster_worker_has_more_and_a_little_faster_is_as_fast() -> None:
+    fast = other("gpu@fast", score=8.0)
+    assert parts(ME, fast, total=5) == {"gpu@me": 1, "gpu@fast": 4}
+    assert parts(ME, other("gpu@two", score=2.2), total=4) == {"gpu@me": 2, "gpu@two": 2}
+
+
+def test_a_group_that_changes_is_worked_out_anew() -> None:
+    kept = demand.Seats()
+    for number in [*range(10), 3, 0]:
+        group = [ME, other("gpu@two", capacity=number)]
+        found = kept.part(group, ME.worker, 5)
+        assert found == demand.Seats().part(group, ME.worker, 5)

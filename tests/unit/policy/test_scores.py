@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gw_celery.policy import scores
+
+
+def a_round(elapsed: float, *latencies: float, workload: float = 1.0, **rest: Any) -> scores.Round:
+    return scores.Round(
+        elapsed=elapsed, workload=workload * len(latencies), latencies=latencies, **rest
+    )
+
+
+def failing(elapsed: float, *, count: int = 10) -> scores.Round:
+    return a_round(elapsed, failures=count, failure="ValueError: no weights")
+
+
+def test_the_score_is_the_throughput_of_the_median_round() -> None:
+    found = scores.of("t", [a_round(1.0, 1.0), a_round(0.5, 0.5), a_round(0.1, 0.1)])
+    assert (found.value, found.least, found.most) == (2.0, 1.0, 10.0)
+    assert found.rounds == (1.0, 2.0, 10.0)
+    assert (found.success_rate, found.failure) == (1.0, "")
+
+
+def test_workload_is_counted_and_not_inputs() -> None:
+    assert scores.of("t", [a_round(0.5, 0.5, 0.4, workload=30.0)]).value == 120.0
+
+
+def test_latencies_are_those_of_all_rounds() -> None:
+    rounds = [a_round(1.0, *(n / 100 for n in range(start, 101, 2))) for start in (1, 2)]
+    found = scores.of("t", rounds)
+    assert (found.p50, found.p95) == (0.5, 0.95)
+
+
+def test_a_function_that_always_raises_has_no_score_however_quick_it_is() -> None:
+    with pytest.raises(
+        scores.NoScore, match=r"all of its 20 inputs failed.*ValueError: no weights"
+    ):
+        scores.of("t", [failing(1e-6), failing(1e-6)])
+
+
+def test_failures_take_time_and_have_no_workload() -> None:
+    rounds = [a_round(1.0, 0.1, failures=3, failure="KeyError: 'x'") for _ in range(3)]
+    found = scores.of("t", rounds)
+    assert found.value == 1.0
+    assert (found.success_rate, found.failure) == (0.25, "KeyError: 'x'")
+
+
+def test_where_most_rounds_fail_the_score_is_all_workload_by_all_time() -> None:
+    found = scores.of("t", [failing(1.0), failing(1.0), a_round(2.0, 0.5, 2.0)])
+    assert found.value == 0.5
+    assert found.least == 0.0
+
+
+def test_inputs_without_any_workload_give_no_score() -> None:
+    with pytest.raises(scores.NoScore, match="workload_calculator returned 0"):
+        scores.of("t", [a_round(1.0, 0.5, workload=0.0)])
+
+
+def test_the_score_of_a_service_is_that_of_an_even_mix_of_its_tasks() -> None:
+    # Ten units of each take 10/100 + 10/50 seconds.
+    assert scores.combined([100.0, 50.0]) == pytest.approx(20 / (10 / 100 + 10 / 50))
+    assert scores.combined([7.0]) == 7.0
+    assert scores.combined([]) is None
+
+
+@pytest.mark.parametrize("given", [0, 0.5, 3, 1e300])
+def test_a_figure_is_a_number_that_is_not_negative(given: float) -> None:
+    assert scores.figure(given) == given
+
+
+@pytest.mark.parametrize("given", [True, -1, float("nan"), float("inf"), "1", None, [1]])
+def test_anything_else_is_none(given: object) -> None:
+    assert scores.figure(given) is None
+
+
+FOUND = scores.of("t", [a_round(1.0, 0.2, 0.4), failing(0.5)])
+WRITTEN = json.loads(json.dumps(scores.to_json(FOUND)))
+
+
+def test_a_score_is_read_as_it_was_written() -> None:
+    assert scores.from_json(WRITTEN) == FOUND
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        [],
+        {},
+        {**WRITTEN, "more": 1},
+        {**WRITTEN, "task": 1},
+        {**WRITTEN, "value": 0},
+        {**WRITTEN, "value": "9"},
+        {**WRITTEN, "p50": None},
+        {**WRITTEN, "p95": float("nan")},
+        {**WRITTEN, "least": True},
+        {**WRITTEN, "rounds": []},
+        {**WRITTEN, "rounds": "12"},
+        {**WRITTEN, "rounds": [-1.0]},
+    ],
+)
+def test_anything_else_is_no_score(given: object) -> None:
+    with pytest.raises(ValueError, match=r"score"):
+        scores.from_json(given)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"value": NaN}', "[Infinity]", "[" * 100_000])
+def test_what_is_no_json_cannot_be_read(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        scores.loads(text)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+
+from gw_celery.policy import speed_bands
+from gw_celery.policy.speed_bands import Band
+
+
+@pytest.mark.parametrize(
+    ("score", "best", "band"),
+    [
+        (100.0, 100.0, Band.QUICK),
+        (95.0, 100.0, Band.QUICK),
+        (100.0, None, Band.QUICK),
+        (120.0, 100.0, Band.QUICK),
+        (50.0, 100.0, Band.MIDDLE),
+        (25.0, 100.0, Band.SLOW),
+        (None, 100.0, Band.MIDDLE),
+        (None, None, Band.MIDDLE),
+        (0.0, 100.0, Band.MIDDLE),
+    ],
+)
+def test_a_band_is_a_part_of_the_best_score(
+    score: float | None, best: float | None, band: Band
+) -> None:
+    assert speed_bands.of(score, best) is band
+
+
+def test_a_band_is_the_priority_of_a_consumer_and_the_middle_one_is_that_of_all_others() -> None:
+    assert Band.SLOW < Band.MIDDLE == 0 < Band.QUICK
+
+
+@pytest.mark.parametrize("border", [70.0, 35.0])
+def test_noise_around_a_border_changes_nothing(border: float) -> None:
+    above, below = speed_bands.of(border + 0.1, 100.0), speed_bands.of(border - 0.1, 100.0)
+    assert above is not below
+    for held in (above, below):
+        for noise in (-5.0, -1.0, 1.0, 5.0):
+            assert speed_bands.of(border * (1 + noise / 100), 100.0, held) is held
+
+
+def test_what_is_clear_changes_a_band() -> None:
+    assert speed_bands.of(78.0, 100.0, Band.MIDDLE) is Band.QUICK
+    assert speed_bands.of(62.0, 100.0, Band.QUICK) is Band.MIDDLE
+    assert speed_bands.of(39.0, 100.0, Band.SLOW) is Band.MIDDLE
+    assert speed_bands.of(31.0, 100.0, Band.MIDDLE) is Band.SLOW
+    assert speed_bands.of(10.0, 100.0, Band.QUICK) is Band.SLOW
+    assert speed_bands.of(100.0, 100.0, Band.SLOW) is Band.QUICK
+
+
+def test_a_worker_is_in_the_middle_until_it_knows_its_score_and_the_best() -> None:
+    place = speed_bands.Place()
+    assert not place.follow(None, 100.0, 1.0)
+    assert not place.follow(20.0, None, 1.0)
+    assert place.band is Band.MIDDLE
+    assert place.follow(20.0, 100.0, 1.5)
+    assert place.band is Band.SLOW
+
+
+def test_a_band_is_kept_for_a_while_but_for_the_first() -> None:
+    place = speed_bands.Place()
+    assert place.follow(20.0, 20.0, 100.0)
+    assert place.band is Band.QUICK
+    assert place.follow(20.0, 100.0, 101.0)
+    assert place.band is Band.SLOW
+    assert not place.follow(20.0, 20.0, 110.0)
+    assert place.follow(20.0, 20.0, 111.0)
+    assert place.band is Band.QUICK
+
+
+def test_a_first_score_in_the_middle_is_no_change() -> None:
+    place = speed_bands.Place()
+    assert not place.follow(50.0, 100.0, 100.0)
+    assert not place.follow(72.0, 100.0, 101.0)  # sticky from the first on
+
+
+def test_scores_that_are_not_known_any_more_change_nothing() -> None:
+    place = speed_bands.Place()
+    place.follow(20.0, 100.0, 100.0)
+    assert not place.follow(None, 100.0, 200.0)
+    assert not place.follow(20.0, None, 200.0)
+    assert place.band is Band.SLOW

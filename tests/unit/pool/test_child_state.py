@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from gw_celery.pool import child_state
+from gw_celery.pool.child_state import State
+
+DEADLINES = child_state.Deadlines(boot=30, start=600, benchmark=120, drain=30, heartbeat=15)
+
+
+def started(now: float = 100.0) -> child_state.Life:
+    return child_state.Life(deadlines=DEADLINES, now=now)
+
+
+def entering(now: float = 100.0) -> child_state.Life:
+    life = started(now)
+    life.loaded(now)
+    return life
+
+
+def probing(now: float = 100.0) -> child_state.Life:
+    life = entering(now)
+    life.entered(now)
+    return life
+
+
+def benchmarking(now: float = 100.0) -> child_state.Life:
+    life = probing(now)
+    life.probed(now)
+    return life
+
+
+def ready(now: float = 100.0) -> child_state.Life:
+    life = benchmarking(now)
+    life.measured(now)
+    return life
+
+
+def test_a_child_proves_each_step_of_its_start() -> None:
+    life = started(now=100)
+    assert (life.state, life.since) == (State.STARTING, 100)
+    life.loaded(102)
+    assert (life.state, life.since) == (State.ENTERING, 102)
+    assert not life.is_ready
+    life.entered(150)
+    assert (life.state, life.since) == (State.PROBING, 150)
+    life.probed(151)
+    assert (life.state, life.since) == (State.BENCHMARKING, 151)
+    assert not life.is_ready
+    life.measured(160)
+    assert (life.state, life.since) == (State.READY, 160)
+    assert life.is_ready
+
+
+def test_a_step_out_of_order_changes_nothing() -> None:
+    life = started()
+    life.entered(101)
+    life.probed(101)
+    life.measured(101)
+    assert (life.state, life.since) == (State.STARTING, 100)
+    life = ready()
+    life.loaded(105)
+    life.entered(105)
+    life.probed(105)
+    life.measured(105)
+    assert (life.state, life.since) == (State.READY, 100)
+
+
+def test_a_drained_child_is_never_ready_again() -> None:
+    life = entering()
+    life.drain(101, 0)
+    life.loaded(102)
+    life.entered(103)
+    assert life.state is State.DRAINING
+    assert not life.is_ready
+
+
+@pytest.mark.parametrize(
+    ("life", "step", "bound", "setting"),
+    [
+        (started(), "starting", 30, "gw_boot_timeout"),
+        (entering(), "entering", 600, "gw_start_timeout"),
+    ],
+)
+def test_a_step_that_takes_too_long_is_named_with_its_setting(
+    life: child_state.Life, step: str, bound: float, setting: str
+) -> None:
+    assert life.overdue(100 + bound - 0.001) is None
+    reason = life.overdue(100 + bound)
+    assert reason is not None
+    assert f"was {step} for {bound} s" in reason
+    assert setting in reason
+
+
+def test_the_deadline_of_a_step_counts_from_the_step_before_it() -> None:
+    life = started(now=1000)
+    life.loaded(1029)
+    assert life.overdue(1029 + 599) is None
+    assert life.overdue(1029 + 600) is not None
+
+
+def test_a_child_that_loads_owes_no_heartbeat() -> None:
+    assert entering().overdue(100 + 599) is None
+
+
+def test_a_ready_child_without_heartbeats_is_overdue() -> None:
+    life = ready(now=50)
+    assert life.overdue(64.9) is None
+    reason = life.overdue(65)
+    assert reason is not None
+    assert "no heartbeat for 15 s" in reason
+    assert "gw_heartbeat_timeout" in reason
+
+
+def test_a_heartbeat_gives_a_child_its_full_time_again() -> None:
+    life = ready()
+    for now in range(110, 1000, 10):
+        life.beat(now)
+        assert life.overdue(now + 14.9) is None
+    assert life.overdue(990 + 15) is not None
+
+
+def test_a_draining_child_still_owes_its_heartbeat() -> None:
+    life = ready()
+    life.drain(101, 1000)
+    assert life.overdue(114.9) is None
+    assert "no heartbeat" in (life.overdue(115) or "")
+
+
+@pytest.mark.parametrize(("longest", "bound"), [(0, 30), (29, 30), (300, 300), (-5, 30)])
+def test_a_drain_lasts_until_its_timeout_or_the_last_limit(longest: float, bound: float) -> None:
+    life = ready(now=100)
+    life.drain(200, longest)
+    life.beat(200 + bound)
+    assert life.overdue(200 + bound - 0.001) is None
+    assert "gw_drain_timeout" in (life.overdue(200 + bound) or "")
+
+
+def test_a_drain_without_a_limit_has_no_deadline_and_is_told_of() -> None:
+    life = ready(now=100)
+    life.drain(200, math.inf)
+    life.beat(10_000)
+    assert life.overdue(10_000) is None
+    assert (life.lingers(229), life.lingers(230)) == (False, True)
+    bounded = ready(now=100)
+    assert not bounded.lingers(1000)
+    bounded.drain(200, 500)
+    assert not bounded.lingers(600)
+
+
+def test_what_begins_while_it_drains_has_its_time() -> None:
+    life = ready(now=100)
+    life.began(150, 1000)
+    life.drain(200, 0)
+    life.began(210, 5)
+    life.beat(229)
+    assert (life.overdue(229.9), life.overdue(230) is None) == (None, False)
+    life.began(220, 300)
+    assert life.overdue(230) is None
+    life.began(221, math.inf)
+    life.beat(9_000)
+    assert life.overdue(9_000) is None
+
+
+@pytest.mark.parametrize(("left", "bound"), [(0, 30), (300, 300)])
+def test_a_drain_is_bound_again_once_what_has_no_limit_has_ended(left: float, bound: float) -> None:
+    life = ready(now=100)
+    life.drain(200, math.inf)
+    life.ended(210, math.inf)
+    assert life.deadline is None
+    life.ended(220, left)
+    assert life.deadline == 220 + bound
+    life.ended(230, 0)
+    assert life.deadline == 220 + bound
+
+
+def test_a_second_drain_does_not_move_the_deadline() -> None:
+    life = ready()
+    life.drain(110, 0)
+    life.drain(135, 500)
+    life.beat(139)
+    assert life.overdue(140) is not None
+
+
+def test_a_start_up_is_that_of_the_process_however_often_it_is_measured() -> None:
+    life = started(now=100)
+    life.loaded(110)
+    life.entered(150)
+    life.probed(151)
+    assert life.start_up is None
+    life.measured(160)
+    life.measure_again(500)
+    life.measured(503)
+    assert life.start_up == 60
+
+
+def test_only_a_child_that_served_for_a_while_was_steady() -> None:
+    assert not started().was_steady(1100)
+    assert not entering().was_steady(1100)
+    life = ready(now=10)
+    assert not life.was_steady(10.9)
+    assert life.was_steady(11)
+    life.drain(20, 0)
+    assert life.was_steady(21)
+
+
+def test_the_wait_before_the_next_child_doubles_up_to_a_minute() -> None:
+    backoff = child_state.Backoff()
+    assert backoff.retry_at == 0
+    assert [backoff.failed(100) for _ in range(9)] == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+    assert backoff.retry_at == 164
+    for _ in range(2000):
+        assert backoff.failed(0) == 64
+
+
+def test_a_child_that_served_starts_the_doubling_anew() -> None:
+    backoff = child_state.Backoff()
+    backoff.failed(0)
+    backoff.failed(1)
+    backoff.succeeded(50)
+    assert backoff.retry_at == 50
+    assert backoff.failed(60) == 1
+    assert backoff.retry_at == 61
+
+
+def test_a_child_without_a_service_that_wants_inputs_is_unready_until_one_does() -> None:
+    life = ready()
+    life.wants_inputs(103, False)
+    assert (life.state, life.since, life.is_ready, life.is_up) == (State.UNREADY, 103, False, True)
+    life.wants_inputs(104, False)
+    assert life.since == 103
+    life.wants_inputs(105, True)
+    assert (life.state, life.since, life.is_up) == (State.READY, 105, True)
+
+
+def test_only_a_loaded_child_can_be_unready() -> None:
+    for life in (benchmarking(), entering()):
+        life.wants_inputs(101, False)
+        assert life.state is not State.UNREADY
+    life = ready()
+    life.drain(101, 0)
+    life.wants_inputs(102, True)
+    assert life.state is State.DRAINING
+
+
+def test_silence_counts_from_the_end_of_loading_on() -> None:
+    life = entering()
+    life.beat(100)
+    assert life.overdue(500) is None
+    assert "no heartbeat for 15 s" in (probing().overdue(115) or "")
+
+
+def test_a_benchmark_has_a_bound_however_alive_its_child_is() -> None:
+    life = benchmarking()
+    life.beat(219)
+    assert life.overdue(219.9) is None
+    reason = life.overdue(220) or ""
+    assert "was benchmarking for 120 s (setting gw_benchmark_timeout)" in reason
+
+
+def test_a_ready_child_may_be_measured_again() -> None:
+    life = ready(100)
+    life.beat(200)
+    life.measure_again(200)
+    assert (life.state, life.is_ready, life.is_up) == (State.BENCHMARKING, False, False)
+    assert life.overdue(200 + 14) is None
+    assert life.overdue(200 + 15) is not None, "it owes its heartbeats meanwhile"
+    life.measured(230)
+    assert life.is_ready
+
+
+def test_only_a_ready_child_may_be_measured_again() -> None:
+    life = probing(100)
+    life.measure_again(101)
+    assert life.state is State.PROBING
+    life = ready(100)
+    life.drain(101, 0)
+    life.measure_again(102)
+    assert life.state is State.DRAINING

@@ -1,0 +1,47 @@
+"""What a message says of its input, whoever wrote it."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gw_celery.protocol import headers
+
+ODD = [True, "1", None, [1.0], {}, -1, -0.5, math.nan, math.inf, 10**400, 2e12, Decimal(1), 1j]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_what_is_no_workload_counts_as_the_default(odd: Any) -> None:
+    assert headers.workload(odd) is None
+    assert headers.workload_of({"gw-workload": odd}) == 1.0
+
+
+def test_a_message_without_the_header_counts_as_the_default() -> None:
+    assert headers.workload_of({"task": "t"}) == 1.0
+
+
+@pytest.mark.parametrize(
+    "given", [0, 3, 2.5, Fraction(1, 2), np.float32(2.5), np.int64(3), 1e12], ids=repr
+)
+def test_any_real_number_from_0_on_is_a_workload(given: Any) -> None:
+    found = headers.workload(given)
+    assert found == given
+    assert type(found) is float, "it travels in a header"
+
+
+@pytest.mark.parametrize(
+    "odd", [None, True, "10", [10.0], math.nan, math.inf, 10**400, -(10**400)], ids=repr
+)
+def test_an_input_that_does_not_say_since_when_it_waits_is_never_late(odd: Any) -> None:
+    assert headers.waited({"gw-enqueued": odd}, 1000.0) == 0.0
+    assert headers.waited({}, 1000.0) == 0.0
+
+
+def test_a_clock_that_is_ahead_makes_no_input_late_and_none_early() -> None:
+    assert headers.waited({"gw-enqueued": 990.0}, 1000.0) == 10.0
+    assert headers.waited({"gw-enqueued": 1010.0}, 1000.0) == 0.0

@@ -1,0 +1,12 @@
+"""What tests of a replica share."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.runtime.tracers import Around
+
+
+@pytest.fixture
+def around() -> Around:
+    return Around()

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from celery import current_task
+
+import gw_celery as gw
+from gw_celery import conf
+from gw_celery.protocol import frames
+from gw_celery.replica import probe
+from gw_celery.runtime import in_process
+from tests.processes import eventually
+from tests.unit.runtime.tracers import Around
+
+
+@pytest.fixture
+def runtime() -> Iterator[in_process.Process]:
+    runtime = in_process.Process(conf.Settings())
+    runtime.start()
+    in_process.adopt(runtime)
+    yield runtime
+    in_process.adopt(None)
+    runtime.stop()
+
+
+class Replica:
+    """The probes of one class task, asked as the parent asks them."""
+
+    def __init__(self, app: gw.App, runtime: in_process.Process, around: Around) -> None:
+        self.runtime = runtime
+        (self.service,) = app.registry.services.values()
+        runtime.enter([app.registry], [self.service])
+        self.reports: list[tuple[Any, ...]] = []
+        self.probes = probe.Probes(runtime, [self.service], self.reports.append, around)
+
+    def ask(self, method: str, number: int = 1) -> None:
+        call = (number, self.service.key, method)
+        self.runtime.loop.call_soon_threadsafe(self.probes.call, *call)
+
+    def answer(self, method: str) -> tuple[bool, str]:
+        self.ask(method)
+        kind, number, is_ok, detail, seconds = eventually(lambda: self.reports and self.reports[-1])
+        assert (kind, number) == (frames.Report.PROBED, 1)
+        assert seconds >= 0
+        frames.unpack_reports(frames.pack_reports([self.reports.pop()])[4:])
+        return is_ok, detail
+
+
+@pytest.fixture
+def serve(app: gw.App, runtime: in_process.Process, around: Around) -> Callable[..., Replica]:
+    def serve(cls: type, **probe_options: Any) -> Replica:
+        names = [name for name in vars(cls) if not name.startswith("_")]
+        methods = [one for one in names if one != "threshold"]
+        declared = [gw.Probe.on(one, **probe_options) for one in methods]
+        app.cls(probes=declared)(cls)
+        return Replica(app, runtime, around)
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_ok"),
+    [
+        (None, True),
+        (True, True),
+        (0, True),
+        ("", True),
+        ([], True),
+        ({}, True),
+        ({"loaded": False}, True),
+        ({"ok": True}, True),
+        ({"ok": 1}, True),
+        (False, False),
+        ({"ok": False}, False),
+        ({"ok": None}, False),
+        ({"ok": 0, "why": "no memory"}, False),
+    ],
+)
+def test_only_false_and_a_mapping_that_is_not_ok_fail(answer: Any, is_ok: bool) -> None:
+    assert probe.judge(answer)[0] is is_ok
+
+
+def test_false_of_an_array_library_is_false() -> None:
+    class Scalar:
+        def __init__(self, value: bool, dtype: str) -> None:
+            self.value, self.dtype = value, dtype
+
+        def __bool__(self) -> bool:
+            return self.value
+
+    for dtype in ("bool", "torch.bool"):
+        assert not probe.judge(Scalar(False, dtype))[0]
+        assert probe.judge(Scalar(True, dtype))[0]
+    assert probe.judge(Scalar(False, "float32"))[0]
+
+
+def test_probes_run_on_the_loop_or_in_a_thread_of_their_own(serve: Any, around: Around) -> None:
+    class Model:
+        @gw.method()
+        async def on_loop(self) -> dict[str, Any]:
+            return {"ok": in_process.current().is_on_loop(), "task": bool(current_task)}  # type: ignore[union-attr]
+
+        @gw.method()
+        def in_thread(self) -> dict[str, Any]:
+            here = threading.current_thread()
+            return {"ok": here.daemon and not in_process.current().is_on_loop()}  # type: ignore[union-attr]
+
+    replica = serve(Model)
+    assert replica.answer("on_loop") == (True, "{'ok': True, 'task': False}")
+    assert replica.answer("in_thread") == (True, "{'ok': True}")
+
+
+def test_what_a_probe_raises_is_the_reason_in_one_short_line(serve: Any) -> None:
+    class Model:
+        @gw.method()
+        async def raises(self) -> None:
+            raise OSError("the device\nfell off " + 1000 * "x")
+
+        @gw.method()
+        def exits(self) -> None:
+            sys.exit(3)
+
+        @gw.method()
+        async def stops(self) -> None:
+            raise KeyboardInterrupt
+
+    replica = serve(Model)
+    is_ok, detail = replica.answer("raises")
+    assert not is_ok
+    assert detail.startswith("OSError: the device fell off xxx")
+    assert len(detail) == 200
+    for name in ("exits", "stops"):
+        is_ok, detail = replica.answer(name)
+        assert not is_ok
+        assert detail.startswith("BodyExited: the body raised")
+    assert replica.answer("raises")[0] is False
+
+
+def hanging() -> tuple[type, threading.Event]:
+    """A class whose probe hangs until it is cancelled, and what is set then."""
+    ended = threading.Event()
+
+    class Model:
+        @gw.method()
+        async def hangs(self) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+    return Model, ended
+
+
+def test_a_coroutine_that_hangs_is_cancelled_so_that_it_can_be_asked_again(serve: Any) -> None:
+    model, ended = hanging()
+    replica = serve(model, timeout_s=0.1)
+    assert replica.answer("hangs") == (False, "TimeoutError")
+    assert ended.is_set()
+
+
+def test_a_replica_that_leaves_stops_its_probes(serve: Any, runtime: in_process.Process) -> None:
+    model, ended = hanging()
+    replica = serve(model, timeout_s=1000)
+    replica.ask("hangs")
+    eventually(lambda: replica.probes._calls)
+    assert runtime.is_on_loop() is False
+    eventually(lambda: not ended.is_set())
+    runtime.loop.call_soon_threadsafe(replica.probes.close)
+    assert ended.wait(10)
+    assert replica.reports == []
+
+
+def test_a_service_that_is_not_here_is_a_failed_probe(serve: Any) -> None:
+    class Model:
+        @gw.method()
+        def health(self) -> None: ...
+
+    replica = serve(Model)
+    replica.service = SimpleNamespace(key="proj.Gone")
+    assert replica.answer("health")[0] is False
+
+
+def test_the_instance_of_the_default_parameters_is_asked(serve: Any) -> None:
+    class Model:
+        threshold: float = gw.parameter(default=0.5)
+
+        @gw.method()
+        def health(self) -> dict[str, Any]:
+            return {"ok": True, "threshold": self.threshold}
+
+    replica = serve(Model)
+    assert replica.answer("health") == (True, "{'ok': True, 'threshold': 0.5}")
+
+
+def test_a_class_without_a_default_instance_is_well_until_one_is_loaded(
+    serve: Any, runtime: in_process.Process
+) -> None:
+    class Model:
+        threshold: float = gw.parameter()
+
+        @gw.method()
+        def health(self) -> dict[str, Any]:
+            return {"ok": False, "threshold": self.threshold}
+
+    replica = serve(Model)
+    assert replica.answer("health") == (True, "{'ok': True, 'loaded': 0}")
+    owner = runtime.instances_of(replica.service)
+    load = asyncio.run_coroutine_threadsafe(owner.load({"threshold": 0.7}), runtime.loop)
+    owner.give_back(load.result(10))
+    assert replica.answer("health") == (False, "{'ok': False, 'threshold': 0.7}")
+
+
+def test_a_batched_method_is_asked_with_a_batch_of_one(serve: Any) -> None:
+    class Model:
+        @gw.method()
+        @gw.batched(max_batch_size=4)
+        def health(self, texts: str = "ping") -> Any:
+            return [{"ok": text == "ping"} for text in texts]
+
+    replica = serve(Model)
+    assert replica.answer("health") == (True, "{'ok': True}")

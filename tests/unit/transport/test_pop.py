@@ -1,0 +1,193 @@
+"""What our Redis transport takes: which messages, how many, and of which servers."""
+
+from __future__ import annotations
+
+import logging
+from itertools import pairwise
+
+import pytest
+import redis
+from kombu import Connection
+
+from gw_celery.transport import pop
+from tests.processes import eventually
+from tests.unit.worker.redis_readers import (
+    calls,
+    reading,
+    send,
+    tags,
+    take_with_kombu,
+    unacknowledged,
+)
+
+# What is taken, in which order
+
+
+def test_messages_are_taken_in_order_and_many_at_a_time(
+    server: redis.Redis, redis_url: str
+) -> None:
+    send(redis_url, range(100))
+    with reading(redis_url) as reader:
+        read = [0]
+        while reader.turn():
+            read.append(len(reader.messages))
+        assert reader.numbers() == list(range(100))
+    steps = [after - before for before, after in pairwise(read)]
+    assert (steps[:2], max(steps)) == ([1, pop.MOST], pop.MOST)
+
+
+def test_urgent_messages_come_first(server: redis.Redis, redis_url: str) -> None:
+    for priority in (9, 0, 6, 3, 0, 9):
+        send(redis_url, [priority], priority=priority)
+    with reading(redis_url) as reader:
+        reader.read(6)
+        assert reader.numbers() == [0, 0, 3, 6, 9, 9]
+
+
+def test_an_urgent_message_of_any_queue_comes_before_the_others(
+    server: redis.Redis, redis_url: str
+) -> None:
+    send(redis_url, ["a"] * 10, "a", priority=6)
+    send(redis_url, ["b"] * 10, "b", priority=3)
+    with reading(redis_url, "a", "b") as reader:
+        reader.read(20)
+        assert reader.numbers() == ["b"] * 10 + ["a"] * 10
+
+
+@pytest.mark.parametrize("prefetch", [0, 4])
+def test_queues_of_one_priority_take_turns(
+    server: redis.Redis, redis_url: str, prefetch: int
+) -> None:
+    for name in "abc":
+        send(redis_url, [name] * 20, name)
+    with reading(redis_url, *"abc", prefetch=prefetch) as reader:
+        while len(reader.messages) < 30:
+            seen = len(reader.messages)
+            reader.read(seen + 1)
+            for message in reader.messages[seen:]:
+                message.ack()
+        first = reader.numbers()[:30]
+        assert {name: first.count(name) for name in "abc"} == {"a": 10, "b": 10, "c": 10}
+
+
+def test_a_strategy_that_empties_queue_after_queue_is_followed(
+    server: redis.Redis, redis_url: str
+) -> None:
+    send(redis_url, ["low"] * 20, "low")
+    send(redis_url, ["high"] * 20, "high")
+    # The strategy "priority" has no order at all in kombu 5.6.
+    options = {"queue_order_strategy": "sorted"}
+    with reading(redis_url, "high", "low", transport_options=options) as reader:
+        reader.read(40)
+        assert reader.numbers() == ["high"] * 20 + ["low"] * 20
+
+
+def test_queue_names_of_any_characters_are_read(server: redis.Redis, redis_url: str) -> None:
+    names = ["gpu.A100", 'a"b\\c', "größe/日本", "with space"]
+    for name in names:
+        send(redis_url, [name] * 3, name)
+    with reading(redis_url, *names) as reader:
+        reader.read(12)
+        assert sorted(reader.numbers()) == sorted(names * 3)
+    assert {name: len(take_with_kombu(redis_url, name)) for name in names} == dict.fromkeys(
+        names, 3
+    )
+
+
+def test_a_prefix_of_all_keys_is_kept_to(server: redis.Redis, redis_url: str) -> None:
+    options = {"global_keyprefix": "mine:"}
+    send(redis_url, ["of others"] * 10)
+    with Connection(redis_url, transport_options=options) as connection:
+        for number in range(10):
+            connection.Producer(serializer="json").publish({"n": number}, routing_key="q")
+    with reading(redis_url, transport_options=options) as reader:
+        reader.read_all()
+        assert reader.numbers() == list(range(10))
+        assert server.hlen("mine:unacked") == 10
+    assert server.llen("q") == 10
+    assert not server.exists("unacked")
+
+
+# How many
+
+
+def test_no_more_is_taken_than_the_prefetch_count(server: redis.Redis, redis_url: str) -> None:
+    send(redis_url, range(50))
+    with reading(redis_url, prefetch=5) as reader:
+        reader.read_all()
+        assert (len(reader.messages), len(unacknowledged(server))) == (5, 5)
+        assert server.llen("q") == 45
+        for message in reader.messages[:2]:
+            message.ack()
+        reader.read_all()
+        assert (len(reader.messages), len(unacknowledged(server))) == (7, 5)
+
+
+def test_a_prefetch_count_that_grows_and_shrinks_is_followed(
+    server: redis.Redis, redis_url: str
+) -> None:
+    send(redis_url, range(50))
+    with reading(redis_url, prefetch=2) as reader:
+        reader.read_all()
+        reader.consumer.qos(prefetch_count=12)
+        reader.read_all()
+        assert len(unacknowledged(server)) == 12
+        reader.consumer.qos(prefetch_count=3)
+        for message in reader.messages[:10]:
+            message.ack()
+        reader.read_all()
+        assert len(unacknowledged(server)) == 3
+
+
+def test_celery_s_switch_against_prefetching_is_obeyed(server: redis.Redis, redis_url: str) -> None:
+    send(redis_url, range(20))
+    with reading(redis_url, prefetch=16) as reader:
+        # Celery's worker_disable_prefetch replaces the method of this one object.
+        reader.channel.qos.can_consume = lambda: len(reader.messages) < 3
+        reader.read_all()
+        assert len(unacknowledged(server)) == 3
+        assert server.llen("q") == 17
+
+
+# Servers that run no script
+
+
+def test_a_server_that_forgot_the_script_is_told_again(server: redis.Redis, redis_url: str) -> None:
+    send(redis_url, range(10))
+    with reading(redis_url, prefetch=5) as reader:
+        reader.read(5)
+        server.script_flush()
+        reader.consumer.qos(prefetch_count=100)
+        reader.read(10)
+        send(redis_url, range(10, 30))
+        pops = calls(server, "rpop")
+        reader.read(30)
+        assert reader.numbers() == list(range(30))
+        assert calls(server, "rpop") > pops
+
+
+@pytest.mark.parametrize("refused", ["-@scripting", "-eval -evalsha", "-evalsha", "-script"])
+def test_a_user_that_may_run_no_script_gets_messages_one_by_one(
+    server: redis.Redis, redis_url: str, refused: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    # kombu frees its own lock with a script: somebody else has it.
+    server.set("unacked_mutex", "taken")
+    send(redis_url, range(20))
+    server.execute_command("ACL", "SETUSER", "default", *refused.split())
+    with caplog.at_level(logging.WARNING), reading(redis_url) as reader:
+        reader.read(20)
+        assert reader.numbers() == list(range(20))
+        assert unacknowledged(server) == tags(reader)
+    warnings = [one for one in caplog.records if "script" in one.getMessage()]
+    assert len(warnings) == 1
+    server.execute_command("ACL", "SETUSER", "default", "+@all")
+
+
+def test_a_full_server_loses_nothing(server: redis.Redis, redis_url: str) -> None:
+    send(redis_url, range(20))
+    with reading(redis_url) as reader:
+        reader.read(1)
+        server.config_set("maxmemory", 1)
+        reader.ask()
+        eventually(lambda: (reader.turn() and False) or len(reader.messages) == 20, 5, 0)
+        assert unacknowledged(server) == tags(reader)
