@@ -187,7 +187,7 @@ class Child(asyncio.Protocol):
         self.report((frames.Report.ENTERED,))
         self._beat_at = time.monotonic()
         self._beat()
-        watchdog.Watch(loop.MainLoop(asyncio.get_running_loop()), _in_flight).start()
+        watchdog.Watchdog(loop.MainLoop(asyncio.get_running_loop()), _in_flight).start()
         await self._leaving.wait()
         await self._scoring.stop()
         if self._probes is not None:
