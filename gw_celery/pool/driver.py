@@ -6,13 +6,16 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.worker import state
 from kombu.asynchronous import get_event_loop
 
-from gw_celery.pool import request, supervisor
+from gw_celery.pool import request
 from gw_celery.worker import draining
+
+if TYPE_CHECKING:
+    from gw_celery.pool import taskpool
 
 logger = logging.getLogger(__name__)
 
@@ -29,23 +32,15 @@ def _surviving() -> Iterator[None]:
 
 
 class Driver:
-    """Calls a supervisor whenever it has something to do.
+    """Calls a pool and its supervisor whenever they have something to do.
 
     Args:
-        driven: what is driven; everything of it is called in one thread.
-        settle: called after the supervisor has followed what happened.
-        on_tick: called once a second, after the supervisor.
+        pool: what is driven; everything of it is called in one thread.
     """
 
-    def __init__(
-        self,
-        driven: supervisor.Supervisor,
-        settle: Callable[[], None],
-        on_tick: Callable[[], None],
-    ) -> None:
-        self._driven = driven
-        self._settle = settle
-        self._see = on_tick
+    def __init__(self, pool: taskpool.TaskPool) -> None:
+        self._pool = pool
+        self._driven = pool.supervisor
         self._hub: Any = None
         self._tick_timer: Any = None
         self._limit_timer: Any = None
@@ -96,8 +91,8 @@ class Driver:
             self._driven.tick()
             if hub is not None:
                 draining.run_meanwhile(hub)
-            self._see()
-        self._see()
+            self._pool.observe()
+        self._pool.observe()
         return is_done()
 
     def end(self) -> None:
@@ -113,7 +108,7 @@ class Driver:
 
     def _poll(self, timeout: float = 0.0) -> None:
         self._driven.poll(timeout)
-        self._settle()
+        self._pool.lane.settle()
 
     def _on_readable(self) -> None:
         with _surviving():
@@ -158,4 +153,4 @@ class Driver:
             self._poll(timeout)
             self._driven.withdraw()
             self._driven.tick()
-            self._see()
+            self._pool.observe()

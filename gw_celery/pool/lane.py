@@ -45,14 +45,14 @@ class Lane:
 
     def submit(
         self, target: Callable[..., Any], args: Any, options: dict[str, Any]
-    ) -> pool_request.Job:
+    ) -> pool_request.PoolRequest:
         """Take one sweep; ``target`` is Celery's tracer, as for every pool."""
-        job = pool_request.Job(0, tuple(args), "", options, lambda job, signum: None)
-        job.accept(os.getpid(), pool_request.now())
+        job = pool_request.PoolRequest(0, tuple(args), "", options, None)
+        job.tell_accepted(os.getpid(), pool_request.now())
         try:
             self._orders.put_nowait((target, job))
         except queue.Full:
-            job.broken(errors.SweepDropped(job.name, _LONGEST_QUEUE))
+            job.tell_broken(errors.SweepDropped(job.name, _LONGEST_QUEUE))
         else:
             self._start()
         return job
@@ -82,10 +82,10 @@ class Lane:
             self._wake()
 
 
-_Order = tuple[Callable[..., Any], pool_request.Job]
+_Order = tuple[Callable[..., Any], pool_request.PoolRequest]
 
 
-def _carried_out(target: Callable[..., Any], job: pool_request.Job) -> Callable[[], None]:
+def _carried_out(target: Callable[..., Any], job: pool_request.PoolRequest) -> Callable[[], None]:
     """Run a sweep; returns what tells Celery of it."""
     name, task_id, request = job.args[:3]
     try:
@@ -94,7 +94,7 @@ def _carried_out(target: Callable[..., Any], job: pool_request.Job) -> Callable[
     except BaseException as exc:  # the thread outlives it
         # As Celery's own pools tell of an exit, which must end nobody here.
         lost = exc if isinstance(exc, Exception) else WorkerLostError(repr(exc))
-        return lambda: job.broken(lost)
+        return lambda: job.tell_broken(lost)
     if isinstance(answer, ExceptionInfo) and failed:
-        return lambda: job.failed(answer, runtime)
-    return lambda: job.done(str(answer), runtime)
+        return lambda: job.tell_failed(answer, runtime)
+    return lambda: job.tell_done(str(answer), runtime)

@@ -60,7 +60,7 @@ class TaskPool(BasePool):
         self.gate: gate.Gate | None = None
         #: The same for the queue of the sweeps.
         self.control: control_queue.ControlQueue | None = None
-        self._lane = lane.Lane(self.wake)
+        self.lane = lane.Lane(self.wake)
         #: When each tick of beat came last.
         self._ticked: dict[str, float] = {}
         self.limit = limit or 1
@@ -142,12 +142,10 @@ class TaskPool(BasePool):
         setup = dataclasses.replace(self._setup, first=first)
         if setup.settings.dead_letter_queue:
             self._dead = dead_letters.DeadLetters(app, setup.settings, hostname)
-        bury = None if self._dead is None else self._dead.keep
-        on_lost = None if self._janitor is None else self._janitor.forget
         self.supervisor = supervisor.Supervisor(
-            setup, self._on_capacity, redis_of(app), bury, on_lost
+            setup, self, redis_of(app), self._dead, self._janitor
         )
-        self._driver = driver.Driver(self.supervisor, self._lane.settle, self._see)
+        self._driver = driver.Driver(self)
         if self._janitor is not None:
             self._janitor.start()
         if self._plan is not None:
@@ -161,7 +159,7 @@ class TaskPool(BasePool):
             self._estimates = wait_estimates.of(app, self._plan, hostname, self)
         self._resize(self.limit)
         self.supervisor.tick()
-        self._see()
+        self.observe()
         if self._estimates is not None:
             self._estimates.start()
         self._driver.start()
@@ -170,10 +168,10 @@ class TaskPool(BasePool):
         """Called at every start of the consumer, when the hub has forgotten us."""
         self._driver.attach(hub)
 
-    def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> request.Job:
+    def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> request.PoolRequest:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
         if args[0] in beat_tasks.COMMANDS:
-            return self._lane.submit(target, args, options)
+            return self.lane.submit(target, args, options)
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
         options["timeout"] = options.get("timeout") or hard
@@ -184,7 +182,7 @@ class TaskPool(BasePool):
         return self.supervisor.submit(tuple(args), key, options)
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:
-        """Do nothing: a pid names a replica. Celery calls the exact ``Job.terminate`` next."""
+        """Do nothing: a pid names a replica. Celery calls ``PoolRequest.terminate`` next."""
 
     def flush(self) -> None:
         """Drop what has not started; called when the broker is lost, and at every shutdown."""
@@ -200,7 +198,7 @@ class TaskPool(BasePool):
         settings = self._setup.settings
         self.supervisor.close()
         if state.should_terminate:
-            self.supervisor.abandon_unaccepted()
+            self.supervisor.give_up_unbegun()
             bound = grace = settings.cancel_timeout
         else:
             bound, grace = settings.shutdown_timeout, 2 * settings.exit_timeout + _LEAVE_MARGIN
@@ -287,7 +285,7 @@ class TaskPool(BasePool):
         self._driver.detach()
         self.supervisor.release()
         self.health.close()
-        for thread in (self._dead, self._janitor, self._estimates, self._lane, self.ranking):
+        for thread in (self._dead, self._janitor, self._estimates, self.lane, self.ranking):
             if thread is not None:
                 thread.close()
 
@@ -300,15 +298,16 @@ class TaskPool(BasePool):
     def _replicas_for(self, slots: int) -> int:
         return math.ceil(slots / self._setup.slots_per_replica)
 
-    def _on_capacity(self) -> None:
+    def slots_changed(self) -> None:
+        """There are more, or fewer, slots or inputs that wait for one."""
         if self.gate is not None and self._state == self.RUN:
             self.gate.request()
 
-    def _see(self) -> None:
+    def observe(self) -> None:
         """Once a second: look at what there is, and let others see it."""
         self.supervisor.observe()
         worker = self.snapshot()
         scores = {service: score.value for service, score in worker.scores.items()}
         if self.ranking is not None and self.ranking.tick(scores):
-            self._on_capacity()
+            self.slots_changed()
         self.health.beat(worker)

@@ -35,16 +35,19 @@ class Asked:
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self.woken = threading.Semaphore(0)
-        self.shared = poison.Shared(connect, self.woken.release)
+        self.shared = poison.SharedCounts(connect, self)
         self.answers: list[tuple[str, int | None]] = []
 
+    def wake(self) -> None:
+        self.woken.release()
+
     def ask(self, task_id: str) -> bool:
-        return self.shared.ask(task_id, lambda count: self.answers.append((task_id, count)))
+        return self.shared.read(1, task_id)
 
     def settle(self) -> list[tuple[str, int | None]]:
         """Wait for one answer, and return all."""
         assert self.woken.acquire(timeout=10)
-        self.shared.settle()
+        self.answers += [(task_id, count) for _, task_id, count in self.shared.answers()]
         return self.answers
 
 
@@ -63,7 +66,7 @@ def threads() -> list[threading.Thread]:
 
 def test_a_worker_in_which_nothing_dies_has_no_thread_and_no_connection() -> None:
     with asking(lambda: pytest.fail("connected")) as asked:
-        asked.shared.settle()
+        assert list(asked.shared.answers()) == []
         assert threads() == []
     assert threads() == []
 
@@ -82,8 +85,8 @@ def test_questions_are_answered_in_their_order_over_one_connection() -> None:
 def test_the_thread_ends_with_the_pool_after_what_was_ordered() -> None:
     redis = Redis()
     with asking(lambda: redis) as asked:
-        asked.shared.forget("a")
-        asked.shared.forget("b")
+        asked.shared.delete("a")
+        asked.shared.delete("b")
     assert redis.deleted == ["gw:deaths:a", "gw:deaths:b"]
     assert threads() == []
     asked.shared.close()
@@ -111,8 +114,8 @@ def test_a_connection_that_fails_is_tried_again_with_the_next_order(
         return redis
 
     with asking(connect) as asked:
-        asked.shared.record("a", is_alone=True)
-        asked.shared.forget("a")
+        asked.shared.add("a", 1)
+        asked.shared.delete("a")
         asked.ask("a")
         assert asked.settle() == [("a", 1)]
     assert redis.deleted == []
@@ -138,8 +141,8 @@ def test_with_more_questions_than_may_wait_the_next_is_refused(
         assert asked.ask("a")
         eventually(asked.shared._orders.empty)
         assert [asked.ask(one) for one in "bcd"] == [True, True, False]
-        asked.shared.record("e", is_alone=True)
-        asked.shared.forget("e")
+        asked.shared.add("e", 1)
+        asked.shared.delete("e")
         redis.is_let.set()
         for _ in "abc":
             asked.settle()

@@ -105,4 +105,4 @@ def test_only_the_sweeps_run_in_the_worker_itself(
     args = (name, "id", {"delivery_info": {"routing_key": "gw.control"}}, b"", None, None)
     pool.on_apply(lambda *args: (0, None, 0.0), args, {})
     assert (woken.wait(10 if runs_here else 0), len(submitted)) == (runs_here, int(not runs_here))
-    pool._lane.close()
+    pool.lane.close()
