@@ -80,7 +80,7 @@ class Settings:
     #: Folder that keeps scores, a relative one in the user's cache; ``None``: none are kept.
     score_cache: str | None = "gw_celery/scores"
     #: Longest time between two ticks of beat to the probes, shorter where a probe's period is;
-    #: ``None`` for no entry in ``beat_schedule``.
+    #: whole seconds; ``None`` for no entry in ``beat_schedule``.
     probe_period: float | None = 10.0
     #: Age at which a score is measured again, on a replica that has nothing to do, and the time
     #: between two ticks of beat to the benchmarks; ``None``: never.

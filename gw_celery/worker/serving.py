@@ -31,15 +31,13 @@ class Plan:
     settings: conf.Settings
     #: The pool, as its users call it: prefork, solo or threads; or ``GPU_POOL``.
     pool: str
-    #: The queues that it consumes, with families expanded.
+    #: The queues that it consumes, with families expanded; without that of beat's tasks.
     queues: Sequence[str] = ()
     #: To the processes that load because Celery sends them ``worker_process_init``; ``None`` where
     #: something else has them load, or nothing is served.
     pipes: Pipes | None = None
     #: The devices of each replica of our pool; ``None`` where no service needs any.
     allotment: allocation.Allotment | None = None
-    #: Whether it runs the sweeps that beat sends, in our pool.
-    runs_sweeps: bool = False
     #: Its size follows the load within what its services declare.
     has_declared_bounds: bool = False
 
