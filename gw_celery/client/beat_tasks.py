@@ -35,11 +35,6 @@ class Sweep(celery.Task):
     queue = QUEUE
     ignore_result = True
 
-    def apply_async(self, *args: Any, **options: Any) -> Any:
-        # RabbitMQ drops what has expired; on Redis the worker that takes it does.
-        expiry = {"expires": self.expires, "expiration": self.expires}
-        return super().apply_async(*args, **{**expiry, **options})
-
 
 def broadcast(task: Any) -> None:
     """Tell every worker with the GPU pool that it is time."""
