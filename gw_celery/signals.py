@@ -14,7 +14,7 @@ from celery import signals
 
 from gw_celery.declare import registry
 from gw_celery.runtime import fatal_exit
-from gw_celery.worker import forks, serving, stop_signal
+from gw_celery.worker import forks, serving
 
 _registries: list[registry.Registry] = []
 #: What this worker serves; set in the parent, inherited by forked children.
@@ -64,7 +64,7 @@ def _note(worker: Any, reason: str) -> None:
 
 def _on_process_init(**_: Any) -> None:
     if _plan is not None and (pipes := _plan.pipes) is not None:
-        with fatal_exit.fatal_errors(pipes.report), stop_signal.heeding(pipes.bell) as check:
+        with fatal_exit.fatal_errors(pipes.report), pipes.stop_check() as check:
             if _plan.pool == "prefork":
                 forks.refuse_cuda()
             serving.start(_plan, check)

@@ -19,12 +19,10 @@ from gw_celery.worker import (
     bootsteps,
     commands,
     compression,
-    control,
     forks,
     gate,
     metrics,
     options,
-    scaling,
     serving,
     start_notices,
 )
@@ -32,6 +30,8 @@ from gw_celery.worker.pipes import Pipes
 
 logger = logging.getLogger(__name__)
 
+#: For workers with the GPU pool: Celery's own starts a replica for every few messages that wait.
+AUTOSCALER = "gw_celery.autoscale:Autoscaler"
 _POOLS = {
     "celery.concurrency.prefork": "prefork",
     "celery.concurrency.solo": "solo",
@@ -81,7 +81,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
             forks.refuse_cuda()
         preset.require_content(worker.app)
         preset.tune_worker(worker, settings)
-        control.guard(plan)
+        commands.guard_queues(plan)
     if served or pool == serving.GPU_POOL:
         compression.bound(settings.max_payload_bytes)
     if pool == serving.GPU_POOL:
@@ -108,14 +108,14 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: options.Asked | Non
     plan = dataclasses.replace(plan, allotment=sizing.allot(plan))
     is_declared = sizing.fit(worker, plan, wish)
     plan = dataclasses.replace(plan, has_declared_bounds=is_declared)
-    control.guard_size()
+    commands.guard_size()
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
     metrics.install(worker, plan.service_queues)
     if not conf.is_set(worker.app.conf, "worker_autoscaler"):
-        worker.autoscaler_cls = scaling.AUTOSCALER
-    worker.app.steps["worker"].add(scaling.ScalingStep)
+        worker.autoscaler_cls = AUTOSCALER
+    worker.app.steps["worker"].add(bootsteps.ScalingStep)
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
     worker.app.steps["consumer"].add(gate.GateStep)
     if plan.probes or any(plan.benchmarked.values()):
