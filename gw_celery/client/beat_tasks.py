@@ -6,7 +6,7 @@ Nothing depends on them: a worker runs its probes and benchmarks by its own cloc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import celery
@@ -68,37 +68,28 @@ def join(celery_app: Any, registries: Callable[[], Iterable[registry.Registry]])
 
 
 def schedule(app: Any, registries: Iterable[registry.Registry]) -> None:
-    """Have ``beat_schedule`` of a finalized app run what it needs; the user's own entries stay."""
+    """Give ``beat_schedule`` of a finalized app the entries that it needs."""
+    declared = [one for one in registries if app in one.celery_apps]
+    services = [service for one in declared for service in one.services.values()]
+    probes = [probe.period_s for service in services for probe in service.probes]
+    methods = [method for service in services for method in service.methods.values()]
     try:
-        periods = dict(_periods([one for one in registries if app in one.celery_apps], app.conf))
+        settings = conf.read(app.conf)
     except errors.ConfigurationError as exc:
         # Raised here, Celery would swallow it; a worker refuses to start with it.
         logger.error("beat_schedule gets no entries of ours: %s", exc)
         return
-    entries = dict(app.conf.beat_schedule or {})
-    for name, period in periods.items():
-        task = app.tasks[name]
-        earlier = _entry(task)
-        task.expires = period
-        if entries.get(name, earlier) == earlier:
-            entries[name] = _entry(task)
-    if periods:
-        conf.assign(app.conf, "beat_schedule", entries)
-
-
-def _entry(task: Any) -> dict[str, Any]:
-    return {"task": task.name, "schedule": task.expires}
-
-
-def _periods(declared: list[registry.Registry], given: Any) -> Iterator[tuple[str, int]]:
-    """Yield the tasks that these declarations need, each with whole seconds."""
-    services = [service for one in declared for service in one.services.values()]
-    probes = [probe.period_s for service in services for probe in service.probes]
-    methods = [method for service in services for method in service.methods.values()]
-    if not (probes or any(method.benchmark for method in methods)):
-        return
-    settings = conf.read(given)
     if settings.probe_period and probes:
-        yield PROBE, max(1, int(min(settings.probe_period, *probes)))
+        _add_entry(app, PROBE, min(settings.probe_period, *probes))
     if settings.benchmark_period and any(method.benchmark for method in methods):
-        yield BENCHMARK, max(1, int(settings.benchmark_period))
+        _add_entry(app, BENCHMARK, settings.benchmark_period)
+
+
+def _add_entry(app: Any, name: str, period: float) -> None:
+    """Add an entry, or change ours; one of this name that the user wrote stays."""
+    task, entries = app.tasks[name], dict(app.conf.beat_schedule or {})
+    ours = {"task": name, "schedule": task.expires}
+    task.expires = max(1, int(period))
+    if entries.get(name, ours) == ours:
+        entries[name] = {"task": name, "schedule": task.expires}
+        conf.assign(app.conf, "beat_schedule", entries)
