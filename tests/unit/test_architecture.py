@@ -49,7 +49,7 @@ IMPURE = {"asyncio", "redis", "socket", "subprocess", "threading", "time"}
 #: Lines of gw_celery/. Raised only by name, in a commit that says why.
 BUDGET = 24_750
 #: Our modules behind `import gw_celery`, a declaration and one `.delay()`.
-WEB_MODULES = 81
+WEB_MODULES = 80
 
 
 @functools.cache
