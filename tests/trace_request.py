@@ -75,7 +75,8 @@ class Recorder:
 def start_in_process() -> None:
     """Record in this process, if it is a worker or a child of one; called by ``sitecustomize``."""
     if os.environ.get(FOLDER):
-        role = "child" if "gw_celery.pool.child" in " ".join(sys.orig_argv) else "worker"
+        is_child = any(word.startswith("gw_celery.") for word in sys.orig_argv)  # `-m gw_celery...`
+        role = "child" if is_child else "worker"
         Recorder(Path(os.environ[FOLDER]), role).start()
 
 
