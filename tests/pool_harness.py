@@ -48,9 +48,9 @@ from celery.worker import control, state
 from kombu.utils.imports import symbol_by_name
 
 import gw_celery as gw
+from gw_celery import signals as plan_holder
 
 # -- what is known of the inside: a new layout changes these lines and no others --
-from gw_celery import signals as plan_holder
 from gw_celery.protocol import frames
 
 POOL = "gw_celery.pool:TaskPool"

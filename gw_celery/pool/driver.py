@@ -108,7 +108,6 @@ class Driver:
 
     def _poll(self, timeout: float = 0.0) -> None:
         self._driven.poll(timeout)
-        self._pool.lane.settle()
 
     def _on_readable(self) -> None:
         with _surviving():

@@ -14,6 +14,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state as worker_state
 
 from gw_celery import errors
+from gw_celery.client import beat_tasks
 from gw_celery.pool import counters, dispatch, time_limits
 from gw_celery.pool.counters import Place, Result
 from gw_celery.protocol import frames, headers, untrusted
@@ -86,6 +87,8 @@ class PoolRequest:
         self.args = args
         self.service = service
         self.workload = headers.workload_of(self.request)
+        #: It counts; replicas are not kept for what beat sends, nor worn by it.
+        self.is_work = self.name not in beat_tasks.COMMANDS
         self.soft_limit: Any = options.get("soft_timeout")
         self.hard_limit: Any = options.get("timeout")
         #: It may wait in its child for others that share its call.
@@ -390,6 +393,8 @@ class RequestTable:
         self, request: PoolRequest, before: State | None, at: float, result: Result | None
     ) -> None:
         service, workload, state = request.service, request.workload, request._state
+        if not request.is_work:
+            return
         if before is None:
             if state is not State.ENDED:  # what cannot run has not arrived
                 self.counters.arrive(service, workload)

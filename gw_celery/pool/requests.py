@@ -170,7 +170,7 @@ class Requests:
             settlement=None if is_late else Settlement.ANSWERED,
             result=_result(report),
         )
-        child.served += 1
+        child.served += held.is_work
         if held.runs_alone:
             self._poison.forget(held.task_id)
         if not is_late:

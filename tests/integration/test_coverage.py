@@ -45,5 +45,5 @@ def test_lines_that_only_a_child_runs_are_reported(
     coverage("json", "-o", "report.json")
     files = json.loads((tmp_path / "report.json").read_text())["files"]
     (lines,) = [one["executed_lines"] for name, one in files.items() if name.endswith(APP.name)]
-    body = APP.read_text().splitlines().index("        await asyncio.sleep(seconds)")
+    body = APP.read_text().splitlines().index("        await released(until)")
     assert body + 1 in lines

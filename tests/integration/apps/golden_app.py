@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +20,24 @@ import gw_celery as gw
 CPU = gw.Gpu("CPU")
 
 
+async def released(path: str) -> None:
+    """Wait until a file is there; not at all without a path."""
+    await asyncio.to_thread(_wait_for, path)
+
+
+def _wait_for(path: str) -> None:
+    while path and not os.path.exists(path):
+        time.sleep(0.05)
+
+
 def declare(celery: Celery) -> SimpleNamespace:
     """Declare the services and a plain task on ``celery``; returns them by name."""
     app = gw.App("golden_app", celery)
 
     @app.remote(gpu=CPU, name="golden.single", max_queue_time=60.0)
-    async def single(x: int, *, seconds: float = 0.0) -> int:
-        await asyncio.sleep(seconds)
+    @gw.concurrent(max_inputs=4)
+    async def single(x: int, *, until: str = "") -> int:
+        await released(until)
         return x
 
     @app.remote(gpu=CPU, name="golden.weighed", workload_calculator=lambda text: float(len(text)))
@@ -42,8 +54,9 @@ def declare(celery: Celery) -> SimpleNamespace:
         return [one + 1 for one in x]
 
     @app.remote(gpu=CPU, name="golden.early", acks_late=False)
-    async def early(seconds: float) -> None:
-        await asyncio.sleep(seconds)
+    @gw.concurrent(max_inputs=4)
+    async def early(until: str) -> None:
+        await released(until)
 
     @app.remote(gpu=CPU, name="golden.fails")
     async def fails(text: str) -> None:
@@ -53,7 +66,7 @@ def declare(celery: Celery) -> SimpleNamespace:
     async def kills() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    @app.cls(gpu=CPU, probes=[gw.Probe.on("is_well")])
+    @app.cls(gpu=CPU, probes=[gw.Probe.on("is_well", period_s=1)])
     class Classifier:
         threshold: float = gw.parameter(default=0.5)
         labels: list[str] = gw.parameter(default=["a", "b"])

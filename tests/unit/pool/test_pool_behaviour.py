@@ -37,6 +37,13 @@ def test_an_input_is_accepted_and_answered_once(harness: Harness) -> None:
     assert (request.heard, request.answer) == (["accepted", "done"], "'answer'")
 
 
+def test_a_start_that_is_reported_twice_is_told_once(harness: Harness) -> None:
+    request, child = running(harness)
+    child.accept(request)
+    child.done(request)
+    assert request.heard == ["accepted", "done"]
+
+
 def test_nothing_is_sent_before_a_child_is_ready() -> None:
     with Harness().running() as harness:
         request = harness.submit()
@@ -211,6 +218,26 @@ def test_an_input_that_kills_is_given_up_after_three_deaths_alone(start_pool: St
     assert heard == ["WorkerLostError", "WorkerLostError", "WorkerLostError", "PoisonedInput"]
     assert isinstance(request.answer, errors.PoisonedInput)
     assert len(harness.children) == 5
+
+
+def test_a_suspect_waits_until_its_child_holds_nothing_and_others_wait_for_it(
+    harness: Harness,
+) -> None:
+    request, child = running(harness, task_id="unlucky")
+    child.die()
+    harness.advance(2.0)
+    child = harness.child(0)
+    child.ready()
+    before = harness.submit()
+    suspect = harness.submit(task_id="unlucky", is_redelivered=True)
+    after = harness.submit()
+    assert child.runs == [before.id], "the child is kept free for the suspect"
+    child.done(before)
+    assert (child.runs, child.alone) == ([before.id, suspect.id], [suspect.id])
+    child.done(suspect)
+    assert child.runs[2:] == [after.id]
+    child.done(after)
+    assert request.heard == ["accepted", "WorkerLostError"]
 
 
 def test_an_input_that_survived_alone_is_no_suspect_any_more(harness: Harness) -> None:
@@ -421,3 +448,12 @@ def test_a_cold_stop_kills_what_does_not_end_in_time(start_pool: StartPool) -> N
     assert (child.exit_code, request.heard) == (-9, ["accepted", "WorkerLostError"])
     assert "the worker shut down" in str(request.answer)
     assert harness.now - before < 10.0
+
+
+def test_a_warm_stop_kills_what_runs_for_longer_than_it_may(start_pool: StartPool) -> None:
+    harness = start_pool(shutdown_timeout=2.0, cancel_timeout=1.0)
+    request, child = running(harness)
+    before = harness.now
+    harness.stop()
+    assert (child.exit_code, request.heard) == (-9, ["accepted", "WorkerLostError"])
+    assert 2.0 < harness.now - before < 5.0
