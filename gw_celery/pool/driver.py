@@ -77,7 +77,7 @@ class Driver:
     def poll(self) -> None:
         """Read what children have reported and judge limits, now, where no thread does."""
         if self._thread is None:
-            self._poll()
+            self._driven.poll()
 
     def wait(self, is_done: Callable[[], bool], timeout: float) -> bool:
         """Drive until ``is_done()``: the hub does not run while a worker stops."""
@@ -87,7 +87,7 @@ class Driver:
             if self._thread is not None:
                 self._is_over.wait(0.02)
                 continue
-            self._poll(0.1)
+            self._driven.poll(0.1)
             self._driven.tick()
             if hub is not None:
                 draining.run_meanwhile(hub)
@@ -106,12 +106,9 @@ class Driver:
         if self._hub is not None:
             self._hub.remove_reader(self._driven.fileno())
 
-    def _poll(self, timeout: float = 0.0) -> None:
-        self._driven.poll(timeout)
-
     def _on_readable(self) -> None:
         with _surviving():
-            self._poll()
+            self._driven.poll()
         self._arm()
 
     def _withdraw(self) -> None:
@@ -149,7 +146,7 @@ class Driver:
 
     def _step(self, timeout: float = 0.0) -> None:
         with _surviving():
-            self._poll(timeout)
+            self._driven.poll(timeout)
             self._driven.withdraw()
             self._driven.tick()
             self._pool.observe()

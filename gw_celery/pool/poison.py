@@ -7,6 +7,7 @@ else each worker counts for itself. A thread talks to Redis, so that the worker'
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import queue
 import threading
@@ -37,25 +38,41 @@ class Input(Protocol):
     def runs_alone(self) -> bool: ...
 
 
+class Wakeable(Protocol):
+    """What takes in the answers."""
+
+    def wake(self) -> None:
+        """Have them taken in soon; from any thread."""
+
+
 class PoisonCounter:
     """Suspects by task id, with the number of children that died while they ran alone.
 
     Args:
         most: deaths while alone after which an input is given up.
-        shared: where the workers' counts meet; ``None`` where there is no Redis.
+        reader: is woken for each answer of Redis.
+        connect: returns a client of the Redis where the workers' counts meet; called in the thread.
+            ``None`` without a Redis.
     """
 
-    def __init__(self, most: int, shared: SharedCounts | None = None) -> None:
+    def __init__(
+        self, most: int, reader: Wakeable, connect: Callable[[], Redis] | None = None
+    ) -> None:
         self._most = most
-        self._shared = shared
+        self._reader = reader
+        self._connect = connect
         self._alone: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._orders: queue.Queue[Callable[[Redis], object] | None]
+        self._orders = queue.Queue(_LONGEST_QUEUE)
+        self._answers: collections.deque[tuple[int, str, int | None]] = collections.deque()
+        self._thread: threading.Thread | None = None
 
     def record(self, inputs: Iterable[Input]) -> None:
         """A child died with these inputs in flight; one that ran alone is to blame."""
         for lost in inputs:
-            self._remember(lost.task_id, self.count(lost.task_id) + int(lost.runs_alone))
-            if self._shared is not None:
-                self._shared.add(lost.task_id, int(lost.runs_alone))
+            task_id, deaths = lost.task_id, int(lost.runs_alone)
+            self._remember(task_id, self.count(task_id) + deaths)
+            self._order(functools.partial(_add, task_id=task_id, deaths=deaths))
 
     def ask(self, number: int, task_id: str) -> bool:
         """Have other workers' count of an input read; ``answers`` yields ``number`` after that.
@@ -63,13 +80,12 @@ class PoisonCounter:
         Returns:
             Whether there is an answer to come.
         """
-        return self._shared is not None and self._shared.read(number, task_id)
+        return self._order(functools.partial(self._read, number=number, task_id=task_id))
 
     def answers(self) -> Iterator[int]:
         """Take in what Redis has answered, and yield the numbers that were asked for."""
-        if self._shared is None:
-            return
-        for number, task_id, count in self._shared.answers():
+        while self._answers:
+            number, task_id, count = self._answers.popleft()
             if count is not None:
                 # A death that was seen here may not have reached Redis yet.
                 self._remember(task_id, max(count, self.count(task_id)))
@@ -78,8 +94,7 @@ class PoisonCounter:
     def forget(self, task_id: str) -> None:
         """The input is answered, whatever killed children before."""
         self._alone.pop(task_id, None)
-        if self._shared is not None:
-            self._shared.delete(task_id)
+        self._order(lambda client: client.delete(_PREFIX + task_id))
 
     def count(self, task_id: str) -> int:
         """Children that died while the input ran alone, as far as is known here."""
@@ -92,8 +107,9 @@ class PoisonCounter:
         return self.count(task_id) >= self._most
 
     def close(self) -> None:
-        if self._shared is not None:
-            self._shared.close()
+        if self._thread is not None:
+            self._order(None)
+            self._thread.join(1.0)
 
     def _remember(self, task_id: str, count: int) -> None:
         self._alone.pop(task_id, None)
@@ -101,71 +117,11 @@ class PoisonCounter:
         while len(self._alone) > _MOST:
             self._alone.popitem(last=False)
 
+    # -- the thread that talks to Redis; it starts with the first order --
 
-class Wakeable(Protocol):
-    """What reads the answers."""
-
-    def wake(self) -> None:
-        """Have them read soon; from any thread."""
-
-
-class SharedCounts:
-    """The counts in Redis, kept by a thread that is started when the first child dies.
-
-    Args:
-        connect: returns a Redis client; called in the thread.
-        reader: is woken for each answer.
-    """
-
-    def __init__(self, connect: Callable[[], Redis], reader: Wakeable) -> None:
-        self._connect = connect
-        self._reader = reader
-        self._orders: queue.Queue[Callable[[Redis], None] | None] = queue.Queue(_LONGEST_QUEUE)
-        self._answers: collections.deque[tuple[int, str, int | None]] = collections.deque()
-        self._thread: threading.Thread | None = None
-
-    def add(self, task_id: str, deaths: int) -> None:
-        key = _PREFIX + task_id
-
-        def write(client: Redis) -> None:
-            with client.pipeline() as pipe:
-                pipe.incrby(key, deaths)
-                pipe.expire(key, _LIFETIME)
-                pipe.execute()
-
-        self._order(write)
-
-    def read(self, number: int, task_id: str) -> bool:
-        """Have a count read; whether ``answers`` will have it."""
-
-        def read(client: Redis) -> None:
-            count = None
-            try:
-                stored = client.get(_PREFIX + task_id)
-                count = None if stored is None else int(stored)
-            finally:  # an answer comes in any case
-                self._answers.append((number, task_id, count))
-                self._reader.wake()
-
-        return self._order(read)
-
-    def delete(self, task_id: str) -> None:
-        def delete(client: Redis) -> None:
-            client.delete(_PREFIX + task_id)
-
-        self._order(delete)
-
-    def answers(self) -> Iterator[tuple[int, str, int | None]]:
-        """Yield what was read; ``None`` for a count that is not there, or could not be read."""
-        while self._answers:
-            yield self._answers.popleft()
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._order(None)
-            self._thread.join(1.0)
-
-    def _order(self, order: Callable[[Redis], None] | None) -> bool:
+    def _order(self, order: Callable[[Redis], object] | None) -> bool:
+        if self._connect is None:
+            return False
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="gw-deaths", daemon=True)
             self._thread.start()
@@ -176,13 +132,29 @@ class SharedCounts:
         return True
 
     def _run(self) -> None:
-        client: Redis | None = None
+        client = None
         while (order := self._orders.get()) is not None:
             try:
-                client = client or self._connect()
+                client = client or (self._connect and self._connect())
             except Exception:
                 logger.warning("no Redis to count deaths in: each worker counts", exc_info=True)
             try:
                 order(client)  # type: ignore[arg-type]  # without a client it raises, and answers
             except Exception as exc:
                 logger.warning("the counts of deaths in Redis could not be used: %r", exc)
+
+    def _read(self, client: Redis, number: int, task_id: str) -> None:
+        count = None
+        try:
+            stored = client.get(_PREFIX + task_id)
+            count = None if stored is None else int(stored)
+        finally:  # an answer comes in any case
+            self._answers.append((number, task_id, count))
+            self._reader.wake()
+
+
+def _add(client: Redis, task_id: str, deaths: int) -> None:
+    with client.pipeline() as pipe:
+        pipe.incrby(_PREFIX + task_id, deaths)
+        pipe.expire(_PREFIX + task_id, _LIFETIME)
+        pipe.execute()

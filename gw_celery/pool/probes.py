@@ -31,13 +31,13 @@ class ChildProbes:
 
     Args:
         setup: what every child gets, with the probes of its services.
-        pool: has the children, takes those on that have started, and ends those that are ill.
+        supervisor: has the children, takes those on that have started, and ends those that are ill.
     """
 
-    def __init__(self, setup: replica.Setup, pool: supervisor.Supervisor) -> None:
+    def __init__(self, setup: replica.Setup, supervisor: supervisor.Supervisor) -> None:
         self._declared = setup.probes
         self._services = setup.slots.keys() - {services.PLAIN}
-        self._pool = pool
+        self._supervisor = supervisor
         self._calls = 0
         #: When there is something to do; see ``expect_changes``.
         self._next_at = math.inf
@@ -54,9 +54,9 @@ class ChildProbes:
         """Call what is due, and count what has no answer in time; after reports were read."""
         if now < self._next_at:  # it is called for every report of a child
             return
-        for child in self._pool.children():
+        for child in self._supervisor.children():
             self._call_due_of(child, now)
-        dues = (one.checks.next_at for one in self._pool.children() if one.checks is not None)
+        dues = (one.checks.next_at for one in self._supervisor.children() if one.checks is not None)
         self._next_at = min(dues, default=math.inf)
 
     def have_started(self, child: child_process.ChildProcess, now: float) -> bool:
@@ -76,7 +76,7 @@ class ChildProbes:
 
     def unready(self) -> set[str]:
         """The services that no child wants inputs of, though some could run them."""
-        up = [one.slots.unready for one in self._pool.children() if one.state.is_up]
+        up = [one.slots.unready for one in self._supervisor.children() if one.state.is_up]
         return set.intersection(*up) if up else set()
 
     def _call_due_of(self, child: child_process.ChildProcess, now: float) -> None:
@@ -85,7 +85,7 @@ class ChildProbes:
             return
         for check, consequence in checks.overdue(now):
             self._act_on(child, check, consequence, now)
-            if not self._pool.holds(child):
+            if not self._supervisor.holds(child):
                 return
         for check in checks.due(now):
             self._calls += 1
@@ -124,7 +124,7 @@ class ChildProbes:
         if 0 < check.failures <= check.probe.failures:
             logger.warning("%r: %s failed (%s)", child, _named(check), _why(check))
         if consequence is policy_probes.Consequence.STARTED:
-            self._pool.advance(child, now)
+            self._supervisor.advance(child, now)
         elif consequence is policy_probes.Consequence.CANNOT_START:
             self._end(child, check)
         elif consequence is policy_probes.Consequence.REPLACE:
@@ -140,14 +140,14 @@ class ChildProbes:
     def _end(self, child: child_process.ChildProcess, check: policy_probes.Check) -> None:
         """Kill it: a child that is ill cannot be asked to leave, and what it holds must run."""
         child.reason = f"{_named(check)} failed ({_why(check)})"
-        self._pool.end(child, f"Worker exited prematurely: {child.reason}.")
+        self._supervisor.end(child, f"Worker exited prematurely: {child.reason}.")
 
     def _fit(self, child: child_process.ChildProcess, now: float) -> None:
         """Let the child have inputs of those services that are ready in it."""
         unready = set() if child.checks is None else child.checks.unready
         child.slots.unready = unready
         child.state.wants_inputs(now, bool(self._services - unready))
-        self._pool.slots_changed()
+        self._supervisor.pool.slots_changed()
 
 
 def _phase(number: int) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from billiard.einfo import ExceptionInfo
-from billiard.exceptions import Terminated, WorkerLostError
+from billiard.exceptions import WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state as worker_state
 
@@ -246,22 +246,12 @@ class PoolRequest:
     def tell_soft_limit(self) -> None:
         self._call("timeout_callback", True, self.soft_limit)
 
-    def tell_done(self, text: str, runtime: float) -> None:
-        self._answer("callback", (0, text, runtime))
-
-    def tell_failed(self, einfo: Any, runtime: float = 0.0) -> None:
-        """An exception of the task, whose outcome the child has stored."""
-        self._answer("callback", (1, einfo, runtime))
-
     def tell_broken(self, exc: BaseException) -> None:
-        """Anything else; Celery decides by the class of ``exc`` and stores the outcome."""
+        """It has no outcome of its own; Celery decides by the class of ``exc``, and stores it."""
         self._answer("error_callback", _einfo(exc))
 
     def tell_lost(self, reason: str) -> None:
         self.tell_broken(WorkerLostError(f"{reason} Job: {self.number}."))
-
-    def tell_terminated(self, signum: int) -> None:
-        self.tell_broken(Terminated(signum))
 
     def tell_hard_limit(self) -> None:
         """Celery's time-out callback does everything that there is to do."""
@@ -270,7 +260,7 @@ class PoolRequest:
     def tell_report(self, report: list[Any]) -> None:
         """The report by which a child lets go of it."""
         if report[0] == frames.Report.DONE:
-            self.tell_done(report[2], report[3])
+            self._answer("callback", (0, report[2], report[3]))
         elif report[0] == frames.Report.ERROR:
             self._tell_error(*report[2:])
         else:
@@ -288,7 +278,8 @@ class PoolRequest:
         elif outcome == frames.Outcome.INTERNAL:
             self.tell_broken(stand_in)
         else:
-            self.tell_failed(Einfo(_semipredicate(outcome, stand_in, requeue), traceback))
+            einfo = Einfo(_semipredicate(outcome, stand_in, requeue), traceback)
+            self._answer("callback", (1, einfo, 0.0))  # the child has stored it
 
     def _answer(self, name: str, *args: Any) -> None:
         for delivery in (self, *self.deliveries):
@@ -326,12 +317,16 @@ class RequestTable:
 
     ``move`` alone changes any of it. It calls nothing outside, so that whatever comes back here
     from a callback of Celery finds all of it in accord.
+
+    Args:
+        cancel_timeout: seconds that a child may take to let go of what it was told to stop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cancel_timeout: float) -> None:
         self.queue: dispatch.Queue[PoolRequest] = dispatch.Queue()
         self.counters = counters.Counters()
         self.limits: time_limits.Limits[PoolRequest] = time_limits.Limits()
+        self._cancel_timeout = cancel_timeout
         self._by_state: dict[State, dict[int, PoolRequest]] = {
             state: {} for state in State if state is not State.ENDED
         }
@@ -352,7 +347,6 @@ class RequestTable:
         settlement: Settlement | None = None,
         result: Result = Result.GIVEN_BACK,
         child: child_process.ChildProcess | None = None,
-        patience: float = 0.0,
     ) -> None:
         """Move a request to its next state.
 
@@ -363,7 +357,6 @@ class RequestTable:
             settlement: what the broker is told, where the request is settled by this.
             result: how it counts then.
             child: what takes it, for SENT.
-            patience: seconds that its child may take to let go of it, for STOPPING.
 
         Raises:
             ValueError: for a state that cannot follow, and for a request that would be settled
@@ -387,7 +380,7 @@ class RequestTable:
         self._count(request, before, at, result if settlement else None)
         self._move_in_queue(request, before)
         self._move_slot(request, before, child, at)
-        self._set_limits(request, at, patience)
+        self._set_limits(request, at)
 
     def _count(
         self, request: PoolRequest, before: State | None, at: float, result: Result | None
@@ -430,11 +423,11 @@ class RequestTable:
             request.child.slots.give_back(request.service)
             request.child = None
 
-    def _set_limits(self, request: PoolRequest, at: float, patience: float) -> None:
+    def _set_limits(self, request: PoolRequest, at: float) -> None:
         if request._state is State.RUNNING:
             self.limits.begin(request, at)
         elif request._state is State.STOPPING:
-            self.limits.expect_gone(request, at + patience)
+            self.limits.expect_gone(request, at + self._cancel_timeout)
         elif request._state is State.ENDED:
             self.limits.forget(request)
 

@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from billiard.exceptions import Terminated
+
 from gw_celery import errors
 from gw_celery.pool import poison, request, time_limits
 from gw_celery.pool.counters import Result
@@ -44,7 +46,7 @@ class Requests:
         poison: poison.PoisonCounter,
         dead_letters: dead_letters.DeadLetters | None,
     ) -> None:
-        self.table = request.RequestTable()
+        self.table = request.RequestTable(pool.setup.settings.cancel_timeout)
         self._pool = pool
         self._settings = pool.setup.settings
         self._poison = poison
@@ -67,7 +69,7 @@ class Requests:
         """Take one input; ``send`` starts it."""
         new = PoolRequest(next(self._numbers), args, service, options, self._pool)
         if (odd := new.odd_limit) is not None:
-            self._move(new, State.ENDED, settlement=Settlement.ANSWERED)
+            self.table.move(new, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
             new.tell_broken(
                 errors.UsageError(
                     f"{new.name}[{new.task_id}] has the time limit {odd!r:.100}: send seconds"
@@ -82,7 +84,7 @@ class Requests:
         if new.is_redelivered or self._poison.is_suspect(new.task_id):
             self._check(new)
         else:
-            self._move(new, State.WAITING)
+            self.table.move(new, State.WAITING, request.now())
         return new
 
     def _leader_of(self, new: PoolRequest) -> PoolRequest | None:
@@ -94,7 +96,7 @@ class Requests:
 
     def _check(self, new: PoolRequest) -> None:
         """Learn how many children it has killed, in other workers, too."""
-        self._move(new, State.CHECKING)
+        self.table.move(new, State.CHECKING, request.now())
         is_asked = new.is_redelivered and self._poison.ask(new.number, new.task_id)
         if not is_asked:
             self._admit(new)
@@ -109,20 +111,20 @@ class Requests:
     def _admit(self, checked: PoolRequest) -> None:
         """Let an input wait for a slot, alone when it is a suspect; give up one that kills."""
         if self._poison.is_poison(checked.task_id):
-            self._move(checked, State.ENDED, settlement=Settlement.ANSWERED)
+            self.table.move(checked, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
             self._give_up_poison(checked, "seen by another worker")
             return
         checked.runs_alone = self._poison.is_suspect(checked.task_id)
-        self._move(checked, State.WAITING)
+        self.table.move(checked, State.WAITING, request.now())
 
     def send(self, ready: Iterable[child_process.ChildProcess]) -> None:
         """Give the children what has a slot there."""
         orders: dict[child_process.ChildProcess, list[tuple[Any, ...]]] = {}
         for waiting, child in self.table.queue.assign(ready):
             if waiting.was_withdrawn():
-                self._move(waiting, State.ENDED, settlement=Settlement.ANSWERED)
+                self.table.move(waiting, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
                 continue
-            self._move(waiting, State.SENT, child=child)
+            self.table.move(waiting, State.SENT, request.now(), child=child)
             order = frames.Order.RUN_ALONE if waiting.runs_alone else frames.Order.RUN
             orders.setdefault(child, []).append((order, waiting.number, *waiting.args))
         for child, listed in orders.items():
@@ -145,7 +147,7 @@ class Requests:
         elif kind == frames.Report.EXPIRED:
             if held.settlement is None and held.was_withdrawn():
                 # The child has stopped it already.
-                self._move(held, State.STOPPING, settlement=Settlement.ANSWERED)
+                self.table.move(held, State.STOPPING, request.now(), settlement=Settlement.ANSWERED)
         else:
             self._end(held, child, report)
 
@@ -157,16 +159,17 @@ class Requests:
         if sent.gathers and sent.was_withdrawn():
             self._settle(sent, Settlement.ANSWERED)
             return
-        self._move(sent, State.RUNNING)
+        self.table.move(sent, State.RUNNING, request.now())
         child.state.began(now, sent.hard_limit or math.inf)
         sent.tell_accepted(child.pid, started)
 
     def _end(self, held: PoolRequest, child: child_process.ChildProcess, report: list[Any]) -> None:
         """The child lets go of it, with an answer or without."""
         is_late = held.settlement is not None
-        self._move(
+        self.table.move(
             held,
             State.ENDED,
+            request.now(),
             settlement=None if is_late else Settlement.ANSWERED,
             result=_result(report),
         )
@@ -188,7 +191,7 @@ class Requests:
         if stopped.accepted_at is None:
             # Celery announces a revocation when the input is accepted.
             stopped.tell_accepted(pid, request.now())
-        stopped.tell_terminated(signum)
+        stopped.tell_broken(Terminated(signum))
         stopped.fail_when_acknowledged_early()
 
     def withdraw(self) -> None:
@@ -200,7 +203,7 @@ class Requests:
     def forget_waiting(self) -> None:
         """Drop what has not started: the broker delivers it again."""
         for waiting in self.table.of(State.WAITING, State.CHECKING):
-            self._move(waiting, State.ENDED, settlement=Settlement.RETURNED)
+            self.table.move(waiting, State.ENDED, request.now(), settlement=Settlement.RETURNED)
         for gathering in self._gathering():
             self._settle(gathering, Settlement.RETURNED)
 
@@ -211,13 +214,13 @@ class Requests:
         """
         for waiting in self.table.queue.of(service):
             if waiting.can_be_rejected:
-                self._move(waiting, State.ENDED, settlement=Settlement.RETURNED)
+                self.table.move(waiting, State.ENDED, request.now(), settlement=Settlement.RETURNED)
                 waiting.reject()
 
     def give_up_unbegun(self) -> None:
         """Let go of what was sent but has not begun, and of all limits: the worker ends now."""
         for sent in self.table.of(State.SENT):
-            self._move(sent, State.STOPPING, settlement=Settlement.RETURNED)
+            self.table.move(sent, State.STOPPING, request.now(), settlement=Settlement.RETURNED)
         self.table.limits.clear()
 
     def enforce_limits(self, now: float) -> None:
@@ -252,14 +255,14 @@ class Requests:
         lost = []
         for held in reversed(list(child.requests.values())):
             if held.settlement is not None:
-                self._move(held, State.ENDED)
+                self.table.move(held, State.ENDED, request.now())
             elif held.state is State.RUNNING or self._kills_before_its_start(held, is_closing):
-                self._move(held, State.ENDED, settlement=Settlement.ANSWERED)
+                self.table.move(held, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
                 lost.append(held)
             elif is_closing:
-                self._move(held, State.ENDED, settlement=Settlement.RETURNED)
+                self.table.move(held, State.ENDED, request.now(), settlement=Settlement.RETURNED)
             else:
-                self._move(held, State.WAITING)
+                self.table.move(held, State.WAITING, request.now())
         lost.reverse()
         if not (is_closing or child.is_unfit):  # it would have died without them
             self._poison.record(lost)
@@ -292,29 +295,14 @@ class Requests:
     ) -> None:
         """End an input, or have the child stop it that holds it."""
         if settled.child is None:
-            self._move(settled, State.ENDED, settlement=settlement, result=result)
+            self.table.move(
+                settled, State.ENDED, request.now(), settlement=settlement, result=result
+            )
             return
-        self._move(settled, State.STOPPING, settlement=settlement, result=result)
-        settled.child.send((frames.Order.STOP, settled.number))
-
-    def _move(
-        self,
-        moved: PoolRequest,
-        to: State,
-        *,
-        settlement: Settlement | None = None,
-        result: Result = Result.GIVEN_BACK,
-        child: child_process.ChildProcess | None = None,
-    ) -> None:
         self.table.move(
-            moved,
-            to,
-            request.now(),
-            settlement=settlement,
-            result=result,
-            child=child,
-            patience=self._settings.cancel_timeout,
+            settled, State.STOPPING, request.now(), settlement=settlement, result=result
         )
+        settled.child.send((frames.Order.STOP, settled.number))
 
     def _give_up_poison(self, ended: PoolRequest, reason: str) -> None:
         poisoned = errors.PoisonedInput(

@@ -11,7 +11,7 @@ import logging
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from gw_celery.pool import (
     child_process,
@@ -28,7 +28,7 @@ from gw_celery.protocol.snapshot import Worker
 
 if TYPE_CHECKING:
     from gw_celery.cluster import lost_workers
-    from gw_celery.pool import dead_letters
+    from gw_celery.pool import dead_letters, taskpool
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,6 @@ _LINGERS = (
     "with `celery control terminate SIGTERM ID`; give them a limit (timeout=, time_limit=)"
 )
 _NOT_NEEDED = "Worker exited prematurely: it was not needed any more."
-
-
-class Pool(Protocol):
-    """The pool that Celery knows."""
-
-    def slots_changed(self) -> None:
-        """There are more, or fewer, slots or inputs that wait for one."""
 
 
 class Supervisor:
@@ -64,17 +57,17 @@ class Supervisor:
     def __init__(
         self,
         setup: replica.Setup,
-        pool: Pool,
+        pool: taskpool.TaskPool,
         connect_redis: Callable[[], Any] | None = None,
         dead_letters: dead_letters.DeadLetters | None = None,
         janitor: lost_workers.Janitor | None = None,
     ) -> None:
         self.setup = setup
-        self._pool = pool
+        #: What Celery knows: its gate follows the slots.
+        self.pool = pool
         self._janitor = janitor
         self._sockets = child_process.Sockets()
-        shared = connect_redis and poison.SharedCounts(connect_redis, self._sockets)
-        counter = poison.PoisonCounter(setup.settings.max_deaths, shared)
+        counter = poison.PoisonCounter(setup.settings.max_deaths, self._sockets, connect_redis)
         self._requests = requests.Requests(self, counter, dead_letters)
         self._scores = scores.ReplicaScores(setup)
         self._probes = probes.ChildProbes(setup, self)
@@ -163,7 +156,7 @@ class Supervisor:
             self._requests.send([child for child in self._children if child.state.is_ready])
         if len(queue) != self._waiting:
             self._waiting = len(queue)
-            self._pool.slots_changed()
+            self.pool.slots_changed()
 
     # -- the event loop --
 
@@ -255,9 +248,6 @@ class Supervisor:
         """Whether a child is alive, as far as is known."""
         return child in self._children
 
-    def slots_changed(self) -> None:
-        self._pool.slots_changed()
-
     def _ready_by_service(self) -> dict[str, int]:
         """READY replicas that take inputs of each service."""
         ready = [child for child in self._children if child.state.is_ready]
@@ -310,7 +300,7 @@ class Supervisor:
             child.reason = report[1]
         elif kind == frames.Report.OUTAGE:
             child.outage = report[1]
-            self._pool.slots_changed()
+            self.pool.slots_changed()
         else:
             self._requests.follow(child, report, now)
             if kind == frames.Report.ERROR and report[3] == "builtins.MemoryError":
@@ -358,7 +348,7 @@ class Supervisor:
         if not filled.should_run or self._is_closing:
             self._drain(child)
         logger.info("%r is ready", child)
-        self._pool.slots_changed()
+        self.pool.slots_changed()
 
     def _refuse(self, child: child_process.ChildProcess, reason: str) -> None:
         """Let a child that cannot serve leave, as one whose start failed."""
@@ -374,7 +364,7 @@ class Supervisor:
         if (child := self._scores.due_again(idle, now)) is not None:
             child.state.measure_again(now)
             self.advance(child, now)
-            self._pool.slots_changed()
+            self.pool.slots_changed()
 
     # -- how replicas are filled --
 
@@ -458,7 +448,7 @@ class Supervisor:
             child.state.drain(now, self._longest_left(child, now))
             child.send((frames.Order.DRAIN,))
             self._leave_when_idle(child)
-            self._pool.slots_changed()
+            self.pool.slots_changed()
 
     def _leave_when_idle(self, child: child_process.ChildProcess) -> None:
         """Let a draining child leave once nothing in it is unsettled."""
@@ -507,7 +497,7 @@ class Supervisor:
         self._requests.lose(child, why, is_closing=self._is_closing)
         if begun and self._janitor is not None:
             self._janitor.forget(begun)
-        self._pool.slots_changed()
+        self.pool.slots_changed()
         self.wake()
 
     def _warn_of_lingering(self, now: float) -> None:

@@ -80,7 +80,10 @@ def job_of(request: Any) -> pool_request.PoolRequest:
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (lambda job: job.tell_done("'text'", 0.5), ["acked", ("task-succeeded", "'text'")]),
+        (
+            lambda job: job.tell_report([frames.Report.DONE, 7, "'text'", 0.5]),
+            ["acked", ("task-succeeded", "'text'")],
+        ),
         (
             lambda job: report(job, frames.Outcome.FAILURE),
             ["acked", ("task-failed", "Oops('x')")],

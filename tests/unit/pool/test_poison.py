@@ -15,8 +15,17 @@ class Job:
     runs_alone: bool = False
 
 
+class Reader:
+    def wake(self) -> None:
+        raise AssertionError("nothing was asked")
+
+
+def counter(most: int) -> poison.PoisonCounter:
+    return poison.PoisonCounter(most, Reader())
+
+
 def test_whatever_was_in_flight_at_a_death_is_suspect() -> None:
-    seen = poison.PoisonCounter(most=3)
+    seen = counter(most=3)
     seen.record([Job("a"), Job("b")])
     assert seen.is_suspect("a")
     assert seen.is_suspect("b")
@@ -24,14 +33,14 @@ def test_whatever_was_in_flight_at_a_death_is_suspect() -> None:
 
 
 def test_a_death_in_company_is_never_blamed_on_one() -> None:
-    seen = poison.PoisonCounter(most=1)
+    seen = counter(most=1)
     for _ in range(10):
         seen.record([Job("a"), Job("b")])
     assert not seen.is_poison("a")
 
 
 def test_an_input_that_kills_alone_as_often_as_it_may_is_poison() -> None:
-    seen = poison.PoisonCounter(most=3)
+    seen = counter(most=3)
     seen.record([Job("a"), Job("b")])
     for _ in range(2):
         seen.record([Job("a", runs_alone=True)])
@@ -42,7 +51,7 @@ def test_an_input_that_kills_alone_as_often_as_it_may_is_poison() -> None:
 
 
 def test_a_death_in_company_in_between_clears_nobody() -> None:
-    seen = poison.PoisonCounter(most=2)
+    seen = counter(most=2)
     seen.record([Job("a", runs_alone=True)])
     seen.record([Job("a")])
     seen.record([Job("a", runs_alone=True)])
@@ -50,7 +59,7 @@ def test_a_death_in_company_in_between_clears_nobody() -> None:
 
 
 def test_an_input_that_survives_alone_is_cleared() -> None:
-    seen = poison.PoisonCounter(most=2)
+    seen = counter(most=2)
     seen.record([Job("a", runs_alone=True)])
     seen.forget("a")
     assert not seen.is_suspect("a")
@@ -60,7 +69,7 @@ def test_an_input_that_survives_alone_is_cleared() -> None:
 
 
 def test_a_death_with_nothing_in_flight_suspects_nobody() -> None:
-    seen = poison.PoisonCounter(most=1)
+    seen = counter(most=1)
     seen.record([])
     assert not seen.is_suspect("a")
 
@@ -69,7 +78,7 @@ def test_inputs_that_never_come_back_are_forgotten_oldest_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(poison, "_MOST", 2)
-    seen = poison.PoisonCounter(most=3)
+    seen = counter(most=3)
     for one in "abac":
         seen.record([Job(one)])
     assert [seen.is_suspect(one) for one in "abc"] == [True, False, True]
@@ -119,7 +128,7 @@ class Worker:
     def __init__(self, redis: Redis) -> None:
         self.woken = threading.Semaphore(0)
         client: Any = redis
-        self.seen = poison.PoisonCounter(3, poison.SharedCounts(lambda: client, self))
+        self.seen = poison.PoisonCounter(3, self, lambda: client)
         self.known: list[str] = []
         self.asked: list[str] = []
 
@@ -206,7 +215,7 @@ def test_an_answer_that_comes_late_takes_back_no_death_that_was_seen_here() -> N
 
 
 def test_without_a_redis_there_is_nobody_to_ask() -> None:
-    seen = poison.PoisonCounter(most=3)
+    seen = counter(most=3)
     assert not seen.ask(1, "a")
     assert list(seen.answers()) == []
     seen.close()

@@ -80,6 +80,10 @@ class Site:
         self.alive.remove(child)
         self.ended.append(reason)
 
+    @property
+    def pool(self) -> Site:
+        return self
+
     def slots_changed(self) -> None:
         self.changes += 1
 

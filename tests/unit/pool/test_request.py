@@ -62,12 +62,12 @@ def error(outcome: frames.Outcome, *, requeue: bool = False) -> list[Any]:
 
 
 ANSWERS: dict[str, Callable[[request.PoolRequest], None]] = {
-    "done": lambda job: job.tell_done("'text'", 0.5),
+    "done": lambda job: job.tell_report([frames.Report.DONE, 7, "'text'", 0.5]),
     "error": lambda job: job.tell_report(error(frames.Outcome.FAILURE)),
     "internal error": lambda job: job.tell_report(error(frames.Outcome.INTERNAL)),
     "exit": lambda job: job.tell_report(error(frames.Outcome.EXIT)),
     "lost": lambda job: job.tell_lost("it died."),
-    "terminated": lambda job: job.tell_terminated(15),
+    "terminated": lambda job: job.tell_broken(Terminated(15)),
     "hard limit": lambda job: job.tell_hard_limit(),
 }
 answers = pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
@@ -83,7 +83,7 @@ def test_an_answer_is_a_text_and_a_runtime() -> None:
     celerys = Celerys()
     job = made(celerys)
     job.tell_accepted(123, 4.5)
-    job.tell_done("'text'", 0.5)
+    job.tell_report([frames.Report.DONE, 7, "'text'", 0.5])
     assert celerys.calls[1:] == [("callback", ((0, "'text'", 0.5),))]
 
 
@@ -133,7 +133,7 @@ def test_a_soft_limit_is_told_and_the_input_goes_on() -> None:
     job = made(celerys, soft_timeout=1.5, timeout=3.0)
     job.tell_accepted(123, 4.5)
     job.tell_soft_limit()
-    job.tell_done("'partial'", 2.0)
+    job.tell_report([frames.Report.DONE, 7, "'partial'", 2.0])
     assert celerys.names == ["accept_callback", "timeout_callback", "callback"]
     assert celerys.calls[1][1] == (True, 1.5)
 
@@ -251,7 +251,7 @@ def test_a_twin_that_came_after_the_start_is_accepted_once() -> None:
     running, twin = made(first), made(second)
     running.tell_accepted(123, 4.5)
     running.add_delivery(twin)
-    running.tell_done("'text'", 0.5)
+    running.tell_report([frames.Report.DONE, 7, "'text'", 0.5])
     assert second.names == ["accept_callback", "callback"]
 
 
@@ -260,7 +260,7 @@ def test_a_callback_that_raises_keeps_no_answer_from_the_twin() -> None:
     running, twin = made(Celerys(raises=ValueError())), made(second)
     running.add_delivery(twin)
     running.tell_accepted(123, 4.5)
-    running.tell_done("'text'", 0.5)
+    running.tell_report([frames.Report.DONE, 7, "'text'", 0.5])
     assert second.names == ["accept_callback", "callback"]
 
 
@@ -272,7 +272,7 @@ def test_a_twin_joins_an_input_that_runs_as_accepted_and_is_stopped_with_it() ->
     assert second.names == ["accept_callback"]
     twin.terminate(15)
     assert pool.stopped == [(running, 15)], "Celery knows the twin under the task's id"
-    running.tell_terminated(15)
+    running.tell_broken(Terminated(15))
     assert second.names == ["accept_callback", "error_callback"]
 
 

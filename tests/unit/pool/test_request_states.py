@@ -31,7 +31,7 @@ class Table:
     """A table with one request, and a child that takes it."""
 
     def __init__(self) -> None:
-        self.table = RequestTable()
+        self.table = RequestTable(5.0)
         self.child: Any = SimpleNamespace(slots=dispatch.Slots({"embed": 2, "": 1}), requests={})
         options = {"soft_timeout": 1.0, "timeout": 3.0}
         self.request = PoolRequest(7, ("n", "id", {}), "embed", options, None)
@@ -39,7 +39,7 @@ class Table:
     def move(self, to: State) -> None:
         is_settled = to in SETTLED and self.request.settlement is None
         settlement = Settlement.ANSWERED if is_settled else None
-        self.table.move(self.request, to, 10.0, settlement=settlement, child=self.child, patience=5)
+        self.table.move(self.request, to, 10.0, settlement=settlement, child=self.child)
 
     def at(self, state: State | None) -> Table:
         for step in WAYS[state]:
