@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from gw_celery import conf
 from gw_celery.gpus import devices
@@ -27,7 +26,7 @@ _REAP = 0.1
 class Received:
     """What one reading of a child's socket gave."""
 
-    reports: Sequence[list[Any]] = ()
+    reports: Sequence[frames.ReportFields] = ()
     #: The child has closed its end.
     is_closed: bool = False
     #: After the reports came bytes that no child of this version writes.
@@ -115,7 +114,7 @@ class ChildProcess:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send(self, *orders: tuple[Any, ...]) -> None:
+    def send(self, *orders: frames.OrderFields) -> None:
         """Write orders, keeping what the socket does not take now; errors show when reading.
 
         The first frame tells the child what to load, and has no ``Order``.
@@ -146,7 +145,7 @@ class ChildProcess:
             return Received()
         except OSError:
             return Received(is_closed=True)
-        reports: list[list[Any]] = []
+        reports: list[frames.ReportFields] = []
         try:
             for frame in self._unpacker.feed(data):
                 reports += frames.unpack_reports(frame)
@@ -169,7 +168,8 @@ class ChildProcess:
             return None
 
 
-Event = tuple[selectors.SelectorKey, int]
+#: A child, or ``None`` for a wake-up, and what its socket is ready for.
+Event = tuple[ChildProcess | None, int]
 
 
 class Sockets:
@@ -199,12 +199,11 @@ class Sockets:
 
     def wait(self, timeout: float) -> list[Event]:
         """Return what has happened, for ``follow``; the only part that needs no lock."""
-        return self._selector.select(timeout)
+        return [(key.data, mask) for key, mask in self._selector.select(timeout)]
 
     def follow(self, events: list[Event]) -> Iterator[ChildProcess]:
         """Write what can be written now, and yield the children that have something to read."""
-        for key, mask in events:
-            child: ChildProcess | None = key.data
+        for child, mask in events:
             if child is None:
                 self._drop_wakeups()
                 continue

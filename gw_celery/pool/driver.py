@@ -6,10 +6,11 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from celery.worker import state
-from kombu.asynchronous import get_event_loop
+from kombu.asynchronous import Hub, get_event_loop
+from kombu.asynchronous.timer import Entry
 
 from gw_celery.pool import request
 from gw_celery.worker import draining
@@ -41,9 +42,9 @@ class Driver:
     def __init__(self, pool: taskpool.TaskPool) -> None:
         self._pool = pool
         self._driven = pool.supervisor
-        self._hub: Any = None
-        self._tick_timer: Any = None
-        self._limit_timer: Any = None
+        self._hub: Hub | None = None
+        self._tick_timer: Entry | None = None
+        self._limit_timer: Entry | None = None
         self._limit_due = 0.0
         #: How many revocations this worker knew when it last looked.
         self._revoked = 0
@@ -60,7 +61,7 @@ class Driver:
             self._thread = threading.Thread(target=self._run, name="gw-pool", daemon=True)
             self._thread.start()
 
-    def attach(self, hub: Any) -> None:
+    def attach(self, hub: Hub) -> None:
         """A consumer starts, and the hub has forgotten us."""
         self._hub = hub
         hub.add_reader(self._driven.fileno(), self._on_readable)
@@ -124,7 +125,7 @@ class Driver:
     def _arm(self) -> None:
         """Have the hub call us at the next limit, which may be before the next tick."""
         wait = self._driven.next_deadline()
-        if wait is None or wait >= _TICK:
+        if self._hub is None or wait is None or wait >= _TICK:
             return
         due = request.now() + wait
         if self._limit_timer is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gw_celery.declare import services
 from gw_celery.policy import probes as policy_probes
@@ -65,7 +65,9 @@ class ChildProbes:
         checks = self._checks_of(child, now)
         return checks is None or checks.have_started
 
-    def follow(self, child: child_process.ChildProcess, report: list[Any], now: float) -> None:
+    def follow(
+        self, child: child_process.ChildProcess, report: frames.ReportFields, now: float
+    ) -> None:
         """Follow the answer of a probe."""
         self.expect_changes()
         _, call, is_ok, detail, seconds = report

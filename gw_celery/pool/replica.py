@@ -6,8 +6,7 @@ import collections
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from gw_celery import conf
 from gw_celery.declare import probes
@@ -27,7 +26,7 @@ class Setup:
     #: Inputs in flight of each service in one replica; ``services.PLAIN`` for other tasks.
     slots: Mapping[str, int]
     #: The first frame of a child, but for its number.
-    first: dict[str, Any]
+    first: dict[str, object]
     #: The tasks of each service that have a benchmark.
     benchmarked: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     #: The devices of each replica; ``None`` where none needs any.
@@ -106,19 +105,20 @@ class Replica:
         )
 
     def as_snapshot(self, slots: int, now: float) -> snapshot.Replica:
-        about: dict[str, Any] = {
-            "number": self.number,
-            "devices": tuple(device.token for device in self.devices),
-            "restarts": self.restarts,
-            "last_error": self.last_error,
-        }
+        about = snapshot.Replica(
+            number=self.number,
+            state="",
+            devices=tuple(device.token for device in self.devices),
+            restarts=self.restarts,
+            last_error=self.last_error,
+        )
         child = self.child
         if child is None:
             state = child_state.State.FAILED if self.should_run else child_state.State.STOPPED
             wait = max(0.0, self.backoff.retry_at - now)
-            return snapshot.Replica(**about, state=state.value, retry_in=wait)
-        return snapshot.Replica(
-            **about,
+            return dataclasses.replace(about, state=state.value, retry_in=wait)
+        return dataclasses.replace(
+            about,
             state=child.state.current.value,
             pid=child.pid,
             slots=slots,
@@ -248,7 +248,7 @@ def _load(replica: Replica) -> tuple[bool, int, int]:
     return (replica.is_ready, held, -replica.number)
 
 
-def _free_numbers(taken: Mapping[int, Any], count: int, most: int | None) -> list[int]:
+def _free_numbers(taken: Container[int], count: int, most: int | None) -> list[int]:
     """The lowest numbers below ``most`` that are not taken: a number stands for its devices."""
     numbers = itertools.count() if most is None else iter(range(most))
     free = (number for number in numbers if number not in taken)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state as worker_state
+from celery.worker.request import Request
+from kombu.message import Message
 
 from gw_celery import errors
 from gw_celery.client import beat_tasks
@@ -23,6 +25,27 @@ if TYPE_CHECKING:
     from gw_celery.pool import child_process, supervisor
 
 logger = logging.getLogger(__name__)
+
+#: Name, id, request, body, content type and encoding, as Celery's tracer takes them.
+TaskArgs = tuple[str, str, Mapping[str, object], bytes, str, str]
+#: Bound methods of Celery's request.
+Callback = Callable[..., object]  # type: ignore[explicit-any]  # Celery's: each has arguments of its own
+CallbackName = Literal["accept_callback", "callback", "error_callback", "timeout_callback"]
+
+
+class Options(TypedDict, total=False):
+    """What Celery gives with an input."""
+
+    accept_callback: Callback
+    callback: Callback
+    error_callback: Callback
+    timeout_callback: Callback
+    #: Seconds, but for what any client may write into a message.
+    soft_timeout: float | None
+    timeout: float | None
+    correlation_id: str
+    #: Ours: the task is batched.
+    gathers: bool
 
 
 class State(enum.Enum):
@@ -77,20 +100,19 @@ class PoolRequest:
     def __init__(
         self,
         number: int,
-        args: tuple[Any, ...],
+        args: TaskArgs,
         service: str,
-        options: Mapping[str, Any],
+        options: Options,
         pool: supervisor.Supervisor | None,
     ) -> None:
         self.number = number
-        #: Name, id, request, body, content type and encoding, as Celery's tracer takes them.
         self.args = args
         self.service = service
         self.workload = headers.workload_of(self.request)
         #: It counts; replicas are not kept for what beat sends, nor worn by it.
         self.is_work = self.name not in beat_tasks.COMMANDS
-        self.soft_limit: Any = options.get("soft_timeout")
-        self.hard_limit: Any = options.get("timeout")
+        self.soft_limit = options.get("soft_timeout")
+        self.hard_limit = options.get("timeout")
         #: It may wait in its child for others that share its call.
         self.gathers = bool(options.get("gathers"))
         #: It was in flight when a child died, and may be the cause.
@@ -131,15 +153,15 @@ class PoolRequest:
         return str(self.args[1])
 
     @property
-    def request(self) -> dict[str, Any]:
-        request: dict[str, Any] = self.args[2]
-        return request
+    def request(self) -> Mapping[str, object]:
+        return self.args[2]
 
     @property
     def is_redelivered(self) -> bool:
         """Whether the broker has delivered it before, to this worker or another."""
-        delivery = self.request.get("delivery_info") or {}
-        return bool(delivery.get("redelivered") or self.request.get("x-delivery-count"))
+        delivery = self.request.get("delivery_info")
+        is_again = isinstance(delivery, Mapping) and delivery.get("redelivered")
+        return bool(is_again or self.request.get("x-delivery-count"))
 
     @property
     def was_requeued(self) -> bool:
@@ -147,12 +169,12 @@ class PoolRequest:
         return bool(self.request.get(headers.REQUEUED)) and not self.is_redelivered
 
     @property
-    def message(self) -> Any:
+    def message(self) -> Message | None:
         """kombu's message that brought it, if any."""
         return getattr(self._celery_request, "message", None)
 
     @property
-    def odd_limit(self) -> Any:
+    def odd_limit(self) -> object:
         """A limit that is no number of seconds: any client may write it into a message."""
         for limit in (self.soft_limit, self.hard_limit):
             if limit is not None and untrusted.finite(limit) is None:
@@ -160,7 +182,7 @@ class PoolRequest:
         return None
 
     @property
-    def _celery_request(self) -> Any:
+    def _celery_request(self) -> Request:
         """Celery's request, whose bound methods are our callbacks."""
         return getattr(self._options.get("accept_callback"), "__self__", None)
 
@@ -257,7 +279,7 @@ class PoolRequest:
         """Celery's time-out callback does everything that there is to do."""
         self._answer("timeout_callback", False, self.hard_limit)
 
-    def tell_report(self, report: list[Any]) -> None:
+    def tell_report(self, report: frames.ReportFields) -> None:
         """The report by which a child lets go of it."""
         if report[0] == frames.Report.DONE:
             self._answer("callback", (0, report[2], report[3]))
@@ -281,12 +303,12 @@ class PoolRequest:
             einfo = Einfo(_semipredicate(outcome, stand_in, requeue), traceback)
             self._answer("callback", (1, einfo, 0.0))  # the child has stored it
 
-    def _answer(self, name: str, *args: Any) -> None:
+    def _answer(self, name: CallbackName, *args: object) -> None:
         for delivery in (self, *self.deliveries):
             if not delivery._call(name, *args):
                 delivery._requeue_unstored()
 
-    def _call(self, name: str, *args: Any) -> bool:
+    def _call(self, name: CallbackName, *args: object) -> bool:
         """Call Celery; whether it returned."""
         callback = self._options.get(name)
         if callback is None:
@@ -442,7 +464,7 @@ class Reported(errors.RemoteTaskError):
     def __repr__(self) -> str:
         return self.text
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[Reported], tuple[str, ...]]:
         return type(self), (self.type_name, self.text, self.message, self.traceback)
 
 
@@ -461,14 +483,15 @@ class Einfo:
         return self.traceback
 
 
-def _semipredicate(outcome: str, stand_in: Reported, requeue: bool) -> Any:
+def _semipredicate(outcome: str, stand_in: Reported, requeue: bool) -> Exception:
+    exc: Exception = stand_in
     if outcome == frames.Outcome.RETRY:
-        return Retry(stand_in.message, stand_in)
-    if outcome == frames.Outcome.IGNORE:
-        return Ignore(stand_in.message)
-    if outcome == frames.Outcome.REJECT:
-        return Reject(stand_in.message, requeue=requeue)
-    return stand_in
+        exc = Retry(stand_in.message, stand_in)
+    elif outcome == frames.Outcome.IGNORE:
+        exc = Ignore(stand_in.message)
+    elif outcome == frames.Outcome.REJECT:
+        exc = Reject(stand_in.message, requeue=requeue)
+    return exc
 
 
 def _einfo(exc: BaseException) -> ExceptionInfo:

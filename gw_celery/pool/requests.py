@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from billiard.exceptions import Terminated
 
@@ -63,9 +63,7 @@ class Requests:
 
     # -- from Celery to a slot --
 
-    def submit(
-        self, args: tuple[Any, ...], service: str, options: Mapping[str, Any]
-    ) -> PoolRequest:
+    def submit(self, args: request.TaskArgs, service: str, options: request.Options) -> PoolRequest:
         """Take one input; ``send`` starts it."""
         new = PoolRequest(next(self._numbers), args, service, options, self._pool)
         if (odd := new.odd_limit) is not None:
@@ -119,7 +117,7 @@ class Requests:
 
     def send(self, ready: Iterable[child_process.ChildProcess]) -> None:
         """Give the children what has a slot there."""
-        orders: dict[child_process.ChildProcess, list[tuple[Any, ...]]] = {}
+        orders: dict[child_process.ChildProcess, list[frames.OrderFields]] = {}
         for waiting, child in self.table.queue.assign(ready):
             if waiting.was_withdrawn():
                 self.table.move(waiting, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
@@ -132,7 +130,9 @@ class Requests:
 
     # -- what a child reports --
 
-    def follow(self, child: child_process.ChildProcess, report: list[Any], now: float) -> None:
+    def follow(
+        self, child: child_process.ChildProcess, report: frames.ReportFields, now: float
+    ) -> None:
         """Follow one report about an input.
 
         Raises:
@@ -163,7 +163,9 @@ class Requests:
         child.state.began(now, sent.hard_limit or math.inf)
         sent.tell_accepted(child.pid, started)
 
-    def _end(self, held: PoolRequest, child: child_process.ChildProcess, report: list[Any]) -> None:
+    def _end(
+        self, held: PoolRequest, child: child_process.ChildProcess, report: frames.ReportFields
+    ) -> None:
         """The child lets go of it, with an answer or without."""
         is_late = held.settlement is not None
         self.table.move(
@@ -317,7 +319,7 @@ class Requests:
         ended.tell_broken(poisoned)
 
 
-def _result(report: list[Any]) -> Result:
+def _result(report: frames.ReportFields) -> Result:
     """How an input counts that ends by this report."""
     if report[0] == frames.Report.DONE:
         return Result.VALUE

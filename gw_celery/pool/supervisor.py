@@ -11,7 +11,7 @@ import logging
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gw_celery.pool import (
     child_process,
@@ -27,6 +27,8 @@ from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Worker
 
 if TYPE_CHECKING:
+    from redis import Redis
+
     from gw_celery.cluster import lost_workers
     from gw_celery.pool import dead_letters, taskpool
 
@@ -58,7 +60,7 @@ class Supervisor:
         self,
         setup: replica.Setup,
         pool: taskpool.TaskPool,
-        connect_redis: Callable[[], Any] | None = None,
+        connect_redis: Callable[[], Redis] | None = None,
         dead_letters: dead_letters.DeadLetters | None = None,
         janitor: lost_workers.Janitor | None = None,
     ) -> None:
@@ -119,7 +121,7 @@ class Supervisor:
     # -- inputs --
 
     def submit(
-        self, args: tuple[Any, ...], service: str, options: Mapping[str, Any]
+        self, args: request.TaskArgs, service: str, options: request.Options
     ) -> request.PoolRequest:
         """Take one input; it starts when a replica has a slot for it."""
         with self._lock:
@@ -279,7 +281,7 @@ class Supervisor:
             self.end(child, None)
         return bool(received.reports) and child in self._children
 
-    def _follow(self, child: child_process.ChildProcess, report: list[Any]) -> None:
+    def _follow(self, child: child_process.ChildProcess, report: frames.ReportFields) -> None:
         kind, now = report[0], request.now()
         if kind == frames.Report.BEAT:
             child.state.beat(now)

@@ -11,10 +11,11 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Unpack
 
 from celery.concurrency.base import BasePool
 from celery.worker import state
+from kombu.asynchronous import Hub
 
 from gw_celery import conf, signals
 from gw_celery.cluster import lost_workers, ranking, wait_estimates
@@ -48,7 +49,14 @@ class TaskPool(BasePool):
     uses_semaphore = False
     task_join_will_block = True
 
-    def __init__(self, limit: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        limit: int | None = None,
+        *,
+        maxtasksperchild: int | None = None,
+        max_memory_per_child: int | None = None,
+        **options: object,
+    ) -> None:
         super().__init__(limit, **options)
         plan = signals.plan()
         settings = conf.read(self.app.conf) if plan is None else plan.settings
@@ -66,8 +74,8 @@ class TaskPool(BasePool):
             benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
             probes=plan.probes if plan else (),
-            max_tasks=options.get("maxtasksperchild"),
-            max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
+            max_tasks=maxtasksperchild,
+            max_bytes=(max_memory_per_child or 0) * 1024 or None,
         )
         self.supervisor: supervisor.Supervisor
         self._dead: dead_letters.DeadLetters | None = None
@@ -115,7 +123,7 @@ class TaskPool(BasePool):
         """Let one replica, or all, finish and stay stopped until they are restarted."""
         self.supervisor.hold(number)
 
-    def maintain_pool(self, *args: Any, **kwargs: Any) -> None:
+    def maintain_pool(self, *args: object, **kwargs: object) -> None:
         self.supervisor.tick()
 
     # -- the life of the worker --
@@ -158,11 +166,17 @@ class TaskPool(BasePool):
             self._estimates.start()
         self._driver.start()
 
-    def register_with_event_loop(self, hub: Any) -> None:
+    def register_with_event_loop(self, hub: Hub) -> None:
         """Called at every start of the consumer, when the hub has forgotten us."""
         self._driver.attach(hub)
 
-    def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> request.PoolRequest:
+    def on_apply(
+        self,
+        target: object,
+        args: request.TaskArgs,
+        kwargs: object,
+        **options: Unpack[request.Options],
+    ) -> request.PoolRequest:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
@@ -171,9 +185,9 @@ class TaskPool(BasePool):
         service = getattr(task, "gw_service", None)
         key = services.PLAIN if service is None else service.key
         options["gathers"] = service is not None and task.gw_method.batched is not None
-        return self.supervisor.submit(tuple(args), key, options)
+        return self.supervisor.submit(args, key, options)
 
-    def terminate_job(self, pid: int, signal: Any = None) -> None:
+    def terminate_job(self, pid: int, signal: object = None) -> None:
         """Do nothing: a pid names a replica. Celery calls ``PoolRequest.terminate`` next."""
 
     def flush(self) -> None:
@@ -242,7 +256,7 @@ class TaskPool(BasePool):
         """Record how many messages wait in the broker, by service."""
         self.supervisor.note_queued(queued)
 
-    def _get_info(self) -> dict[str, Any]:
+    def _get_info(self) -> dict[str, object]:
         options, worker = self.options, self.snapshot().as_json()
         return {
             **super()._get_info(),
