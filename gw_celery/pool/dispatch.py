@@ -5,30 +5,13 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from gw_celery.declare import services
 
-
-class Input(Protocol):
-    """An input that waits for a slot."""
-
-    @property
-    def service(self) -> str: ...
-
-    @property
-    def runs_alone(self) -> bool: ...
-
-
-class Child(Protocol):
-    """A child that may have a slot."""
-
-    @property
-    def slots(self) -> Slots: ...
-
-
-I = TypeVar("I", bound=Input)  # noqa: E741
-C = TypeVar("C", bound=Child)
+if TYPE_CHECKING:
+    from gw_celery.pool.child_process import ChildProcess
+    from gw_celery.pool.request import PoolRequest
 
 
 class Slots:
@@ -69,7 +52,7 @@ class Slots:
         return service if service in self._slots else services.PLAIN
 
 
-class Queue(Generic[I]):
+class Queue:
     """Inputs that wait for a slot, first in first out within their service.
 
     Suspects, inputs that were in flight when a child died, run one at a time on a child that
@@ -77,16 +60,16 @@ class Queue(Generic[I]):
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[str, collections.deque[I]] = {}
-        self._suspects: collections.deque[I] = collections.deque()
+        self._waiting: dict[str, collections.deque[PoolRequest]] = {}
+        self._suspects: collections.deque[PoolRequest] = collections.deque()
 
     def __len__(self) -> int:
         return len(self._suspects) + sum(map(len, self._waiting.values()))
 
-    def __iter__(self) -> Iterator[I]:
+    def __iter__(self) -> Iterator[PoolRequest]:
         return itertools.chain(self._suspects, *self._waiting.values())
 
-    def of(self, service: str) -> list[I]:
+    def of(self, service: str) -> list[PoolRequest]:
         """Return what waits for a service, without suspects."""
         return list(self._waiting.get(service, ()))
 
@@ -94,16 +77,18 @@ class Queue(Generic[I]):
         """Return how many inputs of each service wait, without suspects."""
         return {service: len(queue) for service, queue in self._waiting.items()}
 
-    def put(self, waiting: I, *, is_first: bool = False) -> None:
+    def put(self, waiting: PoolRequest, *, is_first: bool = False) -> None:
         """Add an input; ``is_first`` for one that comes back from a child that is gone."""
         queue = self._queue_of(waiting)
         (queue.appendleft if is_first else queue.append)(waiting)
 
-    def remove(self, waiting: I) -> None:
+    def remove(self, waiting: PoolRequest) -> None:
         """Take out an input that waits here."""
         self._queue_of(waiting).remove(waiting)
 
-    def assign(self, children: Iterable[C]) -> Iterator[tuple[I, C]]:
+    def assign(
+        self, children: Iterable[ChildProcess]
+    ) -> Iterator[tuple[PoolRequest, ChildProcess]]:
         """Yield what can start now, and where; the caller takes it out before the next one.
 
         Args:
@@ -119,7 +104,9 @@ class Queue(Generic[I]):
             while queue and (free := least_loaded(candidates, queue[0].service)) is not None:
                 yield queue[0], free
 
-    def _assign_suspects(self, children: Sequence[C]) -> Iterator[tuple[I, C]]:
+    def _assign_suspects(
+        self, children: Sequence[ChildProcess]
+    ) -> Iterator[tuple[PoolRequest, ChildProcess]]:
         service = self._suspects[0].service
         reserved = [child for child in children if child.slots.is_reserved]
         able = [child for child in children if child.slots.serves(service)]
@@ -132,13 +119,13 @@ class Queue(Generic[I]):
                 # It was revoked, and took no slot.
                 child.slots.is_reserved = child.slots.is_alone
 
-    def _queue_of(self, waiting: I) -> collections.deque[I]:
+    def _queue_of(self, waiting: PoolRequest) -> collections.deque[PoolRequest]:
         if waiting.runs_alone:
             return self._suspects
         return self._waiting.setdefault(waiting.service, collections.deque())
 
 
-def least_loaded(children: Iterable[C], service: str) -> C | None:
+def least_loaded(children: Iterable[ChildProcess], service: str) -> ChildProcess | None:
     """Return the child with the fewest inputs among those with a slot; ``None`` without one."""
     able = [
         child for child in children if not child.slots.is_reserved and child.slots.has_free(service)

@@ -12,10 +12,13 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from redis import Redis
+
+    from gw_celery.pool.child_process import Sockets
+    from gw_celery.pool.request import PoolRequest
 
 logger = logging.getLogger(__name__)
 
@@ -28,38 +31,21 @@ _PREFIX = "gw:deaths:"
 _LONGEST_QUEUE = 10_000
 
 
-class Input(Protocol):
-    """An input that was in flight when its child died."""
-
-    @property
-    def task_id(self) -> str: ...
-
-    @property
-    def runs_alone(self) -> bool: ...
-
-
-class Wakeable(Protocol):
-    """What takes in the answers."""
-
-    def wake(self) -> None:
-        """Have them taken in soon; from any thread."""
-
-
 class PoisonCounter:
     """Suspects by task id, with the number of children that died while they ran alone.
 
     Args:
         most: deaths while alone after which an input is given up.
-        reader: is woken for each answer of Redis.
+        sockets: woken for each answer of Redis, which the pool then takes in.
         connect: returns a client of the Redis where the workers' counts meet; called in the thread.
             ``None`` without a Redis.
     """
 
     def __init__(
-        self, most: int, reader: Wakeable, connect: Callable[[], Redis] | None = None
+        self, most: int, sockets: Sockets, connect: Callable[[], Redis] | None = None
     ) -> None:
         self._most = most
-        self._reader = reader
+        self._sockets = sockets
         self._connect = connect
         self._alone: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._orders: queue.Queue[Callable[[Redis], object] | None]
@@ -67,7 +53,7 @@ class PoisonCounter:
         self._answers: collections.deque[tuple[int, str, int | None]] = collections.deque()
         self._thread: threading.Thread | None = None
 
-    def record(self, inputs: Iterable[Input]) -> None:
+    def record(self, inputs: Iterable[PoolRequest]) -> None:
         """A child died with these inputs in flight; one that ran alone is to blame."""
         for lost in inputs:
             task_id, deaths = lost.task_id, int(lost.runs_alone)
@@ -150,7 +136,7 @@ class PoisonCounter:
             count = None if stored is None else int(stored)
         finally:  # an answer comes in any case
             self._answers.append((number, task_id, count))
-            self._reader.wake()
+            self._sockets.wake()
 
 
 def _add(client: Redis, task_id: str, deaths: int) -> None:

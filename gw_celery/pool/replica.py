@@ -54,6 +54,7 @@ class Replica:
         self.number = number
         #: The devices of all its children, one after the other.
         self.devices = shown
+        self._tokens = tuple(device.token for device in shown)
         self.child: child_process.ChildProcess | None = None
         #: Loads while ``child`` still serves, and takes its place.
         self.successor: child_process.ChildProcess | None = None
@@ -105,21 +106,23 @@ class Replica:
         )
 
     def as_snapshot(self, slots: int, now: float) -> snapshot.Replica:
-        about = snapshot.Replica(
-            number=self.number,
-            state="",
-            devices=tuple(device.token for device in self.devices),
-            restarts=self.restarts,
-            last_error=self.last_error,
-        )
         child = self.child
         if child is None:
             state = child_state.State.FAILED if self.should_run else child_state.State.STOPPED
-            wait = max(0.0, self.backoff.retry_at - now)
-            return dataclasses.replace(about, state=state.value, retry_in=wait)
-        return dataclasses.replace(
-            about,
+            return snapshot.Replica(
+                number=self.number,
+                state=state.value,
+                devices=self._tokens,
+                restarts=self.restarts,
+                last_error=self.last_error,
+                retry_in=max(0.0, self.backoff.retry_at - now),
+            )
+        return snapshot.Replica(
+            number=self.number,
             state=child.state.current.value,
+            devices=self._tokens,
+            restarts=self.restarts,
+            last_error=self.last_error,
             pid=child.pid,
             slots=slots,
             in_flight=len(child.requests),

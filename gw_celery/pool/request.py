@@ -345,9 +345,9 @@ class RequestTable:
     """
 
     def __init__(self, cancel_timeout: float) -> None:
-        self.queue: dispatch.Queue[PoolRequest] = dispatch.Queue()
+        self.queue = dispatch.Queue()
         self.counters = counters.Counters()
-        self.limits: time_limits.Limits[PoolRequest] = time_limits.Limits()
+        self.limits = time_limits.Limits()
         self._cancel_timeout = cancel_timeout
         self._by_state: dict[State, dict[int, PoolRequest]] = {
             state: {} for state in State if state is not State.ENDED

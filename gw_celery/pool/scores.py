@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import itertools
 import logging
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -79,6 +80,9 @@ class ReplicaScores:
         self._outdated: frozenset[child_process.ChildProcess] = frozenset()
         self._live = {key: live_scores.Live(slots) for key, slots in setup.slots.items()}
         self._calls = itertools.count(1)
+        #: The benchmarks that operators see, by service, and when they were listed.
+        self._listed: dict[str, tuple[snapshot.Benchmark, ...]] = {}
+        self._listed_at = -math.inf
         #: Messages in the broker, by service, and when that was read.
         self._queued: tuple[float, Mapping[str, int]] = (0.0, {})
         #: Not before this is a score measured again for its age: the last attempt failed.
@@ -212,18 +216,21 @@ class ReplicaScores:
 
     def as_snapshot(self, now: float) -> dict[str, snapshot.Score]:
         """Return what operators see of the scores, by service."""
+        if now - self._listed_at >= 1.0:  # not for every look of the gate
+            self._listed_at = now
+            self._listed = {key: tuple(self._latest(key, now)) for key in self._live}
         return {
             key: snapshot.Score(
                 value=one.value,
                 measured=one.measured,
                 served=one.served,
                 drift=one.drift,
-                benchmarks=tuple(self._shown(key, now)),
+                benchmarks=self._listed[key],
             )
             for key, one in self._live.items()
         }
 
-    def _shown(self, service: str, now: float) -> Iterator[snapshot.Benchmark]:
+    def _latest(self, service: str, now: float) -> Iterator[snapshot.Benchmark]:
         """The latest figures of each task, of whichever replica."""
         for name in self._benchmarked.get(service, ()):
             found = [one.scores[name] for one in self._progress.values() if name in one.scores]
@@ -235,6 +242,7 @@ class ReplicaScores:
                 yield snapshot.Benchmark(**figures, age=age)
 
     def _update(self) -> None:
+        self._listed_at = -math.inf
         for service, names in self._benchmarked.items():
             each = [
                 policy_scores.combined(one.scores[name].score.value for name in names)

@@ -219,14 +219,20 @@ class Supervisor:
 
     # -- what is seen from outside --
 
-    def snapshot(self, hostname: str) -> Worker:
-        """Return the replicas, the inputs and the scores as they are now; from any thread."""
+    def snapshot(self) -> Worker:
+        """Return the worker as it is now; from any thread."""
         with self._lock:
             slots, now = self.setup.slots, request.now()
             ready = self._ready_by_service()
-            table = self._requests.table
+            pool, table = self.pool, self._requests.table
             return Worker(
-                hostname=hostname,
+                hostname=pool.hostname,
+                desired=pool.desired_replicas,
+                desired_slots=pool.limit,
+                open_queues=pool.gate.open_queues() if pool.gate else (),
+                closed_queues=pool.gate.closed_queues() if pool.gate else (),
+                bands=pool.ranking.bands() if pool.ranking else {},
+                is_stopping=pool.is_stopping,
                 replicas=tuple(
                     one.as_snapshot(self.setup.slots_per_replica, now) for one in self._replicas
                 ),

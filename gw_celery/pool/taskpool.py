@@ -97,6 +97,18 @@ class TaskPool(BasePool):
         """
         return max(1, self.limit)
 
+    @property
+    def desired_replicas(self) -> int:
+        return self._replicas_for(self.limit)
+
+    @property
+    def hostname(self) -> str:
+        return str(self.options["initargs"][1])
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._state in (self.CLOSE, self.TERMINATE)
+
     def grow(self, n: int = 1) -> None:
         """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
         if (why := self.refusal(self.limit + n)) is not None:
@@ -241,16 +253,7 @@ class TaskPool(BasePool):
 
     def snapshot(self) -> Worker:
         """Return the worker as it is now; see ``protocol.snapshot.Source``."""
-        gate = self.gate
-        return dataclasses.replace(
-            self.supervisor.snapshot(self.options["initargs"][1]),
-            desired=self._replicas_for(self.limit),
-            desired_slots=self.limit,
-            open_queues=gate.open_queues() if gate else (),
-            closed_queues=gate.closed_queues() if gate else (),
-            bands={} if self.ranking is None else self.ranking.bands(),
-            is_stopping=self._state in (self.CLOSE, self.TERMINATE),
-        )
+        return self.supervisor.snapshot()
 
     def note_queued(self, queued: Mapping[str, int]) -> None:
         """Record how many messages wait in the broker, by service."""
@@ -299,7 +302,7 @@ class TaskPool(BasePool):
         if (allotment := self._setup.allotment) is not None:
             slots = min(slots, allotment.most * self._setup.slots_per_replica)
         self.limit = max(0, slots)
-        self.supervisor.resize(self._replicas_for(self.limit))
+        self.supervisor.resize(self.desired_replicas)
 
     def _replicas_for(self, slots: int) -> int:
         return math.ceil(slots / self._setup.slots_per_replica)

@@ -7,7 +7,10 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gw_celery.pool.request import PoolRequest
 
 #: Stale entries that are not worth a clean-up.
 _SLACK = 256
@@ -22,35 +25,19 @@ class Limit(enum.Enum):
     GRACE = "grace"
 
 
-class Input(Protocol):
-    """An input with the limits that its message carries, in seconds."""
-
-    @property
-    def number(self) -> int: ...
-
-    @property
-    def soft_limit(self) -> float | None: ...
-
-    @property
-    def hard_limit(self) -> float | None: ...
-
-
-I = TypeVar("I", bound=Input)  # noqa: E741
-
-
-class Limits(Generic[I]):
+class Limits:
     """A heap of limits; entries of what ended, or was stopped, before its limit are stale."""
 
     def __init__(self) -> None:
         #: When, a number that breaks ties and names the entry, the input, and which limit.
-        self._heap: list[tuple[float, int, I, Limit]] = []
+        self._heap: list[tuple[float, int, PoolRequest, Limit]] = []
         self._count = itertools.count()
         #: The entries that count, of each input.
         self._live: dict[int, set[int]] = {}
         #: When each input that runs reaches its hard limit; infinite without one.
         self._hard: dict[int, float] = {}
 
-    def begin(self, request: I, now: float) -> None:
+    def begin(self, request: PoolRequest, now: float) -> None:
         """The input starts: its limits count from here."""
         if request.soft_limit:
             self._add(now + request.soft_limit, request, Limit.SOFT)
@@ -58,12 +45,12 @@ class Limits(Generic[I]):
         if request.hard_limit:
             self._add(now + request.hard_limit, request, Limit.HARD)
 
-    def expect_gone(self, request: I, when: float) -> None:
+    def expect_gone(self, request: PoolRequest, when: float) -> None:
         """The input was stopped; its child has until ``when`` to let go of it."""
         self.forget(request)
         self._add(when, request, Limit.GRACE)
 
-    def forget(self, request: I) -> None:
+    def forget(self, request: PoolRequest) -> None:
         self._live.pop(request.number, None)
         self._hard.pop(request.number, None)
         # Inputs end long before their limits: without this, the heap would hold minutes of them.
@@ -77,7 +64,7 @@ class Limits(Generic[I]):
         self._live.clear()
         self._hard.clear()
 
-    def due(self, now: float) -> Iterator[tuple[I, Limit]]:
+    def due(self, now: float) -> Iterator[tuple[PoolRequest, Limit]]:
         """Yield what has reached a limit, once."""
         while self._heap and self._heap[0][0] <= now:
             entry = heapq.heappop(self._heap)
@@ -90,17 +77,17 @@ class Limits(Generic[I]):
             heapq.heappop(self._heap)
         return max(0.0, self._heap[0][0] - now) if self._heap else None
 
-    def longest_left(self, requests: Iterable[I], now: float) -> float:
+    def longest_left(self, requests: Iterable[PoolRequest], now: float) -> float:
         """Seconds until the last of ``requests`` that run reaches its hard limit.
 
         Infinite where one has none. What has not begun has no time of its own yet.
         """
         return max((self._hard.get(request.number, now) - now for request in requests), default=0.0)
 
-    def _add(self, when: float, request: I, what: Limit) -> None:
+    def _add(self, when: float, request: PoolRequest, what: Limit) -> None:
         number = next(self._count)
         self._live.setdefault(request.number, set()).add(number)
         heapq.heappush(self._heap, (when, number, request, what))
 
-    def _is_live(self, entry: tuple[float, int, I, Limit]) -> bool:
+    def _is_live(self, entry: tuple[float, int, PoolRequest, Limit]) -> bool:
         return entry[1] in self._live.get(entry[2].number, ())
