@@ -348,6 +348,8 @@ class RequestTable:
         self.queue = dispatch.Queue()
         self.counters = counters.Counters()
         self.limits = time_limits.Limits()
+        #: Whether a move is not complete: only the handler of a signal can see that.
+        self.is_moving = False
         self._cancel_timeout = cancel_timeout
         self._by_state: dict[State, dict[int, PoolRequest]] = {
             state: {} for state in State if state is not State.ENDED
@@ -392,17 +394,19 @@ class RequestTable:
             raise ValueError(
                 f"{request.name}[{request.task_id}] is {request._settlement} and gets {settlement}"
             )
-        if before is not None:
-            del self._by_state[before][request.number]
-        if to is not State.ENDED:
-            self._by_state[to][request.number] = request
-        request._state = to
-        if settlement is not None:
-            request._settlement = settlement
-        self._count(request, before, at, result if settlement else None)
-        self._move_in_queue(request, before)
-        self._move_slot(request, before, child, at)
-        self._set_limits(request, at)
+        self.is_moving = True
+        try:
+            if before is not None:
+                del self._by_state[before][request.number]
+            if to is not State.ENDED:
+                self._by_state[to][request.number] = request
+            request._state, request._settlement = to, settlement or request._settlement
+            self._count(request, before, at, result if settlement else None)
+            self._move_in_queue(request, before)
+            self._move_slot(request, before, child, at)
+            self._set_limits(request, at)
+        finally:
+            self.is_moving = False
 
     def _count(
         self, request: PoolRequest, before: State | None, at: float, result: Result | None

@@ -84,6 +84,8 @@ class Supervisor:
         self._is_closing = False
         # Reentrant: Celery's signal handlers call us in the middle of anything.
         self._lock = threading.RLock()
+        #: Stops that came in the middle of a move.
+        self._late_stops: list[tuple[request.PoolRequest, int]] = []
         #: Inputs that found no slot the last time.
         self._waiting = 0
 
@@ -132,7 +134,11 @@ class Supervisor:
     def stop(self, stopped: request.PoolRequest, signum: int) -> None:
         """Stop one input and answer it as terminated, before or after its start."""
         with self._lock:
-            self._requests.stop(stopped, signum)
+            if self._requests.table.is_moving:  # Celery's handler of a signal interrupts it
+                self._late_stops.append((stopped, signum))
+                self.wake()
+            else:
+                self._requests.stop(stopped, signum)
 
     def forget_waiting(self) -> None:
         """Drop what has not started: the broker delivers it again."""
@@ -176,6 +182,8 @@ class Supervisor:
         with self._lock:
             for child in self._sockets.follow(events):
                 self._receive(child)
+            while self._late_stops:
+                self._requests.stop(*self._late_stops.pop())
             now = request.now()
             self._requests.finish_checks(now)
             self._probes.call_due(now)

@@ -166,6 +166,25 @@ def test_a_callback_that_submits_and_stops_others_finds_the_pool_in_accord(
     child.done(later[0])
 
 
+def test_a_signal_that_stops_an_input_in_the_middle_of_its_move_stops_it_after_that(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = harness.submit(hard=9.0)
+    limits = harness.pool.supervisor._requests.table.limits
+    begin = limits.begin
+
+    def interrupted(*args: object) -> None:
+        request.handle.terminate(15)  # Celery's cold shutdown does it in the handler of SIGQUIT
+        begin(*args)
+
+    monkeypatch.setattr(limits, "begin", interrupted)
+    child = harness.child(0)
+    child.accept(request)
+    assert (request.heard, child.stops) == (["accepted", "Terminated"], [request.id])
+    child.gone(request)
+    assert limits.next_in(harness.now) is None
+
+
 def test_a_child_that_stops_an_input_in_time_stays(start_pool: StartPool) -> None:
     harness = start_pool(cancel_timeout=5.0)
     request = begun(harness)
