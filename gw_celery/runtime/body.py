@@ -18,7 +18,6 @@ from gw_celery.runtime import (
     body_guard,
     greenlet_bridge,
     in_process,
-    instance_use,
     instances,
 )
 from gw_celery.runtime import current_batch as current
@@ -146,7 +145,7 @@ async def _loaded(owner: instances.Instances, values: ParameterValues) -> instan
 
 
 def _run_sync(runtime: in_process.Process, one: Input) -> Any:
-    use = instance_use.Use(runtime.instances_of(one.service), _values(one))
+    use = instances.Use(runtime.instances_of(one.service), _values(one))
     try:
         if not use.take():
             _wait_within_limits(runtime, one, use.load())
