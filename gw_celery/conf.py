@@ -254,7 +254,7 @@ def _fits(value: Any, option: Any) -> bool:
         most = 1.0 if option is Share else math.inf
         return is_number and math.isfinite(value) and 0 < value <= most
     if typing.get_origin(option) is tuple:
-        return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+        return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
     return isinstance(value, option)
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 from celery import _state, platforms, signals
 from celery.app import trace
 from celery.app.utils import find_app
@@ -293,6 +294,6 @@ def _failure(exc: BaseException) -> tuple[Any, ...]:
 
 
 def _resident_bytes() -> int:
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(psutil.Error):
+        return int(psutil.Process().memory_info().rss)
     return 0
