@@ -227,9 +227,7 @@ class Child(asyncio.Protocol):
         app, around = self._loaded.app, self._loaded.around
         early = early_ack_records.of(app, self._setup["worker"])
         inputs = tracer.Inputs(app, self.report, threads, around, early)
-        self._scoring = scoring.Scoring(
-            app, self._loaded.settings, inputs.called, self.report, known
-        )
+        self._scoring = scoring.Scoring(app, self._loaded.settings, inputs.called, self.report)
         self._probes = probe.Probes(runtime, served, self.report, around)
         self._orders |= {
             frames.Order.RUN: inputs.run,
