@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -444,6 +445,37 @@ def test_one_that_gives_up_during_the_call_harms_no_other() -> None:
 
     gathering(test, calls, max_batch_size=8)
     assert calls.seen == [[1, 2]]
+
+
+def test_an_instance_is_in_use_until_its_call_is_over_though_no_input_waits_any_more() -> None:
+    open_, entered = asyncio.Event(), asyncio.Event()
+    uses: list[str] = []
+
+    async def body(xs: list[int], scale: list[int]) -> list[int]:
+        entered.set()
+        while not open_.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await open_.wait()
+        return xs
+
+    @contextlib.contextmanager
+    def using() -> Iterator[None]:
+        uses.append("begun")
+        yield
+        uses.append("over")
+
+    async def test(submit: Submit, _: Any) -> None:
+        leaving = asyncio.ensure_future(submit(1))
+        await entered.wait()
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        before = list(uses)
+        open_.set()
+        assert await submit(2) == 2
+        assert before == ["begun"]
+        assert uses[:3] == ["begun", "over", "begun"]
+
+    gathering(test, body, using=using, max_batch_size=8)
 
 
 def test_a_call_that_nobody_waits_for_any_more_is_cancelled_and_the_next_are_served() -> None:
