@@ -99,7 +99,9 @@ def dead(ctx: click.Context, requeue: str | None, as_json: bool) -> None:
         if requeue is not None:
             _requeue(queue, name, requeue)
         else:
-            _show_dead([dead_letters.summary(letter) for letter in queue.read()], name, as_json)
+            _show_dead(
+                [dead_letters.summary(letter) for letter in queue.read()], name, as_json=as_json
+            )
 
 
 def _requeue(queue: dead_letters.DeadLetterQueue, name: str, task_id: str) -> None:
@@ -108,7 +110,7 @@ def _requeue(queue: dead_letters.DeadLetterQueue, name: str, task_id: str) -> No
     click.echo(f"{letter.headers.get('task')}[{task_id}] is in its queue again, with no deaths")
 
 
-def _show_dead(summaries: list[dict[str, Any]], name: str, as_json: bool) -> None:
+def _show_dead(summaries: list[dict[str, Any]], name: str, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(summaries, indent=2))
         return

@@ -35,7 +35,6 @@ from gw_celery.replica import (
 )
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import (
-    batch_items,
     batcher,
     django_connections,
     fatal_exit,
@@ -133,7 +132,7 @@ class Child(asyncio.Protocol):
         self._outbox: list[tuple[Any, ...]] = []
         self._leaving = asyncio.Event()
         self._batchers = batcher.Batchers(
-            batch_items.Host(
+            batcher.Host(
                 around=loaded.around,
                 tell=self._flush,
                 on_stuck=lambda name: self.report((frames.Report.STUCK, name)),
