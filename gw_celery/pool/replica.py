@@ -108,10 +108,9 @@ class Replica:
     def as_snapshot(self, slots: int, now: float) -> snapshot.Replica:
         child = self.child
         if child is None:
-            state = child_state.State.FAILED if self.should_run else child_state.State.STOPPED
             return snapshot.Replica(
                 number=self.number,
-                state=state.value,
+                state=self._state_without_child().value,
                 devices=self._tokens,
                 restarts=self.restarts,
                 last_error=self.last_error,
@@ -133,6 +132,12 @@ class Replica:
             unready=tuple(sorted(child.slots.unready)),
             probes=tuple(map(_probe, child.checks or ())),
         )
+
+    def _state_without_child(self) -> child_state.State:
+        if not self.should_run:
+            return child_state.State.STOPPED
+        # After a child that served, or was told to leave, the next one starts within a second.
+        return child_state.State.FAILED if self.backoff.failures else child_state.State.STARTING
 
 
 class ReplicaSet:

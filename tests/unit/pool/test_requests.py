@@ -451,3 +451,20 @@ def test_a_drained_replicas_order_is_the_last_that_it_gets(harness: Harness) -> 
     child = harness.child(0)
     assert [order[0] for order in child.orders] == [Order.DRAIN, Order.LEAVE]
     child.die(code=0)
+
+
+@pytest.mark.parametrize("how", ["restarted", "killed"])
+def test_a_replica_between_two_children_is_starting_and_has_not_failed(
+    harness: Harness, how: str
+) -> None:
+    harness.advance(5.0)
+    if how == "restarted":
+        harness.pool.hold(0)
+        harness.child(0).die(code=0)
+        harness.pool.restart(0)
+    else:
+        begun(harness)
+        harness.child(0).die()
+    (replica,) = harness.pool.snapshot().replicas
+    assert (replica.state, replica.pid) == ("starting", None)
+    refilled(harness)
