@@ -103,7 +103,8 @@ class Requests:
         """Take in what Redis has answered, and what it has not in time."""
         answered = set(self._poison.answers())
         for checked in self.table.of(State.CHECKING):
-            if checked.number in answered or now - checked.arrived_at > _MAX_CHECK:
+            is_known = checked.number in answered or now - checked.arrived_at > _MAX_CHECK
+            if is_known and checked.settlement is None:
                 self._admit(checked)
 
     def _admit(self, checked: PoolRequest) -> None:
@@ -119,8 +120,7 @@ class Requests:
         """Give the children what has a slot there."""
         orders: dict[child_process.ChildProcess, list[frames.OrderFields]] = {}
         for waiting, child in self.table.queue.assign(ready):
-            if waiting.was_withdrawn():
-                self.table.move(waiting, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
+            if self._settle_withdrawn(waiting):
                 continue
             self.table.move(waiting, State.SENT, request.now(), child=child)
             order = frames.Order.RUN_ALONE if waiting.runs_alone else frames.Order.RUN
@@ -145,9 +145,7 @@ class Requests:
         if kind == frames.Report.ACCEPT:
             self._begin(held, child, min(report[2], now), now)
         elif kind == frames.Report.EXPIRED:
-            if held.settlement is None and held.was_withdrawn():
-                # The child has stopped it already.
-                self.table.move(held, State.STOPPING, request.now(), settlement=Settlement.ANSWERED)
+            self._settle_withdrawn(held)
         else:
             self._end(held, child, report)
 
@@ -156,8 +154,7 @@ class Requests:
     ) -> None:
         if sent.state is not State.SENT:
             return
-        if sent.gathers and sent.was_withdrawn():
-            self._settle(sent, Settlement.ANSWERED)
+        if sent.gathers and self._settle_withdrawn(sent):
             return
         self.table.move(sent, State.RUNNING, request.now())
         child.state.began(now, sent.hard_limit or math.inf)
@@ -199,8 +196,7 @@ class Requests:
     def withdraw(self) -> None:
         """Take out what was revoked or has expired while it gathered for a batch."""
         for gathering in self._gathering():
-            if gathering.was_withdrawn():
-                self._settle(gathering, Settlement.ANSWERED)
+            self._settle_withdrawn(gathering)
 
     def forget_waiting(self) -> None:
         """Drop what has not started: the broker delivers it again."""
@@ -215,7 +211,7 @@ class Requests:
         What may only run alone stays: that it kills is known here.
         """
         for waiting in self.table.queue.of(service):
-            if waiting.can_be_rejected:
+            if waiting.settlement is None and waiting.can_be_rejected:
                 self.table.move(waiting, State.ENDED, request.now(), settlement=Settlement.RETURNED)
                 waiting.reject()
 
@@ -288,6 +284,16 @@ class Requests:
     def _gathering(self) -> list[PoolRequest]:
         """What children hold and have not begun, as it waits for others to share a call with."""
         return [sent for sent in self.table.of(State.SENT) if sent.gathers]
+
+    def _settle_withdrawn(self, checked: PoolRequest) -> bool:
+        """Settle an input that was revoked or has expired; whether it is settled.
+
+        Celery stores that as it is asked, and may come back here in the middle of it.
+        """
+        is_withdrawn = checked.settlement is None and checked.was_withdrawn()
+        if is_withdrawn and checked.settlement is None:
+            self._settle(checked, Settlement.ANSWERED)
+        return checked.settlement is not None
 
     def _settle(
         self,

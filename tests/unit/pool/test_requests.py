@@ -185,6 +185,24 @@ def test_a_signal_that_stops_an_input_in_the_middle_of_its_move_stops_it_after_t
     assert limits.next_in(harness.now) is None
 
 
+def test_what_is_terminated_as_celery_stores_that_another_is_revoked_ends_once(
+    start_pool: StartPool,
+) -> None:
+    harness = start_pool({"work": 1})
+    running, revoked, other, last = (harness.submit() for _ in range(4))
+    revoked.on_heard = lambda what: (
+        revoked.handle.terminate(15),
+        other.handle.terminate(15),
+    )  # type: ignore[assignment,return-value]
+    harness.revoke(revoked)
+    child = harness.child(0)
+    child.done(running)
+    assert revoked.heard[0] == "revoked"
+    assert other.heard == ["accepted", "Terminated"]
+    assert child.runs == [running.id, last.id]
+    child.done(last)
+
+
 def test_a_child_that_stops_an_input_in_time_stays(start_pool: StartPool) -> None:
     harness = start_pool(cancel_timeout=5.0)
     request = begun(harness)
