@@ -172,7 +172,8 @@ class Autoscaler(autoscale.Autoscaler):
 
     def _judge(self, reading: poller.Reading) -> None:
         if reading.lengths is not None:  # by which the pool knows that its replicas are full
-            self.pool.note_queued({key: at.messages for key, at in reading.lengths.items()})
+            queued = {key: at.messages for key, at in reading.lengths.items()}
+            self.pool.supervisor.note_queued(queued)
         self._decide(reading, time.monotonic())
 
     def _decide(self, reading: poller.Reading, now: float) -> None:

@@ -39,32 +39,11 @@ class State(enum.Enum):
     STOPPED = "stopped"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Deadlines:
-    """How long each step may take, in seconds."""
-
-    boot: float
-    start: float
-    benchmark: float
-    drain: float
-    heartbeat: float
-
-    @classmethod
-    def of(cls, settings: conf.Settings) -> Deadlines:
-        return cls(
-            boot=settings.boot_timeout,
-            start=settings.start_timeout,
-            benchmark=settings.benchmark_timeout,
-            drain=settings.drain_timeout,
-            heartbeat=settings.heartbeat_timeout,
-        )
-
-
 @dataclasses.dataclass(kw_only=True)
 class ChildState:
     """The state of one child and the time when it must have changed."""
 
-    deadlines: Deadlines
+    settings: conf.Settings
     now: dataclasses.InitVar[float]
     current: State = State.STARTING
     since: float = 0.0
@@ -79,7 +58,7 @@ class ChildState:
 
     def __post_init__(self, now: float) -> None:
         self._began = now
-        self._enter(State.STARTING, now, self.deadlines.boot)
+        self._enter(State.STARTING, now, self.settings.boot_timeout)
 
     @property
     def is_ready(self) -> bool:
@@ -92,7 +71,7 @@ class ChildState:
 
     def loaded(self, now: float) -> None:
         if self.current is State.STARTING:
-            self._enter(State.ENTERING, now, self.deadlines.start)
+            self._enter(State.ENTERING, now, self.settings.start_timeout)
 
     def entered(self, now: float) -> None:
         if self.current is State.ENTERING:
@@ -101,7 +80,7 @@ class ChildState:
 
     def probed(self, now: float) -> None:
         if self.current is State.PROBING:
-            self._enter(State.BENCHMARKING, now, self.deadlines.benchmark)
+            self._enter(State.BENCHMARKING, now, self.settings.benchmark_timeout)
 
     def measured(self, now: float) -> None:
         if self.current is State.BENCHMARKING:
@@ -113,7 +92,7 @@ class ChildState:
     def measure_again(self, now: float) -> None:
         """Take nothing new until it has been measured; for one that holds nothing."""
         if self.current is State.READY:
-            self._enter(State.BENCHMARKING, now, self.deadlines.benchmark)
+            self._enter(State.BENCHMARKING, now, self.settings.benchmark_timeout)
 
     def wants_inputs(self, now: float, wants: bool) -> None:
         """Note that some service of a loaded child wants inputs, or none does."""
@@ -131,7 +110,7 @@ class ChildState:
             longest_limit: seconds that the last input may run; infinite where one has no limit.
         """
         if self.current is not State.DRAINING:
-            bound = max(self.deadlines.drain, longest_limit)
+            bound = max(self.settings.drain_timeout, longest_limit)
             self._enter(State.DRAINING, now, None if math.isinf(bound) else bound)
 
     def began(self, now: float, limit: float) -> None:
@@ -150,12 +129,12 @@ class ChildState:
             and self.deadline is None
             and math.isfinite(longest_limit)
         ):
-            self.deadline = now + max(self.deadlines.drain, longest_limit)
+            self.deadline = now + max(self.settings.drain_timeout, longest_limit)
 
     def lingers(self, now: float) -> bool:
         """Whether it has been draining for long because of what has no limit."""
         is_bound = self.current is not State.DRAINING or self.deadline is not None
-        return not is_bound and now - self.since >= self.deadlines.drain
+        return not is_bound and now - self.since >= self.settings.drain_timeout
 
     def was_steady(self, now: float) -> bool:
         """Whether the child served long enough for its end to be no fault of its start."""
@@ -169,7 +148,7 @@ class ChildState:
         """Return why the child must be killed now, if it must."""
         if self.deadline is not None and now >= self.deadline:
             return f"was {self.current.value} for {now - self.since:.0f} s{_SETTINGS[self.current]}"
-        if self.last_beat is not None and now - self.last_beat >= self.deadlines.heartbeat:
+        if self.last_beat is not None and now - self.last_beat >= self.settings.heartbeat_timeout:
             return (
                 f"sent no heartbeat for {now - self.last_beat:.0f} s: it is stopped, or a call "
                 f"blocks its event loop or holds the GIL (setting gw_heartbeat_timeout)"

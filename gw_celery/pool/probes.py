@@ -11,8 +11,9 @@ import math
 from typing import TYPE_CHECKING
 
 from gw_celery.declare import services
-from gw_celery.policy import probes as policy_probes
-from gw_celery.pool import child_process, child_state, replica
+from gw_celery.policy.probes import Answer, Check, Checks, Consequence
+from gw_celery.pool import child_state, replica
+from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames
 
 if TYPE_CHECKING:
@@ -59,21 +60,19 @@ class ChildProbes:
         dues = (one.checks.next_at for one in self._supervisor.children() if one.checks is not None)
         self._next_at = min(dues, default=math.inf)
 
-    def have_started(self, child: child_process.ChildProcess, now: float) -> bool:
+    def have_started(self, child: ChildProcess, now: float) -> bool:
         """Whether the startup probes of a child have passed; they are called from now on."""
         self.expect_changes()
         checks = self._checks_of(child, now)
         return checks is None or checks.have_started
 
-    def follow(
-        self, child: child_process.ChildProcess, report: frames.ReportFields, now: float
-    ) -> None:
+    def follow(self, child: ChildProcess, report: frames.ReportFields, now: float) -> None:
         """Follow the answer of a probe."""
         self.expect_changes()
         _, call, is_ok, detail, seconds = report
         check = None if child.checks is None else child.checks.find(call)
         if check is not None:
-            answer = policy_probes.Answer(is_ok=is_ok, detail=detail, seconds=seconds)
+            answer = Answer(is_ok=is_ok, detail=detail, seconds=seconds)
             self._act_on(child, check, check.answered(answer), now)
 
     def unready(self) -> set[str]:
@@ -81,26 +80,24 @@ class ChildProbes:
         up = [one.slots.unready for one in self._supervisor.children() if one.state.is_up]
         return set.intersection(*up) if up else set()
 
-    def _call_due_of(self, child: child_process.ChildProcess, now: float) -> None:
+    def _call_due_of(self, child: ChildProcess, now: float) -> None:
         checks = self._checks_of(child, now)
         if checks is None:
             return
         for check, consequence in checks.overdue(now):
             self._act_on(child, check, consequence, now)
-            if not self._supervisor.holds(child):
+            if child not in self._supervisor.children():
                 return
         for check in checks.due(now):
             self._calls += 1
             check.called(self._calls, now)
             child.send((frames.Order.PROBE, self._calls, check.service, check.probe.method))
 
-    def _checks_of(
-        self, child: child_process.ChildProcess, now: float
-    ) -> policy_probes.Checks | None:
+    def _checks_of(self, child: ChildProcess, now: float) -> Checks | None:
         """The probes of a child as its state wants them; ``None`` while it loads."""
         state, checks = child.state.current, child.checks
         if checks is None and self._declared and state is child_state.State.PROBING:
-            checks = child.checks = policy_probes.Checks(self._declared, _phase(child.number))
+            checks = child.checks = Checks(self._declared, _phase(child.number))
             checks.start(now)
             # Not ready until their readiness probes have passed once.
             child.slots.unready = checks.unready
@@ -118,33 +115,35 @@ class ChildProbes:
 
     def _act_on(
         self,
-        child: child_process.ChildProcess,
-        check: policy_probes.Check,
-        consequence: policy_probes.Consequence,
+        child: ChildProcess,
+        check: Check,
+        consequence: Consequence,
         now: float,
     ) -> None:
         if 0 < check.failures <= check.probe.failures:
             logger.warning("%r: %s failed (%s)", child, _named(check), _why(check))
-        if consequence is policy_probes.Consequence.STARTED:
+        if consequence is Consequence.STARTED:
             self._supervisor.advance(child, now)
-        elif consequence is policy_probes.Consequence.CANNOT_START:
+        elif consequence is Consequence.CANNOT_START:
             self._end(child, check)
-        elif consequence is policy_probes.Consequence.REPLACE:
+        elif consequence is Consequence.REPLACE:
             child.is_unfit, child.is_ill = not check.has_passed, True
             self._end(child, check)
-        elif consequence is policy_probes.Consequence.NOT_READY:
-            logger.error("%r takes no inputs of %s until %s passes", child, *_subjects(check))
+        elif consequence is Consequence.NOT_READY:
+            logger.error(
+                "%r takes no inputs of %s until %s passes", child, check.service, _named(check)
+            )
             self._fit(child, now)
-        elif consequence is policy_probes.Consequence.READY:
-            logger.info("%r takes inputs of %s: %s passes", child, *_subjects(check))
+        elif consequence is Consequence.READY:
+            logger.info("%r takes inputs of %s: %s passes", child, check.service, _named(check))
             self._fit(child, now)
 
-    def _end(self, child: child_process.ChildProcess, check: policy_probes.Check) -> None:
+    def _end(self, child: ChildProcess, check: Check) -> None:
         """Kill it: a child that is ill cannot be asked to leave, and what it holds must run."""
         child.reason = f"{_named(check)} failed ({_why(check)})"
         self._supervisor.end(child, f"Worker exited prematurely: {child.reason}.")
 
-    def _fit(self, child: child_process.ChildProcess, now: float) -> None:
+    def _fit(self, child: ChildProcess, now: float) -> None:
         """Let the child have inputs of those services that are ready in it."""
         unready = set() if child.checks is None else child.checks.unready
         child.slots.unready = unready
@@ -157,14 +156,10 @@ def _phase(number: int) -> float:
     return _LEAST_PHASE + (1.0 - _LEAST_PHASE) * part
 
 
-def _named(check: policy_probes.Check) -> str:
+def _named(check: Check) -> str:
     return f"its {check.probe.kind} probe {check.name}"
 
 
-def _subjects(check: policy_probes.Check) -> tuple[str, str]:
-    return check.service, _named(check)
-
-
-def _why(check: policy_probes.Check) -> str:
+def _why(check: Check) -> str:
     detail = check.last.detail if check.last is not None else ""
     return f"{check.failures} of {check.probe.failures} in a row: {detail or 'no reason given'}"

@@ -12,7 +12,8 @@ from gw_celery import conf
 from gw_celery.declare import probes
 from gw_celery.gpus import allocation, devices
 from gw_celery.policy import probes as policy_probes
-from gw_celery.pool import child_process, child_state
+from gw_celery.pool import child_state
+from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import snapshot
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Setup:
     def slots_per_replica(self) -> int:
         return sum(self.slots.values())
 
-    def is_worn(self, child: child_process.ChildProcess) -> bool:
+    def is_worn(self, child: ChildProcess) -> bool:
         """Whether a child served, or holds, as much as it may."""
         has_served = self.max_tasks is not None and child.served >= self.max_tasks
         return has_served or (self.max_bytes is not None and child.resident_bytes > self.max_bytes)
@@ -55,9 +56,9 @@ class Replica:
         #: The devices of all its children, one after the other.
         self.devices = shown
         self._tokens = tuple(device.token for device in shown)
-        self.child: child_process.ChildProcess | None = None
+        self.child: ChildProcess | None = None
         #: Loads while ``child`` still serves, and takes its place.
-        self.successor: child_process.ChildProcess | None = None
+        self.successor: ChildProcess | None = None
         self.backoff = child_state.Backoff()
         self.restarts = 0
         self.last_error = ""
@@ -79,7 +80,7 @@ class Replica:
         return self.child is not None and self.child.state.is_up
 
     def child_ended(
-        self, child: child_process.ChildProcess, reason: str, now: float, *, is_expected: bool
+        self, child: ChildProcess, reason: str, now: float, *, is_expected: bool
     ) -> None:
         """The child is gone: say why, and when the next one may start."""
         if self.child is child:
@@ -228,7 +229,7 @@ class ReplicaSet:
         return replica
 
 
-def _was_started_well(child: child_process.ChildProcess, now: float) -> bool:
+def _was_started_well(child: ChildProcess, now: float) -> bool:
     """Whether the end of a child that should have gone on is no fault of its start."""
     if child.is_ill:
         return child.state.was_well(now) and not child.is_unfit

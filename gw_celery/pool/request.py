@@ -22,7 +22,8 @@ from gw_celery.pool.counters import Place, Result
 from gw_celery.protocol import frames, headers, untrusted
 
 if TYPE_CHECKING:
-    from gw_celery.pool import child_process, supervisor
+    from gw_celery.pool import supervisor
+    from gw_celery.pool.child_process import ChildProcess
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class PoolRequest:
         self.sent_at = 0.0
         #: When Celery heard that it starts; one that is stopped before it ran has "started", too.
         self.accepted_at: float | None = None
-        self.child: child_process.ChildProcess | None = None
+        self.child: ChildProcess | None = None
         #: Later deliveries of the same message, answered with this one.
         self.deliveries: list[PoolRequest] = []
         self._leader: PoolRequest | None = None
@@ -370,7 +371,7 @@ class RequestTable:
         *,
         settlement: Settlement | None = None,
         result: Result = Result.GIVEN_BACK,
-        child: child_process.ChildProcess | None = None,
+        child: ChildProcess | None = None,
     ) -> None:
         """Move a request to its next state.
 
@@ -387,7 +388,7 @@ class RequestTable:
                 twice, or ended without it.
         """
         before = request._state
-        if to not in NEXT_STATES[before]:
+        if to not in NEXT_STATES[before] or (child is None) is (to is State.SENT):
             raise ValueError(f"{request.name}[{request.task_id}] goes from {before} to {to}")
         is_settled = request._settlement is not None
         if (settlement is not None) is (is_settled or to not in _SETTLED):
@@ -403,7 +404,7 @@ class RequestTable:
             request._state, request._settlement = to, settlement or request._settlement
             self._count(request, before, at, result if settlement else None)
             self._move_in_queue(request, before)
-            self._move_slot(request, before, child, at)
+            self._move_slot(request, child)
             self._set_limits(request, at)
         finally:
             self.is_moving = False
@@ -423,6 +424,7 @@ class RequestTable:
             busy = at - request.sent_at if place is Place.RUNNING else 0.0
             self.counters.settle(service, workload, place, result, busy)
         elif state is State.SENT:
+            request.sent_at = at
             self.counters.move(service, workload, place, Place.RUNNING)
         elif state is State.WAITING and place is Place.RUNNING:
             self.counters.move(service, workload, place, Place.WAITING)
@@ -433,18 +435,12 @@ class RequestTable:
         elif request._state is State.WAITING:
             self.queue.put(request, is_first=before is State.SENT)
 
-    def _move_slot(
-        self,
-        request: PoolRequest,
-        before: State | None,
-        child: child_process.ChildProcess | None,
-        at: float,
-    ) -> None:
-        if request._state is State.SENT and child is not None:
-            request.child, request.sent_at = child, at
+    def _move_slot(self, request: PoolRequest, child: ChildProcess | None) -> None:
+        if child is not None:
+            request.child = child
             child.requests[request.number] = request
             child.slots.take(request.service, runs_alone=request.runs_alone)
-        elif before in _IN_A_CHILD and request._state not in _IN_A_CHILD and request.child:
+        elif request.child is not None and request._state not in _IN_A_CHILD:
             del request.child.requests[request.number]
             request.child.slots.give_back(request.service)
             request.child = None

@@ -21,7 +21,8 @@ from gw_celery.pool.request import PoolRequest, Settlement, State
 from gw_celery.protocol import frames
 
 if TYPE_CHECKING:
-    from gw_celery.pool import child_process, dead_letters, supervisor
+    from gw_celery.pool import dead_letters, supervisor
+    from gw_celery.pool.child_process import ChildProcess
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +117,9 @@ class Requests:
         checked.runs_alone = self._poison.is_suspect(checked.task_id)
         self.table.move(checked, State.WAITING, request.now())
 
-    def send(self, ready: Iterable[child_process.ChildProcess]) -> None:
+    def send(self, ready: Iterable[ChildProcess]) -> None:
         """Give the children what has a slot there."""
-        orders: dict[child_process.ChildProcess, list[frames.OrderFields]] = {}
+        orders: dict[ChildProcess, list[frames.OrderFields]] = {}
         for waiting, child in self.table.queue.assign(ready):
             if self._settle_withdrawn(waiting):
                 continue
@@ -130,9 +131,7 @@ class Requests:
 
     # -- what a child reports --
 
-    def follow(
-        self, child: child_process.ChildProcess, report: frames.ReportFields, now: float
-    ) -> None:
+    def follow(self, child: ChildProcess, report: frames.ReportFields, now: float) -> None:
         """Follow one report about an input.
 
         Raises:
@@ -149,9 +148,7 @@ class Requests:
         else:
             self._end(held, child, report)
 
-    def _begin(
-        self, sent: PoolRequest, child: child_process.ChildProcess, started: float, now: float
-    ) -> None:
+    def _begin(self, sent: PoolRequest, child: ChildProcess, started: float, now: float) -> None:
         if sent.state is not State.SENT:
             return
         if sent.gathers and self._settle_withdrawn(sent):
@@ -160,9 +157,7 @@ class Requests:
         child.state.began(now, sent.hard_limit or math.inf)
         sent.tell_accepted(child.pid, started)
 
-    def _end(
-        self, held: PoolRequest, child: child_process.ChildProcess, report: frames.ReportFields
-    ) -> None:
+    def _end(self, held: PoolRequest, child: ChildProcess, report: frames.ReportFields) -> None:
         """The child lets go of it, with an answer or without."""
         is_late = held.settlement is not None
         self.table.move(
@@ -244,7 +239,7 @@ class Requests:
                 )
                 self._pool.replace(child)
 
-    def lose(self, child: child_process.ChildProcess, reason: str, *, is_closing: bool) -> None:
+    def lose(self, child: ChildProcess, reason: str, *, is_closing: bool) -> None:
         """The child is gone: what it had begun is lost, what it had not starts elsewhere.
 
         Args:

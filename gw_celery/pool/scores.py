@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from gw_celery.policy import live_scores
 from gw_celery.policy import scores as policy_scores
-from gw_celery.pool import child_process, replica
+from gw_celery.pool import replica
+from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames, snapshot
 
 logger = logging.getLogger(__name__)
@@ -72,12 +73,12 @@ class ReplicaScores:
     def __init__(self, setup: replica.Setup) -> None:
         self._benchmarked = {key: tuple(names) for key, names in setup.benchmarked.items() if names}
         self._period = setup.settings.benchmark_period
-        self._progress: dict[child_process.ChildProcess, _Progress] = {}
+        self._progress: dict[ChildProcess, _Progress] = {}
         #: The latest score of each task on devices of these names, for the next children.
         self._remembered: dict[tuple[str, tuple[str, ...]], Measured] = {}
         #: Children that an operator's restart found running: perhaps of older code or weights, so
         #: that what they measure is not remembered.
-        self._outdated: frozenset[child_process.ChildProcess] = frozenset()
+        self._outdated: frozenset[ChildProcess] = frozenset()
         self._live = {key: live_scores.Live(slots) for key, slots in setup.slots.items()}
         self._calls = itertools.count(1)
         #: The benchmarks that operators see, by service, and when they were listed.
@@ -90,7 +91,7 @@ class ReplicaScores:
 
     # -- one child --
 
-    def is_measured(self, child: child_process.ChildProcess, now: float) -> bool:
+    def is_measured(self, child: ChildProcess, now: float) -> bool:
         """Whether a child has measured all; if not, it is told to go on."""
         progress = self._progress.get(child)
         if progress is None:
@@ -107,7 +108,7 @@ class ReplicaScores:
         child.send(order)
         return False
 
-    def _begin(self, child: child_process.ChildProcess) -> _Progress:
+    def _begin(self, child: ChildProcess) -> _Progress:
         """Begin with what is remembered; a task without a score is measured."""
         progress = self._progress[child] = _Progress()
         for task in self._tasks():
@@ -118,7 +119,7 @@ class ReplicaScores:
         self._update()
         return progress
 
-    def follow(self, child: child_process.ChildProcess, call: int, text: str, now: float) -> None:
+    def follow(self, child: ChildProcess, call: int, text: str, now: float) -> None:
         """Take the answer to an order.
 
         Raises:
@@ -143,7 +144,7 @@ class ReplicaScores:
                 self._remembered[task, child.products] = measured
             self._update()
 
-    def forget_remembered(self, live: Iterable[child_process.ChildProcess]) -> None:
+    def forget_remembered(self, live: Iterable[ChildProcess]) -> None:
         """Have children that start from now on measure: code and weights may have changed.
 
         Args:
@@ -152,7 +153,7 @@ class ReplicaScores:
         self._remembered.clear()
         self._outdated = frozenset(live)
 
-    def forget(self, child: child_process.ChildProcess) -> None:
+    def forget(self, child: ChildProcess) -> None:
         """The child is gone."""
         if self._progress.pop(child, None) is not None:
             self._update()
@@ -164,9 +165,7 @@ class ReplicaScores:
         for one in self._progress.values():
             one.is_asked = one.was_ready
 
-    def due_again(
-        self, idle: Iterable[child_process.ChildProcess], now: float
-    ) -> child_process.ChildProcess | None:
+    def due_again(self, idle: Iterable[ChildProcess], now: float) -> ChildProcess | None:
         """Return a child of ``idle`` to measure again now, told to be; one at a time."""
         if not self._benchmarked or any(one.call for one in self._progress.values()):
             return None

@@ -23,6 +23,7 @@ from gw_celery.pool import (
     requests,
     scores,
 )
+from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Worker
 
@@ -70,16 +71,15 @@ class Supervisor:
         self._janitor = janitor
         self._sockets = child_process.Sockets()
         counter = poison.PoisonCounter(setup.settings.max_deaths, self._sockets, connect_redis)
-        self._requests = requests.Requests(self, counter, dead_letters)
+        self.requests = requests.Requests(self, counter, dead_letters)
         self._scores = scores.ReplicaScores(setup)
         self._probes = probes.ChildProbes(setup, self)
         allotment = setup.allotment
         self._replicas = replica.ReplicaSet(None if allotment is None else allotment.shares)
         #: Every live child and the replica that it fills, or will fill.
-        self._children: dict[child_process.ChildProcess, replica.Replica] = {}
+        self._children: dict[ChildProcess, replica.Replica] = {}
         #: Processes that are ended, or about to end, and not reaped.
         self._dying: list[subprocess.Popen[bytes]] = []
-        self._deadlines = child_state.Deadlines.of(setup.settings)
         #: No child is started any more.
         self._is_closing = False
         # Reentrant: Celery's signal handlers call us in the middle of anything.
@@ -127,41 +127,33 @@ class Supervisor:
     ) -> request.PoolRequest:
         """Take one input; it starts when a replica has a slot for it."""
         with self._lock:
-            new = self._requests.submit(args, service, options)
+            new = self.requests.submit(args, service, options)
             self._send_waiting()
         return new
 
     def stop(self, stopped: request.PoolRequest, signum: int) -> None:
         """Stop one input and answer it as terminated, before or after its start."""
         with self._lock:
-            if self._requests.table.is_moving:  # Celery's handler of a signal interrupts it
+            if self.requests.table.is_moving:  # Celery's handler of a signal interrupts it
                 self._late_stops.append((stopped, signum))
                 self.wake()
             else:
-                self._requests.stop(stopped, signum)
+                self.requests.stop(stopped, signum)
 
     def forget_waiting(self) -> None:
         """Drop what has not started: the broker delivers it again."""
         with self._lock:
-            self._requests.forget_waiting()
+            self.requests.forget_waiting()
 
     def withdraw(self) -> None:
         """Take out what was revoked or has expired while it gathered for a batch."""
         with self._lock:
-            self._requests.withdraw()
-
-    def in_flight(self) -> int:
-        """Inputs that children hold and that are not settled."""
-        return self._requests.in_flight()
-
-    def held(self) -> int:
-        """Inputs that children have not let go of, settled or not."""
-        return self._requests.held()
+            self.requests.withdraw()
 
     def _send_waiting(self) -> None:
-        queue = self._requests.table.queue
+        queue = self.requests.table.queue
         if queue and not self.outage():
-            self._requests.send([child for child in self._children if child.state.is_ready])
+            self.requests.send([child for child in self._children if child.state.is_ready])
         if len(queue) != self._waiting:
             self._waiting = len(queue)
             self.pool.slots_changed()
@@ -183,12 +175,12 @@ class Supervisor:
             for child in self._sockets.follow(events):
                 self._receive(child)
             while self._late_stops:
-                self._requests.stop(*self._late_stops.pop())
+                self.requests.stop(*self._late_stops.pop())
             now = request.now()
-            self._requests.finish_checks(now)
+            self.requests.finish_checks(now)
             self._probes.call_due(now)
             self._send_waiting()
-            self._requests.enforce_limits(request.now())
+            self.requests.enforce_limits(request.now())
 
     def tick(self) -> None:
         """Judge deadlines, reap, start what is missing; once a second, after ``poll``."""
@@ -202,7 +194,7 @@ class Supervisor:
             self._probes.expect_changes()
             self._probes.call_due(now)
             for service in self._probes.unready():
-                self._requests.give_back(service)
+                self.requests.give_back(service)
             self._send_waiting()
             self._measure_idle(now)
 
@@ -216,13 +208,13 @@ class Supervisor:
         with self._lock:
             # While results cannot be stored nothing is consumed, however much there is.
             ready = {} if self.outage() else self._ready_by_service()
-            counters = self._requests.table.counters.as_snapshot()
+            counters = self.requests.table.counters.as_snapshot()
             self._scores.observe(request.now(), counters, ready)
 
     def next_deadline(self) -> float | None:
         """Seconds until an input reaches a limit, or a probe is due; ``None`` without either."""
         now = request.now()
-        waits = (self._requests.table.limits.next_in(now), self._probes.next_in(now))
+        waits = (self.requests.table.limits.next_in(now), self._probes.next_in(now))
         return min((wait for wait in waits if wait is not None), default=None)
 
     # -- what is seen from outside --
@@ -232,7 +224,7 @@ class Supervisor:
         with self._lock:
             slots, now = self.setup.slots, request.now()
             ready = self._ready_by_service()
-            pool, table = self.pool, self._requests.table
+            pool, table = self.pool, self.requests.table
             return Worker(
                 hostname=pool.hostname,
                 desired=pool.desired_replicas,
@@ -256,13 +248,9 @@ class Supervisor:
         """Why a live child cannot store results; ``""`` while all can, as far as they know."""
         return next((child.outage for child in self._children if child.outage), "")
 
-    def children(self) -> list[child_process.ChildProcess]:
+    def children(self) -> list[ChildProcess]:
         """Return every live child; they may start and end meanwhile."""
         return list(self._children)
-
-    def holds(self, child: child_process.ChildProcess) -> bool:
-        """Whether a child is alive, as far as is known."""
-        return child in self._children
 
     def _ready_by_service(self) -> dict[str, int]:
         """READY replicas that take inputs of each service."""
@@ -274,7 +262,7 @@ class Supervisor:
 
     # -- what children report --
 
-    def _receive(self, child: child_process.ChildProcess) -> bool:
+    def _receive(self, child: ChildProcess) -> bool:
         """Handle what a child has reported; whether there was anything."""
         received = child.receive()
         garbage = received.garbage
@@ -295,7 +283,7 @@ class Supervisor:
             self.end(child, None)
         return bool(received.reports) and child in self._children
 
-    def _follow(self, child: child_process.ChildProcess, report: frames.ReportFields) -> None:
+    def _follow(self, child: ChildProcess, report: frames.ReportFields) -> None:
         kind, now = report[0], request.now()
         if kind == frames.Report.BEAT:
             child.state.beat(now)
@@ -318,12 +306,12 @@ class Supervisor:
             child.outage = report[1]
             self.pool.slots_changed()
         else:
-            self._requests.follow(child, report, now)
+            self.requests.follow(child, report, now)
             if kind == frames.Report.ERROR and report[3] == "builtins.MemoryError":
                 logger.error("%r ran out of memory in a task: it is replaced", child)
                 self.replace(child)
 
-    def input_ended(self, child: child_process.ChildProcess) -> None:
+    def input_ended(self, child: ChildProcess) -> None:
         """A child has let go of an input: it may have to leave, or to be replaced."""
         if child.state.current is child_state.State.DRAINING:
             self._leave_when_idle(child)
@@ -332,7 +320,7 @@ class Supervisor:
 
     # -- a child on its way to READY --
 
-    def advance(self, child: child_process.ChildProcess, now: float) -> None:
+    def advance(self, child: ChildProcess, now: float) -> None:
         """Take a child as far towards READY as it has proved itself."""
         state = child.state
         if state.current is child_state.State.PROBING and self._probes.have_started(child, now):
@@ -342,9 +330,7 @@ class Supervisor:
             self._become_ready(child, now)
             self._probes.expect_changes()
 
-    def _follow_measured(
-        self, child: child_process.ChildProcess, call: int, text: str, now: float
-    ) -> None:
+    def _follow_measured(self, child: ChildProcess, call: int, text: str, now: float) -> None:
         try:
             self._scores.follow(child, call, text, now)
         except scores.Failed as exc:
@@ -352,7 +338,7 @@ class Supervisor:
         else:
             self.advance(child, now)
 
-    def _become_ready(self, child: child_process.ChildProcess, now: float) -> None:
+    def _become_ready(self, child: ChildProcess, now: float) -> None:
         """The child has proved all that stands before READY: it takes its place."""
         child.state.measured(now)
         filled = self._children[child]
@@ -366,7 +352,7 @@ class Supervisor:
         logger.info("%r is ready", child)
         self.pool.slots_changed()
 
-    def _refuse(self, child: child_process.ChildProcess, reason: str) -> None:
+    def _refuse(self, child: ChildProcess, reason: str) -> None:
         """Let a child that cannot serve leave, as one whose start failed."""
         logger.error("%r is not ready: %s", child, reason)
         child.reason = reason
@@ -374,7 +360,7 @@ class Supervisor:
 
     def _measure_idle(self, now: float) -> None:
         """Take one idle replica out of service for as long as its benchmarks take."""
-        if self._requests.table.queue or self._is_closing:
+        if self.requests.table.queue or self._is_closing:
             return
         idle = [child for child in self._children if child.state.is_ready and not child.requests]
         if (child := self._scores.due_again(idle, now)) is not None:
@@ -416,10 +402,10 @@ class Supervisor:
     def _may_start(self, filled: replica.Replica, now: float) -> bool:
         return filled.should_run and not self._is_closing and now >= filled.backoff.retry_at
 
-    def _start(self, filled: replica.Replica, now: float) -> child_process.ChildProcess | None:
-        state = child_state.ChildState(deadlines=self._deadlines, now=now)
+    def _start(self, filled: replica.Replica, now: float) -> ChildProcess | None:
+        state = child_state.ChildState(settings=self.setup.settings, now=now)
         try:
-            child = child_process.ChildProcess(
+            child = ChildProcess(
                 filled.number, state, self.setup.slots, filled.devices, self._sockets
             )
         except OSError as exc:
@@ -433,7 +419,7 @@ class Supervisor:
         child.send((self.setup.first | {"number": filled.number},))
         return child
 
-    def replace(self, child: child_process.ChildProcess) -> None:
+    def replace(self, child: ChildProcess) -> None:
         """Start a successor, which takes over when it is ready; the child serves until then."""
         if child not in self._children:
             return
@@ -453,7 +439,7 @@ class Supervisor:
             self._drain(filled.child)
             self._drain(filled.successor)
 
-    def _drain(self, child: child_process.ChildProcess | None) -> None:
+    def _drain(self, child: ChildProcess | None) -> None:
         """Give the child nothing new, and let it leave when it holds nothing."""
         if child is None or child not in self._children:
             return
@@ -466,7 +452,7 @@ class Supervisor:
             self._leave_when_idle(child)
             self.pool.slots_changed()
 
-    def _leave_when_idle(self, child: child_process.ChildProcess) -> None:
+    def _leave_when_idle(self, child: ChildProcess) -> None:
         """Let a draining child leave once nothing in it is unsettled."""
         if child.unsettled or child.is_leaving:
             now = request.now()
@@ -477,14 +463,14 @@ class Supervisor:
             child.is_leaving = True
             self._tell_to_leave(child)
 
-    def _tell_to_leave(self, child: child_process.ChildProcess) -> None:
+    def _tell_to_leave(self, child: ChildProcess) -> None:
         child.state.deadline = request.now() + 2 * self.setup.settings.exit_timeout + _LEAVE_MARGIN
         child.send((frames.Order.LEAVE,))
 
-    def _longest_left(self, child: child_process.ChildProcess, now: float) -> float:
-        return self._requests.table.limits.longest_left(child.requests.values(), now)
+    def _longest_left(self, child: ChildProcess, now: float) -> float:
+        return self.requests.table.limits.longest_left(child.requests.values(), now)
 
-    def _judge(self, child: child_process.ChildProcess, now: float) -> None:
+    def _judge(self, child: ChildProcess, now: float) -> None:
         if child.has_ended:
             while child in self._children and self._receive(child):
                 pass  # what it wrote before it ended
@@ -494,7 +480,7 @@ class Supervisor:
             child.reason = child.reason or reason
             self.end(child, f"Worker exited prematurely: it {reason}.")
 
-    def end(self, child: child_process.ChildProcess, reason: str | None) -> None:
+    def end(self, child: ChildProcess, reason: str | None) -> None:
         """The child is gone, or killed for ``reason``: settle what it held, free its replica."""
         if child not in self._children:
             return
@@ -510,7 +496,7 @@ class Supervisor:
         filled.child_ended(child, why, request.now(), is_expected=is_expected)
         self._scores.forget(child)
         begun = [held.number for held in child.requests.values() if held.accepted_at is not None]
-        self._requests.lose(child, why, is_closing=self._is_closing)
+        self.requests.lose(child, why, is_closing=self._is_closing)
         if begun and self._janitor is not None:
             self._janitor.forget(begun)
         self.pool.slots_changed()
@@ -531,13 +517,13 @@ class Supervisor:
         """Take nothing new and start no child any more."""
         with self._lock:
             self._is_closing = True
-            self._requests.forget_waiting()
+            self.requests.forget_waiting()
 
     def give_up_unbegun(self) -> None:
         """Give up what has not begun, unanswered, after a last look at what has."""
         with self._lock:
             self.poll()
-            self._requests.give_up_unbegun()
+            self.requests.give_up_unbegun()
 
     def leave(self) -> None:
         """Let every child run its exit hooks and end."""
@@ -557,11 +543,11 @@ class Supervisor:
 
     def release(self) -> None:
         """Close what this object holds open; nothing may be called after it."""
-        self._requests.close()
+        self.requests.close()
         self._sockets.close()
 
 
-def _unlimited(child: child_process.ChildProcess) -> str:
+def _unlimited(child: ChildProcess) -> str:
     """Names of the inputs that a child holds and nothing ends; the first of them."""
     unlimited = [held for held in child.unsettled if not held.hard_limit]
     return ", ".join(f"{held.name}[{held.task_id}]" for held in unlimited[:_NAMED])

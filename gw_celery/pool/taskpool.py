@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
 from typing import Unpack
 
 from celery.concurrency.base import BasePool
@@ -220,16 +219,16 @@ class TaskPool(BasePool):
             bound = grace = settings.cancel_timeout
         else:
             bound, grace = settings.shutdown_timeout, 2 * settings.exit_timeout + _LEAVE_MARGIN
-        if not self._driver.wait(lambda: not self.supervisor.in_flight(), bound):
+        if not self._driver.wait(lambda: not self.supervisor.requests.in_flight(), bound):
             logger.error(
                 "%d inputs are still running after %.0f s; their replicas are killed (setting "
                 "gw_shutdown_timeout)",
-                self.supervisor.in_flight(),
+                self.supervisor.requests.in_flight(),
                 bound,
             )
             self.supervisor.kill(_SHUT_DOWN)
         # What was given back to the broker, or answered at its limit, is about to go.
-        self._driver.wait(lambda: not self.supervisor.held(), settings.cancel_timeout)
+        self._driver.wait(lambda: not self.supervisor.requests.held(), settings.cancel_timeout)
         self.supervisor.leave()
         self._driver.wait(self.supervisor.is_empty, grace)
         self._finish()
@@ -254,10 +253,6 @@ class TaskPool(BasePool):
     def snapshot(self) -> Worker:
         """Return the worker as it is now; see ``protocol.snapshot.Source``."""
         return self.supervisor.snapshot()
-
-    def note_queued(self, queued: Mapping[str, int]) -> None:
-        """Record how many messages wait in the broker, by service."""
-        self.supervisor.note_queued(queued)
 
     def _get_info(self) -> dict[str, object]:
         options, worker = self.options, self.snapshot().as_json()

@@ -29,19 +29,19 @@ class Limits:
     """A heap of limits; entries of what ended, or was stopped, before its limit are stale."""
 
     def __init__(self) -> None:
-        #: When, a number that breaks ties and names the entry, the input, and which limit.
+        #: When, a number that breaks ties, the input, and which limit.
         self._heap: list[tuple[float, int, PoolRequest, Limit]] = []
         self._count = itertools.count()
-        #: The entries that count, of each input.
-        self._live: dict[int, set[int]] = {}
+        #: From which number on the entries of an input count.
+        self._first: dict[int, int] = {}
         #: When each input that runs reaches its hard limit; infinite without one.
         self._hard: dict[int, float] = {}
 
     def begin(self, request: PoolRequest, now: float) -> None:
         """The input starts: its limits count from here."""
+        self._hard[request.number] = now + (request.hard_limit or math.inf)
         if request.soft_limit:
             self._add(now + request.soft_limit, request, Limit.SOFT)
-        self._hard[request.number] = now + (request.hard_limit or math.inf)
         if request.hard_limit:
             self._add(now + request.hard_limit, request, Limit.HARD)
 
@@ -51,17 +51,17 @@ class Limits:
         self._add(when, request, Limit.GRACE)
 
     def forget(self, request: PoolRequest) -> None:
-        self._live.pop(request.number, None)
+        self._first.pop(request.number, None)
         self._hard.pop(request.number, None)
         # Inputs end long before their limits: without this, the heap would hold minutes of them.
-        if len(self._heap) > _SLACK + 4 * len(self._live):
+        if len(self._heap) > _SLACK + 4 * len(self._first):
             self._heap = [entry for entry in self._heap if self._is_live(entry)]
             heapq.heapify(self._heap)
 
     def clear(self) -> None:
         """Forget every limit."""
         self._heap.clear()
-        self._live.clear()
+        self._first.clear()
         self._hard.clear()
 
     def due(self, now: float) -> Iterator[tuple[PoolRequest, Limit]]:
@@ -84,10 +84,10 @@ class Limits:
         """
         return max((self._hard.get(request.number, now) - now for request in requests), default=0.0)
 
-    def _add(self, when: float, request: PoolRequest, what: Limit) -> None:
+    def _add(self, when: float, request: PoolRequest, limit: Limit) -> None:
         number = next(self._count)
-        self._live.setdefault(request.number, set()).add(number)
-        heapq.heappush(self._heap, (when, number, request, what))
+        self._first.setdefault(request.number, number)
+        heapq.heappush(self._heap, (when, number, request, limit))
 
     def _is_live(self, entry: tuple[float, int, PoolRequest, Limit]) -> bool:
-        return entry[1] in self._live.get(entry[2].number, ())
+        return entry[1] >= self._first.get(entry[2].number, math.inf)

@@ -24,6 +24,7 @@ class Pool(taskpool.TaskPool):
 
     def __init__(self, limit: int = 5) -> None:
         self.limit = limit
+        self.supervisor: Any = self
         self.held: dict[str, snapshot.Counters] = {}
         self.known_scores: dict[str, float | None] = {"model": 10.0}
         self.failed = 0

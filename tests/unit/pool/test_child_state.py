@@ -4,14 +4,21 @@ import math
 
 import pytest
 
+from gw_celery import conf
 from gw_celery.pool import child_state
 from gw_celery.pool.child_state import State
 
-DEADLINES = child_state.Deadlines(boot=30, start=600, benchmark=120, drain=30, heartbeat=15)
+DEADLINES = conf.Settings(
+    boot_timeout=30,
+    start_timeout=600,
+    benchmark_timeout=120,
+    drain_timeout=30,
+    heartbeat_timeout=15,
+)
 
 
 def started(now: float = 100.0) -> child_state.ChildState:
-    return child_state.ChildState(deadlines=DEADLINES, now=now)
+    return child_state.ChildState(settings=DEADLINES, now=now)
 
 
 def entering(now: float = 100.0) -> child_state.ChildState:

@@ -165,7 +165,7 @@ class Kept:
 
     def __init__(self, harness: Harness) -> None:
         self.letters: list[tuple[str, int]] = []
-        harness.pool.supervisor._requests._dead_letters = self
+        harness.pool.supervisor.requests._dead_letters = self
 
     def keep(self, given_up: Any, reason: str, deaths: int) -> None:
         assert "is not tried again (setting gw_max_deaths)" in reason

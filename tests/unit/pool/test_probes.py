@@ -12,7 +12,9 @@ from gw_celery.pool import child_state, dispatch, probes
 from gw_celery.pool import replica as pool_replica
 from gw_celery.protocol import frames
 
-DEADLINES = child_state.Deadlines(boot=1, start=1, benchmark=1, drain=1, heartbeat=1e9)
+DEADLINES = conf.Settings(
+    boot_timeout=1, start_timeout=1, benchmark_timeout=1, drain_timeout=1, heartbeat_timeout=1e9
+)
 SLOTS = {"proj.Model": 2, "proj.other": 2, "": 1}
 
 
@@ -21,7 +23,7 @@ class Child:
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
-        self.state = child_state.ChildState(deadlines=DEADLINES, now=0.0)
+        self.state = child_state.ChildState(settings=DEADLINES, now=0.0)
         self.state.loaded(0.0)
         self.slots = dispatch.Slots(SLOTS)
         self.checks: Any = None
@@ -72,9 +74,6 @@ class Site:
 
     def children(self) -> list[Any]:
         return list(self.alive)
-
-    def holds(self, child: Any) -> bool:
-        return child in self.alive
 
     def end(self, child: Any, reason: str) -> None:
         self.alive.remove(child)

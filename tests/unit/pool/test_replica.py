@@ -13,14 +13,16 @@ from gw_celery.pool import child_state, dispatch
 from gw_celery.pool import replica as pool_replica
 from gw_celery.protocol import snapshot
 
-LIMITS = child_state.Deadlines(boot=1, start=1, benchmark=1, drain=1, heartbeat=1)
+LIMITS = conf.Settings(
+    boot_timeout=1, start_timeout=1, benchmark_timeout=1, drain_timeout=1, heartbeat_timeout=1
+)
 
 
 class Child:
     """A process of which only its life and what it holds are looked at."""
 
     def __init__(self, *, held: int = 0, is_ready: bool = True) -> None:
-        self.state = child_state.ChildState(deadlines=LIMITS, now=0.0)
+        self.state = child_state.ChildState(settings=LIMITS, now=0.0)
         self.requests = dict.fromkeys(range(held))
         self.pid = 100
         self.served = 0

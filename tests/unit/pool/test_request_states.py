@@ -39,7 +39,8 @@ class Table:
     def move(self, to: State) -> None:
         is_settled = to in SETTLED and self.request.settlement is None
         settlement = Settlement.ANSWERED if is_settled else None
-        self.table.move(self.request, to, 10.0, settlement=settlement, child=self.child)
+        child = self.child if to is State.SENT else None
+        self.table.move(self.request, to, 10.0, settlement=settlement, child=child)
 
     def at(self, state: State | None) -> Table:
         for step in WAYS[state]:
@@ -90,8 +91,9 @@ def test_an_input_is_settled_when_it_stops_or_ends_and_not_before(state: State) 
     made = Table().at(state)
     for to in NEXT_STATES[state]:
         settlement = None if to in SETTLED else Settlement.RETURNED
+        child = made.child if to is State.SENT else None
         with pytest.raises(ValueError, match="is None and gets"):
-            made.table.move(made.request, to, 10.0, settlement=settlement, child=made.child)
+            made.table.move(made.request, to, 10.0, settlement=settlement, child=child)
     assert made.request.settlement is None
 
 
@@ -126,7 +128,7 @@ class Pool(RuleBasedStateMachine):
 
     @property
     def table(self) -> RequestTable:
-        table: RequestTable = self.harness.pool.supervisor._requests.table
+        table: RequestTable = self.harness.pool.supervisor.requests.table
         return table
 
     def held(self, *states: State) -> list[tuple[Request, Child]]:

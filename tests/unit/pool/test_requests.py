@@ -109,7 +109,7 @@ def test_what_waits_for_a_service_can_be_given_to_other_workers_but_not_a_suspec
     harness.child(0).die()
     suspect = harness.submit(task_id="killer", is_redelivered=True)
     waits, other = harness.submit(), harness.submit("other")
-    requests = harness.pool.supervisor._requests
+    requests = harness.pool.supervisor.requests
     requests.give_back(waits.handle.service)  # as where no replica wants inputs of it
     assert (waits.heard, suspect.heard, other.heard) == (["given back"], [], [])
     assert counts(harness) == (3, 1, 0, 0, 2)
@@ -170,7 +170,7 @@ def test_a_signal_that_stops_an_input_in_the_middle_of_its_move_stops_it_after_t
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = harness.submit(hard=9.0)
-    limits = harness.pool.supervisor._requests.table.limits
+    limits = harness.pool.supervisor.requests.table.limits
     begin = limits.begin
 
     def interrupted(*args: object) -> None:

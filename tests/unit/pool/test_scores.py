@@ -13,7 +13,9 @@ from gw_celery.pool import scores as pool_scores
 from gw_celery.pool.child_state import State
 from gw_celery.protocol import frames, snapshot
 
-LIMITS = child_state.Deadlines(boot=10, start=10, benchmark=100, drain=10, heartbeat=10)
+LIMITS = conf.Settings(
+    boot_timeout=10, start_timeout=10, benchmark_timeout=100, drain_timeout=10, heartbeat_timeout=10
+)
 DAY = 86400.0
 
 
@@ -27,7 +29,7 @@ class Child:
 
     def __init__(self, now: float = 0.0, products: tuple[str, ...] = ("fake A100",)) -> None:
         self.products = products
-        self.state = child_state.ChildState(deadlines=LIMITS, now=now)
+        self.state = child_state.ChildState(settings=LIMITS, now=now)
         self.state.loaded(now)
         self.state.entered(now)
         self.state.probed(now)
