@@ -81,10 +81,6 @@ def needs_of(declared: Iterable[gpu.Gpu | None]) -> tuple[Need, ...]:
 def allot(needs: Sequence[Need], machine: devices.Machine) -> Allotment:
     """Give devices to as many replicas as fit.
 
-    Args:
-        needs: what one replica takes of each kind.
-        machine: the devices of this machine.
-
     Raises:
         ConfigurationError: when not even one fits.
     """

@@ -60,10 +60,6 @@ def of(task: str, rounds: Sequence[Round]) -> snapshot.TaskScore:
     Where most rounds have no success, the median would be 0 for a replica that does work: the score
     is then all workload by all time.
 
-    Args:
-        task: name of the task.
-        rounds: what was timed, one round or more.
-
     Raises:
         NoScore: without a success, or when no input has any workload.
     """
