@@ -143,8 +143,9 @@ class TaskPool(BasePool):
             "queues": list(self._plan.queues) if self._plan else [],
         }
         setup = dataclasses.replace(self._setup, first=first)
-        self._dead = dead_letters.of(app, setup.settings, hostname)
-        bury = None if self._dead is None else self._dead.bury
+        if setup.settings.dead_letter_queue:
+            self._dead = dead_letters.DeadLetters(app, setup.settings, hostname)
+        bury = None if self._dead is None else self._dead.keep
         on_lost = None if self._janitor is None else self._janitor.forget
         self.supervisor = supervisor.Supervisor(
             setup, self._on_capacity, redis_of(app), bury, on_lost
