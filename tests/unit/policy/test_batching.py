@@ -69,15 +69,30 @@ def test_what_gathered_while_the_service_was_busy_is_due_when_it_is_free() -> No
     assert members(batch) == [("a", 1.0), ("a", 1.15)]
 
 
-def test_keys_are_never_mixed_and_the_oldest_that_is_due_goes_first() -> None:
+def test_keys_are_never_mixed() -> None:
     buffers = filled(("a", 1.2), ("b", 1.0), ("a", 1.3), ("b", 1.4))
     assert members(buffers.next_batch(BOUNDS, 2.0)) == [("b", 1.0), ("b", 1.4)]
     assert members(buffers.next_batch(BOUNDS, 2.0)) == [("a", 1.2), ("a", 1.3)]
 
 
-def test_a_full_buffer_does_not_overtake_an_older_one_that_is_due() -> None:
-    buffers = filled(*(("full", 1.1) for _ in range(4)), ("due", 1.0))
-    assert members(buffers.next_batch(BOUNDS, 1.2)) == [("due", 1.0)]
+FULL = [("full", 1.1)] * 4
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "key"),
+    [
+        pytest.param([("young", 1.1), ("old", 1.0)], "old", id="the oldest that is due"),
+        pytest.param([("old", 1.0), ("young", 1.1)], "old", id="the oldest that is due, put first"),
+        pytest.param([*FULL, ("due", 1.0)], "due", id="not a full one that is younger"),
+        pytest.param([("due", 1.0), *FULL], "due", id="not a full one put later"),
+    ],
+)
+def test_the_oldest_batch_that_is_due_goes_first(
+    arrivals: list[tuple[str, float]], key: str
+) -> None:
+    batch = filled(*arrivals).next_batch(BOUNDS, 1.2)
+    assert batch is not None
+    assert {item.key for item in batch.members} == {key}
 
 
 def test_a_full_buffer_overtakes_an_older_one_that_still_waits() -> None:
@@ -114,16 +129,22 @@ def test_an_input_over_the_cost_goes_alone() -> None:
 
 def test_an_input_that_is_taken_out_counts_no_more() -> None:
     bounds = batching.Bounds(size=2, wait=10.0, cost=100)
-    buffers: batching.Buffers[Item] = batching.Buffers()
-    first, second = (
-        Item(payload=at, key="a", since=1.0, cost=60, is_urgent=True) for at in range(2)
-    )
-    buffers.put(first)
-    assert buffers.remove(first)
-    assert not buffers.remove(first)
+    buffers = filled(("a", 1.0), cost=60)
+    urgent = Item(payload="urgent", key="a", since=1.0, cost=60, is_urgent=True)
+    buffers.put(urgent)
+    assert buffers.remove(urgent)
+    assert not buffers.remove(urgent)
+    assert buffers.next_batch(bounds, 1.0) is None
+    assert members(buffers.next_batch(bounds, 11.0)) == [("a", 1.0)]
     assert is_empty(buffers)
-    buffers.put(second)
-    assert members(buffers.next_batch(bounds, 1.0)) == [1]
+
+
+def test_a_buffer_that_becomes_empty_is_freed() -> None:
+    buffers: batching.Buffers[Item] = batching.Buffers()
+    item = Item(payload=1, key="a", since=1.0)
+    buffers.put(item)
+    assert buffers.remove(item)
+    assert is_empty(buffers)
 
 
 @pytest.mark.parametrize(("size", "left"), [(64, 32), (3, 1), (2, 1), (1, 1)])
