@@ -28,7 +28,7 @@ class Load:
     tally: dict[str, float] = dataclasses.field(default_factory=dict)
     #: Workload a second of one replica.
     score: float | None = None
-    #: By what share the traffic says more than the benchmark, or less.
+    #: By what share the served score is over the one of the benchmark, or under.
     drift: float | None = None
     ready_replicas: int = 0
     ready_slots: int = 0

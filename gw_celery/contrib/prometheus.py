@@ -49,7 +49,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[loads.Load], float | None]], ...] = (
     ("gw_score", "Workload per second of one replica.", lambda load: load.score),
     (
         "gw_score_drift_ratio",
-        "By what share the traffic says more than the benchmark, or less.",
+        "By what share the served score is over the one of the benchmark, or under.",
         lambda load: load.drift,
     ),
     (

@@ -126,7 +126,7 @@ def from_json(document: object) -> snapshot.TaskScore:
 
 
 def loads(text: str) -> Any:
-    """Return what ``text`` says in JSON that has no NaN and no Infinity.
+    """Return the value of a JSON ``text`` without NaN and Infinity.
 
     Raises:
         ValueError: for anything else.
