@@ -1,37 +1,220 @@
-"""One call from its sending to its answer: within its time, on a loop or on a thread.
+"""Send calls and wait for their answers: one watcher per process for any number of calls.
 
-Callers without a loop wait on a short-lived one, so that there is one way to wait.
+The watcher is a thread with a loop of its own, because callers come from many loops (an ASGI
+server's, one per ``async_to_sync``, scripts). With the Redis backend it holds one subscription
+connection; any other backend is asked at intervals.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
+from celery import states
 from celery._state import get_current_task, task_join_will_block
+from celery.app import backends
+from celery.backends.base import DisabledBackend
 
-from gw_celery import errors
-from gw_celery.client import watcher
+from gw_celery import conf, errors
+from gw_celery.client import publisher
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Meta = Mapping[str, Any]
+#: Sends a call with the options of ``apply_async`` that the watcher adds; its ``AsyncResult``.
+Send = Callable[..., Any]
 
-async def call(app: Any, send: watcher.Send, task_name: str, timeout: float | None) -> watcher.Meta:
+#: Seconds that the exit of a process waits for calls and revocations that are being sent.
+_LAST_WORDS = 2.0
+
+
+class Watcher:
+    """Sends the calls of this process for one Celery app, and resolves their answers."""
+
+    def __init__(self, app: Any) -> None:
+        # Here: the Redis clients take half of the package's import time, and most processes
+        # that import it never wait for an answer.
+        from gw_celery.client import result_sources
+
+        _require_backend(app)
+        self.settings = conf.read(app.conf)
+        self.pid = os.getpid()
+        self._waiting: dict[str, list[_Waiter]] = {}
+        # Celery makes it at the first use. Of threads that came at once each would make one, and
+        # RabbitMQ may drop what was published over a connection that is dropped with its pool.
+        _ = app.amqp.producer_pool
+        self._publisher = publisher.Publisher(self.settings.publish_threads)
+        self._closing = asyncio.Event()
+        is_up: concurrent.futures.Future[result_sources.Source] = concurrent.futures.Future()
+
+        async def live() -> None:
+            self._loop = asyncio.get_running_loop()
+            try:
+                # Made on its thread: Celery gives each thread a result backend of its own.
+                is_up.set_result(result_sources.of(app, self._resolve, self.settings))
+            except BaseException as exc:
+                is_up.set_exception(exc)
+            else:
+                await self._closing.wait()
+
+        self._thread = threading.Thread(
+            target=asyncio.run, args=(live(),), name="gw-watcher", daemon=True
+        )
+        self._thread.start()
+        self._source = is_up.result()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the watcher's threads; calls that still wait get no answer any more."""
+        self._publisher.close(_LAST_WORDS)
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._closing.set)
+            self._thread.join(_LAST_WORDS)
+
+    def submit(self, send: Send) -> concurrent.futures.Future[Any]:
+        """Send a call off the caller's thread, so that its answer comes to this watcher."""
+        if self._publisher.backlog >= self.settings.max_waiting:
+            raise _too_many(self._publisher.backlog, "to be sent")
+
+        def prepared() -> Any:
+            self._source.prepare()
+            return send(**self._source.sending)
+
+        return self._publisher.submit(prepared)
+
+    async def publish(self, send: Send) -> Any:
+        """Send a call and return its ``AsyncResult``; revoke it when that is not waited for."""
+        sending = self.submit(send)
+        try:
+            return await asyncio.wrap_future(sending)
+        except asyncio.CancelledError:
+            self.give_up(sending)
+            raise
+
+    def give_up(self, sending: concurrent.futures.Future[Any]) -> None:
+        """Do not send a call, or revoke it once it is sent."""
+        if not sending.cancel():
+            sending.add_done_callback(self._revoke_sent)
+
+    async def answered(self, result: Any) -> Meta:
+        """Wait for the record of a finished call; revoke the call when that is not waited for."""
+        try:
+            return await self.meta(result.id)
+        except asyncio.CancelledError:
+            self._revoke(result)
+            raise
+
+    async def meta(self, task_id: str) -> Meta:
+        """Wait for the record of the finished task ``task_id``."""
+        waiter = _Waiter(asyncio.get_running_loop())
+        self._loop.call_soon_threadsafe(self._add, task_id, waiter)
+        try:
+            return await waiter.future
+        finally:
+            self._loop.call_soon_threadsafe(self._remove, task_id, waiter)
+
+    def _revoke_sent(self, sending: concurrent.futures.Future[Any]) -> None:
+        if sending.exception() is None:
+            self._revoke(sending.result())
+
+    def _revoke(self, result: Any) -> None:
+        """Revoke off the caller's thread; nobody waits for it."""
+        self._publisher.submit(result.revoke).add_done_callback(_log_failure)
+
+    def _add(self, task_id: str, waiter: _Waiter) -> None:
+        if len(self._waiting) >= self.settings.max_waiting:
+            waiter.settle(_too_many(len(self._waiting), "for answers"))
+            return
+        self._waiting.setdefault(task_id, []).append(waiter)
+        self._source.watch(task_id)
+
+    def _remove(self, task_id: str, waiter: _Waiter) -> None:
+        waiters = self._waiting.get(task_id, [])
+        if waiter in waiters:
+            waiters.remove(waiter)
+        if not waiters and self._waiting.pop(task_id, None) is not None:
+            self._source.forget(task_id)
+
+    def _resolve(self, task_id: str, meta: Meta | Exception) -> None:
+        if not isinstance(meta, Exception) and meta["status"] not in states.READY_STATES:
+            return
+        if self._waiting.get(task_id):
+            self._source.forget(task_id)
+        for waiter in self._waiting.pop(task_id, []):
+            waiter.settle(meta)
+
+
+class _Waiter:
+    """A future of the caller's loop, settled from the watcher's thread."""
+
+    def __init__(self, caller: asyncio.AbstractEventLoop) -> None:
+        self.future: asyncio.Future[Meta] = caller.create_future()
+        self._caller = caller
+
+    def settle(self, answer: Meta | Exception) -> None:
+        try:
+            self._caller.call_soon_threadsafe(self._set, answer)
+        except RuntimeError:
+            return  # the caller's loop was closed: nobody waits any more
+
+    def _set(self, answer: Meta | Exception) -> None:
+        if self.future.done():
+            return
+        if isinstance(answer, Exception):
+            self.future.set_exception(answer)
+        else:
+            self.future.set_result(answer)
+
+
+_watchers: dict[int, Watcher] = {}
+_making = threading.Lock()
+
+
+def watcher(app: Any) -> Watcher:
+    """Return this process's watcher for ``app``, starting it at the first use.
+
+    Raises:
+        ConfigurationError: when the app has no result backend, so that no answer would ever come.
+    """
+    with _making:
+        found = _watchers.get(id(app))
+        if found is None or found.pid != os.getpid():  # a fork does not copy threads
+            found = _watchers[id(app)] = Watcher(app)
+        return found
+
+
+def close_all() -> None:
+    """Close the watchers of this process; the next call of an app makes another."""
+    with _making:
+        found = [one for one in _watchers.values() if one.pid == os.getpid()]
+        _watchers.clear()
+    for one in found:
+        atexit.unregister(one.close)
+        one.close()
+
+
+async def call(app: Any, send: Send, task_name: str, timeout: float | None) -> Meta:
     """Send a call, wait for its answer, and return its record; ``timeout`` is for both.
 
     Raises:
         CallTimeout: when no answer came in ``timeout`` seconds.
     """
-    watch, result = watcher.watcher(app), None
+    watch, result = watcher(app), None
     async with _in_time(timeout, lambda: _too_late(task_name, result, timeout)):
         result = await watch.publish(send)
         return await watch.answered(result)
 
 
-async def answer(result: Any, task_name: str, timeout: float | None) -> watcher.Meta:
+async def answer(result: Any, task_name: str, timeout: float | None) -> Meta:
     """Wait for the answer of a call that was sent, and return its record.
 
     A cancelled wait, or one over ``timeout`` seconds, revokes the task.
@@ -39,18 +222,18 @@ async def answer(result: Any, task_name: str, timeout: float | None) -> watcher.
     Raises:
         CallTimeout: when no answer came in ``timeout`` seconds.
     """
-    watch = watcher.watcher(result.app)
+    watch = watcher(result.app)
     async with _in_time(timeout, lambda: _too_late(task_name, result, timeout)):
         return await watch.answered(result)
 
 
-def send_now(app: Any, send: watcher.Send, task_name: str, timeout: float | None) -> Any:
+def send_now(app: Any, send: Send, task_name: str, timeout: float | None) -> Any:
     """Send a call and return its ``AsyncResult``.
 
     Raises:
         CallTimeout: when it could not be sent in ``timeout`` seconds.
     """
-    watch = watcher.watcher(app)
+    watch = watcher(app)
     sending = watch.submit(send)
     if not concurrent.futures.wait([sending], timeout).done:
         watch.give_up(sending)
@@ -112,3 +295,23 @@ def _too_late(task_name: str, result: Any, timeout: float | None) -> str:
         f"{task_name}[{result.id}] was not answered within {timeout} s and was revoked; is a "
         f"worker consuming its queue? (give more with .options(timeout=...))"
     )
+
+
+def _require_backend(app: Any) -> None:
+    found, _ = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+    if issubclass(found, DisabledBackend):
+        raise errors.ConfigurationError(
+            f"the Celery app {app.main!r} has no result backend (result_backend="
+            f"{app.conf.result_backend!r}), so that no answer would ever come: set result_backend, "
+            f"or CELERY_RESULT_BACKEND, to the URL that its workers have (redis://... is the "
+            f"quickest), or send the task with .delay()"
+        )
+
+
+def _too_many(number: int, what: str) -> errors.UsageError:
+    return errors.UsageError(f"{number} calls wait {what} already (setting gw_max_waiting)")
+
+
+def _log_failure(revoking: concurrent.futures.Future[Any]) -> None:
+    if exc := revoking.exception():
+        logger.warning("a call that nobody waits for could not be revoked: %r", exc)

@@ -8,6 +8,7 @@ from typing import Any
 from gw_celery import errors
 from gw_celery.client import bound
 from gw_celery.declare import markers, parameters, services
+from gw_celery.protocol import headers
 from gw_celery.types import AnyFunction
 
 
@@ -35,7 +36,7 @@ class Handle:
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
-    return {"headers": {bound.PARAMETERS: parameters.canonical(given)}} if given else {}
+    return {"headers": {headers.PARAMETERS: parameters.canonical(given)}} if given else {}
 
 
 def _no_method(service: services.Service, name: str) -> errors.UsageError | AttributeError:

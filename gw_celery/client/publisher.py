@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from gw_celery import errors
-from gw_celery.runtime import task_context
+from gw_celery.client import task_context
 
 
 class Publisher:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import inspect
 import logging
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from celery._state import get_current_task
 from celery.exceptions import SoftTimeLimitExceeded
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 
 from gw_celery import conf, errors
-from gw_celery.client import wait_estimates
+from gw_celery.client import execution, wait_estimates
 from gw_celery.protocol import headers
-from gw_celery.runtime import body_guard, lateness
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ _INTERRUPTS = (
     KeyboardInterrupt,
     SystemExit,
     GeneratorExit,
-    body_guard.Stopped,
+    execution.Stopped,
 )
 
 #: Tasks whose calculator has been complained of in this process.
@@ -66,8 +68,25 @@ def _ours(
         ours[headers.WORKLOAD] = _workload(task, calculate, args or (), kwargs or {})
     if limit is not None:
         countdown, eta = options.get("countdown"), options.get("eta")
-        ours[headers.ENQUEUED] = lateness.stamp(task.app, countdown, eta)
+        ours[headers.ENQUEUED] = _starts_waiting(task.app, countdown, eta)
     return ours
+
+
+def _starts_waiting(app: Any, countdown: Any, eta: Any) -> float:
+    """Return since when an input that is sent now waits: from its ETA on, where it has one.
+
+    What Celery will refuse counts as no ETA.
+    """
+    now = time.time()
+    try:
+        if countdown:
+            return now + max(0.0, float(countdown))
+        if eta:
+            at: dt.datetime = maybe_make_aware(maybe_iso8601(eta), app.timezone)
+            return max(now, at.timestamp())
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        return now
+    return now
 
 
 def _workload(task: Any, calculate: Callable[..., Any], args: Any, kwargs: Any) -> float:

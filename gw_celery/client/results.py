@@ -12,13 +12,14 @@ import builtins
 import re
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import billiard.exceptions
 import celery.exceptions
 import kombu.exceptions
 from celery import states
+from celery.result import AsyncResult
 from celery.utils.serialization import UnpickleableExceptionWrapper
 
 from gw_celery import codec, errors
@@ -32,6 +33,29 @@ _LIBRARIES = (builtins, celery.exceptions, billiard.exceptions, kombu.exceptions
 _modules: set[str] = set()
 #: Exceptions that task options name.
 _named: dict[str, type[Exception]] = {}
+
+
+class Result(AsyncResult):
+    """Celery's ``AsyncResult`` whose errors are known classes or ``RemoteTaskError``."""
+
+    def maybe_throw(
+        self, propagate: bool = True, callback: Callable[[str, Any], Any] | None = None
+    ) -> Any:
+        meta = self._get_task_meta() if self._cache is None else self._cache
+        if propagate and meta["status"] in states.PROPAGATE_STATES:
+            value_of(meta)
+        if callback is not None:
+            callback(self.id, meta["result"])
+        return meta["result"]
+
+    maybe_reraise = maybe_throw
+
+    def _set_cache(self, d: dict[str, Any]) -> Any:
+        """Keep a record whose error is safe to raise: a group raises it as it finds it here."""
+        stored = d["result"]
+        if d["status"] in states.PROPAGATE_STATES and isinstance(stored, BaseException):
+            d = {**d, "result": checked(stored, d.get("traceback"))}
+        return super()._set_cache(d)
 
 
 def know_module(name: str) -> None:

@@ -8,10 +8,33 @@ import contextvars
 import dataclasses
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from gw_celery import errors
-from gw_celery.runtime import body_guard, clocks, current_batch
+from gw_celery.runtime import body_guard, clocks
+
+
+class Joining(Protocol):
+    """An input of the replica that may join a batch."""
+
+    @property
+    def runs_alone(self) -> bool: ...
+
+    def announce(self) -> Awaitable[None] | None:
+        """Have on record what must be before the input starts; ``None`` for nothing."""
+
+    def begin(self) -> bool:
+        """Start; whether the input still wants to."""
+
+
+#: Keys of the services whose slots the body holds.
+held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "gw_held", default=frozenset()
+)
+#: The input that the body belongs to; ``None`` for a call that many share.
+joining: contextvars.ContextVar[Joining | None] = contextvars.ContextVar("gw_joining", default=None)
+#: Whether a batch waits for the body, which may be one that it awaits.
+is_in_batch: contextvars.ContextVar[bool] = contextvars.ContextVar("gw_in_batch", default=False)
 
 
 def _as_it_is(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +82,7 @@ class Member:
     work: Work
     arguments: Mapping[str, Any]
     since: float
-    joining: current_batch.Joining | None
+    joining: Joining | None
     #: Whether the input failed, and its answer or exception.
     outcome: asyncio.Future[tuple[bool, Any]]
 

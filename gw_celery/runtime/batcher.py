@@ -12,14 +12,14 @@ from typing import Any
 from celery import current_task
 from celery.exceptions import Retry
 
-from gw_celery import errors
+from gw_celery import errors, types
+from gw_celery.client import execution
 from gw_celery.declare import markers, services
 from gw_celery.policy import batch_buffer, batching
 from gw_celery.runtime import (
     answers,
     batch_items,
     clocks,
-    current_batch,
     greenlet_bridge,
     memory,
     offload,
@@ -112,7 +112,7 @@ class Batcher:
     def _waiting_for(
         self, work: batch_items.Work, arguments: Mapping[str, Any], key: Hashable, cost: int
     ) -> batch_buffer.Waiting:
-        who, now = current_batch.joining.get(), self._clock.now()
+        who, now = batch_items.joining.get(), self._clock.now()
         member = batch_items.Member(
             work=work,
             arguments=arguments,
@@ -206,8 +206,8 @@ class Batcher:
     async def _serve(self, members: list[batch_items.Member], flush: batching.Flush) -> None:
         """Answer every member, in as many calls as it takes."""
         parts = [members]
-        current_batch.held.set(frozenset({members[0].work.service}))
-        current_batch.is_in_batch.set(True)
+        batch_items.held.set(frozenset({members[0].work.service}))
+        batch_items.is_in_batch.set(True)
         try:
             with members[0].work.using():
                 while parts:
@@ -244,9 +244,7 @@ class Batcher:
     async def _call(self, part: list[batch_items.Member], flush: batching.Flush) -> Any:
         now = self._clock.now()
         waited = tuple(now - one.since for one in part)
-        current_batch.batch.set(
-            current_batch.Batch(size=len(part), flush=flush.value, waited=waited)
-        )
+        execution.batch.set(types.Batch(size=len(part), flush=flush.value, waited=waited))
         fn = part[0].work.fn
         args, kwargs = answers.listed(self._method, [one.arguments for one in part])
         self._host.tell()

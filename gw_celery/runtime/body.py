@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import json
 import threading
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery.exceptions import SoftTimeLimitExceeded
 
+from gw_celery.client import execution
 from gw_celery.declare import parameters, services
+from gw_celery.protocol import headers
 from gw_celery.runtime import (
     answers,
     batch_items,
     body_guard,
     greenlet_bridge,
-    in_process,
     instance_use,
     instances,
 )
-from gw_celery.runtime import current_batch as current
 from gw_celery.types import ParameterValues
+
+if TYPE_CHECKING:
+    from gw_celery.runtime import in_process
 
 T = TypeVar("T")
 
@@ -41,13 +45,32 @@ class Input:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        task: Any,
+        sent: Mapping[str, Any] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Input:
+        """Return one input of ``task`` with the parameters that the headers ``sent`` carry.
 
-class HardLimit(body_guard.Stopped):
-    """The hard time limit of an input passed."""
-
-
-class Revoked(body_guard.Stopped):
-    """The input was revoked while it ran."""
+        They are checked again: no handle may have made the message.
+        """
+        request, service = task.request, task.gw_service
+        hard, soft = request.timelimit or (None, None)
+        text = (sent or {}).get(headers.PARAMETERS)
+        values = json.loads(text) if text else {}
+        return cls(
+            task_id=request.id or "",
+            service=service,
+            method=task.gw_method,
+            given=parameters.bind(service.name, service.parameters, values),
+            soft_limit=soft or task.soft_time_limit,
+            hard_limit=hard or task.time_limit,
+            args=args,
+            kwargs=kwargs,
+        )
 
 
 class Running:
@@ -63,7 +86,7 @@ class Running:
         """Run ``work`` of an input on the loop, for a thread that waits, within its limits."""
         call = runtime.call(work)
         if self._is_revoked_as_added(one.task_id, call):
-            call.abandon(Revoked())
+            call.abandon(execution.Revoked())
         has_limit = runtime.enforces_limits and (one.soft_limit or one.hard_limit)
         limits = _Limits(runtime.loop, call, one) if has_limit else None
         try:
@@ -79,7 +102,7 @@ class Running:
         if call is None or call.is_over:
             return False
         if exc is None:
-            call.abandon(Revoked())
+            call.abandon(execution.Revoked())
         else:
             call.interrupt(exc)
         return True
@@ -91,7 +114,7 @@ class Running:
             if call is None:
                 self._revoked_early.append(task_id)
         if call is not None:
-            call.abandon(Revoked())
+            call.abandon(execution.Revoked())
 
     def _is_revoked_as_added(self, task_id: str, call: greenlet_bridge.Call[Any]) -> bool:
         with self._changing:
@@ -113,8 +136,8 @@ def run(runtime: in_process.Process, one: Input) -> Any:
 
 async def run_async(runtime: in_process.Process, one: Input) -> Any:
     """Run ``one`` on the loop, where an asynchronous caller can await it."""
-    token = current.held.set(current.held.get() | {one.service.key})
-    batch = current.batch.set(None)
+    held = batch_items.held.set(batch_items.held.get() | {one.service.key})
+    batch = execution.batch.set(None)
     try:
         if not one.service.is_class:
             return await _answer(
@@ -133,12 +156,12 @@ async def run_async(runtime: in_process.Process, one: Input) -> Any:
         finally:
             owner.give_back(loaded)
     finally:
-        current.batch.reset(batch)
-        current.held.reset(token)
+        execution.batch.reset(batch)
+        batch_items.held.reset(held)
 
 
 async def _loaded(owner: instances.Instances, values: ParameterValues) -> instances.Loaded:
-    joining = current.joining.get()
+    joining = batch_items.joining.get()
     if joining is not None:
         # Before it joins a batch: limits bound the wait, and a load can kill the process.
         joining.begin()
@@ -243,7 +266,9 @@ class _Limits:
             self._handles.append(self._loop.call_later(one.soft_limit, self._call.interrupt, limit))
         if one.hard_limit:
             self._handles.append(
-                self._loop.call_later(one.hard_limit, self._call.abandon, HardLimit(one.hard_limit))
+                self._loop.call_later(
+                    one.hard_limit, self._call.abandon, execution.HardLimit(one.hard_limit)
+                )
             )
 
     def _cancel(self) -> None:

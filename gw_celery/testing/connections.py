@@ -10,7 +10,7 @@ from typing import Any
 from celery import _state
 
 from gw_celery import conf, devserver
-from gw_celery.client import watcher
+from gw_celery.client import calls
 
 #: Of the server that the apps were last told of.
 _last_url = ""
@@ -33,7 +33,7 @@ def talking_to(server: devserver.Server) -> Iterator[None]:
 
 def close_all() -> None:
     """Close what the Celery apps of this process have open; they connect again when they must."""
-    watcher.close_all()
+    calls.close_all()
     for app in list(_state._get_active_apps()):
         _forget(app)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gw_celery import conf
+from gw_celery.client import execution
 from gw_celery.declare import probes, registry, services
 from gw_celery.runtime import in_process
 from gw_celery.worker import stop_signal
@@ -85,20 +86,12 @@ def start(plan: Plan, check: Callable[[], None]) -> None:
         plan.settings, enforces_limits=plan.pool != "prefork", is_ending=stop_signal.is_ending
     )
     runtime.start()
-    in_process.adopt(runtime)
+    execution.install(runtime)
     logger.info("pid %d loads %s", runtime.pid, ", ".join(one.name for one in plan.served))
     try:
         runtime.enter(plan.registries, plan.served, check)
         check()
     except BaseException:
-        stop()
+        execution.stop()
         raise
     logger.info("pid %d has loaded %d services", runtime.pid, len(plan.served))
-
-
-def stop() -> None:
-    """Leave what this process entered; does nothing where nothing was."""
-    runtime: Any = in_process.current()
-    if runtime is not None:
-        in_process.adopt(None)
-        runtime.stop()

@@ -5,6 +5,7 @@ Celery logs a failed check and goes on, so that the checks here end the process 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 from celery import concurrency
 
 from gw_celery import conf, errors
-from gw_celery.client import beat_tasks, names, preset
+from gw_celery.client import beat_tasks, preset, registration
 from gw_celery.declare import gpu, registry, services
+from gw_celery.runtime import fatal_exit
 from gw_celery.worker import (
     bootsteps,
     commands,
@@ -27,6 +29,7 @@ from gw_celery.worker import (
     scaling,
     serving,
     start_notices,
+    stop_signal,
 )
 from gw_celery.worker.pipes import Pipes
 
@@ -39,6 +42,35 @@ _POOLS = {
 }
 #: Those in whose processes Celery sends ``worker_process_init``.
 _LOADING_BY_SIGNAL = ("prefork", "solo")
+
+
+def prepare_or_exit(worker: Any, registries: Sequence[registry.Registry]) -> serving.Plan:
+    """As ``prepare``; what it raises ends the process: Celery would log it and start all the same.
+
+    Raises:
+        SystemExit: with the reason in the log.
+    """
+    with fatal_exit.fatal_errors(lambda reason: _note(worker, reason)):
+        return prepare(worker, registries)
+
+
+def load_or_exit(plan: serving.Plan, pipes: Pipes) -> None:
+    """Enter what ``plan`` serves in this process of prefork or solo, before its first task.
+
+    Raises:
+        SystemExit: when something fails; the worker learns the reason, and stops.
+    """
+    with fatal_exit.fatal_errors(pipes.report), stop_signal.heeding(pipes.bell) as check:
+        if plan.pool == "prefork":
+            forks.refuse_cuda()
+        serving.start(plan, check)
+
+
+def _note(worker: Any, reason: str) -> None:
+    """Leave the reason in the worker's log, which is not set up yet: detached, it has no other."""
+    if isinstance(path := getattr(worker, "logfile", None), str) and "%" not in path:
+        with contextlib.suppress(OSError), open(path, "a") as log:
+            log.write(f"gw_celery: {reason}\n")
 
 
 def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Plan:
@@ -164,7 +196,8 @@ def _require_names(app: Any, registries: Sequence[registry.Registry]) -> None:
     """Judge what has been declared since the app was finalized, too."""
     for declared in registries:
         for service in declared.services.values():
-            names.require_free(app, service)
+            for method in service.methods.values():
+                registration.require_ours(app, service, method)
 
 
 def _belongs(declared: registry.Registry, app: Any) -> bool:

@@ -75,7 +75,7 @@ def test_parameters_are_given_by_name(classifier) -> None:
 def test_parameters_travel_as_canonical_json_in_a_header(classifier) -> None:
     signature = classifier(threshold=1, language="de").classify.s("x")
 
-    assert signature.options["headers"] == {bound.PARAMETERS: '{"language":"de","threshold":1.0}'}
+    assert signature.options["headers"] == {"gw_params": '{"language":"de","threshold":1.0}'}
     assert classifier().classify.s("x").options == {}
 
 
@@ -84,7 +84,7 @@ def test_headers_of_the_callers_travel_beside_the_parameters(classifier) -> None
     signature = method.signature(("x",), headers={"trace": "b"})
 
     assert signature.options["headers"] == {
-        bound.PARAMETERS: json.dumps({"threshold": 0.7}, separators=(",", ":")),
+        "gw_params": json.dumps({"threshold": 0.7}, separators=(",", ":")),
         "tenant": "a",
         "trace": "b",
     }
