@@ -2,7 +2,7 @@
 
 ``worker_init`` comes once in the worker's parent, after its options are known and before its pool
 is made; ``worker_process_init`` and ``worker_process_shutdown`` come in each child of prefork, and
-in the one process of solo. The threads pool sends neither: a bootstep does its part.
+in the one process of solo.
 """
 
 from __future__ import annotations

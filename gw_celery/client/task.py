@@ -35,7 +35,6 @@ class ServingTask(Task):
     serializer = codec.NAME
     # Expected under overload: one line in the log for each, and none of ours.
     throws = (errors.QueueTimeExceeded,)
-    Request = "gw_celery.worker.request:Request"
 
     gw_service: services.Service
     gw_method: services.Method

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import dataclasses
 import json
-import threading
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,15 +76,11 @@ class Running:
 
     def __init__(self) -> None:
         self._calls: dict[str, greenlet_bridge.Call[Any]] = {}
-        #: Revoked on their way from the worker to here, which takes a moment: no more than a few.
-        self._revoked_early: collections.deque[str] = collections.deque(maxlen=100)
-        self._changing = threading.Lock()
 
     def run(self, runtime: in_process.Process, one: Input, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` of an input on the loop, for a thread that waits, within its limits."""
         call = runtime.call(work)
-        if self._is_revoked_as_added(one.task_id, call):
-            call.abandon(execution.Revoked())
+        self._calls[one.task_id] = call
         has_limit = runtime.enforces_limits and (one.soft_limit or one.hard_limit)
         limits = _Limits(runtime.loop, call, one) if has_limit else None
         try:
@@ -106,20 +100,6 @@ class Running:
         else:
             call.interrupt(exc)
         return True
-
-    def revoke(self, task_id: str) -> None:
-        """Stop an input that runs or is about to."""
-        with self._changing:
-            call = self._calls.get(task_id)
-            if call is None:
-                self._revoked_early.append(task_id)
-        if call is not None:
-            call.abandon(execution.Revoked())
-
-    def _is_revoked_as_added(self, task_id: str, call: greenlet_bridge.Call[Any]) -> bool:
-        with self._changing:
-            self._calls[task_id] = call
-            return task_id in self._revoked_early
 
 
 running = Running()

@@ -2,9 +2,8 @@
 
 Celery's tracer lets it through. It takes a ``SystemExit`` for the end of its process: prefork
 delivers the input again, and loads the model again for it, for ever. Anything else, such as the
-panic of a library written in Rust, kills the solo worker, and on threads its task is never answered
-and its slot never freed. What ends the process, and what asyncio interrupts a body with, is left
-alone.
+panic of a library written in Rust, kills the solo worker. What ends the process, and what asyncio
+interrupts a body with, is left alone.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Plan:
     registries: Sequence[registry.Registry]
     served: Sequence[services.Service]
     settings: conf.Settings
-    #: The pool, as its users call it: prefork, solo or threads; or ``GPU_POOL``.
+    #: The pool, as its users call it: prefork or solo; or ``GPU_POOL``.
     pool: str
     #: The queues that it consumes, with families expanded.
     queues: Sequence[str] = ()

@@ -40,8 +40,10 @@ _POOLS = {
     "gw_celery.pool": serving.GPU_POOL,
     "gw_celery.pool.taskpool": serving.GPU_POOL,
 }
-#: Those in whose processes Celery sends ``worker_process_init``.
-_LOADING_BY_SIGNAL = ("prefork", "solo")
+#: Celery's own that serve: it sends ``worker_process_init`` in their processes.
+_SERVING = ("prefork", "solo")
+#: Why others do not, where it is not what keeps the green ones from it.
+_REASONS = {"threads": "a limit or a revocation cannot stop the body of a thread"}
 
 
 def prepare_or_exit(worker: Any, registries: Sequence[registry.Registry]) -> serving.Plan:
@@ -96,7 +98,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     commands.install_ticks()
     served = list(registry.serving(known, worker.app.amqp.queues.consume_from))
     pool = _pool_name(worker.pool_cls)
-    loads_by_signal = bool(served) and pool in _LOADING_BY_SIGNAL
+    loads_by_signal = bool(served) and pool in _SERVING
     plan = serving.Plan(
         registries=known,
         served=served,
@@ -219,10 +221,10 @@ def _pool_name(pool_cls: Any) -> str:
 
 
 def _require_supported(pool: str, served: Sequence[services.Service]) -> None:
-    if pool not in _POOLS.values():
+    if pool not in (*_SERVING, serving.GPU_POOL):
         names = ", ".join(one.name for one in served)
+        reason = _REASONS.get(pool, "asynchronous tasks need an event loop beside Celery's")
         raise errors.ConfigurationError(
-            f"the pool {pool!r} cannot serve {names}: asynchronous tasks need an event loop beside "
-            f"Celery's; start this worker with the GPU pool (celery -A proj gw worker), or with -P "
-            f"prefork, threads or solo"
+            f"the pool {pool!r} cannot serve {names}: {reason}; start this worker with the GPU "
+            f"pool (celery -A proj gw worker), or with -P {' or '.join(_SERVING)}"
         )

@@ -235,7 +235,7 @@ def test_a_revoked_input_ends_the_wait_and_cancels_the_body(app, run) -> None:
 
     def revoke() -> None:
         waiting.began.wait(LONG)
-        body.running.revoke("42")
+        assert body.running.interrupt("42", None)
 
     helper = threading.Thread(target=revoke)
     helper.start()
@@ -244,15 +244,6 @@ def test_a_revoked_input_ends_the_wait_and_cancels_the_body(app, run) -> None:
     helper.join()
     waiting.ended.wait(LONG)
     assert waiting.how == "CancelledError"
-
-
-def test_an_input_that_was_revoked_on_its_way_never_begins(app, run) -> None:
-    waiting = Waiting(app)
-    body.running.revoke("on its way")
-
-    with pytest.raises(execution.Revoked):
-        run("wait", task_id="on its way")
-    assert not waiting.began.is_set()
 
 
 def test_limits_that_the_pool_enforces_are_not_ours(app) -> None:

@@ -73,7 +73,7 @@ def test_prefork_is_refused_where_cuda_is_up_and_services_are_served(declared) -
 
 
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("pool", ["solo", "threads", "gw_celery.pool:TaskPool"])
+@pytest.mark.parametrize("pool", ["solo", "gw_celery.pool:TaskPool"])
 def test_a_pool_that_does_not_fork_does_not_mind_cuda(declared, pool, monkeypatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "A100")
     assert prepared(declared, "gpu.A100", pool=pool).served
@@ -189,18 +189,18 @@ def test_a_plain_task_that_took_the_place_of_a_service_is_refused(declared) -> N
         prepared(declared, "gpu.A100")
 
 
-@pytest.mark.parametrize("pool", ["gevent", "eventlet", "celery.concurrency.gevent:TaskPool"])
-def test_a_pool_without_a_loop_is_refused_with_those_that_work(declared, pool) -> None:
+@pytest.mark.parametrize(
+    "pool", ["threads", "gevent", "eventlet", "celery.concurrency.gevent:TaskPool"]
+)
+def test_a_pool_that_cannot_serve_is_refused_with_those_that_can(declared, pool) -> None:
     with pytest.raises(errors.ConfigurationError) as caught:
         prepared(declared, "gpu.A100", pool=pool)
     assert "cannot serve embed, Ranker" in str(caught.value)
     assert "celery -A proj gw worker" in str(caught.value)
-    assert "-P prefork, threads or solo" in str(caught.value)
+    assert "-P prefork or solo" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("alias", "name"), [("prefork", "prefork"), ("solo", "solo"), ("threads", "threads")]
-)
+@pytest.mark.parametrize(("alias", "name"), [("prefork", "prefork"), ("solo", "solo")])
 def test_a_pool_is_known_by_its_alias_and_by_its_class(declared, alias: str, name: str) -> None:
     from celery import concurrency
 
@@ -209,10 +209,9 @@ def test_a_pool_is_known_by_its_alias_and_by_its_class(declared, alias: str, nam
     assert prepared(declared, "gpu.A100", pool=pool_cls).pool == name
 
 
-@pytest.mark.parametrize("pool", ["threads", "gw_celery.pool:TaskPool"])
-def test_what_does_not_load_by_celerys_signal_needs_no_pipes(declared, pool, monkeypatch) -> None:
+def test_what_does_not_load_by_celerys_signal_needs_no_pipes(declared, monkeypatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "A100")
-    assert prepared(declared, "gpu.A100", pool=pool).pipes is None
+    assert prepared(declared, "gpu.A100", pool="gw_celery.pool:TaskPool").pipes is None
 
 
 def test_contradictions_are_refused_before_anything_starts(declared) -> None:
