@@ -185,7 +185,7 @@ class App:
         def register(target: C) -> C:
             service = services.from_class(target, where, probes)
             self._add(service)
-            tasks = {one.name: self._task(service, one) for one in service.methods.values()}
+            tasks = {name: self._task(service, method) for name, method in service.methods.items()}
             handle.install(service, tasks)
             return target
 

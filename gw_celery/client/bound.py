@@ -64,15 +64,15 @@ class BoundTask:
 
     Args:
         task: the Celery task.
-        given: Celery's ``apply_async`` options, used for every call.
+        options: Celery's ``apply_async`` options, used for every call.
         timeout: seconds that a caller waits for an answer; ``None`` for as long as it takes.
     """
 
     def __init__(
-        self, task: Any, given: dict[str, Any] | None = None, timeout: float | None = None
+        self, task: Any, options: dict[str, Any] | None = None, timeout: float | None = None
     ) -> None:
         self._task = task
-        self._given = given or {}
+        self._options = options or {}
         self._timeout = timeout
 
     def __repr__(self) -> str:
@@ -83,15 +83,15 @@ class BoundTask:
         """The Celery task behind it."""
         return self._task
 
-    def options(self, *, timeout: float | None = None, **given: Any) -> BoundTask:
+    def options(self, *, timeout: float | None = None, **options: Any) -> BoundTask:
         """Return the same task with a ``timeout`` and any option of ``apply_async``.
 
         Raises:
             UsageError: for an option that is nearly a known one.
         """
-        _refuse_misspelt(given)
+        _refuse_misspelt(options)
         bound = self._timeout if timeout is None else check.positive("timeout", timeout)
-        return BoundTask(self._task, self._merged(given), bound)
+        return BoundTask(self._task, self._merged(options), bound)
 
     def delay(self, *args: Any, **kwargs: Any) -> Any:
         """Send the task and return its ``AsyncResult``, as in Celery."""
@@ -167,7 +167,7 @@ class BoundTask:
         """
         runtime = execution.current()
         if runtime is not None and runtime.can_run(self._task):
-            return await runtime.run_async(self._task, self._given, args, kwargs)
+            return await runtime.run_async(self._task, self._options, args, kwargs)
         return await self.aremote(*args, **kwargs)
 
     def local(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,17 +175,21 @@ class BoundTask:
         done = self._task.apply(args, kwargs, throw=True, **self._merged({}))
         return done.get(disable_sync_subtasks=False)
 
-    def map(self, it: Any) -> Any:
-        """Refused: Celery's would not run the body where its model is."""
-        raise self._not_for_canvas("map")
+    def _no_canvas(self, *_: Any) -> Any:
+        """Refused: Celery would not run the body where its model is loaded.
 
-    def starmap(self, it: Any) -> Any:
-        """Refused, as ``map``."""
-        raise self._not_for_canvas("starmap")
+        Raises:
+            UsageError: always, with what to write.
+        """
+        service, method = self._task.gw_service, self._task.gw_method
+        written = f"{service.name}(...).{method.name}" if service.is_class else self._task.name
+        raise errors.UsageError(
+            f"{self._task.name}.map(), .starmap() and .chunks() would call the body one by one in "
+            f"a plain Celery task, where its model is not loaded: write group({written}.s(x) for x "
+            f"in xs)"
+        )
 
-    def chunks(self, it: Any, n: int) -> Any:
-        """Refused, as ``map``."""
-        raise self._not_for_canvas("chunks")
+    map = starmap = chunks = _no_canvas
 
     def _answer(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None
@@ -194,23 +198,14 @@ class BoundTask:
         return calls.call(self._task.app, send, self._task.name, timeout)
 
     def _merged(self, options: dict[str, Any]) -> dict[str, Any]:
-        merged = {**self._given, **options}
-        headers = {**self._given.get("headers", {}), **(options.get("headers") or {})}
+        merged = {**self._options, **options}
+        headers = {**self._options.get("headers", {}), **(options.get("headers") or {})}
         if headers:
             merged["headers"] = headers
         return merged
 
-    def _not_for_canvas(self, name: str) -> errors.UsageError:
-        service = self._task.gw_service
-        method = self._task.gw_method.name
-        written = f"{service.name}(...).{method}" if service.is_class else self._task.name
-        return errors.UsageError(
-            f"{self._task.name}.{name}() would call the body one by one in a plain Celery task, "
-            f"where its model is not loaded: write group({written}.s(x) for x in xs)"
-        )
-
     def _require_result(self) -> None:
-        if self._given.get("ignore_result", self._task.ignore_result):
+        if self._options.get("ignore_result", self._task.ignore_result):
             raise errors.UsageError(
                 f"{self._task.name} ignores its result, so there is no answer to wait for: call "
                 f".delay(), or declare it with ignore_result=False"

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery import states
 from celery._state import get_current_task, task_join_will_block
@@ -24,6 +24,9 @@ from celery.backends.base import DisabledBackend
 
 from gw_celery import conf, errors
 from gw_celery.client import publisher
+
+if TYPE_CHECKING:
+    from gw_celery.client import result_sources
 
 logger = logging.getLogger(__name__)
 
@@ -41,37 +44,38 @@ class Watcher:
     """Sends the calls of this process for one Celery app, and resolves their answers."""
 
     def __init__(self, app: Any) -> None:
-        # Here: the Redis clients take half of the package's import time, and most processes
-        # that import it never wait for an answer.
-        from gw_celery.client import result_sources
-
         _require_backend(app)
         self.settings = conf.read(app.conf)
         self.pid = os.getpid()
-        self._waiting: dict[str, list[_Waiter]] = {}
+        self._waiting: dict[str, list[concurrent.futures.Future[Meta]]] = {}
         # Celery makes it at the first use. Of threads that came at once each would make one, and
         # RabbitMQ may drop what was published over a connection that is dropped with its pool.
         _ = app.amqp.producer_pool
         self._publisher = publisher.Publisher(self.settings.publish_threads)
+        self._source: result_sources.Source
         self._closing = asyncio.Event()
-        is_up: concurrent.futures.Future[result_sources.Source] = concurrent.futures.Future()
-
-        async def live() -> None:
-            self._loop = asyncio.get_running_loop()
-            try:
-                # Made on its thread: Celery gives each thread a result backend of its own.
-                is_up.set_result(result_sources.of(app, self._resolve, self.settings))
-            except BaseException as exc:
-                is_up.set_exception(exc)
-            else:
-                await self._closing.wait()
-
+        is_up: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
-            target=asyncio.run, args=(live(),), name="gw-watcher", daemon=True
+            target=asyncio.run, args=(self._live(app, is_up),), name="gw-watcher", daemon=True
         )
         self._thread.start()
-        self._source = is_up.result()
+        is_up.result()
         atexit.register(self.close)
+
+    async def _live(self, app: Any, is_up: concurrent.futures.Future[None]) -> None:
+        # Here: the Redis clients take half of the package's import time, and most processes
+        # that import it never wait for an answer.
+        from gw_celery.client import result_sources
+
+        self._loop = asyncio.get_running_loop()
+        try:
+            # On this thread: Celery gives each thread a result backend of its own.
+            self._source = result_sources.of(app, self._resolve, self.settings)
+        except BaseException as exc:
+            is_up.set_exception(exc)
+            return
+        is_up.set_result(None)
+        await self._closing.wait()
 
     def close(self) -> None:
         """End the watcher's threads; calls that still wait get no answer any more."""
@@ -115,10 +119,10 @@ class Watcher:
 
     async def meta(self, task_id: str) -> Meta:
         """Wait for the record of the finished task ``task_id``."""
-        waiter = _Waiter(asyncio.get_running_loop())
+        waiter: concurrent.futures.Future[Meta] = concurrent.futures.Future()
         self._loop.call_soon_threadsafe(self._add, task_id, waiter)
         try:
-            return await waiter.future
+            return await asyncio.wrap_future(waiter)
         finally:
             self._loop.call_soon_threadsafe(self._remove, task_id, waiter)
 
@@ -130,14 +134,14 @@ class Watcher:
         """Revoke off the caller's thread; nobody waits for it."""
         self._publisher.submit(result.revoke).add_done_callback(_log_failure)
 
-    def _add(self, task_id: str, waiter: _Waiter) -> None:
+    def _add(self, task_id: str, waiter: concurrent.futures.Future[Meta]) -> None:
         if len(self._waiting) >= self.settings.max_waiting:
-            waiter.settle(_too_many(len(self._waiting), "for answers"))
+            _settle(waiter, _too_many(len(self._waiting), "for answers"))
             return
         self._waiting.setdefault(task_id, []).append(waiter)
         self._source.watch(task_id)
 
-    def _remove(self, task_id: str, waiter: _Waiter) -> None:
+    def _remove(self, task_id: str, waiter: concurrent.futures.Future[Meta]) -> None:
         waiters = self._waiting.get(task_id, [])
         if waiter in waiters:
             waiters.remove(waiter)
@@ -150,29 +154,7 @@ class Watcher:
         if self._waiting.get(task_id):
             self._source.forget(task_id)
         for waiter in self._waiting.pop(task_id, []):
-            waiter.settle(meta)
-
-
-class _Waiter:
-    """A future of the caller's loop, settled from the watcher's thread."""
-
-    def __init__(self, caller: asyncio.AbstractEventLoop) -> None:
-        self.future: asyncio.Future[Meta] = caller.create_future()
-        self._caller = caller
-
-    def settle(self, answer: Meta | Exception) -> None:
-        try:
-            self._caller.call_soon_threadsafe(self._set, answer)
-        except RuntimeError:
-            return  # the caller's loop was closed: nobody waits any more
-
-    def _set(self, answer: Meta | Exception) -> None:
-        if self.future.done():
-            return
-        if isinstance(answer, Exception):
-            self.future.set_exception(answer)
-        else:
-            self.future.set_result(answer)
+            _settle(waiter, meta)
 
 
 _watchers: dict[int, Watcher] = {}
@@ -186,20 +168,20 @@ def watcher(app: Any) -> Watcher:
         ConfigurationError: when the app has no result backend, so that no answer would ever come.
     """
     with _making:
-        found = _watchers.get(id(app))
-        if found is None or found.pid != os.getpid():  # a fork does not copy threads
-            found = _watchers[id(app)] = Watcher(app)
-        return found
+        watch = _watchers.get(id(app))
+        if watch is None or watch.pid != os.getpid():  # a fork does not copy threads
+            watch = _watchers[id(app)] = Watcher(app)
+        return watch
 
 
 def close_all() -> None:
     """Close the watchers of this process; the next call of an app makes another."""
     with _making:
-        found = [one for one in _watchers.values() if one.pid == os.getpid()]
+        ours = [watch for watch in _watchers.values() if watch.pid == os.getpid()]
         _watchers.clear()
-    for one in found:
-        atexit.unregister(one.close)
-        one.close()
+    for watch in ours:
+        atexit.unregister(watch.close)
+        watch.close()
 
 
 async def call(app: Any, send: Send, task_name: str, timeout: float | None) -> Meta:
@@ -254,7 +236,7 @@ def require_may_block(what: str) -> None:
     Raises:
         BlockingCallError: on a running event loop, or inside a task.
     """
-    if _has_loop():
+    if asyncio._get_running_loop() is not None:
         raise errors.BlockingCallError(
             f"{what} would block the running event loop: await it instead"
         )
@@ -263,14 +245,6 @@ def require_may_block(what: str) -> None:
             f"{what} inside a task would hold a worker while it waits for another one: chain the "
             f"tasks, or `await` it in an asynchronous task"
         )
-
-
-def _has_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 @contextlib.asynccontextmanager
@@ -298,14 +272,23 @@ def _too_late(task_name: str, result: Any, timeout: float | None) -> str:
 
 
 def _require_backend(app: Any) -> None:
-    found, _ = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
-    if issubclass(found, DisabledBackend):
+    backend, _ = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+    if issubclass(backend, DisabledBackend):
         raise errors.ConfigurationError(
             f"the Celery app {app.main!r} has no result backend (result_backend="
             f"{app.conf.result_backend!r}), so that no answer would ever come: set result_backend, "
             f"or CELERY_RESULT_BACKEND, to the URL that its workers have (redis://... is the "
             f"quickest), or send the task with .delay()"
         )
+
+
+def _settle(waiter: concurrent.futures.Future[Meta], answer: Meta | Exception) -> None:
+    if not waiter.set_running_or_notify_cancel():
+        return  # the caller stopped waiting
+    if isinstance(answer, Exception):
+        waiter.set_exception(answer)
+    else:
+        waiter.set_result(answer)
 
 
 def _too_many(number: int, what: str) -> errors.UsageError:

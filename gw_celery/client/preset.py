@@ -117,4 +117,4 @@ def _limits(app: Any, registries: Sequence[registry.Registry]) -> list[float]:
         for method in service.methods.values()
     ]
     tasks = [app.tasks[name] for name in names if name in app.tasks]
-    return [float(one.time_limit) for one in tasks if one.time_limit]
+    return [float(task.time_limit) for task in tasks if task.time_limit]

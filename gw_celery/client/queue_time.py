@@ -51,11 +51,11 @@ def prepared(task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> dict
     limit = task.gw_service.max_queue_time(_settings_of(task.app).max_queue_time)
     if limit is not None:
         _require_room(task, options, limit)
-    given = options.get("headers") or {}
+    sent = options.get("headers") or {}
     ours = _ours(task, args, kwargs, options, limit)
     # A retry has the headers of the input that it repeats, and somebody else's may be passed on.
-    kept = {key: given[key] for key in given if key not in _WRITTEN} if given else {}
-    if ours or len(kept) != len(given):
+    kept = {key: sent[key] for key in sent if key not in _WRITTEN}
+    if ours or len(kept) != len(sent):
         return {**options, "headers": {**kept, **ours}}
     return options
 
@@ -91,20 +91,20 @@ def _starts_waiting(app: Any, countdown: Any, eta: Any) -> float:
 
 def _workload(task: Any, calculate: Callable[..., Any], args: Any, kwargs: Any) -> float:
     try:
-        given = calculate(*args, **kwargs)
+        answer = calculate(*args, **kwargs)
     except _INTERRUPTS:
         raise
     except BaseException as exc:  # a library written in Rust panics with no Exception
         if _can_be_called(task, args, kwargs):
             _warn(task.name, f"raised {exc!r:.200}")
         return headers.DEFAULT_WORKLOAD
-    found = headers.workload(given)
-    if found is None:
-        if inspect.iscoroutine(given):
-            given.close()
-        _warn(task.name, f"returned {given!r:.100}")
+    workload = headers.workload(answer)
+    if workload is None:
+        if inspect.iscoroutine(answer):
+            answer.close()
+        _warn(task.name, f"returned {answer!r:.100}")
         return headers.DEFAULT_WORKLOAD
-    return found
+    return workload
 
 
 def _can_be_called(task: Any, args: Any, kwargs: Any) -> bool:
@@ -143,13 +143,13 @@ def _require_room(task: Any, options: dict[str, Any], limit: float) -> None:
 
 def _is_alone(options: dict[str, Any]) -> bool:
     """Whether it is a call of its own: who makes it can be told, and nothing is half sent."""
-    if any(options.get(one) for one in _IN_CANVAS):
+    if any(options.get(name) for name in _IN_CANVAS):
         return False
     return not (options.get("task_id") and get_current_task() is not None)
 
 
 def _settings_of(app: Any) -> conf.Settings:
-    found = _settings.get(app)
-    if found is None:
-        found = _settings[app] = conf.read(app.conf)
-    return found
+    settings = _settings.get(app)
+    if settings is None:
+        settings = _settings[app] = conf.read(app.conf)
+    return settings

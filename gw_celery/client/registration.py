@@ -50,7 +50,7 @@ def register(
     Raises:
         DeclarationError: when a Celery app has another task of this name.
     """
-    given = {
+    task_options = {
         # Celery gives the tasks of one app to every other one of the process, in no certain
         # order: of two apps with a task of the same name, one would run the other's body.
         "shared": False,
@@ -64,17 +64,17 @@ def register(
     }
     body, base = _runner(method), method.options.get("base")
     if celery_app is not None:
-        made = celery_app.task(base=_base_class(celery_app, base), **given)(body)
+        made = celery_app.task(base=_base_class(celery_app, base), **task_options)(body)
         if type(made) is PromiseProxy:  # Celery makes it when the app is finalized, or at its use
             made.__then__(require_ours, celery_app, service, method)
         else:
             require_ours(celery_app, service, method)
         return made
-    given |= {"shared": False, "lazy": False}
+    task_options |= {"shared": False, "lazy": False}
 
     def add(to: Any) -> None:
         declared.join(to, beside=signals.registries())
-        to.task(base=_base_class(to, base), **given)(body)
+        to.task(base=_base_class(to, base), **task_options)(body)
         require_ours(to, service, method)
 
     _for_every_app(add)

@@ -107,9 +107,9 @@ class ServingTask(Task):
             task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs
         )
 
-    def options(self, *, timeout: float | None = None, **given: Any) -> bound.BoundTask:
+    def options(self, *, timeout: float | None = None, **options: Any) -> bound.BoundTask:
         """Return the task with a ``timeout`` for callers and any option of ``apply_async``."""
-        return bound.BoundTask(self).options(timeout=timeout, **given)
+        return bound.BoundTask(self).options(timeout=timeout, **options)
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Send the task and block until it is answered; see ``BoundTask.remote``."""
@@ -127,17 +127,10 @@ class ServingTask(Task):
         """Run the body in this process and return its answer."""
         return bound.BoundTask(self).local(*args, **kwargs)
 
-    def map(self, it: Any) -> Any:
-        """Refused: see ``BoundTask.map``."""
-        return bound.BoundTask(self).map(it)
+    def _no_canvas(self, *_: Any) -> Any:
+        return bound.BoundTask(self).map()
 
-    def starmap(self, it: Any) -> Any:
-        """Refused, as ``map``."""
-        return bound.BoundTask(self).starmap(it)
-
-    def chunks(self, it: Any, n: int) -> Any:
-        """Refused, as ``map``."""
-        return bound.BoundTask(self).chunks(it, n)
+    map = starmap = chunks = _no_canvas
 
     def _is_routed(self, options: dict[str, Any], args: Any, kwargs: Any) -> bool:
         if _names_queue(options):
@@ -159,7 +152,7 @@ class ServingTask(Task):
 
 
 def _names_queue(options: Mapping[str, Any]) -> bool:
-    return any(options.get(one) for one in ("queue", "exchange", "routing_key"))
+    return any(options.get(name) for name in ("queue", "exchange", "routing_key"))
 
 
 _flagging = threading.Lock()
