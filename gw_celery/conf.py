@@ -13,7 +13,6 @@ import os
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from gw_celery import errors
@@ -76,10 +75,8 @@ class Settings:
     scale_window: float = 600.0
     #: Time without work after which the last replica goes, where none must stay; ``None``: never.
     inactivity_timeout: float | None = None
-    #: Folder that keeps scores, a relative one in the user's cache; ``None``: none are kept.
-    score_cache: str | None = "gw_celery/scores"
     #: Longest time between two ticks of beat to the probes, shorter where a probe's period is;
-    #: ``None`` for no entry in ``beat_schedule``.
+    #: whole seconds; ``None`` for no entry in ``beat_schedule``.
     probe_period: float | None = 10.0
     #: Age at which a score is measured again, on a replica that has nothing to do, and the time
     #: between two ticks of beat to the benchmarks; ``None``: never.
@@ -186,15 +183,6 @@ def visible_devices() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-def cache_folder(given: str) -> Path | None:
-    """Return a folder, a relative one in the user's cache; ``None`` for a user without a home."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(cache):
-        cache = os.path.expanduser("~/.cache")
-    folder = Path(cache, os.path.expanduser(given))
-    return folder if folder.is_absolute() else None
-
-
 def _beginning_with(prefix: str, conf: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(prefix): conf[key] for key in conf if key.startswith(prefix)}
 
@@ -252,7 +240,7 @@ def _fits(value: Any, option: Any) -> bool:
         most = 1.0 if option is Share else math.inf
         return is_number and math.isfinite(value) and 0 < value <= most
     if typing.get_origin(option) is tuple:
-        return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+        return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
     return isinstance(value, option)
 
 

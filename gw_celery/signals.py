@@ -34,12 +34,6 @@ def listen() -> None:
     signals.worker_process_init.connect(_on_process_init, dispatch_uid="gw_celery.process_init")
     signals.worker_process_shutdown.connect(_on_shutdown, dispatch_uid="gw_celery.process_shutdown")
     signals.worker_shutdown.connect(_on_shutdown, dispatch_uid="gw_celery.shutdown")
-    listen_to_beat()
-
-
-def listen_to_beat() -> None:
-    """Connect the receiver that beat needs; a Django project does it where it has no App, too."""
-    signals.beat_init.connect(_on_beat_init, dispatch_uid="gw_celery.beat_init")
 
 
 def registries() -> tuple[registry.Registry, ...]:
@@ -57,12 +51,6 @@ def _on_worker_init(sender: Any, **_: Any) -> None:
     from gw_celery.worker import startup  # it imports Celery's worker, and every client this
 
     _plan = startup.prepare_or_exit(sender, registries())
-
-
-def _on_beat_init(sender: Any, **_: Any) -> None:
-    from gw_celery.worker import beat  # no other process needs Celery's
-
-    beat.settle(sender, registries())
 
 
 def _on_process_init(**_: Any) -> None:

@@ -136,11 +136,13 @@ def declared(cls: type) -> dict[str, Parameter]:
 
 def _require_kept(cls: type, found: dict[str, Parameter]) -> None:
     """Refuse what another decorator has made into an attribute of its own: nobody would set it."""
-    for name, one in inspect.signature(inspect.getattr_static(cls, "__init__")).parameters.items():
-        if isinstance(one.default, Parameter) and one.default is not found.get(name):
+    for name, argument in inspect.signature(
+        inspect.getattr_static(cls, "__init__")
+    ).parameters.items():
+        if isinstance(argument.default, Parameter) and argument.default is not found.get(name):
             raise errors.DeclarationError(
                 name,
-                one.default,
+                argument.default,
                 "is no attribute of the class any more: `slots=True` of its decorator takes it "
                 "away, so leave that out",
             )
@@ -227,7 +229,7 @@ def _fitted(value: Any, annotation: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _option(value, arguments)
     if origin is Literal:
-        _require(any(value == one and type(value) is type(one) for one in arguments))
+        _require(any(value == argument and type(value) is type(argument) for argument in arguments))
         return value
     expected = dict if typing.is_typeddict(annotation) else origin or annotation
     if expected is None:
@@ -242,13 +244,13 @@ def _fitted(value: Any, annotation: Any) -> Any:
 def _option(value: Any, options: tuple[Any, ...]) -> Any:
     """Return ``value`` as the first option that leaves its type, else as the first that fits."""
     found = []
-    for one in options:
+    for option in options:
         try:
-            found.append(_fitted(value, one))
+            found.append(_fitted(value, option))
         except _Misfit:
             continue
     _require(bool(found))
-    return next((one for one in found if type(one) is type(value)), found[0])
+    return next((fit for fit in found if type(fit) is type(value)), found[0])
 
 
 def _float(value: int) -> float:
@@ -266,10 +268,10 @@ def _is_a(value: Any, expected: type) -> bool:
 
 def _elements(value: Any, arguments: tuple[Any, ...]) -> Any:
     if isinstance(value, list) and len(arguments) == 1:
-        return [_fitted(one, arguments[0]) for one in value]
+        return [_fitted(entry, arguments[0]) for entry in value]
     if isinstance(value, dict) and len(arguments) == 2:
         keys, values = arguments
-        return {_fitted(key, keys): _fitted(one, values) for key, one in value.items()}
+        return {_fitted(key, keys): _fitted(entry, values) for key, entry in value.items()}
     return value
 
 

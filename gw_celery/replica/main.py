@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 from celery import _state, platforms, signals
 from celery.app import trace
 from celery.app.utils import find_app
@@ -34,7 +35,6 @@ from gw_celery.replica import (
 )
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import (
-    batch_items,
     batcher,
     django_connections,
     fatal_exit,
@@ -132,7 +132,7 @@ class Child(asyncio.Protocol):
         self._outbox: list[tuple[Any, ...]] = []
         self._leaving = asyncio.Event()
         self._batchers = batcher.Batchers(
-            batch_items.Host(
+            batcher.Host(
                 around=loaded.around,
                 tell=self._flush,
                 on_stuck=lambda name: self.report((frames.Report.STUCK, name)),
@@ -186,7 +186,7 @@ class Child(asyncio.Protocol):
         self.report((frames.Report.ENTERED,))
         self._beat_at = time.monotonic()
         self._beat()
-        watchdog.Watch(loop.MainLoop(asyncio.get_running_loop()), _in_flight).start()
+        watchdog.Watchdog(loop.MainLoop(asyncio.get_running_loop()), _in_flight).start()
         await self._leaving.wait()
         await self._scoring.stop()
         if self._probes is not None:
@@ -227,9 +227,7 @@ class Child(asyncio.Protocol):
         app, around = self._loaded.app, self._loaded.around
         early = early_ack_records.of(app, self._setup["worker"])
         inputs = tracer.Inputs(app, self.report, threads, around, early)
-        self._scoring = scoring.Scoring(
-            app, self._loaded.settings, inputs.called, self.report, known
-        )
+        self._scoring = scoring.Scoring(app, self._loaded.settings, inputs.called, self.report)
         self._probes = probe.Probes(runtime, served, self.report, around)
         self._orders |= {
             frames.Order.RUN: inputs.run,
@@ -293,6 +291,6 @@ def _failure(exc: BaseException) -> tuple[Any, ...]:
 
 
 def _resident_bytes() -> int:
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(psutil.Error):
+        return int(psutil.Process().memory_info().rss)
     return 0
