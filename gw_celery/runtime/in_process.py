@@ -178,9 +178,9 @@ class Process:
         """As ``enter``, for a caller on the loop: nothing watches for a load that blocks it."""
         async with self._growing:
             contexts = self._missing_contexts(registries, served)
-            added = [one for one in served if one.key not in self._served]
-            await self._enter(contexts, [one for one in added if one.is_class])
-            self._served.update(one.key for one in added)
+            added = [service for service in served if service.key not in self._served]
+            await self._enter(contexts, [service for service in added if service.is_class])
+            self._served.update(service.key for service in added)
 
     def _missing_contexts(
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
@@ -188,18 +188,18 @@ class Process:
         keys = {service.key for service in served}
         return [
             context
-            for one in registries
-            if keys & one.services.keys()
-            for context in one.contexts.values()
+            for declared in registries
+            if keys & declared.services.keys()
+            for context in declared.contexts.values()
             if context.key not in self._contexts
         ]
 
     async def _enter(
         self, contexts: Sequence[registry.Context], classes: Sequence[services.Service]
     ) -> None:
-        made = {one.key: self._instances_for(one) for one in classes}
-        defaults = [one.default_unit() for one in made.values()]
-        units = [_context_unit(one) for one in contexts]
+        made = {service.key: self._instances_for(service) for service in classes}
+        defaults = [owner.default_unit() for owner in made.values()]
+        units = [_context_unit(context) for context in contexts]
         entering = [
             lifecycle.Entered(unit, self.settings.exit_timeout)
             for unit in (*units, *filter(None, defaults))
@@ -228,7 +228,7 @@ class Process:
         for life in self._entering:
             life.abandon()
         async with self._growing:  # whoever grows leaves what it entered
-            await asyncio.gather(*(one.leave() for one in self._instances.values()))
+            await asyncio.gather(*(owner.leave() for owner in self._instances.values()))
             await lifecycle.leave_all(list(self._lives.values()))
             self._served.clear()
             self._lives.clear()

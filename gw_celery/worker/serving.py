@@ -46,31 +46,34 @@ class Plan:
     @property
     def slots(self) -> dict[str, int]:
         """Inputs in flight of each service in one replica of our pool; ``""`` for other tasks."""
-        return {one.key: one.max_inputs for one in self.served} | {services.PLAIN: 1}
+        return {service.key: service.max_inputs for service in self.served} | {services.PLAIN: 1}
 
     @property
     def queue_times(self) -> dict[str, float]:
         """Seconds that an input may wait until it begins, for each service with such a limit."""
-        found = {one.key: one.max_queue_time(self.settings.max_queue_time) for one in self.served}
-        return {key: limit for key, limit in found.items() if limit is not None}
+        default = self.settings.max_queue_time
+        limits = {service.key: service.max_queue_time(default) for service in self.served}
+        return {key: limit for key, limit in limits.items() if limit is not None}
 
     @property
     def benchmarked(self) -> dict[str, tuple[str, ...]]:
         """The tasks of each service that have a benchmark."""
         return {
-            one.key: tuple(each.task_name for each in one.methods.values() if each.benchmark)
-            for one in self.served
+            service.key: tuple(
+                method.task_name for method in service.methods.values() if method.benchmark
+            )
+            for service in self.served
         }
 
     @property
     def probes(self) -> list[tuple[str, probes.Probe]]:
         """The probes of what it serves, each with the key of its service."""
-        return [(one.key, probe) for one in self.served for probe in one.probes]
+        return [(service.key, probe) for service in self.served for probe in service.probes]
 
     @property
     def service_queues(self) -> dict[str, str]:
         """The service of each queue; of the first one where several share a queue."""
-        return {one.queue: one.key for one in reversed(self.served)}
+        return {service.queue: service.key for service in reversed(self.served)}
 
 
 def start(plan: Plan, check: Callable[[], None]) -> None:
@@ -86,7 +89,7 @@ def start(plan: Plan, check: Callable[[], None]) -> None:
     )
     runtime.start()
     execution.install(runtime)
-    logger.info("pid %d loads %s", runtime.pid, ", ".join(one.name for one in plan.served))
+    logger.info("pid %d loads %s", runtime.pid, ", ".join(service.name for service in plan.served))
     try:
         runtime.enter(plan.registries, plan.served, check)
         check()

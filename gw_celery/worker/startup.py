@@ -86,7 +86,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     """
     settings = conf.read(worker.app.conf)
     preset.configure_codec(settings)
-    known = [one for one in registries if _belongs(one, worker.app)]
+    known = [declared for declared in registries if _belongs(declared, worker.app)]
     _require_names(worker.app, known)
     preset.require_visibility(worker.app, known)
     wish: options.Asked | None = worker.options.pop(options.OPTION, None)
@@ -177,7 +177,7 @@ def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> Non
     """
     families = registry.families(registries)
     served = {queue for listed in families.values() for queue in listed}
-    for name in [one for one in queues.consume_from if one not in served]:
+    for name in [queue for queue in queues.consume_from if queue not in served]:
         if name in families:
             queues.deselect(name)
             for queue in families[name]:
@@ -218,7 +218,7 @@ def _pool_name(pool_cls: Any) -> str:
 
 def _require_supported(pool: str, served: Sequence[services.Service]) -> None:
     if pool not in (*_SERVING, serving.GPU_POOL):
-        names = ", ".join(one.name for one in served)
+        names = ", ".join(service.name for service in served)
         reason = _REASONS.get(pool, "asynchronous tasks need an event loop beside Celery's")
         raise errors.ConfigurationError(
             f"the pool {pool!r} cannot serve {names}: {reason}; start this worker with the GPU "
