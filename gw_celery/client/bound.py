@@ -175,7 +175,7 @@ class BoundTask:
         done = self._task.apply(args, kwargs, throw=True, **self._merged({}))
         return done.get(disable_sync_subtasks=False)
 
-    def _no_canvas(self, *_: Any) -> Any:
+    def _no_canvas(self, *_: Any, **__: Any) -> Any:
         """Refused: Celery would not run the body where its model is loaded.
 
         Raises:

@@ -127,7 +127,7 @@ class ServingTask(Task):
         """Run the body in this process and return its answer."""
         return bound.BoundTask(self).local(*args, **kwargs)
 
-    def _no_canvas(self, *_: Any) -> Any:
+    def _no_canvas(self, *_: Any, **__: Any) -> Any:
         return bound.BoundTask(self).map()
 
     map = starmap = chunks = _no_canvas

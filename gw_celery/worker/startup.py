@@ -113,7 +113,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
         if pool == "prefork" and getattr(worker, "pool_start_method", "fork") == "fork":
             forks.refuse_cuda()
         preset.require_content(worker.app)
-        preset.tune_worker(worker, settings)
+        tune_worker(worker, settings)
         commands.guard_queues(plan)
     if served or pool == serving.GPU_POOL:
         compression.bound(settings.max_payload_bytes)
@@ -166,6 +166,25 @@ def _consume_ticks(queues: Any) -> None:
             "beat's tasks",
             beat_tasks.QUEUE,
         )
+
+
+def tune_worker(worker: Any, settings: conf.Settings) -> None:
+    """Set what a worker that loads models needs, for this worker only."""
+    app = worker.app
+    # A replacement child of prefork is killed when it is not up in this time: 4 s by default.
+    app.conf.worker_proc_alive_timeout = max(
+        app.conf.worker_proc_alive_timeout, settings.start_timeout + 30
+    )
+    app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
+    if _has_default_prefetch(worker):
+        worker.prefetch_multiplier = 1
+
+
+def _has_default_prefetch(worker: Any) -> bool:
+    """Whether no other was chosen; ``--prefetch-multiplier`` with the default looks like that."""
+    default = worker.app.conf.worker_prefetch_multiplier
+    is_set = conf.is_set(worker.app.conf, "worker_prefetch_multiplier")
+    return not is_set and worker.prefetch_multiplier == default
 
 
 def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> None:

@@ -86,6 +86,27 @@ def test_prefork_that_spawns_does_not_mind_cuda(declared) -> None:
     assert startup.prepare(worker, [declared.registry]).served
 
 
+def test_a_worker_that_serves_gets_time_to_load(declared) -> None:
+    declared.celery.conf.gw_start_timeout = 900.0
+    worker = worker_of(declared.celery, "gpu.A100")
+    startup.prepare(worker, [declared.registry])
+
+    assert declared.celery.conf.worker_proc_alive_timeout > 900
+    assert declared.celery.conf.worker_cancel_long_running_tasks_on_connection_loss is False
+    assert worker.prefetch_multiplier == 1
+
+
+@pytest.mark.parametrize(("configured", "asked"), [(4, 4), (None, 3)])
+def test_a_prefetch_of_the_users_is_kept(declared, configured, asked) -> None:
+    if configured is not None:
+        declared.celery.conf.worker_prefetch_multiplier = configured
+    worker = worker_of(declared.celery, "gpu.A100")
+    worker.prefetch_multiplier = asked
+    startup.prepare(worker, [declared.registry])
+
+    assert worker.prefetch_multiplier == asked
+
+
 def test_a_family_expands_to_the_queues_of_its_services(declared) -> None:
     assert consumed(declared, "gpu.A100") == ["gpu.A100.Ranker", "gpu.A100.embed"]
     assert consumed(declared, "gpu.H100x2") == ["gpu.H100x2.generate"]
