@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from gw_celery import errors
 from gw_celery.declare import services
-from gw_celery.policy import batch_buffer
+from gw_celery.policy import batching
 
 
 class Joining(Protocol):
@@ -39,7 +39,7 @@ is_in_batch: contextvars.ContextVar[bool] = contextvars.ContextVar("gw_in_batch"
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class BatchItem(batch_buffer.Waiting):
+class BatchItem(batching.Waiting):
     """One input of a batched method, from when it waits until it has its answer."""
 
     #: The body, bound to the instance whose parameters the inputs of a batch share.
