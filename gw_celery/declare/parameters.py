@@ -1,7 +1,7 @@
 """Runtime parameters of a class task: ``threshold: float = gw.parameter(default=0.5)``.
 
-Inside an instance a parameter reads as its value. Reads are recorded while ``on_enter`` runs:
-what the loaded state was made from decides which calls can share it.
+Inside an instance a parameter reads as its value. Reads are recorded while ``on_enter`` runs: calls
+share loaded state only when they agree on the parameters that it was made from.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import copy
 import inspect
 import json
 import math
+import types
 import typing
 from typing import Any, Literal
 
 from gw_celery import errors
-from gw_celery.declare import fitting, options
+from gw_celery.declare import options
 from gw_celery.types import ParameterValues
 
 #: Attribute of an instance: parameter name -> value.
 VALUES = "_gw_values"
-#: Attribute of an instance: the names that were read so far while it loads, a frozenset of those
-#: that shape its state afterwards, ``None`` where every parameter may be read.
+#: Attribute of an instance: while it loads, the set of names that were read so far; afterwards a
+#: frozenset of those that its state was made from; ``None`` where every parameter may be read.
 READS = "_gw_reads"
 
 
@@ -94,8 +95,8 @@ class Parameter:
         """
         plain = _as_json(self.name, value)
         try:
-            return fitting.fitted(plain, self.annotation)
-        except fitting.Misfit:
+            return _fitted(plain, self.annotation)
+        except _Misfit:
             rule = f"must be {_readable(self.annotation)}"
             raise errors.DeclarationError(self.name, value, rule) from None
 
@@ -118,69 +119,74 @@ def declared(cls: type) -> dict[str, Parameter]:
     Raises:
         DeclarationError: when a default does not fit its annotation.
     """
-    found: dict[str, Parameter] = {}
+    parameters: dict[str, Parameter] = {}
     for base in reversed(cls.__mro__):
         for name, value in vars(base).items():
             if isinstance(value, Parameter):
                 value.annotation = _annotation(base, name)
-                found[name] = value
+                parameters[name] = value
             else:
-                found.pop(name, None)
-    _require_kept(cls, found)
-    for declaration in found.values():
-        if not declaration.is_required:
-            declaration.default = declaration.accept(declaration.default)
-    return found
+                parameters.pop(name, None)
+    _require_kept(cls, parameters)
+    for parameter in parameters.values():
+        if not parameter.is_required:
+            parameter.default = parameter.accept(parameter.default)
+    return parameters
 
 
-def _require_kept(cls: type, found: dict[str, Parameter]) -> None:
-    """Refuse what another decorator has made into an attribute of its own: nobody would set it."""
-    for name, argument in inspect.signature(
-        inspect.getattr_static(cls, "__init__")
-    ).parameters.items():
-        if isinstance(argument.default, Parameter) and argument.default is not found.get(name):
+def _require_kept(cls: type, parameters: dict[str, Parameter]) -> None:
+    """Refuse a parameter that another decorator has replaced by an attribute of its own."""
+    signature = inspect.signature(inspect.getattr_static(cls, "__init__"))
+    for name, argument in signature.parameters.items():
+        default = argument.default
+        if isinstance(default, Parameter) and default is not parameters.get(name):
             raise errors.DeclarationError(
                 name,
-                argument.default,
+                default,
                 "is no attribute of the class any more: `slots=True` of its decorator takes it "
                 "away, so leave that out",
             )
 
 
-def bind(owner: str, known: dict[str, Parameter], given: ParameterValues) -> dict[str, Any]:
-    """Return the values that a caller gave, checked; those left out are not in it.
+def bind(owner: str, parameters: dict[str, Parameter], values: ParameterValues) -> dict[str, Any]:
+    """Return the values that a caller gave, checked; defaults are not among them.
+
+    Args:
+        owner: name of the class, for error messages.
+        parameters: its parameters by name.
+        values: of the caller, by name.
 
     Raises:
         DeclarationError: for an unknown name, a wrong type, or a required one left out.
     """
-    for name in given:
-        if name not in known:
-            listed = ", ".join(known) or "none"
-            raise errors.DeclarationError(name, given[name], f"{owner} has parameters: {listed}")
-    for name, declaration in known.items():
-        if declaration.is_required and name not in given:
+    for name, value in values.items():
+        if name not in parameters:
+            listed = ", ".join(parameters) or "none"
+            raise errors.DeclarationError(name, value, f"{owner} has parameters: {listed}")
+    for name, parameter in parameters.items():
+        if parameter.is_required and name not in values:
             raise errors.DeclarationError(name, None, f"{owner} needs a value for it")
-    return {name: known[name].accept(value) for name, value in given.items()}
+    return {name: parameters[name].accept(value) for name, value in values.items()}
 
 
-def complete(known: dict[str, Parameter], given: ParameterValues) -> dict[str, Any]:
-    """Return ``given`` with the defaults of what it leaves out.
+def complete(parameters: dict[str, Parameter], values: ParameterValues) -> dict[str, Any]:
+    """Return ``values`` with the defaults of the parameters that it leaves out.
 
-    Each call gets copies: what a body does to a list is not done to the next one's default.
+    Each call gets copies: a body that changes a list must not change the default of the next call.
     """
     return {
-        name: given[name] if name in given else copy.deepcopy(declaration.default)
-        for name, declaration in known.items()
+        name: values[name] if name in values else copy.deepcopy(parameter.default)
+        for name, parameter in parameters.items()
     }
 
 
 def canonical(values: ParameterValues) -> str:
-    """Return the one JSON text of ``values``, as it travels in a message header."""
+    """Return the canonical JSON text of ``values``, as it travels in a message header."""
     return _CANONICAL.encode(values)
 
 
 def _annotation(cls: type, name: str) -> Any:
-    """The annotation of one attribute: one that cannot be resolved must not hide the others."""
+    """The annotation of an attribute, by itself: an unresolvable one must not hide the others."""
     written = inspect.get_annotations(cls).get(name, Any)
     holder = type(
         cls.__name__, (), {"__annotations__": {name: written}, "__module__": cls.__module__}
@@ -196,7 +202,7 @@ def _readable(annotation: Any) -> str:
 
 
 def _as_json(name: str, value: Any) -> Any:
-    """Return ``value`` as it will arrive; refuse what would arrive as something else."""
+    """Return ``value`` as it will arrive; refuse a value that would arrive as another one."""
     if isinstance(value, float) and not math.isfinite(value):
         raise errors.DeclarationError(name, value, "must be a finite number")
     try:
@@ -208,3 +214,72 @@ def _as_json(name: str, value: Any) -> Any:
             name, value, "parameters travel as JSON: str, numbers, bool, None, list, dict of str"
         )
     return arriving
+
+
+class _Misfit(Exception):
+    """Raised for a value that is not of the annotated type."""
+
+
+def _fitted(value: Any, annotation: Any) -> Any:
+    """Return ``value`` as the annotated type: an int becomes a float where one is declared.
+
+    A bool is never taken for a number. What has no meaning for JSON fits every value.
+
+    Raises:
+        _Misfit: for a value of another type.
+    """
+    if annotation is Any:
+        return value
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _option(value, arguments)
+    if origin is Literal:
+        _require(any(value == argument and type(value) is type(argument) for argument in arguments))
+        return value
+    expected = dict if typing.is_typeddict(annotation) else origin or annotation
+    if expected is None:
+        expected = types.NoneType
+    if expected is float and type(value) is int:
+        return _float(value)
+    if isinstance(expected, type):
+        _require(_is_a(value, expected))
+    return _elements(value, arguments)
+
+
+def _option(value: Any, options: tuple[Any, ...]) -> Any:
+    """Return ``value`` as the first option that leaves its type, else as the first that fits."""
+    found = []
+    for option in options:
+        try:
+            found.append(_fitted(value, option))
+        except _Misfit:
+            continue
+    _require(bool(found))
+    return next((fit for fit in found if type(fit) is type(value)), found[0])
+
+
+def _float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise _Misfit from None
+
+
+def _is_a(value: Any, expected: type) -> bool:
+    if isinstance(value, bool):
+        return expected in (bool, object)
+    return isinstance(value, expected)
+
+
+def _elements(value: Any, arguments: tuple[Any, ...]) -> Any:
+    if isinstance(value, list) and len(arguments) == 1:
+        return [_fitted(entry, arguments[0]) for entry in value]
+    if isinstance(value, dict) and len(arguments) == 2:
+        keys, values = arguments
+        return {_fitted(key, keys): _fitted(entry, values) for key, entry in value.items()}
+    return value
+
+
+def _require(is_fit: bool) -> None:
+    if not is_fit:
+        raise _Misfit

@@ -16,7 +16,6 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 
-from gw_celery.policy import live_scores
 from gw_celery.policy import scores as policy_scores
 from gw_celery.pool import replica
 from gw_celery.pool.child_process import ChildProcess
@@ -79,7 +78,7 @@ class ReplicaScores:
         #: Children that an operator's restart found running: perhaps of older code or weights, so
         #: that what they measure is not remembered.
         self._outdated: frozenset[ChildProcess] = frozenset()
-        self._live = {key: live_scores.Live(slots) for key, slots in setup.slots.items()}
+        self._live = {key: policy_scores.LiveScore(slots) for key, slots in setup.slots.items()}
         self._calls = itertools.count(1)
         #: The benchmarks that operators see, by service, and when they were listed.
         self._listed: dict[str, tuple[snapshot.Benchmark, ...]] = {}
@@ -189,7 +188,7 @@ class ReplicaScores:
         self._queued = (now, queued)
 
     def observe(
-        self, now: float, tallies: Mapping[str, live_scores.Tally], ready: Mapping[str, int]
+        self, now: float, tallies: Mapping[str, policy_scores.Tally], ready: Mapping[str, int]
     ) -> None:
         """Let the traffic correct the scores; about once a second.
 
