@@ -97,7 +97,7 @@ class Child:
 
     def send_first(self, setup: dict[str, Any]) -> None:
         """Write the frame by which the child learns what to load; it has no ``Order``."""
-        self.send((setup,))
+        self.send((setup | {"version": frames.version()},))
 
     def send(self, *orders: tuple[Any, ...]) -> None:
         """Write orders, keeping what the socket does not take now; errors show when reading."""

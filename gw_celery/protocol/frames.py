@@ -12,6 +12,7 @@ import json
 import math
 import pickle
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -109,6 +110,15 @@ _SHAPES: dict[str, tuple[type, ...]] = {
     Report.BEAT: (float, int),
     Report.OUTAGE: (str,),
 }
+
+
+def version() -> str:
+    """Return the version of gw_celery that this process has imported; the first frame has it.
+
+    What is installed may be another one by now: it would find another protocol here.
+    """
+    # Nothing inside imports the package's root, which imports nearly all of it.
+    return str(sys.modules["gw_celery"].__version__)
 
 
 def pack_orders(orders: Sequence[tuple[Any, ...]]) -> bytes:

@@ -36,18 +36,18 @@ class Records:
         task = self._app.tasks.get(name)
         return task is not None and not task.acks_late
 
-    async def begin(self, one: replica_input.InFlight, request: Any, arguments: Any) -> None:
+    async def begin(self, input: replica_input.Input, request: Any, arguments: Any) -> None:
         """Record an input that is about to start; without Redis it starts all the same."""
-        record = self._written(one, request, arguments)
-        self._held.add(one.job)
+        record = self._written(input, request, arguments)
+        self._held.add(input.job)
         try:
-            await self._app.backend.command("hset", self._key, str(one.job), record)
+            await self._app.backend.command("hset", self._key, str(input.job), record)
         except Exception as exc:
             logger.warning(
                 "task %s[%s] starts without a record: if its worker is killed it stays unanswered: "
                 "%r",
-                one.name,
-                one.task_id,
+                input.name,
+                input.task_id,
                 exc,
             )
 
@@ -62,22 +62,25 @@ class Records:
     async def _remove(self, number: str) -> None:
         try:
             await self._app.backend.command("hdel", self._key, number)
-        except Exception as exc:  # whoever finds it finds its result, too
+        except Exception as exc:  # its result is there, too
             logger.warning("the record of input %s stays: %r", number, exc)
 
-    def _written(self, one: replica_input.InFlight, request: Any, arguments: Any) -> bytes:
+    def _written(self, input: replica_input.Input, request: Any, arguments: Any) -> bytes:
         embed = arguments[2] if len(arguments) > 2 else None
         try:
             return early_acks.write(request, embed)
         except errors.SerializationError as exc:
             logger.warning(
-                "task %s[%s] has callbacks that cannot be recorded: %s", one.name, one.task_id, exc
+                "task %s[%s] has callbacks that cannot be recorded: %s",
+                input.name,
+                input.task_id,
+                exc,
             )
             return early_acks.write(request, None)
 
 
 def of(app: Any, worker: str | None) -> Records | None:
-    """Return the records of a worker; None where nobody would look for them."""
+    """Return the records of a worker; ``None`` where none are kept."""
     if worker is None or not hasattr(app.backend, "command"):
         return None
     return Records(app, worker)

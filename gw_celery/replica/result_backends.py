@@ -16,6 +16,7 @@ from celery.app import backends
 from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError
 
+from gw_celery.protocol import frames
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import greenlet_bridge, in_process, offload
 from gw_celery.transport import result_writer
@@ -31,25 +32,20 @@ _BLOCKING = (
 )
 
 
-def _tell_nobody(reason: str) -> None: ...
-
-
 #: The class that this process uses; Celery imports it by name.
 Installed: Any = None
 
 
 def install(
-    app: Any,
-    around: Callable[..., Any],
-    store_timeout: float,
-    on_outage: Callable[[str], None] = _tell_nobody,
+    app: Any, around: Callable[..., Any], store_timeout: float, link: replica_input.Link
 ) -> None:
     """Make ``app`` use them; before its backend is first asked for.
 
     Args:
+        app: the Celery app.
         around: calls what it is given, with whatever must surround a write in a thread.
         store_timeout: seconds that a write to Redis is tried again when the server is away.
-        on_outage: told on the loop why Redis is away, and ``""`` when it is back.
+        link: the way to the parent, which is told that Redis is away, or back.
     """
     global Installed
     url = app.backend_cls or app.conf.result_backend
@@ -58,7 +54,7 @@ def install(
     base, address = backends.by_url(url, app.loader)
     Installed = off_loop(base, offload.Offload("store", 16, around))
     if base is RedisBackend:
-        Installed = grouped(Installed, store_timeout, on_outage)
+        Installed = grouped(Installed, store_timeout, link)
         # One client for all threads: redis-py's is made for that.
         app.conf.result_backend_thread_safe = True
     # A name and not the class: Celery takes the address of the server from the same string, and
@@ -72,7 +68,7 @@ def off_loop(base: type, threads: offload.Offload) -> type:
 
     def moved(name: str) -> Callable[..., Any]:
         def write(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if replica_input.is_unseen() and name != "get_task_meta":
+            if replica_input.is_benchmark() and name != "get_task_meta":
                 return None
             return threads(getattr(super(made, self), name), *args, **kwargs)
 
@@ -83,9 +79,7 @@ def off_loop(base: type, threads: offload.Offload) -> type:
     return made
 
 
-def grouped(
-    base: Any, store_timeout: float, on_outage: Callable[[str], None] = _tell_nobody
-) -> type:
+def grouped(base: Any, store_timeout: float, link: replica_input.Link) -> type:
     """Return a Redis backend that reads and writes from the loop, many results at a time.
 
     From threads, too: what they store then waits for a server that is away as the rest does.
@@ -100,7 +94,7 @@ def grouped(
             return RedisBackend.mark_as_done(self, task_id, result, request, *rest, **named)
 
         def store_result(self, *args: Any, **kwargs: Any) -> Any:
-            if replica_input.is_unseen():
+            if replica_input.is_benchmark():
                 return None
             return RedisBackend.store_result(self, *args, **kwargs)
 
@@ -114,8 +108,8 @@ def grouped(
 
         def set(self, key: Any, value: Any, expires: Any = None, **policy: Any) -> Any:
             if not _reaches_loop():
-                given = policy if expires is None else {"expires": expires, **policy}
-                return super().set(key, value, **given)  # Celery 5.6 knows no `expires`
+                named = policy if expires is None else {"expires": expires, **policy}
+                return super().set(key, value, **named)  # Celery 5.6 knows no `expires`
             if isinstance(value, str) and len(value) > self._MAX_STR_VALUE_SIZE:
                 # The server would close the connection, and fail all that share it.
                 raise BackendStoreError(f"a result of {len(value)} characters is too large")
@@ -131,7 +125,12 @@ def grouped(
 
         @functools.cached_property
         def _writer(self) -> result_writer.Writer:
-            return result_writer.of(self, store_timeout, replica_input.has_company, on_outage)
+            return result_writer.of(
+                self,
+                store_timeout,
+                replica_input.others_in_flight,
+                lambda reason: link.report(frames.Report.OUTAGE, reason),
+            )
 
     Grouped.__name__ = base.__name__
     return Grouped
@@ -143,15 +142,15 @@ def _unless_given_up(write: Callable[[], Any]) -> Any:
     Celery's tracer takes that for a failure of the task and would store it, with time of its own,
     in which the server may be back. The input goes back to the broker instead.
     """
-    one = replica_input.current.get()
-    if one is None or one.is_in_body:
+    input = replica_input.current.get()
+    if input is None or input.phase is replica_input.Phase.BODY:
         return write()
-    if one.store_error is not None:
-        raise one.store_error
+    if input.store_error is not None:
+        raise input.store_error
     try:
         return write()
     except result_writer.LOST as exc:
-        one.store_error = exc
+        input.store_error = exc
         raise
 
 

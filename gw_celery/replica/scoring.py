@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gw_celery import conf
 from gw_celery.declare import registry
 from gw_celery.policy import scores
 from gw_celery.protocol import frames, snapshot
-from gw_celery.replica import benchmark, fingerprint, store
+from gw_celery.replica import benchmark, fingerprint, store, tracer
+from gw_celery.replica import input as replica_input
 from gw_celery.runtime import loop
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,8 @@ class Scoring:
 
     Args:
         app: the Celery app, with the bodies of its tasks open to limits.
-        called: ``Inputs.called``.
-        report: takes a report for the parent.
+        inputs: those of this replica.
+        link: the way to the parent.
         registries: what this process has declared.
     """
 
@@ -35,14 +36,14 @@ class Scoring:
         self,
         app: Any,
         settings: conf.Settings,
-        called: benchmark.Called,
-        report: Callable[[tuple[Any, ...]], None],
+        inputs: tracer.Inputs,
+        link: replica_input.Link,
         registries: Iterable[registry.Registry],
     ) -> None:
         self._app = app
         self._settings = settings
-        self._called = called
-        self._report = report
+        self._inputs = inputs
+        self._link = link
         self._contexts = {
             key: tuple(one.contexts.values()) for one in registries for key in one.services
         }
@@ -51,7 +52,7 @@ class Scoring:
         # asyncio keeps only weak references to its tasks.
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def order(
+    def start(
         self, call: int, name: str, devices: Sequence[str], within: float, may_be_old: bool
     ) -> None:
         """Report the score of the task ``name``, or why there is none.
@@ -81,7 +82,7 @@ class Scoring:
         except Exception as exc:  # ours: the parent must not wait for ever because of it
             logger.exception("the benchmark of %s broke off", name)
             answer = {"failure": f"{type(exc).__name__}: {exc}"}
-        self._report((frames.Report.MEASURED, call, json.dumps(answer)))
+        self._link.report(frames.Report.MEASURED, call, json.dumps(answer))
 
     async def _scored(
         self, name: str, devices: Sequence[str], within: float, may_be_old: bool
@@ -100,7 +101,7 @@ class Scoring:
 
     async def _measured(self, task: Any, within: float, *, is_again: bool) -> snapshot.TaskScore:
         logger.info("the benchmark of %s begins", task.name)
-        measurement = benchmark.Measurement(task, self._called, self._settings.cancel_timeout)
+        measurement = benchmark.Measurement(task, self._inputs, self._settings.cancel_timeout)
         bound = asyncio.timeout(within)
         try:
             async with bound:
@@ -109,7 +110,7 @@ class Scoring:
             if not bound.expired():
                 raise
             if is_again and measurement.is_stuck:  # else the parent ends this process anyway
-                self._report((frames.Report.STUCK, task.name))
+                self._link.report(frames.Report.STUCK, task.name)
             raise scores.NoScore(
                 f"it was not over after {within:.0f} s (setting gw_benchmark_timeout)"
             ) from exc

@@ -335,7 +335,7 @@ def test_an_input_that_is_left_to_another_worker_is_never_answered_here() -> Non
 def arrived(exc: BaseException) -> Any:
     """The exception of which Celery hears when a child's tracer ended with ``exc``."""
     celerys = Celerys()
-    frame = frames.pack_reports([tracer._error(7, exc, "")])
+    frame = frames.pack_reports([tracer.failure(7, exc, "")])
     (report,) = frames.unpack_reports(frame[4:])
     request.answer(made(celerys), report)
     ((_, ((_, einfo, _),)),) = celerys.calls

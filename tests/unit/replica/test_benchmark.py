@@ -17,7 +17,7 @@ from gw_celery.protocol import snapshot
 from gw_celery.replica import benchmark, tracer
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import batch_items, batcher, current_batch, in_process, loop
-from tests.unit.runtime.tracers import Around, run
+from tests.unit.runtime.tracers import Around, Reports, run
 
 ONE = [{"x": 1}]
 
@@ -38,14 +38,14 @@ def measured(
         in_process.adopt(runtime)
         celery_app.finalize()
         tracer.prepare(celery_app, "unit@host")
-        inputs = tracer.Inputs(celery_app, lambda report: None, 20, Around())
+        inputs = tracer.Inputs(celery_app, Reports(), 20, Around())
         (service,) = app.registry.services.values()
         await runtime.grow([app.registry], [service])
         method = service.methods[name] if name else next(iter(service.methods.values()))
         task = celery_app.tasks[method.task_name]
         try:
             async with asyncio.timeout(within):
-                return await benchmark.Measurement(task, inputs.called, grace).run()
+                return await benchmark.Measurement(task, inputs, grace).run()
         finally:
             in_process.adopt(None)
             await runtime.leave()
@@ -291,8 +291,8 @@ def test_nothing_outside_learns_of_it(app: gw.App) -> None:
     @app.remote(benchmark_dataset=ONE, track_started=True)
     async def embed(x: int) -> bool:
         await asyncio.sleep(0)
-        assert replica_input.is_unseen()  # by which the result backend knows it
-        return await asyncio.to_thread(replica_input.is_unseen)
+        assert replica_input.is_benchmark()  # by which the result backend knows it
+        return await asyncio.to_thread(replica_input.is_benchmark)
 
     kinds = ("task_prerun", "task_postrun", "task_success", "task_received", "before_task_publish")
     for kind in kinds:

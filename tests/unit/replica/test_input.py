@@ -20,7 +20,7 @@ class Loop:
     """An input whose tracer runs in a greenlet on the loop."""
 
     def __init__(self) -> None:
-        self.one = an_input()
+        self.input = an_input()
         self.waits = asyncio.Event()
         self.go = asyncio.Event()
         self.saw: list[str] = []
@@ -39,11 +39,11 @@ class Loop:
         return "answer"
 
     def body(self) -> Any:
-        return self.one.run_body(lambda: greenlet_bridge.drive(self.wait()), (), {})
+        return self.input.run_body(lambda: greenlet_bridge.drive(self.wait()), (), {})
 
     async def trace(self, tracer: Callable[[], Any]) -> Any:
-        self.one.task = asyncio.current_task()
-        return await greenlet_bridge.step(lambda: keep(tracer), self.one)
+        self.input.task = asyncio.current_task()
+        return await greenlet_bridge.step(lambda: keep(tracer), self.input)
 
 
 def on_loop(act: Callable[[Loop], Awaitable[Any]]) -> Any:
@@ -54,7 +54,7 @@ def test_a_soft_limit_is_raised_where_the_body_waits_on_the_loop() -> None:
     async def act(held: Loop) -> Any:
         tracing = asyncio.create_task(held.trace(held.body))
         await held.waits.wait()
-        held.one.limit(5)
+        held.input.limit(5)
         outcome = await tracing
         assert held.saw == ["SoftTimeLimitExceeded"]
         assert tracing.cancelling() == 0
@@ -74,10 +74,10 @@ def test_a_body_on_the_loop_may_answer_after_its_soft_limit() -> None:
                 await asyncio.sleep(0)
                 return "partial"
 
-        run = lambda: held.one.run_body(lambda: greenlet_bridge.drive(body()), (), {})  # noqa: E731
+        run = lambda: held.input.run_body(lambda: greenlet_bridge.drive(body()), (), {})  # noqa: E731
         tracing = asyncio.create_task(held.trace(run))
         await held.waits.wait()
-        held.one.limit(5)
+        held.input.limit(5)
         return await tracing
 
     assert on_loop(act) == "partial"
@@ -87,7 +87,7 @@ def test_a_stopped_body_is_cancelled_on_the_loop_and_its_tracer_ends() -> None:
     async def act(held: Loop) -> Any:
         tracing = asyncio.create_task(held.trace(held.body))
         await held.waits.wait()
-        held.one.stop()
+        held.input.stop()
         outcome = await tracing
         assert held.saw == ["CancelledError"]
         assert tracing.cancelling() == 0
@@ -104,10 +104,10 @@ def test_a_body_on_the_loop_that_swallows_its_cancellation_is_not_answered() -> 
             except asyncio.CancelledError:
                 return "I go on"
 
-        run = lambda: held.one.run_body(lambda: greenlet_bridge.drive(body()), (), {})  # noqa: E731
+        run = lambda: held.input.run_body(lambda: greenlet_bridge.drive(body()), (), {})  # noqa: E731
         tracing = asyncio.create_task(held.trace(run))
         await held.waits.wait()
-        held.one.stop()
+        held.input.stop()
         return await tracing
 
     assert isinstance(on_loop(act), runtime_body.Revoked)
@@ -117,8 +117,8 @@ def test_a_stop_after_a_soft_limit_of_the_same_moment_wins_on_the_loop() -> None
     async def act(held: Loop) -> Any:
         tracing = asyncio.create_task(held.trace(held.body))
         await held.waits.wait()
-        held.one.limit(5)
-        held.one.stop()
+        held.input.limit(5)
+        held.input.stop()
         return await tracing
 
     assert isinstance(on_loop(act), runtime_body.Revoked)
@@ -127,13 +127,13 @@ def test_a_stop_after_a_soft_limit_of_the_same_moment_wins_on_the_loop() -> None
 @pytest.mark.parametrize(
     ("interrupt", "expected"),
     [
-        (lambda one: one.limit(5), SoftTimeLimitExceeded),
-        (lambda one: one.stop(), runtime_body.Revoked),
+        (lambda input: input.limit(5), SoftTimeLimitExceeded),
+        (lambda input: input.stop(), runtime_body.Revoked),
     ],
     ids=["limit", "stop"],
 )
 def test_what_comes_before_the_body_waits_for_it_on_the_loop(
-    interrupt: Callable[[replica_input.InFlight], None], expected: type[BaseException]
+    interrupt: Callable[[replica_input.Input], None], expected: type[BaseException]
 ) -> None:
     async def act(held: Loop) -> Any:
         stored: list[Any] = []
@@ -144,7 +144,7 @@ def test_what_comes_before_the_body_waits_for_it_on_the_loop(
 
         tracing = asyncio.create_task(held.trace(tracer))
         await held.waits.wait()
-        interrupt(held.one)
+        interrupt(held.input)
         held.go.set()
         outcome = await tracing
         assert stored == ["answer"], "the tracer stores that the task has started"
@@ -159,12 +159,12 @@ def test_what_comes_before_the_body_waits_for_it_on_the_loop(
 def test_nothing_interrupts_the_storing_of_a_result_on_the_loop(interrupt: str) -> None:
     async def act(held: Loop) -> Any:
         def tracer() -> Any:
-            answer = held.one.run_body(lambda: "answer", (), {})
+            answer = held.input.run_body(lambda: "answer", (), {})
             return answer, greenlet_bridge.drive(held.wait())
 
         tracing = asyncio.create_task(held.trace(tracer))
         await held.waits.wait()
-        held.one.limit(5) if interrupt == "limit" else held.one.stop()
+        held.input.limit(5) if interrupt == "limit" else held.input.stop()
         await asyncio.sleep(0)
         assert held.waits.is_set()
         held.go.set()
@@ -185,9 +185,9 @@ def test_the_storing_after_a_handled_soft_limit_is_not_interrupted_either() -> N
         tracing = asyncio.create_task(held.trace(tracer))
         await held.waits.wait()
         held.waits = asyncio.Event()
-        held.one.limit(5)
+        held.input.limit(5)
         await held.waits.wait()
-        held.one.limit(5)
+        held.input.limit(5)
         held.go.set()
         return await tracing
 
@@ -202,7 +202,7 @@ def test_a_cancellation_of_the_bodys_own_making_is_its_failure() -> None:
             raise asyncio.CancelledError("mine")
 
         return await held.trace(
-            lambda: held.one.run_body(lambda: greenlet_bridge.drive(body()), (), {})
+            lambda: held.input.run_body(lambda: greenlet_bridge.drive(body()), (), {})
         )
 
     outcome = on_loop(act)
@@ -218,12 +218,12 @@ def test_a_body_that_cancels_its_task_fails_unless_its_process_ends(
 
     async def act(held: Loop) -> Any:
         async def body() -> None:
-            assert held.one.task is not None
-            held.one.task.cancel()
+            assert held.input.task is not None
+            held.input.task.cancel()
             await asyncio.sleep(0)
 
         return await held.trace(
-            lambda: held.one.run_body(lambda: greenlet_bridge.drive(body()), (), {})
+            lambda: held.input.run_body(lambda: greenlet_bridge.drive(body()), (), {})
         )
 
     outcome = on_loop(act)
@@ -245,14 +245,14 @@ def test_a_tasks_run_outside_any_input_is_as_written() -> None:
 
 
 def test_a_nested_call_is_part_of_its_callers_body() -> None:
-    one = an_input()
-    inner = replica_input.open_body(lambda: keep(lambda: one.limit(5)) or "inner")
+    input = an_input()
+    inner = replica_input.open_body(lambda: keep(lambda: input.limit(5)) or "inner")
 
     def outer() -> Any:
         return inner()
 
     def trace() -> Any:
-        token = replica_input.current.set(one)
+        token = replica_input.current.set(input)
         try:
             return replica_input.open_body(outer)()
         finally:
@@ -262,9 +262,9 @@ def test_a_nested_call_is_part_of_its_callers_body() -> None:
 
 
 def test_the_tracer_of_an_input_is_open_to_its_limits() -> None:
-    one = an_input()
-    one.stop()
-    token = replica_input.current.set(one)
+    input = an_input()
+    input.stop()
+    token = replica_input.current.set(input)
     try:
         with pytest.raises(runtime_body.Revoked):
             replica_input.open_body(lambda: "never")()

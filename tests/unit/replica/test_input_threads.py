@@ -22,7 +22,7 @@ class Thread:
     """An input whose tracer runs in a thread."""
 
     def __init__(self) -> None:
-        self.one = an_input()
+        self.input = an_input()
         self.busy = threading.Event()
         self.go = threading.Event()
         self.outcome: Any = None
@@ -39,7 +39,7 @@ class Thread:
         return "answer"
 
     def body(self) -> Any:
-        return self.one.run_body(self.work, (), {})
+        return self.input.run_body(self.work, (), {})
 
     def trace(self, tracer: Callable[[], Any]) -> None:
         def run() -> None:
@@ -55,8 +55,8 @@ class Thread:
         return self.outcome
 
 
-def interrupt(one: replica_input.InFlight, how: str) -> None:
-    one.limit(5) if how == "limit" else one.stop()
+def interrupt(input: replica_input.Input, how: str) -> None:
+    input.limit(5) if how == "limit" else input.stop()
 
 
 outcomes = pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_a_body_that_computes_in_a_thread_is_interrupted(
 ) -> None:
     held = Thread()
     held.trace(held.body)
-    interrupt(held.one, how)
+    interrupt(held.input, how)
     assert isinstance(held.end(), expected)
 
 
 def test_a_soft_limit_in_a_thread_is_celerys_own_to_whoever_stores_it() -> None:
     held = Thread()
     held.trace(held.body)
-    held.one.limit(5)
+    held.input.limit(5)
     stored = get_pickleable_exception(held.end())
     assert type(stored) is SoftTimeLimitExceeded
     assert repr(stored) == "SoftTimeLimitExceeded()"
@@ -93,8 +93,8 @@ def test_a_body_in_a_thread_may_answer_after_its_soft_limit() -> None:
         except SoftTimeLimitExceeded:
             return "partial"
 
-    held.trace(lambda: held.one.run_body(body, (), {}))
-    held.one.limit(5)
+    held.trace(lambda: held.input.run_body(body, (), {}))
+    held.input.limit(5)
     assert held.end() == "partial"
 
 
@@ -107,8 +107,8 @@ def test_a_body_in_a_thread_that_swallows_its_stop_is_not_answered() -> None:
         except runtime_body.Revoked:
             return "I go on"
 
-    held.trace(lambda: held.one.run_body(body, (), {}))
-    held.one.stop()
+    held.trace(lambda: held.input.run_body(body, (), {}))
+    held.input.stop()
     assert isinstance(held.end(), runtime_body.Revoked)
 
 
@@ -120,10 +120,10 @@ def test_what_comes_before_the_body_waits_for_it_in_a_thread(
 
     def tracer() -> Any:
         stored.append(held.work())
-        return held.one.run_body(lambda: began.append(1), (), {})
+        return held.input.run_body(lambda: began.append(1), (), {})
 
     held.trace(tracer)
-    interrupt(held.one, how)
+    interrupt(held.input, how)
     held.go.set()
     assert isinstance(held.end(), expected)
     assert (stored, began) == (["answer"], [])
@@ -134,11 +134,11 @@ def test_nothing_interrupts_the_storing_of_a_result_in_a_thread(how: str) -> Non
     held = Thread()
 
     def tracer() -> Any:
-        answer = held.one.run_body(lambda: "answer", (), {})
+        answer = held.input.run_body(lambda: "answer", (), {})
         return answer, held.work()
 
     held.trace(tracer)
-    interrupt(held.one, how)
+    interrupt(held.input, how)
     held.go.set()
     assert held.end() == ("answer", "answer")
 
@@ -148,11 +148,11 @@ def test_the_next_input_of_the_thread_is_not_interrupted_for_the_last_one(how: s
     held, following = Thread(), an_input()
 
     def tracer() -> Any:
-        held.one.run_body(lambda: None, (), {})
+        held.input.run_body(lambda: None, (), {})
         return following.run_body(held.work, (), {})
 
     held.trace(tracer)
-    interrupt(held.one, how)
+    interrupt(held.input, how)
     held.go.set()
     assert held.end() == "answer"
 
@@ -164,8 +164,7 @@ def test_a_profiler_works_after_a_body_that_ran_in_a_thread() -> None:
         from gw_celery.replica import input
 
         faulthandler.dump_traceback_later(20, exit=True)
-        one = input.InFlight(1, "proj.embed", "id-1", lambda report: None)
-        one.run_body(lambda: None, (), {})
+        input.Input(1, "proj.embed", "id-1", None).run_body(lambda: None, (), {})
         seen = []
         sys.setprofile(lambda frame, event, arg: seen.append(event))
         (lambda: None)()
@@ -212,13 +211,13 @@ def test_whenever_a_body_in_a_thread_is_interrupted_its_storing_is_not(
     moment: int, how: str, expected: type[BaseException]
 ) -> None:
     """Python raises in a thread where it switches threads: where a body begins and ends, too."""
-    one = an_input()
-    one._lock = Switching(moment, lambda: interrupt(one, how))  # type: ignore[assignment]
+    input = an_input()
+    input._lock = Switching(moment, lambda: interrupt(input, how))  # type: ignore[assignment]
 
     def store() -> str:
-        elsewhere(lambda: interrupt(one, how))
+        elsewhere(lambda: interrupt(input, how))
         return "stored"
 
-    outcome = keep(lambda: one.run_body(lambda: "answer", (), {}))
+    outcome = keep(lambda: input.run_body(lambda: "answer", (), {}))
     assert outcome == "answer" or isinstance(outcome, expected)
     assert keep(store) == "stored"

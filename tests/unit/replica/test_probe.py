@@ -16,7 +16,7 @@ from gw_celery.protocol import frames
 from gw_celery.replica import probe
 from gw_celery.runtime import in_process
 from tests.processes import eventually
-from tests.unit.runtime.tracers import Around
+from tests.unit.runtime.tracers import Around, Reports
 
 
 @pytest.fixture
@@ -36,19 +36,20 @@ class Replica:
         self.runtime = runtime
         (self.service,) = app.registry.services.values()
         runtime.enter([app.registry], [self.service])
-        self.reports: list[tuple[Any, ...]] = []
-        self.probes = probe.Probes(runtime, [self.service], self.reports.append, around)
+        self.link = Reports()
+        self.probes = probe.Probes(runtime, [self.service], self.link, around)
 
     def ask(self, method: str, number: int = 1) -> None:
         call = (number, self.service.key, method)
-        self.runtime.loop.call_soon_threadsafe(self.probes.call, *call)
+        self.runtime.loop.call_soon_threadsafe(self.probes.start, *call)
 
     def answer(self, method: str) -> tuple[bool, str]:
         self.ask(method)
-        kind, number, is_ok, detail, seconds = eventually(lambda: self.reports and self.reports[-1])
+        eventually(lambda: self.link.sent)
+        kind, number, is_ok, detail, seconds = self.link.sent[-1]
         assert (kind, number) == (frames.Report.PROBED, 1)
         assert seconds >= 0
-        frames.unpack_reports(frames.pack_reports([self.reports.pop()])[4:])
+        frames.unpack_reports(frames.pack_reports([self.link.sent.pop()])[4:])
         return is_ok, detail
 
 
@@ -168,12 +169,12 @@ def test_a_replica_that_leaves_stops_its_probes(serve: Any, runtime: in_process.
     model, ended = hanging()
     replica = serve(model, timeout_s=1000)
     replica.ask("hangs")
-    eventually(lambda: replica.probes._calls)
+    eventually(lambda: replica.probes._tasks)
     assert runtime.is_on_loop() is False
     eventually(lambda: not ended.is_set())
     runtime.loop.call_soon_threadsafe(replica.probes.close)
     assert ended.wait(10)
-    assert replica.reports == []
+    assert replica.link.sent == []
 
 
 def test_a_service_that_is_not_here_is_a_failed_probe(serve: Any) -> None:
