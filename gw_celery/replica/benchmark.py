@@ -1,4 +1,4 @@
-"""Measures one task of a replica, through all that a real input goes through but Celery's tracer.
+"""Measures tasks of a replica, through all that a real input goes through but Celery's tracer.
 
 The tracer stores results and announces them: without it nothing outside this process learns of an
 input. Greenlet or thread, wrappers of ``run``, limits, instances and batches are the real ones.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import logging
 import random
 import time
@@ -18,9 +19,10 @@ from typing import Any
 from celery import _state
 from celery.app.task import Context
 
+from gw_celery import conf
 from gw_celery.declare import benchmark, services
 from gw_celery.policy import scores
-from gw_celery.protocol import headers, snapshot
+from gw_celery.protocol import frames, headers, snapshot
 from gw_celery.replica import input as replica_input
 from gw_celery.replica import tracer
 from gw_celery.runtime import body_guard, current_batch, loop, task_context
@@ -29,6 +31,88 @@ logger = logging.getLogger(__name__)
 
 #: Characters of a failure that are reported.
 _LONGEST = 1000
+
+
+#: Seconds to stop in, over those that an input has to end.
+_MARGIN = 1.0
+
+
+class Benchmarks:
+    """The benchmarks of a replica's tasks; on its loop.
+
+    Args:
+        app: the Celery app, with the bodies of its tasks open to limits.
+        settings: for the seconds that an input has to end that was stopped.
+        inputs: those of this replica.
+        link: the way to the parent.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        settings: conf.Settings,
+        inputs: tracer.Inputs,
+        link: replica_input.Link,
+    ) -> None:
+        self._app = app
+        self._grace = settings.cancel_timeout
+        self._inputs = inputs
+        self._link = link
+        # asyncio keeps only weak references to its tasks.
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, number: int, name: str, within: float, is_again: bool) -> None:
+        """Report the score of the task ``name``, or why there is none.
+
+        Args:
+            number: the answer is reported under it.
+            name: of the task.
+            within: seconds that it has.
+            is_again: whether this replica has been READY before.
+        """
+        answer = self._answer(number, name, within, is_again)
+        task = asyncio.create_task(answer, name=f"benchmark of {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def stop(self) -> None:
+        """End what is being measured: this replica leaves."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._grace + _MARGIN)
+
+    async def _answer(self, number: int, name: str, within: float, is_again: bool) -> None:
+        answer: dict[str, Any]
+        try:
+            answer = {"score": scores.to_json(await self._measure(name, within, is_again))}
+        except scores.NoScore as exc:
+            answer = {"failure": str(exc)}
+        except Exception as exc:  # ours: the parent must not wait for ever because of it
+            logger.exception("the benchmark of %s broke off", name)
+            answer = {"failure": f"{type(exc).__name__}: {exc}"}
+        self._link.report(frames.Report.MEASURED, number, json.dumps(answer))
+
+    async def _measure(self, name: str, within: float, is_again: bool) -> snapshot.TaskScore:
+        task = self._app.tasks.get(name)
+        if getattr(task, "gw_method", None) is None:
+            raise scores.NoScore("no task of this name is served here")
+        logger.info("the benchmark of %s begins", name)
+        measurement = Measurement(task, self._inputs, self._grace)
+        bound = asyncio.timeout(within)
+        try:
+            async with bound:
+                score = await measurement.run()
+        except TimeoutError as exc:
+            if not bound.expired():
+                raise
+            if is_again and measurement.is_stuck:  # else the parent ends this process anyway
+                self._link.report(frames.Report.STUCK, name)
+            raise scores.NoScore(
+                f"it was not over after {within:.0f} s (setting gw_benchmark_timeout)"
+            ) from exc
+        logger.info("the score of %s is %.4g/s", name, score.value)
+        return score
 
 
 class Measurement:

@@ -27,7 +27,7 @@ from gw_celery import signals as gw_celery_signals
 from gw_celery.client import preset
 from gw_celery.declare import registry
 from gw_celery.protocol import frames
-from gw_celery.replica import early_ack_records, probe, result_backends, scoring, tracer
+from gw_celery.replica import benchmark, early_ack_records, probe, result_backends, tracer
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import (
     batch_items,
@@ -197,7 +197,7 @@ class Serving:
 
     runtime: in_process.Process
     probes: probe.Probes
-    scoring: scoring.Scoring
+    benchmarks: benchmark.Benchmarks
 
 
 async def _unless_told_to_leave(
@@ -231,20 +231,20 @@ async def _enter(link: ParentLink, loaded: Loaded, batchers: batcher.Batchers) -
     threads = sum(service.max_inputs for service in served) + 1  # one for plain tasks
     records = early_ack_records.of(app, setup["worker"])
     inputs = tracer.Inputs(app, link, threads, around, records)
-    scores = scoring.Scoring(app, loaded.settings, inputs, link, registries)
+    benchmarks = benchmark.Benchmarks(app, loaded.settings, inputs, link)
     probes = probe.Probes(runtime, served, link, around)
     link.orders |= {
         frames.Order.RUN: inputs.start,
         frames.Order.RUN_ALONE: functools.partial(inputs.start, runs_alone=True),
         frames.Order.SOFT: inputs.limit,
         frames.Order.STOP: inputs.stop,
-        frames.Order.BENCHMARK: scores.start,
+        frames.Order.BENCHMARK: benchmarks.start,
         frames.Order.PROBE: probes.start,
     }
     await runtime.grow(registries, served)
     _send_process_init(setup["hostname"])
     logger.info("pid %d has loaded %d services", os.getpid(), len(served))
-    return Serving(runtime=runtime, probes=probes, scoring=scores)
+    return Serving(runtime=runtime, probes=probes, benchmarks=benchmarks)
 
 
 def _send_process_init(hostname: str) -> None:
@@ -269,7 +269,7 @@ def _in_flight() -> list[str]:
 
 
 async def _leave(serving: Serving, hostname: str) -> None:
-    await serving.scoring.stop()
+    await serving.benchmarks.stop()
     serving.probes.close()
     in_process.adopt(None)
     await serving.runtime.leave()
