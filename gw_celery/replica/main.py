@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import logging
 import multiprocessing
@@ -12,7 +11,7 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -54,30 +53,26 @@ def run(channel: socket.socket, setup: dict[str, Any]) -> int:
     """Load, report that all is entered, run inputs until told to leave; returns the exit code."""
     link = ParentLink()
     try:
-        loaded = load(setup, link)
+        app = load(setup, link)
     except BaseException as exc:
         channel.sendall(frames.pack_reports([_failure(exc)]))
         return 1
     channel.sendall(frames.pack_reports([(frames.Report.LOADED,)]))
     running = asyncio.new_event_loop()
     asyncio.set_event_loop(running)
-    return running.run_until_complete(_serve(channel, link, loaded))
+    return running.run_until_complete(_serve(channel, link, app, setup))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """What loading the app gave this child."""
+def load(setup: dict[str, Any], link: ParentLink) -> Any:
+    """Import the app and make this process one of its worker's, as Celery's own pools do.
 
-    #: The parent's first frame.
-    setup: dict[str, Any]
-    app: Any
-    settings: conf.Settings
-    #: Calls what it is given, with whatever must surround work in a thread.
-    around: Callable[..., Any]
+    Args:
+        setup: the parent's first frame.
+        link: the way to the parent.
 
-
-def load(setup: dict[str, Any], link: ParentLink) -> Loaded:
-    """Import the app and make this process one of its worker's, as Celery's own pools do."""
+    Returns:
+        The Celery app.
+    """
     hostname = setup["hostname"]
     _state._set_task_join_will_block(True)
     multiprocessing.current_process().name = f"replica-{setup['number']}"
@@ -97,7 +92,7 @@ def load(setup: dict[str, Any], link: ParentLink) -> Loaded:
     app.amqp = offload.publishing(type(app.amqp), around)(app=app)
     tracer.prepare(app, hostname)
     worker_state.reset_state()
-    return Loaded(setup=setup, app=app, settings=settings, around=around)
+    return app
 
 
 def _set_up_logging(app: Any, hostname: str) -> None:
@@ -164,87 +159,105 @@ def _resident_bytes() -> int:
     return 0
 
 
-async def _serve(channel: socket.socket, link: ParentLink, loaded: Loaded) -> int:
-    batchers = batcher.Batchers(
-        batch_items.Host(
-            around=loaded.around,
-            tell=link.flush,
-            on_stuck=lambda name: link.report(frames.Report.STUCK, name),
-            grace=loaded.settings.cancel_timeout,
-        )
-    )
-    link.orders[frames.Order.DRAIN] = batchers.drain
+async def _serve(channel: socket.socket, link: ParentLink, app: Any, setup: dict[str, Any]) -> int:
     running = asyncio.get_running_loop()
     await running.create_connection(lambda: link, sock=channel)
     try:
-        serving = await _unless_told_to_leave(link, _enter(link, loaded, batchers))
+        services = Services(link, app, setup)
+        has_entered = await services.enter()
     except BaseException as exc:
         link.report(*_failure(exc))
         link.flush()
         return 1
-    if serving is not None:
+    if has_entered:
         link.report(frames.Report.ENTERED)
         link.beat()
         watchdog.Watch(loop.MainLoop(running), _in_flight).start()
         await link.leaving.wait()
-        await _leave(serving, loaded.setup["hostname"])
+        await services.leave()
     return 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Serving:
-    """What this child has entered."""
-
-    runtime: in_process.Process
-    probes: probe.Probes
-    benchmarks: benchmark.Benchmarks
+def _in_flight() -> list[str]:
+    inputs = list(replica_input.in_flight.values())
+    return [f"{input.name}[{input.task_id}]" for input in inputs]
 
 
-async def _unless_told_to_leave(
-    link: ParentLink, entering: Coroutine[Any, Any, Serving]
-) -> Serving | None:
-    """Enter; a worker that stops does not wait for it, and what has entered by then is left."""
-    task = asyncio.create_task(entering)
-    leaving = asyncio.create_task(link.leaving.wait())
-    await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
-    leaving.cancel()
-    if task.done():
-        return task.result()
-    task.cancel()
-    await asyncio.wait([task])
-    return None
+class Services:
+    """What this child serves; made on its loop, where it takes its orders.
 
+    Args:
+        link: the way to the parent.
+        app: the Celery app.
+        setup: the parent's first frame.
+    """
 
-async def _enter(link: ParentLink, loaded: Loaded, batchers: batcher.Batchers) -> Serving:
-    """Enter the contexts and hooks of what this replica serves."""
-    app, setup, around = loaded.app, loaded.setup, loaded.around
-    registries = gw_celery_signals.registries()
-    served = list(registry.serving(registries, setup["queues"]))
-    runtime = in_process.Process(
-        loaded.settings,
-        enforces_limits=False,
-        host=loop.MainLoop(asyncio.get_running_loop()),
-        batchers=batchers,
-    )
-    runtime.start()
-    in_process.adopt(runtime)
-    threads = sum(service.max_inputs for service in served) + 1  # one for plain tasks
-    records = early_ack_records.of(app, setup["worker"])
-    inputs = tracer.Inputs(app, link, threads, around, records)
-    benchmarks = benchmark.Benchmarks(app, loaded.settings, inputs, link)
-    probes = probe.Probes(runtime, served, link, around)
-    link.orders |= {
-        frames.Order.RUN: inputs.start,
-        frames.Order.RUN_ALONE: functools.partial(inputs.start, runs_alone=True),
-        frames.Order.SOFT: inputs.limit,
-        frames.Order.STOP: inputs.stop,
-        frames.Order.BENCHMARK: benchmarks.start,
-        frames.Order.PROBE: probes.start,
-    }
-    await runtime.grow(registries, served)
-    _send_process_init(setup["hostname"])
-    logger.info("pid %d has loaded %d services", os.getpid(), len(served))
-    return Serving(runtime=runtime, probes=probes, benchmarks=benchmarks)
+    def __init__(self, link: ParentLink, app: Any, setup: dict[str, Any]) -> None:
+        self._link = link
+        self._hostname: str = setup["hostname"]
+        self._registries = gw_celery_signals.registries()
+        self._served = list(registry.serving(self._registries, setup["queues"]))
+        settings, around = conf.read(app.conf), django_connections.around(app)
+        batchers = batcher.Batchers(
+            batch_items.Host(
+                around=around,
+                tell=link.flush,
+                on_stuck=lambda name: link.report(frames.Report.STUCK, name),
+                grace=settings.cancel_timeout,
+            )
+        )
+        self._runtime = in_process.Process(
+            settings,
+            enforces_limits=False,
+            host=loop.MainLoop(asyncio.get_running_loop()),
+            batchers=batchers,
+        )
+        threads = sum(service.max_inputs for service in self._served) + 1  # one for plain tasks
+        records = early_ack_records.of(app, setup["worker"])
+        inputs = tracer.Inputs(app, link, threads, around, records)
+        self._benchmarks = benchmark.Benchmarks(app, settings, inputs, link)
+        self._probes = probe.Probes(self._runtime, self._served, link, around)
+        link.orders |= {
+            frames.Order.RUN: inputs.start,
+            frames.Order.RUN_ALONE: functools.partial(inputs.start, runs_alone=True),
+            frames.Order.SOFT: inputs.limit,
+            frames.Order.STOP: inputs.stop,
+            frames.Order.DRAIN: batchers.drain,
+            frames.Order.BENCHMARK: self._benchmarks.start,
+            frames.Order.PROBE: self._probes.start,
+        }
+
+    async def enter(self) -> bool:
+        """Enter contexts and hooks, and return ``True``.
+
+        A worker that stops does not wait for it: told to leave, what has entered is left again.
+        """
+        entering = asyncio.create_task(self._enter())
+        leaving = asyncio.create_task(self._link.leaving.wait())
+        await asyncio.wait([entering, leaving], return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if entering.done():
+            entering.result()
+            return True
+        entering.cancel()
+        await asyncio.wait([entering])
+        return False
+
+    async def _enter(self) -> None:
+        self._runtime.start()
+        in_process.adopt(self._runtime)
+        await self._runtime.grow(self._registries, self._served)
+        _send_process_init(self._hostname)
+        logger.info("pid %d has loaded %d services", os.getpid(), len(self._served))
+
+    async def leave(self) -> None:
+        """Leave contexts and hooks, and what is still being measured and probed."""
+        await self._benchmarks.stop()
+        self._probes.close()
+        in_process.adopt(None)
+        await self._runtime.leave()
+        signals.worker_process_shutdown.send(sender=self._hostname, pid=os.getpid(), exitcode=0)
+        await close_connections(_CLOSE_TIMEOUT)
 
 
 def _send_process_init(hostname: str) -> None:
@@ -261,20 +274,6 @@ def _send_process_init(hostname: str) -> None:
     }
     if causes:
         raise errors.StartupError(causes)
-
-
-def _in_flight() -> list[str]:
-    inputs = list(replica_input.in_flight.values())
-    return [f"{input.name}[{input.task_id}]" for input in inputs]
-
-
-async def _leave(serving: Serving, hostname: str) -> None:
-    await serving.benchmarks.stop()
-    serving.probes.close()
-    in_process.adopt(None)
-    await serving.runtime.leave()
-    signals.worker_process_shutdown.send(sender=hostname, pid=os.getpid(), exitcode=0)
-    await close_connections(_CLOSE_TIMEOUT)
 
 
 async def close_connections(timeout: float) -> None:

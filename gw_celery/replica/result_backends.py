@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from celery.app import backends
@@ -21,15 +21,15 @@ from gw_celery.replica import input as replica_input
 from gw_celery.runtime import greenlet_bridge, in_process, offload
 from gw_celery.transport import result_writer
 
-_BLOCKING = (
-    "get_task_meta",
-    "store_result",
+#: Around the storing of a result: callbacks, errbacks and chords, which publish.
+_STEPS = (
     "mark_as_done",
     "mark_as_failure",
     "mark_as_retry",
     "mark_as_started",
     "on_chord_part_return",
 )
+_BLOCKING = (*_STEPS, "get_task_meta", "store_result")
 
 
 #: The class that this process uses; Celery imports it by name.
@@ -52,9 +52,11 @@ def install(
     if not isinstance(url, str):
         return
     base, address = backends.by_url(url, app.loader)
-    Installed = off_loop(base, offload.Offload("store", 16, around))
-    if base is RedisBackend:
-        Installed = grouped(Installed, store_timeout, link)
+    threads = offload.Offload("store", 16, around)
+    if base is not RedisBackend:
+        Installed = off_loop(base, threads)
+    else:
+        Installed = grouped(off_loop(base, threads, _STEPS), store_timeout, link)
         # One client for all threads: redis-py's is made for that.
         app.conf.result_backend_thread_safe = True
     # A name and not the class: Celery takes the address of the server from the same string, and
@@ -63,7 +65,7 @@ def install(
     app.backend_cls = f"{name}+{address}" if address else name
 
 
-def off_loop(base: type, threads: offload.Offload) -> type:
+def off_loop(base: type, threads: offload.Offload, names: Iterable[str] = _BLOCKING) -> type:
     """Return ``base`` with its reads and writes in a thread while the tracer's greenlet waits."""
 
     def moved(name: str) -> Callable[..., Any]:
@@ -74,7 +76,7 @@ def off_loop(base: type, threads: offload.Offload) -> type:
 
         return write
 
-    body = {name: moved(name) for name in _BLOCKING}
+    body = {name: moved(name) for name in names}
     made = type(base.__name__, (base,), body)
     return made
 
@@ -96,10 +98,7 @@ def grouped(base: Any, store_timeout: float, link: replica_input.Link) -> type:
         def store_result(self, *args: Any, **kwargs: Any) -> Any:
             if replica_input.is_benchmark():
                 return None
-            return RedisBackend.store_result(self, *args, **kwargs)
-
-        def get_task_meta(self, *args: Any, **kwargs: Any) -> Any:
-            return RedisBackend.get_task_meta(self, *args, **kwargs)
+            return super().store_result(*args, **kwargs)
 
         def get(self, key: Any) -> Any:
             if not _reaches_loop():
