@@ -113,10 +113,7 @@ _SHAPES: dict[str, tuple[type, ...]] = {
 
 
 def version() -> str:
-    """Return the version of gw_celery that this process has imported; the first frame has it.
-
-    What is installed may be another one by now: it would find another protocol here.
-    """
+    """Return the version of gw_celery that this process has imported; the first frame has it."""
     # Nothing inside imports the package's root, which imports nearly all of it.
     return str(sys.modules["gw_celery"].__version__)
 
@@ -131,6 +128,11 @@ def unpack_orders(payload: bytes) -> list[tuple[Any, ...]]:
     """Return the orders of one frame; for children only."""
     orders: list[tuple[Any, ...]] = pickle.loads(payload)  # noqa: S301 - written by the parent
     return orders
+
+
+def cut(text: str, longest: int) -> str:
+    """Return ``text``, or its beginning: a report is small."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def pack_reports(reports: Iterable[Sequence[Any]]) -> bytes:

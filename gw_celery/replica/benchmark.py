@@ -42,24 +42,16 @@ class Benchmarks:
 
     Args:
         app: the Celery app, with the bodies of its tasks open to limits.
-        settings: for the seconds that an input has to end that was stopped.
         inputs: those of this replica.
         link: the way to the parent.
     """
 
-    def __init__(
-        self,
-        app: Any,
-        settings: conf.Settings,
-        inputs: tracer.Inputs,
-        link: replica_input.Link,
-    ) -> None:
+    def __init__(self, app: Any, inputs: tracer.Inputs, link: replica_input.Link) -> None:
         self._app = app
-        self._grace = settings.cancel_timeout
+        self._grace = conf.read(app.conf).cancel_timeout
         self._inputs = inputs
         self._link = link
-        # asyncio keeps only weak references to its tasks.
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = loop.Tasks()
 
     def start(self, number: int, name: str, within: float, is_again: bool) -> None:
         """Report the score of the task ``name``, or why there is none.
@@ -71,16 +63,12 @@ class Benchmarks:
             is_again: whether this replica has been READY before.
         """
         answer = self._answer(number, name, within, is_again)
-        task = asyncio.create_task(answer, name=f"benchmark of {name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(answer, f"benchmark of {name}")
 
     async def stop(self) -> None:
         """End what is being measured: this replica leaves."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._grace + _MARGIN)
+        if tasks := self._tasks.cancel():
+            await asyncio.wait(tasks, timeout=self._grace + _MARGIN)
 
     async def _answer(self, number: int, name: str, within: float, is_again: bool) -> None:
         answer: dict[str, Any]
@@ -185,7 +173,9 @@ class Measurement:
             await self._inputs.call(call.input, call.run)
         except (Exception, body_guard.Stopped) as exc:
             call.failure = call.failure or f"{type(exc).__name__}: {exc}"[:_LONGEST]
-            self._log(exc)
+            if not self._has_logged:
+                self._has_logged = True
+                logger.warning("an input of the benchmark of %s failed", call.name, exc_info=exc)
         finally:
             call.ended = time.perf_counter()
             followed.end()
@@ -198,11 +188,6 @@ class Measurement:
         later = asyncio.get_running_loop().call_later
         timers = [later(soft, call.input.limit, soft)] if soft else []
         return [*timers, later(hard, call.stop, hard)] if hard else timers
-
-    def _log(self, exc: BaseException) -> None:
-        if not self._has_logged:
-            self._has_logged = True
-            logger.warning("an input of the benchmark of %s failed", self._task.name, exc_info=exc)
 
     # -- inputs --
 
@@ -242,17 +227,12 @@ class Measurement:
             return headers.DEFAULT_WORKLOAD
         try:
             answer = calculator(**kwargs)
-            workload = headers.workload(answer)
+            if (workload := headers.workload(answer)) is not None:
+                return workload
             what = f"returned {answer!r:.100}"
         except BaseException as exc:  # as for callers, who count such an input as the default
-            workload, what = None, f"raised {exc!r:.200}"
-        if workload is not None:
-            return workload
-        self._warn_of_calculator(what)
-        return headers.DEFAULT_WORKLOAD
-
-    def _warn_of_calculator(self, what: str) -> None:
-        """Once: calls by position may have a workload where these, by name, have none."""
+            what = f"raised {exc!r:.200}"
+        # Calls by position may have a workload where these, by name, have none.
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -263,6 +243,7 @@ class Measurement:
                 what,
                 headers.DEFAULT_WORKLOAD,
             )
+        return headers.DEFAULT_WORKLOAD
 
 
 class _Call:
@@ -272,8 +253,8 @@ class _Call:
         self._task = task
         self._kwargs = kwargs
         self.workload = workload
-        self.id = str(uuid.uuid4())
-        self.input = replica_input.Input(0, task.name, self.id, link=None)
+        self.name: str = task.name
+        self.input = replica_input.Input(0, self.name, str(uuid.uuid4()), link=None)
         self.began = self.ended = 0.0
         self.failure: str | None = None
 
@@ -283,9 +264,9 @@ class _Call:
         It counts as one that was called directly: ``retry()`` raises what made it necessary, and
         sends nothing.
         """
-        kwargs, name = self._kwargs, self._task.name
+        id_, kwargs = self.input.task_id, self._kwargs
         _state._task_stack.push(self._task)
-        self._task.request_stack.push(Context(id=self.id, task=name, args=(), kwargs=kwargs))
+        self._task.request_stack.push(Context(id=id_, task=self.name, args=(), kwargs=kwargs))
         try:
             return self._task.run(**kwargs)
         finally:

@@ -5,13 +5,13 @@ They travel in the pipelines of the results. An input that is acknowledged when 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 
 from gw_celery import errors
 from gw_celery.cluster import early_acks
 from gw_celery.replica import input as replica_input
+from gw_celery.runtime import loop
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,7 @@ class Records:
         self._app = app
         self._key = early_acks.Keys.of(app.backend).records(worker)
         self._held: set[int] = set()
-        # asyncio keeps only weak references to its tasks.
-        self._ending: set[asyncio.Task[None]] = set()
+        self._tasks = loop.Tasks()
 
     def has(self, name: str) -> bool:
         """Whether inputs of this task are acknowledged when they begin."""
@@ -55,9 +54,7 @@ class Records:
         """Have the record of an input removed soon, if it has one."""
         if job in self._held:
             self._held.discard(job)
-            task = asyncio.create_task(self._remove(str(job)))
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+            self._tasks.start(self._remove(str(job)), f"record of input {job}")
 
     async def _remove(self, number: str) -> None:
         try:

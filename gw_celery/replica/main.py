@@ -64,15 +64,7 @@ def run(channel: socket.socket, setup: dict[str, Any]) -> int:
 
 
 def load(setup: dict[str, Any], link: ParentLink) -> Any:
-    """Import the app and make this process one of its worker's, as Celery's own pools do.
-
-    Args:
-        setup: the parent's first frame.
-        link: the way to the parent.
-
-    Returns:
-        The Celery app.
-    """
+    """Import the app, and make this process one of its worker's as Celery's own pools do."""
     hostname = setup["hostname"]
     _state._set_task_join_will_block(True)
     multiprocessing.current_process().name = f"replica-{setup['number']}"
@@ -198,14 +190,13 @@ class Services:
         self._registries = gw_celery_signals.registries()
         self._served = list(registry.serving(self._registries, setup["queues"]))
         settings, around = conf.read(app.conf), django_connections.around(app)
-        batchers = batcher.Batchers(
-            batch_items.Host(
-                around=around,
-                tell=link.flush,
-                on_stuck=lambda name: link.report(frames.Report.STUCK, name),
-                grace=settings.cancel_timeout,
-            )
+        host = batch_items.Host(
+            around=around,
+            tell=link.flush,
+            on_stuck=lambda name: link.report(frames.Report.STUCK, name),
+            grace=settings.cancel_timeout,
         )
+        batchers = batcher.Batchers(host)
         self._runtime = in_process.Process(
             settings,
             enforces_limits=False,
@@ -215,7 +206,7 @@ class Services:
         threads = sum(service.max_inputs for service in self._served) + 1  # one for plain tasks
         records = early_ack_records.of(app, setup["worker"])
         inputs = tracer.Inputs(app, link, threads, around, records)
-        self._benchmarks = benchmark.Benchmarks(app, settings, inputs, link)
+        self._benchmarks = benchmark.Benchmarks(app, inputs, link)
         self._probes = probe.Probes(self._runtime, self._served, link, around)
         link.orders |= {
             frames.Order.RUN: inputs.start,
@@ -266,10 +257,9 @@ def _send_process_init(hostname: str) -> None:
     Raises:
         StartupError: naming each receiver that raised.
     """
-    outcomes = signals.worker_process_init.send(sender=hostname)
     causes: dict[str, BaseException] = {
         getattr(receiver, "__qualname__", repr(receiver)): outcome
-        for receiver, outcome in outcomes
+        for receiver, outcome in signals.worker_process_init.send(sender=hostname)
         if isinstance(outcome, Exception)
     }
     if causes:

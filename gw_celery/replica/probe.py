@@ -46,23 +46,17 @@ class Probes:
         self._services = {service.key: service for service in served}
         self._link = link
         self._around = around
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = loop.Tasks()
 
     def start(self, number: int, service: str, method: str) -> None:
         """Call one probe; its answer is reported under this number, however it ends."""
         # In a context of its own: it belongs to no input and to no task.
-        task = asyncio.get_running_loop().create_task(
-            self._answer(number, service, method),
-            name=f"probe {service}.{method}",
-            context=contextvars.Context(),
-        )
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        answer, context = self._answer(number, service, method), contextvars.Context()
+        self._tasks.start(answer, f"probe {service}.{method}", context)
 
     def close(self) -> None:
         """Stop what still runs; threads end with the process."""
-        for task in self._tasks:
-            task.cancel()
+        self._tasks.cancel()
 
     async def _answer(self, number: int, service: str, method: str) -> None:
         began = time.monotonic()
@@ -71,7 +65,8 @@ class Probes:
         except Exception as exc:
             is_ok, detail = False, f"{type(exc).__name__}: {exc}".rstrip(": ")
         seconds = time.monotonic() - began
-        self._link.report(frames.Report.PROBED, number, is_ok, _short(detail), seconds)
+        text = frames.cut(" ".join(detail.split()), _LONGEST_DETAIL)
+        self._link.report(frames.Report.PROBED, number, is_ok, text, seconds)
 
     async def _called(self, service: services.Service, name: str) -> Any:
         method = service.methods[name]
@@ -130,8 +125,3 @@ def _single(method: services.Method, answer: Any) -> Any:
     if isinstance(entry, Exception):
         raise entry
     return entry
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST_DETAIL else line[: _LONGEST_DETAIL - 3] + "..."

@@ -29,6 +29,7 @@ from gw_celery.runtime import (
     django_connections,
     expiry,
     greenlet_bridge,
+    loop,
     offload,
     task_context,
 )
@@ -83,8 +84,7 @@ class Inputs:
         self._max_queue_time = conf.read(app.conf).max_queue_time
         self._threads = offload.Offload("body", threads, around)
         self._connections = django_connections.Shared(app)
-        # asyncio keeps only weak references to its tasks.
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = loop.Tasks()
 
     def start(
         self,
@@ -123,9 +123,7 @@ class Inputs:
         replica_input.in_flight[job] = input
         if not gathers and input.records is None:
             input.begin()
-        running = asyncio.create_task(self._run(input, *content), name=f"{name}[{task_id}]")
-        self._tasks.add(running)
-        running.add_done_callback(self._tasks.discard)
+        self._tasks.start(self._run(input, *content), f"{name}[{task_id}]")
 
     async def _run(self, input: replica_input.Input, *content: Any) -> None:
         followed = task_context.bind()
@@ -152,19 +150,12 @@ class Inputs:
             input.begin()
             await asyncio.sleep(0)  # the report is sent: the body may block the loop
         input.is_traced = True
-        run = functools.partial(
-            trace.fast_trace_task,
-            input.name,
-            input.task_id,
-            input.request,
-            input.arguments,
-            None,
-            None,
-        )
+        message = input.name, input.task_id, input.request, input.arguments
+        run = functools.partial(trace.fast_trace_task, *message, None, None)
         failed, answer, runtime = await self.call(input, run)
         if failed:
             return failure(input.job, _unwrapped(answer.exception), safe_str(answer.traceback))
-        text = _cut(str(answer), _LONGEST_TEXT)
+        text = frames.cut(str(answer), _LONGEST_TEXT)
         return frames.Report.DONE, input.job, text, float(runtime or 0.0)
 
     async def _decoded(self, body: Any, content_type: Any, content_encoding: Any) -> Any:
@@ -266,25 +257,21 @@ def _error(
         job,
         outcome,
         f"{kind.__module__}.{kind.__qualname__}",
-        _cut(text, _LONGEST_TEXT),
-        _cut(_message(exc), _LONGEST_TEXT),
-        _cut(traceback, _LONGEST_TRACEBACK),
+        frames.cut(text, _LONGEST_TEXT),
+        frames.cut(_message(exc), _LONGEST_TEXT),
+        frames.cut(traceback, _LONGEST_TRACEBACK),
         bool(getattr(exc, "requeue", False)),
     )
 
 
 def _message(exc: BaseException) -> str:
     """What was given to the exception: the texts of these two put a prefix before it."""
-    given: Any = exc
+    message: Any = exc
     if isinstance(exc, Reject):
-        given = exc.reason
+        message = exc.reason
     elif isinstance(exc, Retry):
-        given = exc.message or ""
+        message = exc.message or ""
     try:
-        return str(given)
+        return str(message)
     except Exception:  # the user's own __str__
-        return object.__repr__(given)
-
-
-def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+        return object.__repr__(message)

@@ -143,35 +143,35 @@ def test_what_a_probe_raises_is_the_reason_in_one_short_line(serve: Any) -> None
     assert replica.answer("raises")[0] is False
 
 
-def hanging() -> tuple[type, threading.Event]:
-    """A class whose probe hangs until it is cancelled, and what is set then."""
-    ended = threading.Event()
+def hanging() -> tuple[type, threading.Event, threading.Event]:
+    """A class whose probe hangs until it is cancelled, and what is set at its start and end."""
+    began, ended = threading.Event(), threading.Event()
 
     class Model:
         @gw.method()
         async def hangs(self) -> None:
+            began.set()
             try:
                 await asyncio.Event().wait()
             finally:
                 ended.set()
 
-    return Model, ended
+    return Model, began, ended
 
 
 def test_a_coroutine_that_hangs_is_cancelled_so_that_it_can_be_asked_again(serve: Any) -> None:
-    model, ended = hanging()
+    model, _, ended = hanging()
     replica = serve(model, timeout_s=0.1)
     assert replica.answer("hangs") == (False, "TimeoutError")
     assert ended.is_set()
 
 
 def test_a_replica_that_leaves_stops_its_probes(serve: Any, runtime: in_process.Process) -> None:
-    model, ended = hanging()
+    model, began, ended = hanging()
     replica = serve(model, timeout_s=1000)
     replica.ask("hangs")
-    eventually(lambda: replica.probes._tasks)
-    assert runtime.is_on_loop() is False
-    eventually(lambda: not ended.is_set())
+    assert began.wait(10)
+    assert not ended.is_set()
     runtime.loop.call_soon_threadsafe(replica.probes.close)
     assert ended.wait(10)
     assert replica.link.sent == []
