@@ -60,9 +60,8 @@ class Input:
     #: ``None`` for the input of a benchmark, of which nothing outside this process may learn.
     link: Link | None
     _: dataclasses.KW_ONLY
-    #: Its message's headers, and what its message's body holds, once that could be read.
+    #: The headers of its message.
     request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    arguments: Any = ()
     #: It was in flight when a child died, and waits for no other input.
     runs_alone: bool = False
     #: It waits for others, to begin in a batch with them.
@@ -73,6 +72,8 @@ class Input:
     max_queue_time: float | None = None
     #: Where it must be recorded before it begins; ``None`` when it needs no record, or has one.
     records: early_ack_records.Records | None = None
+    #: What the body of its message holds, for that record.
+    arguments: Any = None
     #: What fails it in place of its body.
     rejection: Exception | None = None
     #: The parent was told that it begins.
@@ -100,7 +101,8 @@ class Input:
     def announce(self) -> Awaitable[None] | None:
         """Write the record that must be there before an early acknowledgement, once."""
         records, self.records = self.records, None
-        return None if records is None else records.begin(self, self.request, self.arguments)
+        arguments, self.arguments = self.arguments, None
+        return None if records is None else records.begin(self, self.request, arguments)
 
     def begin(self) -> bool:
         """Report that the input begins, once; return whether its answer is still wanted.

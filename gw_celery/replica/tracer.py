@@ -107,7 +107,8 @@ class Inputs:
             runs_alone: it may kill this process, and shares no call.
         """
         task = self._app.tasks.get(name)
-        service, gathers = getattr(task, "gw_service", None), _gathers(task)
+        service, method = getattr(task, "gw_service", None), getattr(task, "gw_method", None)
+        gathers = method is not None and method.batched is not None
         input = replica_input.Input(
             job,
             name,
@@ -143,14 +144,16 @@ class Inputs:
         self._link.report(*report)
 
     async def _outcome(self, input: replica_input.Input, *content: Any) -> Report:
-        input.arguments = await self._decoded(*content)
+        arguments = await self._decoded(*content)
+        if input.records is not None:
+            input.arguments = arguments
         # The parent acknowledges it when it hears of the start: not before it is on record.
         if not input.gathers and (recording := input.announce()) is not None:
             await recording
             input.begin()
             await asyncio.sleep(0)  # the report is sent: the body may block the loop
         input.is_traced = True
-        message = input.name, input.task_id, input.request, input.arguments
+        message = input.name, input.task_id, input.request, arguments
         run = functools.partial(trace.fast_trace_task, *message, None, None)
         failed, answer, runtime = await self.call(input, run)
         if failed:
@@ -206,12 +209,6 @@ def _never_blocks(task: Any) -> bool:
     if method is None or not (method.is_async or method.batched):
         return False
     return not any(trace.task_has_custom(task, hook) for hook in _HOOKS)
-
-
-def _gathers(task: Any) -> bool:
-    """Whether an input of ``task`` waits for others before it starts."""
-    method = getattr(task, "gw_method", None)
-    return method is not None and method.batched is not None
 
 
 # -- what is reported of an input without a result --
