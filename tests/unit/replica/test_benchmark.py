@@ -117,7 +117,7 @@ def test_a_calculator_with_other_parameters_than_its_task_is_told_of_once(
         await asyncio.sleep(0.005)
 
     assert 1 / 0.1 < measured(app).value <= 1 / 0.005
-    (told,) = [one.message for one in caplog.records if "workload_calculator of" in one.message]
+    (told,) = [text for text in caplog.messages if "workload_calculator of" in text]
     assert "unexpected keyword argument 'x'" in told
 
 
@@ -162,7 +162,7 @@ def test_a_batched_method_is_measured_in_full_batches(app: gw.App, *, is_async: 
 
     app.cls(Embedder)
     measured(app)
-    assert [(one.size, one.flush) for one in batches] == [(8, "full")] * (2 * 5)
+    assert [(batch.size, batch.flush) for batch in batches] == [(8, "full")] * (2 * 5)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_body_knows_its_task_and_request_wherever_it_looks(app: gw.App) -> Non
     ((name, current, own),) = seen[0]
     assert name == embed.name
     assert current == own
-    assert len({one for found in seen for _, one, _ in found}) == 8, "each has its own"
+    assert len({current for found in seen for _, current, _ in found}) == 8, "each has its own"
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_a_generator_makes_each_input(app: gw.App) -> None:
         got.append(x)
 
     measured(app)
-    assert got == [one + 1 for one in made]
+    assert got == [number + 1 for number in made]
     assert len(got) == 9
 
 

@@ -24,16 +24,16 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def connected(pool: Any, count: int) -> list[Any]:
     """Connections of ``pool`` that were used at the same time, and are not any more."""
     used = [pool.acquire(block=True) for _ in range(count)]
-    for one in used:
-        one.connect()
-        one.release()
+    for connection in used:
+        connection.connect()
+        connection.release()
     return used
 
 
 def test_every_connection_that_was_used_is_closed(pool: Any) -> None:
     used = connected(pool, 3)
     asyncio.run(main.close_connections(5.0))
-    assert [one.connected for one in used] == [False] * 3
+    assert [connection.connected for connection in used] == [False] * 3
 
 
 def test_nothing_is_connected_for_it(pool: Any) -> None:

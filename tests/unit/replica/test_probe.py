@@ -57,8 +57,8 @@ class Replica:
 def serve(app: gw.App, runtime: in_process.Process, around: Around) -> Callable[..., Replica]:
     def serve(cls: type, **probe_options: Any) -> Replica:
         names = [name for name in vars(cls) if not name.startswith("_")]
-        methods = [one for one in names if one != "threshold"]
-        declared = [gw.Probe.on(one, **probe_options) for one in methods]
+        methods = [name for name in names if name != "threshold"]
+        declared = [gw.Probe.on(method, **probe_options) for method in methods]
         app.cls(probes=declared)(cls)
         return Replica(app, runtime, around)
 

@@ -48,11 +48,11 @@ def cache(celery_app: Celery, around: Around) -> CacheBackend:
 @pytest.mark.parametrize(
     ("write", "state"),
     [
-        (lambda one: one.mark_as_started("id-1", pid=1), states.STARTED),
-        (lambda one: one.mark_as_done("id-1", "answer"), states.SUCCESS),
-        (lambda one: one.mark_as_failure("id-1", ValueError("x")), states.FAILURE),
-        (lambda one: one.mark_as_retry("id-1", ValueError("x")), states.RETRY),
-        (lambda one: one.store_result("id-1", {"done": 1}, "PROGRESS"), "PROGRESS"),
+        (lambda backend: backend.mark_as_started("id-1", pid=1), states.STARTED),
+        (lambda backend: backend.mark_as_done("id-1", "answer"), states.SUCCESS),
+        (lambda backend: backend.mark_as_failure("id-1", ValueError("x")), states.FAILURE),
+        (lambda backend: backend.mark_as_retry("id-1", ValueError("x")), states.RETRY),
+        (lambda backend: backend.store_result("id-1", {"done": 1}, "PROGRESS"), "PROGRESS"),
     ],
     ids=["started", "done", "failure", "retry", "progress"],
 )
@@ -79,7 +79,7 @@ def test_a_look_at_a_result_is_taken_from_a_thread(cache: CacheBackend, around: 
     # As the tracer does for worker_deduplicate_successful_tasks: Django refuses it on a loop.
     cache.store_result("looked at", 25, states.SUCCESS)
     assert stepped(lambda: cache.get_task_meta("looked at"))["result"] == 25
-    assert [one.rpartition("_")[0] for one in around.threads] == ["gw-store"]
+    assert [name.rpartition("_")[0] for name in around.threads] == ["gw-store"]
 
 
 def test_a_result_that_cannot_be_stored_is_the_tracers_to_handle(cache: CacheBackend) -> None:
@@ -252,13 +252,13 @@ def test_a_thread_of_a_process_that_serves_stores_from_its_loop(
     serving.start()
     in_process.adopt(serving)
     redis_backend.mark_as_done("id-1", "answer")
-    assert [one[0] for one in writer.commands] == ["get", "set"]
+    assert [command[0] for command in writer.commands] == ["get", "set"]
 
 
 def test_a_lifetime_of_its_own_is_kept(redis_backend: Any, writer: Writer) -> None:
     stepped(lambda: redis_backend.set("key", "value", expires=5))
     stepped(lambda: redis_backend.set("key", "value", expires=0))
-    assert [one[3] for one in writer.commands] == [5, 0]
+    assert [command[3] for command in writer.commands] == [5, 0]
 
 
 def test_what_celery_takes_by_name_is_taken(redis_backend: Any, writer: Writer) -> None:
