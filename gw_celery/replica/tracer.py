@@ -137,6 +137,8 @@ class Inputs:
         finally:
             followed.end()
             replica_input.in_flight.pop(input.job, None)
+            # A task that the body left behind keeps its context, but not the arguments in here.
+            input.request = {}
         if self._records is not None:
             self._records.end(input.job)
         if report[0] != frames.Report.GONE:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
 import pytest
 
 from gw_celery import errors
-from gw_celery.protocol import frames
-from gw_celery.replica import input as replica_input
-from gw_celery.runtime import greenlet_bridge, lateness
-from tests.unit.runtime.tracers import Reports, an_input, keep, run
+from gw_celery.runtime import lateness
 
 LIMIT = 30.0
 
@@ -44,48 +40,6 @@ def test_an_input_that_waited_too_long_is_refused_with_what_it_waited_for() -> N
 )
 def test_what_cannot_be_called_late_may_begin(request_of: Any) -> None:
     assert lateness.refusal("t", request_of(), LIMIT) is None
-
-
-def waiting() -> tuple[replica_input.Input, Reports]:
-    """An input that is too late to begin, and what it reports."""
-    link = Reports()
-    return an_input(link, request=asked(LIMIT + 1), max_queue_time=LIMIT), link
-
-
-def test_a_late_input_is_accepted_and_fails_in_place_of_its_body() -> None:
-    input, link = waiting()
-    assert not input.begin()
-    assert not input.begin()
-    assert [report[0] for report in link.sent] == [frames.Report.ACCEPT]
-    with pytest.raises(errors.QueueTimeExceeded) as raised:
-        input.run_body(lambda: "never", (), {})
-    assert raised.value is input.rejection
-
-
-def test_one_that_is_late_for_its_batch_fails_where_it_waits() -> None:
-    input, link = waiting()
-
-    async def act() -> Any:
-        waits = asyncio.Event()
-
-        async def wait() -> None:
-            waits.set()
-            await asyncio.Event().wait()
-
-        async def trace() -> Any:
-            input.task = asyncio.current_task()
-            body = lambda: input.run_body(lambda: greenlet_bridge.drive(wait()), (), {})  # noqa: E731
-            return await greenlet_bridge.step(lambda: keep(body), input)
-
-        tracing = asyncio.create_task(trace())
-        await waits.wait()
-        assert not input.begin()
-        outcome = await tracing
-        assert tracing.cancelling() == 0
-        return outcome
-
-    assert run(act) is input.rejection
-    assert [report[0] for report in link.sent] == [frames.Report.ACCEPT]
 
 
 def test_the_error_says_what_is_the_matter_and_comes_back_as_it_went() -> None:
