@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from gw_celery import conf
-from gw_celery.pool import dead_letter_message, dead_queue
+from gw_celery.pool import dead_letters
 from gw_celery.worker import command as worker_command
 from gw_celery.worker import commands
 
@@ -94,30 +94,31 @@ def dead(ctx: click.Context, requeue: str | None, as_json: bool) -> None:
     name = settings.dead_letter_queue
     if not name:
         raise click.ClickException("there is no dead-letter queue: gw_dead_letter_queue is None")
-    with dead_queue.connect(app) as connection:
-        lying = dead_queue.of(app, connection, name, settings.max_dead_letters)
+    with dead_letters.connect(app) as connection:
+        queue = dead_letters.queue_of(app, connection, settings)
         if requeue is not None:
-            _requeue(lying, name, requeue)
+            _requeue(queue, name, requeue)
         else:
-            _show_dead(list(lying.look()), name, as_json=as_json)
+            _show_dead(
+                [dead_letters.summary(letter) for letter in queue.read()], name, as_json=as_json
+            )
 
 
-def _requeue(lying: dead_queue.DeadQueue, name: str, task_id: str) -> None:
-    if (sent := lying.requeue(task_id)) is None:
+def _requeue(queue: dead_letters.DeadLetterQueue, name: str, task_id: str) -> None:
+    if (letter := queue.requeue(task_id)) is None:
         raise click.ClickException(f"no message of task {task_id} lies in the queue {name}")
-    click.echo(f"{sent.task}[{task_id}] is in its queue again, with no deaths")
+    click.echo(f"{letter.headers.get('task')}[{task_id}] is in its queue again, with no deaths")
 
 
-def _show_dead(found: list[dead_letter_message.Letter], name: str, *, as_json: bool) -> None:
-    summaries = [letter.summary() for letter in found]
+def _show_dead(summaries: list[dict[str, Any]], name: str, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(summaries, indent=2))
         return
-    click.echo(f"{name}: {len(found)} dead letters")
-    for one in summaries:
+    click.echo(f"{name}: {len(summaries)} dead letters")
+    for row in summaries:
         click.echo(
-            f"  {one['id']}  {one['task']}  queue {one['queue']}  {one['deaths']} deaths  "
-            f"since {one['since']}  by {one['worker']}"
+            f"  {row['id']}  {row['task']}  queue {row['queue']}  {row['deaths']} deaths  "
+            f"since {row['since']}  by {row['worker']}"
         )
 
 

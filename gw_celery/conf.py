@@ -77,7 +77,7 @@ class Settings:
     #: Time without work after which the last replica goes, where none must stay; ``None``: never.
     inactivity_timeout: float | None = None
     #: Longest time between two ticks of beat to the probes, shorter where a probe's period is;
-    #: ``None`` for no entry in ``beat_schedule``.
+    #: whole seconds; ``None`` for no entry in ``beat_schedule``.
     probe_period: float | None = 10.0
     #: Age at which a score is measured again, on a replica that has nothing to do, and the time
     #: between two ticks of beat to the benchmarks; ``None``: never.

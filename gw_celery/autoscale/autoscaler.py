@@ -19,7 +19,6 @@ from celery.worker import autoscale
 from kombu.asynchronous import get_event_loop
 
 from gw_celery import conf, signals
-from gw_celery.client import beat_tasks
 from gw_celery.cluster import poller, records
 from gw_celery.declare import services
 from gw_celery.policy import demand as policy_demand
@@ -372,8 +371,7 @@ def _queues(app: Any, plan: serving.Plan | None) -> dict[str, list[str]]:
     names = app.amqp.queues.consume_from if plan is None else plan.queues
     known = {} if plan is None else plan.service_queues
     for name in names:
-        if name != beat_tasks.QUEUE:  # no work for replicas
-            found.setdefault(known.get(name, services.PLAIN), []).append(name)
+        found.setdefault(known.get(name, services.PLAIN), []).append(name)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Hashable, Iterator
-from typing import Any
+from typing import Generic, TypeVar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,6 @@ class Bounds:
 class Waiting:
     """One input that waits, since the time ``since``."""
 
-    payload: Any
     key: Hashable
     since: float
     cost: int = 0
@@ -31,11 +30,14 @@ class Waiting:
     is_urgent: bool = False
 
 
-class Buffer:
+W = TypeVar("W", bound=Waiting)
+
+
+class Buffer(Generic[W]):
     """Inputs of one key, in the order of their arrival."""
 
     def __init__(self) -> None:
-        self._waiting: collections.deque[Waiting] = collections.deque()
+        self._waiting: collections.deque[W] = collections.deque()
         self._cost = 0
         self._urgent = 0
 
@@ -51,11 +53,11 @@ class Buffer:
     def has_urgent(self) -> bool:
         return self._urgent > 0
 
-    def put(self, waiting: Waiting) -> None:
+    def put(self, waiting: W) -> None:
         self._waiting.append(waiting)
         self._count(waiting, 1)
 
-    def remove(self, waiting: Waiting) -> bool:
+    def remove(self, waiting: W) -> bool:
         """Take out an input; whether it was there."""
         try:
             self._waiting.remove(waiting)
@@ -69,9 +71,9 @@ class Buffer:
         has_cost = bounds.cost is not None and self._cost >= bounds.cost
         return has_cost or len(self._waiting) >= bounds.size
 
-    def take(self, bounds: Bounds) -> list[Waiting]:
+    def take(self, bounds: Bounds) -> list[W]:
         """Take out what one call may have, the oldest first; an input over the cost goes alone."""
-        taken: list[Waiting] = []
+        taken: list[W] = []
         cost = 0
         while self._waiting and len(taken) < bounds.size:
             cost += self._waiting[0].cost
@@ -81,27 +83,27 @@ class Buffer:
             self._count(taken[-1], -1)
         return taken
 
-    def _count(self, waiting: Waiting, sign: int) -> None:
+    def _count(self, waiting: W, sign: int) -> None:
         self._cost += sign * waiting.cost
         self._urgent += sign * waiting.is_urgent
 
 
-class Buffers:
+class Buffers(Generic[W]):
     """The buffers of one batched method, by key; one that is empty is gone."""
 
     def __init__(self) -> None:
-        self._buffers: dict[Hashable, Buffer] = {}
+        self._buffers: dict[Hashable, Buffer[W]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._buffers.values()))
 
-    def __iter__(self) -> Iterator[Buffer]:
+    def __iter__(self) -> Iterator[Buffer[W]]:
         return iter(self._buffers.values())
 
-    def put(self, waiting: Waiting) -> None:
+    def put(self, waiting: W) -> None:
         self._buffers.setdefault(waiting.key, Buffer()).put(waiting)
 
-    def remove(self, waiting: Waiting) -> bool:
+    def remove(self, waiting: W) -> bool:
         """Take out an input; whether it was there."""
         buffer = self._buffers.get(waiting.key)
         if buffer is None or not buffer.remove(waiting):
@@ -109,11 +111,11 @@ class Buffers:
         self._free(waiting.key, buffer)
         return True
 
-    def take(self, buffer: Buffer, bounds: Bounds) -> list[Waiting]:
+    def take(self, buffer: Buffer[W], bounds: Bounds) -> list[W]:
         taken = buffer.take(bounds)
         self._free(taken[0].key, buffer)
         return taken
 
-    def _free(self, key: Hashable, buffer: Buffer) -> None:
+    def _free(self, key: Hashable, buffer: Buffer[W]) -> None:
         if not buffer:
             del self._buffers[key]

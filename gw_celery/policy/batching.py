@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import Any, Generic
 
 from gw_celery.policy import batch_buffer
 
@@ -26,22 +27,22 @@ class Flush(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(Generic[batch_buffer.W]):
     """Inputs for one call, the oldest first."""
 
-    members: list[batch_buffer.Waiting]
+    members: list[batch_buffer.W]
     flush: Flush
 
 
 def next_batch(
-    buffers: batch_buffer.Buffers,
+    buffers: batch_buffer.Buffers[batch_buffer.W],
     bounds: batch_buffer.Bounds,
     now: float,
     *,
     is_draining: bool = False,
-) -> Batch | None:
+) -> Batch[batch_buffer.W] | None:
     """Take out the batch that a free service runs now: of those that are due the oldest."""
-    best: tuple[batch_buffer.Buffer, Flush] | None = None
+    best: tuple[batch_buffer.Buffer[batch_buffer.W], Flush] | None = None
     for buffer in buffers:
         flush = _due(buffer, bounds, now, is_draining)
         if flush is not None and (best is None or buffer.oldest < best[0].oldest):
@@ -51,7 +52,9 @@ def next_batch(
     return Batch(buffers.take(best[0], bounds), best[1])
 
 
-def due_in(buffers: batch_buffer.Buffers, bounds: batch_buffer.Bounds, now: float) -> float | None:
+def due_in(
+    buffers: batch_buffer.Buffers[Any], bounds: batch_buffer.Bounds, now: float
+) -> float | None:
     """Seconds until a batch is due, if nothing comes or goes; ``None`` when nothing waits."""
     oldest = min((buffer.oldest for buffer in buffers), default=None)
     return None if oldest is None else max(0.0, oldest + bounds.wait - now)
@@ -63,7 +66,7 @@ def halves(bounds: batch_buffer.Bounds, size: int) -> batch_buffer.Bounds:
 
 
 def _due(
-    buffer: batch_buffer.Buffer, bounds: batch_buffer.Bounds, now: float, is_draining: bool
+    buffer: batch_buffer.Buffer[Any], bounds: batch_buffer.Bounds, now: float, is_draining: bool
 ) -> Flush | None:
     if buffer.fills(bounds):
         return Flush.FULL

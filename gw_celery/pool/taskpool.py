@@ -17,14 +17,12 @@ from celery.concurrency.base import BasePool
 from celery.worker import state
 
 from gw_celery import conf, signals
-from gw_celery.client import beat_tasks
 from gw_celery.cluster import lost_workers, ranking, wait_estimates
 from gw_celery.declare import services
 from gw_celery.pool import (
     counters,
     dead_letters,
     driver,
-    lane,
     origin,
     replica,
     request,
@@ -33,7 +31,7 @@ from gw_celery.pool import (
 from gw_celery.protocol import snapshot
 from gw_celery.runtime import fatal_exit
 from gw_celery.transport.find import redis_of
-from gw_celery.worker import control_queue, gate, health, start_notices
+from gw_celery.worker import gate, health, start_notices
 
 signals.listen()
 
@@ -59,9 +57,6 @@ class TaskPool(BasePool):
         self._plan = plan
         #: Opens and closes the worker's queues; the consumer's step attaches itself.
         self.gate: gate.Gate | None = None
-        #: The same for the queue of the sweeps.
-        self.control: control_queue.ControlQueue | None = None
-        self._lane = lane.Lane(self.wake)
         #: When each tick of beat came last.
         self._ticked: dict[str, float] = {}
         self.limit = limit or 1
@@ -148,13 +143,14 @@ class TaskPool(BasePool):
             "queues": list(self._plan.queues) if self._plan else [],
         }
         setup = dataclasses.replace(self._setup, first=first)
-        self._dead = dead_letters.of(app, setup.settings, hostname)
-        bury = None if self._dead is None else self._dead.bury
+        if setup.settings.dead_letter_queue:
+            self._dead = dead_letters.DeadLetters(app, setup.settings, hostname)
+        bury = None if self._dead is None else self._dead.keep
         on_lost = None if self._janitor is None else self._janitor.forget
         self.supervisor = supervisor.Supervisor(
             setup, self._on_capacity, redis_of(app), bury, on_lost
         )
-        self._driver = driver.Driver(self.supervisor, self._lane.settle, self._see)
+        self._driver = driver.Driver(self.supervisor, self._see)
         if self._janitor is not None:
             self._janitor.start()
         if self._plan is not None:
@@ -163,7 +159,6 @@ class TaskPool(BasePool):
             priority = None if self.ranking is None else self.ranking.priority
             self.gate = gate.Gate(app.amqp.queues, queues, self, priority)
             self.gate.close_all()
-            self.control = control_queue.ControlQueue() if self._plan.runs_sweeps else None
             start_notices.log(app, self._plan)
             self._estimates = wait_estimates.of(app, self._plan, hostname, self.supervisor)
         self._resize(self.limit)
@@ -179,8 +174,6 @@ class TaskPool(BasePool):
 
     def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> request.Job:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
-        if args[0] in beat_tasks.COMMANDS:
-            return self._lane.submit(target, args, options)
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
         options["timeout"] = options.get("timeout") or hard
@@ -313,7 +306,7 @@ class TaskPool(BasePool):
         self._driver.detach()
         self.supervisor.release()
         self.health.close()
-        for thread in (self._dead, self._janitor, self._estimates, self._lane, self.ranking):
+        for thread in (self._dead, self._janitor, self._estimates, self.ranking):
             if thread is not None:
                 thread.close()
 

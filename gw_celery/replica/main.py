@@ -29,7 +29,6 @@ from gw_celery.protocol import frames
 from gw_celery.replica import benchmark, early_ack_records, probe, result_backends, tracer
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import (
-    batch_items,
     batcher,
     django_connections,
     fatal_exit,
@@ -164,7 +163,7 @@ async def _serve(channel: socket.socket, link: ParentLink, app: Any, setup: dict
     if has_entered:
         link.report(frames.Report.ENTERED)
         link.beat()
-        watchdog.Watch(loop.MainLoop(running), _in_flight).start()
+        watchdog.Watchdog(loop.MainLoop(running), _in_flight).start()
         await link.leaving.wait()
         await services.leave()
     return 0
@@ -190,7 +189,7 @@ class Services:
         self._registries = gw_celery_signals.registries()
         self._served = list(registry.serving(self._registries, setup["queues"]))
         settings, around = conf.read(app.conf), django_connections.around(app)
-        host = batch_items.Host(
+        host = batcher.Host(
             around=around,
             tell=link.flush,
             on_stuck=lambda name: link.report(frames.Report.STUCK, name),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,17 +9,23 @@ from hypothesis import strategies as st
 from gw_celery.policy import batch_buffer, batching
 from gw_celery.policy.batching import Flush
 
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Item(batch_buffer.Waiting):
+    payload: object
+
+
 BOUNDS = batch_buffer.Bounds(size=4, wait=0.01)
 
 
-def filled(*arrivals: tuple[str, float], **given: object) -> batch_buffer.Buffers:
-    buffers = batch_buffer.Buffers()
+def filled(*arrivals: tuple[str, float], **given: object) -> batch_buffer.Buffers[Item]:
+    buffers: batch_buffer.Buffers[Item] = batch_buffer.Buffers()
     for key, since in arrivals:
-        buffers.put(batch_buffer.Waiting(payload=(key, since), key=key, since=since, **given))
+        buffers.put(Item(payload=(key, since), key=key, since=since, **given))
     return buffers
 
 
-def members(batch: batching.Batch | None) -> list[object]:
+def members(batch: batching.Batch[Item] | None) -> list[object]:
     return [] if batch is None else [one.payload for one in batch.members]
 
 
@@ -101,10 +109,9 @@ def test_an_input_over_the_cost_goes_alone() -> None:
 
 def test_an_input_that_is_taken_out_counts_no_more() -> None:
     bounds = batch_buffer.Bounds(size=2, wait=10.0, cost=100)
-    buffers = batch_buffer.Buffers()
+    buffers: batch_buffer.Buffers[Item] = batch_buffer.Buffers()
     first, second = (
-        batch_buffer.Waiting(payload=at, key="a", since=1.0, cost=60, is_urgent=True)
-        for at in range(2)
+        Item(payload=at, key="a", since=1.0, cost=60, is_urgent=True) for at in range(2)
     )
     buffers.put(first)
     assert buffers.remove(first)
@@ -132,9 +139,9 @@ def test_every_input_is_in_one_batch_within_the_bounds(
     arrivals: list[tuple[str, float, int]], size: int, most: int | None
 ) -> None:
     bounds = batch_buffer.Bounds(size=size, wait=0.5, cost=most)
-    buffers = batch_buffer.Buffers()
+    buffers: batch_buffer.Buffers[Item] = batch_buffer.Buffers()
     given = [
-        batch_buffer.Waiting(payload=at, key=key, since=since, cost=cost)
+        Item(payload=at, key=key, since=since, cost=cost)
         for at, (key, since, cost) in enumerate(sorted(arrivals, key=lambda one: one[1]))
     ]
     for one in given:
