@@ -18,6 +18,7 @@ that can be held. The test writes the parent's orders and reads the child's repo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import socket
 import threading
@@ -92,6 +93,8 @@ class Child:
         self._name = uuid.uuid4()
         self._failure: BaseException | None = None
         self.reports: list[list[Any]] = []
+        #: The tasks of the loop that a child which has left would not have ended.
+        self.left_behind: list[str] = []
         self.store = HeldBackend.store = Store()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -111,7 +114,8 @@ class Child:
 
     def close(self) -> None:
         self.store.go.set()
-        self.send(Order.LEAVE)
+        with contextlib.suppress(BrokenPipeError):  # it has left
+            self.send(Order.LEAVE)
         self.thread.join(DEADLINE)
         assert not self.thread.is_alive()
         self._ours.close()
@@ -136,6 +140,8 @@ class Child:
             self._entered.set()
         await self._link.leaving.wait()
         await services.leave()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        self.left_behind = sorted(task.get_name() for task in rest)
         transport.abort()
         await asyncio.sleep(0)
 
