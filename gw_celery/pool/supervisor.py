@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gw_celery.policy import live_scores
+from gw_celery.policy import scores as policy_scores
 from gw_celery.pool import (
     child_process,
     child_state,
@@ -100,7 +100,7 @@ class Supervisor:
         with self._lock:
             self._measuring.note_queued(queued, request.now())
 
-    def observe(self, tallies: Mapping[str, live_scores.Tally]) -> None:
+    def observe(self, tallies: Mapping[str, policy_scores.Tally]) -> None:
         """Let the traffic correct the scores; about once a second."""
         with self._lock:
             # While results cannot be stored nothing is consumed, however much there is.

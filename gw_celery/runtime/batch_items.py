@@ -11,12 +11,12 @@ from typing import Any
 
 from gw_celery import errors
 from gw_celery.declare import services
-from gw_celery.policy import batch_buffer
+from gw_celery.policy import batching
 from gw_celery.runtime import current_batch
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class BatchItem(batch_buffer.Waiting):
+class BatchItem(batching.Waiting):
     """One input of a batched method, from when it waits until it has its answer."""
 
     #: The body, bound to the instance whose parameters the inputs of a batch share.

@@ -21,7 +21,7 @@ from celery.exceptions import Retry
 
 from gw_celery import errors
 from gw_celery.declare import markers, services
-from gw_celery.policy import batch_buffer, batching
+from gw_celery.policy import batching
 from gw_celery.runtime import (
     batch_items,
     body_guard,
@@ -72,7 +72,7 @@ class Batcher:
         self._host = host
         self._clock = host.clock
         self._declared = declared
-        self._bounds = batch_buffer.Bounds(
+        self._bounds = batching.Bounds(
             size=declared.max_batch_size,
             wait=declared.wait_ms / 1000,
             cost=declared.max_batch_cost,
@@ -80,7 +80,7 @@ class Batcher:
         self._threads = offload.Offload(
             f"batch-{method.name}", declared.max_running_batches, host.around
         )
-        self._waiting: batch_buffer.Buffers[batch_items.BatchItem] = batch_buffer.Buffers()
+        self._waiting: batching.Buffers[batch_items.BatchItem] = batching.Buffers()
         #: The calls that run, and the inputs that each was made for.
         self._running: dict[asyncio.Task[None], list[batch_items.BatchItem]] = {}
         #: Those of them that nobody waits for.
@@ -189,16 +189,14 @@ class Batcher:
             self._timer = None
         while len(self._running) < self._declared.max_running_batches:
             now = self._clock.now()
-            batch = batching.next_batch(
-                self._waiting, self._bounds, now, is_draining=self._is_draining
-            )
+            batch = self._waiting.next_batch(self._bounds, now, is_draining=self._is_draining)
             if batch is None:
                 self._wait_until_due(now)
                 return
             self._start(batch)
 
     def _wait_until_due(self, now: float) -> None:
-        wait = batching.due_in(self._waiting, self._bounds, now)
+        wait = self._waiting.due_in(self._bounds, now)
         if wait is not None:
             self._timer = self._clock.call_at(now + wait, self._form, self._host.context)
 
@@ -332,7 +330,7 @@ class Batcher:
     def _take_less(self, size: int, exc: Exception) -> None:
         if size == 1:
             return
-        self._bounds = batching.halves(self._bounds, size)
+        self._bounds = self._bounds.halved(size)
         logger.warning(
             "a call of %s ran out of the device's memory with %d inputs (%s): until this replica "
             "restarts, it takes %d at most; lower max_batch_size, or bound size_fn's sum",
