@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery import errors
+from gw_celery.client import execution
 from gw_celery.protocol import frames
-from gw_celery.runtime import async_exception, body, body_guard, expiry, in_process, lateness
+from gw_celery.replica import queue_time
+from gw_celery.runtime import async_exception, body, body_guard
 
 if TYPE_CHECKING:
     from gw_celery.replica import early_ack_records
@@ -112,7 +114,7 @@ class Input:
         """
         if self.has_begun or self._is_stopped:
             return not self._is_stopped
-        if expiry.has_passed(self.expires):
+        if queue_time.has_expired(self.expires):
             self._report(frames.Report.EXPIRED, self.job)
             self.stop()
             return False
@@ -128,7 +130,7 @@ class Input:
     def _check_queue_time(self) -> Exception | None:
         if self.max_queue_time is None:
             return None
-        return lateness.refusal(self.name, self.request, self.max_queue_time)
+        return queue_time.rejection(self.name, self.request, self.max_queue_time)
 
     def _report(self, kind: frames.Report, *content: Any) -> None:
         if self.link is not None:
@@ -140,12 +142,12 @@ class Input:
             self._enter_body()
             with body_guard.Contained():  # of the project's other tasks, too
                 answer = run(*args, **kwargs)
-        except (asyncio.CancelledError, body.Revoked) as exc:
+        except (asyncio.CancelledError, execution.Revoked) as exc:
             if self.rejection is not None:
                 raise self.rejection from None
-            if self._is_stopped or isinstance(exc, body.Revoked):
-                raise body.Revoked from None
-            if in_process.current() is None:  # it ends, and the broker has the message still
+            if self._is_stopped or isinstance(exc, execution.Revoked):
+                raise execution.Revoked from None
+            if execution.current() is None:  # it ends, and the broker has the message still
                 raise
             reason = "the body cancelled its own task; raise an Exception to fail it"
             raise errors.BodyExited(reason) from exc
@@ -155,7 +157,7 @@ class Input:
             finally:
                 self.phase = Phase.AFTER
         if self._is_stopped:  # it swallowed the cancellation; its answer is not wanted
-            raise body.Revoked
+            raise execution.Revoked
         return answer
 
     def limit(self, seconds: float) -> None:
@@ -187,7 +189,7 @@ class Input:
             self.task.cancel()
         elif not body.running.interrupt(self.task_id, exc):
             self._thrown = async_exception.Thrown(
-                self._thread, body.Revoked if exc is None else type(exc)
+                self._thread, execution.Revoked if exc is None else type(exc)
             )
 
     def _enter_body(self) -> None:
@@ -196,7 +198,7 @@ class Input:
             self.phase = Phase.BODY
             instead, self._instead = self._instead, None
         if self._is_stopped or instead is not None:
-            raise instead or body.Revoked()
+            raise instead or execution.Revoked()
 
     def _leave_body(self) -> None:
         with self._lock:

@@ -23,7 +23,7 @@ from kombu import exceptions, pools
 
 from gw_celery import conf, errors
 from gw_celery import signals as gw_celery_signals
-from gw_celery.client import preset
+from gw_celery.client import execution, preset
 from gw_celery.declare import registry
 from gw_celery.protocol import frames
 from gw_celery.replica import benchmark, early_ack_records, probe, result_backends, tracer
@@ -235,7 +235,7 @@ class Services:
 
     async def _enter(self) -> None:
         self._runtime.start()
-        in_process.adopt(self._runtime)
+        execution.install(self._runtime)
         await self._runtime.grow(self._registries, self._served)
         _send_process_init(self._hostname)
         logger.info("pid %d has loaded %d services", os.getpid(), len(self._served))
@@ -244,7 +244,7 @@ class Services:
         """Leave contexts and hooks, and what is still being measured and probed."""
         await self._benchmarks.stop()
         self._probes.close()
-        in_process.adopt(None)
+        execution.install(None)
         await self._runtime.leave()
         signals.worker_process_shutdown.send(sender=self._hostname, pid=os.getpid(), exitcode=0)
         await close_connections(_CLOSE_TIMEOUT)

@@ -14,24 +14,21 @@ from typing import Any, TypeAlias, TypeVar
 
 import kombu.serialization
 from billiard.einfo import ExceptionWithTraceback
-from celery import signals
 from celery.app import trace
 from celery.exceptions import Ignore, Reject, Retry
 from kombu.utils.encoding import safe_repr, safe_str
 
 from gw_celery import conf
+from gw_celery.client import execution, task_context
 from gw_celery.protocol import frames
-from gw_celery.replica import early_ack_records
+from gw_celery.replica import early_ack_records, queue_time
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import (
-    body_guard,
-    current_batch,
+    batch_items,
     django_connections,
-    expiry,
     greenlet_bridge,
     loop,
     offload,
-    task_context,
 )
 
 T = TypeVar("T")
@@ -49,14 +46,6 @@ _OUTCOMES: dict[type[Exception], frames.Outcome] = {
     Reject: frames.Outcome.REJECT,
     Ignore: frames.Outcome.IGNORE,
 }
-_HOOKS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
-_RECEIVERS = (
-    signals.task_prerun,
-    signals.task_postrun,
-    signals.task_success,
-    signals.task_failure,
-    signals.task_retry,
-)
 
 
 class Inputs:
@@ -117,7 +106,7 @@ class Inputs:
             request=request,
             runs_alone=runs_alone,
             gathers=gathers,
-            expires=expiry.of(self._app, request) if gathers else None,
+            expires=queue_time.expiry(self._app, request) if gathers else None,
             max_queue_time=service and service.max_queue_time(self._max_queue_time),
             records=self._records if self._records and self._records.has(name) else None,
         )
@@ -129,7 +118,7 @@ class Inputs:
     async def _run(self, input: replica_input.Input, *content: Any) -> None:
         followed = task_context.bind()
         replica_input.current.set(input)
-        current_batch.joining.set(input)
+        batch_items.joining.set(input)
         try:
             report = await self._outcome(input, *content)
         except BaseException as exc:
@@ -174,7 +163,7 @@ class Inputs:
 
     async def call(self, input: replica_input.Input, run: Callable[[], T]) -> T:
         """Return ``run()`` from where the tracer of an input runs: on the loop, or in a thread."""
-        if not runs_on_loop(self._app.tasks.get(input.name)):
+        if not greenlet_bridge.runs_on_loop(self._app.tasks.get(input.name)):
             return await self._threads.run(run)
         await self._connections.look()
         input.task = asyncio.current_task()
@@ -199,20 +188,6 @@ def prepare(app: Any, hostname: str) -> None:
         task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
 
 
-def runs_on_loop(task: Any) -> bool:
-    """Whether the tracer of ``task`` may run in a greenlet on the loop, and not in a thread."""
-    return _never_blocks(task) and not any(signal.receivers for signal in _RECEIVERS)
-
-
-@functools.cache
-def _never_blocks(task: Any) -> bool:
-    """Whether nothing around the body of a task is the user's own synchronous code."""
-    method = getattr(task, "gw_method", None)
-    if method is None or not (method.is_async or method.batched):
-        return False
-    return not any(trace.task_has_custom(task, hook) for hook in _HOOKS)
-
-
 # -- what is reported of an input without a result --
 
 
@@ -229,7 +204,7 @@ def _escaped(input: replica_input.Input, exc: BaseException) -> Report:
 
     The tracer stores whatever a body raises, so that what comes out of it is a failed store.
     """
-    if isinstance(exc, body_guard.Stopped | asyncio.CancelledError):
+    if isinstance(exc, execution.Stopped | asyncio.CancelledError):
         return frames.Report.GONE, input.job
     if isinstance(exc, SystemExit | KeyboardInterrupt):
         text = f"exitcode {exc.code}" if isinstance(exc, SystemExit) else repr(exc)

@@ -33,13 +33,9 @@ RANK = {folder: rank for rank, folders in enumerate(FLOORS) for folder in folder
 LAZY_UPWARD = {("signals", "worker"), ("client", "runtime")}
 #: Upward edges of the old layout that are still to be cut.
 PENDING = {
-    ("app", "runtime"),
-    ("client", "replica"),
     ("cluster", "pool"),
     ("cluster", "worker"),
-    ("gw_celery", "runtime"),
     ("policy", "cluster"),
-    ("signals", "runtime"),
 }
 #: Folders that must not import each other although they stand on one floor.
 APART = {("worker", "replica"), ("replica", "worker")}
@@ -47,9 +43,9 @@ APART = {("worker", "replica"), ("replica", "worker")}
 PURE = ("policy", "pool.child_state", "pool.dispatch", "pool.time_limits")
 IMPURE = {"asyncio", "redis", "socket", "subprocess", "threading", "time"}
 #: Lines of gw_celery/. Raised only by name, in a commit that says why.
-BUDGET = 23_580
+BUDGET = 23_300
 #: Our modules behind `import gw_celery`, a declaration and one `.delay()`.
-WEB_MODULES = 80
+WEB_MODULES = 45
 
 
 @functools.cache
@@ -94,9 +90,10 @@ def test_imports_go_down_or_sideways_and_never_up() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    graph = {
-        name: {target for target in imports(name) if target in modules()} for name in modules()
-    }
+    graph: dict[str, set[str]] = {name: set() for name in modules()}
+    for name in graph:
+        below = (one for one in imports(name) if (folder(name), folder(one)) not in LAZY_UPWARD)
+        graph[name].update(target for target in below if target in graph)
     TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
@@ -120,7 +117,9 @@ def test_a_web_process_loads_little_of_ours_and_nothing_heavy(then: str) -> None
     loaded = done.stdout.split()
     tops = {name.split(".")[0] for name in loaded}
     assert tops & {"flower", "prometheus_client", "pynvml", "torch", "tornado"} == set()
-    assert len([name for name in loaded if name.split(".")[0] == "gw_celery"]) <= WEB_MODULES
+    ours = [name for name in loaded if name.split(".")[0] == "gw_celery"]
+    assert {"runtime", "replica", "worker", "pool"} & {folder(name) for name in ours} == set()
+    assert len(ours) <= WEB_MODULES
 
 
 def test_the_package_stays_within_its_budget() -> None:

@@ -15,7 +15,6 @@ from gw_celery.declare import services
 from gw_celery.policy import scores
 from gw_celery.protocol import snapshot
 from gw_celery.replica import benchmark
-from gw_celery.runtime import current_batch
 from tests import child_harness
 from tests.child_harness import Order, Report
 
@@ -130,7 +129,7 @@ def test_a_batched_method_is_measured_in_full_batches(app: gw.App, *, is_async: 
     batches: list[Any] = []
 
     def note(xs: list[int]) -> list[int]:
-        batches.append(current_batch.current_batch())
+        batches.append(gw.current_batch())
         return xs
 
     class Embedder:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 
+from gw_celery.client import execution
 from gw_celery.replica import input as replica_input
-from gw_celery.runtime import body as runtime_body
 from gw_celery.runtime import greenlet_bridge
 from tests.unit.runtime.tracers import DEADLINE, an_input, keep, run
 
@@ -71,7 +71,7 @@ def interrupt(input: replica_input.Input, how: str) -> None:
 
 
 outcomes = pytest.mark.parametrize(
-    ("how", "expected"), [("limit", SoftTimeLimitExceeded), ("stop", runtime_body.Revoked)]
+    ("how", "expected"), [("limit", SoftTimeLimitExceeded), ("stop", execution.Revoked)]
 )
 
 

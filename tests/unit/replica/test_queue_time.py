@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gw_celery import errors
-from gw_celery.runtime import lateness
+from gw_celery.replica import queue_time
 
 LIMIT = 30.0
 
@@ -19,7 +19,7 @@ def asked(ago: float, **more: Any) -> dict[str, Any]:
 
 def test_an_input_that_waited_too_long_is_refused_with_what_it_waited_for() -> None:
     request = asked(LIMIT + 5, delivery_info={"routing_key": "gpu.embed"})
-    refusal = lateness.refusal("proj.embed", request, LIMIT)
+    refusal = queue_time.rejection("proj.embed", request, LIMIT)
     assert refusal is not None
     assert (refusal.task, refusal.queue, refusal.limit) == ("proj.embed", "gpu.embed", LIMIT)
     assert refusal.was_sent
@@ -39,7 +39,7 @@ def test_an_input_that_waited_too_long_is_refused_with_what_it_waited_for() -> N
     ids=["foreign", "in time", "from a clock that is ahead", "odd", "redelivered", "quorum"],
 )
 def test_what_cannot_be_called_late_may_begin(request_of: Any) -> None:
-    assert lateness.refusal("t", request_of(), LIMIT) is None
+    assert queue_time.rejection("t", request_of(), LIMIT) is None
 
 
 def test_the_error_says_what_is_the_matter_and_comes_back_as_it_went() -> None:
