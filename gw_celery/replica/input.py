@@ -100,7 +100,7 @@ class Input:
     def is_benchmark(self) -> bool:
         return self.link is None
 
-    def announce(self) -> Awaitable[None] | None:
+    def record_early_ack(self) -> Awaitable[None] | None:
         """Write the record that must be there before an early acknowledgement, once."""
         records, self.records = self.records, None
         arguments, self.arguments = self.arguments, None

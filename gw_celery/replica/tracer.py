@@ -139,7 +139,7 @@ class Inputs:
         if input.records is not None:
             input.arguments = arguments
         # The parent acknowledges it when it hears of the start: not before it is on record.
-        if not input.gathers and (recording := input.announce()) is not None:
+        if not input.gathers and (recording := input.record_early_ack()) is not None:
             await recording
             input.begin()
             await asyncio.sleep(0)  # the report is sent: the body may block the loop
