@@ -66,7 +66,7 @@ class Report(enum.StrEnum):
     ERROR = "error"
     #: (task name,): a call of it goes on that nobody waits for, and cannot be ended.
     STUCK = "stuck"
-    #: (job,): it expired, or was late, while it gathered with others; ``GONE`` follows.
+    #: (job,): it expired while it gathered with others; what ends it, without an answer, follows.
     EXPIRED = "expired"
     #: (job,): it is no longer here, and has no answer.
     GONE = "gone"
