@@ -416,7 +416,7 @@ class Supervisor:
             )
             return None
         self._children[child] = filled
-        child.send((self.setup.first | {"number": filled.number},))
+        child.send((self.setup.first | {"number": filled.number, "version": frames.version()},))
         return child
 
     def replace(self, child: ChildProcess) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import pickle
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ class Report(enum.StrEnum):
     ERROR = "error"
     #: (task name,): a call of it goes on that nobody waits for, and cannot be ended.
     STUCK = "stuck"
-    #: (job,): it expired, or was late, while it gathered with others; ``GONE`` follows.
+    #: (job,): it expired while it gathered with others; what ends it, without an answer, follows.
     EXPIRED = "expired"
     #: (job,): it is no longer here, and has no answer.
     GONE = "gone"
@@ -116,6 +117,12 @@ _SHAPES: dict[str, tuple[type, ...]] = {
 }
 
 
+def version() -> str:
+    """Return the version of gw_celery that this process has imported; the first frame has it."""
+    # Nothing inside imports the package's root, which imports nearly all of it.
+    return str(sys.modules["gw_celery"].__version__)
+
+
 def pack_orders(orders: Sequence[OrderFields]) -> bytes:
     """Return one frame of ``orders``, each an ``Order`` and what belongs to it."""
     payload = pickle.dumps(orders, protocol=pickle.HIGHEST_PROTOCOL)
@@ -126,6 +133,11 @@ def unpack_orders(payload: bytes) -> list[OrderFields]:
     """Return the orders of one frame; for children only."""
     orders: list[OrderFields] = pickle.loads(payload)  # noqa: S301 - written by the parent
     return orders
+
+
+def cut(text: str, longest: int) -> str:
+    """Return ``text``, or its beginning: a report is small."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def pack_reports(reports: Iterable[Sequence[Any]]) -> bytes:

@@ -299,7 +299,7 @@ def test_a_broker_says_that_it_delivers_again(
 def arrived(exc: BaseException) -> Any:
     """The exception of which Celery hears when a child's tracer ended with ``exc``."""
     celerys = Celerys()
-    frame = frames.pack_reports([tracer._error(7, exc, "")])
+    frame = frames.pack_reports([tracer.failure(7, exc, "")])
     (report,) = frames.unpack_reports(frame[4:])
     made(celerys).tell_report(report)
     ((_, ((_, einfo, _),)),) = celerys.calls
