@@ -10,17 +10,16 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any
+from typing import Unpack
 
 from celery.concurrency.base import BasePool
 from celery.worker import state
+from kombu.asynchronous import Hub
 
 from gw_celery import conf, signals
 from gw_celery.cluster import lost_workers, ranking, wait_estimates
 from gw_celery.declare import services
 from gw_celery.pool import (
-    counters,
     dead_letters,
     driver,
     origin,
@@ -28,7 +27,8 @@ from gw_celery.pool import (
     request,
     supervisor,
 )
-from gw_celery.protocol import snapshot
+from gw_celery.protocol import frames
+from gw_celery.protocol.snapshot import Worker
 from gw_celery.runtime import fatal_exit
 from gw_celery.transport.find import redis_of
 from gw_celery.worker import gate, health, start_notices
@@ -49,7 +49,14 @@ class TaskPool(BasePool):
     uses_semaphore = False
     task_join_will_block = True
 
-    def __init__(self, limit: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        limit: int | None = None,
+        *,
+        maxtasksperchild: int | None = None,
+        max_memory_per_child: int | None = None,
+        **options: object,
+    ) -> None:
         super().__init__(limit, **options)
         plan = signals.plan()
         settings = conf.read(self.app.conf) if plan is None else plan.settings
@@ -67,8 +74,8 @@ class TaskPool(BasePool):
             benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
             probes=plan.probes if plan else (),
-            max_tasks=options.get("maxtasksperchild"),
-            max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
+            max_tasks=maxtasksperchild,
+            max_bytes=(max_memory_per_child or 0) * 1024 or None,
         )
         self.supervisor: supervisor.Supervisor
         self._dead: dead_letters.DeadLetters | None = None
@@ -77,10 +84,8 @@ class TaskPool(BasePool):
         #: Where the broker prefers the quicker of several workers.
         self.ranking: ranking.Ranking | None = None
         self._driver: driver.Driver
-        self._replicas: tuple[snapshot.Replica, ...] = ()
         #: What a platform's own probes ask; others add their paths to its ``routes``.
         self.health = health.Health(settings)
-        self._scores: dict[str, snapshot.Score] = {}
 
     # -- size --
 
@@ -93,9 +98,16 @@ class TaskPool(BasePool):
         return max(1, self.limit)
 
     @property
-    def wanted(self) -> int:
-        """Replicas that were asked for."""
+    def desired_replicas(self) -> int:
         return self._replicas_for(self.limit)
+
+    @property
+    def hostname(self) -> str:
+        return str(self.options["initargs"][1])
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._state in (self.CLOSE, self.TERMINATE)
 
     def grow(self, n: int = 1) -> None:
         """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
@@ -123,7 +135,7 @@ class TaskPool(BasePool):
         """Let one replica, or all, finish and stay stopped until they are restarted."""
         self.supervisor.hold(number)
 
-    def maintain_pool(self, *args: Any, **kwargs: Any) -> None:
+    def maintain_pool(self, *args: object, **kwargs: object) -> None:
         self.supervisor.tick()
 
     # -- the life of the worker --
@@ -134,6 +146,7 @@ class TaskPool(BasePool):
         app, hostname = self.options["initargs"]
         self._janitor = lost_workers.of(app, self._setup.settings, hostname)
         first = {
+            "version": frames.version(),
             "worker": self._janitor and self._janitor.worker,
             "app": origin.find(app),
             "changes": origin.changes(app),
@@ -145,12 +158,10 @@ class TaskPool(BasePool):
         setup = dataclasses.replace(self._setup, first=first)
         if setup.settings.dead_letter_queue:
             self._dead = dead_letters.DeadLetters(app, setup.settings, hostname)
-        bury = None if self._dead is None else self._dead.keep
-        on_lost = None if self._janitor is None else self._janitor.forget
         self.supervisor = supervisor.Supervisor(
-            setup, self._on_capacity, redis_of(app), bury, on_lost
+            setup, self, redis_of(app), self._dead, self._janitor
         )
-        self._driver = driver.Driver(self.supervisor, self._see)
+        self._driver = driver.Driver(self)
         if self._janitor is not None:
             self._janitor.start()
         if self._plan is not None:
@@ -160,19 +171,25 @@ class TaskPool(BasePool):
             self.gate = gate.Gate(app.amqp.queues, queues, self, priority)
             self.gate.close_all()
             start_notices.log(app, self._plan)
-            self._estimates = wait_estimates.of(app, self._plan, hostname, self.supervisor)
+            self._estimates = wait_estimates.of(app, self._plan, hostname, self)
         self._resize(self.limit)
         self.supervisor.tick()
-        self._see()
+        self.observe()
         if self._estimates is not None:
             self._estimates.start()
         self._driver.start()
 
-    def register_with_event_loop(self, hub: Any) -> None:
+    def register_with_event_loop(self, hub: Hub) -> None:
         """Called at every start of the consumer, when the hub has forgotten us."""
         self._driver.attach(hub)
 
-    def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> request.Job:
+    def on_apply(
+        self,
+        target: object,
+        args: request.TaskArgs,
+        kwargs: object,
+        **options: Unpack[request.Options],
+    ) -> request.PoolRequest:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
@@ -181,10 +198,10 @@ class TaskPool(BasePool):
         service = getattr(task, "gw_service", None)
         key = services.PLAIN if service is None else service.key
         options["gathers"] = service is not None and task.gw_method.batched is not None
-        return self.supervisor.submit(tuple(args), key, options)
+        return self.supervisor.submit(args, key, options)
 
-    def terminate_job(self, pid: int, signal: Any = None) -> None:
-        """Do nothing: a pid names a replica. Celery calls the exact ``Job.terminate`` next."""
+    def terminate_job(self, pid: int, signal: object = None) -> None:
+        """Do nothing: a pid names a replica. Celery calls ``PoolRequest.terminate`` next."""
 
     def flush(self) -> None:
         """Drop what has not started; called when the broker is lost, and at every shutdown."""
@@ -200,20 +217,20 @@ class TaskPool(BasePool):
         settings = self._setup.settings
         self.supervisor.close()
         if state.should_terminate:
-            self.supervisor.abandon_unaccepted()
+            self.supervisor.give_up_unbegun()
             bound = grace = settings.cancel_timeout
         else:
             bound, grace = settings.shutdown_timeout, 2 * settings.exit_timeout + _LEAVE_MARGIN
-        if not self._driver.wait(lambda: not self.supervisor.in_flight(), bound):
+        if not self._driver.wait(lambda: not self.supervisor.requests.in_flight(), bound):
             logger.error(
                 "%d inputs are still running after %.0f s; their replicas are killed (setting "
                 "gw_shutdown_timeout)",
-                self.supervisor.in_flight(),
+                self.supervisor.requests.in_flight(),
                 bound,
             )
             self.supervisor.kill(_SHUT_DOWN)
         # What was given back to the broker, or answered at its limit, is about to go.
-        self._driver.wait(lambda: not self.supervisor.held(), settings.cancel_timeout)
+        self._driver.wait(lambda: not self.supervisor.requests.held(), settings.cancel_timeout)
         self.supervisor.leave()
         self._driver.wait(self.supervisor.is_empty, grace)
         self._finish()
@@ -235,56 +252,24 @@ class TaskPool(BasePool):
 
     # -- what is seen from outside --
 
-    def ready_by_service(self) -> dict[str, int]:
-        """Slots of the replicas that are READY, by service."""
-        return self.supervisor.ready_by_service()
+    def snapshot(self) -> Worker:
+        """Return the worker as it is now; see ``protocol.snapshot.Source``."""
+        return self.supervisor.snapshot()
 
-    def backlog(self, service: str) -> int:
-        """Inputs of a service that this worker has taken and that wait for a slot."""
-        return self.supervisor.backlog(service)
-
-    def outage(self) -> str:
-        """Why results cannot be stored now, so that nothing is consumed; ``""`` while they can."""
-        return self.supervisor.outage()
-
-    def waiting(self) -> int:
-        """Inputs that this worker has taken and that wait for a slot."""
-        return self.supervisor.waiting()
-
-    def tallies(self) -> dict[str, counters.Tally]:
-        """The work of each service that arrived, waits, runs and was served; from any thread."""
-        return self.supervisor.tallies()
-
-    def replicas(self) -> tuple[snapshot.Replica, ...]:
-        """The replicas as they were at the last tick."""
-        return self._replicas
-
-    def scores(self) -> dict[str, float | None]:
-        """Workload per second of one replica, by service; ``None`` while it is not known."""
-        return self.supervisor.scores()
-
-    def note_queued(self, queued: Mapping[str, int]) -> None:
-        """Hear from who asks the broker how many messages wait there, by service."""
-        self.supervisor.note_queued(queued)
-
-    def seen_scores(self) -> dict[str, snapshot.Score]:
-        """Where the scores come from, as it was at the last tick."""
-        return self._scores
-
-    def _get_info(self) -> dict[str, Any]:
-        options = self.options
+    def _get_info(self) -> dict[str, object]:
+        options, worker = self.options, self.snapshot().as_json()
         return {
             **super()._get_info(),
             "max-concurrency": self.limit,
-            "processes": [one.pid for one in self._replicas if one.pid],
+            "processes": [one["pid"] for one in worker["replicas"] if one["pid"]],
             "max-tasks-per-child": self._setup.max_tasks or "N/A",
             "put-guarded-by-semaphore": False,
             "timeouts": (options.get("soft_timeout") or 0, options.get("timeout") or 0),
             "writes": "N/A",
-            "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
-            "gw_outage": self.outage(),
-            "gw_tallies": {key: dataclasses.asdict(one) for key, one in self.tallies().items()},
-            "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
+            "gw_replicas": list(worker["replicas"]),
+            "gw_outage": worker["outage"],
+            "gw_tallies": worker["tallies"],
+            "gw_scores": worker["scores"],
             "gw_tick_ages": {kind: request.now() - at for kind, at in self._ticked.items()},
         }
 
@@ -314,28 +299,21 @@ class TaskPool(BasePool):
         if (allotment := self._setup.allotment) is not None:
             slots = min(slots, allotment.most * self._setup.slots_per_replica)
         self.limit = max(0, slots)
-        self.supervisor.resize(self._replicas_for(self.limit))
+        self.supervisor.resize(self.desired_replicas)
 
     def _replicas_for(self, slots: int) -> int:
         return math.ceil(slots / self._setup.slots_per_replica)
 
-    def _on_capacity(self) -> None:
+    def slots_changed(self) -> None:
+        """There are more, or fewer, slots or inputs that wait for one."""
         if self.gate is not None and self._state == self.RUN:
             self.gate.request()
 
-    def _see(self) -> None:
+    def observe(self) -> None:
         """Once a second: look at what there is, and let others see it."""
-        self.supervisor.observe(self.tallies())
-        if self.ranking is not None and self.ranking.tick(self.scores()):
-            self._on_capacity()
-        self._replicas = self.supervisor.replicas()
-        self.health.beat(
-            health.Picture(
-                replicas=self._replicas,
-                ready_slots=self.supervisor.ready_by_service(),
-                wanted=self._replicas_for(self.limit),
-                outage=self.supervisor.outage(),
-                is_stopping=self._state in (self.CLOSE, self.TERMINATE),
-            )
-        )
-        self._scores = self.supervisor.seen_scores()
+        self.supervisor.observe()
+        worker = self.snapshot()
+        scores = {service: score.value for service, score in worker.scores.items()}
+        if self.ranking is not None and self.ranking.tick(scores):
+            self.slots_changed()
+        self.health.beat(worker)

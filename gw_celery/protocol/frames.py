@@ -18,6 +18,11 @@ from typing import Any
 
 from gw_celery import errors
 
+#: An ``Order``, or the first frame's setup, and what belongs to it.
+OrderFields = tuple[Any, ...]
+#: A ``Report`` and what belongs to it, checked against its shape when it is unpacked.
+ReportFields = list[Any]
+
 _LENGTH = struct.Struct("!I")
 #: A child's frame holds texts that it has cut short; anything larger is garbage.
 MAX_CHILD_FRAME_BYTES = 32 * 1024 * 1024
@@ -118,15 +123,15 @@ def version() -> str:
     return str(sys.modules["gw_celery"].__version__)
 
 
-def pack_orders(orders: Sequence[tuple[Any, ...]]) -> bytes:
+def pack_orders(orders: Sequence[OrderFields]) -> bytes:
     """Return one frame of ``orders``, each an ``Order`` and what belongs to it."""
     payload = pickle.dumps(orders, protocol=pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(payload)) + payload
 
 
-def unpack_orders(payload: bytes) -> list[tuple[Any, ...]]:
+def unpack_orders(payload: bytes) -> list[OrderFields]:
     """Return the orders of one frame; for children only."""
-    orders: list[tuple[Any, ...]] = pickle.loads(payload)  # noqa: S301 - written by the parent
+    orders: list[OrderFields] = pickle.loads(payload)  # noqa: S301 - written by the parent
     return orders
 
 
@@ -141,7 +146,7 @@ def pack_reports(reports: Iterable[Sequence[Any]]) -> bytes:
     return _LENGTH.pack(len(payload)) + payload
 
 
-def unpack_reports(payload: bytes) -> list[list[Any]]:
+def unpack_reports(payload: bytes) -> list[ReportFields]:
     """Return the checked reports of one frame.
 
     Raises:

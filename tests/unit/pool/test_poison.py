@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,17 @@ class Job:
     runs_alone: bool = False
 
 
+class Reader:
+    def wake(self) -> None:
+        raise AssertionError("nothing was asked")
+
+
+def counter(most: int) -> poison.PoisonCounter:
+    return poison.PoisonCounter(most, Reader())
+
+
 def test_whatever_was_in_flight_at_a_death_is_suspect() -> None:
-    seen = poison.Deaths(most=3)
+    seen = counter(most=3)
     seen.record([Job("a"), Job("b")])
     assert seen.is_suspect("a")
     assert seen.is_suspect("b")
@@ -23,14 +33,14 @@ def test_whatever_was_in_flight_at_a_death_is_suspect() -> None:
 
 
 def test_a_death_in_company_is_never_blamed_on_one() -> None:
-    seen = poison.Deaths(most=1)
+    seen = counter(most=1)
     for _ in range(10):
         seen.record([Job("a"), Job("b")])
     assert not seen.is_poison("a")
 
 
 def test_an_input_that_kills_alone_as_often_as_it_may_is_poison() -> None:
-    seen = poison.Deaths(most=3)
+    seen = counter(most=3)
     seen.record([Job("a"), Job("b")])
     for _ in range(2):
         seen.record([Job("a", runs_alone=True)])
@@ -41,7 +51,7 @@ def test_an_input_that_kills_alone_as_often_as_it_may_is_poison() -> None:
 
 
 def test_a_death_in_company_in_between_clears_nobody() -> None:
-    seen = poison.Deaths(most=2)
+    seen = counter(most=2)
     seen.record([Job("a", runs_alone=True)])
     seen.record([Job("a")])
     seen.record([Job("a", runs_alone=True)])
@@ -49,17 +59,17 @@ def test_a_death_in_company_in_between_clears_nobody() -> None:
 
 
 def test_an_input_that_survives_alone_is_cleared() -> None:
-    seen = poison.Deaths(most=2)
+    seen = counter(most=2)
     seen.record([Job("a", runs_alone=True)])
-    seen.survived("a")
+    seen.forget("a")
     assert not seen.is_suspect("a")
     seen.record([Job("a", runs_alone=True)])
     assert not seen.is_poison("a")
-    seen.survived("never seen")
+    seen.forget("never seen")
 
 
 def test_a_death_with_nothing_in_flight_suspects_nobody() -> None:
-    seen = poison.Deaths(most=1)
+    seen = counter(most=1)
     seen.record([])
     assert not seen.is_suspect("a")
 
@@ -68,7 +78,7 @@ def test_inputs_that_never_come_back_are_forgotten_oldest_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(poison, "_MOST", 2)
-    seen = poison.Deaths(most=3)
+    seen = counter(most=3)
     for one in "abac":
         seen.record([Job(one)])
     assert [seen.is_suspect(one) for one in "abc"] == [True, False, True]
@@ -117,16 +127,25 @@ class Worker:
 
     def __init__(self, redis: Redis) -> None:
         self.woken = threading.Semaphore(0)
-        self.seen = poison.Deaths(3, poison.Shared(lambda: redis, self.woken.release))
+        client: Any = redis
+        self.seen = poison.PoisonCounter(3, self, lambda: client)
         self.known: list[str] = []
+        self.asked: list[str] = []
+
+    def wake(self) -> None:
+        self.woken.release()
 
     def ask(self, task_id: str) -> bool:
-        return self.seen.ask(task_id, lambda: self.known.append(task_id))
+        self.asked.append(task_id)
+        return self.seen.ask(len(self.asked) - 1, task_id)
 
     def settle(self) -> None:
         """Wait as the pool does until Redis has answered one question."""
         assert self.woken.acquire(timeout=30)
-        self.seen.settle()
+        self.take_in()
+
+    def take_in(self) -> None:
+        self.known += [self.asked[number] for number in self.seen.answers()]
 
 
 def test_what_other_workers_saw_makes_a_redelivered_input_suspect_or_poison() -> None:
@@ -152,7 +171,7 @@ def test_deaths_in_several_workers_add_up_and_are_forgotten_after_a_day() -> Non
     worker.ask("a")
     worker.settle()
     assert worker.seen.is_poison("a")
-    worker.seen.survived("a")
+    worker.seen.forget("a")
     worker.seen.close()
     assert "gw:deaths:a" not in redis.counts
 
@@ -162,8 +181,8 @@ def test_an_answer_arrives_in_the_pools_own_thread_only() -> None:
     worker.ask("a")
     assert worker.woken.acquire(timeout=30)
     assert worker.known == []
-    worker.seen.settle()
-    worker.seen.settle()
+    worker.take_in()
+    worker.take_in()
     assert worker.known == ["a"]
     worker.seen.close()
 
@@ -190,13 +209,13 @@ def test_an_answer_that_comes_late_takes_back_no_death_that_was_seen_here() -> N
     worker.ask("a")
     assert worker.woken.acquire(timeout=30)
     worker.seen.record([Job("a", runs_alone=True)] * 3)
-    worker.seen.settle()
+    worker.take_in()
     assert worker.seen.is_poison("a")
     worker.seen.close()
 
 
 def test_without_a_redis_there_is_nobody_to_ask() -> None:
-    seen = poison.Deaths(most=3)
-    assert not seen.ask("a", lambda: None)
-    seen.settle()
+    seen = counter(most=3)
+    assert not seen.ask(1, "a")
+    assert list(seen.answers()) == []
     seen.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,21 +31,35 @@ class Redis:
         self.deleted.append(key)
 
 
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    task_id: str
+    runs_alone: bool = True
+
+
 class Asked:
     """Counts, and what they answered in the test's thread."""
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self.woken = threading.Semaphore(0)
-        self.shared = poison.Shared(connect, self.woken.release)
+        self.shared = poison.PoisonCounter(3, self, connect)
+        self.asked: list[str] = []
         self.answers: list[tuple[str, int | None]] = []
 
+    def wake(self) -> None:
+        self.woken.release()
+
     def ask(self, task_id: str) -> bool:
-        return self.shared.ask(task_id, lambda count: self.answers.append((task_id, count)))
+        self.asked.append(task_id)
+        return self.shared.ask(len(self.asked) - 1, task_id)
 
     def settle(self) -> list[tuple[str, int | None]]:
         """Wait for one answer, and return all."""
         assert self.woken.acquire(timeout=10)
-        self.shared.settle()
+        for number in self.shared.answers():
+            task_id = self.asked[number]
+            is_known = self.shared.is_suspect(task_id)
+            self.answers.append((task_id, self.shared.count(task_id) if is_known else None))
         return self.answers
 
 
@@ -63,7 +78,7 @@ def threads() -> list[threading.Thread]:
 
 def test_a_worker_in_which_nothing_dies_has_no_thread_and_no_connection() -> None:
     with asking(lambda: pytest.fail("connected")) as asked:
-        asked.shared.settle()
+        assert list(asked.shared.answers()) == []
         assert threads() == []
     assert threads() == []
 
@@ -111,7 +126,7 @@ def test_a_connection_that_fails_is_tried_again_with_the_next_order(
         return redis
 
     with asking(connect) as asked:
-        asked.shared.record("a", is_alone=True)
+        asked.shared.record([Lost("a")])
         asked.shared.forget("a")
         asked.ask("a")
         assert asked.settle() == [("a", 1)]
@@ -138,7 +153,7 @@ def test_with_more_questions_than_may_wait_the_next_is_refused(
         assert asked.ask("a")
         eventually(asked.shared._orders.empty)
         assert [asked.ask(one) for one in "bcd"] == [True, True, False]
-        asked.shared.record("e", is_alone=True)
+        asked.shared.record([Lost("e")])
         asked.shared.forget("e")
         redis.is_let.set()
         for _ in "abc":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from gw_celery import conf, signals
 from gw_celery.gpus import allocation, discovery
 from gw_celery.pool import taskpool
 from gw_celery.worker import serving
+from tests.pool_harness import Harness
 
 
 @pytest.fixture
@@ -57,6 +59,25 @@ def test_celerys_autoscaler_gets_what_fits_and_the_log_says_so(
 def test_what_does_not_fit_is_known_before(pool: taskpool.TaskPool) -> None:
     assert pool.refusal(6) is None
     assert "4 replicas were asked for, and 3 fit" in str(pool.refusal(7))
+
+
+def test_the_snapshot_has_what_was_asked_for_and_which_queues_are_open(
+    start_pool: Callable[..., Harness],
+) -> None:
+    harness = start_pool({"work": 2}, replicas=2)
+    seen = harness.pool.snapshot()
+    assert (seen.hostname, seen.desired, seen.desired_slots) == ("harness@test", 2, 6)
+    assert sorted(seen.ready_slots.values()) == [2, 4]
+    assert (seen.open_queues, seen.closed_queues) == (("celery", "cpu.work"), ())
+    harness.pool.hold(None)
+    harness.pool.shrink(1)
+    seen = harness.pool.snapshot()
+    assert (seen.desired, seen.desired_slots) == (2, 5), "slots come in whole replicas"
+    assert set(seen.ready_slots.values()) == {0}
+    assert (seen.open_queues, seen.closed_queues) == ((), ("celery", "cpu.work"))
+    assert not seen.is_stopping
+    harness.pool.close()
+    assert harness.pool.snapshot().is_stopping
 
 
 def test_a_tick_is_passed_on_and_remembered_with_its_time(pool: taskpool.TaskPool) -> None:
