@@ -105,6 +105,8 @@ class StartWorker:
         )
         self._started.append(worker)
         if wait_ready:
+            # A ping before that is lost, and its answer is awaited for up to a second.
+            worker.wait_for_log(f"{worker.node} ready.", ready_timeout)
             worker.wait_answer(ready_timeout)
         return worker
 
