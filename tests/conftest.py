@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: Files that would keep one process busy after the others have run out of files: they come first.
+LONGEST = ("tests/integration/test_stock_pools.py", "tests/integration/test_autoscaling.py")
 #: Files whose tests share one example project, which runs five processes, torch in one of them.
 PROJECT_TESTS = tuple(
     f"tests/acceptance/test_{name}.py" for name in ("batches", "search_api", "search_page")
@@ -42,6 +44,10 @@ def missing(why: object) -> NoReturn:
 def pytest_configure() -> None:
     # The background job of a script ignores Ctrl-C, and so would every process started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.hookimpl(optionalhook=True)
