@@ -24,7 +24,7 @@ from gw_celery.cluster import poller, records
 from gw_celery.declare import services
 from gw_celery.policy import demand as policy_demand
 from gw_celery.policy import scaling, startup_time
-from gw_celery.pool import counters, taskpool
+from gw_celery.pool import taskpool
 from gw_celery.protocol import snapshot
 from gw_celery.worker import serving
 
@@ -84,7 +84,7 @@ class Autoscaler(autoscale.Autoscaler):
 
     def begin(self) -> None:
         """Start to look at the broker, known to the other workers before the first decision."""
-        self._demand.tell(self._facts())
+        self._demand.tell(self._facts(self.pool.snapshot()))
         self._demand.start()
 
     def end(self) -> None:
@@ -135,7 +135,7 @@ class Autoscaler(autoscale.Autoscaler):
             )
         with self.mutex:
             self._set_bounds(most, least)
-            self._resize(self._clamped(self.pool.wanted), "its bounds were changed")
+            self._resize(self._clamped(self.pool.snapshot().desired), "its bounds were changed")
         return self.max_concurrency, self.min_concurrency
 
     def force_scale_up(self, n: int) -> None:
@@ -144,7 +144,7 @@ class Autoscaler(autoscale.Autoscaler):
         Celery's ``pool_grow``.
         """
         with self.mutex:
-            wanted = self.pool.wanted + self._replicas(n)
+            wanted = self.pool.snapshot().desired + self._replicas(n)
             self._set_bounds(max(self._most, wanted), self._least)
             self._decider.hold(time.monotonic(), wanted)
             self._resize(wanted, "an operator asked for more")
@@ -155,7 +155,7 @@ class Autoscaler(autoscale.Autoscaler):
         Celery's ``pool_shrink``.
         """
         with self.mutex:
-            wanted = max(0, self.pool.wanted - self._replicas(n))
+            wanted = max(0, self.pool.snapshot().desired - self._replicas(n))
             self._set_bounds(self._most, min(self._least, wanted))
             # What was needed of late is no reason to start again what is still draining.
             self._decider = scaling.Decider(self._rules, self._least, self._most)
@@ -177,11 +177,15 @@ class Autoscaler(autoscale.Autoscaler):
         self._decide(reading, time.monotonic())
 
     def _decide(self, reading: poller.Reading, now: float) -> None:
-        self._learn()
+        worker = self.pool.snapshot()
+        self._learn(worker)
         # Seen together with the queues: what has moved from there since would be counted twice.
-        mine = self._facts()
+        mine = self._facts(worker)
         self._demand.tell(mine)
-        seen = {key: self._outlook(key, told, reading, now) for key, told in mine.items()}
+        seen = {
+            key: self._outlook(key, told, reading, worker.ready_slots.get(key, 0), now)
+            for key, told in mine.items()
+        }
         group = policy_demand.group_of(mine, reading.peers)
         total = self._total(seen, group, now)
         part = self._share.kept(now, self._part(group, total), total)
@@ -194,7 +198,7 @@ class Autoscaler(autoscale.Autoscaler):
 
     def _hold(self) -> None:
         """What waits is not known: keep the size, within its bounds."""
-        target = self._clamped(self.pool.wanted)
+        target = self._clamped(self.pool.snapshot().desired)
         self._see(
             target,
             "nothing is known of the broker or the other workers: the size is kept",
@@ -204,9 +208,9 @@ class Autoscaler(autoscale.Autoscaler):
         )
         self._resize(target, self._seen.why)
 
-    def _learn(self) -> None:
+    def _learn(self, worker: snapshot.Worker) -> None:
         """Follow how long a start takes; what depends on it begins anew when that has changed."""
-        self._start_up.see(self.pool.replicas())
+        self._start_up.see(worker.replicas)
         seconds = self._start_up.seconds
         if seconds is None or _is_near(seconds, self._rules.start_up):
             return
@@ -250,9 +254,8 @@ class Autoscaler(autoscale.Autoscaler):
         whole = dataclasses.replace(me, capacity=self._most)
         return max(self._seats.part([one, *others], me.worker, total) for one in {me, whole})
 
-    def _facts(self) -> dict[str, records.Facts]:
-        tallies, scores = self.pool.tallies(), self.pool.scores()
-        replicas = self.pool.replicas()
+    def _facts(self, worker: snapshot.Worker) -> dict[str, records.Facts]:
+        replicas = worker.replicas
         missing = sum(one.state == "failed" and one.restarts > 0 for one in replicas)
         held = sum(one.state == "stopped" for one in replicas)
         # Of a worker that an operator has drained, others have to do the work.
@@ -260,33 +263,33 @@ class Autoscaler(autoscale.Autoscaler):
         serves = ",".join(sorted(self._slots))
         found = {}
         for key in self._slots:
-            held = tallies.get(key, counters.Tally())
+            counters = worker.tallies.get(key, snapshot.Counters())
             found[key] = records.Facts(
                 worker=self.worker.hostname,
                 serves=serves,
                 capacity=max(0, self._most - missing),
                 least=self._least,
-                replicas=max(len(replicas), self.pool.wanted),
-                score=scores.get(key),
+                replicas=max(len(replicas), worker.desired),
+                score=worker.scores.get(key, snapshot.Score()).value,
                 # What was given back to its queue comes again from there.
-                taken=held.arrived - held.given_back,
+                taken=counters.arrived - counters.given_back,
                 life=self._life,
-                waiting=held.waiting,
-                waiting_inputs=held.waiting_inputs,
-                running_inputs=held.running_inputs,
-                mean=held.mean,
+                waiting=counters.waiting,
+                waiting_inputs=counters.waiting_inputs,
+                running_inputs=counters.running_inputs,
+                mean=counters.mean,
             )
         return found
 
     def _outlook(
-        self, key: str, mine: records.Facts, reading: poller.Reading, now: float
+        self, key: str, mine: records.Facts, reading: poller.Reading, ready_slots: int, now: float
     ) -> snapshot.Outlook:
         if (service := self._services.get(key)) is None:
             service = policy_demand.Service(self._targets.get(key, 1), self._rules, now)
             self._services[key] = service
         length = None if reading.lengths is None else reading.lengths.get(key)
         consumers = None if length is None else length.consumers
-        if consumers is not None and not self.pool.ready_by_service().get(key):
+        if consumers is not None and not ready_slots:
             consumers += 1  # it would be one, and its queue is closed
         return service.see(
             now,
@@ -297,12 +300,12 @@ class Autoscaler(autoscale.Autoscaler):
         )
 
     def _resize(self, replicas: int, why: str) -> None:
-        wanted = self.pool.wanted
+        worker = self.pool.snapshot()
         self._demand.at_zero(is_at_zero=replicas == 0)
-        if replicas == wanted:
+        if replicas == worker.desired:
             return
-        logger.info("from %d to %d replicas: %s", wanted, replicas, why)
-        slots = replicas * self._unit - self.pool.limit
+        logger.info("from %d to %d replicas: %s", worker.desired, replicas, why)
+        slots = replicas * self._unit - worker.desired_slots
         if slots > 0:
             self.pool.grow(slots)
         else:
@@ -321,7 +324,7 @@ class Autoscaler(autoscale.Autoscaler):
             least=self._least,
             most=self._most,
             desired=target,
-            actual=self.pool.wanted,
+            actual=self.pool.snapshot().desired,
             total=total,
             workers=workers,
             why=why,

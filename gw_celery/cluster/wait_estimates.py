@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from gw_celery.cluster import queue_lengths, redis
 from gw_celery.policy import queue_time
-from gw_celery.pool import counters, request
+from gw_celery.pool import request
+from gw_celery.protocol import snapshot
 from gw_celery.worker import serving
 
 logger = logging.getLogger(__name__)
@@ -25,18 +26,6 @@ _PATIENCE = 1.0
 _ROUNDS = 5
 #: Workers that may write once a second; more of them take longer turns.
 _AT_EASE = 100
-
-
-class Pool(Protocol):
-    """What a worker has and does, by service; asked in the thread."""
-
-    def tallies(self) -> Mapping[str, counters.Tally]: ...
-
-    def ready_by_service(self) -> Mapping[str, int]:
-        """Slots of the replicas that are READY."""
-
-    def scores(self) -> Mapping[str, float | None]:
-        """Workload per second of one replica."""
 
 
 class Broker(Protocol):
@@ -65,7 +54,7 @@ class Estimates:
         broker: Broker,
         worker: str,
         queues: Mapping[str, Mapping[str, int]],
-        pool: Pool,
+        pool: snapshot.Source,
     ) -> None:
         self._board = where
         self._broker = broker
@@ -115,8 +104,8 @@ class Estimates:
     def publish(self) -> None:
         """Write one estimate for each queue."""
         queued = self._broker.read() or {}
-        tallies = self._pool.tallies()
-        rates = self._rates(tallies)
+        worker = self._pool.snapshot()
+        tallies, rates = worker.tallies, self._rates(worker)
         self._turn += 1
         pipe = self._board.client.pipeline(transaction=False)
         for queue, slots in self._queues.items():
@@ -130,7 +119,7 @@ class Estimates:
     def _load(
         self,
         services: Iterable[str],
-        tallies: Mapping[str, counters.Tally],
+        tallies: Mapping[str, snapshot.Counters],
         rates: Mapping[str, float | None],
     ) -> queue_time.Load:
         found = {key: tallies[key] for key in services if key in tallies}
@@ -142,23 +131,23 @@ class Estimates:
             ),
         )
 
-    def _rates(self, tallies: Mapping[str, counters.Tally]) -> dict[str, float | None]:
+    def _rates(self, worker: snapshot.Worker) -> dict[str, float | None]:
         """What the READY replicas do in a second: by their score, else by what slots have done."""
-        ready, scores = self._pool.ready_by_service(), self._pool.scores()
         rates: dict[str, float | None] = {}
         for slots in self._queues.values():
             for key, per_replica in slots.items():
-                one = tallies.get(key, counters.Tally())
-                pace, score = self._paces[key].observe(one.served, one.busy), scores.get(key)
+                counters = worker.tallies.get(key, snapshot.Counters())
+                score = worker.scores.get(key, snapshot.Score()).value
+                pace = self._paces[key].observe(counters.served, counters.busy)
                 if score is not None:
                     pace = score / per_replica
-                rates[key] = None if pace is None else pace * ready.get(key, 0)
+                rates[key] = None if pace is None else pace * worker.ready_slots.get(key, 0)
         return rates
 
     def _conclude(
         self,
         answers: Sequence[Mapping[str, str]],
-        tallies: Mapping[str, counters.Tally],
+        tallies: Mapping[str, snapshot.Counters],
         queued: Mapping[str, queue_lengths.Length],
     ) -> None:
         now, most = request.now(), 0
@@ -169,7 +158,8 @@ class Estimates:
             found = [tallies[key] for key in services if key in tallies]
             total = queue_time.together(loads)
             messages = queued[queue].messages if queue in queued else 0
-            wait = queue_time.estimate(messages * counters.mean(found), total.waiting, total.rate)
+            ahead = messages * snapshot.mean_workload(found)
+            wait = queue_time.estimate(ahead, total.waiting, total.rate)
             key = self._board.key("wait", queue)
             if wait is None:
                 pipe.delete(key)
@@ -189,7 +179,7 @@ class Estimates:
         pipe.execute()
 
 
-def of(app: Any, plan: serving.Plan, worker: str, pool: Pool) -> Estimates | None:
+def of(app: Any, plan: serving.Plan, worker: str, pool: snapshot.Source) -> Estimates | None:
     """Return what publishes for a worker; ``None`` where nothing is limited, or nobody could read.
 
     Nothing connects.

@@ -25,7 +25,7 @@ class Load:
     #: This worker's part of the replicas that the service needs.
     wanted: float | None = None
     #: Workload and inputs that arrived, were served, wait here without a slot, and run.
-    tally: dict[str, float] = dataclasses.field(default_factory=dict)
+    counters: snapshot.Counters = dataclasses.field(default_factory=snapshot.Counters)
     #: Workload a second of one replica.
     score: float | None = None
     #: By what share the traffic says more than the benchmark, or less.
@@ -52,7 +52,7 @@ def _load(seen: snapshot.Worker, service: str) -> Load:
     return Load(
         service=service,
         **_demand(seen.scaling, service),
-        tally=seen.tallies.get(service, {}),
+        counters=seen.tallies.get(service, snapshot.Counters()),
         score=None if score is None else score.value,
         drift=None if score is None else score.drift,
         ready_replicas=sum(service not in one.unready for one in ready),

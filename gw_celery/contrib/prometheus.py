@@ -197,6 +197,6 @@ def _of_tallies(labelled: Sequence[_Labelled]) -> Iterator[core.Metric]:
 
 def _tallied(family: Any, labelled: Sequence[_Labelled], key: str) -> core.Metric:
     for labels, load in labelled:
-        family.add_metric(labels, load.tally.get(key, 0))
+        family.add_metric(labels, getattr(load.counters, key))
     metric: core.Metric = family
     return metric

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from gw_celery.protocol import headers
+from gw_celery.protocol import headers, snapshot
 
 #: The weight of the newest input in the mean of all.
 _NEWEST = 0.05
@@ -16,47 +16,6 @@ _NEWEST = 0.05
 def workload_of(request: Mapping[str, Any]) -> float:
     """Return the workload that a message carries; anything odd, or nothing, counts as 1.0."""
     return headers.workload_of(request)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tally:
-    """The inputs of one service, as workload and as a count.
-
-    At any time ``arrived = waiting + running + served + given_back``. ``arrived``, ``served`` and
-    ``given_back`` only ever grow, from the start of the worker.
-    """
-
-    arrived: float = 0.0
-    #: Answered after it ran: a value, a failure, or a retry.
-    served: float = 0.0
-    #: Those of them that gave no value, refused ones included.
-    failed: float = 0.0
-    #: Those that had waited for too long, and never began.
-    refused_inputs: int = 0
-    refused: float = 0.0
-    #: In the worker, without a slot.
-    waiting: float = 0.0
-    #: In a child, unanswered.
-    running: float = 0.0
-    #: The rest: lost, revoked, expired, or the broker's again.
-    given_back: float = 0.0
-    arrived_inputs: int = 0
-    served_inputs: int = 0
-    waiting_inputs: int = 0
-    running_inputs: int = 0
-    given_back_inputs: int = 0
-    #: Of one input, the newest counting most.
-    mean: float = headers.DEFAULT_WORKLOAD
-    #: Seconds that what was served had a slot, all added up.
-    busy: float = 0.0
-
-
-def mean(found: Iterable[Tally]) -> float:
-    """Return the mean workload of an input of several services."""
-    listed = list(found)
-    if not (inputs := sum(one.arrived_inputs for one in listed)):
-        return headers.DEFAULT_WORKLOAD
-    return sum(one.mean * one.arrived_inputs for one in listed) / inputs
 
 
 class _Place(enum.IntEnum):
@@ -108,9 +67,9 @@ class _Sums:
         # What rounding left must not add up for as long as the worker lives.
         self.workload[place] = self.workload[place] - workload if self.inputs[place] else 0.0
 
-    def seen(self) -> Tally:
+    def seen(self) -> snapshot.Counters:
         workload = [max(0.0, one) for one in self.workload]
-        return Tally(
+        return snapshot.Counters(
             arrived=self.arrived,
             served=workload[_Place.SERVED],
             failed=self.failed,
@@ -169,8 +128,8 @@ class Tallies:
         if (one := self._held.pop(number, None)) is not None:
             self._move(one, _Place.GIVEN_BACK)
 
-    def seen(self) -> dict[str, Tally]:
-        """The tallies as they are now, by service."""
+    def seen(self) -> dict[str, snapshot.Counters]:
+        """What each service has been given and has done, as it is now."""
         return {service: sums.seen() for service, sums in self._sums.items()}
 
     def _move(self, one: _Held, to: _Place) -> None:

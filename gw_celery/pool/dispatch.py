@@ -83,8 +83,9 @@ class Dispatcher:
         for queue in self._waiting.values():
             yield from queue
 
-    def waiting(self, service: str) -> int:
-        return len(self._waiting.get(service, ()))
+    def by_service(self) -> dict[str, int]:
+        """Return how many inputs of each service wait, without suspects."""
+        return {service: len(queue) for service, queue in self._waiting.items()}
 
     def put(self, one: Input, *, first: bool = False) -> None:
         """Add an input; ``first`` for one that comes back from a child that is gone."""

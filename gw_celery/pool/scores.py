@@ -185,10 +185,6 @@ class Measuring:
                     one.measured,
                 )
 
-    def scores(self) -> dict[str, float | None]:
-        """Workload per second of one replica, by service; ``None`` while it is not known."""
-        return {key: one.value for key, one in self._live.items()}
-
     def seen(self, now: float) -> dict[str, snapshot.Score]:
         """Return what operators see of the scores, by service."""
         return {

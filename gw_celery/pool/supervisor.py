@@ -12,11 +12,9 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gw_celery.policy import live_scores
 from gw_celery.pool import (
     child_process,
     child_state,
-    counters,
     poison,
     probes,
     replicas,
@@ -26,7 +24,8 @@ from gw_celery.pool import (
 )
 from gw_celery.pool import replica as pool_replica
 from gw_celery.pool import scores as pool_scores
-from gw_celery.protocol import frames, snapshot
+from gw_celery.protocol import frames
+from gw_celery.protocol.snapshot import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +98,12 @@ class Supervisor:
         with self._lock:
             self._measuring.note_queued(queued, request.now())
 
-    def observe(self, tallies: Mapping[str, live_scores.Tally]) -> None:
+    def observe(self) -> None:
         """Let the traffic correct the scores; about once a second."""
         with self._lock:
             # While results cannot be stored nothing is consumed, however much there is.
-            ready = [one for one in self._replicas if one.life.is_ready and not self.outage()]
-            by_service = {
-                key: sum(one.room.serves(key) for one in ready) for key in self._setup.slots
-            }
-            self._measuring.observe(request.now(), tallies, by_service)
+            ready = {} if self.outage() else self._ready_by_service()
+            self._measuring.observe(request.now(), self._inputs.tallies.seen(), ready)
 
     # -- inputs --
 
@@ -226,41 +222,33 @@ class Supervisor:
 
     # -- what is seen from outside --
 
-    def ready_by_service(self) -> dict[str, int]:
-        """Slots of the replicas that are READY, by service."""
-        ready = [one for one in self._replicas if one.life.is_ready]
-        return {
-            service: slots * sum(one.room.serves(service) for one in ready)
-            for service, slots in self._setup.slots.items()
-        }
-
     def outage(self) -> str:
         """Why a live child cannot store results; ``""`` while all can, as far as they know."""
         return next((one.outage for one in self._replicas if one.outage), "")
 
-    def waiting(self) -> int:
-        """Inputs that wait here because no slot is free."""
-        return len(self._inputs.waiting)
-
-    def backlog(self, service: str) -> int:
-        """Inputs of a service that wait here because no slot is free."""
-        return self._inputs.waiting.waiting(service)
-
-    def tallies(self) -> dict[str, counters.Tally]:
-        """The work of each service that was taken, is held and was done here; from any thread."""
+    def snapshot(self, hostname: str) -> Worker:
+        """Return the replicas, the inputs and the scores as they are now; from any thread."""
         with self._lock:
-            return self._inputs.tallies.seen()
+            slots = self._setup.slots
+            ready = self._ready_by_service()
+            return Worker(
+                hostname=hostname,
+                replicas=self._replicas.seen(),
+                ready_slots={service: ready[service] * slots[service] for service in slots},
+                waiting=len(self._inputs.waiting),
+                waiting_inputs=self._inputs.waiting.by_service(),
+                tallies=self._inputs.tallies.seen(),
+                outage=self.outage(),
+                scores=self._measuring.seen(request.now()),
+            )
 
-    def scores(self) -> dict[str, float | None]:
-        """Workload per second of one replica, by service; ``None`` while it is not known."""
-        return self._measuring.scores()
-
-    def seen_scores(self) -> dict[str, snapshot.Score]:
-        with self._lock:
-            return self._measuring.seen(request.now())
-
-    def replicas(self) -> tuple[snapshot.Replica, ...]:
-        return self._replicas.seen()
+    def _ready_by_service(self) -> dict[str, int]:
+        """READY replicas that take inputs of each service."""
+        ready = [child for child in self._replicas if child.life.is_ready]
+        return {
+            service: sum(child.room.serves(service) for child in ready)
+            for service in self._setup.slots
+        }
 
     # -- reports --
 

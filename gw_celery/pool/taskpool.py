@@ -21,7 +21,6 @@ from gw_celery.client import beat_tasks
 from gw_celery.cluster import lost_workers, ranking, wait_estimates
 from gw_celery.declare import services
 from gw_celery.pool import (
-    counters,
     dead_letters,
     driver,
     lane,
@@ -30,7 +29,7 @@ from gw_celery.pool import (
     request,
     supervisor,
 )
-from gw_celery.protocol import snapshot
+from gw_celery.protocol.snapshot import Worker
 from gw_celery.runtime import fatal_exit
 from gw_celery.transport.find import redis_of
 from gw_celery.worker import control_queue, gate, health, start_notices
@@ -82,10 +81,8 @@ class TaskPool(BasePool):
         #: Where the broker prefers the quicker of several workers.
         self.ranking: ranking.Ranking | None = None
         self._driver: driver.Driver
-        self._replicas: tuple[snapshot.Replica, ...] = ()
         #: What a platform's own probes ask; others add their paths to its ``routes``.
         self.health = health.Health(settings)
-        self._scores: dict[str, snapshot.Score] = {}
 
     # -- size --
 
@@ -96,11 +93,6 @@ class TaskPool(BasePool):
         Not those that are READY: Celery's autoscaler would ask for more while a replica loads.
         """
         return max(1, self.limit)
-
-    @property
-    def wanted(self) -> int:
-        """Replicas that were asked for."""
-        return self._replicas_for(self.limit)
 
     def grow(self, n: int = 1) -> None:
         """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
@@ -165,7 +157,7 @@ class TaskPool(BasePool):
             self.gate.close_all()
             self.control = control_queue.ControlQueue() if self._plan.runs_sweeps else None
             start_notices.log(app, self._plan)
-            self._estimates = wait_estimates.of(app, self._plan, hostname, self.supervisor)
+            self._estimates = wait_estimates.of(app, self._plan, hostname, self)
         self._resize(self.limit)
         self.supervisor.tick()
         self._see()
@@ -242,56 +234,37 @@ class TaskPool(BasePool):
 
     # -- what is seen from outside --
 
-    def ready_by_service(self) -> dict[str, int]:
-        """Slots of the replicas that are READY, by service."""
-        return self.supervisor.ready_by_service()
-
-    def backlog(self, service: str) -> int:
-        """Inputs of a service that this worker has taken and that wait for a slot."""
-        return self.supervisor.backlog(service)
-
-    def outage(self) -> str:
-        """Why results cannot be stored now, so that nothing is consumed; ``""`` while they can."""
-        return self.supervisor.outage()
-
-    def waiting(self) -> int:
-        """Inputs that this worker has taken and that wait for a slot."""
-        return self.supervisor.waiting()
-
-    def tallies(self) -> dict[str, counters.Tally]:
-        """The work of each service that arrived, waits, runs and was served; from any thread."""
-        return self.supervisor.tallies()
-
-    def replicas(self) -> tuple[snapshot.Replica, ...]:
-        """The replicas as they were at the last tick."""
-        return self._replicas
-
-    def scores(self) -> dict[str, float | None]:
-        """Workload per second of one replica, by service; ``None`` while it is not known."""
-        return self.supervisor.scores()
+    def snapshot(self) -> Worker:
+        """Return the worker as it is now; see ``protocol.snapshot.Source``."""
+        gate = self.gate
+        return dataclasses.replace(
+            self.supervisor.snapshot(self.options["initargs"][1]),
+            desired=self._replicas_for(self.limit),
+            desired_slots=self.limit,
+            open_queues=gate.open_queues() if gate else (),
+            closed_queues=gate.closed_queues() if gate else (),
+            bands={} if self.ranking is None else self.ranking.bands(),
+            is_stopping=self._state in (self.CLOSE, self.TERMINATE),
+        )
 
     def note_queued(self, queued: Mapping[str, int]) -> None:
-        """Hear from who asks the broker how many messages wait there, by service."""
+        """Record how many messages wait in the broker, by service."""
         self.supervisor.note_queued(queued)
 
-    def seen_scores(self) -> dict[str, snapshot.Score]:
-        """Where the scores come from, as it was at the last tick."""
-        return self._scores
-
     def _get_info(self) -> dict[str, Any]:
-        options = self.options
+        options, worker = self.options, self.snapshot().as_json()
         return {
             **super()._get_info(),
             "max-concurrency": self.limit,
-            "processes": [one.pid for one in self._replicas if one.pid],
+            "processes": [one["pid"] for one in worker["replicas"] if one["pid"]],
             "max-tasks-per-child": self._setup.max_tasks or "N/A",
             "put-guarded-by-semaphore": False,
             "timeouts": (options.get("soft_timeout") or 0, options.get("timeout") or 0),
             "writes": "N/A",
-            "gw_replicas": [dataclasses.asdict(one) for one in self._replicas],
-            "gw_outage": self.outage(),
-            "gw_tallies": {key: dataclasses.asdict(one) for key, one in self.tallies().items()},
-            "gw_scores": {key: dataclasses.asdict(one) for key, one in self._scores.items()},
+            "gw_replicas": list(worker["replicas"]),
+            "gw_outage": worker["outage"],
+            "gw_tallies": worker["tallies"],
+            "gw_scores": worker["scores"],
             "gw_tick_ages": {kind: request.now() - at for kind, at in self._ticked.items()},
         }
 
@@ -332,17 +305,9 @@ class TaskPool(BasePool):
 
     def _see(self) -> None:
         """Once a second: look at what there is, and let others see it."""
-        self.supervisor.observe(self.tallies())
-        if self.ranking is not None and self.ranking.tick(self.scores()):
+        self.supervisor.observe()
+        worker = self.snapshot()
+        scores = {service: score.value for service, score in worker.scores.items()}
+        if self.ranking is not None and self.ranking.tick(scores):
             self._on_capacity()
-        self._replicas = self.supervisor.replicas()
-        self.health.beat(
-            health.Picture(
-                replicas=self._replicas,
-                ready_slots=self.supervisor.ready_by_service(),
-                wanted=self._replicas_for(self.limit),
-                outage=self.supervisor.outage(),
-                is_stopping=self._state in (self.CLOSE, self.TERMINATE),
-            )
-        )
-        self._scores = self.supervisor.seen_scores()
+        self.health.beat(worker)

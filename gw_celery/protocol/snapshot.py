@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from gw_celery.protocol import headers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,18 +143,66 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Counters:
+    """The inputs of one service in one worker, as workload and as a count.
+
+    At any time ``arrived = waiting + running + served + given_back``. ``arrived``, ``served`` and
+    ``given_back`` only ever grow, from the start of the worker.
+    """
+
+    arrived: float = 0.0
+    #: Answered after it ran: a value, a failure, or a retry.
+    served: float = 0.0
+    #: Those of them that gave no value, refused ones included.
+    failed: float = 0.0
+    #: Those that had waited for too long, and never began.
+    refused_inputs: int = 0
+    refused: float = 0.0
+    #: In the worker, without a slot.
+    waiting: float = 0.0
+    #: In a child, unanswered.
+    running: float = 0.0
+    #: The rest: lost, revoked, expired, or the broker's again.
+    given_back: float = 0.0
+    arrived_inputs: int = 0
+    served_inputs: int = 0
+    waiting_inputs: int = 0
+    running_inputs: int = 0
+    given_back_inputs: int = 0
+    #: Of one input, the newest counting most.
+    mean: float = headers.DEFAULT_WORKLOAD
+    #: Seconds that what was served had a slot, all added up.
+    busy: float = 0.0
+
+
+def mean_workload(services: Iterable[Counters]) -> float:
+    """Return the mean workload of an input of several services."""
+    listed = list(services)
+    if not (inputs := sum(counters.arrived_inputs for counters in listed)):
+        return headers.DEFAULT_WORKLOAD
+    return sum(counters.mean * counters.arrived_inputs for counters in listed) / inputs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Worker:
-    """One worker: its replicas, and what waits in it for a slot."""
+    """One worker: its replicas, and what waits in it for a slot.
+
+    Services are told by their keys; ``""`` is plain tasks.
+    """
 
     hostname: str
     replicas: tuple[Replica, ...] = ()
-    #: Slots of the replicas that are ready, by service; ``""`` for plain tasks.
+    #: Replicas, and slots, that were asked for; it may have more, or fewer, at this moment.
+    desired: int = 0
+    desired_slots: int = 0
+    #: Slots of the replicas that are READY, by service.
     ready_slots: dict[str, int] = dataclasses.field(default_factory=dict)
     #: Inputs that this worker has taken and that wait for a slot.
     waiting: int = 0
-    #: Workload and inputs of each service that arrived, wait, run and were served, since the
-    #: worker started.
-    tallies: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    #: The same by service, without those that must run alone.
+    waiting_inputs: dict[str, int] = dataclasses.field(default_factory=dict)
+    #: What each service has been given and has done since the worker started.
+    tallies: dict[str, Counters] = dataclasses.field(default_factory=dict)
     #: Queues that are consumed now, and those that wait until a replica is ready.
     open_queues: tuple[str, ...] = ()
     closed_queues: tuple[str, ...] = ()
@@ -163,8 +213,21 @@ class Worker:
     outage: str = ""
     #: What the autoscaler saw and decided; ``None`` for a worker of a fixed size.
     scaling: Scaling | None = None
-    #: Scores by service; ``""`` for plain tasks.
+    #: Scores by service.
     scores: dict[str, Score] = dataclasses.field(default_factory=dict)
+    #: It takes nothing new and ends.
+    is_stopping: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+class Source(Protocol):
+    """A pool, for those that only read it: the gate, the autoscaler, what other workers learn."""
+
+    def snapshot(self) -> Worker:
+        """Return the worker as it is now.
+
+        It waits while the pool handles what children reported: call it in the thread of the
+        worker's loop, or in one that may wait. What it returns does not change.
+        """

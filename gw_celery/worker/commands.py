@@ -11,25 +11,12 @@ from celery.worker import control
 from gw_celery.protocol import snapshot
 
 
-def status(pool: Any, hostname: str, autoscaler: Any = None) -> snapshot.Worker:
-    """Return the picture of the worker that ``pool`` belongs to, as of its last tick.
-
-    Celery's own autoscaler has no picture.
-    """
-    gate = pool.gate
-    return snapshot.Worker(
-        hostname=hostname,
-        replicas=pool.replicas(),
-        ready_slots=pool.ready_by_service(),
-        waiting=pool.waiting(),
-        tallies={key: dataclasses.asdict(one) for key, one in pool.tallies().items()},
-        open_queues=gate.open_queues() if gate else (),
-        closed_queues=gate.closed_queues() if gate else (),
-        bands={} if pool.ranking is None else pool.ranking.bands(),
-        outage=pool.outage(),
-        scaling=None if autoscaler is None else autoscaler.seen(),
-        scores=pool.seen_scores(),
-    )
+def status(pool: Any, autoscaler: Any) -> snapshot.Worker:
+    """Return the snapshot of ``pool`` with what its autoscaler decided; Celery's own tells none."""
+    worker: snapshot.Worker = pool.snapshot()
+    if hasattr(autoscaler, "seen"):
+        worker = dataclasses.replace(worker, scaling=autoscaler.seen())
+    return worker
 
 
 def install() -> None:
@@ -59,9 +46,8 @@ def describe() -> None:
 
 def gw_status(state: Any) -> dict[str, Any]:
     """Show the replicas of a worker: state, pid, slots, in flight, restarts, last error."""
-    scaler = state.consumer.controller.autoscaler
-    seen = scaler if hasattr(scaler, "seen") else None
-    return status(state.consumer.pool, state.hostname, seen).as_json()
+    consumer = state.consumer
+    return status(consumer.pool, consumer.controller.autoscaler).as_json()
 
 
 def gw_drain(state: Any, replica: int | None = None) -> dict[str, str]:
@@ -112,7 +98,7 @@ def _listed(numbers: list[int]) -> str:
 def _applied(
     what: str, steer: Callable[[int | None], None], pool: Any, replica: int | None
 ) -> dict[str, str]:
-    known = [one.number for one in pool.replicas()]
+    known = [replica.number for replica in pool.snapshot().replicas]
     if replica is not None and replica not in known:
         refusal: dict[str, str] = control.nok(
             f"there is no replica {replica!r}: this worker has {_listed(known)}"

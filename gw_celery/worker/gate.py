@@ -15,6 +15,7 @@ from celery import bootsteps
 from celery.utils.quorum_queues import detect_quorum_queues
 
 from gw_celery.declare import services
+from gw_celery.protocol import snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,7 @@ class Gate:
     Args:
         queues: Celery's ``app.amqp.queues``.
         service_queues: the service of each service queue.
-        pool: a pool that says its READY slots, and what waits in it, by service; and why results
-            cannot be stored.
+        pool: the pool, of which only the snapshot is read.
         priority: the priority of this worker for a service, beside others; ``None`` where the
             broker prefers no consumer.
     """
@@ -38,7 +38,7 @@ class Gate:
         self,
         queues: Any,
         service_queues: dict[str, str],
-        pool: Any,
+        pool: snapshot.Source,
         priority: Callable[[str], int] | None = None,
     ) -> None:
         self._queues = queues
@@ -108,17 +108,17 @@ class Gate:
         results cannot be stored all are closed.
         """
         self._is_requested = False
-        ready = self._pool.ready_by_service()
-        self._pause_or_resume(self._pool.outage())
+        worker = self._pool.snapshot()
+        self._pause_or_resume(worker.outage)
         if self._is_paused:
             for name in sorted(self._open & self._wanted):
                 self._set_closed(name, is_quiet=True)
         else:
-            self._follow(ready)
+            self._follow(worker)
         self._fit_priorities()
         if self._is_per_queue:
-            self._fit_each(ready)
-        self._fit_prefetch(ready)
+            self._fit_each(worker.ready_slots)
+        self._fit_prefetch(worker)
 
     def _pause_or_resume(self, outage: str) -> None:
         if outage and not self._is_paused:
@@ -127,10 +127,11 @@ class Gate:
             logger.warning("queues are consumed again: results can be stored")
         self._is_paused = bool(outage)
 
-    def _follow(self, ready: dict[str, int]) -> None:
+    def _follow(self, worker: snapshot.Worker) -> None:
         for name in sorted(self._wanted):
             service = self._services[name]
-            slots, waiting = ready.get(service, 0), self._pool.backlog(service)
+            slots = worker.ready_slots.get(service, 0)
+            waiting = worker.waiting_inputs.get(service, 0)
             if name not in self._open and slots and not waiting:
                 self._set_open(name)
             elif name in self._open and not slots:
@@ -232,7 +233,7 @@ class Gate:
     def _task_consumer(self) -> Any:
         return None if self._consumer is None else self._consumer.task_consumer
 
-    def _fit_prefetch(self, ready: dict[str, int]) -> None:
+    def _fit_prefetch(self, worker: snapshot.Worker) -> None:
         """Ask for as many messages as there are slots, and those that wait for one besides.
 
         The latter hold the credit of other services, whose slots may be free.
@@ -241,8 +242,10 @@ class Gate:
         if consumer is None or not consumer.qos or not consumer.initial_prefetch_count:
             return  # 0 is a project's choice: no limit
         followed = self._followed()
-        waiting = sum(map(self._pool.backlog, followed)) if self._shares_prefetch() else 0
-        slots = sum(ready.get(service, 0) for service in followed)
+        slots = sum(worker.ready_slots.get(service, 0) for service in followed)
+        waiting = 0
+        if self._shares_prefetch():
+            waiting = sum(worker.waiting_inputs.get(service, 0) for service in followed)
         wanted = max(1, slots + waiting) * consumer.prefetch_multiplier
         if wanted > self._prefetch:
             consumer.qos.increment_eventually(wanted - self._prefetch)

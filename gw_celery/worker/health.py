@@ -30,20 +30,6 @@ _FRESH = 3.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Picture:
-    """The worker as its loop saw it last."""
-
-    replicas: tuple[snapshot.Replica, ...] = ()
-    #: Slots of the replicas that are ready, by service.
-    ready_slots: dict[str, int] = dataclasses.field(default_factory=dict)
-    #: Replicas that it should have now; none where it is scaled to zero.
-    wanted: int = 1
-    #: Why results cannot be stored; "" while they can.
-    outage: str = ""
-    is_stopping: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
     """An answer, and why."""
 
@@ -51,14 +37,14 @@ class Verdict:
     why: tuple[str, ...] = ()
 
 
-def is_ready(picture: Picture) -> Verdict:
+def is_ready(picture: snapshot.Worker) -> Verdict:
     """Whether some replica takes inputs of each service that the worker serves.
 
     One that should have no replicas is ready: it starts one as soon as there is work.
     """
     if picture.is_stopping:
         return Verdict(is_ok=False, why=("the worker stops",))
-    if picture.wanted == 0:
+    if picture.desired == 0:
         return Verdict(is_ok=True, why=("no replica is wanted now",))
     named = [one for one in picture.ready_slots if one != services.PLAIN] or [services.PLAIN]
     missing = [one for one in named if not picture.ready_slots.get(one)]
@@ -96,7 +82,7 @@ class Health:
         }
         #: Called with each beat, in the thread of the loop.
         self.watchers: list[Callable[[], None]] = []
-        self._picture = Picture()
+        self._picture = snapshot.Worker(hostname="", desired=1)
         self._has_started = False
         self._beat_at = time.monotonic()
         #: Since when the loop waits for the broker, and cannot turn.
@@ -128,10 +114,10 @@ class Health:
         self._thread = threading.Thread(target=self._run, name="gw-health", daemon=True)
         self._thread.start()
 
-    def beat(self, picture: Picture) -> None:
+    def beat(self, picture: snapshot.Worker) -> None:
         """The loop turns, and sees this; from its thread."""
         self._picture = picture
-        self._has_started |= picture.wanted == 0 or any(map(_is_up, picture.replicas))
+        self._has_started |= picture.desired == 0 or any(map(_is_up, picture.replicas))
         self._beat_at = time.monotonic()
         for watch in self.watchers:
             watch()

@@ -66,9 +66,8 @@ class MetricsStep(bootsteps.StartStopStep):
         return conf.read(worker.app.conf).health_port is not None
 
     def start(self, worker: Any) -> None:
-        pool, scaler = worker.pool, worker.autoscaler
-        seen = scaler if hasattr(scaler, "seen") else None
-        metrics = Metrics(lambda: commands.status(pool, worker.hostname, seen), self.queues)
+        pool = worker.pool
+        metrics = Metrics(lambda: commands.status(pool, worker.autoscaler), self.queues)
         metrics.look()
         pool.health.watchers.append(metrics.look)
         pool.health.routes[PATH] = metrics

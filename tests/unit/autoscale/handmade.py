@@ -12,8 +12,9 @@ from celery import Celery
 from gw_celery import signals
 from gw_celery.autoscale import autoscaler
 from gw_celery.cluster import poller, queue_lengths, records
-from gw_celery.pool import counters, taskpool
+from gw_celery.pool import taskpool
 from gw_celery.protocol import snapshot
+from gw_celery.protocol.snapshot import Worker
 
 SLOTS = {"model": 4, "": 1}
 
@@ -23,7 +24,7 @@ class Pool(taskpool.TaskPool):
 
     def __init__(self, limit: int = 5) -> None:
         self.limit = limit
-        self.held: dict[str, counters.Tally] = {}
+        self.held: dict[str, snapshot.Counters] = {}
         self.known_scores: dict[str, float | None] = {"model": 10.0}
         self.failed = 0
         self.maintained = 0
@@ -34,7 +35,7 @@ class Pool(taskpool.TaskPool):
         self.woken += 1
 
     @property
-    def wanted(self) -> int:
+    def desired(self) -> int:
         return -(-self.limit // 5)
 
     def grow(self, n: int = 1) -> None:
@@ -53,20 +54,22 @@ class Pool(taskpool.TaskPool):
                 state="failed" if number < self.failed else "ready",
                 restarts=int(number < self.failed),
             )
-            for number in range(self.wanted)
+            for number in range(self.desired)
         )
 
-    def tallies(self) -> dict[str, counters.Tally]:
-        return self.held
-
-    def scores(self) -> dict[str, float | None]:
-        return self.known_scores
+    def snapshot(self) -> Worker:
+        return Worker(
+            hostname="gpu@host",
+            replicas=self.replicas(),
+            desired=self.desired,
+            desired_slots=self.limit,
+            ready_slots={key: slots * self.desired for key, slots in SLOTS.items()},
+            tallies=self.held,
+            scores={key: snapshot.Score(value=value) for key, value in self.known_scores.items()},
+        )
 
     def note_queued(self, queued: Mapping[str, int]) -> None:
         self.noted = dict(queued)
-
-    def ready_by_service(self) -> dict[str, int]:
-        return {key: slots * self.wanted for key, slots in SLOTS.items()}
 
 
 class Scaled:
@@ -115,7 +118,7 @@ class Scaled:
         for _ in range(seconds):
             self.now += 1.0
             self.scaler.maybe_scale()
-        return self.pool.wanted
+        return self.pool.desired
 
 
 def other(name: str, **given: Any) -> records.Facts:

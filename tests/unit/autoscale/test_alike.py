@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from gw_celery.policy import scaling
-from gw_celery.pool import counters
+from gw_celery.protocol import snapshot
 from gw_celery.simulate import cluster, policies
 from tests.unit.autoscale.handmade import Scaled
 
@@ -58,12 +58,12 @@ def test_a_course_of_arrivals_has_worker_and_simulator_decide_the_same(
     simulated = policies.Ours(rules, SCORE, (0, MOST), list(range(1, MOST + 1)))
     load, decided = Load(mean), []
     for second, came in enumerate(arrivals(4000, mean)):
-        actual = worker.pool.wanted
+        actual = worker.pool.desired
         load.step(came, actual)
         # What waits is in the broker, but for what the worker has fetched.
         fetched = min(load.waiting, actual)
         worker.queued = load.waiting - fetched
-        held = counters.Tally(
+        held = snapshot.Counters(
             arrived=mean * (load.arrived - worker.queued),
             waiting=mean * fetched,
             waiting_inputs=fetched,

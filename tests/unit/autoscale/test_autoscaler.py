@@ -15,7 +15,6 @@ import gw_celery.autoscale
 from gw_celery.autoscale import autoscaler
 from gw_celery.cluster import poller, queue_lengths
 from gw_celery.policy import scaling
-from gw_celery.pool import counters
 from gw_celery.protocol import snapshot
 from tests.unit.autoscale.handmade import Scaled
 
@@ -62,7 +61,7 @@ def test_a_message_decides_nothing(scaled: Scaled) -> None:
     scaled.queued = 1000
     scaled.now += 1.0
     scaled.scaler.maybe_scale(object())
-    assert scaled.pool.wanted == 1
+    assert scaled.pool.desired == 1
 
 
 def test_what_was_read_is_judged_once_however_many_timers_there_are(
@@ -92,7 +91,8 @@ def test_a_broker_that_cannot_be_read_holds_the_size(scaled: Scaled) -> None:
 
 
 def test_what_the_worker_holds_counts_with_what_waits(scaled: Scaled) -> None:
-    scaled.pool.held = {"model": counters.Tally(arrived=290.0, waiting=290.0, waiting_inputs=290)}
+    held = snapshot.Counters(arrived=290.0, waiting=290.0, waiting_inputs=290)
+    scaled.pool.held = {"model": held}
     assert scaled.after(1) == 3
 
 
@@ -131,9 +131,9 @@ def test_what_is_set_is_what_is_decided_by(
     scaled = Scaled(monkeypatch, **settings)
     scaled.queued = 50
     for second in range(120):
-        scaled.pool.held = {"model": counters.Tally(arrived=13.0 * second)}
+        scaled.pool.held = {"model": snapshot.Counters(arrived=13.0 * second)}
         scaled.after(1)
-    assert scaled.pool.wanted == replicas
+    assert scaled.pool.desired == replicas
     scaled.app.close()
 
 
@@ -243,7 +243,7 @@ def test_replicas_are_kept_for_bursts_for_as_long_as_the_setting_says(
 ) -> None:
     scaled = Scaled(monkeypatch, gw_scale_window=300.0)
     scaled.after(1)
-    scaled.pool.held = {"model": counters.Tally(arrived=290.0)}
+    scaled.pool.held = {"model": snapshot.Counters(arrived=290.0)}
     assert scaled.after(300) == 3
     assert scaled.after(50) == 1
     scaled.app.close()
@@ -259,7 +259,7 @@ def test_celerys_thread_decides_where_there_is_no_loop(
     monkeypatch.setattr(autoscaler, "time", time)
     scaled.queued = 290
     scaled.scaler.body()
-    assert scaled.pool.wanted == 3
+    assert scaled.pool.desired == 3
 
 
 class Frozen:
@@ -299,10 +299,10 @@ def test_a_broker_that_is_frozen_holds_no_decision_up(
     scaled.scaler.begin()
     assert frozen.is_asked_in_vain.wait(10)
     scaled.scaler.maybe_scale()
-    assert scaled.pool.wanted == 3, "by what was read before"
+    assert scaled.pool.desired == 3, "by what was read before"
     monkeypatch.setattr(poller, "_STALE", 0.0)
     scaled.scaler.maybe_scale()
-    assert scaled.pool.wanted == 3
+    assert scaled.pool.desired == 3
     assert "nothing is known of the broker" in scaled.scaler.seen().why
     frozen.is_over.set()
     scaled.scaler.end()
@@ -324,7 +324,7 @@ def test_a_decision_that_fails_keeps_the_size_and_the_worker(
 ) -> None:
     before = scaled.after(1)
     with monkeypatch.context() as patch:
-        patch.setattr(scaled.pool, "tallies", lambda: 1 / 0)
+        patch.setattr(scaled.pool, "snapshot", lambda: 1 / 0)
         assert scaled.after(2) == before
     assert caplog.text.count("the autoscaler failed once, and the pool keeps its size") == 2
     scaled.queued = 290

@@ -25,7 +25,7 @@ def test_an_operator_takes_away_what_a_worker_kept_of_another(scaled: Scaled) ->
 
 def test_bounds_are_slots_rounded_up_to_replicas(scaled: Scaled) -> None:
     assert scaled.scaler.update(max=11, min=6) == (15, 10)
-    assert scaled.pool.wanted == 2
+    assert scaled.pool.desired == 2
     assert scaled.scaler.update(max=10) == (10, 10)
     scaled.queued = 100_000
     assert scaled.after(1) == 2
@@ -35,7 +35,7 @@ def test_less_than_there_are_are_drained_at_once(scaled: Scaled) -> None:
     scaled.queued = 100_000
     scaled.after(1)
     scaled.scaler.update(max=5)
-    assert scaled.pool.wanted == 1
+    assert scaled.pool.desired == 1
 
 
 @pytest.mark.parametrize("bounds", [{"max": 3, "min": 8}, {"min": 21}, {"max": 0, "min": 0}])
@@ -49,13 +49,13 @@ def test_bounds_that_contradict_each_other_are_refused(
 
 def test_an_operator_resizes_it_at_once_and_beyond_its_bounds(scaled: Scaled) -> None:
     scaled.scaler.force_scale_up(5)
-    assert scaled.pool.wanted == 2
+    assert scaled.pool.desired == 2
     assert scaled.after(60) == 2
     assert scaled.after(1500) == 1
     scaled.scaler.force_scale_up(23)
-    assert (scaled.pool.wanted, scaled.scaler.max_concurrency) == (6, 30)
+    assert (scaled.pool.desired, scaled.scaler.max_concurrency) == (6, 30)
     scaled.scaler.force_scale_down(30)
-    assert (scaled.pool.wanted, scaled.scaler.min_concurrency) == (0, 0)
+    assert (scaled.pool.desired, scaled.scaler.min_concurrency) == (0, 0)
     scaled.queued = 1
     assert scaled.after(1) == 1
 

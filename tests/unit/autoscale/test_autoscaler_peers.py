@@ -35,7 +35,7 @@ def test_a_replica_that_cannot_start_is_taken_over_and_tried_on(
     monkeypatch.setattr(scaled.scaler._demand, "tell", told.update)
     assert scaled.after(1) >= 1
     assert told["model"].capacity == 2
-    assert scaled.pool.wanted >= 1
+    assert scaled.pool.desired >= 1
 
 
 @pytest.mark.parametrize(("states", "capacity"), [("sr", 3), ("ss", 0), ("rr", 4)])

@@ -47,7 +47,7 @@ class Group:
                 one.queued = queued
                 one.peers = tuple(told for other, told in known.items() if other != name)
                 one.scaler.maybe_scale()
-        return [one.pool.wanted for one in self.workers]
+        return [one.pool.desired for one in self.workers]
 
     @property
     def totals(self) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,7 +9,8 @@ import pytest
 from gw_celery.cluster import queue_lengths, redis, wait_estimates
 from gw_celery.policy import queue_time
 from gw_celery.pool import request
-from gw_celery.pool.counters import Tally
+from gw_celery.protocol import snapshot
+from gw_celery.protocol.snapshot import Counters, Worker
 
 
 class Redis:
@@ -75,18 +75,17 @@ class Pool:
     """Two slots of one service, and what it says of them."""
 
     def __init__(self) -> None:
-        self.tally = Tally()
+        self.tally = Counters()
         self.slots = 2
         self.score: float | None = None
 
-    def tallies(self) -> Mapping[str, Tally]:
-        return {"embed": self.tally}
-
-    def ready_by_service(self) -> Mapping[str, int]:
-        return {"embed": self.slots}
-
-    def scores(self) -> Mapping[str, float | None]:
-        return {"embed": self.score}
+    def snapshot(self) -> Worker:
+        return Worker(
+            hostname="w1",
+            tallies={"embed": self.tally},
+            ready_slots={"embed": self.slots},
+            scores={"embed": snapshot.Score(value=self.score)},
+        )
 
 
 @pytest.fixture
@@ -116,7 +115,7 @@ def test_what_waits_in_the_queue_and_the_worker_is_done_at_the_pace_of_the_slots
     broker.found = {"q": queue_lengths.Length(5)}
     one.publish()
     assert server.values == {}, "nobody knows how fast it is"
-    pool.tally = Tally(waiting=4.0, served=10.0, busy=20.0, arrived_inputs=7, mean=2.0)
+    pool.tally = Counters(waiting=4.0, served=10.0, busy=20.0, arrived_inputs=7, mean=2.0)
     one.publish()
     assert float(server.values["gw:wait:q"]) == (5 * 2.0 + 4.0) / (2 * 0.5)
     assert server.lifetimes["gw:wait:q"] == 5000
@@ -124,13 +123,13 @@ def test_what_waits_in_the_queue_and_the_worker_is_done_at_the_pace_of_the_slots
 
 def test_a_score_goes_before_what_the_slots_have_done(server: Redis, pool: Pool) -> None:
     one = worker(server, pool)
-    pool.tally, pool.score = Tally(waiting=30.0, served=1.0, busy=1.0), 10.0
+    pool.tally, pool.score = Counters(waiting=30.0, served=1.0, busy=1.0), 10.0
     one.publish()
     assert float(server.values["gw:wait:q"]) == 3.0
 
 
 def test_workers_share_a_queue_by_what_they_do_together(server: Redis, pool: Pool) -> None:
-    pool.tally, pool.score = Tally(waiting=10.0), 10.0
+    pool.tally, pool.score = Counters(waiting=10.0), 10.0
     broker = Broker()
     broker.found = {"q": queue_lengths.Length(20)}
     first, second = (worker(server, pool, name, broker) for name in ("w1", "w2"))
@@ -145,14 +144,13 @@ def test_workers_share_a_queue_by_what_they_do_together(server: Redis, pool: Poo
 
 def test_a_quick_service_on_the_same_queue_makes_the_slow_one_no_quicker(server: Redis) -> None:
     class Two(Pool):
-        def tallies(self) -> Mapping[str, Tally]:
-            return {"slow": Tally(arrived=98.0), "quick": Tally(arrived=2.0)}
-
-        def ready_by_service(self) -> Mapping[str, int]:
-            return {"slow": 1, "quick": 1}
-
-        def scores(self) -> Mapping[str, float | None]:
-            return {"slow": 2.0, "quick": 900.0}
+        def snapshot(self) -> Worker:
+            return Worker(
+                hostname="w1",
+                tallies={"slow": Counters(arrived=98.0), "quick": Counters(arrived=2.0)},
+                ready_slots={"slow": 1, "quick": 1},
+                scores={"slow": snapshot.Score(value=2.0), "quick": snapshot.Score(value=900.0)},
+            )
 
     broker = Broker()
     broker.found = {"q": queue_lengths.Length(100)}
@@ -164,13 +162,13 @@ def test_a_quick_service_on_the_same_queue_makes_the_slow_one_no_quicker(server:
 def test_where_the_broker_does_not_tell_what_workers_hold_counts(server: Redis, pool: Pool) -> None:
     broker = Broker()
     broker.found = None
-    pool.tally, pool.score = Tally(waiting=10.0), 10.0
+    pool.tally, pool.score = Counters(waiting=10.0), 10.0
     worker(server, pool, broker=broker).publish()
     assert float(server.values["gw:wait:q"]) == 1.0
 
 
 def test_a_worker_that_serves_nothing_now_refuses_nobody(server: Redis, pool: Pool) -> None:
-    pool.tally, pool.score, pool.slots = Tally(waiting=10.0), 10.0, 0
+    pool.tally, pool.score, pool.slots = Counters(waiting=10.0), 10.0, 0
     worker(server, pool).publish()
     assert server.values == {}
 

@@ -14,17 +14,17 @@ from gw_celery.protocol import snapshot
 from tests.processes import environment
 
 SERVICE, QUEUE = "shop.Embedder", "gpu.A100.Embedder"
-TALLY = {
-    "arrived": 9000.0,
-    "arrived_inputs": 90,
-    "served": 8700.0,
-    "served_inputs": 85,
-    "waiting": 100.0,
-    "waiting_inputs": 2,
-    "running": 200.0,
-    "running_inputs": 3,
-    "mean": 100.0,
-}
+TALLY = snapshot.Counters(
+    arrived=9000.0,
+    arrived_inputs=90,
+    served=8700.0,
+    served_inputs=85,
+    waiting=100.0,
+    waiting_inputs=2,
+    running=200.0,
+    running_inputs=3,
+    mean=100.0,
+)
 OUTLOOK = snapshot.Outlook(queued=40, waiting=4000.0, score=250.0, need=18.0, keep=20.0)
 WORKER = snapshot.Worker(
     hostname="gpu@node1",
@@ -37,7 +37,7 @@ WORKER = snapshot.Worker(
     ready_slots={SERVICE: 8, "": 3},
     open_queues=(QUEUE,),
     closed_queues=("gpu.A100.Rerank",),
-    tallies={SERVICE: TALLY, "": {"arrived_inputs": 3}},
+    tallies={SERVICE: TALLY, "": snapshot.Counters(arrived_inputs=3)},
     scores={SERVICE: snapshot.Score(value=250.0, drift=-0.1), "": snapshot.Score()},
     scaling=snapshot.Scaling(least=1, most=8, desired=3, workers=4, services={SERVICE: OUTLOOK}),
 )

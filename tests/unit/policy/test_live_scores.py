@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from gw_celery.policy import live_scores
-from gw_celery.pool import counters
+from gw_celery.protocol import snapshot
 
 
 class Traffic:
@@ -14,7 +14,7 @@ class Traffic:
     def __init__(self, slots: int, *, measured: float | None = None) -> None:
         self.live = live_scores.Live(slots)
         self.slots = slots
-        self.tally = counters.Tally()
+        self.tally = snapshot.Counters()
         self.now = 1000.0
         self.warnings = 0
         self.has_more = False

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from gw_celery import errors
 from gw_celery.pool import counters, request
-from gw_celery.protocol import frames
+from gw_celery.protocol import frames, snapshot
 from tests.unit.pool.handmade import Child, Pool, Shared
 
 
-def seen(pool: Pool) -> counters.Tally:
-    return pool.inputs.tallies.seen().get("embed", counters.Tally())
+def seen(pool: Pool) -> snapshot.Counters:
+    return pool.inputs.tallies.seen().get("embed", snapshot.Counters())
 
 
 def counts(pool: Pool) -> tuple[float, ...]:
@@ -168,8 +168,8 @@ def test_services_are_told_apart_and_the_newest_inputs_count_most_in_the_mean() 
     for number in range(3, 100):
         tallies.arrive(number, "embed", 20.0)
     assert 19.0 < tallies.seen()["embed"].mean < 20.0
-    assert counters.mean(tallies.seen().values()) > 19.0
-    assert counters.mean([]) == 1.0
+    assert snapshot.mean_workload(tallies.seen().values()) > 19.0
+    assert snapshot.mean_workload([]) == 1.0
 
 
 def test_the_seconds_of_a_slot_are_those_of_what_was_served() -> None:

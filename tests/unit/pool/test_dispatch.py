@@ -64,8 +64,7 @@ def test_inputs_of_a_service_start_in_the_order_in_which_they_came() -> None:
 def test_a_full_service_holds_up_no_other() -> None:
     waiting = waiting_for(Input(0), Input(1), Input(2), Input(3, "classify"), Input(4, ""))
     assert assigned(waiting, Child()) == [(0, 0), (1, 0), (3, 0), (4, 0)]
-    assert waiting.waiting("embed") == 1
-    assert waiting.waiting("classify") == 0
+    assert waiting.by_service() == {"embed": 1, "classify": 0, "": 0}
 
 
 def test_inputs_are_spread_over_the_children() -> None:
@@ -182,7 +181,7 @@ def test_everything_can_be_taken_out_at_once() -> None:
     waiting = waiting_for(*inputs)
     assert set(waiting.clear()) == set(inputs)
     assert len(waiting) == 0
-    assert waiting.waiting("embed") == 0
+    assert waiting.by_service() == {}
     assert assigned(waiting, Child()) == []
 
 

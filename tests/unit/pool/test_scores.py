@@ -7,19 +7,19 @@ import pytest
 
 from gw_celery import conf
 from gw_celery.policy import scores
-from gw_celery.pool import child_state, counters
+from gw_celery.pool import child_state
 from gw_celery.pool import replica as pool_replica
 from gw_celery.pool import scores as pool_scores
 from gw_celery.pool.child_state import State
-from gw_celery.protocol import frames
+from gw_celery.protocol import frames, snapshot
 
 LIMITS = child_state.Deadlines(boot=10, start=10, benchmark=100, drain=10, heartbeat=10)
 DAY = 86400.0
 
 
-def served(inputs: int, *, running: int = 4) -> counters.Tally:
+def served(inputs: int, *, running: int = 4) -> snapshot.Counters:
     """So many inputs were served since the worker started, and so many run."""
-    return counters.Tally(served=float(inputs), served_inputs=inputs, running_inputs=running)
+    return snapshot.Counters(served=float(inputs), served_inputs=inputs, running_inputs=running)
 
 
 class Child:
@@ -127,7 +127,7 @@ def test_a_child_without_a_score_fails_with_what_to_do() -> None:
         "ValueError: no. A replica is ready when its benchmarks succeed: mend the body, or the "
         "inputs of benchmark_dataset or benchmark_generator"
     )
-    assert pool.measuring.scores()["embed"] is None
+    assert pool.measuring.seen(0.0)["embed"].value is None
 
 
 @pytest.mark.parametrize(
@@ -146,29 +146,34 @@ def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
     pool.answer(child, "garbage", call=1)
     pool.advance(child)
     pool.answer(child, "garbage", call=99)
-    assert pool.measuring.scores()["embed"] is None
+    assert pool.measuring.seen(0.0)["embed"].value is None
 
 
 def test_the_score_is_that_of_the_median_replica() -> None:
     pool = Pool()
     for value in (8.0, 9.0, 20.0):
         pool.measured(0.0, value, 10.0, 10.0)
-    assert pool.measuring.scores() == {"embed": 9.0, "Model": 10.0, "plain": None}
+    seen = pool.measuring.seen(0.0)
+    assert {key: score.value for key, score in seen.items()} == {
+        "embed": 9.0,
+        "Model": 10.0,
+        "plain": None,
+    }
 
 
 def test_several_tasks_of_a_service_have_one_score() -> None:
     pool = Pool()
     pool.measured(0.0, 8.0, 100.0, 50.0)
-    assert pool.measuring.scores()["Model"] == pytest.approx(200 / 3)
+    assert pool.measuring.seen(0.0)["Model"].value == pytest.approx(200 / 3)
 
 
 def test_a_replica_that_is_gone_does_not_count_but_the_last_word_stays() -> None:
     pool = Pool()
     slow, quick = pool.measured(0.0, 8.0, 1.0, 1.0), pool.measured(0.0, 9.0, 1.0, 1.0)
     pool.measuring.forget(slow)
-    assert pool.measuring.scores()["embed"] == 9.0
+    assert pool.measuring.seen(0.0)["embed"].value == 9.0
     pool.measuring.forget(quick)
-    assert pool.measuring.scores()["embed"] == 9.0
+    assert pool.measuring.seen(0.0)["embed"].value == 9.0
     pool.measuring.forget(quick)
 
 
@@ -192,7 +197,7 @@ def test_idle_replicas_are_measured_again_one_at_a_time_when_asked() -> None:
         is_over = pool.advance(one, 14.0)
     assert is_over
     assert pool.measuring.due([one, other], 15.0) is other
-    assert pool.measuring.scores()["embed"] == 12.0
+    assert pool.measuring.seen(0.0)["embed"].value == 12.0
 
 
 def test_a_score_is_measured_again_when_it_is_old() -> None:
@@ -222,7 +227,7 @@ def test_a_replica_that_fails_when_measured_again_keeps_its_score_for_another_pe
         assert not pool.advance(child, 2.0)
         pool.answer(child, FAILURE, 2.0)
     assert pool.advance(child, 2.0)
-    assert pool.measuring.scores()["embed"] == 8.0
+    assert pool.measuring.seen(0.0)["embed"].value == 8.0
     assert pool.measuring.due([child], DAY) is None
     assert pool.measuring.due([child], DAY + 3.0) is child
 
@@ -247,7 +252,7 @@ def test_full_replicas_correct_the_score_and_a_drift_is_told_once(
     pool.measured(0.0, 100.0, 10.0, 10.0)
     for second in range(300):
         pool.measuring.observe(float(second), {"embed": served(20 * second)}, {"embed": 1})
-    assert pool.measuring.scores()["embed"] == pytest.approx(20.0, rel=0.01)
+    assert pool.measuring.seen(0.0)["embed"].value == pytest.approx(20.0, rel=0.01)
     (record,) = caplog.records
     assert "the score of embed is 44.72/s, -55 % from the benchmark's 100/s" in record.getMessage()
 
@@ -261,8 +266,8 @@ def test_a_queue_that_was_seen_to_hold_more_shows_that_replicas_are_full(
         pool.measuring.note_queued({"embed": 7, "Model": 0}, second - age)
         tallies = dict.fromkeys(("embed", "Model"), served(20 * second, running=1))
         pool.measuring.observe(float(second), tallies, {"embed": 1, "Model": 1})
-    assert (pool.measuring.scores()["embed"] is not None) is is_learnt
-    assert pool.measuring.scores()["Model"] is None
+    assert (pool.measuring.seen(0.0)["embed"].value is not None) is is_learnt
+    assert pool.measuring.seen(0.0)["Model"].value is None
 
 
 def test_operators_see_the_latest_figures_of_each_task() -> None:

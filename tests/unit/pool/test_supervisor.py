@@ -78,7 +78,7 @@ class Site:
         (self.process,) = started
         self.process.report([protocol_frames.Report.LOADED], [protocol_frames.Report.ENTERED])
         self.supervisor.poll(10.0)
-        assert self.supervisor.ready_by_service() == {"proj.Model": 2, "": 1}
+        assert self.supervisor.snapshot("gpu@host").ready_slots == {"proj.Model": 2, "": 1}
         self.process.orders()
 
     def submit(self, task_id: str, **options: Any) -> pool_request.Job:
@@ -136,7 +136,7 @@ def test_a_drain_waits_for_what_has_no_limit_and_then_for_the_rest_no_longer(sit
     assert not site.process.is_killed
     site.later(2.0)
     assert site.process.is_killed
-    assert site.supervisor.waiting() == 1, "what never began starts elsewhere"
+    assert site.supervisor.snapshot("gpu@host").waiting == 1, "what never began starts elsewhere"
     assert not unbegun.is_answered
 
 

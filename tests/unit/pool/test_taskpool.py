@@ -11,6 +11,7 @@ from gw_celery import conf, signals
 from gw_celery.client import beat_tasks
 from gw_celery.gpus import allocation, discovery
 from gw_celery.pool import taskpool
+from gw_celery.protocol.snapshot import Worker
 from gw_celery.worker import serving
 
 
@@ -59,6 +60,26 @@ def test_celerys_autoscaler_gets_what_fits_and_the_log_says_so(
 def test_what_does_not_fit_is_known_before(pool: taskpool.TaskPool) -> None:
     assert pool.refusal(6) is None
     assert "4 replicas were asked for, and 3 fit" in str(pool.refusal(7))
+
+
+def test_the_snapshot_has_what_was_asked_for_and_which_queues_are_open(
+    pool: taskpool.TaskPool,
+) -> None:
+    pool.options = {"initargs": (pool.app, "gpu@host")}
+    pool.supervisor = SimpleNamespace(  # type: ignore[assignment]
+        snapshot=lambda hostname: Worker(hostname=hostname, waiting=3), resize=lambda replicas: None
+    )
+    assert pool.snapshot() == Worker(hostname="gpu@host", waiting=3, desired=1, desired_slots=2)
+    pool.gate = SimpleNamespace(  # type: ignore[assignment]
+        open_queues=lambda: ("cpu.embed",), closed_queues=lambda: ("cpu.classify",)
+    )
+    pool.ranking = SimpleNamespace(bands=lambda: {"embed": "quick"})  # type: ignore[assignment]
+    pool.grow(3)
+    pool._state = pool.CLOSE
+    seen = pool.snapshot()
+    assert (seen.desired, seen.desired_slots, seen.is_stopping) == (3, 5, True)
+    assert (seen.open_queues, seen.closed_queues) == (("cpu.embed",), ("cpu.classify",))
+    assert seen.bands == {"embed": "quick"}
 
 
 def test_a_tick_is_passed_on_and_remembered_with_its_time(pool: taskpool.TaskPool) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from celery.worker.control import Panel
 
-from gw_celery.pool import counters
 from gw_celery.protocol import snapshot
+from gw_celery.protocol.snapshot import Worker
 from gw_celery.worker import commands
 
-TALLY = counters.Tally(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
+TALLY = snapshot.Counters(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
 NAMES = (
     "gw_status",
     "gw_drain",
@@ -25,14 +25,6 @@ NAMES = (
 )
 
 
-class Gate:
-    def open_queues(self) -> tuple[str, ...]:
-        return ("cpu.embed",)
-
-    def closed_queues(self) -> tuple[str, ...]:
-        return ("cpu.classify",)
-
-
 class Ranking:
     def __init__(self) -> None:
         self.heard: list[tuple[str, dict[str, float]]] = []
@@ -40,38 +32,30 @@ class Ranking:
     def hear(self, worker: str, scores: dict[str, float]) -> None:
         self.heard.append((worker, scores))
 
-    def bands(self) -> dict[str, str]:
-        return {"embed": "quick"}
-
 
 class Pool:
     """A pool with replicas 0 and 2, which notes what it is told."""
 
-    def __init__(self, gate: Gate | None = None) -> None:
-        self.gate = gate
+    def __init__(self) -> None:
         self.numbers: tuple[int, ...] = (0, 2)
         self.ranking: Ranking | None = None
         self.told: list[tuple[str, int | None]] = []
 
-    def replicas(self) -> tuple[snapshot.Replica, ...]:
-        return tuple(
+    def snapshot(self) -> Worker:
+        replicas = [
             snapshot.Replica(number=one, state="ready", pid=100 + one) for one in self.numbers
+        ]
+        return Worker(
+            hostname="gpu@host",
+            replicas=tuple(replicas),
+            ready_slots={"embed": 8, "": 2},
+            waiting=5,
+            tallies={"embed": TALLY},
+            open_queues=("cpu.embed",),
+            closed_queues=("cpu.classify",),
+            outage="gone",
+            scores={"embed": snapshot.Score(value=9.0)},
         )
-
-    def ready_by_service(self) -> dict[str, int]:
-        return {"embed": 8, "": 2}
-
-    def waiting(self) -> int:
-        return 5
-
-    def tallies(self) -> dict[str, counters.Tally]:
-        return {"embed": TALLY}
-
-    def seen_scores(self) -> dict[str, snapshot.Score]:
-        return {"embed": snapshot.Score(value=9.0)}
-
-    def outage(self) -> str:
-        return "gone"
 
     def hold(self, number: int | None) -> None:
         self.told.append(("drain", number))
@@ -88,7 +72,7 @@ class Pool:
 
 @pytest.fixture
 def pool() -> Pool:
-    return Pool(Gate())
+    return Pool()
 
 
 @pytest.fixture
@@ -98,11 +82,15 @@ def state(pool: Pool) -> Any:
     return SimpleNamespace(consumer=consumer, hostname="gpu@host")
 
 
-def test_the_status_is_what_the_pool_and_its_gate_say_and_travels_as_json(state: Any) -> None:
+def test_the_status_is_the_snapshot_of_the_pool_and_travels_as_json(state: Any) -> None:
     status = json.loads(json.dumps(commands.gw_status(state)))
     assert [(one["number"], one["pid"]) for one in status.pop("replicas")] == [(0, 100), (2, 102)]
     assert status == {
         "hostname": "gpu@host",
+        "desired": 0,
+        "desired_slots": 0,
+        "waiting_inputs": {},
+        "is_stopping": False,
         "ready_slots": {"embed": 8, "": 2},
         "waiting": 5,
         "tallies": {"embed": dataclasses.asdict(TALLY)},
@@ -125,12 +113,6 @@ def test_the_status_tells_what_our_autoscaler_decided_and_celerys_has_nothing_to
     assert (told["desired"], told["services"]["embed"]["need"]) == (2, 1.5)
     state.consumer.controller.autoscaler = SimpleNamespace(info=dict)
     assert commands.gw_status(state)["scaling"] is None
-
-
-def test_a_pool_without_services_has_no_gate_and_a_status(state: Any) -> None:
-    state.consumer.pool = Pool(gate=None)
-    status = commands.gw_status(state)
-    assert (status["open_queues"], status["closed_queues"]) == ((), ())
 
 
 @pytest.mark.parametrize("what", ["drain", "restart"])
@@ -232,7 +214,6 @@ def test_what_another_worker_tells_reaches_the_ranking(state: Any, pool: Pool) -
     commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
     commands.gw_best_score(state, worker="odd@host", scores="none")
     assert ranking.heard == [("other@host", {"embed": 4.0})]
-    assert commands.gw_status(state)["bands"] == {"embed": "quick"}
 
 
 def test_a_worker_without_a_ranking_hears_it_without_complaint(state: Any) -> None:

@@ -10,6 +10,7 @@ from kombu import Message
 from kombu.common import QoS
 
 from gw_celery import errors
+from gw_celery.protocol.snapshot import Worker
 from gw_celery.worker import consumer, gate
 
 
@@ -30,14 +31,8 @@ class Pool:
     def flush(self) -> None:
         self.asked.append("flush")
 
-    def ready_by_service(self) -> dict[str, int]:
-        return self.ready
-
-    def backlog(self, service: str) -> int:
-        return 0
-
-    def outage(self) -> str:
-        return ""
+    def snapshot(self) -> Worker:
+        return Worker(hostname="gpu@host", ready_slots=self.ready)
 
 
 class Channel:

@@ -9,6 +9,7 @@ import pytest
 from celery import Celery
 from kombu.common import QoS
 
+from gw_celery.protocol.snapshot import Worker
 from gw_celery.worker import gate
 
 EMBED, CLASSIFY, PLAIN = "gpu.A100.embed", "gpu.A100.classify", "mail"
@@ -25,17 +26,16 @@ class Pool:
         self.lost = ""
         self.gate: gate.Gate | None = None
 
-    def ready_by_service(self) -> dict[str, int]:
-        return dict(self.ready)
-
-    def backlog(self, service: str) -> int:
-        return self.waiting[service]
+    def snapshot(self) -> Worker:
+        return Worker(
+            hostname="gpu@host",
+            ready_slots=dict(self.ready),
+            waiting_inputs=dict(self.waiting),
+            outage=self.lost,
+        )
 
     def priority(self, service: str) -> int:
         return self.priorities[service]
-
-    def outage(self) -> str:
-        return self.lost
 
 
 class Consumer:

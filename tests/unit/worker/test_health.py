@@ -29,7 +29,13 @@ ILL = snapshot.Replica(
     ),
 )
 DEAD = snapshot.Replica(number=3, state="failed", last_error="OSError: no weights")
-SERVES = health.Picture(replicas=(READY,), ready_slots={"proj.Model": 4, "": 1})
+
+
+def worker(**parts: Any) -> snapshot.Worker:
+    return snapshot.Worker(hostname="gpu@host", **({"desired": 1} | parts))
+
+
+SERVES = worker(replicas=(READY,), ready_slots={"proj.Model": 4, "": 1})
 
 
 @contextmanager
@@ -61,24 +67,24 @@ def age(path: Path) -> float:
 def test_a_worker_is_ready_when_each_of_its_services_is_ready_somewhere() -> None:
     assert health.is_ready(SERVES) == health.Verdict(is_ok=True)
     slots = {"proj.Model": 4, "proj.other": 0, "": 1}
-    verdict = health.is_ready(health.Picture(replicas=(READY, ILL), ready_slots=slots))
+    verdict = health.is_ready(worker(replicas=(READY, ILL), ready_slots=slots))
     assert verdict == health.Verdict(is_ok=False, why=("no replica is ready for proj.other",))
 
 
 def test_a_worker_of_plain_tasks_is_ready_with_any_replica() -> None:
-    assert health.is_ready(health.Picture(ready_slots={"": 1})).is_ok
-    assert not health.is_ready(health.Picture(ready_slots={"": 0})).is_ok
+    assert health.is_ready(worker(ready_slots={"": 1})).is_ok
+    assert not health.is_ready(worker(ready_slots={"": 0})).is_ok
 
 
 def test_a_worker_that_is_scaled_to_zero_is_ready_and_one_that_stops_is_not() -> None:
     nothing = {"proj.Model": 0, "": 0}
-    assert health.is_ready(health.Picture(ready_slots=nothing, wanted=0)).is_ok
-    stops = health.Picture(replicas=(READY,), ready_slots={"": 1}, is_stopping=True)
+    assert health.is_ready(worker(ready_slots=nothing, desired=0)).is_ok
+    stops = worker(replicas=(READY,), ready_slots={"": 1}, is_stopping=True)
     assert health.is_ready(stops) == health.Verdict(is_ok=False, why=("the worker stops",))
 
 
 def test_a_result_backend_that_is_away_is_told_and_no_failure() -> None:
-    away = health.Picture(ready_slots={"": 1}, outage="Redis does not answer")
+    away = worker(ready_slots={"": 1}, outage="Redis does not answer")
     assert health.is_ready(away) == health.Verdict(is_ok=True, why=("Redis does not answer",))
 
 
@@ -94,7 +100,7 @@ def test_a_replica_says_what_keeps_it_from_inputs() -> None:
 
 def test_each_path_answers_from_the_last_picture_with_the_reasons() -> None:
     with running(health_port=0) as one:
-        one.beat(health.Picture(replicas=(LOADING,), ready_slots={"": 0}))
+        one.beat(worker(replicas=(LOADING,), ready_slots={"": 0}))
         assert ask(one, "/livez")[0] == 200
         status, said = ask(one, "/startupz")
         assert (status, said["why"]) == (503, ["no replica has been ready yet"])
@@ -104,7 +110,7 @@ def test_each_path_answers_from_the_last_picture_with_the_reasons() -> None:
         assert ask(one, "/readyz")[0] == 503
         one.beat(SERVES)
         assert [ask(one, path)[0] for path in ("/livez", "/readyz", "/startupz")] == [200] * 3
-        one.beat(health.Picture(replicas=(DEAD,), ready_slots={"": 0}))
+        one.beat(worker(replicas=(DEAD,), ready_slots={"": 0}))
         assert [ask(one, path)[0] for path in ("/livez", "/readyz", "/startupz")] == [200, 503, 200]
 
 

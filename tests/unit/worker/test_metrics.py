@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gw_celery.protocol import snapshot
-from gw_celery.worker import commands, metrics
+from gw_celery.worker import metrics
 
 RENDERER = "gw_celery.contrib.prometheus"
 
@@ -50,20 +50,19 @@ def test_metrics_are_there_where_a_health_endpoint_is(port: int | None, is_there
     assert metrics.MetricsStep.include_if(object.__new__(metrics.MetricsStep), started) is is_there
 
 
-def test_the_step_has_the_loop_look_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[Any] = []
+def test_the_step_has_the_loop_look_once_a_second() -> None:
+    taken: list[snapshot.Worker] = []
 
-    def status(pool: Any, hostname: str, scaler: Any) -> snapshot.Worker:
-        taken.append((hostname, scaler))
-        return worker(open_queues=("gpu.Embedder",))
+    def take() -> snapshot.Worker:
+        taken.append(worker(open_queues=("gpu.Embedder",)))
+        return taken[-1]
 
-    monkeypatch.setattr(commands, "status", status)
-    pool = SimpleNamespace(health=SimpleNamespace(routes={}, watchers=[]))
+    pool = SimpleNamespace(health=SimpleNamespace(routes={}, watchers=[]), snapshot=take)
     started = SimpleNamespace(pool=pool, hostname="gpu@node1", autoscaler=None)
     step = object.__new__(metrics.MetricsStep)
     step.queues = {}
     step.start(started)
-    assert taken == [("gpu@node1", None)]
+    assert len(taken) == 1
     (watcher,) = pool.health.watchers
     watcher()
     assert len(taken) == 2
