@@ -41,7 +41,7 @@ class BackgroundThread:
         name: of the thread.
         outage: what is logged as not working while rounds raise.
         period: seconds from the start of one round to that of the next; ``math.inf`` for a thread
-            that waits until it is woken. It may be changed at any time.
+            that waits until it is woken. A change counts from the next round.
     """
 
     def __init__(self, name: str, outage: str, *, period: float = 1.0) -> None:
@@ -89,7 +89,7 @@ class BackgroundThread:
         while not self.is_closed:
             began = time.monotonic()
             self._try_round()
-            self._wait(began)
+            self._pause(began)
             self._woken.clear()
         try:
             self.leave()
@@ -104,7 +104,6 @@ class BackgroundThread:
         else:
             self._outage.end()
 
-    def _wait(self, began: float) -> None:
-        # Each wait is limited: a change of the period that nobody announces counts soon.
+    def _pause(self, began: float) -> None:
         left = began + self.period - time.monotonic()
         self._woken.wait(None if left > threading.TIMEOUT_MAX else max(0.0, left))

@@ -1,27 +1,19 @@
 """Which inputs were in flight when a child died, so that one that kills is found and given up.
 
-The counts are shared by all workers through Redis where the result backend or the broker is one;
-else each worker counts for itself. A thread talks to Redis, so that the worker's loop never waits.
+The counts are shared by all workers through Redis where the broker or the result backend is one;
+else each worker counts for itself.
 """
 
 from __future__ import annotations
 
 import collections
-import logging
-import queue
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from gw_celery.cluster import poison_counts
 
 #: Suspects that are remembered; an input that never comes back must not stay for ever.
 _MOST = 100_000
-#: Seconds after which Redis forgets a suspect.
-_LIFETIME = 86_400
-_PREFIX = "gw:deaths:"
-#: Questions that may wait for Redis; with more, each worker counts for itself.
-_LONGEST_QUEUE = 10_000
 
 
 class Deaths:
@@ -32,7 +24,7 @@ class Deaths:
         shared: where the workers' counts meet, if anywhere.
     """
 
-    def __init__(self, most: int, shared: Shared | None = None) -> None:
+    def __init__(self, most: int, shared: poison_counts.Shared | None = None) -> None:
         self._most = most
         self._shared = shared
         self._alone: collections.OrderedDict[str, int] = collections.OrderedDict()
@@ -90,79 +82,3 @@ class Deaths:
         self._alone[task_id] = count
         while len(self._alone) > _MOST:
             self._alone.popitem(last=False)
-
-
-class Shared:
-    """The counts in Redis, kept by a thread that is started when the first child dies.
-
-    Args:
-        connect: returns a Redis client; called in the thread.
-        wake: has ``settle`` called soon, in the pool's thread.
-    """
-
-    def __init__(self, connect: Callable[[], Any], wake: Callable[[], None]) -> None:
-        self._connect = connect
-        self._wake = wake
-        self._client: Any = None
-        self._orders: queue.Queue[Callable[[], None] | None] = queue.Queue(_LONGEST_QUEUE)
-        self._answers: collections.deque[tuple[Callable[[int | None], None], int | None]]
-        self._answers = collections.deque()
-        self._thread: threading.Thread | None = None
-
-    def record(self, task_id: str, *, is_alone: bool) -> None:
-        key = _PREFIX + task_id
-
-        def write() -> None:
-            with self._client.pipeline() as pipe:
-                pipe.incrby(key, int(is_alone))
-                pipe.expire(key, _LIFETIME)
-                pipe.execute()
-
-        self._order(write)
-
-    def ask(self, task_id: str, then: Callable[[int | None], None]) -> bool:
-        def read() -> None:
-            count = None
-            try:
-                stored = self._client.get(_PREFIX + task_id)
-                count = None if stored is None else int(stored)
-            finally:
-                self._answers.append((then, count))
-                self._wake()
-
-        return self._order(read)
-
-    def forget(self, task_id: str) -> None:
-        self._order(lambda: self._client.delete(_PREFIX + task_id))
-
-    def settle(self) -> None:
-        while self._answers:
-            then, count = self._answers.popleft()
-            then(count)
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._order(None)
-            self._thread.join(1.0)
-
-    def _order(self, order: Callable[[], None] | None) -> bool:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="gw-deaths", daemon=True)
-            self._thread.start()
-        try:
-            self._orders.put_nowait(order)
-        except queue.Full:
-            return False
-        return True
-
-    def _run(self) -> None:
-        while (order := self._orders.get()) is not None:
-            try:
-                if self._client is None:
-                    self._client = self._connect()
-            except Exception:
-                logger.warning("no Redis to count deaths in: each worker counts", exc_info=True)
-            try:
-                order()  # also without a client: a question is answered in any case
-            except Exception as exc:
-                logger.warning("the counts of deaths in Redis could not be used: %r", exc)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gw_celery import conf, errors
+from gw_celery.cluster import poison_counts
 from gw_celery.pool import child_process, counters, dispatch, poison, request, time_limits
 from gw_celery.protocol import frames
 
@@ -36,7 +37,7 @@ class Inputs:
         settings: conf.Settings,
         on_let_go: Callable[[child_process.Child], None],
         on_stuck: Callable[[child_process.Child], None],
-        shared_deaths: poison.Shared | None = None,
+        shared_deaths: poison_counts.Shared | None = None,
         bury: Callable[[request.Job, str, int], None] | None = None,
     ) -> None:
         self.waiting = dispatch.Dispatcher()

@@ -12,10 +12,10 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from gw_celery.cluster import poison_counts
 from gw_celery.pool import (
     child_process,
     child_state,
-    poison,
     probes,
     replicas,
     request,
@@ -37,12 +37,11 @@ class Supervisor:
         self,
         setup: pool_replica.Setup,
         on_capacity: Callable[[], None],
-        connect_redis: Callable[[], Any] | None = None,
+        shared_deaths: poison_counts.Shared | None = None,
         bury: Callable[[request.Job, str, int], None] | None = None,
         on_lost: Callable[[list[int]], None] | None = None,
     ) -> None:
         self._setup = setup
-        shared = None if connect_redis is None else poison.Shared(connect_redis, self.wake)
         self._sockets = sockets.Sockets()
         self._replicas = replicas.Replicas(
             setup, self._sockets, self._longest_left, self._on_gone, on_capacity
@@ -51,7 +50,7 @@ class Supervisor:
             setup.settings,
             self._after_input,
             self._replicas.replace,
-            shared,
+            shared_deaths,
             bury,
         )
         self._measuring = pool_scores.Measuring(setup, self._send)

@@ -21,7 +21,7 @@ class Records:
 
     Args:
         app: the Celery app, whose backend groups what it writes.
-        worker: the worker's name in Redis.
+        worker: the start of the worker, by which its records are kept.
     """
 
     def __init__(self, app: Any, worker: str) -> None:

@@ -76,31 +76,36 @@ class SharedRedis:
 class BrokerRedis(SharedRedis):
     """The broker. Its channel knows every form of address that the transport knows."""
 
-    #: kombu's channel, which knows the names of the lists; ``None`` before it is connected.
-    channel: Any = None
+    _connection: Any = None
 
     def close(self) -> None:
-        channel, self.channel = self.channel, None
         super().close()
-        if channel is not None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
             with contextlib.suppress(Exception):
-                channel.connection.client.release()
+                connection.release()
+
+    def lists(self, queue: str) -> list[str]:
+        """Return the keys of a queue: kombu keeps a list for each priority."""
+        channel = self._connection.default_channel
+        return [
+            f"{self.prefix}{channel._q_for_pri(queue, step)}" for step in channel.priority_steps
+        ]
 
     def _connect(self) -> Any:
         import redis
 
-        connection = self._app.connection_for_write()
+        self._connection = connection = self._app.connection_for_write()
         connection.transport_options.update(self._timeouts)
         try:
-            # Not by way of its default channel, which would try for ever.
-            connection.connect()
-            self.channel = connection.default_channel
+            # At once, and no third time: its default channel alone would try for ever.
+            connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
+            pool = connection.default_channel.client.connection_pool
         except BaseException:
-            with contextlib.suppress(Exception):
-                connection.release()
+            self.close()
             raise
         # kombu's own client puts the prefix before keys, but not for all commands.
-        return redis.Redis(connection_pool=self.channel.client.connection_pool)
+        return redis.Redis(connection_pool=pool)
 
 
 class ResultsRedis(SharedRedis):

@@ -16,7 +16,7 @@ from tests.processes import ROOT, environment
 
 #: From the ground up; imports go down or sideways. ARCHITECTURE.md says what each folder is.
 FLOORS = (
-    "errors types conf",
+    "background_thread errors types conf",
     "declare codec protocol",
     "policy",
     "transport gpus",
@@ -35,10 +35,7 @@ LAZY_UPWARD = {("signals", "worker"), ("client", "runtime")}
 PENDING = {
     ("app", "runtime"),
     ("client", "replica"),
-    ("cluster", "pool"),
-    ("cluster", "worker"),
     ("gw_celery", "runtime"),
-    ("policy", "cluster"),
     ("signals", "runtime"),
 }
 #: Folders that must not import each other although they stand on one floor.
