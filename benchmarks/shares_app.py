@@ -20,7 +20,7 @@ NAP = float(os.environ.get("NAP", "0.5"))
 celery = Celery("shares", set_as_current=False)
 gw.preset(celery)
 # Both workers are on one machine and have the same code: they must not share a score.
-celery.conf.update(worker_pool="gw_celery.pool:TaskPool", gw_replicas=1, gw_score_cache=None)
+celery.conf.update(worker_pool="gw_celery.pool:TaskPool", gw_replicas=1)
 if os.environ.get("QUORUM"):
     celery.conf.update(
         task_default_queue_type="quorum",

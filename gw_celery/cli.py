@@ -206,11 +206,10 @@ def _scored(score: dict[str, Any]) -> str:
 
 
 def _benchmarked(one: dict[str, Any]) -> str:
-    found = "found here" if one["is_kept"] else "measured"
     line = (
         f"{one['task']}: {one['value']:.4g}/s ({one['least']:.4g} to {one['most']:.4g}), p50 "
         f"{1000 * one['p50']:.3g} ms, p95 {1000 * one['p95']:.3g} ms, {one['success_rate']:.0%} "
-        f"succeeded, {found}, {_ago(one['age'])}"
+        f"succeeded, measured {_ago(one['age'])}"
     )
     return f"{line}; first failure: {one['failure']}" if one["failure"] else line
 

@@ -14,7 +14,6 @@ import os
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from gw_celery import errors
@@ -83,8 +82,6 @@ class Settings:
     scale_window: float = 600.0
     #: Time without work after which the last replica goes, where none must stay; ``None``: never.
     inactivity_timeout: float | None = None
-    #: Folder that keeps scores, a relative one in the user's cache; ``None``: none are kept.
-    score_cache: str | None = "gw_celery/scores"
     #: Longest time between two ticks of beat to the probes, shorter where a probe's period is;
     #: ``None`` for no entry in ``beat_schedule``.
     probe_period: float | None = 10.0
@@ -193,15 +190,6 @@ def visible_devices() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-def cache_folder(given: str) -> Path | None:
-    """Return a folder, a relative one in the user's cache; ``None`` for a user without a home."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(cache):
-        cache = os.path.expanduser("~/.cache")
-    folder = Path(cache, os.path.expanduser(given))
-    return folder if folder.is_absolute() else None
-
-
 def _beginning_with(prefix: str, conf: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(prefix): conf[key] for key in conf if key.startswith(prefix)}
 
@@ -263,7 +251,7 @@ def _fits(value: Any, option: Any) -> bool:
             return False
         return 0 < value <= (1.0 if option is Share else math.inf)
     if typing.get_origin(option) is tuple:
-        return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+        return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
     return isinstance(value, option)
 
 

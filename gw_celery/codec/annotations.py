@@ -8,6 +8,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from gw_celery import errors
@@ -58,24 +59,13 @@ def _is_for_data(cls: type) -> bool:
 
 def _classes(annotations: Mapping[str, object], scope: dict[str, Any]) -> Iterator[type]:
     for name, annotation in annotations.items():
-        yield from _inside(_resolved(name, annotation, scope))
-
-
-def _resolved(name: str, annotation: object, scope: dict[str, Any]) -> object:
-    # One at a time: a name that only a type checker sees must not hide the others.
-    holder = typing.cast("Any", _Annotated({name: annotation}))
-    try:
-        return typing.get_type_hints(holder, globalns=scope)[name]
-    except Exception:
-        # An annotation is any expression, and may raise anything.
-        return None
-
-
-class _Annotated:
-    """What ``typing.get_type_hints`` accepts: something with annotations."""
-
-    def __init__(self, annotations: dict[str, object]) -> None:
-        self.__annotations__ = annotations
+        # One at a time: a name that only a type checker sees must not hide the others.
+        holder: Any = SimpleNamespace(__annotations__={name: annotation})
+        try:
+            hint = typing.get_type_hints(holder, globalns=scope)[name]
+        except Exception:  # an annotation is any expression, and may raise anything
+            continue
+        yield from _inside(hint)
 
 
 def _inside(hint: object) -> Iterator[type]:

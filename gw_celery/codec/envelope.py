@@ -44,7 +44,7 @@ class Codec:
         self._size = limits.size
         self._depth = limits.depth
         self._writer = walk.Writer(registry, limits.depth)
-        self._careful_writer = walk.Writer(registry, limits.depth, careful=True)
+        self._careful_writer = walk.Writer(registry, limits.depth, is_careful=True)
         self._reader = walk.Reader(registry, limits.depth)
 
     def dumps(self, value: object) -> str:
@@ -57,7 +57,7 @@ class Codec:
         try:
             text, size = self._text(value)
         except RecursionError:
-            raise _beyond_the_stack() from None
+            raise errors.SerializationError(_BEYOND_THE_STACK) from None
         self._check_size(size)
         return text
 
@@ -75,7 +75,7 @@ class Codec:
         except errors.SerializationError:
             raise
         except RecursionError:
-            raise _beyond_the_stack() from None
+            raise errors.SerializationError(_BEYOND_THE_STACK) from None
         except ValueError as error:
             raise errors.SerializationError(
                 f"the text is not JSON ({error}): it was cut, or not written by gw-json"
@@ -149,12 +149,6 @@ def _sized(text: str) -> tuple[str, int]:
     return text, len(text) if text.isascii() else len(text.encode())
 
 
-def _beyond_the_stack() -> errors.SerializationError:
-    return errors.SerializationError(
-        "the value is nested deeper than the stack of this thread allows: send it flatter"
-    )
-
-
 # Made once: json.dumps and json.loads make new ones for each call that is not the plainest.
 # A cycle cannot reach the encoder, for the walk before it has an end.
 _render = json.JSONEncoder(
@@ -162,4 +156,7 @@ _render = json.JSONEncoder(
 ).encode
 _parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
 _ESCAPES = "surrogatepass"
+_BEYOND_THE_STACK = (
+    "the value is nested deeper than the stack of this thread allows: send it flatter"
+)
 _codec = Codec(types.registry, Limits())

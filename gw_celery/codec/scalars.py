@@ -59,49 +59,33 @@ def expect(cls: type[T], payload: object) -> T:
     )
 
 
-def _write_bytes(value: bytes) -> str:
+def _reader(kind: type[T], convert: Callable[[T], object]) -> Callable[[object], object]:
+    return lambda payload: convert(expect(kind, payload))
+
+
+def _to_base64(value: bytes) -> str:
     return base64.b64encode(value).decode("ascii")
 
 
-def _read_bytes(payload: object) -> bytes:
-    return base64.b64decode(expect(str, payload), validate=True)
+def _from_base64(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
 
 
 def _write_text(value: str) -> str:
     # UTF-8 and not UTF-16, which would join two lone surrogates to one letter.
-    return _write_bytes(value.encode("utf-8", "surrogatepass"))
+    return _to_base64(value.encode("utf-8", "surrogatepass"))
 
 
-def _read_text(payload: object) -> str:
-    return _read_bytes(payload).decode("utf-8", "surrogatepass")
+def _read_text(text: str) -> str:
+    return _from_base64(text).decode("utf-8", "surrogatepass")
 
 
-def _read_int(payload: object) -> int:
-    return int(expect(str, payload), 16)
-
-
-def _read_float(payload: object) -> float:
-    return float(expect(str, payload))
-
-
-def _write_timedelta(value: dt.timedelta) -> int:
+def _microseconds(value: dt.timedelta) -> int:
     return value // _MICROSECOND
 
 
 def _read_timedelta(payload: object) -> dt.timedelta:
     return dt.timedelta(microseconds=expect(int, payload))
-
-
-def _read_date(payload: object) -> dt.date:
-    return dt.date.fromisoformat(expect(str, payload))
-
-
-def _read_decimal(payload: object) -> decimal.Decimal:
-    return decimal.Decimal(expect(str, payload))
-
-
-def _read_uuid(payload: object) -> uuid.UUID:
-    return uuid.UUID(expect(str, payload))
 
 
 def _write_moment(value: dt.datetime | dt.time) -> object:
@@ -136,7 +120,7 @@ def _write_zone(zone: dt.tzinfo | None) -> object:
     if type(zone) is dt.timezone:
         # The only place that tells a name that was given from one that is derived.
         offset, *name = zone.__getinitargs__()  # type: ignore[attr-defined]
-        return [_write_timedelta(offset), *name]
+        return [_microseconds(offset), *name]
     if zone is None:
         return None
     raise errors.SerializationError(
@@ -146,21 +130,17 @@ def _write_zone(zone: dt.tzinfo | None) -> object:
 
 
 def _read_zone(payload: object) -> dt.tzinfo | None:
-    if isinstance(payload, str):
-        return _named_zone(payload)
     if payload is None:
         return None
-    offset, *name = expect(list, payload)
-    return dt.timezone(_read_timedelta(offset), *(expect(str, part) for part in name))
-
-
-def _named_zone(key: str) -> zoneinfo.ZoneInfo:
+    if not isinstance(payload, str):
+        offset, *name = expect(list, payload)
+        return dt.timezone(_read_timedelta(offset), *(expect(str, part) for part in name))
     # ZoneInfo looks for an unknown key in the tzdata package, and imports what the key spells.
-    if key not in _zone_keys():
+    if payload not in _zone_keys():
         raise errors.SerializationError(
-            f"the time zone {key[:80]!r} is not known here: install the tzdata package"
+            f"the time zone {payload[:80]!r} is not known here: install the tzdata package"
         )
-    return zoneinfo.ZoneInfo(key)
+    return zoneinfo.ZoneInfo(payload)
 
 
 @functools.cache
@@ -169,14 +149,14 @@ def _zone_keys() -> frozenset[str]:
 
 
 SCALARS = (
-    Scalar(str, "~str", _write_text, _read_text),
-    Scalar(int, "~int", hex, _read_int),
-    Scalar(float, "~float", repr, _read_float),
-    Scalar(bytes, "~bytes", _write_bytes, _read_bytes),
+    Scalar(str, "~str", _write_text, _reader(str, _read_text)),
+    Scalar(int, "~int", hex, _reader(str, lambda digits: int(digits, 16))),
+    Scalar(float, "~float", repr, _reader(str, float)),
+    Scalar(bytes, "~bytes", _to_base64, _reader(str, _from_base64)),
     Scalar(dt.datetime, "~datetime", _write_moment, _moment_reader(dt.datetime)),
-    Scalar(dt.date, "~date", dt.date.isoformat, _read_date),
+    Scalar(dt.date, "~date", dt.date.isoformat, _reader(str, dt.date.fromisoformat)),
     Scalar(dt.time, "~time", _write_moment, _moment_reader(dt.time)),
-    Scalar(dt.timedelta, "~timedelta", _write_timedelta, _read_timedelta),
-    Scalar(decimal.Decimal, "~decimal", str, _read_decimal),
-    Scalar(uuid.UUID, "~uuid", str, _read_uuid),
+    Scalar(dt.timedelta, "~timedelta", _microseconds, _read_timedelta),
+    Scalar(decimal.Decimal, "~decimal", str, _reader(str, decimal.Decimal)),
+    Scalar(uuid.UUID, "~uuid", str, _reader(str, uuid.UUID)),
 )

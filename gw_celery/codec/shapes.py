@@ -24,11 +24,9 @@ class Shape(Protocol):
 
     def take(self, value: Any) -> object:
         """Return the payload for ``value``."""
-        ...
 
     def build(self, payload: object) -> object:
         """Return an instance, or raise any exception when the payload does not fit."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,36 +44,33 @@ class Members:
         self.cls = cls
 
     def take(self, value: enum.Enum) -> object:
-        """Return the member's name, or the value of a nameless combination of flags."""
         return value.name if value.name in self.cls.__members__ else value.value
 
     def build(self, payload: object) -> object:
-        """Return the member of that name; only a Flag class is asked for a value."""
         if issubclass(self.cls, enum.Flag) and type(payload) is int:
-            return self._combination(payload)
+            made = self.cls(payload)
+            # Some Pythons drop an unknown bit without a word; a class can ask for that, too.
+            if made.value != payload:
+                raise _misfit(self.cls, f"has no member for some of the bits {payload:#b}")
+            return made
         name = scalars.expect(str, payload)
         if name not in self.cls.__members__:
             known = ", ".join(self.cls.__members__)
             raise _misfit(self.cls, f"has no member {reprlib.repr(name)}, only {known}")
         return self.cls.__members__[name]
 
-    def _combination(self, bits: int) -> object:
-        # Some Pythons drop an unknown bit without a word; a class can ask for that, too.
-        made = self.cls(bits)
-        if made.value != bits:
-            raise _misfit(self.cls, f"has no member for some of the bits {bits:#b}")
-        return made
-
 
 class Fields:
-    """A dataclass, by its fields: the constructor checks them, and no name more is accepted."""
+    """A dataclass, by its fields: the constructor checks them, and no name more is accepted.
+
+    Fields with ``init=False`` are written when they are set, and set after the constructor.
+    """
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
         self.fields = {field.name: field for field in dataclasses.fields(cls)}
 
     def take(self, value: object) -> object:
-        """Return ``{field: value}``, without the ``init=False`` fields that are not set."""
         return {
             name: getattr(value, name)
             for name, field in self.fields.items()
@@ -83,7 +78,6 @@ class Fields:
         }
 
     def build(self, payload: object) -> object:
-        """Call the constructor with the fields that it takes, then set the others."""
         given = _attributes(payload)
         self._check(given)
         made: object = self.cls(**{k: v for k, v in given.items() if self.fields[k].init})
@@ -109,11 +103,9 @@ class Attributes:
         self.cls = cls
 
     def take(self, value: object) -> object:
-        """Return the instance's ``__dict__``."""
         return vars(value)
 
     def build(self, payload: object) -> object:
-        """Return an instance with that ``__dict__``."""
         made: object = object.__new__(self.cls)
         vars(made).update(_attributes(payload))
         return made
@@ -127,13 +119,11 @@ class Raised:
         self._native: Any = next(base for base in cls.__mro__ if _is_native(base))
 
     def take(self, value: Exception) -> object:
-        """Return ``[args, attributes]``."""
         # Not value.args: OSError keeps the name of the file elsewhere.
         args: object = self._native.__reduce__(value)[1]
         return [args, vars(value)]
 
     def build(self, payload: object) -> object:
-        """Return an exception with those ``args`` and attributes."""
         args, attributes = scalars.expect(list, payload)
         made: Exception = self._native.__new__(self.cls, *scalars.expect(tuple, args))
         # Some keep what str() shows beside args: UnicodeDecodeError, StopIteration.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 from gw_celery import errors
 from gw_celery.codec import scalars, shapes
@@ -32,6 +32,15 @@ class Entry:
         return f"{self.name}@{self.version}"
 
 
+class _Options(TypedDict, total=False):
+    """The keywords of ``TypeRegistry.register``."""
+
+    name: str | None
+    version: int
+    encode: Callable[[Any], object] | None
+    decode: Callable[[Any], Any] | None
+
+
 class TypeRegistry:
     """Registered classes, by class for writing and by versioned name for reading."""
 
@@ -41,25 +50,11 @@ class TypeRegistry:
         self._exceptions: dict[str, type[Exception]] = {}
 
     @overload
-    def register(
-        self,
-        cls: type[T],
-        *,
-        name: str | None = None,
-        version: int = 1,
-        encode: Callable[[T], object] | None = None,
-        decode: Callable[[Any], T] | None = None,
-    ) -> type[T]: ...
+    def register(self, cls: type[T], **options: Unpack[_Options]) -> type[T]: ...
 
     @overload
     def register(
-        self,
-        cls: None = None,
-        *,
-        name: str | None = None,
-        version: int = 1,
-        encode: Callable[[Any], object] | None = None,
-        decode: Callable[[Any], Any] | None = None,
+        self, cls: None = None, **options: Unpack[_Options]
     ) -> Callable[[type[T]], type[T]]: ...
 
     def register(

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import collections
 import reprlib
-from collections.abc import Callable, Collection, Iterable
+import typing
+from collections.abc import Callable, Collection
 from typing import Any
 
 from gw_celery import errors
@@ -43,21 +44,22 @@ _LOWERED: dict[str, Callable[[Any], object]] = {
 class Writer:
     """Turns values into plain JSON values with markers.
 
-    ``careful=False`` takes every str, int and float for one that JSON can write. That is nearly
-    always so, and far quicker; the JSON encoder refuses the others, and a second, careful walk
-    marks them.
+    Without ``is_careful`` it takes every str, int and float for one that JSON can write. That is
+    nearly always so, and far quicker; where the JSON encoder refuses one, a careful walk marks it.
     """
 
-    def __init__(self, registry: types.TypeRegistry, depth: int, *, careful: bool = False) -> None:
+    def __init__(
+        self, registry: types.TypeRegistry, depth: int, *, is_careful: bool = False
+    ) -> None:
         self._registry = registry
         self._depth = depth
-        self._careful = careful
-        self._atoms = _NEVER_CHANGED if careful else _ATOMS
+        self._is_careful = is_careful
+        self._atoms = _NEVER_CHANGED if is_careful else _ATOMS
 
     def write(self, value: object, depth: int = 1) -> object:
         """Return ``value`` as JSON values; raise ``SerializationError`` for what cannot be."""
         cls = type(value)
-        if cls in _ATOMS and not (self._careful and scalars.json_changes(value)):
+        if cls in _ATOMS and not (self._is_careful and scalars.json_changes(value)):
             return value
         if depth > self._depth:
             raise _too_deep(self._depth, "or contains itself: break the cycle, or send it flatter")
@@ -93,7 +95,7 @@ class Writer:
     def _misleads(self, value: dict[str, object]) -> bool:
         if len(value) == 1 and next(iter(value)).startswith("~"):
             return True
-        return self._careful and any(map(scalars.json_changes, value))
+        return self._is_careful and any(map(scalars.json_changes, value))
 
     def _object(self, value: object, depth: int) -> object:
         cls = type(value)
@@ -153,11 +155,17 @@ class Reader:
     def _marked(self, marker: str, payload: object, depth: int) -> object:
         try:
             if marker in _COLLECTION_OF:
-                return self._collection(marker, scalars.expect(list, payload), depth)
+                cls = _COLLECTION_OF[marker]
+                items = self._items(scalars.expect(list, payload), depth)
+                _check_hashes(cls, items)
+                return cls(items)
             if marker in _SCALAR_OF:
                 return _SCALAR_OF[marker].read(payload)
             if marker == _PAIRS:
-                pairs = list(self._pairs(payload, depth))
+                pairs: list[Any] = [
+                    self._items(scalars.expect(list, pair), depth)
+                    for pair in scalars.expect(list, payload)
+                ]
                 _check_hashes(dict, [key for key, _ in pairs])
                 return dict(pairs)
             if marker == _OBJECT:
@@ -174,16 +182,6 @@ class Reader:
             f"the marker {marker[:80]!r} is not known here: update gw_celery in this process"
         )
 
-    def _collection(self, marker: str, payload: list[object], depth: int) -> object:
-        cls, items = _COLLECTION_OF[marker], self._items(payload, depth)
-        _check_hashes(cls, items)
-        return cls(items)
-
-    def _pairs(self, payload: object, depth: int) -> Iterable[tuple[object, object]]:
-        for pair in scalars.expect(list, payload):
-            key, value = self._items(scalars.expect(list, pair), depth)
-            yield key, value
-
     def _object(self, payload: object, depth: int) -> object:
         wire_name, content = scalars.expect(list, payload)
         entry = self._registry.called(scalars.expect(str, wire_name))
@@ -193,14 +191,10 @@ class Reader:
 
 def _lowering(cls: type) -> Callable[[Any], object] | None:
     """Return what turns an object that kombu's JSON knows into something plainer, if anything."""
-    reduce: Callable[[Any], object] | None = getattr(cls, "__json__", None)
-    if reduce is not None:
-        return reduce
-    for base in cls.__mro__:
-        lower = _LOWERED.get(f"{base.__module__}.{base.__qualname__}")
-        if lower is not None:
-            return lower
-    return None
+    if (reduce := getattr(cls, "__json__", None)) is not None:
+        return typing.cast("Callable[[Any], object]", reduce)
+    names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+    return next((_LOWERED[name] for name in names if name in _LOWERED), None)
 
 
 def _ask(cls: type, function: Callable[[Any], object], argument: object) -> object:

@@ -48,14 +48,14 @@ def of(seen: snapshot.Worker) -> tuple[Load, ...]:
 
 def _load(seen: snapshot.Worker, service: str) -> Load:
     score = seen.scores.get(service)
-    ready = [one for one in seen.replicas if one.state == "ready"]
+    ready = [replica for replica in seen.replicas if replica.state == "ready"]
     return Load(
         service=service,
         **_demand(seen.scaling, service),
         counters=seen.tallies.get(service, snapshot.Counters()),
         score=None if score is None else score.value,
         drift=None if score is None else score.drift,
-        ready_replicas=sum(service not in one.unready for one in ready),
+        ready_replicas=sum(service not in replica.unready for replica in ready),
         ready_slots=seen.ready_slots.get(service, 0),
     )
 

@@ -117,7 +117,7 @@ def _of_worker(seen: snapshot.Worker) -> Iterator[core.Metric]:
     info = core.InfoMetricFamily("gw_worker", "Celery's name of the worker.")
     info.add_metric((), {"worker": seen.hostname})
     yield info
-    states = Counter(one.state for one in seen.replicas)
+    states = Counter(replica.state for replica in seen.replicas)
     counted = core.GaugeMetricFamily("gw_replicas", "Replicas by state.", labels=("state",))
     for state in child_state.State:
         counted.add_metric((state.value,), states[state.value])
@@ -163,12 +163,12 @@ def _of_replicas(replicas: Iterable[snapshot.Replica]) -> Iterator[core.Metric]:
     resident = core.GaugeMetricFamily(
         "gw_replica_resident_bytes", "Resident memory of the replica's child.", labels=label
     )
-    for one in replicas:
-        number = (str(one.number),)
-        restarts.add_metric(number, one.restarts)
-        if one.pid is not None:
-            lag.add_metric(number, one.lag)
-            resident.add_metric(number, one.resident_bytes)
+    for replica in replicas:
+        number = (str(replica.number),)
+        restarts.add_metric(number, replica.restarts)
+        if replica.pid is not None:
+            lag.add_metric(number, replica.lag)
+            resident.add_metric(number, replica.resident_bytes)
     yield from (restarts, lag, resident)
 
 

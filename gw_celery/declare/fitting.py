@@ -25,7 +25,7 @@ def fitted(value: Any, annotation: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _option(value, arguments)
     if origin is Literal:
-        _require(any(value == one and type(value) is type(one) for one in arguments))
+        _require(any(value == argument and type(value) is type(argument) for argument in arguments))
         return value
     expected = dict if typing.is_typeddict(annotation) else origin or annotation
     if expected is None:
@@ -40,13 +40,13 @@ def fitted(value: Any, annotation: Any) -> Any:
 def _option(value: Any, options: tuple[Any, ...]) -> Any:
     """Return ``value`` as the first option that leaves its type, else as the first that fits."""
     found = []
-    for one in options:
+    for option in options:
         try:
-            found.append(fitted(value, one))
+            found.append(fitted(value, option))
         except Misfit:
             continue
     _require(bool(found))
-    return next((one for one in found if type(one) is type(value)), found[0])
+    return next((fit for fit in found if type(fit) is type(value)), found[0])
 
 
 def _float(value: int) -> float:
@@ -64,10 +64,10 @@ def _is_a(value: Any, expected: type) -> bool:
 
 def _elements(value: Any, arguments: tuple[Any, ...]) -> Any:
     if isinstance(value, list) and len(arguments) == 1:
-        return [fitted(one, arguments[0]) for one in value]
+        return [fitted(entry, arguments[0]) for entry in value]
     if isinstance(value, dict) and len(arguments) == 2:
         keys, values = arguments
-        return {fitted(key, keys): fitted(one, values) for key, one in value.items()}
+        return {fitted(key, keys): fitted(entry, values) for key, entry in value.items()}
     return value
 
 

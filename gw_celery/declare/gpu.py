@@ -41,7 +41,7 @@ class Gpu:
 
     def __new__(cls, *_: Any, **given: Any) -> Self:
         """Judge the keywords before the ``__init__`` of the dataclass does."""
-        options.refuse_unknown("gw.Gpu", given, [one.name for one in dataclasses.fields(cls)])
+        options.refuse_unknown("gw.Gpu", given, [field.name for field in dataclasses.fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -45,7 +45,11 @@ def knows_its_keywords(label: str) -> Callable[[Callable[P, R]], Callable[P, R]]
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         declared = inspect.signature(function).parameters.values()
-        known = [one.name for one in declared if one.kind is not one.POSITIONAL_ONLY]
+        known = [
+            parameter.name
+            for parameter in declared
+            if parameter.kind is not parameter.POSITIONAL_ONLY
+        ]
 
         @functools.wraps(function)
         def checked(*args: P.args, **given: P.kwargs) -> R:
@@ -156,7 +160,7 @@ def _require_name(name: object) -> None:
 def _exceptions(option: str, value: Any) -> tuple[type[BaseException], ...]:
     listed = (value,) if isinstance(value, type) else value
     if not isinstance(listed, list | tuple | set | frozenset) or not all(
-        isinstance(one, type) and issubclass(one, BaseException) for one in listed
+        isinstance(cls, type) and issubclass(cls, BaseException) for cls in listed
     ):
         raise errors.DeclarationError(option, value, "must be a tuple of exception classes")
     return tuple(listed)

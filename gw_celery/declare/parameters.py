@@ -135,11 +135,13 @@ def declared(cls: type) -> dict[str, Parameter]:
 
 def _require_kept(cls: type, found: dict[str, Parameter]) -> None:
     """Refuse what another decorator has made into an attribute of its own: nobody would set it."""
-    for name, one in inspect.signature(inspect.getattr_static(cls, "__init__")).parameters.items():
-        if isinstance(one.default, Parameter) and one.default is not found.get(name):
+    for name, argument in inspect.signature(
+        inspect.getattr_static(cls, "__init__")
+    ).parameters.items():
+        if isinstance(argument.default, Parameter) and argument.default is not found.get(name):
             raise errors.DeclarationError(
                 name,
-                one.default,
+                argument.default,
                 "is no attribute of the class any more: `slots=True` of its decorator takes it "
                 "away, so leave that out",
             )

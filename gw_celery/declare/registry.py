@@ -83,7 +83,11 @@ class Registry:
 
     def _neighbours(self, others: Iterable[Registry]) -> list[Registry]:
         mine = set(self.celery_apps)
-        return [one for one in others if one is not self and not mine.isdisjoint(one.celery_apps)]
+        return [
+            other
+            for other in others
+            if other is not self and not mine.isdisjoint(other.celery_apps)
+        ]
 
     def _require_apart(self, other: Registry) -> None:
         for key in self.contexts:

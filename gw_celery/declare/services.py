@@ -90,10 +90,10 @@ class Service:
         methods, where = self.methods.values(), self.placement
         declared = {
             "concurrent": self.concurrent is not None,
-            "batched": any(one.batched for one in methods),
+            "batched": any(method.batched for method in methods),
             "probes": bool(self.probes),
-            "benchmark": any(one.benchmark for one in methods),
-            "workload_calculator": any(one.workload_calculator for one in methods),
+            "benchmark": any(method.benchmark for method in methods),
+            "workload_calculator": any(method.workload_calculator for method in methods),
             "min_workers": where.min_workers > 0,
             "max_workers": where.max_workers is not None,
             "max_queue_time": where.max_queue_time is not None,
@@ -192,7 +192,7 @@ def from_class(cls: type, where: Placement, declared_probes: object) -> Service:
         concurrent=getattr(cls, markers.CONCURRENT, None),
         methods=methods,
         probes=probes.require_methods(
-            declared_probes, {name: one.signature for name, one in methods.items()}
+            declared_probes, {name: method.signature for name, method in methods.items()}
         ),
         parameters=parameters.declared(cls),
         enter_hooks=members.hooks(cls, markers.ENTER),
@@ -259,8 +259,8 @@ def _require_queue(queue: object) -> None:
 
 def _require_defaults(service: Service) -> None:
     """A benchmark calls its method with the default parameters."""
-    required = [name for name, one in service.parameters.items() if one.is_required]
-    measured = [one.name for one in service.methods.values() if one.benchmark is not None]
+    required = [name for name, parameter in service.parameters.items() if parameter.is_required]
+    measured = [method.name for method in service.methods.values() if method.benchmark is not None]
     if required and measured:
         raise errors.DeclarationError(
             required[0],

@@ -69,12 +69,12 @@ def needs_of(declared: Iterable[gpu.Gpu | None]) -> tuple[Need, ...]:
     Services without a kind, or for the CPU, take no device. ``A100`` and ``A100_80`` together are
     served by one ``A100_80``, which is both.
     """
-    wanted = [one for one in declared if one is not None and one.kind != "CPU"]
-    kinds = {one.kind for one in wanted}
+    wanted = [wish for wish in declared if wish is not None and wish.kind != "CPU"]
+    kinds = {wish.kind for wish in wanted}
     grouped: dict[str, list[gpu.Gpu]] = {}
-    for one in wanted:
-        special = [kind for kind in kinds if kind.startswith(f"{one.kind}_")]
-        grouped.setdefault(max(special, key=len, default=one.kind), []).append(one)
+    for wish in wanted:
+        special = [kind for kind in kinds if kind.startswith(f"{wish.kind}_")]
+        grouped.setdefault(max(special, key=len, default=wish.kind), []).append(wish)
     return tuple(_sum(kind, grouped[kind]) for kind in sorted(grouped))
 
 
@@ -127,10 +127,10 @@ def families_for(
 
 
 def _sum(kind: str, wanted: Sequence[gpu.Gpu]) -> Need:
-    sizes = [one.memory_gb for one in wanted]
+    sizes = [wish.memory_gb for wish in wanted]
     known = [size for size in sizes if size is not None]
     memory = sum(known) if len(known) == len(sizes) else None
-    return Need(kind=kind, count=max(one.count for one in wanted), memory_gb=memory)
+    return Need(kind=kind, count=max(wish.count for wish in wanted), memory_gb=memory)
 
 
 def _shares(
@@ -157,7 +157,9 @@ def _rooms(
     rooms: list[tuple[Need, dict[int, int]]] = []
     taken: set[int] = set()
     for need in needs:
-        found = {place: need.room_on(one) for place, one in enumerate(there) if place not in taken}
+        found = {
+            place: need.room_on(device) for place, device in enumerate(there) if place not in taken
+        }
         rooms.append((need, {place: room for place, room in found.items() if room}))
         taken.update(rooms[-1][1])
     return rooms
@@ -166,9 +168,9 @@ def _rooms(
 def _can_serve(declared: Iterable[gpu.Gpu | None], machine: devices.Machine) -> bool:
     """Whether each of these services finds its devices, alone; none are needed for the CPU."""
     listed = list(declared)
-    if all(one is None for one in listed):
+    if all(wish is None for wish in listed):
         return bool(machine.devices)
-    each = [needs_of([one]) for one in listed]
+    each = [needs_of([wish]) for wish in listed]
     return all(not needs or any(_shares(needs, machine.devices)) for needs in each)
 
 
@@ -176,7 +178,7 @@ def _families(declared: Mapping[str, Sequence[gpu.Gpu | None]]) -> str:
     """Say what each family takes of a machine."""
     said = []
     for name, listed in sorted(declared.items()):
-        needs = list(dict.fromkeys(need for one in listed for need in needs_of([one])))
+        needs = list(dict.fromkeys(need for wish in listed for need in needs_of([wish])))
         said.append(f"{name} (needs {' or '.join(map(str, needs))})" if needs else name)
     return ", ".join(said) or "none: is their module imported"
 
@@ -184,7 +186,7 @@ def _families(declared: Mapping[str, Sequence[gpu.Gpu | None]]) -> str:
 def _remedy(needs: Iterable[Need], machine: devices.Machine) -> str:
     if devices.VISIBLE in machine.source:
         return f"; {devices.VISIBLE} hides devices from this worker: unset it, or name others in it"
-    fakes = ",".join(f"{one.kind}{_size(one)}:{one.count}" for one in needs)
+    fakes = ",".join(f"{need.kind}{_size(need)}:{need.count}" for need in needs)
     return f"; to run without GPUs while you develop, set GW_FAKE_GPUS={fakes}"
 
 

@@ -49,13 +49,14 @@ class Machine:
 
     def __str__(self) -> str:
         counted = collections.Counter(
-            f"{one.kinds[-1] if one.kinds else 'of no known kind'} ({one})" for one in self.devices
+            f"{device.kinds[-1] if device.kinds else 'of no known kind'} ({device})"
+            for device in self.devices
         )
         listed = ", ".join(f"{count} x {name}" for name, count in counted.items())
         return f"{listed or 'no GPU'}; looked at {self.source}"
 
     def has(self, kind: str) -> bool:
-        return any(kind in one.kinds for one in self.devices)
+        return any(kind in device.kinds for device in self.devices)
 
 
 #: No device, where none is needed.
@@ -72,7 +73,7 @@ def kinds_of(name: str, memory_gb: float, known: Iterable[str]) -> tuple[str, ..
     words = re.findall(r"[A-Z0-9]+", name.upper())
     ends = range(1, len(words) + 1)
     runs = {"".join(words[start:end]) for end in ends for start in range(end)}
-    found = [one for one in known if _is_named(one, runs) or _is_sized(one, runs, memory_gb)]
+    found = [kind for kind in known if _is_named(kind, runs) or _is_sized(kind, runs, memory_gb)]
     return tuple(sorted(found, key=len))
 
 
@@ -89,10 +90,10 @@ def only_visible(machine: Machine, given: str | None) -> Machine:
     if given is None:
         return machine
     found: list[Device] = []
-    for token in (one.strip() for one in given.split(",")):
+    for token in map(str.strip, given.split(",")):
         if _END.fullmatch(token):
             break
-        found += [one for one in _named(token, machine, given) if one not in found]
+        found += [device for device in _named(token, machine, given) if device not in found]
     return Machine(devices=tuple(found), source=f"{machine.source}, {VISIBLE}={given!r}")
 
 
@@ -100,8 +101,8 @@ def environment(devices: Sequence[Device]) -> Mapping[str, str]:
     """Return the variables by which a process sees these devices alone; none without devices."""
     if not devices:
         return {}
-    seen = {VISIBLE: ",".join(one.token for one in devices)}
-    if all(one.token.isdecimal() for one in devices):
+    seen = {VISIBLE: ",".join(device.token for device in devices)}
+    if all(device.token.isdecimal() for device in devices):
         # Else CUDA counts the quickest device as the first, and NVML does not.
         seen["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     return seen
@@ -120,16 +121,16 @@ def _is_sized(kind: str, runs: set[str], memory_gb: float) -> bool:
 
 def _named(token: str, machine: Machine, given: str) -> list[Device]:
     if token.isdecimal():
-        found = [one for one in machine.devices if one.index == int(token)]
+        found = [device for device in machine.devices if device.index == int(token)]
     else:
-        found = [one for one in machine.devices if one.token == token]
-        found = found or [one for one in machine.devices if one.token.startswith(token)]
-        found = found or [one for one in machine.devices if one.slice_of.startswith(token)]
-    if not found or (len({one.index for one in found}) > 1) or _is_unclear(token, found):
+        found = [device for device in machine.devices if device.token == token]
+        found = found or [device for device in machine.devices if device.token.startswith(token)]
+        found = found or [device for device in machine.devices if device.slice_of.startswith(token)]
+    if not found or (len({device.index for device in found}) > 1) or _is_unclear(token, found):
         raise errors.ConfigurationError(
             f"{VISIBLE}={given!r}: {token!r} names {len(found) or 'no'} devices; there are "
-            f"{', '.join(one.token for one in machine.devices) or 'none'}, or count them from 0 in "
-            f"the order of nvidia-smi ({machine})"
+            f"{', '.join(device.token for device in machine.devices) or 'none'}, "
+            f"or count them from 0 in the order of nvidia-smi ({machine})"
         )
     return found
 

@@ -37,7 +37,7 @@ def look(added: Collection[str] = ()) -> devices.Machine:
     Raises:
         ConfigurationError: for a ``GW_FAKE_GPUS`` or ``CUDA_VISIBLE_DEVICES`` that means nothing.
     """
-    known = [one for one in (*gpu.KINDS, *added) if one != "CPU"]
+    known = [kind for kind in (*gpu.KINDS, *added) if kind != "CPU"]
     given = conf.fake_gpus()
     machine = _from_nvml(known) if given is None else fakes(given, known)
     return devices.only_visible(machine, conf.visible_devices())
@@ -53,7 +53,7 @@ def fakes(given: str, known: Collection[str]) -> devices.Machine:
         ConfigurationError: for anything else, or a kind that is not ``known``.
     """
     made: list[devices.Device] = []
-    for part in (one.strip() for one in given.split(",")):
+    for part in map(str.strip, given.split(",")):
         matched = _FAKE.fullmatch(part)
         if matched is None or matched["kind"] not in known:
             raise _wrong(given, part, f"KIND is one of {', '.join(known)}")

@@ -51,17 +51,17 @@ class Buffer:
     def has_urgent(self) -> bool:
         return self._urgent > 0
 
-    def put(self, one: Waiting) -> None:
-        self._waiting.append(one)
-        self._count(one, 1)
+    def put(self, waiting: Waiting) -> None:
+        self._waiting.append(waiting)
+        self._count(waiting, 1)
 
-    def remove(self, one: Waiting) -> bool:
+    def remove(self, waiting: Waiting) -> bool:
         """Take out an input; whether it was there."""
         try:
-            self._waiting.remove(one)
+            self._waiting.remove(waiting)
         except ValueError:
             return False
-        self._count(one, -1)
+        self._count(waiting, -1)
         return True
 
     def fills(self, bounds: Bounds) -> bool:
@@ -81,9 +81,9 @@ class Buffer:
             self._count(taken[-1], -1)
         return taken
 
-    def _count(self, one: Waiting, sign: int) -> None:
-        self._cost += sign * one.cost
-        self._urgent += sign * one.is_urgent
+    def _count(self, waiting: Waiting, sign: int) -> None:
+        self._cost += sign * waiting.cost
+        self._urgent += sign * waiting.is_urgent
 
 
 class Buffers:
@@ -98,15 +98,15 @@ class Buffers:
     def __iter__(self) -> Iterator[Buffer]:
         return iter(self._buffers.values())
 
-    def put(self, one: Waiting) -> None:
-        self._buffers.setdefault(one.key, Buffer()).put(one)
+    def put(self, waiting: Waiting) -> None:
+        self._buffers.setdefault(waiting.key, Buffer()).put(waiting)
 
-    def remove(self, one: Waiting) -> bool:
+    def remove(self, waiting: Waiting) -> bool:
         """Take out an input; whether it was there."""
-        buffer = self._buffers.get(one.key)
-        if buffer is None or not buffer.remove(one):
+        buffer = self._buffers.get(waiting.key)
+        if buffer is None or not buffer.remove(waiting):
             return False
-        self._free(one.key, buffer)
+        self._free(waiting.key, buffer)
         return True
 
     def take(self, buffer: Buffer, bounds: Bounds) -> list[Waiting]:

@@ -42,10 +42,10 @@ def next_batch(
 ) -> Batch | None:
     """Take out the batch that a free service runs now: of those that are due the oldest."""
     best: tuple[batch_buffer.Buffer, Flush] | None = None
-    for one in buffers:
-        flush = _due(one, bounds, now, is_draining)
-        if flush is not None and (best is None or one.oldest < best[0].oldest):
-            best = one, flush
+    for buffer in buffers:
+        flush = _due(buffer, bounds, now, is_draining)
+        if flush is not None and (best is None or buffer.oldest < best[0].oldest):
+            best = buffer, flush
     if best is None:
         return None
     return Batch(buffers.take(best[0], bounds), best[1])
@@ -53,7 +53,7 @@ def next_batch(
 
 def due_in(buffers: batch_buffer.Buffers, bounds: batch_buffer.Bounds, now: float) -> float | None:
     """Seconds until a batch is due, if nothing comes or goes; ``None`` when nothing waits."""
-    oldest = min((one.oldest for one in buffers), default=None)
+    oldest = min((buffer.oldest for buffer in buffers), default=None)
     return None if oldest is None else max(0.0, oldest + bounds.wait - now)
 
 
@@ -63,13 +63,13 @@ def halves(bounds: batch_buffer.Bounds, size: int) -> batch_buffer.Bounds:
 
 
 def _due(
-    one: batch_buffer.Buffer, bounds: batch_buffer.Bounds, now: float, is_draining: bool
+    buffer: batch_buffer.Buffer, bounds: batch_buffer.Bounds, now: float, is_draining: bool
 ) -> Flush | None:
-    if one.fills(bounds):
+    if buffer.fills(bounds):
         return Flush.FULL
     if is_draining:
         return Flush.DRAIN
     # As `due_in` computes it: a timer must not find that it came a rounding error too early.
-    if one.has_urgent or one.oldest + bounds.wait <= now:
+    if buffer.has_urgent or buffer.oldest + bounds.wait <= now:
         return Flush.DUE
     return None

@@ -177,62 +177,62 @@ class Checks:
 
     @property
     def next_at(self) -> float:
-        return min((one.next_at for one in self._all), default=math.inf)
+        return min((check.next_at for check in self._all), default=math.inf)
 
     @property
     def have_started(self) -> bool:
         """Whether every startup probe has passed."""
-        return all(one.has_passed for one in self._all if one.probe.kind == "startup")
+        return all(check.has_passed for check in self._all if check.probe.kind == "startup")
 
     @property
     def unready(self) -> set[str]:
         """The services that want no inputs: a readiness probe is failing, or never passed."""
         return {
-            one.service
-            for one in self._all
-            if one.probe.kind == "readiness" and (one.is_failing or not one.has_passed)
+            check.service
+            for check in self._all
+            if check.probe.kind == "readiness" and (check.is_failing or not check.has_passed)
         }
 
     def start(self, now: float) -> None:
         """Call the startup probes from now on."""
-        for one in self._all:
-            if one.probe.kind == "startup" and not one.has_passed:
-                one.begin(now)
+        for check in self._all:
+            if check.probe.kind == "startup" and not check.has_passed:
+                check.begin(now)
 
     def serve(self, now: float) -> bool:
         """Call the liveness and readiness probes from now on; whether that is news."""
         is_news, self._serves = not self._serves, True
         if is_news:
-            for one in self._all:
-                if one.probe.kind != "startup":
-                    one.begin(now)
+            for check in self._all:
+                if check.probe.kind != "startup":
+                    check.begin(now)
         return is_news
 
     def drain(self) -> None:
         """Call the liveness probes alone: what drains for long must not hang meanwhile."""
-        self._end(one for one in self._all if one.probe.kind != "liveness")
+        self._end(check for check in self._all if check.probe.kind != "liveness")
 
     def end(self) -> None:
         """Call nothing any more."""
         self._end(self._all)
 
     def _end(self, ended: Iterable[Check]) -> None:
-        for one in ended:
-            one.end()
+        for check in ended:
+            check.end()
 
     def due(self, now: float) -> list[Check]:
         """Return what is to be called now."""
-        return [one for one in self._all if one.is_due(now)]
+        return [check for check in self._all if check.is_due(now)]
 
     def find(self, call: int) -> Check | None:
         """Return the probe that is being called with this number."""
-        return next((one for one in self._all if one.call == call), None)
+        return next((check for check in self._all if check.call == call), None)
 
     def overdue(self, now: float) -> list[tuple[Check, Consequence]]:
         """Count what has no answer in time; returns each that was counted, and what follows."""
         if self._looked is not None and now - self._looked > _PAUSE:
-            for one in self._all:
-                one.pause(now - self._looked)
+            for check in self._all:
+                check.pause(now - self._looked)
         self._looked = now
-        late = [one for one in self._all if one.is_overdue(now)]
-        return [(one, one.give_up(now)) for one in late]
+        late = [check for check in self._all if check.is_overdue(now)]
+        return [(check, check.give_up(now)) for check in late]

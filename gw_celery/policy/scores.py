@@ -44,12 +44,12 @@ def of(task: str, rounds: Sequence[Round]) -> snapshot.TaskScore:
     Raises:
         NoScore: without a success, or when no input has any workload.
     """
-    latencies = sorted(one for each in rounds for one in each.latencies)
-    failures = sum(one.failures for one in rounds)
-    failure = next((one.failure for one in rounds if one.failure), "")
+    latencies = sorted(latency for each in rounds for latency in each.latencies)
+    failures = sum(round_.failures for round_ in rounds)
+    failure = next((round_.failure for round_ in rounds if round_.failure), "")
     if not latencies:
         raise NoScore(f"all of its {failures} inputs failed, the first one with {failure}")
-    throughputs = tuple(one.throughput for one in rounds)
+    throughputs = tuple(round_.throughput for round_ in rounds)
     value = statistics.median(throughputs) or _overall(rounds)
     if value <= 0:
         raise NoScore("its inputs have no workload: workload_calculator returned 0 for all of them")
@@ -96,7 +96,7 @@ def from_json(given: object) -> snapshot.TaskScore:
     rounds, texts = given["rounds"], {name: given[name] for name in _TEXTS}
     if not isinstance(rounds, list) or not rounds:
         raise ValueError(f"the rounds of a score are {rounds!r:.100}")
-    if not all(isinstance(one, str) for one in texts.values()):
+    if not all(isinstance(text, str) for text in texts.values()):
         raise ValueError(f"the texts of a score are {texts!r:.100}")
     read: dict[str, Any] = {name: _number(given[name]) for name in _FIELDS - _TEXTS - {"rounds"}}
     if read["value"] <= 0:
@@ -133,8 +133,8 @@ def _number(given: object) -> float:
 
 def _overall(rounds: Iterable[Round]) -> float:
     listed = list(rounds)
-    elapsed = sum(one.elapsed for one in listed)
-    return sum(one.workload for one in listed) / elapsed if elapsed > 0 else 0.0
+    elapsed = sum(round_.elapsed for round_ in listed)
+    return sum(round_.workload for round_ in listed) / elapsed if elapsed > 0 else 0.0
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float:

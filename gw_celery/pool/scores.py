@@ -1,8 +1,9 @@
 """Has the replicas measure themselves, and knows what each can do in a second.
 
 A child that has passed its startup probes is told to measure one benchmarked task after the other,
-and is READY when each has a score. Later the same is done again on a replica that has nothing to
-do. In between, the traffic corrects what was measured.
+and is READY when each has a score. A score is remembered for the next children on devices of the
+same name, until an operator restarts replicas. Later the same is done again on a replica that has
+nothing to do. In between, the traffic corrects what was measured.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ class Measured:
     score: snapshot.TaskScore
     #: When it was measured, by the parent's clock.
     since: float
-    is_kept: bool
 
 
 @dataclasses.dataclass
@@ -77,6 +77,11 @@ class Measuring:
         self._period = setup.settings.benchmark_period
         self._send = send
         self._progress: dict[child_process.Child, _Progress] = {}
+        #: The latest score of each task on devices of these names, for the next children.
+        self._remembered: dict[tuple[str, tuple[str, ...]], Measured] = {}
+        #: Children that an operator's restart found running: perhaps of older code or weights, so
+        #: that what they measure is not remembered.
+        self._outdated: frozenset[child_process.Child] = frozenset()
         self._live = {key: live_scores.Live(slots) for key, slots in setup.slots.items()}
         self._calls = itertools.count(1)
         #: Messages in the broker, by service, and when somebody said so.
@@ -88,20 +93,31 @@ class Measuring:
 
     def is_over(self, child: child_process.Child, now: float) -> bool:
         """Whether a child has measured all; if not, it is told to go on."""
-        known = self._progress.get(child)
-        if known is None:
-            known = self._progress[child] = _Progress(left=collections.deque(self._tasks()))
-        if known.call:
+        progress = self._progress.get(child)
+        if progress is None:
+            progress = self._begin(child)
+        if progress.call:
             return False
-        if not known.left:
-            known.was_ready = True
+        if not progress.left:
+            progress.was_ready = True
             return True
-        known.call, known.task = next(self._calls), known.left.popleft()
+        progress.call, progress.task = next(self._calls), progress.left.popleft()
         within = _OF_TIME * max(0.0, (child.life.deadline or now) - now)
-        is_first = not known.was_ready
-        order = (frames.Order.BENCHMARK, known.call, known.task, child.products, within, is_first)
+        is_again = progress.was_ready
+        order = (frames.Order.BENCHMARK, progress.call, progress.task, within, is_again)
         self._send(child, order)
         return False
+
+    def _begin(self, child: child_process.Child) -> _Progress:
+        """Begin with what is remembered; a task without a score is measured."""
+        progress = self._progress[child] = _Progress()
+        for task in self._tasks():
+            if (measured := self._remembered.get((task, child.products))) is None:
+                progress.left.append(task)
+            else:
+                progress.scores[task] = measured
+        self._update()
+        return progress
 
     def follow(self, child: child_process.Child, call: int, text: str, now: float) -> None:
         """Take the answer to an order.
@@ -115,7 +131,7 @@ class Measuring:
             return
         task, known.call = known.task, 0
         try:
-            known.scores[task] = _read(text, now)
+            measured = _read(text, now)
         except Failed as exc:
             if not known.was_ready:
                 raise Failed(_explained(task, exc)) from None
@@ -123,7 +139,19 @@ class Measuring:
             logger.error("%r keeps its score: %s", child, _explained(task, exc))
             self._patient_until = now + (self._period or 0.0)
         else:
+            known.scores[task] = measured
+            if child not in self._outdated:
+                self._remembered[task, child.products] = measured
             self._update()
+
+    def forget_scores(self, live: Iterable[child_process.Child]) -> None:
+        """Have children that start from now on measure: code and weights may have changed.
+
+        Args:
+            live: the children that run now.
+        """
+        self._remembered.clear()
+        self._outdated = frozenset(live)
 
     def forget(self, child: child_process.Child) -> None:
         """The child is gone."""
@@ -207,7 +235,7 @@ class Measuring:
                 figures = policy_scores.to_json(latest.score)
                 figures["rounds"] = figures["rounds"][:_MOST_SHOWN]
                 age = now - latest.since
-                yield snapshot.Benchmark(**figures, age=age, is_kept=latest.is_kept)
+                yield snapshot.Benchmark(**figures, age=age)
 
     def _update(self) -> None:
         for service, names in self._benchmarked.items():
@@ -230,14 +258,9 @@ def _read(text: str, now: float) -> Measured:
         given = policy_scores.loads(text)
         if isinstance(given, dict) and isinstance(given.get("failure"), str):
             raise Failed(given["failure"])
-        if not isinstance(given, dict) or given.keys() != {"score", "age"}:
+        if not isinstance(given, dict) or given.keys() != {"score"}:
             raise ValueError(f"not the answer to an order to measure: {text:.100}")
-        age = None if given["age"] is None else policy_scores.figure(given["age"])
-        return Measured(
-            score=policy_scores.from_json(given["score"]),
-            since=now - (age or 0.0),
-            is_kept=age is not None,
-        )
+        return Measured(score=policy_scores.from_json(given["score"]), since=now)
     except ValueError as exc:
         raise frames.Garbage(str(exc)) from None
 

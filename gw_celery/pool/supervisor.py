@@ -76,6 +76,7 @@ class Supervisor:
     def restart(self, number: int | None) -> None:
         """Replace the child of one replica, or of all, one after the other, by draining."""
         with self._lock:
+            self._measuring.forget_scores(self._replicas)
             self._replicas.restart(number)
         self.wake()
 

@@ -39,8 +39,8 @@ class Order(enum.IntEnum):
     DRAIN = 6
     #: Call one probe: (number of the call, service, method).
     PROBE = 7
-    #: Measure one task: (number of the call, task name, products of the devices, seconds it has,
-    #: whether a score that this machine has kept will do).
+    #: Measure one task: (number of the call, task name, seconds it has, whether the child has been
+    #: READY before).
     BENCHMARK = 8
 
 

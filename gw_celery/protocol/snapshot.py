@@ -123,8 +123,6 @@ class Benchmark(TaskScore):
 
     #: Since it was measured.
     age: float = 0.0
-    #: It was found on this machine, where an earlier replica had left it.
-    is_kept: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 from celery import _state, platforms, signals
 from celery.app import trace
 from celery.app.utils import find_app
@@ -227,9 +228,7 @@ class Child(asyncio.Protocol):
         app, around = self._loaded.app, self._loaded.around
         early = early_ack_records.of(app, self._setup["worker"])
         inputs = tracer.Inputs(app, self.report, threads, around, early)
-        self._scoring = scoring.Scoring(
-            app, self._loaded.settings, inputs.called, self.report, known
-        )
+        self._scoring = scoring.Scoring(app, self._loaded.settings, inputs.called, self.report)
         self._probes = probe.Probes(runtime, served, self.report, around)
         self._orders |= {
             frames.Order.RUN: inputs.run,
@@ -293,6 +292,6 @@ def _failure(exc: BaseException) -> tuple[Any, ...]:
 
 
 def _resident_bytes() -> int:
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(psutil.Error):
+        return int(psutil.Process().memory_info().rss)
     return 0

@@ -1,4 +1,4 @@
-"""Replay a trace of arrivals through the autoscaler's policy, and through three others."""
+"""Replay a trace of arrivals through the autoscaler's policy."""
 
 from __future__ import annotations
 
@@ -11,39 +11,68 @@ from pathlib import Path
 
 from gw_celery import errors
 from gw_celery.policy import scaling
-from gw_celery.simulate import plot, report, runs, trace
+from gw_celery.simulate import cluster, report, runs, trace
 
 #: Replicas, and nodes.
 _MOST = 100_000
 
 
+def _number(
+    rule: str, is_right: Callable[[float], bool], kind: Callable[[float], float] = float
+) -> Callable[[str], float]:
+    """Return what reads an option; ``rule`` says what it may be."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and is_right(value)):
+            raise argparse.ArgumentTypeError(f"{text!r}: give {rule}")
+        return kind(value)
+
+    return read
+
+
+_ABOVE_ZERO = _number("a number above 0", lambda n: n > 0)
+_DURATION = _number("a number of 0 or more", lambda n: n >= 0)
+_SHARE = _number("a number above 0 and at most 1", lambda n: 0 < n <= 1)
+_COUNT = _number("a whole number of 0 or more", lambda n: n >= 0 and n == int(n), int)
+_FROM_ONE = _number(
+    f"a whole number from 1 to {_MOST:,}", lambda n: 1 <= n <= _MOST and n == int(n), int
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 2 is the code of an option or a file that cannot be used."""
-    options = _parser().parse_args(argv)
+    command = argparse.ArgumentParser(prog="python -m gw_celery.simulate", description=__doc__)
+    add_options(command)
+    options = command.parse_args(argv)
     try:
-        _check(options)
-        replayed = trace.read(options.trace, options.generated_factor)
-        found, moments = runs.compare(replayed, _question(options))
-        if options.plot is not None:
-            plot.draw(moments, options.plot, options.trace.name)
+        scenario = to_scenario(options)
+        outcome = runs.play(trace.read(options.trace, options.generated_factor), scenario)
     except (errors.GWCeleryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(found, indent=2) if options.json else report.text(found))
+    figures = report.figures(outcome, scenario.rules.target_queue_time)
+    if options.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        print(f"{len(outcome.waits):,} inputs\n\n{report.table({'gw_celery': figures})}")
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
+def to_scenario(options: argparse.Namespace) -> cluster.Scenario:
+    """Return what the options of ``add_options`` ask for.
+
+    Raises:
+        ConfigurationError: for bounds that contradict each other.
+    """
     if options.min > options.max:
         raise errors.ConfigurationError(
             f"--min {options.min} is more than --max {options.max}: raise --max or lower --min"
         )
-    if options.plot is not None:
-        plot.require(options.plot)
-
-
-def _question(options: argparse.Namespace) -> runs.Question:
-    return runs.Question(
+    return cluster.Scenario(
         score=options.score,
         least=options.min,
         most=options.max,
@@ -60,63 +89,26 @@ def _question(options: argparse.Namespace) -> runs.Question:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gw_celery.simulate", description=__doc__)
-    parser.add_argument(
-        "trace",
-        type=Path,
-        help=f"CSV file with the columns {','.join(trace.TOKENS)} or {','.join(trace.PLAIN)}",
-    )
-    add = parser.add_argument
-    rules = scaling.Rules()
-    add("--score", type=_above_zero, default=1.0, help="workload per second of a replica (1)")
-    add("--startup", type=_duration, default=rules.start_up, help="seconds until READY (30)")
-    add("--min", type=_count, default=1, help="fewest replicas, of all nodes (1)")
-    add("--max", type=_from_one, default=60, help="most replicas, of all nodes (60)")
-    add("--target-queue-time", type=_above_zero, default=rules.target_queue_time, help="(10)")
-    add("--target-util", type=_share, default=rules.target_util, help="(0.9)")
-    add("--inactivity-timeout", type=_duration, help="with --min 0: seconds until none is left")
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Declare the trace and the options of a simulation."""
+    columns = f"{','.join(trace.TOKENS)} or {','.join(trace.PLAIN)}"
+    command.add_argument("trace", type=Path, help=f"CSV file with the columns {columns}")
+    add, rules = command.add_argument, scaling.Rules()
+    add("--score", type=_ABOVE_ZERO, default=1.0, help="workload per second of a replica (1)")
+    add("--startup", type=_DURATION, default=rules.start_up, help="seconds until READY (30)")
+    add("--min", type=_COUNT, default=1, help="fewest replicas, of all nodes (1)")
+    add("--max", type=_FROM_ONE, default=60, help="most replicas, of all nodes (60)")
+    add("--target-queue-time", type=_ABOVE_ZERO, default=rules.target_queue_time, help="(10)")
+    add("--target-util", type=_SHARE, default=rules.target_util, help="(0.9)")
+    add("--inactivity-timeout", type=_DURATION, help="with --min 0: seconds until none is left")
     add(
-        "--window", type=_above_zero, default=rules.window, help="seconds bursts are kept for (600)"
+        "--window", type=_ABOVE_ZERO, default=rules.window, help="seconds bursts are kept for (600)"
     )
-    add("--queue-limit", type=_count, help="inputs that may wait; more are turned away")
-    add("--nodes", type=_from_one, default=1, help="workers that share --max by seats (1)")
+    add("--queue-limit", type=_COUNT, help="inputs that may wait; more are turned away")
+    add("--nodes", type=_FROM_ONE, default=1, help="workers that share --max by seats (1)")
     add("--seed", type=int, default=0, help="when in a second each node decides (0)")
-    add("--generated-factor", type=_duration, default=10.0, help="a generated token's worth (10)")
+    add("--generated-factor", type=_DURATION, default=10.0, help="a generated token's worth (10)")
     add("--json", action="store_true", help="print figures as JSON")
-    add("--plot", type=Path, metavar="OUT.png", help="draw arrivals, backlog and replicas")
-    return parser
-
-
-def _number(text: str, rule: str, is_right: Callable[[float], bool]) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and is_right(value)):
-        raise argparse.ArgumentTypeError(f"{text!r}: give {rule}")
-    return value
-
-
-def _above_zero(text: str) -> float:
-    return _number(text, "a number above 0", lambda value: value > 0)
-
-
-def _duration(text: str) -> float:
-    return _number(text, "a number of 0 or more", lambda value: value >= 0)
-
-
-def _share(text: str) -> float:
-    return _number(text, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
-
-
-def _count(text: str) -> int:
-    return int(_number(text, "a whole number of 0 or more", lambda n: n >= 0 and n == int(n)))
-
-
-def _from_one(text: str) -> int:
-    rule = f"a whole number from 1 to {_MOST:,}"
-    return int(_number(text, rule, lambda n: 1 <= n <= _MOST and n == int(n)))
 
 
 if __name__ == "__main__":

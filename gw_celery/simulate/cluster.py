@@ -1,8 +1,8 @@
-"""A queue and its replicas, event by event: what a policy is played against.
+"""A queue and the replicas that serve it, simulated event by event under a scaling policy.
 
-One queue, first come, first served; a replica runs one input at a time. Replicas cost from their
-start; one that goes ends its input first. Whoever decides sees what a worker can know: how much
-waits and runs, and what was served, never the workload of what still waits.
+One queue, first come, first served; a replica runs one input at a time. A replica costs from its
+start; one that is removed ends its input first. A policy observes what a worker can know: how many
+inputs wait and run, and the workload of what has run, never of what still waits.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import heapq
 from collections.abc import Sequence
 from typing import Protocol
 
+from gw_celery.policy import scaling
 from gw_celery.simulate import trace as traces
 
 #: Inputs over which the mean workload is taken.
-REMEMBERED = 100
+MEAN_OVER = 100
 
 
 @dataclasses.dataclass(slots=True)
-class Facts:
-    """What is known of the queue at a moment."""
+class Observation:
+    """What a policy can know at a moment."""
 
-    #: Inputs that were sent, and those of them that wait, run, or were turned away.
+    #: Inputs that were sent, and those of them that wait, run, or were refused.
     arrived: int = 0
     waiting: int = 0
     running: int = 0
@@ -35,231 +36,212 @@ class Facts:
 
 
 class Scaler(Protocol):
-    """One node's part of a policy, asked once a second and, if it wants, at each arrival."""
+    """The part of a policy that runs on one node: asked once a second."""
 
+    #: Asked at each arrival, too.
     on_arrival: bool
 
-    def desired(self, now: float, facts: Facts) -> int:
-        """The replicas that this node should have."""
+    def desired(self, now: float, observation: Observation) -> int:
+        """Return the number of replicas that this node should have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Machines:
-    """What replicas are like, and how many there can be."""
+class Scenario:
+    """What is simulated: ``least`` and ``most`` are replicas of all nodes together."""
 
+    #: Workload per second of one replica.
     score: float
-    start_up: float
-    #: Ready when the trace begins.
-    initial: int
-    #: Room on each node; a draining replica takes it up.
-    room: int
+    rules: scaling.Rules
+    #: As many are READY when the trace begins.
+    least: int = 1
+    most: int = 60
+    nodes: int = 1
+    #: Inputs that may wait; more are refused. ``None``: any number.
     queue_limit: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """The cluster at one second, for a plot."""
-
-    at: float
-    arrived: int
-    waiting: int
-    desired: int
-    actual: int
+    seed: int = 0
 
 
 @dataclasses.dataclass
-class Played:
-    """What came of it."""
+class Outcome:
+    """What a policy made of a trace."""
 
-    #: How long each input waited, in the order of arrival; ``None`` for one that was turned away.
+    #: How long each input waited, in the order of arrival; ``None`` for one that was refused.
     waits: list[float | None]
     replica_seconds: float = 0.0
     starts: int = 0
+    #: When the last input ended.
     end: float = 0.0
-    moments: list[Moment] = dataclasses.field(default_factory=list)
 
 
-class Start:
-    """A replica that starts."""
-
-    __slots__ = ("is_wanted",)
-
-    def __init__(self) -> None:
-        self.is_wanted = True
-
-
-class Node:
+class _Node:
     """The replicas of one worker."""
 
-    __slots__ = ("draining", "idle", "live", "stale", "starting", "wanted")
+    __slots__ = ("draining", "gone", "idle", "live", "starting")
 
     def __init__(self) -> None:
-        #: Replicas that do not drain, those of them that are idle, and those that end an input.
+        #: Replicas that do not drain, those of them that are idle, and those that drain.
         self.live = self.idle = self.draining = 0
-        #: Idle replicas that have gone, but are still listed as free.
-        self.stale = 0
-        self.starting: list[Start] = []
-        self.wanted = 0
+        #: Replicas that were idle and have gone, but are still in the cluster's list of free ones.
+        self.gone = 0
+        #: The events at which its new replicas will be READY.
+        self.starting: list[int] = []
 
 
 class Cluster:
     """All nodes, their queue, and the events to come."""
 
-    def __init__(self, trace: traces.Trace, machines: Machines, nodes: int) -> None:
+    def __init__(self, trace: traces.Trace, scenario: Scenario, nodes: int) -> None:
         self._trace = trace
-        self._machines = machines
-        self.nodes = [Node() for _ in range(nodes)]
-        self.facts = Facts()
-        self.played = Played([None] * len(trace))
+        self._scenario = scenario
+        #: Most replicas of one node, those that drain included.
+        self._room = -(-scenario.most // nodes)
+        self._nodes = [_Node() for _ in range(nodes)]
+        self.observation = Observation()
+        self._outcome = Outcome([None] * len(trace))
         self._queue: collections.deque[int] = collections.deque()
+        #: The node of each free replica, in the order in which they take inputs.
         self._free: collections.deque[int] = collections.deque()
-        #: When, in which order, on which node, and which start; ``None``: an input ends.
-        self._events: list[tuple[float, int, int, Start | None]] = []
-        self._count = 0
+        #: Time, number of the event, node, and whether a replica is READY then, or an input ends.
+        self._events: list[tuple[float, int, int, bool]] = []
+        self._scheduled = 0
         self._ran = 0
-        self._last = 0.0
-        for number in range(machines.initial):
-            self._begin(0.0, number % nodes, 0.0)
+        self._last_end = 0.0
+        for number in range(scenario.least):
+            self._start(0.0, number % nodes, 0.0)
         self.advance(0.0)
 
     @property
     def is_over(self) -> bool:
-        facts = self.facts
-        return facts.arrived == len(self._trace) and not facts.waiting and not facts.running
+        now = self.observation
+        return now.arrived == len(self._trace) and not now.waiting and not now.running
 
     def advance(self, now: float) -> None:
         """Let everything happen that happens until ``now``, arrivals excepted."""
         events = self._events
         while events and events[0][0] <= now:
-            at, _, number, start = heapq.heappop(events)
-            if start is None:
-                self._ended(at, number)
-            elif start.is_wanted:
-                self._is_ready(number, start)
+            at, event, number, is_start = heapq.heappop(events)
+            starting = self._nodes[number].starting
+            if not is_start:
+                self._input_ended(at, number)
+            elif event in starting:  # else it was removed before it was READY
+                starting.remove(event)
+                self._set_free(number)
             self._dispatch(at)
 
     def arrive(self, now: float) -> None:
-        """The next input of the trace comes."""
-        facts, limit = self.facts, self._machines.queue_limit
-        facts.arrived += 1
-        if limit is not None and facts.waiting >= limit:
-            facts.refused += 1
+        """Let the next input of the trace arrive."""
+        observation, limit = self.observation, self._scenario.queue_limit
+        observation.arrived += 1
+        if limit is not None and observation.waiting >= limit:
+            observation.refused += 1
             return
-        facts.waiting += 1
-        self._queue.append(facts.arrived - 1)
+        observation.waiting += 1
+        self._queue.append(observation.arrived - 1)
         self._dispatch(now)
 
-    def resize(self, now: float, number: int, wanted: int) -> None:
-        """Start replicas of a node, or let some go: those that start, then idle ones, then busy."""
-        node = self.nodes[number]
-        node.wanted = wanted
-        if wanted == node.live:
+    def scale(self, now: float, number: int, desired: int) -> None:
+        """Start replicas of a node, or remove some: starting ones, then idle, then busy ones."""
+        node = self._nodes[number]
+        if desired == node.live:
             return
-        room = self._machines.room - node.draining
-        for _ in range(min(wanted, room) - node.live):
-            self.played.starts += 1
-            self._begin(now, number, self._machines.start_up)
-        for _ in range(node.live - wanted):
-            self._end_one(now, node)
+        for _ in range(min(desired, self._room - node.draining) - node.live):
+            self._outcome.starts += 1
+            self._start(now, number, self._scenario.rules.start_up)
+        for _ in range(node.live - desired):
+            self._remove_one(now, node)
 
-    def close(self) -> Played:
-        """Count what is there as the last input ends, and hand over the result."""
-        self.played.end = max(self._last, self._trace.seconds)
-        self.played.replica_seconds += self.played.end * self.facts.actual
-        return self.played
+    def close(self) -> Outcome:
+        """Return the outcome; what there is costs until the last input ended."""
+        self._outcome.end = max(self._last_end, self._trace.seconds)
+        self._outcome.replica_seconds += self._outcome.end * self.observation.actual
+        return self._outcome
 
-    def note(self, now: float) -> None:
-        facts, desired = self.facts, sum(node.wanted for node in self.nodes)
-        self.played.moments.append(Moment(now, facts.arrived, facts.waiting, desired, facts.actual))
-
-    def _begin(self, now: float, number: int, start_up: float) -> None:
-        node, start = self.nodes[number], Start()
+    def _start(self, now: float, number: int, start_up: float) -> None:
+        node = self._nodes[number]
         node.live += 1
-        node.starting.append(start)
-        self._moved(now, 1)
-        self._after(now + start_up, number, start)
+        self._change_actual(now, 1)
+        node.starting.append(self._schedule(now + start_up, number, is_start=True))
 
-    def _is_ready(self, number: int, start: Start) -> None:
-        node = self.nodes[number]
-        node.starting.remove(start)
-        node.idle += 1
-        self._free.append(number)
-
-    def _ended(self, now: float, number: int) -> None:
-        node = self.nodes[number]
-        self.facts.running -= 1
-        self._last = now
-        if node.draining:
-            node.draining -= 1
-            self._moved(now, -1)
-            return
-        node.idle += 1
-        self._free.append(number)
-
-    def _end_one(self, now: float, node: Node) -> None:
+    def _remove_one(self, now: float, node: _Node) -> None:
         node.live -= 1
         if node.starting:
-            node.starting.pop().is_wanted = False
+            node.starting.pop()
         elif node.idle:
             node.idle -= 1
-            node.stale += 1
+            node.gone += 1
         else:
             node.draining += 1
             return
-        self._moved(now, -1)
+        self._change_actual(now, -1)
+
+    def _input_ended(self, now: float, number: int) -> None:
+        node = self._nodes[number]
+        self.observation.running -= 1
+        self._last_end = now
+        if node.draining:
+            node.draining -= 1
+            self._change_actual(now, -1)
+        else:
+            self._set_free(number)
+
+    def _set_free(self, number: int) -> None:
+        self._nodes[number].idle += 1
+        self._free.append(number)
 
     def _dispatch(self, now: float) -> None:
         while self._queue and self._free:
             number = self._free.popleft()
-            node = self.nodes[number]
-            if node.stale:
-                node.stale -= 1
+            node = self._nodes[number]
+            if node.gone:
+                node.gone -= 1
                 continue
             node.idle -= 1
             self._run(now, number, self._queue.popleft())
 
     def _run(self, now: float, number: int, index: int) -> None:
-        facts, workload = self.facts, self._trace.workloads[index]
-        facts.waiting -= 1
-        facts.running += 1
+        observation, workload = self.observation, self._trace.workloads[index]
+        observation.waiting -= 1
+        observation.running += 1
         self._ran += 1
-        facts.mean += (workload - facts.mean) / min(self._ran, REMEMBERED)
-        self.played.waits[index] = now - self._trace.times[index]
-        self._after(now + workload / self._machines.score, number, None)
+        observation.mean += (workload - observation.mean) / min(self._ran, MEAN_OVER)
+        self._outcome.waits[index] = now - self._trace.times[index]
+        self._schedule(now + workload / self._scenario.score, number, is_start=False)
 
-    def _moved(self, now: float, more: int) -> None:
-        self.facts.actual += more
-        self.played.replica_seconds -= more * now
+    def _change_actual(self, now: float, change: int) -> None:
+        self.observation.actual += change
+        self._outcome.replica_seconds -= change * now
 
-    def _after(self, at: float, number: int, start: Start | None) -> None:
-        self._count += 1
-        heapq.heappush(self._events, (at, self._count, number, start))
+    def _schedule(self, at: float, number: int, *, is_start: bool) -> int:
+        self._scheduled += 1
+        heapq.heappush(self._events, (at, self._scheduled, number, is_start))
+        return self._scheduled
 
 
-def play(
-    trace: traces.Trace, machines: Machines, scalers: Sequence[Scaler], phases: Sequence[float]
-) -> Played:
-    """Replay a trace; node ``n`` decides every second, ``phases[n]`` after it."""
-    cluster = Cluster(trace, machines, len(scalers))
+def simulate(
+    trace: traces.Trace, scenario: Scenario, scalers: Sequence[Scaler], phases: Sequence[float]
+) -> Outcome:
+    """Replay a trace until its last input has ended.
+
+    Args:
+        scalers: the policy of each node.
+        phases: when in each second a node decides, by node.
+    """
+    cluster = Cluster(trace, scenario, len(scalers))
     turns = sorted((phase, number) for number, phase in enumerate(phases))
-    arrivals, eager = iter(trace.times), [n for n, one in enumerate(scalers) if one.on_arrival]
-    coming = next(arrivals, None)
-    second, turn = 0.0, 0
+    on_arrival = [number for number, scaler in enumerate(scalers) if scaler.on_arrival]
+    arrivals = collections.deque(trace.times)
+    second = 0.0
     while True:
-        phase, number = turns[turn]
-        now = second + phase
-        while coming is not None and coming <= now:
-            cluster.advance(coming)
-            cluster.arrive(coming)
-            for one in eager:
-                cluster.resize(coming, one, scalers[one].desired(coming, cluster.facts))
-            coming = next(arrivals, None)
-        cluster.advance(now)
-        if coming is None and cluster.is_over:
-            return cluster.close()
-        cluster.resize(now, number, scalers[number].desired(now, cluster.facts))
-        if turn == 0:
-            cluster.note(now)
-        turn += 1
-        if turn == len(turns):
-            second, turn = second + 1.0, 0
+        for phase, number in turns:
+            now = second + phase
+            while arrivals and arrivals[0] <= now:
+                at = arrivals.popleft()
+                cluster.advance(at)
+                cluster.arrive(at)
+                for asked in on_arrival:
+                    cluster.scale(at, asked, scalers[asked].desired(at, cluster.observation))
+            cluster.advance(now)
+            if cluster.is_over:
+                return cluster.close()
+            cluster.scale(now, number, scalers[number].desired(now, cluster.observation))
+        second += 1.0

@@ -1,18 +1,17 @@
-"""What a replayed trace came to, as figures and as text."""
+"""The outcome of a replayed trace, as figures and as text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
-from gw_celery.simulate import cluster, hindsight
+from gw_celery.simulate import cluster
 
 Figures = dict[str, float | int]
+#: The figures that a table shows, by the heads of their columns, and how.
 COLUMNS = {
     "over target": ("over_target_share", "{:.2%}"),
     "replica-seconds": ("replica_seconds", "{:,.0f}"),
-    "of best fixed": ("of_best_fixed", "{:.2f}x"),
     "starts": ("starts", "{:,}"),
     "mean wait": ("mean_wait", "{:.2f} s"),
     "p50": ("p50_wait", "{:.2f} s"),
@@ -21,47 +20,34 @@ COLUMNS = {
 }
 
 
-def figures(played: cluster.Played, fixed: hindsight.Fixed, target_queue_time: float) -> Figures:
-    """The figures of one policy; an input that was turned away counts as over target."""
-    waits = sorted(wait for wait in played.waits if wait is not None)
-    refused = len(played.waits) - len(waits)
+def figures(outcome: cluster.Outcome, target_queue_time: float) -> Figures:
+    """Return the figures of one policy; an input that was refused counts as over target."""
+    waits = sorted(wait for wait in outcome.waits if wait is not None)
+    refused = len(outcome.waits) - len(waits)
     late = sum(wait > target_queue_time for wait in waits) + refused
     return {
-        "over_target_share": late / len(played.waits),
-        "replica_seconds": played.replica_seconds,
-        "best_fixed_replicas": fixed.replicas,
-        "best_fixed_replica_seconds": fixed.replica_seconds,
+        "over_target_share": late / len(outcome.waits),
+        "replica_seconds": outcome.replica_seconds,
         "mean_wait": sum(waits) / len(waits) if waits else 0.0,
         "p50_wait": _percentile(waits, 0.5),
         "p99_wait": _percentile(waits, 0.99),
         "max_wait": waits[-1] if waits else 0.0,
-        "starts": played.starts,
+        "starts": outcome.starts,
         "served": len(waits),
         "refused": refused,
     }
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """A table: our policy and the others, beside the best fixed pool in hindsight."""
-    rows = {"gw_celery": found, **found["policies"]}
-    lines = [["", *COLUMNS], *([name, *_cells(row)] for name, row in rows.items())]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
-    table = (
+def table(rows: Mapping[str, Figures], columns: Mapping[str, tuple[str, str]] = COLUMNS) -> str:
+    """Return a line for each policy, with its name, under the heads of ``columns``."""
+    lines = [["", *columns]]
+    for name, row in rows.items():
+        lines.append([name, *(form.format(row[key]) for key, form in columns.values())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     )
-    fixed = found["best_fixed_replicas"]
-    return (
-        f"{found['served'] + found['refused']:,} inputs; the best fixed pool in hindsight has "
-        f"{fixed} {'replica' if fixed == 1 else 'replicas'}: "
-        f"{found['best_fixed_replica_seconds']:,.0f} replica-seconds\n\n" + "\n".join(table)
-    )
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    shown = dict(row)
-    shown["of_best_fixed"] = row["replica_seconds"] / row["best_fixed_replica_seconds"]
-    return [form.format(shown[key]) for key, form in COLUMNS.values()]
 
 
 def _percentile(ordered: list[float], share: float) -> float:

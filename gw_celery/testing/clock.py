@@ -46,10 +46,10 @@ class FakeClock:
             raise ValueError(f"advance({seconds!r}): time goes forwards, give 0 or more seconds")
         with self._changing:
             self._now += seconds
-            due = [one for one in self._timers if self._reaches(one.when)]
-            self._timers = [one for one in self._timers if one not in due]
-        for one in sorted(due, key=lambda timer: timer.when):
-            one.ring()
+            due = [timer for timer in self._timers if self._reaches(timer.when)]
+            self._timers = [timer for timer in self._timers if timer not in due]
+        for timer in sorted(due, key=lambda timer: timer.when):
+            timer.ring()
 
     async def armed(self, timeout: float = 10.0) -> float:
         """Wait until something waits for the time to pass; return the seconds until the first.
@@ -85,8 +85,8 @@ class FakeClock:
 
     def _first(self) -> float | None:
         with self._changing:
-            self._timers = [one for one in self._timers if not one.is_cancelled]
-            return min((one.when for one in self._timers), default=None)
+            self._timers = [timer for timer in self._timers if not timer.is_cancelled]
+            return min((timer.when for timer in self._timers), default=None)
 
     def _reaches(self, when: float) -> bool:
         """Whether it is ``when``; a clock that comes a rounding error short is put right."""

@@ -89,12 +89,14 @@ class Worker(Process):
         if stats is None:
             return False
         states = _replicas(stats)
-        for one in states or ():
-            if one["state"] == "failed":
+        for state in states or ():
+            if state["state"] == "failed":
                 raise AssertionError(
-                    f"replica {one['number']} of {self} cannot serve: {one['last_error']}"
+                    f"replica {state['number']} of {self} cannot serve: {state['last_error']}"
                 )
-        return states is None or (bool(states) and all(one["state"] == "ready" for one in states))
+        return states is None or (
+            bool(states) and all(state["state"] == "ready" for state in states)
+        )
 
     def _wait(self, is_over: Callable[[Callable[[str], Any]], bool], timeout: float) -> None:
         with self._asking() as ask:

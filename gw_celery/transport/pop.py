@@ -124,20 +124,24 @@ class PoppingChannel(redis.Channel):
             super()._brpop_start(timeout)
         elif not watch.is_waiting(time.monotonic()):
             watch.are_read()
-            self._ask("EXISTS", *(self._q_for_pri(one, pri) for one, pri in self._lists(queues)))
+            self._ask(
+                "EXISTS", *(self._q_for_pri(queue, pri) for queue, pri in self._lists(queues))
+            )
 
     def _lists(self, queues: list[str]) -> list[tuple[str, int]]:
-        return [(one, pri) for pri in self.priority_steps for one in queues]
+        return [(queue, pri) for pri in self.priority_steps for queue in queues]
 
     def _ask_for_messages(self, queues: list[str]) -> None:
         lists = self._lists(queues)
         # Other orders than the default empty one queue after the other.
         width = len(queues) if self.queue_order_strategy == "round_robin" else 1
         keys = [self.unacked_key, self.unacked_index_key]
-        keys += [self._q_for_pri(one, pri) for one, pri in lists]
+        keys += [self._q_for_pri(queue, pri) for queue, pri in lists]
         self._asked_for = self._room()
         limits = (self._asked_for, LARGEST, width)
-        self._ask("EVALSHA", self._script, len(keys), *keys, *limits, *(one for one, _ in lists))
+        self._ask(
+            "EVALSHA", self._script, len(keys), *keys, *limits, *(queue for queue, _ in lists)
+        )
 
     def _ask(self, command: str, *args: Any) -> None:
         self._asked = command
@@ -217,7 +221,7 @@ class PoppingChannel(redis.Channel):
                 else:
                     self.connection._reject_inbound_message(messages[-1])
             except self.connection_errors:
-                self.qos.leave_behind(one["properties"]["delivery_tag"] for one in messages)
+                self.qos.leave_behind(message["properties"]["delivery_tag"] for message in messages)
                 raise
             self.qos.recorded.discard(tag)
             messages.pop()

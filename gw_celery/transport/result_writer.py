@@ -159,7 +159,7 @@ class Writer:
                     pipe.publish(key, value)
                     is_answer.append(False)
             answers = await pipe.execute(raise_on_error=False)
-        return [one for one, counts in zip(answers, is_answer, strict=True) if counts]
+        return [answer for answer, counts in zip(answers, is_answer, strict=True) if counts]
 
 
 def of(

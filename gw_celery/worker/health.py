@@ -1,7 +1,7 @@
 """What a platform's own probes ask of a worker: is it alive, has it started, is it ready.
 
 A file whose age tells that the worker's loop turns, and ``/livez /readyz /startupz`` over HTTP.
-Both are answered from the picture that the loop leaves here once a second, by one thread that asks
+Both are answered from the picture that the loop leaves here once a second, by threads that ask
 nothing of anybody: no broker, no child, and no Django.
 """
 
@@ -103,16 +103,15 @@ class Health:
         Raises:
             ConfigurationError: for a file that cannot be written, or a port that is taken.
         """
-        if self._file is None and self._port is None:
-            return
+        self.beat(self._picture)
         if self._port is not None:
             self._endpoint = http.Endpoint(self._host, self._port, self.routes)
+            self._endpoint.start()
             logger.info("the worker's health is at %s/livez /readyz /startupz", self.address)
         if self._file is not None:
             self._require_file(self._file)
-        self.beat(self._picture)
-        self._thread = threading.Thread(target=self._run, name="gw-health", daemon=True)
-        self._thread.start()
+            self._thread = threading.Thread(target=self._run, name="gw-health", daemon=True)
+            self._thread.start()
 
     def beat(self, picture: snapshot.Worker) -> None:
         """The loop turns, and sees this; from its thread."""
@@ -160,19 +159,12 @@ class Health:
         return Verdict(is_ok=self._has_started, why=why)
 
     def _run(self) -> None:
-        touched_at = 0.0
-        while not self._is_over.is_set():
-            if self._endpoint is None:
-                self._is_over.wait(_INTERVAL)
-            else:
-                self._endpoint.poll(_INTERVAL)
-            if (now := time.monotonic()) - touched_at >= _INTERVAL:
-                touched_at = now
-                self._touch_if_alive(now)
+        while not self._is_over.wait(_INTERVAL):
+            self._touch_if_alive()
 
-    def _touch_if_alive(self, now: float) -> None:
-        is_alive = self._connecting_since is not None or now - self._beat_at <= _FRESH
-        if self._file is None or not is_alive:
+    def _touch_if_alive(self) -> None:
+        silence = time.monotonic() - self._beat_at
+        if self._file is None or (self._connecting_since is None and silence > _FRESH):
             return
         try:
             _touch(self._file)

@@ -1,7 +1,6 @@
-"""A tiny HTTP endpoint for machines that ask a worker how it is: GET on a few paths, no more.
+"""A small HTTP server for machines that ask a worker how it is: GET on a few paths, no more.
 
-One thread drives it, and no client can hold it up: sockets do not block, and whoever has not asked
-and read within seconds is cut off.
+It has threads of its own. A slow client is cut off: after seconds, or when room is needed.
 """
 
 from __future__ import annotations
@@ -9,21 +8,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http
+import http.server
 import logging
-import selectors
 import socket
-import time
+import sys
+import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from gw_celery import errors
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a client has for its request and its answer.
+#: Seconds that a client has for its request, and for reading the answer.
 _PATIENCE = 2.0
-#: Clients at a time; more wait in the backlog of the socket.
+#: Clients at a time, each with a thread; more wait in the backlog of the socket.
 _MOST_CLIENTS = 32
-_MOST_BYTES = 8 * 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,22 +35,12 @@ class Reply:
     content_type: str = "application/json"
 
 
-#: Answers one path; called in the endpoint's thread.
+#: Answers one path; called in a thread of the endpoint.
 Route = Callable[[], Reply]
 
 
-class _Client:
-    """One connection: what came, what is left to send, and until when."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.request = b""
-        self.reply = b""
-        self.deadline = time.monotonic() + _PATIENCE
-
-
-class Endpoint:
-    """Listens from its making on; ``poll`` serves.
+class Endpoint(http.server.ThreadingHTTPServer):
+    """Listens from its making on; ``start`` serves.
 
     Args:
         host: the address to listen on.
@@ -62,94 +52,94 @@ class Endpoint:
     """
 
     def __init__(self, host: str, port: int, routes: Mapping[str, Route]) -> None:
-        self._routes = routes
-        self._server = _listen(host, port)
-        self._clients: dict[socket.socket, _Client] = {}
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._server, selectors.EVENT_READ)
+        # Not bound by the class: it would ask DNS for this machine's name, and knows IPv4 only.
+        super().__init__((host, port), _Request, bind_and_activate=False)
+        self.socket.close()
+        self.socket = _listen(host, port)
+        self.routes = routes
+        #: The connections that have a thread, the oldest first.
+        self._clients: dict[Any, bool] = {}
+        self._free_threads = threading.Semaphore(_MOST_CLIENTS)
+        self._loop = threading.Thread(target=self.serve_forever, name="gw-http", daemon=True)
 
     @property
     def address(self) -> str:
-        host, port = self._server.getsockname()[:2]
+        host, port = self.socket.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def poll(self, timeout: float) -> None:
-        """Serve who is there, waiting ``timeout`` seconds at most for somebody."""
-        for key, _ in self._selector.select(timeout):
-            if key.fileobj is self._server:
-                self._accept()
-            elif (one := self._clients.get(key.fileobj)) is not None:  # type: ignore[call-overload]
-                self._serve(one)  # who was not dropped meanwhile to make room for another
-        now = time.monotonic()
-        for late in [one for one in self._clients.values() if now >= one.deadline]:
-            self._drop(late)
+    def start(self) -> None:
+        self._loop.start()
 
     def close(self) -> None:
-        for one in list(self._clients.values()):
-            self._drop(one)
-        self._selector.close()
-        self._server.close()
+        if self._loop.is_alive():
+            self.shutdown()
+        self.server_close()
 
-    def _accept(self) -> None:
-        if len(self._clients) >= _MOST_CLIENTS:
-            oldest = min(self._clients.values(), key=lambda one: one.deadline)
-            self._drop(oldest)
-        with contextlib.suppress(OSError):
-            connection, _ = self._server.accept()
-            connection.setblocking(False)
-            self._clients[connection] = _Client(connection)
-            self._selector.register(connection, selectors.EVENT_READ)
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a client in a thread; where none is left, the oldest client loses its own."""
+        if not self._free_threads.acquire(blocking=False):
+            for oldest in list(self._clients)[:1]:
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+            if not self._free_threads.acquire(timeout=_PATIENCE):
+                self.shutdown_request(request)
+                return
+        self._clients[request] = True
+        super().process_request(request, client_address)
 
-    def _serve(self, one: _Client) -> None:
-        try:
-            is_over = self._write(one) if one.reply else self._read(one)
-        except BlockingIOError:
+    def shutdown_request(self, request: Any) -> None:
+        """Let a client go: however it ended, and when no thread could be started for it, too."""
+        super().shutdown_request(request)
+        if self._clients.pop(request, False):
+            self._free_threads.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        exc = sys.exception()
+        if not isinstance(exc, OSError):  # a client that went away
+            logger.error("a client of the health endpoint could not be answered", exc_info=exc)
+
+
+class _Request(http.server.BaseHTTPRequestHandler):
+    """Answers one request of a client."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = _PATIENCE
+    error_message_format = "%(message)s"
+    error_content_type = "text/plain"
+    server: Endpoint
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        route = self.server.routes.get(path)
+        if route is None:
+            self.send_error(http.HTTPStatus.NOT_FOUND)
             return
-        except OSError:
-            is_over = True
-        if is_over:
-            self._drop(one)
+        try:
+            reply = route()
+        except Exception:
+            logger.exception("the answer to GET %s could not be made", path)
+            self.send_error(http.HTTPStatus.INTERNAL_SERVER_ERROR)
+            return
+        self.send_response_only(reply.status)
+        self.send_header("Content-Type", reply.content_type)
+        self.send_header("Content-Length", str(len(reply.body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(reply.body)
 
-    def _read(self, one: _Client) -> bool:
-        """Read a request and begin to answer it; whether this was the client's last word."""
-        data = one.connection.recv(_MOST_BYTES)
-        one.request += data
-        is_whole = b"\r\n\r\n" in one.request or len(one.request) >= _MOST_BYTES
-        if not is_whole:
-            return not data
-        one.reply = self._answer(one.request)
-        self._selector.modify(one.connection, selectors.EVENT_WRITE)
-        return False
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
-    def _write(self, one: _Client) -> bool:
-        """Send what the socket takes; whether that was all."""
-        sent = one.connection.send(one.reply)
-        one.reply = one.reply[sent:]
-        return not one.reply
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Say no more than the status. A method that is missing here is one that is not allowed."""
+        if code == http.HTTPStatus.NOT_IMPLEMENTED:
+            code = http.HTTPStatus.METHOD_NOT_ALLOWED
+        super().send_error(code)
 
-    def _drop(self, one: _Client) -> None:
-        del self._clients[one.connection]
-        self._selector.unregister(one.connection)
-        one.connection.close()
-
-    def _answer(self, request: bytes) -> bytes:
-        method, _, rest = request.partition(b"\r\n")[0].partition(b" ")
-        path = rest.partition(b" ")[0].partition(b"?")[0].decode("latin-1")
-        route = self._routes.get(path)
-        if method not in (b"GET", b"HEAD"):
-            reply = _problem(http.HTTPStatus.METHOD_NOT_ALLOWED)
-        elif route is None:
-            reply = _problem(http.HTTPStatus.NOT_FOUND)
-        else:
-            reply = _call(route, path)
-        head = (
-            f"HTTP/1.1 {reply.status} {http.HTTPStatus(reply.status).phrase}\r\n"
-            f"Content-Type: {reply.content_type}\r\n"
-            f"Content-Length: {len(reply.body)}\r\n"
-            "Cache-Control: no-store\r\n"
-            "Connection: close\r\n\r\n"
-        )
-        return head.encode() + (b"" if method == b"HEAD" else reply.body)
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        logger.debug(format, *args)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -161,17 +151,5 @@ def _listen(host: str, port: int) -> socket.socket:
             f"gw_health_port={port}: cannot listen on {host}: {exc.strerror or exc}; choose a free "
             f"port for each worker of the machine, 0 for any, or None for no endpoint"
         ) from exc
-    server.setblocking(False)
+    server.setblocking(False)  # a client may have gone before it is accepted
     return server
-
-
-def _call(route: Route, path: str) -> Reply:
-    try:
-        return route()
-    except Exception:  # the others must still be answered
-        logger.exception("the answer to GET %s could not be made", path)
-        return _problem(http.HTTPStatus.INTERNAL_SERVER_ERROR)
-
-
-def _problem(status: http.HTTPStatus) -> Reply:
-    return Reply(status=status, body=status.phrase.encode(), content_type="text/plain")

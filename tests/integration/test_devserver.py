@@ -17,7 +17,6 @@ from celery import Celery
 from kombu import Connection
 
 from gw_celery import devserver, errors
-from gw_celery.devserver import place
 from tests.processes import environment, eventually, is_alive
 
 pytestmark = pytest.mark.integration
@@ -160,7 +159,7 @@ def test_the_next_owner_waits_for_the_server_of_a_killed_one(tmp_path: Path) -> 
 def test_the_next_owner_waits_longer_for_an_orphan_than_for_a_living_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place, "HANDOVER", 0.0)
+    monkeypatch.setattr(devserver, "HANDOVER", 0.0)
     with owner_process(tmp_path) as owner:
         pid = int(owner.stdout.readline())
         os.kill(pid, signal.SIGSTOP)
@@ -174,14 +173,18 @@ def test_the_next_owner_waits_longer_for_an_orphan_than_for_a_living_owner(
 
 
 def test_a_killed_server_leaves_no_process_behind(tmp_path: Path) -> None:
+    before = psutil.Process().children(recursive=True)
     server = devserver.start(tmp_path)
-    watcher = psutil.Process(server.pid).parent()
-    family = watcher.children()
     os.kill(server.pid, signal.SIGKILL)
-    server.wait()
-    _, alive = psutil.wait_procs([watcher, *family], timeout=5)
-    assert alive == []
+    assert server.wait() == -signal.SIGKILL
+    assert psutil.Process().children(recursive=True) == before
     server.stop()
+
+
+def test_the_server_holds_the_lock_of_its_folder_itself(tmp_path: Path) -> None:
+    with devserver.running(tmp_path) as server:
+        opened = [file.readlink() for file in Path(f"/proc/{server.pid}/fd").iterdir()]
+        assert tmp_path / "server.lock" in opened
 
 
 def test_the_server_outlives_a_ctrl_c_of_the_terminal_until_its_owner_stops_it(

@@ -106,7 +106,6 @@ def test_the_scores_of_a_worker_are_shown_with_where_they_come_from(typed: Typed
         p95=0.031,
         failure="KeyError: 'x'",
         age=7300.0,
-        is_kept=True,
     )
     scores = {
         "": snapshot.Score(value=7.0, served=7.0),
@@ -119,7 +118,7 @@ def test_the_scores_of_a_worker_are_shown_with_where_they_come_from(typed: Typed
     assert typed("status", {"a@host": worker}).output.splitlines()[1:] == [
         "  plain tasks: 7/s a replica, as served; it has no benchmark",
         "  p.embed: 300/s a replica, as served; -38% from the benchmark's 480/s",
-        "    p.embed: 480/s (450 to 495), p50 20.3 ms, p95 31 ms, 90% succeeded, found here, 2 h "
+        "    p.embed: 480/s (450 to 495), p50 20.3 ms, p95 31 ms, 90% succeeded, measured 2 h "
         "ago; first failure: KeyError: 'x'",
     ]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from gw_celery import conf, devserver, errors
-from gw_celery.devserver import place, program
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def test_a_shipped_program_that_may_not_be_executed_is_not_found(
 def test_nothing_found_says_what_was_tried_and_the_remedy(
     empty_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(devserver.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.ServerNotFound) as caught:
         devserver.find_program()
     for said in (
@@ -100,7 +99,7 @@ def test_nothing_found_says_what_was_tried_and_the_remedy(
 
 
 def test_the_socket_lies_beside_the_data_when_its_path_is_short() -> None:
-    assert place.socket_path(Path("/srv/app/data")) == Path("/srv/app/data/server.sock")
+    assert devserver.socket_path(Path("/srv/app/data")) == Path("/srv/app/data/server.sock")
 
 
 @pytest.mark.parametrize(
@@ -109,40 +108,40 @@ def test_the_socket_lies_beside_the_data_when_its_path_is_short() -> None:
     ids=["long", "space", "percent", "question mark", "not ASCII"],
 )
 def test_the_socket_lies_in_a_private_folder_when_a_url_cannot_say_its_path(data_dir: str) -> None:
-    path = place.socket_path(Path(data_dir))
+    path = devserver.socket_path(Path(data_dir))
     try:
-        assert place.SOCKET_PATH.fullmatch(os.fsencode(path))
+        assert devserver.SOCKET_PATH.fullmatch(os.fsencode(path))
         assert path.parent.stat().st_mode & 0o777 == 0o700
-        assert path == place.socket_path(Path(data_dir)), "the same folder, the same socket"
+        assert path == devserver.socket_path(Path(data_dir)), "the same folder, the same socket"
     finally:
         path.parent.rmdir()
 
 
 def test_two_long_folders_have_two_sockets() -> None:
-    first, second = (place.socket_path(Path("/srv/" + "x" * 100 + name)) for name in "ab")
+    first, second = (devserver.socket_path(Path("/srv/" + "x" * 100 + name)) for name in "ab")
     first.parent.rmdir()
     second.parent.rmdir()
     assert first != second
 
 
 def test_a_socket_folder_that_others_may_enter_is_refused() -> None:
-    path = place.socket_path(Path("/srv/" + "y" * 120))
+    path = devserver.socket_path(Path("/srv/" + "y" * 120))
     path.parent.chmod(0o755)
     try:
         with pytest.raises(errors.ServerFailed, match="not a private folder"):
-            place.socket_path(Path("/srv/" + "y" * 120))
+            devserver.socket_path(Path("/srv/" + "y" * 120))
     finally:
         path.parent.rmdir()
 
 
 def test_a_symbolic_link_in_place_of_the_socket_folder_is_refused(tmp_path: Path) -> None:
-    path = place.socket_path(Path("/srv/" + "z" * 120))
+    path = devserver.socket_path(Path("/srv/" + "z" * 120))
     path.parent.rmdir()
     tmp_path.chmod(0o700)
     path.parent.symlink_to(tmp_path)
     try:
         with pytest.raises(errors.ServerFailed, match="not a private folder"):
-            place.socket_path(Path("/srv/" + "z" * 120))
+            devserver.socket_path(Path("/srv/" + "z" * 120))
     finally:
         path.parent.unlink()
 

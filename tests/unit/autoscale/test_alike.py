@@ -9,7 +9,7 @@ import pytest
 
 from gw_celery.policy import scaling
 from gw_celery.protocol import snapshot
-from gw_celery.simulate import cluster, policies
+from gw_celery.simulate import cluster, runs
 from tests.unit.autoscale.handmade import Scaled
 
 MOST = 12
@@ -55,7 +55,7 @@ def test_a_course_of_arrivals_has_worker_and_simulator_decide_the_same(
     # The simulator's replicas run one input at a time.
     worker = Scaled(monkeypatch, most=MOST, least=0, target=1, gw_inactivity_timeout=900.0)
     rules = scaling.Rules(inactivity_timeout=900.0)
-    simulated = policies.Ours(rules, SCORE, (0, MOST), list(range(1, MOST + 1)))
+    simulated = runs.OurPolicy(rules, SCORE, (0, MOST), list(range(1, MOST + 1)))
     load, decided = Load(mean), []
     for second, came in enumerate(arrivals(4000, mean)):
         actual = worker.pool.desired
@@ -71,14 +71,14 @@ def test_a_course_of_arrivals_has_worker_and_simulator_decide_the_same(
             mean=mean,
         )
         worker.pool.held = {"model": held}
-        facts = cluster.Facts(
+        observation = cluster.Observation(
             arrived=load.arrived,
             waiting=load.waiting,
             running=load.running,
             mean=mean,
             actual=actual,
         )
-        decided.append((worker.after(1), simulated.desired(float(second), facts)))
+        decided.append((worker.after(1), simulated.desired(float(second), observation)))
     worker.app.close()
     assert [one for one, _ in decided] == [other for _, other in decided]
     # All of it happened: to the top, down by steps while bursts are kept for, and to zero.

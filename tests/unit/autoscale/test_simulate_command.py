@@ -1,8 +1,9 @@
-"""What the simulator's command makes of its options, draws, and costs."""
+"""What the simulator's command makes of its options, and costs."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -12,9 +13,9 @@ from typing import Any
 import pytest
 
 from gw_celery.policy import scaling
-from gw_celery.simulate import __main__, cluster, plot, runs, trace
+from gw_celery.simulate import __main__, cluster, runs, trace
 
-#: The figures that are our policy's own, and not of the best fixed pool or of other policies.
+#: The figures that options change.
 OURS = ("replica_seconds", "starts", "mean_wait", "max_wait", "over_target_share")
 #: Longer than can be played.
 FOREVER = "seconds,workload\n0,1\n1e9,1\n"
@@ -89,37 +90,6 @@ def _figures(capsys: pytest.CaptureFixture[str], *given: object) -> dict[str, fl
     return {key: found[key] for key in OURS}
 
 
-# -- the plot --
-
-
-def test_the_plot_has_arrivals_backlog_and_desired_and_actual_replicas(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figure = pytest.importorskip("matplotlib.figure")
-    drawn: list[Any] = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda sheet, path: drawn.append((sheet, path)))
-    moments = [
-        cluster.Moment(at=float(at), arrived=3 * at, waiting=at, desired=4 + at, actual=9 - at)
-        for at in range(5)
-    ]
-    plot.draw(moments, tmp_path / "plot.png", "a trace")
-    ((sheet, path),) = drawn
-    assert path == tmp_path / "plot.png"
-    above, middle, below = sheet.axes
-    lines = [[list(line.get_ydata()) for line in one.get_lines()] for one in sheet.axes]
-    assert lines == [[[0, 3, 3, 3, 3]], [[0, 1, 2, 3, 4]], [[9, 8, 7, 6, 5], [4, 5, 6, 7, 8]]]
-    assert all(
-        list(line.get_xdata()) == [0, 1, 2, 3, 4] for one in sheet.axes for line in one.lines
-    )
-    assert above.get_title() == "a trace"
-    assert [one.get_ylabel() for one in (above, middle, below)] == [
-        "arrivals per second",
-        "inputs waiting",
-        "replicas",
-    ]
-    assert [text.get_text() for text in below.get_legend().get_texts()] == ["actual", "desired"]
-
-
 # -- a thousand deciders --
 
 
@@ -130,9 +100,9 @@ def test_a_decider_among_a_thousand_costs_no_more_than_alone() -> None:
     steady = trace.Trace(sorted(lot.uniform(0, 10) for _ in range(30)), [0.1] * 30)
 
     def lines_of_a_decision(nodes: int) -> float:
-        question = runs.Question(score=1.0, rules=scaling.Rules(), most=20, nodes=nodes)
-        seconds = len(runs.play(steady, question).moments)
-        return _lines(lambda: runs.play(steady, question)) / (seconds * nodes)
+        scenario = cluster.Scenario(score=1.0, rules=scaling.Rules(), most=20, nodes=nodes)
+        seconds = math.ceil(runs.play(steady, scenario).end)
+        return _lines(lambda: runs.play(steady, scenario)) / (seconds * nodes)
 
     assert lines_of_a_decision(1000) < min(150, 1.1 * lines_of_a_decision(100))
 

@@ -25,9 +25,8 @@ def served(inputs: int, *, running: int = 4) -> snapshot.Counters:
 class Child:
     """A process of which only its life, and the orders that it was sent, are looked at."""
 
-    products = ("fake A100",)
-
-    def __init__(self, now: float = 0.0) -> None:
+    def __init__(self, now: float = 0.0, products: tuple[str, ...] = ("fake A100",)) -> None:
+        self.products = products
         self.life = child_state.Life(deadlines=LIMITS, now=now)
         self.life.loaded(now)
         self.life.entered(now)
@@ -59,20 +58,33 @@ class Pool:
     def answer(self, child: Any, text: str, now: float = 0.0, call: int | None = None) -> None:
         self.measuring.follow(child, child.orders[-1][1] if call is None else call, text, now)
 
-    def measured(self, now: float = 0.0, *values: float, age: float | None = None) -> Any:
+    def measured(self, now: float = 0.0, *values: float) -> Any:
         """A child that has become READY with these scores."""
-        child = Child(now)
-        for value in values or (8.0, 10.0, 10.0):
-            assert not self.advance(child, now)
-            self.answer(child, scored(value, age=age, task=child.orders[-1][2]), now)
-        assert self.advance(child, now)
-        child.life.measured(now)
+        (child,) = self.measured_together(now, values or (8.0, 10.0, 10.0))
         return child
 
+    def measured_elsewhere(self, now: float, *values: float) -> Any:
+        """As ``measured``, on a replica of which nothing is remembered."""
+        self.measuring.forget_scores([])
+        return self.measured(now, *values)
 
-def scored(value: float, *, age: float | None = None, task: str = "t") -> str:
+    def measured_together(self, now: float, *values: tuple[float, ...]) -> list[Any]:
+        """Children that started together and have become READY with these scores each."""
+        children = [Child(now) for _ in values]
+        for of_task in zip(*values, strict=True):
+            for child in children:
+                assert not self.advance(child, now)
+            for child, value in zip(children, of_task, strict=True):
+                self.answer(child, scored(value, task=child.orders[-1][2]), now)
+        for child in children:
+            assert self.advance(child, now)
+            child.life.measured(now)
+        return children
+
+
+def scored(value: float, *, task: str = "t") -> str:
     rounds = [scores.Round(elapsed=1.0, workload=value, latencies=(0.1,))]
-    return json.dumps({"score": scores.to_json(scores.of(task, rounds)), "age": age})
+    return json.dumps({"score": scores.to_json(scores.of(task, rounds))})
 
 
 FAILURE = json.dumps({"failure": "all of its 40 inputs failed, the first one with ValueError: no"})
@@ -92,21 +104,14 @@ def test_a_child_measures_one_task_after_the_other_before_it_is_ready() -> None:
     assert pool.advance(child)
 
 
-def test_an_order_names_the_devices_and_the_time_that_is_left() -> None:
+def test_an_order_names_the_task_and_the_time_that_is_left() -> None:
     pool, child = Pool(), Child(now=1000.0)
     pool.advance(child, 1000.0)
     pool.answer(child, scored(8.0), 1060.0)
     pool.advance(child, 1060.0)
     first, second = child.orders
-    assert first == (
-        frames.Order.BENCHMARK,
-        1,
-        "p.embed",
-        ("fake A100",),
-        pytest.approx(90.0),
-        True,
-    )
-    assert second[4] == pytest.approx(36.0)
+    assert first == (frames.Order.BENCHMARK, 1, "p.embed", pytest.approx(90.0), False)
+    assert second[3] == pytest.approx(36.0)
 
 
 def test_a_worker_without_benchmarks_measures_nothing() -> None:
@@ -132,7 +137,7 @@ def test_a_child_without_a_score_fails_with_what_to_do() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"score": {}, "age": null}', '{"score": NaN, "age": 1}', '{"failure": 1}'],
+    ["", "[]", "{}", '{"score": {}}', '{"score": NaN}', '{"failure": 1}'],
 )
 def test_a_child_that_writes_something_else_writes_garbage(text: str) -> None:
     pool, child = Pool(), Child()
@@ -151,8 +156,7 @@ def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
 
 def test_the_score_is_that_of_the_median_replica() -> None:
     pool = Pool()
-    for value in (8.0, 9.0, 20.0):
-        pool.measured(0.0, value, 10.0, 10.0)
+    pool.measured_together(0.0, *((value, 10.0, 10.0) for value in (8.0, 9.0, 20.0)))
     seen = pool.measuring.seen(0.0)
     assert {key: score.value for key, score in seen.items()} == {
         "embed": 9.0,
@@ -169,7 +173,7 @@ def test_several_tasks_of_a_service_have_one_score() -> None:
 
 def test_a_replica_that_is_gone_does_not_count_but_the_last_word_stays() -> None:
     pool = Pool()
-    slow, quick = pool.measured(0.0, 8.0, 1.0, 1.0), pool.measured(0.0, 9.0, 1.0, 1.0)
+    slow, quick = pool.measured_together(0.0, (8.0, 1.0, 1.0), (9.0, 1.0, 1.0))
     pool.measuring.forget(slow)
     assert pool.measuring.seen(0.0)["embed"].value == 9.0
     pool.measuring.forget(quick)
@@ -177,12 +181,101 @@ def test_a_replica_that_is_gone_does_not_count_but_the_last_word_stays() -> None
     pool.measuring.forget(quick)
 
 
+# -- what is remembered --
+
+
+def test_the_next_child_is_ready_with_what_an_earlier_one_measured() -> None:
+    pool = Pool()
+    pool.measuring.forget(pool.measured(100.0, 8.0, 10.0, 30.0))
+    child = Child(160.0)
+    assert pool.advance(child, 160.0)
+    assert child.orders == []
+    assert {key: score.value for key, score in pool.measuring.seen(0.0).items()} == {
+        "embed": 8.0,
+        "Model": 15.0,
+        "plain": None,
+    }
+    (shown,) = pool.measuring.seen(170.0)["embed"].benchmarks
+    assert (shown.value, shown.age) == (8.0, 70.0), "as old as its measurement"
+    assert pool.measuring.due([child], 100.0 + DAY) is child
+
+
+def test_a_remembered_score_counts_in_the_median() -> None:
+    pool = Pool()
+    *_, last = pool.measured_together(0.0, *((value, 1.0, 1.0) for value in (8.0, 9.0, 20.0)))
+    pool.measuring.forget(last)
+    assert pool.measuring.seen(0.0)["embed"].value == 8.5
+    pool.advance(Child(1.0), 1.0)
+    assert pool.measuring.seen(0.0)["embed"].value == 9.0
+
+
+def test_only_what_an_earlier_child_did_not_measure_is_measured() -> None:
+    pool, first, second = Pool(), Child(), Child()
+    pool.advance(first)
+    pool.answer(first, scored(8.0))
+    pool.advance(first)
+    pool.measuring.forget(first)
+    pool.advance(second)
+    assert second.tasks == ["p.Model.a"]
+
+
+def test_the_latest_measurement_is_remembered_and_a_failed_one_changes_nothing() -> None:
+    pool = Pool()
+    child = pool.measured()
+    pool.measuring.ask()
+    assert pool.measuring.due([child], 10.0) is child
+    for answer in (scored(16.0), FAILURE, scored(10.0)):
+        pool.advance(child, 10.0)
+        pool.answer(child, answer, 10.0)
+    pool.measuring.forget(child)
+    assert pool.advance(Child(20.0), 20.0)
+    assert {key: score.value for key, score in pool.measuring.seen(0.0).items()} == {
+        "embed": 16.0,
+        "Model": 10.0,
+        "plain": None,
+    }
+
+
+def test_other_devices_are_measured_on_their_own() -> None:
+    pool, other = Pool(), Child(products=("fake L4",))
+    pool.measured()
+    assert not pool.advance(other)
+    assert other.tasks == ["p.embed"]
+
+
+def test_after_an_operators_restart_the_next_child_measures() -> None:
+    pool = Pool()
+    old = pool.measured()
+    pool.measuring.forget_scores([old])
+    child = Child(5.0)
+    assert not pool.advance(child, 5.0)
+    assert child.tasks == ["p.embed"]
+    assert pool.measuring.seen(0.0)["embed"].value == 8.0, "until then it is the best guess"
+
+
+def test_what_a_child_of_before_a_restart_measures_is_not_remembered() -> None:
+    pool, old, new = Pool(), Child(), Child(9.0)
+    pool.advance(old)
+    pool.measuring.forget_scores([old])
+    for _ in range(3):
+        pool.answer(old, scored(8.0))
+        pool.advance(old)
+    assert not pool.advance(new, 9.0)
+    for _ in range(3):
+        pool.answer(new, scored(9.0), 9.0)
+        pool.advance(new, 9.0)
+    pool.measuring.forget(old)
+    pool.measuring.forget(new)
+    assert pool.advance(Child(10.0), 10.0)
+    assert pool.measuring.seen(0.0)["embed"].value == 9.0
+
+
 # -- again --
 
 
 def test_idle_replicas_are_measured_again_one_at_a_time_when_asked() -> None:
     pool = Pool()
-    one, other = pool.measured(), pool.measured()
+    one, other = pool.measured_together(0.0, (8.0, 10.0, 10.0), (8.0, 10.0, 10.0))
     assert pool.measuring.due([one, other], 10.0) is None
     pool.measuring.ask()
     assert pool.measuring.due([], 11.0) is None, "never a busy one"
@@ -190,7 +283,7 @@ def test_idle_replicas_are_measured_again_one_at_a_time_when_asked() -> None:
     one.life.measure_again(12.0)
     assert one.life.state is State.BENCHMARKING
     assert not pool.advance(one, 12.0)
-    assert one.orders[-1][5] is False, "what was kept will not do"
+    assert one.orders[-1][4] is True, "it has been READY"
     assert pool.measuring.due([other], 13.0) is None, "one at a time"
     for _ in range(3):
         pool.answer(one, scored(16.0), 14.0)
@@ -202,23 +295,22 @@ def test_idle_replicas_are_measured_again_one_at_a_time_when_asked() -> None:
 
 def test_a_score_is_measured_again_when_it_is_old() -> None:
     pool = Pool()
-    young = pool.measured(1000.0)
-    found = pool.measured(1000.0, age=DAY - 60.0)
-    assert pool.measuring.due([young, found], 1050.0) is None
-    assert pool.measuring.due([young, found], 1061.0) is found
+    old, young = pool.measured(1000.0), pool.measured_elsewhere(1060.0)
+    assert pool.measuring.due([young, old], 1000.0 + DAY - 1.0) is None
+    assert pool.measuring.due([young, old], 1000.0 + DAY) is old
 
 
 def test_a_score_never_ages_without_a_period() -> None:
     pool = Pool(benchmark_period=None)
-    child = pool.measured(age=10 * DAY)
-    assert pool.measuring.due([child], DAY) is None
+    child = pool.measured()
+    assert pool.measuring.due([child], 10 * DAY) is None
 
 
 def test_a_replica_that_fails_when_measured_again_keeps_its_score_for_another_period(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     pool = Pool()
-    child = pool.measured(0.0, age=2 * DAY)
+    child = pool.measured(-2 * DAY)
     assert pool.measuring.due([child], 1.0) is child
     pool.advance(child, 1.0)
     pool.answer(child, FAILURE, 2.0)
@@ -272,11 +364,11 @@ def test_a_queue_that_was_seen_to_hold_more_shows_that_replicas_are_full(
 
 def test_operators_see_the_latest_figures_of_each_task() -> None:
     pool = Pool()
-    pool.measured(0.0, 8.0, 10.0, 10.0, age=500.0)
-    pool.measured(10.0, 9.0, 10.0, 10.0)
+    pool.measured(0.0, 8.0, 10.0, 10.0)
+    pool.measured_elsewhere(10.0, 9.0, 10.0, 10.0)
     seen = pool.measuring.seen(15.0)
     (shown,) = seen["embed"].benchmarks
-    assert (shown.task, shown.value, shown.age, shown.is_kept) == ("p.embed", 9.0, 5.0, False)
+    assert (shown.task, shown.value, shown.age) == ("p.embed", 9.0, 5.0)
     assert seen["embed"].measured == 8.5
     assert [one.task for one in seen["Model"].benchmarks] == ["p.Model.a", "p.Model.b"]
     assert seen["plain"].value is None

@@ -159,8 +159,7 @@ def test_the_file_grows_old_when_the_loop_hangs_and_not_while_it_waits_for_the_b
     file = tmp_path / "alive"
     with running(heartbeat_file=str(file), health_port=0) as one:
         os.utime(file, (0, 0))
-        for _ in range(30):  # each turn of the thread ends with a look at the file
-            ask(one, "/livez")
+        time.sleep(2.5)  # the thread looks at the file once a second
         assert age(file) > 1000
         with one.connecting():
             eventually(lambda: age(file) < 60, 10)
@@ -182,9 +181,9 @@ def test_a_file_that_cannot_be_touched_any_more_is_told_once(
         file.unlink()
         folder.rmdir()
         for _ in range(3):
-            one._touch_if_alive(time.monotonic())
+            one._touch_if_alive()
         folder.mkdir()
-        one._touch_if_alive(time.monotonic())
+        one._touch_if_alive()
         assert file.exists()
     assert 1 <= caplog.text.count("cannot be touched") <= 2
 

