@@ -247,9 +247,9 @@ def _fits(value: Any, option: Any) -> bool:
     if option in (int, float, Share, Ttl):
         base = int if option is int else float
         is_number = isinstance(value, int | base) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or (option is Ttl and value < Ttl.LEAST):
-            return False
-        return 0 < value <= (1.0 if option is Share else math.inf)
+        least = Ttl.LEAST if option is Ttl else 0.0
+        most = 1.0 if option is Share else math.inf
+        return is_number and math.isfinite(value) and value > 0 and least <= value <= most
     if typing.get_origin(option) is tuple:
         return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
     return isinstance(value, option)

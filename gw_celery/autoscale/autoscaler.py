@@ -170,6 +170,7 @@ class Autoscaler(autoscale.Autoscaler):
             lengths = {
                 service: queue_lengths.total(reading.lengths, queues)
                 for service, queues in self.pool.cluster.queues.items()
+                if queues
             }
             # By which the pool knows that its replicas are full.
             self.pool.note_queued({key: length.messages for key, length in lengths.items()})
@@ -187,7 +188,7 @@ class Autoscaler(autoscale.Autoscaler):
         mine = self._tell(worker)
         seen = {}
         for key in mine.services:
-            length = None if lengths is None else lengths.get(key, queue_lengths.Length(0))
+            length = None if lengths is None else lengths.get(key)
             sharing = policy_demand.sharing(mine, others, key)
             seen[key] = self._outlook(key, mine, sharing, length, now)
         group = policy_demand.group_of(mine, others)

@@ -98,6 +98,8 @@ class Membership(background_thread.BackgroundThread):
             self._keys = liveness.Keys(self._shared)
         self._declared = _declared_lengths(app, min(_LONGEST_WAIT, self._ttl * _RABBITMQ_PART))
         self._lists: queue_lengths.RedisLengths | None = None
+        #: By which Redis knows the script of a beat, on this connection.
+        self._script = ""
         #: Queues whose lengths somebody goes by.
         self._followed = set(limited)
         self._loads = queue_time.Loads(limited)
@@ -193,7 +195,7 @@ class Membership(background_thread.BackgroundThread):
                 self._exchange(self._shared, now, is_look=is_look)
             except BaseException:
                 self._shared.close()
-                self._lists = None
+                self._lists, self._script = None, ""
                 # The others have been away as well.
                 self._meets_until = time.monotonic() + _MEETING
                 if self.counts is not None:
@@ -235,6 +237,8 @@ class Membership(background_thread.BackgroundThread):
 
     def _exchange(self, shared: find.SharedRedis, now: float, *, is_look: bool) -> None:
         client = shared.client()
+        if not self._script:
+            self._script = client.script_load(liveness.BEAT)
         lists = self._lists_of(shared) if is_look else None
         is_beat = now >= self._next_beat
         has_records = is_beat and now >= self._next_records
@@ -270,9 +274,9 @@ class Membership(background_thread.BackgroundThread):
     # -- beats --
 
     def _ask_beat(self, pipe: Any) -> None:
-        record = dataclasses.replace(self._record, incarnation=self.incarnation)
         keys = (self._keys.alive, self._keys.tombstone(self.incarnation), self._keys.records)
-        pipe.eval(liveness.BEAT, len(keys), *keys, self.incarnation, self._ttl, record.dumps())
+        record = self._record.dumps()
+        pipe.evalsha(self._script, len(keys), *keys, self.incarnation, self._ttl, record)
 
     def _follow_beat(self, client: Any, own: float, answer: list[Any]) -> None:
         if answer[0] == b"dead":
@@ -387,7 +391,7 @@ class Membership(background_thread.BackgroundThread):
 
 def _read(name: bytes, written: bytes) -> worker_record.WorkerRecord | None:
     try:
-        return worker_record.loads(written)
+        return worker_record.loads(written, name.decode())
     except (ValueError, TypeError, RecursionError) as exc:
         logger.debug("the record of %r cannot be read: %s", name, exc)
         return None

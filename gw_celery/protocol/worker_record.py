@@ -63,7 +63,7 @@ class WorkerRecord:
 
     #: Its node name.
     worker: str
-    #: One start of a worker, or its life after it was declared lost.
+    #: One start of a worker, or its life after it was declared lost: the name of the record.
     incarnation: str = ""
     #: ``None`` for a worker of a fixed size.
     size: Size | None = None
@@ -78,8 +78,10 @@ class WorkerRecord:
         return ",".join(sorted(self.services))
 
     def dumps(self) -> str:
-        """Return what ``loads`` reads; what is as by default is left out."""
-        return json.dumps({"version": VERSION, **_told(self)}, separators=(",", ":"))
+        """Return what ``loads`` reads: all but the incarnation, and what is as by default."""
+        told = {"version": VERSION, **_told(self)}
+        told.pop("incarnation", None)
+        return json.dumps(told, separators=(",", ":"))
 
 
 def of(
@@ -117,8 +119,11 @@ def _service(worker: snapshot.Worker, key: str, queues: str) -> ServiceRecord:
     )
 
 
-def loads(written: str | bytes) -> WorkerRecord:
+def loads(written: str | bytes, incarnation: str = "") -> WorkerRecord:
     """Return the record that was written.
+
+    Args:
+        incarnation: under which it was found.
 
     Raises:
         ValueError: for anything else, such as one of another version.
@@ -129,7 +134,7 @@ def loads(written: str | bytes) -> WorkerRecord:
     size, each = told.get("size"), _mapping(told.get("services", {}))
     return WorkerRecord(
         worker=_name(told.get("worker")),
-        incarnation=_name(told.get("incarnation")),
+        incarnation=incarnation,
         size=None if size is None else _read(Size, size),
         services={key: _read(ServiceRecord, one) for key, one in each.items()},
         loads={
