@@ -6,7 +6,6 @@ it STARTED for ever. Its replica records it in Redis; a living worker finds the 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,20 +32,9 @@ _OF_BODY = ("errbacks", "chord", "chain")
 _OF = "/"
 
 
-@dataclasses.dataclass(frozen=True)
-class Keys:
-    """The keys of records in Redis; ``prefix`` is the result backend's own."""
-
-    prefix: str
-
-    @classmethod
-    def of(cls, backend: Any) -> Keys:
-        """Return those beside the results of a Redis backend."""
-        return cls(find.results_prefix(backend))
-
-    def records(self, start: str) -> str:
-        """A hash of what a worker acknowledged early and has not answered, by number."""
-        return f"{self.prefix}gw:early:{start}"
+def records_key(backend: Any, start: str) -> str:
+    """Return the key of a hash beside the results: what a worker acknowledged early, by number."""
+    return f"{find.results_prefix(backend)}gw:early:{start}"
 
 
 def start_of(incarnation: str) -> str:

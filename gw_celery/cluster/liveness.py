@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import time
 
-from gw_celery.transport import find
-
 #: Seconds that a tombstone is kept.
 TOMBSTONE = 7 * 86_400
 #: Seconds after which the last beat of a project that is used no more is forgotten.
@@ -56,20 +54,6 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 def now() -> float:
     """Return the seconds of a clock that nobody sets."""
     return time.clock_gettime(_CLOCK)
-
-
-class Keys:
-    """The keys of liveness and of the records."""
-
-    def __init__(self, shared: find.SharedRedis) -> None:
-        #: Sorted set: incarnations by the times of their last beats.
-        self.alive = shared.key("alive")
-        #: Hash: the record of each incarnation.
-        self.records = shared.key("records")
-        self._shared = shared
-
-    def tombstone(self, incarnation: str) -> str:
-        return self._shared.key("dead", incarnation)
 
 
 class Trust:

@@ -68,18 +68,17 @@ class LostInputs(background_thread.BackgroundThread):
 
     def has_own(self) -> bool:
         """Whether inputs of this worker are on record."""
-        key = early_acks.Keys.of(self._app.backend).records(self._own)
-        return bool(self._app.backend.client.exists(key))
+        backend = self._app.backend
+        return bool(backend.client.exists(early_acks.records_key(backend, self._own)))
 
     def run_round(self) -> None:
         self.period = _AGAIN  # unless all goes well
         backend = self._app.backend
-        keys = early_acks.Keys.of(backend)
-        self._remove_ended(backend.client, keys)
+        self._remove_ended(backend)
         lost = list(self._lost)
         for incarnation in lost:
-            self._take_over(backend.client, keys, incarnation)
-        if lost and not self._answer_all(backend, keys):
+            self._take_over(backend, incarnation)
+        if lost and not self._answer_all(backend):
             return
         for incarnation in lost:
             del self._lost[incarnation]
@@ -87,22 +86,21 @@ class LostInputs(background_thread.BackgroundThread):
         self.period = math.inf
 
     def leave(self) -> None:
-        backend = self._app.backend
-        self._remove_ended(backend.client, early_acks.Keys.of(backend))
+        self._remove_ended(self._app.backend)
 
-    def _remove_ended(self, client: Any, keys: early_acks.Keys) -> None:
+    def _remove_ended(self, backend: Any) -> None:
         ended = list(self._ended)
         if ended:
-            client.hdel(keys.records(self._own), *ended)
+            backend.client.hdel(early_acks.records_key(backend, self._own), *ended)
         for _ in ended:
             self._ended.popleft()
 
-    def _take_over(self, client: Any, keys: early_acks.Keys, lost: str) -> None:
+    def _take_over(self, backend: Any, lost: str) -> None:
         start = early_acks.start_of(lost)
-        theirs, mine = keys.records(start), keys.records(self._own)
-        numbers = [number.decode() for number in client.hkeys(theirs)]
+        keys = [early_acks.records_key(backend, owner) for owner in (start, self._own)]
+        numbers = [number.decode() for number in backend.client.hkeys(keys[0])]
         for number in numbers:
-            client.eval(_TAKE_OVER, 2, theirs, mine, number, early_acks.taken_over(start, number))
+            backend.client.eval(_TAKE_OVER, 2, *keys, number, early_acks.taken_over(start, number))
         if numbers:
             logger.error(
                 "worker %s was lost: it left %d inputs that it had acknowledged",
@@ -110,9 +108,9 @@ class LostInputs(background_thread.BackgroundThread):
                 len(numbers),
             )
 
-    def _answer_all(self, backend: Any, keys: early_acks.Keys) -> bool:
+    def _answer_all(self, backend: Any) -> bool:
         """Store the failure of everything that was taken over; whether nothing is left."""
-        mine = keys.records(self._own)
+        mine = early_acks.records_key(backend, self._own)
         is_done = True
         for number, record in backend.client.hgetall(mine).items():
             start = early_acks.lost_worker(number.decode())

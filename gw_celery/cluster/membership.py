@@ -81,7 +81,7 @@ class Membership(background_thread.BackgroundThread):
             "gw-cluster", "the other workers cannot be known, nor know of this one", period=_BEAT
         )
         #: This start of the worker; what it acknowledged early is kept by it.
-        self.start_id = f"{hostname}:{uuid.uuid4().hex}"
+        self.start_id = f"{hostname}:{uuid.uuid4().hex[:12]}"
         self.queues = queues
         #: The other workers, as of the last round; empty without a Redis.
         self.others: tuple[worker_record.WorkerRecord, ...] = ()
@@ -95,7 +95,10 @@ class Membership(background_thread.BackgroundThread):
         self._shared = find.redis_of(app, min(_LONGEST_WAIT, self._ttl * _REDIS_PART))
         if self._shared is not None:
             self.counts = poison_counts.Shared(self, wake)
-            self._keys = liveness.Keys(self._shared)
+            #: Sorted set: incarnations by the times of their last beats.
+            self._alive = self._shared.key("alive")
+            #: Hash: the record of each incarnation.
+            self._records = self._shared.key("records")
         self._declared = _declared_lengths(app, min(_LONGEST_WAIT, self._ttl * _RABBITMQ_PART))
         self._lists: queue_lengths.RedisLengths | None = None
         #: By which Redis knows the script of a beat, on this connection.
@@ -104,8 +107,6 @@ class Membership(background_thread.BackgroundThread):
         self._followed = set(limited)
         self._loads = queue_time.Loads(limited)
         self._own_loads: dict[str, worker_record.QueueLoad] = {}
-        #: Workload of one input of each of these queues.
-        self._means: dict[str, float] = {}
         self._names = {service: ",".join(sorted(names)) for service, names in queues.items()}
         self._size: worker_record.Size | None = None
         self._record = worker_record.WorkerRecord(worker=hostname)
@@ -155,7 +156,6 @@ class Membership(background_thread.BackgroundThread):
     def observe(self, worker: snapshot.Worker) -> None:
         """Have the others know this worker as it is, from the next round on; once a second."""
         self._own_loads = self._loads.observe(worker)
-        self._means = {queue: self._loads.mean(queue, worker) for queue in self._own_loads}
         self.tell(worker, self._size)
 
     def tell(
@@ -230,9 +230,9 @@ class Membership(background_thread.BackgroundThread):
         with shared.client().pipeline(transaction=False) as pipe:
             if self.counts is not None:
                 self.counts.ask_redis(pipe, shared.key("deaths", ""))
-            pipe.hdel(self._keys.records, self.incarnation)
+            pipe.hdel(self._records, self.incarnation)
             if self.lost is None or not self.lost.has_own():
-                pipe.zrem(self._keys.alive, self.incarnation)
+                pipe.zrem(self._alive, self.incarnation)
             pipe.execute(raise_on_error=False)
 
     def _exchange(self, shared: find.SharedRedis, now: float, *, is_look: bool) -> None:
@@ -273,8 +273,13 @@ class Membership(background_thread.BackgroundThread):
 
     # -- beats --
 
+    def _keys(self, incarnation: str) -> tuple[str, str, str]:
+        """The keys of the scripts of ``liveness``; the second is the tombstone."""
+        assert self._shared is not None
+        return (self._alive, self._shared.key("dead", incarnation), self._records)
+
     def _ask_beat(self, pipe: Any) -> None:
-        keys = (self._keys.alive, self._keys.tombstone(self.incarnation), self._keys.records)
+        keys = self._keys(self.incarnation)
         record = self._record.dumps()
         pipe.evalsha(self._script, len(keys), *keys, self.incarnation, self._ttl, record)
 
@@ -292,7 +297,7 @@ class Membership(background_thread.BackgroundThread):
                 is_late = abs(float(server) - float(beat)) > 2 * self._ttl
                 self._declare(client, incarnation, beat, is_late=is_late)
         while self.lost is not None and self.lost.answered:
-            client.zrem(self._keys.alive, self.lost.answered.popleft())
+            client.zrem(self._alive, self.lost.answered.popleft())
 
     def _tell_apart(self) -> None:
         """Those that are silent are counted no more, declared or not."""
@@ -313,7 +318,7 @@ class Membership(background_thread.BackgroundThread):
 
     def _declare(self, client: Any, incarnation: str, beat: bytes, *, is_late: bool) -> None:
         """Declare a worker lost, at most once; answer for it, or where its declarer has not."""
-        keys = (self._keys.alive, self._keys.tombstone(incarnation), self._keys.records)
+        keys = self._keys(incarnation)
         result = client.eval(
             liveness.DECLARE,
             len(keys),
@@ -339,15 +344,14 @@ class Membership(background_thread.BackgroundThread):
         if self.lost is not None:
             self.lost.take(incarnation)
         else:
-            client.zrem(self._keys.alive, incarnation)
+            client.zrem(self._alive, incarnation)
 
     # -- records --
 
     def _ask_records(self, pipe: Any) -> None:
-        keys = self._keys
-        pipe.hgetall(keys.records)
-        pipe.zrange(keys.alive, 0, -1)
-        for key in (keys.records, keys.alive):
+        pipe.hgetall(self._records)
+        pipe.zrange(self._alive, 0, -1)
+        for key in (self._records, self._alive):
             pipe.expire(key, liveness.FORGET)
 
     def _follow_records(
@@ -366,16 +370,17 @@ class Membership(background_thread.BackgroundThread):
         if self._declared is None or self._lengths is not None:
             self._waits = {queue: self._wait(queue) for queue in self._own_loads}
         if gone := written.keys() - set(alive):
-            client.hdel(self._keys.records, *gone)
+            client.hdel(self._records, *gone)
 
     # -- what callers are told --
 
     def _wait(self, queue: str) -> float | None:
         """Return the seconds that an input which comes now would wait; ``None``: unknown."""
-        loads = [one.loads[queue] for one in self.others if queue in one.loads]
-        total = queue_time.together([self._own_loads[queue], *loads])
+        own = self._own_loads[queue]
+        others = [record.loads[queue] for record in self.others if queue in record.loads]
+        total = queue_time.together([own, *others])
         length = (self._lengths or {}).get(queue, queue_lengths.Length(0))
-        return queue_time.estimate(length.messages * self._means[queue], total.waiting, total.rate)
+        return queue_time.estimate(length.messages * own.mean, total.waiting, total.rate)
 
     def _ask_waits(self, pipe: Any, shared: find.SharedRedis) -> None:
         """Write the estimates that the last records gave; a caller reads one small value."""

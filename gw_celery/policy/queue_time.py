@@ -105,13 +105,6 @@ class Loads:
         """Return the load of each queue; called once a second."""
         return {queue: self._load(slots, worker) for queue, slots in self._queues.items()}
 
-    def mean(self, queue: str, worker: snapshot.Worker) -> float:
-        """Return the mean workload of an input of a queue."""
-        tallies = worker.tallies
-        return snapshot.mean_workload(
-            tallies[service] for service in self._queues[queue] if service in tallies
-        )
-
     def _load(self, slots: Mapping[str, int], worker: snapshot.Worker) -> QueueLoad:
         tallies = {key: worker.tallies[key] for key in slots if key in worker.tallies}
         return QueueLoad(
@@ -120,6 +113,7 @@ class Loads:
                 {service: self._rate(service, slots[service], worker) for service in slots},
                 {key: self._parts[key].observe(one.arrived) for key, one in tallies.items()},
             ),
+            mean=snapshot.mean_workload(tallies.values()),
         )
 
     def _rate(self, service: str, slots: int, worker: snapshot.Worker) -> float | None:

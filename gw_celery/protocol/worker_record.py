@@ -23,6 +23,8 @@ class QueueLoad:
     waiting: float = 0.0
     #: ``None`` before it is known.
     rate: float | None = None
+    #: Of one input.
+    mean: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,9 +80,9 @@ class WorkerRecord:
         return ",".join(sorted(self.services))
 
     def dumps(self) -> str:
-        """Return what ``loads`` reads: all but the incarnation, and what is as by default."""
-        told = {"version": VERSION, **_told(self)}
-        told.pop("incarnation", None)
+        """Return what ``loads`` reads: all but the incarnation."""
+        told = dataclasses.asdict(self) | {"version": VERSION}
+        del told["incarnation"]
         return json.dumps(told, separators=(",", ":"))
 
 
@@ -131,31 +133,14 @@ def loads(written: str | bytes, incarnation: str = "") -> WorkerRecord:
     told = _mapping(json.loads(written))
     if told.get("version") != VERSION:
         raise ValueError(f"not a record of version {VERSION}: {written[:100]!r}")
-    size, each = told.get("size"), _mapping(told.get("services", {}))
+    size, services, loads = told.get("size"), told.get("services"), told.get("loads")
     return WorkerRecord(
         worker=_name(told.get("worker")),
         incarnation=incarnation,
         size=None if size is None else _read(Size, size),
-        services={key: _read(ServiceRecord, one) for key, one in each.items()},
-        loads={
-            queue: _read(QueueLoad, load) for queue, load in _mapping(told.get("loads", {})).items()
-        },
+        services={key: _read(ServiceRecord, part) for key, part in _mapping(services).items()},
+        loads={queue: _read(QueueLoad, part) for queue, part in _mapping(loads).items()},
     )
-
-
-def _told(record: Any) -> dict[str, Any]:
-    """A dataclass as JSON has it, without the fields that are as by default."""
-    told: dict[str, Any] = {}
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        if isinstance(value, Mapping):
-            value = {key: _told(entry) for key, entry in value.items()}
-        elif dataclasses.is_dataclass(value):
-            told[field.name] = _told(value)
-            continue
-        if value != field.default and value != {}:
-            told[field.name] = value
-    return told
 
 
 def _read(cls: type[_Part], told: Any) -> _Part:

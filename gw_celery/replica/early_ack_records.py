@@ -26,7 +26,7 @@ class Records:
 
     def __init__(self, app: Any, worker: str) -> None:
         self._app = app
-        self._key = early_acks.Keys.of(app.backend).records(worker)
+        self._key = early_acks.records_key(app.backend, worker)
         self._held: set[int] = set()
         # asyncio keeps only weak references to its tasks.
         self._ending: set[asyncio.Task[None]] = set()

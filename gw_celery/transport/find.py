@@ -6,7 +6,6 @@ It is the broker if that is a Redis, else the result backend, else there is none
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 from gw_celery.transport import broker
@@ -47,7 +46,6 @@ class SharedRedis:
 
     def __init__(self, app: Any, prefix: str, timeout: float) -> None:
         self.prefix = prefix
-        self.pid = os.getpid()
         self._app = app
         self._timeouts = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
         self._client: Any = None

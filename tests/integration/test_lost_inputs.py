@@ -18,7 +18,7 @@ pytestmark = pytest.mark.integration
 
 LOST = "lost@test:1"
 INCARNATION = f"{LOST}.0"
-KEYS = early_acks.Keys("")
+RECORDS = f"gw:early:{LOST}"
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def lose(client: Celery) -> Callable[..., None]:
         redis = client.backend.client
         for number, task_id in enumerate(ids):
             record = early_acks.write({"id": task_id, "task": "proj.embed", **entries}, None)
-            redis.hset(KEYS.records(LOST), str(number), record)
+            redis.hset(RECORDS, str(number), record)
 
     return leave
 
@@ -84,7 +84,7 @@ def test_what_a_worker_took_over_before_it_was_killed_is_taken_from_it(
 ) -> None:
     lose("a")
     victim = other(client, "victim@test:1")
-    victim._take_over(client.backend.client, KEYS, INCARNATION)
+    victim._take_over(client.backend, INCARNATION)
     assert answer(other(client), "victim@test:1.0")
     assert "was running on lost@test" in caplog.text
     assert client.backend.client.keys("gw:early:*") == []
@@ -115,7 +115,7 @@ def test_a_record_that_cannot_be_read_is_dropped(
     client: Celery, lose: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     lose("a")
-    client.backend.client.hset(KEYS.records(LOST), "9", b"garbage")
+    client.backend.client.hset(RECORDS, "9", b"garbage")
     assert answer(other(client))
     assert "cannot be read and is dropped" in caplog.text
     assert client.AsyncResult("a").state == "FAILURE"
@@ -128,7 +128,7 @@ def test_an_ignored_result_is_not_stored(client: Celery, lose: Callable[..., Non
 
 
 def test_what_its_replicas_left_is_removed_also_at_the_end(client: Celery) -> None:
-    one, key = other(client), KEYS.records("living@test:1")
+    one, key = other(client), "gw:early:living@test:1"
     client.backend.client.hset(key, mapping={"1": "a", "2": "b", "3": "c"})
     one.forget([1, 3])
     assert one.close()
@@ -143,11 +143,11 @@ def test_a_worker_that_stops_while_inputs_of_it_are_on_record_will_be_answered_f
     broker = one._shared
     assert broker is not None
     one.run_round()
-    client.backend.client.hset(KEYS.records(one.start_id), "1", "a")
+    client.backend.client.hset(f"gw:early:{one.start_id}", "1", "a")
     one.leave()
     assert broker.client().zrange("gw:alive", 0, -1) == [one.incarnation.encode()]
     assert not broker.client().exists("gw:records")
-    client.backend.client.delete(KEYS.records(one.start_id))
+    client.backend.client.delete(f"gw:early:{one.start_id}")
     one.leave()
     assert not broker.client().exists("gw:alive")
     broker.close()

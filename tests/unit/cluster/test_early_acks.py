@@ -54,7 +54,7 @@ def test_keys_have_the_prefix_of_the_results() -> None:
 
     backend = Backend()
     backend.task_keyprefix = b"mine_celery-task-meta-"  # type: ignore[assignment]
-    assert early_acks.Keys.of(backend).records("w@h:1") == "mine_gw:early:w@h:1"
+    assert early_acks.records_key(backend, "w@h:1") == "mine_gw:early:w@h:1"
 
 
 def test_a_worker_that_was_taken_for_lost_keeps_its_records() -> None:

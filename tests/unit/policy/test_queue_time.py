@@ -111,8 +111,8 @@ def test_a_load_is_at_the_pace_of_the_slots_until_there_is_a_score() -> None:
 
 def test_the_mean_of_a_queue_is_that_of_its_services() -> None:
     loads = queue_time.Loads({"q": {"embed": 1, "rank": 1}})
-    assert loads.mean("q", worker(Counters())) == 1.0
-    assert loads.mean("q", worker(Counters(arrived_inputs=7, mean=2.0))) == 2.0
+    assert loads.observe(worker(Counters()))["q"].mean == 1.0
+    assert loads.observe(worker(Counters(arrived_inputs=7, mean=2.0)))["q"].mean == 2.0
 
 
 def test_a_quick_service_on_the_same_queue_makes_the_slow_one_no_quicker() -> None:

@@ -73,7 +73,7 @@ def test_the_snapshot_has_what_was_asked_for_and_which_queues_are_open(
     pool.gate = SimpleNamespace(  # type: ignore[assignment]
         open_queues=lambda: ("cpu.embed",), closed_queues=lambda: ("cpu.classify",)
     )
-    pool.ranking = SimpleNamespace(bands=lambda: {"embed": "quick"})  # type: ignore[assignment]
+    pool.bands = SimpleNamespace(names=lambda: {"embed": "quick"})  # type: ignore[assignment]
     pool.grow(3)
     pool._state = pool.CLOSE
     seen = pool.snapshot()

@@ -41,14 +41,6 @@ def test_a_record_is_read_as_it_was_written(record: WorkerRecord) -> None:
     assert worker_record.loads(record.dumps().encode(), record.incarnation) == record
 
 
-def test_what_is_as_by_default_takes_no_room() -> None:
-    assert json.loads(WorkerRecord(worker="w", services={"": ServiceRecord()}).dumps()) == {
-        "version": 1,
-        "worker": "w",
-        "services": {"": {}},
-    }
-
-
 @pytest.mark.parametrize(
     "change",
     [
