@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import redis
 from celery import Celery
 
 from gw_celery import devserver
-from gw_celery.cluster import membership, queue_lengths
+from gw_celery.cluster import liveness, membership, queue_lengths
 from gw_celery.protocol import snapshot, worker_record
 from gw_celery.testing import eventually
 from tests.unit.cluster.project import Project
@@ -191,6 +192,29 @@ def test_a_killed_worker_is_declared_once_and_leaves_nothing_but_its_tombstone(
     eventually(lambda: three.after(1) or killed not in three.alive())
     assert three.known("a@h") == ["c@h"]
     assert 6 * 86_400 < three.client.ttl(f"gw:dead:{killed}") <= 7 * 86_400
+
+
+def test_a_silent_worker_counts_no_more_also_between_two_readings(three: Project) -> None:
+    three.workers.pop("b@h")
+    three.workers["a@h"]._next_records = math.inf
+    three.after(TTL + 2)
+    assert three.known("a@h") == ["c@h"]
+
+
+def test_a_worker_that_has_beaten_since_its_beat_was_read_is_not_declared(
+    project: Project, client: redis.Redis
+) -> None:
+    keys = ("gw:alive", "gw:dead:a", "gw:records")
+
+    def declare(beat: str) -> Any:
+        return client.eval(liveness.DECLARE, len(keys), *keys, "a", beat, "me", 60)
+
+    client.zadd("gw:alive", {"a": 100.5})
+    assert declare("99.5") == 0
+    assert not client.exists("gw:dead:a")
+    assert declare("100.5") == liveness.DECLARED
+    assert declare("100.5") == liveness.WAS_DECLARED
+    assert client.get("gw:dead:a") == b"me"
 
 
 def test_a_frozen_worker_finds_its_tombstone_and_goes_on_as_another(

@@ -177,12 +177,16 @@ def test_an_answer_arrives_soon_and_in_the_pools_own_thread_only(
 
 
 def test_a_redis_that_is_away_makes_each_worker_count_for_itself(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+    start: Start, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: Any) -> Any:
         raise ConnectionError("away")
 
+    server.set("gw:deaths:b", 3)
     worker = start()
+    worker.ask("its first round is over")
+    worker.settle()
+    worker.known.clear()
     with monkeypatch.context() as patch:
         patch.setattr(find.SharedRedis, "client", refuse)
         worker.seen.record([Job("a", runs_alone=True)] * 3)
