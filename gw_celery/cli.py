@@ -1,4 +1,4 @@
-"""``celery -A proj gw ...``: what operators type about workers with the GPU pool."""
+"""``celery -A proj gw ...``: the commands for operators of workers with the GPU pool."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import click
 
 from gw_celery import conf
-from gw_celery.pool import dead_letter_message, dead_queue
+from gw_celery.pool import dead_letters
 from gw_celery.worker import command as worker_command
 from gw_celery.worker import commands
-
-_TIMEOUT = 2.0
 
 # Every ``celery`` command imports this module, for it is a plugin of the command line.
 commands.describe()
@@ -26,25 +24,20 @@ def gw() -> None:
 gw.add_command(worker_command.worker)
 
 
-def _destination(function: Any) -> Any:
-    options = [
-        click.option("-d", "--destination", multiple=True, help="Node name; all without it."),
-        click.option(
-            "-t",
-            "--timeout",
-            default=_TIMEOUT,
-            show_default=True,
-            help="Seconds to wait for answers.",
-        ),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+def _asks_workers(function: Any) -> Any:
+    """Add the options of a command that workers answer."""
+    destination = click.option(
+        "-d", "--destination", multiple=True, help="Node name; all without it."
+    )
+    timeout = click.option(
+        "-t", "--timeout", default=2.0, show_default=True, help="Seconds to wait for answers."
+    )
+    return destination(timeout(function))
 
 
 @gw.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document for programs.")
-@_destination
+@_asks_workers
 @click.pass_context
 def status(ctx: click.Context, as_json: bool, destination: tuple[str, ...], timeout: float) -> None:
     """Show each worker's replicas: state, pid, in flight, restarts, devices, last error."""
@@ -63,7 +56,7 @@ def status(ctx: click.Context, as_json: bool, destination: tuple[str, ...], time
 
 @gw.command()
 @click.argument("replica", type=int, required=False)
-@_destination
+@_asks_workers
 @click.pass_context
 def drain(
     ctx: click.Context, replica: int | None, destination: tuple[str, ...], timeout: float
@@ -74,7 +67,7 @@ def drain(
 
 @gw.command()
 @click.argument("replica", type=int, required=False)
-@_destination
+@_asks_workers
 @click.pass_context
 def restart(
     ctx: click.Context, replica: int | None, destination: tuple[str, ...], timeout: float
@@ -94,30 +87,31 @@ def dead(ctx: click.Context, requeue: str | None, as_json: bool) -> None:
     name = settings.dead_letter_queue
     if not name:
         raise click.ClickException("there is no dead-letter queue: gw_dead_letter_queue is None")
-    with dead_queue.connect(app) as connection:
-        lying = dead_queue.of(app, connection, name, settings.max_dead_letters)
+    with dead_letters.connect(app) as connection:
+        queue = dead_letters.queue_of(app, connection, settings)
         if requeue is not None:
-            _requeue(lying, name, requeue)
+            _requeue(queue, name, requeue)
         else:
-            _show_dead(list(lying.look()), name, as_json=as_json)
+            _show_dead(
+                [dead_letters.summary(letter) for letter in queue.read()], name, as_json=as_json
+            )
 
 
-def _requeue(lying: dead_queue.DeadQueue, name: str, task_id: str) -> None:
-    if (sent := lying.requeue(task_id)) is None:
+def _requeue(queue: dead_letters.DeadLetterQueue, name: str, task_id: str) -> None:
+    if (letter := queue.requeue(task_id)) is None:
         raise click.ClickException(f"no message of task {task_id} lies in the queue {name}")
-    click.echo(f"{sent.task}[{task_id}] is in its queue again, with no deaths")
+    click.echo(f"{letter.headers.get('task')}[{task_id}] is in its queue again, with no deaths")
 
 
-def _show_dead(found: list[dead_letter_message.Letter], name: str, *, as_json: bool) -> None:
-    summaries = [letter.summary() for letter in found]
+def _show_dead(summaries: list[dict[str, Any]], name: str, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(summaries, indent=2))
         return
-    click.echo(f"{name}: {len(found)} dead letters")
-    for one in summaries:
+    click.echo(f"{name}: {len(summaries)} dead letters")
+    for row in summaries:
         click.echo(
-            f"  {one['id']}  {one['task']}  queue {one['queue']}  {one['deaths']} deaths  "
-            f"since {one['since']}  by {one['worker']}"
+            f"  {row['id']}  {row['task']}  queue {row['queue']}  {row['deaths']} deaths  "
+            f"since {row['since']}  by {row['worker']}"
         )
 
 
@@ -129,9 +123,9 @@ def _command(
     timeout: float,
 ) -> None:
     answers = _answers(ctx, name, {"replica": replica}, destination, timeout)
-    for worker, said in sorted(answers.items()):
-        click.echo(f"{worker}: {said.get('ok') or said.get('error')}")
-    if not answers or any("error" in said for said in answers.values()):
+    for worker, answer in sorted(answers.items()):
+        click.echo(f"{worker}: {answer.get('ok') or answer.get('error')}")
+    if not answers or any("error" in answer for answer in answers.values()):
         raise click.ClickException("a worker refused" if answers else "no worker answered")
 
 
@@ -142,18 +136,18 @@ def _answers(
     destination: tuple[str, ...],
     timeout: float,
 ) -> dict[str, Any]:
-    """What each worker answered, by its name."""
-    answers = ctx.obj.app.control.broadcast(
+    """Return the answer of each worker by its name."""
+    replies = ctx.obj.app.control.broadcast(
         command,
         arguments=arguments,
         destination=list(destination) or None,
         reply=True,
         timeout=timeout,
     )
-    found = {worker: said for answer in answers or () for worker, said in answer.items()}
     # Workers without the GPU pool do not know the command, and are not meant.
     unknown = {"error": f"KeyError({command!r})"}
-    return {worker: said for worker, said in found.items() if said != unknown}
+    answers = (item for reply in replies or () for item in reply.items())
+    return {worker: answer for worker, answer in answers if answer != unknown}
 
 
 def _table(worker: str, answer: dict[str, Any]) -> str:
@@ -163,25 +157,25 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
         f"{worker}: {answer['waiting']} waiting; consumes {_listed(answer['open_queues'])}; "
         f"closed: {_listed(answer['closed_queues'])}"
     ]
-    if answer.get("outage"):  # workers of an older version do not say it
+    if answer.get("outage"):  # workers of an older version have no such key
         lines.append(f"  consuming is paused, results cannot be stored: {answer['outage']}")
     if scaling := answer.get("scaling"):
         lines.append(
             f"  autoscaler: {scaling['actual']} replicas, {scaling['desired']} wanted, "
             f"{scaling['least']} to {scaling['most']}: {scaling['why']}"
         )
-    for one in answer["replicas"]:
+    for replica in answer["replicas"]:
         line = (
-            f"  replica {one['number']}  {one['state']:<9} pid {one['pid'] or '-'}  "
-            f"{one['in_flight']}/{one['slots']} in flight  {one['restarts']} restarts"
+            f"  replica {replica['number']}  {replica['state']:<9} pid {replica['pid'] or '-'}  "
+            f"{replica['in_flight']}/{replica['slots']} in flight  {replica['restarts']} restarts"
         )
-        if devices := one.get("devices"):  # a worker of an older version tells of none
+        if devices := replica.get("devices"):  # workers of an older version have no such key
             line += f"  on {', '.join(devices)}"
-        lines.append(f"{line}  {one['last_error']}".rstrip())
-        lines += [f"    {_probed(probe)}" for probe in one.get("probes", ())]
-    for service, one in sorted(answer.get("scores", {}).items()):
-        if one["value"] is not None:
-            lines.append(f"  {service or 'plain tasks'}: {_scored(one)}")
+        lines.append(f"{line}  {replica['last_error']}".rstrip())
+        lines += [f"    {_probed(probe)}" for probe in replica.get("probes", ())]
+    for service, score in sorted(answer.get("scores", {}).items()):
+        if score["value"] is not None:
+            lines.append(f"  {service or 'plain tasks'}: {_scored(score)}")
     return "\n".join(lines)
 
 
@@ -190,9 +184,9 @@ def _probed(probe: dict[str, Any]) -> str:
     line = f"{probe['kind']} probe {probe['name']}"
     if probe["is_ok"] is None:
         return f"{line} has not answered yet"
-    said = "passed" if probe["is_ok"] else f"failed, {probe['failures']} in a row"
+    outcome = "passed" if probe["is_ok"] else f"failed, {probe['failures']} in a row"
     detail = f": {probe['detail']}" if probe["detail"] else ""
-    return f"{line} {said}, in {probe['seconds']:.2g} s{detail}"
+    return f"{line} {outcome}, in {probe['seconds']:.2g} s{detail}"
 
 
 def _scored(score: dict[str, Any]) -> str:
@@ -205,13 +199,13 @@ def _scored(score: dict[str, Any]) -> str:
     return "\n    ".join([line, *map(_benchmarked, score["benchmarks"])])
 
 
-def _benchmarked(one: dict[str, Any]) -> str:
+def _benchmarked(score: dict[str, Any]) -> str:
     line = (
-        f"{one['task']}: {one['value']:.4g}/s ({one['least']:.4g} to {one['most']:.4g}), p50 "
-        f"{1000 * one['p50']:.3g} ms, p95 {1000 * one['p95']:.3g} ms, {one['success_rate']:.0%} "
-        f"succeeded, measured {_ago(one['age'])}"
+        f"{score['task']}: {score['value']:.4g}/s ({score['least']:.4g} to {score['most']:.4g}), "
+        f"p50 {1000 * score['p50']:.3g} ms, p95 {1000 * score['p95']:.3g} ms, "
+        f"{score['success_rate']:.0%} succeeded, measured {_ago(score['age'])}"
     )
-    return f"{line}; first failure: {one['failure']}" if one["failure"] else line
+    return f"{line}; first failure: {score['failure']}" if score["failure"] else line
 
 
 def _ago(seconds: float) -> str:

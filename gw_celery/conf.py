@@ -83,7 +83,7 @@ class Settings:
     #: Time without work after which the last replica goes, where none must stay; ``None``: never.
     inactivity_timeout: float | None = None
     #: Longest time between two ticks of beat to the probes, shorter where a probe's period is;
-    #: ``None`` for no entry in ``beat_schedule``.
+    #: whole seconds; ``None`` for no entry in ``beat_schedule``.
     probe_period: float | None = 10.0
     #: Age at which a score is measured again, on a replica that has nothing to do, and the time
     #: between two ticks of beat to the benchmarks; ``None``: never.
@@ -130,7 +130,7 @@ def is_set(conf: Any, name: str) -> bool:
 
     Celery's own ``without_defaults`` forgets the namespace that a project keeps its settings in.
     """
-    return any(key in given for given in conf.maps[:-1] for key in conf._to_keys(name))
+    return any(key in layer for layer in conf.maps[:-1] for key in conf._to_keys(name))
 
 
 def assign(conf: Any, name: str, value: Any) -> None:
@@ -141,13 +141,13 @@ def assign(conf: Any, name: str, value: Any) -> None:
     conf[conf._to_keys(name)[0]] = value
 
 
-def from_mapping(given: Mapping[str, Any]) -> Settings:
+def from_mapping(values: Mapping[str, Any]) -> Settings:
     """Return settings from the bare names that Django's ``GW_CELERY`` has.
 
     Raises:
         ConfigurationError: for an unknown key, with the nearest known one, or a wrong type.
     """
-    return Settings(**_checked(given, "GW_CELERY ", ""))
+    return Settings(**_checked(values, "GW_CELERY ", ""))
 
 
 def is_django_project() -> bool:
@@ -163,16 +163,15 @@ def environment() -> dict[str, str]:
 @contextlib.contextmanager
 def talking_to(broker_url: str, result_url: str) -> Iterator[None]:
     """Let the Celery apps of this process use these servers, whatever their own configuration."""
-    given = {"CELERY_BROKER_URL": broker_url, "CELERY_RESULT_BACKEND": result_url}
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
+    urls = {"CELERY_BROKER_URL": broker_url, "CELERY_RESULT_BACKEND": result_url}
+    before = {name: os.environ[name] for name in urls if name in os.environ}
+    os.environ.update(urls)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name in urls:
             os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        os.environ.update(before)
 
 
 def server_program() -> str | None:
@@ -186,7 +185,7 @@ def fake_gpus() -> str | None:
 
 
 def visible_devices() -> str | None:
-    """Return what CUDA is told of this process's devices; ``""`` for none, ``None`` for all."""
+    """Return ``CUDA_VISIBLE_DEVICES`` of this process; ``""`` hides all, ``None`` none."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
@@ -221,12 +220,12 @@ def _typed(label: str, value: Any, expected: Any) -> Any:
     for option in options:
         if _fits(value, option):
             return _converted(value, option)
-    wanted = " or ".join(_said(option) for option in options)
-    raise errors.ConfigurationError(f"setting {label}={value!r}: must be {wanted}")
+    allowed = " or ".join(_described(option) for option in options)
+    raise errors.ConfigurationError(f"setting {label}={value!r}: must be {allowed}")
 
 
-def _said(option: Any) -> str:
-    """Say what fits, as far as `_fits` asks for more than the type."""
+def _described(option: Any) -> str:
+    """Name the type, and the bounds that `_fits` checks beside it."""
     if option is type(None):
         return "None"
     if option is Port:

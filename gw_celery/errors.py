@@ -165,21 +165,6 @@ class RemoteTraceback(GWCeleryError):
         return f"\n\n(remote traceback)\n{self.traceback}"
 
 
-class SweepDropped(GWCeleryError):
-    """Raised in place of a sweep that finds others waiting, which the broker keeps from running."""
-
-    def __init__(self, name: str, waiting: int) -> None:
-        super().__init__(name, waiting)
-        self.name = name
-        self.waiting = waiting
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name} was dropped: {self.waiting} sweeps wait here already; see why this "
-            f"worker cannot broadcast to its broker"
-        )
-
-
 class SerializationError(GWCeleryError, ValueError):
     """Raised when a value cannot be written to, or read from, gw-json."""
 

@@ -14,7 +14,7 @@ from celery import signals
 
 from gw_celery.declare import registry
 from gw_celery.runtime import fatal_exit
-from gw_celery.worker import forks, serving, stop_signal
+from gw_celery.worker import forks, serving
 
 _registries: list[registry.Registry] = []
 #: What this worker serves; set in the parent, inherited by forked children.
@@ -33,12 +33,6 @@ def listen() -> None:
     signals.worker_process_init.connect(_on_process_init, dispatch_uid="gw_celery.process_init")
     signals.worker_process_shutdown.connect(_on_shutdown, dispatch_uid="gw_celery.process_shutdown")
     signals.worker_shutdown.connect(_on_shutdown, dispatch_uid="gw_celery.shutdown")
-    listen_to_beat()
-
-
-def listen_to_beat() -> None:
-    """Connect the receiver that beat needs; a Django project does it where it has no App, too."""
-    signals.beat_init.connect(_on_beat_init, dispatch_uid="gw_celery.beat_init")
 
 
 def registries() -> tuple[registry.Registry, ...]:
@@ -61,12 +55,6 @@ def _on_worker_init(sender: Any, **_: Any) -> None:
         _plan = startup.prepare(sender, registries())
 
 
-def _on_beat_init(sender: Any, **_: Any) -> None:
-    from gw_celery.worker import beat  # no other process needs Celery's
-
-    beat.settle(sender, registries())
-
-
 def _note(worker: Any, reason: str) -> None:
     """Leave the reason in the worker's log, which is not set up yet: detached, it has no other."""
     if isinstance(path := getattr(worker, "logfile", None), str) and "%" not in path:
@@ -76,7 +64,7 @@ def _note(worker: Any, reason: str) -> None:
 
 def _on_process_init(**_: Any) -> None:
     if _plan is not None and (pipes := _plan.pipes) is not None:
-        with fatal_exit.fatal_errors(pipes.report), stop_signal.heeding(pipes.bell) as check:
+        with fatal_exit.fatal_errors(pipes.report), pipes.stop_check() as check:
             if _plan.pool == "prefork":
                 forks.refuse_cuda()
             serving.start(_plan, check)

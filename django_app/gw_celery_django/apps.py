@@ -8,7 +8,7 @@ from celery import current_app
 from django.apps import AppConfig
 
 import gw_celery
-from gw_celery import errors, signals
+from gw_celery import errors
 from gw_celery_django import checks, settings
 
 
@@ -21,8 +21,6 @@ class GWCeleryConfig(AppConfig):
 
     def ready(self) -> None:
         checks.register_all()
-        # Where no App is left, what an earlier one had beat send must go, too.
-        signals.listen_to_beat()
         # The system check reports what is wrong, and a worker refuses to start.
         with contextlib.suppress(errors.ConfigurationError):
             settings.apply(current_app)

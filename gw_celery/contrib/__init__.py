@@ -1,1 +1,1 @@
-"""Ties to other software: each module imports its library, and nothing else here does."""
+"""Integrations with other software: each module imports its library only there."""

@@ -1,4 +1,4 @@
-"""The services of a worker: what its picture says of each in several places, together; pure."""
+"""The load of each service of a worker, gathered from its snapshot; pure."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from gw_celery.protocol import snapshot
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is asked of a service here, what it has done, and what it could do.
+    """The demand for a service in one worker, what it has served, and its capacity.
 
     Workload is in the unit of the service's ``workload_calculator``; without one, an input is 1.
-    ``None`` is what is not known.
+    ``None`` stands for a figure that is not known.
     """
 
     #: The service's key; ``""`` for plain tasks.
@@ -28,7 +28,7 @@ class Load:
     counters: snapshot.Counters = dataclasses.field(default_factory=snapshot.Counters)
     #: Workload a second of one replica.
     score: float | None = None
-    #: By what share the traffic says more than the benchmark, or less.
+    #: By what share the served score is over the one of the benchmark, or under.
     drift: float | None = None
     ready_replicas: int = 0
     ready_slots: int = 0
@@ -39,11 +39,11 @@ class Load:
         return None if self.score is None else self.score * self.ready_replicas
 
 
-def of(seen: snapshot.Worker) -> tuple[Load, ...]:
-    """Return the services of a worker, plain tasks first."""
-    outlooks = {} if seen.scaling is None else seen.scaling.services
-    known = {*seen.ready_slots, *seen.tallies, *seen.scores, *outlooks}
-    return tuple(_load(seen, service) for service in sorted(known))
+def of(worker: snapshot.Worker) -> tuple[Load, ...]:
+    """Return the loads of the services of a worker, plain tasks first."""
+    outlooks = {} if worker.scaling is None else worker.scaling.services
+    services = {*worker.ready_slots, *worker.tallies, *worker.scores, *outlooks}
+    return tuple(_load(worker, service) for service in sorted(services))
 
 
 def _load(seen: snapshot.Worker, service: str) -> Load:
@@ -61,7 +61,7 @@ def _load(seen: snapshot.Worker, service: str) -> Load:
 
 
 def _demand(scaling: snapshot.Scaling | None, service: str) -> dict[str, Any]:
-    """Divide what workers of a kind see alike: their sum is the truth, however many look."""
+    """Divide the figures that all workers of a group see alike, so that their sum is right."""
     outlook = None if scaling is None else scaling.services.get(service)
     if scaling is None or outlook is None:
         return {}

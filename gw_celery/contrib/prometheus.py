@@ -1,6 +1,6 @@
-"""What exporters of Celery's own figures do not have, as Prometheus metrics.
+"""The figures of a worker that exporters for Celery do not have, as Prometheus metrics.
 
-A scrape renders the last picture of the worker: it asks the pool, the broker and the children
+A scrape renders the last snapshot of the worker: it asks the pool, the broker and the children
 nothing. Figures that are not known yet are left out, for 0 would be a claim.
 """
 
@@ -23,13 +23,13 @@ except ImportError as exc:
         "pip install 'gw-celery[metrics]'"
     ) from exc
 
-#: What the labels call plain tasks. The key of a service has a dot in it.
+#: The label of plain tasks. The key of a service has a dot in it.
 PLAIN = "plain"
 
 _SERVICE = ("service", "queue")
-#: A load behind the values of its labels.
+#: The values of the labels, and the load that they name.
 _Labelled = tuple[tuple[str, str], loads.Load]
-#: Metrics of each service: name, what it says, and where the figure is in its load.
+#: Metrics of each service: name, description, and the figure in its load.
 _GAUGES: tuple[tuple[str, str, Callable[[loads.Load], float | None]], ...] = (
     (
         "gw_queue_length",
@@ -49,7 +49,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[loads.Load], float | None]], ...] = (
     ("gw_score", "Workload per second of one replica.", lambda load: load.score),
     (
         "gw_score_drift_ratio",
-        "By what share the traffic says more than the benchmark, or less.",
+        "By what share the served score is over the one of the benchmark, or under.",
         lambda load: load.drift,
     ),
     (
@@ -59,7 +59,8 @@ _GAUGES: tuple[tuple[str, str, Callable[[loads.Load], float | None]], ...] = (
     ),
     ("gw_ready_slots", "Inputs that READY replicas can run.", lambda load: load.ready_slots),
 )
-#: Of a tally: what is now, and what has been since the worker started.
+#: Metrics of each service: name, key in its counters, and description; gauges of this moment, and
+#: counters since the worker started.
 _TALLIED_NOW = (
     ("gw_waiting", "waiting", "in this worker, without a slot"),
     ("gw_in_flight", "running", "in its replicas"),
@@ -74,30 +75,30 @@ class Collector(registry.Collector):
     """The metrics of one worker.
 
     Args:
-        seen: returns its last picture, at once, from any thread.
+        read: returns its last snapshot, at once, from any thread.
         queues: the queue of each service.
     """
 
-    def __init__(self, seen: Callable[[], snapshot.Worker], queues: Mapping[str, str]) -> None:
-        self._seen = seen
+    def __init__(self, read: Callable[[], snapshot.Worker], queues: Mapping[str, str]) -> None:
+        self._read = read
         self._queues = queues
 
     def describe(self) -> Iterable[core.Metric]:
-        """Nothing: registering must not look at a worker that does not run yet."""
+        """Return nothing: registering must not read a worker that does not run yet."""
         return ()
 
     def collect(self) -> Iterator[core.Metric]:
-        seen = self._seen()
-        yield from _of_worker(seen)
-        yield from _of_replicas(seen.replicas)
+        worker = self._read()
+        yield from _of_worker(worker)
+        yield from _of_replicas(worker.replicas)
         labelled = [
             ((load.service or PLAIN, self._queues.get(load.service, "")), load)
-            for load in loads.of(seen)
+            for load in loads.of(worker)
         ]
         yield from _of_services(labelled)
         yield from _of_tallies(labelled)
-        if seen.scaling is not None:
-            yield from _of_scaling(seen.scaling)
+        if worker.scaling is not None:
+            yield from _of_scaling(worker.scaling)
 
 
 class Page:
@@ -105,19 +106,19 @@ class Page:
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, seen: Callable[[], snapshot.Worker], queues: Mapping[str, str]) -> None:
+    def __init__(self, read: Callable[[], snapshot.Worker], queues: Mapping[str, str]) -> None:
         self._registry = registry.CollectorRegistry(auto_describe=False)
-        self._registry.register(Collector(seen, queues))
+        self._registry.register(Collector(read, queues))
 
     def __call__(self) -> bytes:
         return exposition.generate_latest(self._registry)
 
 
-def _of_worker(seen: snapshot.Worker) -> Iterator[core.Metric]:
+def _of_worker(worker: snapshot.Worker) -> Iterator[core.Metric]:
     info = core.InfoMetricFamily("gw_worker", "Celery's name of the worker.")
-    info.add_metric((), {"worker": seen.hostname})
+    info.add_metric((), {"worker": worker.hostname})
     yield info
-    states = Counter(replica.state for replica in seen.replicas)
+    states = Counter(replica.state for replica in worker.replicas)
     counted = core.GaugeMetricFamily("gw_replicas", "Replicas by state.", labels=("state",))
     for state in child_state.State:
         counted.add_metric((state.value,), states[state.value])
@@ -125,15 +126,15 @@ def _of_worker(seen: snapshot.Worker) -> Iterator[core.Metric]:
     is_open = core.GaugeMetricFamily(
         "gw_queue_open", "Whether this worker consumes the queue now.", labels=("queue",)
     )
-    for queue in seen.open_queues:
+    for queue in worker.open_queues:
         is_open.add_metric((queue,), 1)
-    for queue in seen.closed_queues:
+    for queue in worker.closed_queues:
         is_open.add_metric((queue,), 0)
     yield is_open
     yield core.GaugeMetricFamily(
         "gw_outage",
         "Whether nothing is consumed because results cannot be stored.",
-        value=bool(seen.outage),
+        value=bool(worker.outage),
     )
 
 
@@ -182,17 +183,13 @@ def _of_services(labelled: Sequence[_Labelled]) -> Iterator[core.Metric]:
 
 
 def _of_tallies(labelled: Sequence[_Labelled]) -> Iterator[core.Metric]:
-    families = ((core.GaugeMetricFamily, _TALLIED_NOW), (core.CounterMetricFamily, _TALLIED_EVER))
-    for family, tallied in families:
+    kinds = ((core.GaugeMetricFamily, _TALLIED_NOW), (core.CounterMetricFamily, _TALLIED_EVER))
+    for kind, tallied in kinds:
         for name, key, text in tallied:
-            yield _tallied(
-                family(f"{name}_workload", f"Workload {text}.", labels=_SERVICE), labelled, key
-            )
-            yield _tallied(
-                family(f"{name}_inputs", f"Inputs {text}.", labels=_SERVICE),
-                labelled,
-                f"{key}_inputs",
-            )
+            workload = kind(f"{name}_workload", f"Workload {text}.", labels=_SERVICE)
+            yield _tallied(workload, labelled, key)
+            inputs = kind(f"{name}_inputs", f"Inputs {text}.", labels=_SERVICE)
+            yield _tallied(inputs, labelled, f"{key}_inputs")
 
 
 def _tallied(family: Any, labelled: Sequence[_Labelled], key: str) -> core.Metric:

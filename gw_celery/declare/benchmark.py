@@ -1,4 +1,4 @@
-"""How a service is measured, and what one of its inputs costs."""
+"""The declared benchmark of a task: its inputs, and how often they are run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Sample = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Where benchmark inputs come from, and how often they are run.
+    """The source of benchmark inputs, and how often they are run.
 
     ``dataset`` is a sequence of keyword arguments, ``generator`` a function that returns one such
     mapping; one of the two is set. ``runs`` rounds of ``concurrency`` parallel inputs are timed.

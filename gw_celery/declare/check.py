@@ -40,16 +40,3 @@ def function(argument: str, value: Any) -> Any:
     if value is not None and not callable(value):
         raise errors.DeclarationError(argument, value, "must be a function")
     return value
-
-
-def replicas(low: object, high: object) -> tuple[int, int | None]:
-    """Return ``(min_workers, max_workers)``: 0 <= min <= max, and max at least 1."""
-    least = integer("min_workers", low, 0)
-    if high is None:
-        return least, None
-    most = integer("max_workers", high, 1)
-    if most < least:
-        raise errors.DeclarationError(
-            "max_workers", most, f"must not be less than min_workers={least}"
-        )
-    return least, most

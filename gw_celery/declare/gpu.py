@@ -1,4 +1,4 @@
-"""Which device a service needs, and the family of queues that follows from it."""
+"""The devices that a service needs, and the family of queues that follows from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FAMILY = re.compile(rf"cpu|{ANY}(\.({'|'.join(KINDS[1:])})(x[2-8])?)?")
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A device that one replica of a service needs.
+    """The devices that one replica of a service needs.
 
     Args:
         kind: one of ``KINDS``, or one that the setting ``gw_gpu_kinds`` adds; ``"CPU"`` for none.
@@ -39,9 +39,10 @@ class Gpu:
     count: int = 1
     memory_gb: float | None = None
 
-    def __new__(cls, *_: Any, **given: Any) -> Self:
-        """Judge the keywords before the ``__init__`` of the dataclass does."""
-        options.refuse_unknown("gw.Gpu", given, [field.name for field in dataclasses.fields(cls)])
+    def __new__(cls, *_: Any, **keywords: Any) -> Self:
+        """Refuse a misspelt keyword before the ``__init__`` of the dataclass does."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        options.refuse_unknown("gw.Gpu", keywords, names)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -81,10 +82,15 @@ def is_name_of_family(queue: str) -> bool:
 
 
 def require_known(gpu: object, added: Callable[[], Collection[str]]) -> Gpu | None:
-    """Return ``gpu`` when its kind is known; ``added()`` returns those of ``gw_gpu_kinds``.
+    """Return ``gpu`` when its kind is known.
 
-    The setting is read only for kinds that are not built in: declaring a service must not make
-    Celery load its configuration.
+    Args:
+        gpu: a `Gpu`, or ``None``.
+        added: returns the setting ``gw_gpu_kinds``. It is called only for kinds that are not built
+            in: declaring a service must not make Celery load its configuration.
+
+    Raises:
+        DeclarationError: for anything else.
     """
     if gpu is None:
         return None

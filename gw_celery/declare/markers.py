@@ -30,7 +30,7 @@ FUNCTION = "__gw_function__"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Concurrent:
-    """How many inputs of a service one replica takes at a time, and what the scaler aims at."""
+    """The inputs of a service that one replica takes at a time, and the autoscaler's aim."""
 
     max_inputs: int
     target_inputs: int
@@ -51,7 +51,7 @@ class Batched:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskMark:
-    """What ``@gw.method`` and ``@app.remote`` say of one callable."""
+    """The arguments of ``@gw.method`` or ``@app.remote`` for one callable."""
 
     benchmark: benchmark.Benchmark | None
     workload_calculator: AnyFunction | None
@@ -128,9 +128,8 @@ def concurrent(*, max_inputs: int, target_inputs: int | None = None) -> Callable
     mark = Concurrent(max_inputs=most, target_inputs=aim)
 
     def apply(target: F) -> F:
-        if not (inspect.isclass(target) or inspect.isfunction(target)):
-            raise _misplaced("gw.concurrent", target)
-        if SERVICE in vars(target):
+        is_markable = inspect.isclass(target) or inspect.isfunction(target)
+        if not is_markable or SERVICE in vars(target):
             raise _misplaced("gw.concurrent", target)
         setattr(target, CONCURRENT, mark)
         return target
@@ -203,17 +202,15 @@ def _require_batchable(fn: AnyFunction) -> None:
 def _marked(attribute: str, mark: object, label: str, fn: AnyFunction | None) -> Any:
     def apply(target: Any) -> Any:
         if not inspect.isfunction(target):
-            raise errors.DeclarationError(label, target, f"marks a method of a class{_why(target)}")
+            rule = "marks a method of a class"
+            if isinstance(target, staticmethod | classmethod):
+                wrapper = type(target).__name__
+                rule += f": take @{wrapper} away, the worker calls it on an instance"
+            raise errors.DeclarationError(label, target, rule)
         setattr(target, attribute, mark)
         return target
 
     return apply if fn is None else apply(fn)
-
-
-def _why(target: object) -> str:
-    if isinstance(target, staticmethod | classmethod):
-        return f": take @{type(target).__name__} away, the worker calls it on an instance"
-    return ""
 
 
 def _misplaced(label: str, target: object) -> errors.DeclarationError:

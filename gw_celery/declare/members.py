@@ -1,4 +1,4 @@
-"""The marked parts of a class, found along its bases; marks that nobody would read are refused."""
+"""The marked members of a class and its bases; a mark without an effect is refused."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def methods(cls: type) -> dict[str, AnyFunction]:
         DeclarationError: when there is none, or a mark of the class stands where it has no effect.
     """
     _require_functions(cls)
-    found = _marked(cls, markers.METHOD)
-    if not found:
+    tasks = _marked(cls, markers.METHOD)
+    if not tasks:
         raise errors.DeclarationError(
             "class", cls.__qualname__, "has no method marked with @gw.method()"
         )
     for name in _marked(cls, markers.CONCURRENT):
         raise errors.DeclarationError("gw.concurrent", name, "marks the class, not a method of it")
     for name in _marked(cls, markers.BATCHED):
-        if name not in found:
+        if name not in tasks:
             raise errors.DeclarationError("gw.batched", name, "marks a task: add @gw.method()")
-    for name, fn in found.items():
+    for name, fn in tasks.items():
         _require_task(name, fn)
-    return found
+    return tasks
 
 
 def hooks(cls: type, mark: str) -> tuple[str, ...]:
@@ -46,8 +46,8 @@ def hooks(cls: type, mark: str) -> tuple[str, ...]:
     Raises:
         DeclarationError: for a hook that cannot be called without arguments.
     """
-    found = _marked(cls, mark)
-    for name, fn in found.items():
+    functions = _marked(cls, mark)
+    for name, fn in functions.items():
         require_one_answer(_LABELS[mark], fn)
         try:
             inspect.signature(fn).bind(object())
@@ -55,19 +55,21 @@ def hooks(cls: type, mark: str) -> tuple[str, ...]:
             raise errors.DeclarationError(
                 _LABELS[mark], name, f"the worker calls a hook with `self` alone: {exc}"
             ) from exc
-    return tuple(found)
+    return tuple(functions)
 
 
 def require_one_answer(label: str, fn: AnyFunction) -> None:
-    """Refuse a generator: it would be made, and its body never run."""
+    """Refuse a generator function: its body would never run."""
     if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
         raise errors.DeclarationError(
-            label, fn.__qualname__, "yields, and nobody would iterate: return one value, or a list"
+            label,
+            fn.__qualname__,
+            "yields, and its body would never run: return one value, or a list",
         )
 
 
 def require_instantiable(cls: object) -> None:
-    """Refuse what a replica cannot make one instance of, without arguments."""
+    """Refuse a class that a replica cannot instantiate without arguments."""
     if not inspect.isclass(cls):
         raise errors.DeclarationError("class", cls, "@app.cls decorates a class")
     if markers.SERVICE in vars(cls):
@@ -109,18 +111,18 @@ def _require_functions(cls: type) -> None:
     """Refuse marks that ``@staticmethod``, ``@classmethod`` or ``@property`` hide."""
     for name in dir(cls):
         member = inspect.getattr_static(cls, name, None)
+        if isinstance(member, staticmethod | classmethod):
+            function: object = member.__func__
+        elif isinstance(member, property):
+            function = member.fget
+        else:
+            continue
         for mark, label in _LABELS.items():
-            if hasattr(_hidden(member), mark):
+            if hasattr(function, mark):
                 wrapper = type(member).__name__
                 raise errors.DeclarationError(
                     label, name, f"marks a method that takes `self`: take @{wrapper} away"
                 )
-
-
-def _hidden(member: object) -> object:
-    if isinstance(member, staticmethod | classmethod):
-        return member.__func__
-    return member.fget if isinstance(member, property) else None
 
 
 def _require_task(name: str, fn: AnyFunction) -> None:

@@ -1,4 +1,4 @@
-"""The keywords of our decorators: where each belongs, what is misspelt, and what it may hold."""
+"""The keywords of our decorators: the decorator of each, near misses, and allowed values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gw_celery.declare import check
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: What concerns a whole service: ``@app.remote`` and ``@app.cls`` take it.
+#: Keywords of a whole service: ``@app.remote`` and ``@app.cls`` take them.
 OF_A_SERVICE = ("gpu", "queue", "min_workers", "max_workers", "timeout", "max_queue_time")
-#: What concerns one task: ``@app.remote`` and ``@gw.method`` take it.
+#: Keywords of one task: ``@app.remote`` and ``@gw.method`` take them.
 OF_A_TASK = (
     "benchmark_dataset", "benchmark_generator", "benchmark_runs", "benchmark_concurrency",
     "workload_calculator",
@@ -34,27 +34,23 @@ OF_CELERY = (
     "soft_time_limit", "store_errors_even_if_ignored", "Strategy", "throws", "time_limit",
     "track_started", "trail", "typing",
 )  # fmt: skip
-#: Those that list classes of exceptions; Celery takes some of them without a tuple, too.
+#: Options that list classes of exceptions; Celery takes some of them without a tuple, too.
 _EXCEPTIONS = ("throws", "autoretry_for", "dont_autoretry_for")
-#: What a worker that serves reads; pickle could run code, and yaml changes types.
+#: The serializers that workers read; pickle could run code, and yaml changes types.
 _SERIALIZERS = ("gw-json", "json")
 
 
 def knows_its_keywords(label: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function refuse a misspelt keyword with the nearest known one; Python only refuses."""
+    """Let a function name the nearest keyword when it refuses a misspelt one; Python does not."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        declared = inspect.signature(function).parameters.values()
-        known = [
-            parameter.name
-            for parameter in declared
-            if parameter.kind is not parameter.POSITIONAL_ONLY
-        ]
+        parameters = inspect.signature(function).parameters.values()
+        known = [entry.name for entry in parameters if entry.kind is not entry.POSITIONAL_ONLY]
 
         @functools.wraps(function)
-        def checked(*args: P.args, **given: P.kwargs) -> R:
-            refuse_unknown(label, given, known)
-            return function(*args, **given)
+        def checked(*args: P.args, **keywords: P.kwargs) -> R:
+            refuse_unknown(label, keywords, known)
+            return function(*args, **keywords)
 
         return checked
 
@@ -75,37 +71,37 @@ def refuse_unknown(label: str, given: Mapping[str, Any], known: Collection[str])
             raise errors.DeclarationError(name, value, f"unknown argument; {hint}")
 
 
-def of_remote(given: Mapping[str, Any]) -> dict[str, Any]:
+def of_remote(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Return the Celery options, and attributes of the user's own, of ``@app.remote``.
 
     Raises:
         DeclarationError: for a misspelt or misplaced keyword, or a value that breaks its rule.
     """
-    _refuse(given, ("probes",), "concerns a class: @app.cls takes it")
-    return _options(given, (*OF_A_SERVICE, *OF_A_TASK, *OF_CELERY))
+    _refuse(keywords, ("probes",), "concerns a class: @app.cls takes it")
+    return _options(keywords, (*OF_A_SERVICE, *OF_A_TASK, *OF_CELERY))
 
 
-def of_method(given: Mapping[str, Any]) -> dict[str, Any]:
+def of_method(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Return the Celery options, and attributes of the user's own, of ``@gw.method``.
 
     Raises:
         DeclarationError: for a misspelt or misplaced keyword, or a value that breaks its rule.
     """
     whole = (*OF_A_SERVICE, "probes")
-    _refuse(given, whole, "concerns the whole class: give it to @app.cls")
-    return _options(given, (*whole, *OF_A_TASK, *OF_CELERY))
+    _refuse(keywords, whole, "concerns the whole class: give it to @app.cls")
+    return _options(keywords, (*whole, *OF_A_TASK, *OF_CELERY))
 
 
-def refuse_unknown_of_class(given: Mapping[str, Any]) -> None:
-    """Refuse what ``@app.cls`` does not take: a class is no task, and has no other options.
+def refuse_unknown_of_class(keywords: Mapping[str, Any]) -> None:
+    """Refuse keywords that ``@app.cls`` does not take: a class is no task.
 
     Raises:
         DeclarationError: with the decorator that takes it, or the nearest known keyword.
     """
-    _refuse(given, (*OF_A_TASK, *OF_CELERY), "concerns one task: give it to @gw.method()")
+    _refuse(keywords, (*OF_A_TASK, *OF_CELERY), "concerns one task: give it to @gw.method()")
     known = (*OF_A_SERVICE, "probes")
-    _refuse_misspelt(given, (*known, *OF_A_TASK, *OF_CELERY))
-    _refuse(given, given, f"is no argument of @app.cls; it takes: {', '.join(known)}")
+    _refuse_misspelt(keywords, (*known, *OF_A_TASK, *OF_CELERY))
+    _refuse(keywords, keywords, f"is no argument of @app.cls; it takes: {', '.join(known)}")
 
 
 def require_soft_before_hard(options: Mapping[str, Any], timeout: float | None) -> None:
@@ -118,26 +114,26 @@ def require_soft_before_hard(options: Mapping[str, Any], timeout: float | None) 
         )
 
 
-def _options(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+def _options(keywords: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     routed = "names no queue: a service is reached by its queue alone, which queue= names"
-    _refuse(given, ("exchange", "routing_key"), routed)
-    _refuse_misspelt(given, known)
-    _require_name(given.get("name"))
+    _refuse(keywords, ("exchange", "routing_key"), routed)
+    _refuse_misspelt(keywords, known)
+    _require_name(keywords.get("name"))
     for limit in ("time_limit", "soft_time_limit"):
-        check.optional(limit, given.get(limit))
-    serializer = given.get("serializer", _SERIALIZERS[0])
+        check.optional(limit, keywords.get(limit))
+    serializer = keywords.get("serializer", _SERIALIZERS[0])
     if serializer not in _SERIALIZERS:
         raise errors.DeclarationError(
             "serializer",
             serializer,
             f"must be {' or '.join(_SERIALIZERS)}; gw.register_type lets a class travel in gw-json",
         )
-    listed = {name: _exceptions(name, given[name]) for name in _EXCEPTIONS if name in given}
-    return {**given, **listed}
+    listed = {name: _exceptions(name, keywords[name]) for name in _EXCEPTIONS if name in keywords}
+    return {**keywords, **listed}
 
 
-def _refuse(given: Mapping[str, Any], names: Collection[str], rule: str) -> None:
-    for name, value in given.items():
+def _refuse(keywords: Mapping[str, Any], names: Collection[str], rule: str) -> None:
+    for name, value in keywords.items():
         if name in names:
             raise errors.DeclarationError(name, value, rule)
 

@@ -1,7 +1,7 @@
 """Runtime parameters of a class task: ``threshold: float = gw.parameter(default=0.5)``.
 
-Inside an instance a parameter reads as its value. Reads are recorded while ``on_enter`` runs:
-what the loaded state was made from decides which calls can share it.
+Inside an instance a parameter reads as its value. Reads are recorded while ``on_enter`` runs: calls
+share loaded state only when they agree on the parameters that it was made from.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gw_celery.types import ParameterValues
 
 #: Attribute of an instance: parameter name -> value.
 VALUES = "_gw_values"
-#: Attribute of an instance: the names that were read so far while it loads, a frozenset of those
-#: that shape its state afterwards, ``None`` where every parameter may be read.
+#: Attribute of an instance: while it loads, the set of names that were read so far; afterwards a
+#: frozenset of those that its state was made from; ``None`` where every parameter may be read.
 READS = "_gw_reads"
 
 
@@ -118,69 +118,74 @@ def declared(cls: type) -> dict[str, Parameter]:
     Raises:
         DeclarationError: when a default does not fit its annotation.
     """
-    found: dict[str, Parameter] = {}
+    parameters: dict[str, Parameter] = {}
     for base in reversed(cls.__mro__):
         for name, value in vars(base).items():
             if isinstance(value, Parameter):
                 value.annotation = _annotation(base, name)
-                found[name] = value
+                parameters[name] = value
             else:
-                found.pop(name, None)
-    _require_kept(cls, found)
-    for declaration in found.values():
-        if not declaration.is_required:
-            declaration.default = declaration.accept(declaration.default)
-    return found
+                parameters.pop(name, None)
+    _require_kept(cls, parameters)
+    for parameter in parameters.values():
+        if not parameter.is_required:
+            parameter.default = parameter.accept(parameter.default)
+    return parameters
 
 
-def _require_kept(cls: type, found: dict[str, Parameter]) -> None:
-    """Refuse what another decorator has made into an attribute of its own: nobody would set it."""
-    for name, argument in inspect.signature(
-        inspect.getattr_static(cls, "__init__")
-    ).parameters.items():
-        if isinstance(argument.default, Parameter) and argument.default is not found.get(name):
+def _require_kept(cls: type, parameters: dict[str, Parameter]) -> None:
+    """Refuse a parameter that another decorator has replaced by an attribute of its own."""
+    signature = inspect.signature(inspect.getattr_static(cls, "__init__"))
+    for name, argument in signature.parameters.items():
+        default = argument.default
+        if isinstance(default, Parameter) and default is not parameters.get(name):
             raise errors.DeclarationError(
                 name,
-                argument.default,
+                default,
                 "is no attribute of the class any more: `slots=True` of its decorator takes it "
                 "away, so leave that out",
             )
 
 
-def bind(owner: str, known: dict[str, Parameter], given: ParameterValues) -> dict[str, Any]:
-    """Return the values that a caller gave, checked; those left out are not in it.
+def bind(owner: str, parameters: dict[str, Parameter], values: ParameterValues) -> dict[str, Any]:
+    """Return the values that a caller gave, checked; defaults are not among them.
+
+    Args:
+        owner: name of the class, for error messages.
+        parameters: its parameters by name.
+        values: of the caller, by name.
 
     Raises:
         DeclarationError: for an unknown name, a wrong type, or a required one left out.
     """
-    for name in given:
-        if name not in known:
-            listed = ", ".join(known) or "none"
-            raise errors.DeclarationError(name, given[name], f"{owner} has parameters: {listed}")
-    for name, declaration in known.items():
-        if declaration.is_required and name not in given:
+    for name, value in values.items():
+        if name not in parameters:
+            listed = ", ".join(parameters) or "none"
+            raise errors.DeclarationError(name, value, f"{owner} has parameters: {listed}")
+    for name, parameter in parameters.items():
+        if parameter.is_required and name not in values:
             raise errors.DeclarationError(name, None, f"{owner} needs a value for it")
-    return {name: known[name].accept(value) for name, value in given.items()}
+    return {name: parameters[name].accept(value) for name, value in values.items()}
 
 
-def complete(known: dict[str, Parameter], given: ParameterValues) -> dict[str, Any]:
-    """Return ``given`` with the defaults of what it leaves out.
+def complete(parameters: dict[str, Parameter], values: ParameterValues) -> dict[str, Any]:
+    """Return ``values`` with the defaults of the parameters that it leaves out.
 
-    Each call gets copies: what a body does to a list is not done to the next one's default.
+    Each call gets copies: a body that changes a list must not change the default of the next call.
     """
     return {
-        name: given[name] if name in given else copy.deepcopy(declaration.default)
-        for name, declaration in known.items()
+        name: values[name] if name in values else copy.deepcopy(parameter.default)
+        for name, parameter in parameters.items()
     }
 
 
 def canonical(values: ParameterValues) -> str:
-    """Return the one JSON text of ``values``, as it travels in a message header."""
+    """Return the canonical JSON text of ``values``, as it travels in a message header."""
     return _CANONICAL.encode(values)
 
 
 def _annotation(cls: type, name: str) -> Any:
-    """The annotation of one attribute: one that cannot be resolved must not hide the others."""
+    """The annotation of an attribute, by itself: an unresolvable one must not hide the others."""
     written = inspect.get_annotations(cls).get(name, Any)
     holder = type(
         cls.__name__, (), {"__annotations__": {name: written}, "__module__": cls.__module__}
@@ -196,7 +201,7 @@ def _readable(annotation: Any) -> str:
 
 
 def _as_json(name: str, value: Any) -> Any:
-    """Return ``value`` as it will arrive; refuse what would arrive as something else."""
+    """Return ``value`` as it will arrive; refuse a value that would arrive as another one."""
     if isinstance(value, float) and not math.isfinite(value):
         raise errors.DeclarationError(name, value, "must be a finite number")
     try:

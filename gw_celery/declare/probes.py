@@ -62,7 +62,7 @@ class Probe:
 
 
 def require_methods(probes: object, methods: Mapping[str, inspect.Signature]) -> tuple[Probe, ...]:
-    """Return ``probes`` as a tuple when each is a call of one of ``methods``, and declared once."""
+    """Return ``probes`` as a tuple when each is declared once and calls one of ``methods``."""
     listed = tuple(probes) if isinstance(probes, list | tuple) else None
     if listed is None or not all(isinstance(probe, Probe) for probe in listed):
         raise errors.DeclarationError("probes", probes, "must be a list of gw.Probe.on(...)")

@@ -1,4 +1,4 @@
-"""What one App has declared: its contexts and services, each once."""
+"""The declarations of one App: its contexts and services."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Registry:
         self.celery_apps: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def add_context(self, context: Context, beside: Iterable[Registry] = ()) -> None:
-        """Add a context class; ``beside`` are other Apps, which may share a Celery app with it.
+        """Add a context class; ``beside`` are other Apps, which may share a Celery app with this.
 
         Raises:
             DeclarationError: when the class is registered already, or cannot be made.
@@ -55,7 +55,7 @@ class Registry:
         self.contexts[context.key] = context
 
     def add_service(self, service: services.Service, beside: Iterable[Registry] = ()) -> None:
-        """Add a service; ``beside`` are other Apps, which may share a Celery app with it.
+        """Add a service; ``beside`` are other Apps, which may share a Celery app with this one.
 
         Raises:
             DeclarationError: when its class, function, queue or a task name is taken.
@@ -69,7 +69,7 @@ class Registry:
         self.services[service.key] = service
 
     def join(self, celery_app: Any, beside: Iterable[Registry]) -> None:
-        """Let a Celery app have its tasks, together with those of ``beside`` that it has already.
+        """Let a Celery app have the tasks of this App, together with those of Apps ``beside`` it.
 
         Raises:
             DeclarationError: when one of those has a context or task of the same name.
@@ -123,20 +123,18 @@ def serving(registries: Iterable[Registry], queues: Iterable[str]) -> Iterator[s
 
 
 def families(registries: Iterable[Registry]) -> dict[str, list[str]]:
-    """Return the service queues of each family."""
-    found: dict[str, list[str]] = {}
+    """Return the service queues of each family, each queue once."""
+    queues: dict[str, dict[str, None]] = {}
     for registry in registries:
         for service in registry.services.values():
-            queues = found.setdefault(service.family, [])
-            if service.queue not in queues:
-                queues.append(service.queue)
-    return found
+            queues.setdefault(service.family, {})[service.queue] = None
+    return {family: list(names) for family, names in queues.items()}
 
 
 def _require_makeable(context: Context) -> None:
     try:
         signature = inspect.signature(context.cls)
-    except ValueError:  # a class written in C does not tell
+    except ValueError:  # a class written in C has none
         return
     try:
         signature.bind(*context.args, **context.kwargs)

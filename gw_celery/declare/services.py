@@ -38,7 +38,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a service runs and how many replicas it wants."""
+    """The devices, queue, replicas and time limits of a service."""
 
     gpu: gpu.Gpu | None = None
     queue: str | None = None
@@ -86,7 +86,7 @@ class Service:
         return inspect.isclass(self.target)
 
     def pool_features(self) -> list[str]:
-        """Name what is declared that only the GPU pool can act on."""
+        """Return the names of the declared features that only the GPU pool can act on."""
         methods, where = self.methods.values(), self.placement
         declared = {
             "concurrent": self.concurrent is not None,
@@ -130,7 +130,12 @@ def placement(
         DeclarationError: naming the argument that breaks its rule.
     """
     _require_queue(queue)
-    least, most = check.replicas(min_workers, max_workers)
+    least = check.integer("min_workers", min_workers, 0)
+    most = None if max_workers is None else check.integer("max_workers", max_workers, 1)
+    if most is not None and most < least:
+        raise errors.DeclarationError(
+            "max_workers", most, f"must not be less than min_workers={least}"
+        )
     return Placement(
         gpu=device,
         queue=queue,
@@ -143,6 +148,11 @@ def placement(
 
 def from_function(fn: AnyFunction, where: Placement, mark: markers.TaskMark) -> Service:
     """Return the service that ``@app.remote`` makes of an ``async def``.
+
+    Args:
+        fn: the decorated function.
+        where: its placement.
+        mark: the arguments for its task.
 
     Raises:
         DeclarationError: for anything but an ``async def``, or a benchmark that does not fit it.
@@ -172,6 +182,11 @@ def from_function(fn: AnyFunction, where: Placement, mark: markers.TaskMark) -> 
 
 def from_class(cls: type, where: Placement, declared_probes: object) -> Service:
     """Return the service that ``@app.cls`` makes of a class.
+
+    Args:
+        cls: the decorated class.
+        where: its placement.
+        declared_probes: the argument ``probes``, unchecked.
 
     Raises:
         DeclarationError: for a class without methods, one that cannot be made without arguments,

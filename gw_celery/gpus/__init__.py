@@ -1,1 +1,1 @@
-"""Which GPUs there are, and which replica has which."""
+"""The GPUs of a machine, and the share that each replica gets."""

@@ -1,9 +1,9 @@
-"""Which devices each replica of a worker gets, and so how many replicas fit.
+"""The devices that each replica of a worker gets, and so the number of replicas that fit.
 
 A replica holds one copy of everything that its worker serves. Of each kind of GPU it takes as many
-devices as the greediest service of that kind wants (``count``), and its services share these: on
-each of them it needs the sum of their ``memory_gb``. Replicas share a device only while these sums
-fit in its memory; a replica with a service that does not say its ``memory_gb`` owns its devices.
+devices as the largest ``count`` of a service of that kind, and its services share these: on each of
+them it needs the sum of their ``memory_gb``. Replicas share a device only while these sums fit in
+its memory; a replica with a service without ``memory_gb`` owns its devices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MOST = 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Need:
-    """What one replica takes of one kind of GPU."""
+    """The devices of one kind of GPU that one replica takes."""
 
     kind: str
     count: int = 1
@@ -34,7 +34,7 @@ class Need:
         return f"{self.count} x {self.kind} {share}"
 
     def room_on(self, device: devices.Device) -> int:
-        """Return how many replicas ``device`` holds."""
+        """Return the number of replicas that ``device`` holds."""
         if self.kind not in device.kinds or (self.count > 1 and device.slice_of):
             return 0
         return 1 if self.memory_gb is None else int(device.memory_gb / self.memory_gb + 1e-9)
@@ -50,11 +50,11 @@ class Allotment:
 
     @property
     def most(self) -> int:
-        """How many replicas fit."""
+        """The number of replicas that fit."""
         return len(self.shares)
 
     def refusal(self, wanted: int) -> str | None:
-        """Say why there cannot be this many replicas; ``None`` when there can."""
+        """Return why there cannot be this many replicas; ``None`` when there can."""
         if wanted <= self.most:
             return None
         return (
@@ -64,17 +64,17 @@ class Allotment:
 
 
 def needs_of(declared: Iterable[gpu.Gpu | None]) -> tuple[Need, ...]:
-    """Return what one replica takes that holds services with these declarations.
+    """Return the devices of one replica that holds services with these declarations.
 
     Services without a kind, or for the CPU, take no device. ``A100`` and ``A100_80`` together are
     served by one ``A100_80``, which is both.
     """
-    wanted = [wish for wish in declared if wish is not None and wish.kind != "CPU"]
-    kinds = {wish.kind for wish in wanted}
+    gpus = [device for device in declared if device is not None and device.kind != "CPU"]
+    kinds = {device.kind for device in gpus}
     grouped: dict[str, list[gpu.Gpu]] = {}
-    for wish in wanted:
-        special = [kind for kind in kinds if kind.startswith(f"{wish.kind}_")]
-        grouped.setdefault(max(special, key=len, default=wish.kind), []).append(wish)
+    for device in gpus:
+        special = [kind for kind in kinds if kind.startswith(f"{device.kind}_")]
+        grouped.setdefault(max(special, key=len, default=device.kind), []).append(device)
     return tuple(_sum(kind, grouped[kind]) for kind in sorted(grouped))
 
 
@@ -102,85 +102,77 @@ def families_for(
         kind: the kind of GPU to serve; ``CPU`` for the family ``cpu``; ``None`` for every family
             that the devices can serve, or ``cpu`` where there is none such.
         declared: what the services of each family declare.
+        machine: the devices of this machine.
 
     Raises:
-        ConfigurationError: when there is none, with what there is.
+        ConfigurationError: when there is none, with the families and devices that there are.
     """
     if kind not in (None, "CPU") and not machine.has(kind):
         remedy = _remedy([Need(kind=str(kind))], machine)
         raise errors.ConfigurationError(f"--gpu {kind}: this machine has {machine}{remedy}")
     fitting = [name for name in sorted(declared) if _can_serve(declared[name], machine)]
     if kind is None:
-        found = [name for name in fitting if name != "cpu"] or [n for n in fitting if n == "cpu"]
+        families = [name for name in fitting if name != "cpu"] or fitting
     else:
-        of_kind = (gpu.Gpu(kind, count).family for count in ([1] if kind == "CPU" else range(1, 9)))
-        found = [name for name in of_kind if name in fitting]
-    if not found:
+        counts = (1,) if kind == "CPU" else range(1, 9)
+        of_kind = (gpu.Gpu(kind, count).family for count in counts)
+        families = [name for name in of_kind if name in fitting]
+    if not families:
         there = "" if kind == "CPU" else f"; this machine has {machine}"
         if kind is None:
             there += '; what needs no GPU declares gpu=gw.Gpu("CPU")'
         raise errors.ConfigurationError(
             f"{'gw worker' if kind is None else f'--gpu {kind}'}: no service here can be served; "
-            f"families: {_families(declared)}{there}"
+            f"families: {_described(declared)}{there}"
         )
-    return found
+    return families
 
 
-def _sum(kind: str, wanted: Sequence[gpu.Gpu]) -> Need:
-    sizes = [wish.memory_gb for wish in wanted]
-    known = [size for size in sizes if size is not None]
-    memory = sum(known) if len(known) == len(sizes) else None
-    return Need(kind=kind, count=max(wish.count for wish in wanted), memory_gb=memory)
+def _sum(kind: str, gpus: Sequence[gpu.Gpu]) -> Need:
+    sizes = [device.memory_gb for device in gpus if device.memory_gb is not None]
+    memory = sum(sizes) if len(sizes) == len(gpus) else None
+    return Need(kind=kind, count=max(device.count for device in gpus), memory_gb=memory)
 
 
 def _shares(
     needs: Sequence[Need], there: Sequence[devices.Device]
 ) -> Iterator[tuple[devices.Device, ...]]:
     """Yield the devices of replica 0, 1, ...: those with most room, so that few share."""
-    rooms = _rooms(needs, there)
-    while rooms:
-        share: list[int] = []
-        for need, room in rooms:
-            free = [place for place in room if room[place]]
-            if len(free) < need.count:
-                return
-            share += sorted(sorted(free, key=lambda place: -room[place])[: need.count])
-            for place in share[-need.count :]:
-                room[place] -= 1
-        yield tuple(there[place] for place in share)
-
-
-def _rooms(
-    needs: Sequence[Need], there: Sequence[devices.Device]
-) -> list[tuple[Need, dict[int, int]]]:
-    """How many replicas each device holds, by its place; each is for one need alone."""
+    # How many more replicas each device holds, by its index; each device is for one need alone.
     rooms: list[tuple[Need, dict[int, int]]] = []
     taken: set[int] = set()
     for need in needs:
-        found = {
-            place: need.room_on(device) for place, device in enumerate(there) if place not in taken
-        }
-        rooms.append((need, {place: room for place, room in found.items() if room}))
-        taken.update(rooms[-1][1])
-    return rooms
+        left = [index for index in range(len(there)) if index not in taken]
+        room = {index: need.room_on(there[index]) for index in left if need.room_on(there[index])}
+        rooms.append((need, room))
+        taken.update(room)
+    while rooms:
+        share: list[int] = []
+        for need, room in rooms:
+            free = sorted((index for index in room if room[index]), key=lambda i: -room[i])
+            if len(free) < need.count:
+                return
+            share += sorted(free[: need.count])
+            for index in free[: need.count]:
+                room[index] -= 1
+        yield tuple(there[index] for index in share)
 
 
-def _can_serve(declared: Iterable[gpu.Gpu | None], machine: devices.Machine) -> bool:
+def _can_serve(declared: Sequence[gpu.Gpu | None], machine: devices.Machine) -> bool:
     """Whether each of these services finds its devices, alone; none are needed for the CPU."""
-    listed = list(declared)
-    if all(wish is None for wish in listed):
+    if all(device is None for device in declared):
         return bool(machine.devices)
-    each = [needs_of([wish]) for wish in listed]
+    each = [needs_of([device]) for device in declared]
     return all(not needs or any(_shares(needs, machine.devices)) for needs in each)
 
 
-def _families(declared: Mapping[str, Sequence[gpu.Gpu | None]]) -> str:
-    """Say what each family takes of a machine."""
-    said = []
-    for name, listed in sorted(declared.items()):
-        needs = list(dict.fromkeys(need for wish in listed for need in needs_of([wish])))
-        said.append(f"{name} (needs {' or '.join(map(str, needs))})" if needs else name)
-    return ", ".join(said) or "none: is their module imported"
+def _described(declared: Mapping[str, Sequence[gpu.Gpu | None]]) -> str:
+    """The families, with what each takes of a machine."""
+    texts = []
+    for name, gpus in sorted(declared.items()):
+        needs = list(dict.fromkeys(need for device in gpus for need in needs_of([device])))
+        texts.append(f"{name} (needs {' or '.join(map(str, needs))})" if needs else name)
+    return ", ".join(texts) or "none: is their module imported"
 
 
 def _remedy(needs: Iterable[Need], machine: devices.Machine) -> str:

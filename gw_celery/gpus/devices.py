@@ -1,4 +1,4 @@
-"""The GPUs of a machine: which kinds each is, and which of them a worker may use."""
+"""The GPUs of a machine: the kinds of each, and those that a worker may use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 #: The memory of a device, for each GB in the name of its kind: product names count in 10**9 or in
 #: 2**30 bytes, and the driver keeps some.
 _LEAST, _MOST = 0.95, 1.08
-#: What ends the list of visible devices, as it does for CUDA.
+#: Entries that end the list of visible devices, as they do for CUDA.
 _END = re.compile(r"|-\d+|NoDevFiles")
 
 
@@ -24,7 +24,7 @@ class Device:
 
     #: The product, as NVML names it.
     name: str
-    #: How CUDA is told of it: its UUID, or its index where NVML gives none.
+    #: Its name in ``CUDA_VISIBLE_DEVICES``: the UUID, or the index where NVML gives none.
     token: str
     #: In units of 10**9 bytes, which product names count in.
     memory_gb: float
@@ -41,10 +41,10 @@ class Device:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The devices that a worker may use, and where it learnt of them."""
+    """The devices that a worker may use."""
 
     devices: tuple[Device, ...]
-    #: For error messages.
+    #: Where they were found, for error messages.
     source: str
 
     def __str__(self) -> str:
@@ -59,53 +59,61 @@ class Machine:
         return any(kind in device.kinds for device in self.devices)
 
 
-#: No device, where none is needed.
+#: The machine of a worker that needs no device.
 NONE = Machine(devices=(), source="nothing")
 
 
-def kinds_of(name: str, memory_gb: float, known: Iterable[str]) -> tuple[str, ...]:
+def kinds_of(name: str, memory_gb: float, candidates: Iterable[str]) -> tuple[str, ...]:
     """Return the kinds that a product is, the most general first.
 
     A kind is named by words of the product that stand together (``RTX_4090`` or ``RTX4090`` is a
     "NVIDIA GeForce RTX 4090"); one that ends in a number, as ``A100_80`` does, is also an ``A100``
     with about that many GB.
+
+    Args:
+        name: the product, as NVML names it.
+        memory_gb: its memory, in units of 10**9 bytes.
+        candidates: the kinds to choose from.
     """
     words = re.findall(r"[A-Z0-9]+", name.upper())
     ends = range(1, len(words) + 1)
     runs = {"".join(words[start:end]) for end in ends for start in range(end)}
-    found = [kind for kind in known if _is_named(kind, runs) or _is_sized(kind, runs, memory_gb)]
-    return tuple(sorted(found, key=len))
+    kinds = [
+        kind for kind in candidates if _is_named(kind, runs) or _is_sized(kind, runs, memory_gb)
+    ]
+    return tuple(sorted(kinds, key=len))
 
 
-def only_visible(machine: Machine, given: str | None) -> Machine:
-    """Return ``machine`` with what ``CUDA_VISIBLE_DEVICES`` leaves of it, in that order.
+def only_visible(machine: Machine, value: str | None) -> Machine:
+    """Return ``machine`` with the devices that ``CUDA_VISIBLE_DEVICES`` names, in that order.
 
     Args:
-        given: its value: indexes, UUIDs, beginnings of UUIDs; ``None`` where it is unset. A GPU
-            that is cut into slices stands for all of them.
+        machine: all devices.
+        value: of the variable: indexes, UUIDs, beginnings of UUIDs; ``None`` where it is unset. A
+            GPU that is cut into slices stands for all of them.
 
     Raises:
-        ConfigurationError: for what names no device, or several.
+        ConfigurationError: for an entry that names no device, or several.
     """
-    if given is None:
+    if value is None:
         return machine
-    found: list[Device] = []
-    for token in map(str.strip, given.split(",")):
+    visible: list[Device] = []
+    for token in map(str.strip, value.split(",")):
         if _END.fullmatch(token):
             break
-        found += [device for device in _named(token, machine, given) if device not in found]
-    return Machine(devices=tuple(found), source=f"{machine.source}, {VISIBLE}={given!r}")
+        visible += [device for device in _named(token, machine, value) if device not in visible]
+    return Machine(devices=tuple(visible), source=f"{machine.source}, {VISIBLE}={value!r}")
 
 
 def environment(devices: Sequence[Device]) -> Mapping[str, str]:
     """Return the variables by which a process sees these devices alone; none without devices."""
     if not devices:
         return {}
-    seen = {VISIBLE: ",".join(device.token for device in devices)}
+    variables = {VISIBLE: ",".join(device.token for device in devices)}
     if all(device.token.isdecimal() for device in devices):
         # Else CUDA counts the quickest device as the first, and NVML does not.
-        seen["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    return seen
+        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    return variables
 
 
 def _is_named(kind: str, runs: set[str]) -> bool:
@@ -119,22 +127,20 @@ def _is_sized(kind: str, runs: set[str], memory_gb: float) -> bool:
     return _LEAST * int(size) <= memory_gb <= _MOST * int(size)
 
 
-def _named(token: str, machine: Machine, given: str) -> list[Device]:
+def _named(token: str, machine: Machine, value: str) -> list[Device]:
+    there = machine.devices
     if token.isdecimal():
-        found = [device for device in machine.devices if device.index == int(token)]
+        named = [device for device in there if device.index == int(token)]
     else:
-        found = [device for device in machine.devices if device.token == token]
-        found = found or [device for device in machine.devices if device.token.startswith(token)]
-        found = found or [device for device in machine.devices if device.slice_of.startswith(token)]
-    if not found or (len({device.index for device in found}) > 1) or _is_unclear(token, found):
+        named = [device for device in there if device.token == token]
+        named = named or [device for device in there if device.token.startswith(token)]
+        named = named or [device for device in there if device.slice_of.startswith(token)]
+    are_of_one_gpu = len({device.index for device in named}) == 1
+    # A GPU stands for all its slices; the beginning of a slice's UUID must not fit several.
+    if not are_of_one_gpu or (len(named) > 1 and named[0].token.startswith(token)):
         raise errors.ConfigurationError(
-            f"{VISIBLE}={given!r}: {token!r} names {len(found) or 'no'} devices; there are "
-            f"{', '.join(device.token for device in machine.devices) or 'none'}, "
+            f"{VISIBLE}={value!r}: {token!r} names {len(named) or 'no'} devices; there are "
+            f"{', '.join(device.token for device in there) or 'none'}, "
             f"or count them from 0 in the order of nvidia-smi ({machine})"
         )
-    return found
-
-
-def _is_unclear(token: str, found: Sequence[Device]) -> bool:
-    """Whether the beginning of a slice's UUID fits several."""
-    return len(found) > 1 and found[0].token.startswith(token)
+    return named

@@ -1,4 +1,4 @@
-"""Learns which GPUs this machine has: from NVML, or from ``GW_FAKE_GPUS`` in its place."""
+"""Finds the GPUs of this machine: from NVML, or from ``GW_FAKE_GPUS`` in its place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gw_celery.gpus import devices
 
 logger = logging.getLogger(__name__)
 
-#: The memory of fake devices that name none, in GB.
+#: The memory of fake devices without a size, in GB.
 _SIZES = {
     "T4": 16.0,
     "A10G": 24.0,
@@ -29,7 +29,7 @@ _FAKE = re.compile(r"(?P<kind>[A-Z][A-Z0-9_]*)(/(?P<size>\d+(\.\d+)?))?(:(?P<cou
 
 
 def look(added: Collection[str] = ()) -> devices.Machine:
-    """Return the devices that this process may use, none where there is no NVIDIA driver.
+    """Return the devices that this process may use; none where there is no NVIDIA driver.
 
     Args:
         added: the kinds of ``gw_gpu_kinds``.
@@ -37,52 +37,52 @@ def look(added: Collection[str] = ()) -> devices.Machine:
     Raises:
         ConfigurationError: for a ``GW_FAKE_GPUS`` or ``CUDA_VISIBLE_DEVICES`` that means nothing.
     """
-    known = [kind for kind in (*gpu.KINDS, *added) if kind != "CPU"]
-    given = conf.fake_gpus()
-    machine = _from_nvml(known) if given is None else fakes(given, known)
+    kinds = [kind for kind in (*gpu.KINDS, *added) if kind != "CPU"]
+    value = conf.fake_gpus()
+    machine = _from_nvml(kinds) if value is None else fakes(value, kinds)
     return devices.only_visible(machine, conf.visible_devices())
 
 
-def fakes(given: str, known: Collection[str]) -> devices.Machine:
+def fakes(value: str, kinds: Collection[str]) -> devices.Machine:
     """Return the machine that ``GW_FAKE_GPUS`` describes.
 
     Args:
-        given: ``KIND[/GB][:COUNT]``, and more after commas: ``A100:2,L4`` or ``A100/80:4``.
+        value: ``KIND[/GB][:COUNT]``, and more after commas: ``A100:2,L4`` or ``A100/80:4``.
+        kinds: the kinds that it may name.
 
     Raises:
-        ConfigurationError: for anything else, or a kind that is not ``known``.
+        ConfigurationError: for anything else.
     """
-    made: list[devices.Device] = []
-    for part in map(str.strip, given.split(",")):
+    fake_gpus: list[devices.Device] = []
+    for part in map(str.strip, value.split(",")):
         matched = _FAKE.fullmatch(part)
-        if matched is None or matched["kind"] not in known:
-            raise _wrong(given, part, f"KIND is one of {', '.join(known)}")
-        size = float(matched["size"] or _SIZES.get(matched["kind"], 0.0))
+        if matched is None or matched["kind"] not in kinds:
+            raise _wrong(value, part, f"KIND is one of {', '.join(kinds)}")
+        kind = matched["kind"]
+        size = float(matched["size"] or _SIZES.get(kind, 0.0))
         if not size:
-            raise _wrong(given, part, f"say the GB of {matched['kind']}, over 0")
+            raise _wrong(value, part, f"say the GB of {kind}, over 0")
         for _ in range(int(matched["count"] or 1)):
-            made.append(_fake(matched["kind"], size, len(made), known))
-    return devices.Machine(devices=tuple(made), source=f"GW_FAKE_GPUS={given!r}")
+            fake_gpus.append(
+                devices.Device(
+                    name=f"fake {kind}",
+                    token=f"GPU-fake-{len(fake_gpus)}",
+                    memory_gb=size,
+                    index=len(fake_gpus),
+                    kinds=devices.kinds_of(kind, size, kinds),
+                )
+            )
+    return devices.Machine(devices=tuple(fake_gpus), source=f"GW_FAKE_GPUS={value!r}")
 
 
-def _fake(kind: str, size: float, index: int, known: Collection[str]) -> devices.Device:
-    return devices.Device(
-        name=f"fake {kind}",
-        token=f"GPU-fake-{index}",
-        memory_gb=size,
-        index=index,
-        kinds=devices.kinds_of(kind, size, known),
-    )
-
-
-def _wrong(given: str, part: str, rule: str) -> errors.ConfigurationError:
+def _wrong(value: str, part: str, rule: str) -> errors.ConfigurationError:
     return errors.ConfigurationError(
-        f"GW_FAKE_GPUS={given!r}: {part!r} is not KIND[/GB][:COUNT], such as A100:4, A100/80:4 or, "
+        f"GW_FAKE_GPUS={value!r}: {part!r} is not KIND[/GB][:COUNT], such as A100:4, A100/80:4 or, "
         f"for two kinds, A100:2,L4; {rule}"
     )
 
 
-def _from_nvml(known: Collection[str]) -> devices.Machine:
+def _from_nvml(kinds: Collection[str]) -> devices.Machine:
     try:
         # Here, because only workers that serve GPU services need it.
         import pynvml
@@ -93,18 +93,17 @@ def _from_nvml(known: Collection[str]) -> devices.Machine:
     except pynvml.NVMLError as exc:
         return devices.Machine(devices=(), source=f"NVML ({exc})")
     try:
-        found = tuple(_devices(pynvml, known))
-        return devices.Machine(devices=found, source="NVML")
+        return devices.Machine(devices=tuple(_devices(pynvml, kinds)), source="NVML")
     finally:
         pynvml.nvmlShutdown()
 
 
-def _devices(nvml: Any, known: Collection[str]) -> Iterator[devices.Device]:
+def _devices(nvml: Any, kinds: Collection[str]) -> Iterator[devices.Device]:
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            whole = _device(nvml, handle, index, known)
-            slices = _slices(nvml, handle, whole, known)
+            whole = _device(nvml, handle, index, kinds)
+            slices = _slices(nvml, handle, whole, kinds)
         except nvml.NVMLError as exc:  # fallen off the bus, or not ours to see
             logger.warning("GPU %d is left out: NVML says %s", index, exc)
             continue
@@ -112,7 +111,7 @@ def _devices(nvml: Any, known: Collection[str]) -> Iterator[devices.Device]:
 
 
 def _device(
-    nvml: Any, handle: Any, index: int, known: Collection[str], slice_of: str = ""
+    nvml: Any, handle: Any, index: int, kinds: Collection[str], slice_of: str = ""
 ) -> devices.Device:
     name, size, token = nvml.nvmlDeviceGetName(handle), 0.0, str(index)
     with contextlib.suppress(nvml.NVMLError):  # devices that share the memory of the machine
@@ -124,13 +123,13 @@ def _device(
         token=token,
         memory_gb=size,
         index=index,
-        kinds=devices.kinds_of(name, size, known),
+        kinds=devices.kinds_of(name, size, kinds),
         slice_of=slice_of,
     )
 
 
 def _slices(
-    nvml: Any, handle: Any, whole: devices.Device, known: Collection[str]
+    nvml: Any, handle: Any, whole: devices.Device, kinds: Collection[str]
 ) -> Sequence[devices.Device] | None:
     """Return the slices of a GPU in MIG mode, of which nothing else can be used; else ``None``."""
     try:
@@ -139,9 +138,9 @@ def _slices(
         return None
     if mode != nvml.NVML_DEVICE_MIG_ENABLE:
         return None
-    found: list[devices.Device] = []
+    slices: list[devices.Device] = []
     for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         with contextlib.suppress(nvml.NVMLError):  # no slice of this number
             part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
-            found.append(_device(nvml, part, whole.index, known, whole.token))
-    return found
+            slices.append(_device(nvml, part, whole.index, kinds, whole.token))
+    return slices

@@ -1,4 +1,4 @@
-"""When a batch is due, and which: late binding.
+"""The inputs that wait to share a call, and when a batch of them is due: late binding; pure.
 
 A batch is formed only when the service is free to run it, and not before: while the model is busy,
 inputs gather at no cost. It closes when it is full, or once its oldest input has waited for long
@@ -8,10 +8,11 @@ then queue behind a slow model.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
-
-from gw_celery.policy import batch_buffer
+from collections.abc import Hashable
+from typing import Generic, TypeVar
 
 
 class Flush(enum.StrEnum):
@@ -25,51 +26,144 @@ class Flush(enum.StrEnum):
     DRAIN = "drain"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The limits of one call, and how long its oldest input waits for others."""
+
+    size: int
+    #: Seconds.
+    wait: float
+    #: Sum of the inputs' costs; ``None`` without a bound.
+    cost: int | None = None
+
+    def halved(self, size: int) -> Bounds:
+        """Return the bounds after a call of ``size`` inputs ran out of the device's memory."""
+        return dataclasses.replace(self, size=min(self.size, max(1, size // 2)))
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Waiting:
+    """One input that waits, since the time ``since``."""
+
+    key: Hashable
+    since: float
+    cost: int = 0
+    #: It does not wait for others.
+    is_urgent: bool = False
+
+
+W = TypeVar("W", bound=Waiting)
+
+
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(Generic[W]):
     """Inputs for one call, the oldest first."""
 
-    members: list[batch_buffer.Waiting]
+    members: list[W]
     flush: Flush
 
 
-def next_batch(
-    buffers: batch_buffer.Buffers,
-    bounds: batch_buffer.Bounds,
-    now: float,
-    *,
-    is_draining: bool = False,
-) -> Batch | None:
-    """Take out the batch that a free service runs now: of those that are due the oldest."""
-    best: tuple[batch_buffer.Buffer, Flush] | None = None
-    for buffer in buffers:
-        flush = _due(buffer, bounds, now, is_draining)
-        if flush is not None and (best is None or buffer.oldest < best[0].oldest):
-            best = buffer, flush
-    if best is None:
+class Buffers(Generic[W]):
+    """The waiting inputs of one batched method; those of different keys are never mixed."""
+
+    def __init__(self) -> None:
+        #: None of them is empty.
+        self._by_key: dict[Hashable, _Buffer[W]] = {}
+
+    def put(self, waiting: W) -> None:
+        self._by_key.setdefault(waiting.key, _Buffer()).put(waiting)
+
+    def remove(self, waiting: W) -> bool:
+        """Take out an input; whether it was there."""
+        buffer = self._by_key.get(waiting.key)
+        if buffer is None or not buffer.remove(waiting):
+            return False
+        self._free(waiting.key)
+        return True
+
+    def next_batch(
+        self, bounds: Bounds, now: float, *, is_draining: bool = False
+    ) -> Batch[W] | None:
+        """Take out the batch that a free service runs now: of those that are due the oldest.
+
+        Args:
+            bounds: the limits of one call.
+            now: seconds of the clock of ``Waiting.since``.
+            is_draining: the replica takes nothing new: no input waits for others.
+        """
+        best: tuple[_Buffer[W], Flush] | None = None
+        for buffer in self._by_key.values():
+            flush = buffer.flush(bounds, now, is_draining)
+            if flush is not None and (best is None or buffer.oldest < best[0].oldest):
+                best = buffer, flush
+        if best is None:
+            return None
+        members = best[0].take(bounds)
+        self._free(members[0].key)
+        return Batch(members, best[1])
+
+    def due_in(self, bounds: Bounds, now: float) -> float | None:
+        """Seconds until a batch is due, if nothing comes or goes; ``None`` when nothing waits."""
+        oldest = min((buffer.oldest for buffer in self._by_key.values()), default=None)
+        return None if oldest is None else max(0.0, oldest + bounds.wait - now)
+
+    def _free(self, key: Hashable) -> None:
+        if not self._by_key[key]:
+            del self._by_key[key]
+
+
+class _Buffer(Generic[W]):
+    """Inputs of one key, in the order of their arrival."""
+
+    def __init__(self) -> None:
+        self._waiting: collections.deque[W] = collections.deque()
+        self._cost = 0
+        self._urgent = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def oldest(self) -> float:
+        """Since when the first input waits."""
+        return self._waiting[0].since
+
+    def put(self, waiting: W) -> None:
+        self._waiting.append(waiting)
+        self._count(waiting, 1)
+
+    def remove(self, waiting: W) -> bool:
+        try:
+            self._waiting.remove(waiting)
+        except ValueError:
+            return False
+        self._count(waiting, -1)
+        return True
+
+    def flush(self, bounds: Bounds, now: float, is_draining: bool) -> Flush | None:
+        """Why a batch of these inputs is due now; ``None`` when it is not."""
+        has_cost = bounds.cost is not None and self._cost >= bounds.cost
+        if has_cost or len(self._waiting) >= bounds.size:
+            return Flush.FULL
+        if is_draining:
+            return Flush.DRAIN
+        # As `due_in` computes it: a timer must not find that it came a rounding error too early.
+        if self._urgent or self.oldest + bounds.wait <= now:
+            return Flush.DUE
         return None
-    return Batch(buffers.take(best[0], bounds), best[1])
 
+    def take(self, bounds: Bounds) -> list[W]:
+        """Take out the inputs of one call, the oldest first; one over the cost goes alone."""
+        members: list[W] = []
+        cost = 0
+        while self._waiting and len(members) < bounds.size:
+            cost += self._waiting[0].cost
+            if members and bounds.cost is not None and cost > bounds.cost:
+                break
+            members.append(self._waiting.popleft())
+            self._count(members[-1], -1)
+        return members
 
-def due_in(buffers: batch_buffer.Buffers, bounds: batch_buffer.Bounds, now: float) -> float | None:
-    """Seconds until a batch is due, if nothing comes or goes; ``None`` when nothing waits."""
-    oldest = min((buffer.oldest for buffer in buffers), default=None)
-    return None if oldest is None else max(0.0, oldest + bounds.wait - now)
-
-
-def halves(bounds: batch_buffer.Bounds, size: int) -> batch_buffer.Bounds:
-    """The bounds after a call of ``size`` inputs ran out of the device's memory."""
-    return dataclasses.replace(bounds, size=min(bounds.size, max(1, size // 2)))
-
-
-def _due(
-    buffer: batch_buffer.Buffer, bounds: batch_buffer.Bounds, now: float, is_draining: bool
-) -> Flush | None:
-    if buffer.fills(bounds):
-        return Flush.FULL
-    if is_draining:
-        return Flush.DRAIN
-    # As `due_in` computes it: a timer must not find that it came a rounding error too early.
-    if buffer.has_urgent or buffer.oldest + bounds.wait <= now:
-        return Flush.DUE
-    return None
+    def _count(self, waiting: W, sign: int) -> None:
+        self._cost += sign * waiting.cost
+        self._urgent += sign * waiting.is_urgent

@@ -1,10 +1,10 @@
-"""How many replicas the load needs, and when to have fewer: pure, on a clock that is an argument.
+"""How many replicas the load needs, and when to have fewer; pure: ``now`` is an argument.
 
 Three questions, asked in this order once a second:
 
 - ``Meter``: how much arrives, and how large are its bursts?
 - ``need`` and ``kept``: how many replicas does that take, now and should it come again?
-- ``Decider``: up at once; down only below everything that was needed of late.
+- ``Decider``: up at once; down only below everything that was needed lately.
 
 Two durations shape all of it: ``target_queue_time``, which an input may wait, and ``start_up``,
 which a new replica takes. `Rules.lateness` is their ratio: near 0 a replica can be ordered when it
@@ -24,27 +24,27 @@ SPANS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 PROOF = 2.5
 #: A need is held for this many times what a new replica takes to start and to clear the queue.
 RESIDENCE = 4.0
-#: Numbers of samples that are no longer needed are dropped by so many at a time; even.
+#: Numbers of old samples that are dropped at a time; even.
 FORGET = 128
-#: What rounding must not turn into one replica more.
+#: Excess of a need over a whole number that is a rounding error, and no replica more.
 EPSILON = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What the operator wants; durations in seconds."""
+    """The operator's settings; durations in seconds."""
 
     #: The share of a replica's score that is planned with.
     target_util: float = 0.9
     #: How long an input may wait in the queue.
     target_queue_time: float = 10.0
-    #: To zero after this long without any input; ``None``: never.
+    #: Time without any input after which the last replica goes; ``None``: never.
     inactivity_timeout: float | None = None
     #: Workload per second that is provided for even while less arrives; above 0, never to zero.
     min_load: float = 0.0
     #: Expected time from the start of a replica until it is READY.
     start_up: float = 30.0
-    #: For how long bursts are expected to come again.
+    #: Time for which bursts are expected to come again.
     window: float = 600.0
 
     @property
@@ -59,34 +59,49 @@ class Rules:
 
     @property
     def residence(self) -> float:
-        """For how long a need that was met is held."""
+        """Seconds for which a need that was met is held."""
         return RESIDENCE * (self.start_up + self.target_queue_time)
 
+    @property
+    def patience(self) -> float:
+        """Seconds without activity after which the last replica goes; infinite for never."""
+        if self.min_load > 0 or self.inactivity_timeout is None:
+            return math.inf
+        return self.inactivity_timeout
 
-def need(
-    rate: float, backlog: float, score: float, rules: Rules, at_hand: float = math.inf
-) -> float:
-    """The replicas that one service needs now.
 
-    ``rate`` arrives per second, and ``backlog`` waits (both workload): it is to be gone within
-    ``target_queue_time`` while more arrives. ``score`` is a replica's workload per second.
+def need(rate: float, backlog: float, score: float, rules: Rules, fillable: float) -> float:
+    """Return the replicas that one service needs now.
 
     What already runs is no backlog: it has its slot, and a drain lets it end. Counted again, a
     single input that takes an hour would order hundreds of replicas. For the same reason waiting
-    inputs order no more replicas than they fill: ``at_hand`` is that number, if it is known.
+    inputs order no more replicas than they fill.
+
+    Args:
+        rate: workload that arrives per second.
+        backlog: workload that waits, to be gone within ``target_queue_time`` while more arrives.
+        score: workload per second of one replica.
+        rules: the operator's settings.
+        fillable: replicas that the waiting inputs fill.
     """
     rate = max(rate, rules.min_load)
-    late = min(backlog / (rules.target_queue_time * score), at_hand)
+    late = min(backlog / (rules.target_queue_time * score), fillable)
     return max(rate / (score * rules.target_util), rate / score + late)
 
 
 def kept(pace: float, score: float, rules: Rules) -> float:
-    """The replicas that one service needs for its bursts, should they come again (`Meter.pace`)."""
+    """Return the replicas that one service needs for its bursts, should they come again.
+
+    Args:
+        pace: `Meter.pace`, in workload per second.
+        score: workload per second of one replica.
+        rules: the operator's settings.
+    """
     return pace / (score * rules.target_util)
 
 
 class Meter:
-    """What arrives at a service, in workload: its rate, and the pace that its bursts ask for."""
+    """The workload that arrives at a service: its rate, and the pace that its bursts ask for."""
 
     __slots__ = (
         "_arrived",
@@ -137,11 +152,11 @@ class Meter:
         gained = arrived - samples[first + 1]
         self.rate = max(0.0, gained) / max(self._rate_span, now - samples[first])
         most = base = 0.0
-        for place, span in enumerate(self._spans):
-            first, since = firsts[place], now - span
+        for index, span in enumerate(self._spans):
+            first, since = firsts[index], now - span
             while samples[first + 2] <= since:
                 first += 2
-            firsts[place] = first
+            firsts[index] = first
             base = (arrived - samples[first + 1]) / (now - samples[first] + grace)
             if base > most:
                 most = base
@@ -149,12 +164,9 @@ class Meter:
             base = 0.0
         self.pace = base + self._head_room * (most - base)
         if first > FORGET and self._rate_first > FORGET:
-            self._forget(FORGET)
-
-    def _forget(self, count: int) -> None:
-        del self._samples[:count]
-        self._firsts = [first - count for first in self._firsts]
-        self._rate_first -= count
+            del samples[:FORGET]
+            self._firsts = [first - FORGET for first in firsts]
+            self._rate_first -= FORGET
 
 
 class Largest:
@@ -167,7 +179,7 @@ class Largest:
         self._falling: collections.deque[tuple[float, float]] = collections.deque()
 
     def add(self, now: float, number: float) -> float:
-        """Count ``number``, and say which is the largest."""
+        """Add ``number``; return the largest."""
         falling = self._falling
         while falling and falling[-1][1] <= number:
             falling.pop()
@@ -180,8 +192,6 @@ class Largest:
 class Decider:
     """How many replicas there should be, from ``least`` to ``most``: up at once, down slowly."""
 
-    __slots__ = ("_active_at", "_kept", "_needed", "_patience", "_slack", "least", "most")
-
     def __init__(self, rules: Rules, least: int, most: int) -> None:
         self._needed = Largest(rules.residence)
         self._kept = Largest(rules.window)
@@ -190,12 +200,12 @@ class Decider:
         self.update(least, most)
 
     def follow(self, rules: Rules) -> None:
-        """Go by these rules; what was needed of late is not forgotten for it."""
+        """Change the rules; what was needed lately is not forgotten."""
         self._needed.window = rules.residence
         self._kept.window = max(rules.window, rules.residence)
         # Less than the head-room that ``target_util`` leaves is no reason to start a replica.
         self._slack = 2.0 - rules.target_util
-        self._patience = _patience(rules)
+        self._patience = rules.patience
 
     def update(self, least: int, most: int) -> None:
         """Change the bounds; ``most`` is never below ``least``."""
@@ -203,33 +213,22 @@ class Decider:
         self.most = max(self.least, most)
 
     def hold(self, now: float, replicas: int) -> None:
-        """Keep what an operator asked for, as if the load had."""
+        """Keep the replicas that an operator asked for, as if the load had needed them."""
         self._needed.add(now, replicas)
 
-    def decide(
-        self,
-        now: float,
-        need: float | None,
-        actual: int,
-        keep: float | None = None,
-        is_active: bool | None = None,
-    ) -> int:
-        """The desired replicas.
+    def decide(self, now: float, need: float, actual: int, keep: float, is_active: bool) -> int:
+        """Return the desired replicas.
 
-        Arguments:
-            need: replicas that the load needs now; ``None`` when nobody knows: the size is held.
+        Args:
+            now: seconds of a monotonic clock.
+            need: replicas that the load needs now.
             actual: replicas that there are, starting and draining ones included.
-            keep: replicas that its bursts would need if they came again (`kept`); without it,
-                what was needed is kept for as long.
-            is_active: whether anything arrived since the last call, waits or runs; without it, a
-                need is activity.
+            keep: replicas that its bursts would need if they came again (`kept`).
+            is_active: something arrived since the last call, waits or runs.
         """
-        if need is None:
-            return self._bounded(actual)
-        keep = need if keep is None else keep
         wanted = max(need, keep)
         held = max(self._needed.add(now, wanted), self._kept.add(now, keep))
-        if (need > 0 if is_active is None else is_active) or self._active_at is None:
+        if is_active or self._active_at is None:
             self._active_at = now
         elif self.is_idle(now):
             # One at a time at the end: nothing that was misread for a moment empties the pool.
@@ -255,26 +254,23 @@ class Share:
     the next figure.
     """
 
-    __slots__ = ("_parts", "_total")
-
     def __init__(self, rules: Rules) -> None:
         self._parts = Largest(rules.residence)
         self._total = 0
 
     def follow(self, rules: Rules) -> None:
-        """Go by these rules."""
+        """Change the rules."""
         self._parts.window = rules.residence
 
     def kept(self, now: float, part: int, total: int) -> int:
-        """Return the replicas to have: the largest part of late, but no more than all need."""
+        """Return the replicas to have: the largest part of a residence, at most ``total``.
+
+        Args:
+            now: seconds of a monotonic clock.
+            part: this worker's part of the group's replicas.
+            total: replicas of the whole group.
+        """
         if total < self._total:
             self._parts = Largest(self._parts.window)
         self._total = total
         return min(total, round(self._parts.add(now, part)))
-
-
-def _patience(rules: Rules) -> float:
-    """For how long nothing has to happen until not even one replica is left."""
-    if rules.min_load > 0 or rules.inactivity_timeout is None:
-        return math.inf
-    return rules.inactivity_timeout

@@ -1,4 +1,4 @@
-"""How long it takes until a replica is READY, from experience; pure."""
+"""How long a replica takes until it is READY, from experience; pure."""
 
 from __future__ import annotations
 
@@ -6,33 +6,30 @@ from collections.abc import Iterable
 
 from gw_celery.protocol import snapshot
 
-#: What the newest start-up counts in the mean.
+#: Weight of the newest start-up in the mean.
 _NEWEST = 0.5
 _LOADING = frozenset({"starting", "entering", "probing", "benchmarking"})
 
 
 class StartUp:
-    """Seconds from the start of a child until it is READY, from experience."""
+    """The mean duration of a start-up, from the start of a child until it is READY."""
 
     def __init__(self) -> None:
         self.seconds: float | None = None
-        #: Whether a child is on its way: one that nobody has used yet is not idle.
+        #: A child is loading: a worker with a replica on its way is not idle.
         self.is_loading = False
-        self._known: set[int] = set()
+        self._pids: set[int] = set()
 
     def see(self, replicas: Iterable[snapshot.Replica]) -> None:
-        """Look at the replicas; each child teaches once, when it has been READY."""
-        loaded: dict[int, float] = {}
+        """Learn from the replicas; each child counts once, when it has been READY."""
+        start_ups: dict[int, float] = {}
         self.is_loading = False
-        for one in replicas:
-            if one.pid is not None and one.start_up is not None:
-                loaded[one.pid] = one.start_up
-            elif one.state in _LOADING:
+        for replica in replicas:
+            if replica.pid is not None and replica.start_up is not None:
+                start_ups[replica.pid] = replica.start_up
+            elif replica.state in _LOADING:
                 self.is_loading = True
-        for pid in loaded.keys() - self._known:
-            self._learn(loaded[pid])
-        self._known = set(loaded)
-
-    def _learn(self, seconds: float) -> None:
-        known = self.seconds
-        self.seconds = seconds if known is None else known + _NEWEST * (seconds - known)
+        for pid in start_ups.keys() - self._pids:
+            mean, seconds = self.seconds, start_ups[pid]
+            self.seconds = seconds if mean is None else mean + _NEWEST * (seconds - mean)
+        self._pids = set(start_ups)

@@ -1,157 +1,319 @@
-"""Puts what the pool gives up on the dead-letter queue, in a thread: a broker that is away blocks.
+"""Dead letters: messages that were given up, kept in a bounded queue until a person looks at them.
 
-The failure is stored and the message answered whatever becomes of the letter.
+A thread writes them, because a broker that is away blocks. The failure is stored and the message
+answered whatever becomes of the dead letter. Here, fields are the arguments of `prepare_message` of
+a kombu channel.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
+import itertools
 import logging
-import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from amqp.exceptions import MessageNacked
+from kombu import compression
+from kombu.entity import Queue
+from kombu.utils import json
+
 from gw_celery import conf
-from gw_celery.pool import dead_letter_message, dead_queue, request
+from gw_celery.pool import request
+from gw_celery.protocol import headers
+from gw_celery.transport import broker
 
 logger = logging.getLogger(__name__)
 
-#: Letters that may wait for the broker.
-_LONGEST_QUEUE = 100
+_ADDED = "gw-dead-"
+#: Written by the broker, which would read them as the history of the new message; and what does not
+#: count any more: a message that lay here for days has not been late for that long.
+_PAST = {
+    *("x-death", "x-first-death-exchange", "x-first-death-queue", "x-first-death-reason"),
+    *("x-delivery-count", "x-acquired-count", headers.ENQUEUED),
+}
+#: What a sender chooses. Not ``expiration``, by which the broker would drop the dead letter, nor
+#: ``user_id``, which it compares with the user that publishes.
+_PROPERTIES = {
+    *("app_id", "cluster_id", "correlation_id", "delivery_mode"),
+    *("message_id", "reply_to", "timestamp", "type"),
+}
+#: Characters: the headers of a message have a limit.
+_MAX_REASON = 1000
+#: Dead letters that may wait for the broker.
+_MAX_WAITING = 100
 #: Seconds that the end of a worker waits for them.
-_FAREWELL = 2.0
+_CLOSE_TIMEOUT = 2.0
 #: Seconds between two tries.
 _PAUSE = 1.0
+#: Seconds that RabbitMQ has to confirm a message.
+_CONFIRM_TIMEOUT = 10.0
+#: Dead letters that are read from Redis at a time.
+_PAGE = 20
+
+# Scripts, because kombu's client, which puts a prefix before keys, does not do so for all the
+# commands in them. The first is one decision.
+_ADD = """
+if redis.call('LLEN', KEYS[1]) >= tonumber(ARGV[1]) then return 0 end
+redis.call('LPUSH', KEYS[1], ARGV[2])
+return 1
+"""
+_READ = "return redis.call('LRANGE', KEYS[1], ARGV[1], ARGV[2])"
+_REMOVE = "return redis.call('LREM', KEYS[1], -1, ARGV[1])"
+
+
+def to_dead_letter(
+    message: Any, *, reason: str, since: str, worker: str, deaths: int
+) -> dict[str, Any]:
+    """Return the fields of the dead letter of kombu's ``message``.
+
+    Args:
+        message: the message, as kombu delivered it.
+        reason: why it was given up.
+        since: when, in ISO 8601.
+        worker: the node name of the worker that gave it up.
+        deaths: the children that died while it ran alone.
+    """
+    delivery = message.delivery_info or {}
+    facts = {
+        "reason": reason[:_MAX_REASON],
+        "since": since,
+        "worker": worker,
+        "deaths": deaths,
+        "exchange": delivery.get("exchange") or "",
+        "routing-key": delivery.get("routing_key") or "",
+    }
+    added = {_ADDED + name: value for name, value in facts.items()}
+    return _fields(message, {**message.headers, **added})
+
+
+def to_message(letter: Any) -> dict[str, Any]:
+    """Return the fields of the message to send again: as it was sent first, with no deaths."""
+    kept = {
+        name: value
+        for name, value in letter.headers.items()
+        if not name.startswith(_ADDED) and name not in _PAST
+    }
+    return _fields(letter, {**kept, headers.REQUEUED: True})
+
+
+def summary(letter: Any) -> dict[str, Any]:
+    """Return what a list shows of a dead letter that kombu delivered."""
+    facts = ("deaths", "since", "worker", "reason")
+    return {
+        "id": letter.headers.get("id"),
+        "task": letter.headers.get("task"),
+        "queue": letter.headers.get(f"{_ADDED}routing-key"),
+        **{name: letter.headers.get(_ADDED + name) for name in facts},
+    }
+
+
+def _fields(message: Any, sent_headers: dict[str, Any]) -> dict[str, Any]:
+    body, method = message.body, message.headers.get("compression")
+    if method:  # kombu has decompressed the body
+        body, _ = compression.compress(body, method)
+    properties = message.properties
+    return {
+        "body": body,
+        "priority": properties.get("priority"),
+        "content_type": message.content_type,
+        "content_encoding": message.content_encoding,
+        "headers": sent_headers,
+        "properties": {name: properties[name] for name in _PROPERTIES & properties.keys()},
+    }
+
+
+def connect(app: Any) -> Any:
+    """Return a connection of one's own, over which RabbitMQ confirms what it has taken."""
+    return app.connection_for_write(transport_options={"confirm_publish": True})
+
+
+def queue_of(app: Any, connection: Any, settings: conf.Settings) -> DeadLetterQueue:
+    """Return the dead-letter queue that ``settings`` name; ``connection`` is the caller's."""
+    is_redis = broker.redis_transport(connection) is not None
+    return (RedisQueue if is_redis else DeadLetterQueue)(app, connection, settings)
+
+
+class DeadLetterQueue:
+    """A queue that RabbitMQ bounds, or any other broker of kombu's, where it is only counted."""
+
+    def __init__(self, app: Any, connection: Any, settings: conf.Settings) -> None:
+        self._app = app
+        self._connection = connection
+        self._name = str(settings.dead_letter_queue)
+        self._limit = settings.max_dead_letters
+
+    def add(self, letter: dict[str, Any]) -> bool:
+        """Put a dead letter into the queue; False when it is full."""
+        bound = {"x-max-length": self._limit, "x-overflow": "reject-publish"}
+        # Refused where the queue has another bound, which the broker keeps; ours is counted.
+        with contextlib.suppress(*self._connection.channel_errors), self._channel() as channel:
+            channel.queue_declare(
+                queue=self._name, durable=True, auto_delete=False, arguments=bound
+            )
+        with self._channel() as channel:
+            declared = channel.queue_declare(queue=self._name, passive=True)
+            if declared.message_count >= self._limit:
+                return False
+            try:
+                self._publish(channel, letter, "", self._name)
+            except MessageNacked:  # other workers have filled it meanwhile
+                return False
+        return True
+
+    def read(self) -> Iterator[Any]:
+        """Yield the dead letters as kombu delivers them, the oldest first; they stay."""
+        return (letter for letter, _ in self._stored())
+
+    def requeue(self, task_id: str) -> Any | None:
+        """Send one to where it came from, then remove it; None when it is not there."""
+        for letter, remove in self._stored():
+            if letter.headers.get("id") == task_id:
+                names = (f"{_ADDED}exchange", f"{_ADDED}routing-key")
+                exchange, key = (letter.headers.get(name) or "" for name in names)
+                with self._channel() as channel:
+                    if not exchange:  # as any sender does: the queue may have been deleted
+                        self._app.amqp.queues[key](channel).declare()
+                    self._publish(channel, to_message(letter), exchange, key)
+                remove()
+                return letter
+        return None
+
+    def _channel(self) -> contextlib.closing[Any]:
+        """A channel of its own: what it took and did not acknowledge goes back when it closes."""
+        return contextlib.closing(self._connection.channel())
+
+    def _stored(self) -> Iterator[tuple[Any, Callable[[], Any]]]:
+        """Yield each dead letter, and what removes it."""
+        with self._channel() as channel:
+            queue: Any = Queue(self._name, channel=channel)
+            with contextlib.suppress(*self._connection.channel_errors):  # never was a dead letter
+                while (letter := queue.get(no_ack=False)) is not None:
+                    yield letter, letter.ack
+
+    def _publish(self, channel: Any, fields: dict[str, Any], exchange: str, key: str) -> None:
+        is_amqp = self._connection.transport.driver_type == "amqp"
+        options = {"confirm_timeout": _CONFIRM_TIMEOUT} if is_amqp else {}
+        message = channel.prepare_message(**fields)
+        channel.basic_publish(message, exchange=exchange, routing_key=key, **options)
+
+
+class RedisQueue(DeadLetterQueue):
+    """One list, in kombu's format, whatever the priorities of its dead letters."""
+
+    def add(self, letter: dict[str, Any]) -> bool:
+        channel = self._connection.default_channel
+        message = channel.prepare_message(**letter)
+        channel._inplace_augment_message(message, "", self._name)
+        return bool(self._run(_ADD, self._limit, json.dumps(message)))
+
+    def _stored(self) -> Iterator[tuple[Any, Callable[[], Any]]]:
+        channel = self._connection.default_channel
+        for end in itertools.count(1, _PAGE):  # from the tail: what is added moves none of them
+            page = self._run(_READ, 1 - end - _PAGE, -end)
+            for raw in reversed(page):
+                letter = channel.Message(json.loads(raw), channel=channel)
+                yield letter, functools.partial(self._run, _REMOVE, raw)
+            if len(page) < _PAGE:
+                return
+
+    def _run(self, script: str, *arguments: Any) -> Any:
+        channel = self._connection.default_channel
+        return channel.client.eval(script, 1, channel.global_keyprefix + self._name, *arguments)
 
 
 class DeadLetters:
-    """The letters of one worker; the thread starts with the first one.
+    """Writes the dead letters of one worker; the thread starts with the first one."""
 
-    Args:
-        app: the Celery app.
-        name: the dead-letter queue.
-        most: letters that it holds at most.
-        patience: seconds that a letter is tried to be written while the broker is away.
-        hostname: the worker's node name.
-    """
-
-    def __init__(self, app: Any, name: str, most: int, patience: float, hostname: str) -> None:
+    def __init__(self, app: Any, settings: conf.Settings, hostname: str) -> None:
         self._app = app
-        self._name = name
-        self._most = most
-        self._patience = patience
+        self._settings = settings
         self._hostname = hostname
-        self._letters: queue.Queue[dead_letter_message.Letter | None] = queue.Queue(_LONGEST_QUEUE)
-        #: What the thread is writing.
-        self._at_hand: dead_letter_message.Letter | None = None
+        #: The first one is being written.
+        self._waiting: collections.deque[dict[str, Any]] = collections.deque()
         self._thread: threading.Thread | None = None
-        self._is_over = threading.Event()
+        self._has_work = threading.Event()
+        self._is_closing = threading.Event()
 
-    def bury(self, job: request.Job, reason: str, deaths: int) -> None:
+    def keep(self, job: request.Job, reason: str, deaths: int) -> None:
         """Take the message of an input that is given up; it is written soon."""
         if job.message is None:
             return
         since = self._app.now().isoformat(timespec="seconds")
         try:
-            letter = dead_letter_message.bury(
-                job.message,
-                dead_letter_message.Death(
-                    reason=reason, since=since, worker=self._hostname, deaths=deaths
-                ),
-            )
-            self._letters.put_nowait(letter)
-        except queue.Full:
-            logger.error(
-                "task %s[%s] has no dead letter: %d others wait for the broker, which is away",
-                job.name,
-                job.task_id,
-                _LONGEST_QUEUE,
+            letter = to_dead_letter(
+                job.message, reason=reason, since=since, worker=self._hostname, deaths=deaths
             )
         except Exception:  # a message that cannot be read again must not cost the worker's loop
             logger.exception("task %s[%s] has no dead letter", job.name, job.task_id)
-        else:
-            self._start()
+            return
+        if len(self._waiting) >= _MAX_WAITING:
+            _log_lost(letter, f"{_MAX_WAITING} others wait for the broker, which is away")
+            return
+        self._waiting.append(letter)
+        self._has_work.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="gw-dead-letters", daemon=True)
+            self._thread.start()
 
     def close(self) -> None:
         """End the thread; what cannot be written at once is named in the log."""
         if self._thread is None:
             return
-        self._is_over.set()
-        with contextlib.suppress(queue.Full):  # then it looks at the event after the next letter
-            self._letters.put_nowait(None)
-        self._thread.join(_FAREWELL)
-        for letter in self._left():
+        self._is_closing.set()
+        self._has_work.set()
+        self._thread.join(_CLOSE_TIMEOUT)
+        for letter in tuple(self._waiting):
             _log_lost(letter, "the worker ends and the broker is away")
 
-    def _left(self) -> Iterator[dead_letter_message.Letter]:
-        if self._at_hand is not None:
-            yield self._at_hand
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (letter := self._letters.get_nowait()) is not None:
-                    yield letter
-
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="gw-dead-letters", daemon=True)
-            self._thread.start()
-
     def _run(self) -> None:
-        while (letter := self._letters.get()) is not None:
-            self._at_hand = letter
-            try:
-                self._say(letter, is_added=self._add(letter))
-            except Exception as exc:
-                _log_lost(letter, repr(exc))
-            self._at_hand = None
-            if self._is_over.is_set() and self._letters.empty():
-                return
+        while self._waiting or not self._is_closing.is_set():
+            self._has_work.wait()
+            self._has_work.clear()
+            while self._waiting:
+                self._write(self._waiting[0])
+                self._waiting.popleft()
 
-    def _add(self, letter: dead_letter_message.Letter) -> bool:
+    def _write(self, letter: dict[str, Any]) -> None:
         """Try until the broker has it, has no room for it, or has been away for too long."""
-        end = request.now() + self._patience
+        end = request.now() + self._settings.store_timeout
         while True:
             try:
-                # A connection of its own, for letters are rare.
-                with dead_queue.connect(self._app) as connection:
-                    room = dead_queue.of(self._app, connection, self._name, self._most)
-                    return room.add(letter)
+                self._add(letter)
             except Exception as exc:
-                logger.warning("the letter of task %s waits: %r", letter.task_id, exc)
-                if request.now() >= end or self._is_over.wait(_PAUSE):
-                    raise
+                logger.warning("the dead letter of task %s[%s] waits: %r", *_task(letter), exc)
+                if request.now() >= end or self._is_closing.wait(_PAUSE):
+                    _log_lost(letter, repr(exc))
+                    return
+            else:
+                return
 
-    def _say(self, letter: dead_letter_message.Letter, *, is_added: bool) -> None:
+    def _add(self, letter: dict[str, Any]) -> None:
+        # A connection of its own, for dead letters are rare.
+        with connect(self._app) as connection:
+            is_added = queue_of(self._app, connection, self._settings).add(letter)
+        queue, (task, task_id) = self._settings.dead_letter_queue, _task(letter)
         if is_added:
             logger.warning(
                 "task %s[%s] lies in the queue %s: look at it with `celery gw dead`, send it again "
                 "with `celery gw dead --requeue %s`",
-                letter.task,
-                letter.task_id,
-                self._name,
-                letter.task_id,
+                *(task, task_id, queue, task_id),
             )
         else:
-            logger.error(
-                "task %s[%s] has no dead letter: the queue %s is full with %d (setting "
-                "gw_max_dead_letters); send some again with `celery gw dead --requeue ID`, or "
-                "delete all with `celery amqp queue.purge %s`",
-                letter.task,
-                letter.task_id,
-                self._name,
-                self._most,
-                self._name,
+            _log_lost(
+                letter,
+                f"the queue {queue} is full with {self._settings.max_dead_letters} (setting "
+                f"gw_max_dead_letters); send some again with `celery gw dead --requeue ID`, or "
+                f"delete all with `celery amqp queue.purge {queue}`",
             )
 
 
-def of(app: Any, settings: conf.Settings, hostname: str) -> DeadLetters | None:
-    """Return the letters of a worker; None where the settings switch them off."""
-    name = settings.dead_letter_queue
-    if not name:
-        return None
-    return DeadLetters(app, name, settings.max_dead_letters, settings.store_timeout, hostname)
+def _task(letter: dict[str, Any]) -> tuple[str, str]:
+    return str(letter["headers"].get("task")), str(letter["headers"].get("id"))
 
 
-def _log_lost(letter: dead_letter_message.Letter, why: str) -> None:
-    logger.error("task %s[%s] has no dead letter: %s", letter.task, letter.task_id, why)
+def _log_lost(letter: dict[str, Any], why: str) -> None:
+    logger.error("task %s[%s] has no dead letter: %s", *_task(letter), why)

@@ -33,18 +33,11 @@ class Driver:
 
     Args:
         driven: what is driven; everything of it is called in one thread.
-        settle: called after the supervisor has followed what happened.
         on_tick: called once a second, after the supervisor.
     """
 
-    def __init__(
-        self,
-        driven: supervisor.Supervisor,
-        settle: Callable[[], None],
-        on_tick: Callable[[], None],
-    ) -> None:
+    def __init__(self, driven: supervisor.Supervisor, on_tick: Callable[[], None]) -> None:
         self._driven = driven
-        self._settle = settle
         self._see = on_tick
         self._hub: Any = None
         self._tick_timer: Any = None
@@ -113,7 +106,6 @@ class Driver:
 
     def _poll(self, timeout: float = 0.0) -> None:
         self._driven.poll(timeout)
-        self._settle()
 
     def _on_readable(self) -> None:
         with _surviving():

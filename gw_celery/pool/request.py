@@ -13,8 +13,7 @@ from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state
 
 from gw_celery import errors
-from gw_celery.pool import dead_letter_message
-from gw_celery.protocol import frames, untrusted
+from gw_celery.protocol import frames, headers, untrusted
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ class Job:
     @property
     def was_requeued(self) -> bool:
         """Whether it was given up and a person sent it again, which nobody has tried yet."""
-        return bool(self.request.get(dead_letter_message.REQUEUED)) and not self.is_redelivered
+        return bool(self.request.get(headers.REQUEUED)) and not self.is_redelivered
 
     @property
     def message(self) -> Any:

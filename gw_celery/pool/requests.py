@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gw_celery import conf, errors
+from gw_celery.client import beat_tasks
 from gw_celery.cluster import poison_counts
 from gw_celery.pool import child_process, counters, dispatch, poison, request, time_limits
 from gw_celery.protocol import frames
@@ -84,7 +85,8 @@ class Inputs:
         if twin is not None:
             twin.join(job, request.now())
             return job
-        self.tallies.arrive(job.number, service, counters.workload_of(job.request))
+        if job.name not in beat_tasks.COMMANDS:  # no work that replicas are kept for
+            self.tallies.arrive(job.number, service, counters.workload_of(job.request))
         if job.was_requeued:
             self._deaths.survived(job.task_id)
         self._asked[job.number] = (job, request.now())
@@ -289,7 +291,8 @@ class Inputs:
         self._held.pop(job.number, None)
         self._gathering.pop(job.number, None)
         child.room.give_back(job.service)
-        child.served += 1
+        if job.name not in beat_tasks.COMMANDS:
+            child.served += 1
         self.limits.forget(job)
         if job.runs_alone:
             self._deaths.survived(job.task_id)

@@ -16,7 +16,6 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from gw_celery.policy import live_scores
 from gw_celery.policy import scores as policy_scores
 from gw_celery.pool import child_process, replica
 from gw_celery.protocol import frames, snapshot
@@ -82,7 +81,7 @@ class Measuring:
         #: Children that an operator's restart found running: perhaps of older code or weights, so
         #: that what they measure is not remembered.
         self._outdated: frozenset[child_process.Child] = frozenset()
-        self._live = {key: live_scores.Live(slots) for key, slots in setup.slots.items()}
+        self._live = {key: policy_scores.LiveScore(slots) for key, slots in setup.slots.items()}
         self._calls = itertools.count(1)
         #: Messages in the broker, by service, and when somebody said so.
         self._queued: tuple[float, Mapping[str, int]] = (0.0, {})
@@ -189,7 +188,7 @@ class Measuring:
         self._queued = (now, queued)
 
     def observe(
-        self, now: float, tallies: Mapping[str, live_scores.Tally], ready: Mapping[str, int]
+        self, now: float, tallies: Mapping[str, policy_scores.Tally], ready: Mapping[str, int]
     ) -> None:
         """Let the traffic correct the scores; about once a second.
 

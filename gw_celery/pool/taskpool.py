@@ -17,14 +17,12 @@ from celery.concurrency.base import BasePool
 from celery.worker import state
 
 from gw_celery import conf, signals
-from gw_celery.client import beat_tasks
 from gw_celery.cluster import membership
 from gw_celery.declare import services
 from gw_celery.policy import speed_bands
 from gw_celery.pool import (
     dead_letters,
     driver,
-    lane,
     origin,
     replica,
     request,
@@ -33,7 +31,7 @@ from gw_celery.pool import (
 from gw_celery.protocol.snapshot import Worker
 from gw_celery.runtime import fatal_exit
 from gw_celery.transport import broker
-from gw_celery.worker import control_queue, gate, health, serving, start_notices
+from gw_celery.worker import gate, health, serving, start_notices
 
 signals.listen()
 
@@ -59,9 +57,6 @@ class TaskPool(BasePool):
         self._plan = plan
         #: Opens and closes the worker's queues; the consumer's step attaches itself.
         self.gate: gate.Gate | None = None
-        #: The same for the queue of the sweeps.
-        self.control: control_queue.ControlQueue | None = None
-        self._lane = lane.Lane(self.wake)
         #: When each tick of beat came last.
         self._ticked: dict[str, float] = {}
         self.limit = limit or 1
@@ -149,20 +144,20 @@ class TaskPool(BasePool):
             "queues": list(self._plan.queues) if self._plan else [],
         }
         setup = dataclasses.replace(self._setup, first=first)
-        self._dead = dead_letters.of(app, setup.settings, hostname)
-        bury = None if self._dead is None else self._dead.bury
+        if setup.settings.dead_letter_queue:
+            self._dead = dead_letters.DeadLetters(app, setup.settings, hostname)
+        bury = None if self._dead is None else self._dead.keep
         on_lost = None if lost is None else lost.forget
         self.supervisor = supervisor.Supervisor(
             setup, self._on_capacity, self.cluster.counts, bury, on_lost
         )
-        self._driver = driver.Driver(self.supervisor, self._lane.settle, self._see)
+        self._driver = driver.Driver(self.supervisor, self._see)
         if self._plan is not None:
             queues = self._plan.service_queues
             self.bands = _bands(app, self.cluster, queues.values())
             priority = None if self.bands is None else self.bands.priority
             self.gate = gate.Gate(app.amqp.queues, queues, self, priority)
             self.gate.close_all()
-            self.control = control_queue.ControlQueue() if self._plan.runs_sweeps else None
             start_notices.log(app, self._plan)
         self._resize(self.limit)
         self.supervisor.tick()
@@ -176,8 +171,6 @@ class TaskPool(BasePool):
 
     def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> request.Job:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
-        if args[0] in beat_tasks.COMMANDS:
-            return self._lane.submit(target, args, options)
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
         options["timeout"] = options.get("timeout") or hard
@@ -291,7 +284,7 @@ class TaskPool(BasePool):
         self._driver.detach()
         self.supervisor.release()
         self.health.close()
-        for thread in (self._dead, self._lane, self.cluster):
+        for thread in (self._dead, self.cluster):
             if thread is not None:
                 thread.close()
 
@@ -326,8 +319,7 @@ def _queues(app: Any, plan: serving.Plan | None) -> dict[str, list[str]]:
     names = app.amqp.queues.consume_from if plan is None else plan.queues
     of_services = {} if plan is None else plan.service_queues
     for name in names:
-        if name != beat_tasks.QUEUE:  # no work for replicas
-            queues[of_services.get(name, services.PLAIN)].append(name)
+        queues[of_services.get(name, services.PLAIN)].append(name)
     return queues
 
 

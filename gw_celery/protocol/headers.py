@@ -11,6 +11,8 @@ from gw_celery.protocol import untrusted
 WORKLOAD = "gw-workload"
 #: When the input could begin at the earliest, in seconds of the sender's wall clock.
 ENQUEUED = "gw-enqueued"
+#: Carried by a dead letter that was sent again: the deaths that it has caused do not count.
+REQUEUED = "gw-requeued"
 
 #: The cost of an input that nobody knows more of.
 DEFAULT_WORKLOAD = 1.0

@@ -35,7 +35,6 @@ from gw_celery.replica import (
 )
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import (
-    batch_items,
     batcher,
     django_connections,
     fatal_exit,
@@ -133,7 +132,7 @@ class Child(asyncio.Protocol):
         self._outbox: list[tuple[Any, ...]] = []
         self._leaving = asyncio.Event()
         self._batchers = batcher.Batchers(
-            batch_items.Host(
+            batcher.Host(
                 around=loaded.around,
                 tell=self._flush,
                 on_stuck=lambda name: self.report((frames.Report.STUCK, name)),
@@ -187,7 +186,7 @@ class Child(asyncio.Protocol):
         self.report((frames.Report.ENTERED,))
         self._beat_at = time.monotonic()
         self._beat()
-        watchdog.Watch(loop.MainLoop(asyncio.get_running_loop()), _in_flight).start()
+        watchdog.Watchdog(loop.MainLoop(asyncio.get_running_loop()), _in_flight).start()
         await self._leaving.wait()
         await self._scoring.stop()
         if self._probes is not None:

@@ -17,7 +17,7 @@ from kombu.utils.encoding import safe_repr
 
 from gw_celery.declare import services
 from gw_celery.protocol import frames
-from gw_celery.runtime import answers, body_guard, in_process, loop
+from gw_celery.runtime import batch_items, body_guard, in_process, loop
 
 _LONGEST_DETAIL = 200
 #: What stands for the answer of a class without an instance: its parameters have no defaults.
@@ -80,11 +80,11 @@ class Probes:
             return _NOTHING_LOADED
         try:
             bound = getattr(owner.view(loaded, loaded.values), name)
-            args, kwargs = _arguments(method)
+            args, kwargs = batch_items.of_one_input(method, (), {})
             answer = await self._run(service, method, lambda: bound(*args, **kwargs))
         finally:
             owner.give_back(loaded)
-        return answer if method.batched is None else _single(method, answer)
+        return batch_items.only_answer(method, answer)
 
     async def _run(
         self, service: services.Service, method: services.Method, run: Callable[[], Any]
@@ -114,20 +114,6 @@ def judge(answer: Any) -> tuple[bool, str]:
 def _is_false(answer: Any) -> bool:
     is_boolean = str(getattr(answer, "dtype", "")).removeprefix("torch.") == "bool"
     return answer is False or (is_boolean and not answer)
-
-
-def _arguments(method: services.Method) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """None, but for a batched method, which takes the defaults of one input in lists."""
-    if method.batched is None:
-        return (), {}
-    return answers.listed(method, [answers.bind(method, (), {})])
-
-
-def _single(method: services.Method, answer: Any) -> Any:
-    (entry,) = answers.entries(method, 1, answer)
-    if isinstance(entry, Exception):
-        raise entry
-    return entry
 
 
 def _short(text: str) -> str:

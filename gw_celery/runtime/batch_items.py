@@ -1,64 +1,30 @@
-"""What a batcher is given: the replica that it runs in, and the inputs that share a call."""
+"""The inputs of a batched method: each for itself, and as the lists of one call."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from gw_celery import errors
-from gw_celery.runtime import body_guard, clocks, current_batch
-
-
-def _as_it_is(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return fn(*args, **kwargs)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Host:
-    """The replica, as its batchers see it."""
-
-    #: Surrounds a body, so that no exit gets out of it.
-    contained: Callable[[], AbstractContextManager[Any]] = body_guard.Contained
-    #: Calls what it is given, with whatever must surround work in a thread.
-    around: Callable[..., Any] = _as_it_is
-    #: Sends what the inputs reported as they began, before the body can do any harm.
-    tell: Callable[[], None] = lambda: None
-    #: Told which task's call goes on though nobody waits for it any more, and cannot be ended.
-    on_stuck: Callable[[str], None] = lambda name: None
-    #: Seconds that such a call has to end.
-    grace: float = 5.0
-    #: By which inputs wait.
-    clock: clocks.Clock = dataclasses.field(default_factory=clocks.Monotonic)
-    #: Of the calls: it belongs to no input.
-    context: contextvars.Context = dataclasses.field(default_factory=contextvars.copy_context)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a call of the method needs besides its arguments."""
-
-    #: The body, bound to the instance whose parameters the inputs share.
-    fn: Callable[..., Any]
-    #: Key of the service that the call belongs to.
-    service: str
-    #: Inputs of different keys never share a call.
-    key: Hashable = None
-    #: Held while the call runs: it may outlive every input that asked for it.
-    using: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+from gw_celery.declare import services
+from gw_celery.policy import batching
+from gw_celery.runtime import current_batch
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class Member:
-    """One input of a call, and who waits for its answer."""
+class BatchItem(batching.Waiting):
+    """One input of a batched method, from when it waits until it has its answer."""
 
-    work: Work
+    #: The body, bound to the instance whose parameters the inputs of a batch share.
+    fn: Callable[..., Any]
+    #: Held while the call runs: it may outlive every input that asked for it.
+    using: Callable[[], AbstractContextManager[Any]]
+    #: Every parameter of the body, by name.
     arguments: Mapping[str, Any]
-    since: float
     joining: current_batch.Joining | None
     #: Whether the input failed, and its answer or exception.
     outcome: asyncio.Future[tuple[bool, Any]]
@@ -86,3 +52,70 @@ class Member:
     def _settle(self, is_failure: bool, value: Any) -> None:
         if not self.outcome.done():
             self.outcome.set_result((is_failure, value))
+
+
+def bind(method: services.Method, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every parameter of the body with the value that one caller gave, or its default."""
+    bound = method.signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def of_one_input(
+    method: services.Method, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call for one input alone: a batched body takes lists of one."""
+    return (
+        (args, kwargs) if method.batched is None else listed(method, [bind(method, args, kwargs)])
+    )
+
+
+def only_answer(method: services.Method, answer: Any) -> Any:
+    """Return what a call for one input alone answers to it.
+
+    Raises:
+        Exception: that a batched body put in the place of its only entry.
+    """
+    if method.batched is None:
+        return answer
+    (entry,) = entries(method, 1, answer)
+    if isinstance(entry, Exception):
+        raise entry
+    return entry
+
+
+def listed(
+    method: services.Method, inputs: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of one call for ``inputs``: each parameter is a list."""
+    lists = {
+        name: [arguments[name] for arguments in inputs] for name in method.signature.parameters
+    }
+    call = inspect.BoundArguments(method.signature, lists)
+    return call.args, call.kwargs
+
+
+def entries(method: services.Method, count: int, answer: Any) -> list[Any]:
+    """Return the entries of a batched body's answer to ``count`` inputs.
+
+    Raises:
+        UsageError: when the answer is no list, tuple, array or tensor of ``count`` entries.
+    """
+    is_listed = not isinstance(answer, str | bytes | bytearray) and (
+        isinstance(answer, Sequence) or hasattr(answer, "__array__")
+    )
+    size = _size(answer)
+    if not is_listed or size != count:
+        raise errors.UsageError(
+            f"{method.task_name} got {count} input{'' if count == 1 else 's'} and answered with a "
+            f"{type(answer).__name__} of {'no' if size is None else size} entries; a batched "
+            f"function returns a list with one entry for each input"
+        )
+    return list(answer)
+
+
+def _size(answer: Any) -> int | None:
+    try:
+        return len(answer)
+    except TypeError:  # a number, a generator, an array without dimensions
+        return None

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
+import dataclasses
 import functools
+import gc
 import logging
 import operator
+import sys
+import traceback
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from celery import current_task
@@ -14,35 +21,58 @@ from celery.exceptions import Retry
 
 from gw_celery import errors
 from gw_celery.declare import markers, services
-from gw_celery.policy import batch_buffer, batching
+from gw_celery.policy import batching
 from gw_celery.runtime import (
-    answers,
     batch_items,
+    body_guard,
     clocks,
     current_batch,
     greenlet_bridge,
-    memory,
     offload,
 )
 
 logger = logging.getLogger(__name__)
 
 
+def _as_it_is(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return fn(*args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Host:
+    """The replica, as its batchers see it."""
+
+    #: Calls what it is given, with whatever must surround work in a thread.
+    around: Callable[..., Any] = _as_it_is
+    #: Sends what the inputs reported as they began, before the body can do any harm.
+    tell: Callable[[], None] = lambda: None
+    #: Told which task's call goes on though nobody waits for it any more, and cannot be ended.
+    on_stuck: Callable[[str], None] = lambda name: None
+    #: Seconds that such a call has to end.
+    grace: float = 5.0
+    #: By which inputs wait.
+    clock: clocks.Clock = dataclasses.field(default_factory=clocks.Monotonic)
+    #: Of the calls: it belongs to no input.
+    context: contextvars.Context = dataclasses.field(default_factory=contextvars.copy_context)
+
+
 class Batcher:
     """One batched method of this replica; everything here runs on its loop.
 
     Args:
+        service: whose slots the body holds.
         method: the declaration, with the bounds of a batch.
         host: the replica that calls it.
     """
 
-    def __init__(self, method: services.Method, host: batch_items.Host) -> None:
+    def __init__(self, service: services.Service, method: services.Method, host: Host) -> None:
         declared = _declared(method)
+        self._service = service
         self._method = method
         self._host = host
         self._clock = host.clock
         self._declared = declared
-        self._bounds = batch_buffer.Bounds(
+        self._bounds = batching.Bounds(
             size=declared.max_batch_size,
             wait=declared.wait_ms / 1000,
             cost=declared.max_batch_cost,
@@ -50,9 +80,9 @@ class Batcher:
         self._threads = offload.Offload(
             f"batch-{method.name}", declared.max_running_batches, host.around
         )
-        self._waiting = batch_buffer.Buffers()
+        self._waiting: batching.Buffers[batch_items.BatchItem] = batching.Buffers()
         #: The calls that run, and the inputs that each was made for.
-        self._running: dict[asyncio.Task[None], list[batch_items.Member]] = {}
+        self._running: dict[asyncio.Task[None], list[batch_items.BatchItem]] = {}
         #: Those of them that nobody waits for.
         self._deserted: set[asyncio.Task[None]] = set()
         self._timer: clocks.Timer | None = None
@@ -60,26 +90,48 @@ class Batcher:
         self._is_draining = False
 
     async def submit(
-        self, work: batch_items.Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        key: Hashable = None,
+        using: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> Any:
         """Return the answer to one input, from a call that it shares.
 
         Whoever stops waiting takes the input out, or drops its part of the answer: a call that
         runs is never interrupted for one of its inputs.
 
+        Args:
+            fn: the body, bound to the instance whose parameters the inputs share.
+            args: what the caller gave, one value for each list that the body takes.
+            kwargs: the same, by name.
+            key: inputs of different keys never share a call, nor do those of different ``key=``.
+            using: held while the call runs, which may outlive every input that asked for it.
+
         Raises:
             Exception: that the body put in the place of this answer, or raised for this input;
                 for a ``Retry`` in its place, what ``retry()`` of the input's task raises.
         """
-        arguments = answers.bind(self._method, args, kwargs)
-        key, cost = self._key(work, args, kwargs), self._cost(args, kwargs)
-        one = self._waiting_for(work, arguments, key, cost)
-        self._waiting.put(one)
+        joining = current_batch.joining.get()
+        item = batch_items.BatchItem(
+            fn=fn,
+            using=using,
+            arguments=batch_items.bind(self._method, args, kwargs),
+            key=self._key(key, args, kwargs),
+            cost=self._cost(args, kwargs),
+            since=self._clock.now(),
+            joining=joining,
+            is_urgent=joining is not None and joining.runs_alone,
+            outcome=asyncio.get_running_loop().create_future(),
+        )
+        self._waiting.put(item)
         self._form_soon()
         try:
-            is_failure, value = await one.payload.outcome
+            is_failure, value = await item.outcome
         except BaseException:  # stopped, or at its limit
-            if not self._waiting.remove(one):
+            if not self._waiting.remove(item):
                 self._give_up_deserted()
             raise
         if isinstance(value, Retry):
@@ -93,11 +145,9 @@ class Batcher:
         self._is_draining = True
         self._form_soon()
 
-    def _key(
-        self, work: batch_items.Work, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Hashable:
+    def _key(self, key: Hashable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
         if self._declared.key is None:
-            return work.key
+            return key
         own = self._declared.key(*args, **kwargs)
         try:
             hash(own)
@@ -107,26 +157,7 @@ class Batcher:
                 f"return a str, a number, or a tuple of them"
             ) from None
         # 1, 1.0 and True are equal, and three keys.
-        return work.key, type(own), own
-
-    def _waiting_for(
-        self, work: batch_items.Work, arguments: Mapping[str, Any], key: Hashable, cost: int
-    ) -> batch_buffer.Waiting:
-        who, now = current_batch.joining.get(), self._clock.now()
-        member = batch_items.Member(
-            work=work,
-            arguments=arguments,
-            since=now,
-            joining=who,
-            outcome=asyncio.get_running_loop().create_future(),
-        )
-        return batch_buffer.Waiting(
-            payload=member,
-            key=key,
-            since=now,
-            cost=cost,
-            is_urgent=who is not None and who.runs_alone,
-        )
+        return key, type(own), own
 
     def _cost(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         if self._declared.size_fn is None:
@@ -158,27 +189,24 @@ class Batcher:
             self._timer = None
         while len(self._running) < self._declared.max_running_batches:
             now = self._clock.now()
-            batch = batching.next_batch(
-                self._waiting, self._bounds, now, is_draining=self._is_draining
-            )
+            batch = self._waiting.next_batch(self._bounds, now, is_draining=self._is_draining)
             if batch is None:
                 self._wait_until_due(now)
                 return
             self._start(batch)
 
     def _wait_until_due(self, now: float) -> None:
-        wait = batching.due_in(self._waiting, self._bounds, now)
+        wait = self._waiting.due_in(self._bounds, now)
         if wait is not None:
             self._timer = self._clock.call_at(now + wait, self._form, self._host.context)
 
-    def _start(self, batch: batching.Batch) -> None:
-        members = [one.payload for one in batch.members]
+    def _start(self, batch: batching.Batch[batch_items.BatchItem]) -> None:
         task = asyncio.get_running_loop().create_task(
-            self._serve(members, batch.flush),
+            self._serve(batch.members, batch.flush),
             name=f"batch of {self._method.task_name}",
             context=self._host.context.copy(),
         )
-        self._running[task] = members
+        self._running[task] = batch.members
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -188,8 +216,8 @@ class Batcher:
 
     def _give_up_deserted(self) -> None:
         """End the calls that nobody waits for any more: they keep others from being made."""
-        for task, members in self._running.items():
-            if task not in self._deserted and all(one.outcome.done() for one in members):
+        for task, items in self._running.items():
+            if task not in self._deserted and all(item.outcome.done() for item in items):
                 self._deserted.add(task)
                 if self._method.is_async:
                     task.cancel()
@@ -203,27 +231,28 @@ class Batcher:
 
     # -- running --
 
-    async def _serve(self, members: list[batch_items.Member], flush: batching.Flush) -> None:
-        """Answer every member, in as many calls as it takes."""
-        parts = [members]
-        current_batch.held.set(frozenset({members[0].work.service}))
+    async def _serve(self, items: list[batch_items.BatchItem], flush: batching.Flush) -> None:
+        """Answer every input, in as many calls as it takes."""
+        parts = [items]
+        current_batch.held.set(frozenset({self._service.key}))
         current_batch.is_in_batch.set(True)
         try:
-            with members[0].work.using():
+            with items[0].using():
                 while parts:
                     first, *rest = _cut(parts[0], self._bounds.size)
-                    if announced := [on for one in first if (on := one.announce()) is not None]:
-                        await asyncio.gather(*announced)
-                    part = [one for one in first if one.begin()]
+                    records = [on for item in first if (on := item.announce()) is not None]
+                    if records:
+                        await asyncio.gather(*records)
+                    part = [item for item in first if item.begin()]
                     parts = await self._answered(part, flush) + rest + parts[1:]
         except Exception as exc:  # ours: nobody may wait for ever because of it
             logger.exception("a batch of %s broke off", self._method.task_name)
-            for one in members:
-                one.fail(exc)
+            for item in items:
+                item.fail(exc)
 
     async def _answered(
-        self, part: list[batch_items.Member], flush: batching.Flush
-    ) -> list[list[batch_items.Member]]:
+        self, part: list[batch_items.BatchItem], flush: batching.Flush
+    ) -> list[list[batch_items.BatchItem]]:
         """Call the body for ``part``; returns the parts to call it for again."""
         if not part:
             return []
@@ -232,23 +261,23 @@ class Batcher:
         except Exception as exc:
             return self._failed(part, exc)
         try:
-            listed = answers.entries(self._method, len(part), answer)
+            listed = batch_items.entries(self._method, len(part), answer)
         except Exception as exc:
-            for one in part:
-                one.fail(exc)
+            for item in part:
+                item.fail(exc)
             return []
-        for one, entry in zip(part, listed, strict=True):
-            one.answer(entry)
+        for item, entry in zip(part, listed, strict=True):
+            item.answer(entry)
         return []
 
-    async def _call(self, part: list[batch_items.Member], flush: batching.Flush) -> Any:
+    async def _call(self, part: list[batch_items.BatchItem], flush: batching.Flush) -> Any:
         now = self._clock.now()
-        waited = tuple(now - one.since for one in part)
+        waited = tuple(now - item.since for item in part)
         current_batch.batch.set(
             current_batch.Batch(size=len(part), flush=flush.value, waited=waited)
         )
-        fn = part[0].work.fn
-        args, kwargs = answers.listed(self._method, [one.arguments for one in part])
+        fn = part[0].fn
+        args, kwargs = batch_items.listed(self._method, [item.arguments for item in part])
         self._host.tell()
         if self._method.is_async:
             return await greenlet_bridge.step(
@@ -258,7 +287,7 @@ class Batcher:
 
     async def _body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
-            with self._host.contained():
+            with body_guard.Contained():
                 return await fn(*args, **kwargs)
         except asyncio.CancelledError as exc:
             # Nobody else cancels a call that somebody waits for.
@@ -269,7 +298,7 @@ class Batcher:
 
     def _sync_body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
-            with self._host.contained():
+            with body_guard.Contained():
                 return fn(*args, **kwargs)
         except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
             raise RuntimeError(f"the body raised {exc!r}") from exc
@@ -277,18 +306,18 @@ class Batcher:
     # -- recovering --
 
     def _failed(
-        self, part: list[batch_items.Member], exc: Exception
-    ) -> list[list[batch_items.Member]]:
+        self, part: list[batch_items.BatchItem], exc: Exception
+    ) -> list[list[batch_items.BatchItem]]:
         """Isolate the input that the call failed for; returns the parts to try."""
-        if all(one.outcome.done() for one in part):
+        if all(item.outcome.done() for item in part):
             return []
-        is_memory = memory.is_exhausted(exc)
+        is_memory = _is_out_of_memory(exc)
         if is_memory:
-            memory.free(exc)
+            _free_memory(exc)
             self._take_less(len(part), exc)
         if len(part) == 1 or (self._declared.on_error == "fail" and not is_memory):
-            for one in part:
-                one.fail(exc)
+            for item in part:
+                item.fail(exc)
             return []
         logger.info(
             "a call of %s for %d inputs raised %r and is tried again in parts",
@@ -301,7 +330,7 @@ class Batcher:
     def _take_less(self, size: int, exc: Exception) -> None:
         if size == 1:
             return
-        self._bounds = batching.halves(self._bounds, size)
+        self._bounds = self._bounds.halved(size)
         logger.warning(
             "a call of %s ran out of the device's memory with %d inputs (%s): until this replica "
             "restarts, it takes %d at most; lower max_batch_size, or bound size_fn's sum",
@@ -315,15 +344,15 @@ class Batcher:
 class Batchers:
     """The batchers of a replica, each made when its method is first called."""
 
-    def __init__(self, host: batch_items.Host) -> None:
+    def __init__(self, host: Host) -> None:
         self._host = host
         self._batchers: dict[str, Batcher] = {}
         self._is_draining = False
 
-    def of(self, method: services.Method) -> Batcher:
+    def of(self, service: services.Service, method: services.Method) -> Batcher:
         name = method.task_name
         if name not in self._batchers:
-            self._batchers[name] = Batcher(method, self._host)
+            self._batchers[name] = Batcher(service, method, self._host)
             if self._is_draining:
                 self._batchers[name].drain()
         return self._batchers[name]
@@ -331,8 +360,8 @@ class Batchers:
     def drain(self) -> None:
         """Wait for nobody any more: the replica takes nothing new."""
         self._is_draining = True
-        for one in self._batchers.values():
-            one.drain()
+        for batcher in self._batchers.values():
+            batcher.drain()
 
 
 def _try_again(asked: Retry) -> None:
@@ -341,11 +370,28 @@ def _try_again(asked: Retry) -> None:
     current_task.retry(exc=asked.exc, **when)
 
 
-def _cut(members: list[batch_items.Member], size: int) -> list[list[batch_items.Member]]:
-    return [members[start : start + size] for start in range(0, len(members), size)]
+def _cut(items: list[batch_items.BatchItem], size: int) -> list[list[batch_items.BatchItem]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _declared(method: services.Method) -> markers.Batched:
     if method.batched is None:
         raise ValueError(f"{method.task_name} is not batched")
     return method.batched
+
+
+def _is_out_of_memory(exc: Exception) -> bool:
+    """Whether a device ran out of memory, by the name of torch's class: torch is not imported."""
+    return any(cls.__name__ == "OutOfMemoryError" for cls in type(exc).__mro__)
+
+
+def _free_memory(exc: Exception) -> None:
+    """Let go of the failed call's tensors, and of what torch keeps for later."""
+    held: BaseException | None = exc
+    while held is not None:
+        traceback.clear_frames(held.__traceback__)
+        held = held.__context__
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

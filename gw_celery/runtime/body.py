@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
+import functools
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Hashable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery.declare import parameters, services
 from gw_celery.runtime import (
-    answers,
     batch_items,
     body_guard,
     greenlet_bridge,
     in_process,
-    instance_use,
     instances,
 )
 from gw_celery.runtime import current_batch as current
@@ -117,19 +118,13 @@ async def run_async(runtime: in_process.Process, one: Input) -> Any:
     batch = current.batch.set(None)
     try:
         if not one.service.is_class:
-            return await _answer(
-                runtime, one, batch_items.Work(fn=one.method.function, service=one.service.key)
-            )
+            return await _answer(runtime, one, one.method.function)
         values, owner = _values(one), runtime.instances_of(one.service)
         loaded = owner.take(values) or await _loaded(owner, values)
         try:
-            work = batch_items.Work(
-                fn=_bound(one, owner, loaded, values),
-                service=one.service.key,
-                key=loaded.batch_key(values),
-                using=lambda: owner.using(loaded),
-            )
-            return await _answer(runtime, one, work)
+            bound: Callable[..., Any] = getattr(owner.view(loaded, values), one.method.name)
+            key, using = loaded.batch_key(values), functools.partial(owner.using, loaded)
+            return await _answer(runtime, one, bound, key=key, using=using)
         finally:
             owner.give_back(loaded)
     finally:
@@ -146,15 +141,13 @@ async def _loaded(owner: instances.Instances, values: ParameterValues) -> instan
 
 
 def _run_sync(runtime: in_process.Process, one: Input) -> Any:
-    use = instance_use.Use(runtime.instances_of(one.service), _values(one))
+    use = instances.Use(runtime.instances_of(one.service), _values(one))
     try:
         if not use.take():
             _wait_within_limits(runtime, one, use.load())
         bound: Callable[..., Any] = getattr(use.view(), one.method.name)
-        if one.method.batched is None:
-            return _contained(runtime, bound, *one.args, **one.kwargs)
-        args, kwargs = _singletons(one)
-        return _single(one, _contained(runtime, bound, *args, **kwargs))
+        args, kwargs = batch_items.of_one_input(one.method, one.args, one.kwargs)
+        return batch_items.only_answer(one.method, _contained(runtime, bound, *args, **kwargs))
     finally:
         use.end()
 
@@ -169,18 +162,24 @@ def _wait_within_limits(
         running.run(runtime, one, work)
 
 
-async def _answer(runtime: in_process.Process, one: Input, work: batch_items.Work) -> Any:
-    args, kwargs = one.args, one.kwargs
-    if one.method.batched is not None:
-        if runtime.batchers is not None:
-            return await runtime.batchers.of(one.method).submit(work, args, kwargs)
-        args, kwargs = _singletons(one)
+async def _answer(
+    runtime: in_process.Process,
+    one: Input,
+    fn: Callable[..., Any],
+    *,
+    key: Hashable = None,
+    using: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Any:
+    if one.method.batched is not None and runtime.batchers is not None:
+        batcher = runtime.batchers.of(one.service, one.method)
+        return await batcher.submit(fn, one.args, one.kwargs, key=key, using=using)
+    args, kwargs = batch_items.of_one_input(one.method, one.args, one.kwargs)
     if one.method.is_async:
         with body_guard.Contained(runtime.is_ending):
-            answer = await work.fn(*args, **kwargs)
+            answer = await fn(*args, **kwargs)
     else:  # it must not stop the loop that it shares with the body that awaits it
-        answer = await asyncio.to_thread(_threaded, runtime, work.fn, *args, **kwargs)
-    return answer if one.method.batched is None else _single(one, answer)
+        answer = await asyncio.to_thread(_threaded, runtime, fn, *args, **kwargs)
+    return batch_items.only_answer(one.method, answer)
 
 
 def _contained(
@@ -201,26 +200,6 @@ def _threaded(
 
 def _values(one: Input) -> dict[str, Any]:
     return parameters.complete(one.service.parameters, one.given)
-
-
-def _bound(
-    one: Input, owner: instances.Instances, loaded: instances.Loaded, values: ParameterValues
-) -> Callable[..., Any]:
-    bound: Callable[..., Any] = getattr(owner.view(loaded, values), one.method.name)
-    return bound
-
-
-def _singletons(one: Input) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batched body takes lists: without a batcher, lists of one."""
-    return answers.listed(one.method, [answers.bind(one.method, one.args, one.kwargs)])
-
-
-def _single(one: Input, answer: Any) -> Any:
-    """Return the only entry of a batched body's answer, raising it when it is an exception."""
-    (entry,) = answers.entries(one.method, 1, answer)
-    if isinstance(entry, Exception):
-        raise entry
-    return entry
 
 
 class _Limits:

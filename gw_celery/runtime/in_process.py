@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import logging
 import os
+import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -20,9 +21,9 @@ from gw_celery.runtime import (
     greenlet_bridge,
     instances,
     lifecycle,
-    load_watchdog,
     loop,
     task_context,
+    watchdog,
 )
 
 T = TypeVar("T")
@@ -86,17 +87,18 @@ class Process:
         if self.is_on_loop():
             greenlet_bridge.drive(coroutine)
             return
-        watching = load_watchdog.Vigil(
-            self._loop,
-            self._entering,
-            start_timeout=self.settings.start_timeout,
-            grace=self.settings.cancel_timeout,
-            check=check,
-        )
-        try:
-            self.call(coroutine).run(self.settings.cancel_timeout, meanwhile=watching)
-        finally:
-            self._is_blocked = watching.saw_blocked_loop
+        self._is_blocked = False
+        deadline = time.monotonic() + self.settings.start_timeout
+
+        def watch() -> None:
+            check()
+            # The loop enforces the deadline, unless what loads blocks it.
+            if time.monotonic() >= deadline and not self._loop.answers(grace):
+                self._is_blocked = True
+                raise watchdog.blocked_load(self._loop, self._entering, self.settings.start_timeout)
+
+        grace = self.settings.cancel_timeout
+        self.call(coroutine).run(grace, meanwhile=watch)
 
     def stop(self) -> None:
         """Leave everything and end the loop; errors are logged, the waits are bounded.

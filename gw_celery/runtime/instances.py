@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 import logging
 import os
@@ -21,7 +23,7 @@ from typing import Any
 
 from gw_celery import conf, errors
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import instance_maker, instance_views, lifecycle
+from gw_celery.runtime import instance_views, lifecycle, loop
 from gw_celery.types import ParameterValues
 
 logger = logging.getLogger(__name__)
@@ -77,9 +79,9 @@ class Instances:
 
     def default_unit(self) -> lifecycle.Unit | None:
         """The instance of the default parameters; none when a parameter has no default."""
-        if any(one.is_required for one in self._service.parameters.values()):
+        if any(parameter.is_required for parameter in self._service.parameters.values()):
             return None
-        return instance_maker.unit(self._service, self._view_class, self._defaults())
+        return _unit(self._service, self._view_class, self._defaults())
 
     def adopt(self, life: lifecycle.Entered) -> None:
         """Take over the instance of the default parameters; whoever entered it leaves it."""
@@ -99,11 +101,13 @@ class Instances:
     def take_any(self) -> Loaded | None:
         """Count a use of the default instance, or of the last one used where there is none."""
         with self._lock:
-            usable = [one for one in self._loaded if not one.is_drained]
-            found = next((one for one in usable if one.is_pinned), usable[-1] if usable else None)
-            if found is not None:
-                found.in_use += 1
-            return found
+            usable = [loaded for loaded in self._loaded if not loaded.is_drained]
+            pinned = [loaded for loaded in usable if loaded.is_pinned]
+            if not usable:
+                return None
+            chosen = (pinned or usable)[-1]
+            chosen.in_use += 1
+            return chosen
 
     def give_back(self, loaded: Loaded) -> None:
         """End one use of an instance; from any thread."""
@@ -133,9 +137,9 @@ class Instances:
         token = object()
         self._awaited[token] = values
         try:
-            while (found := self.take(values)) is None:
+            while (loaded := self.take(values)) is None:
                 await asyncio.shield(self._build(values))
-            return found
+            return loaded
         finally:
             del self._awaited[token]
             with self._lock:
@@ -156,9 +160,9 @@ class Instances:
         if builds:
             await asyncio.wait(builds)
         with self._lock:
-            built = [one for one in self._loaded if not one.is_pinned]
+            built = [loaded for loaded in self._loaded if not loaded.is_pinned]
             self._loaded.clear()
-        await asyncio.gather(*(one.life.leave() for one in built))
+        await asyncio.gather(*(loaded.life.leave() for loaded in built))
 
     # -- building --
 
@@ -180,14 +184,14 @@ class Instances:
 
     async def _build_missing(self, values: ParameterValues) -> None:
         async with self._building:
-            if any(one.suits(values) for one in self._loaded):
+            if any(loaded.suits(values) for loaded in self._loaded):
                 return  # of other values, but of the same that shape the state
             if await self._has_room_for(values):
                 await self._enter(values)
 
     async def _enter(self, values: ParameterValues) -> None:
         """Enter one instance, and raise what it raised."""
-        unit = instance_maker.unit(self._service, self._view_class, values)
+        unit = _unit(self._service, self._view_class, values)
         life = lifecycle.Entered(unit, self._settings.exit_timeout)
         try:
             await lifecycle.settle_all([life], self._settings.start_timeout)
@@ -196,15 +200,11 @@ class Instances:
         self._add(life, values, is_pinned=False)
 
     def _add(self, life: lifecycle.Entered, values: ParameterValues, *, is_pinned: bool) -> None:
-        made: instance_maker.Made = life.value.result()
-        text = _text(values, made.reads)
+        instance = life.value.result()
+        reads: frozenset[str] = getattr(instance, parameters.READS)
+        text = _text(values, reads)
         loaded = Loaded(
-            instance=made.instance,
-            life=life,
-            reads=made.reads,
-            text=text,
-            values=values,
-            is_pinned=is_pinned,
+            instance=instance, life=life, reads=reads, text=text, values=values, is_pinned=is_pinned
         )
         with self._lock:
             self._loaded.append(loaded)
@@ -215,36 +215,29 @@ class Instances:
     async def _has_room_for(self, values: ParameterValues) -> bool:
         """Leave others until one more may be alive; False once nobody waits for ``values``."""
         freed = asyncio.Event()
-        tell = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, freed.set)
-        with self._telling(tell):
+        running = asyncio.get_running_loop()
+        self._on_idle = functools.partial(running.call_soon_threadsafe, freed.set)
+        try:
             while len(self._loaded) >= self._settings.max_instances:
                 freed.clear()
                 if values not in self._awaited.values():
                     return False
-                idle = self._idle()
-                if idle is None:
+                if (idle := self._idle()) is None:
                     await freed.wait()
-                    continue
-                await self._evict(idle)
-        return True
+                else:
+                    await self._evict(idle)
+            return True
+        finally:
+            with self._lock:
+                self._on_idle = None
+                for loaded in self._loaded:
+                    loaded.is_drained = False
 
     async def _evict(self, idle: Loaded) -> None:
         logger.info("pid %d leaves %s with %.200s", os.getpid(), self._service.key, idle.text)
         await idle.life.leave()
         with self._lock:
             self._loaded.remove(idle)
-
-    @contextlib.contextmanager
-    def _telling(self, tell: Callable[[], object]) -> Iterator[None]:
-        with self._lock:
-            self._on_idle = tell
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._on_idle = None
-                for one in self._loaded:
-                    one.is_drained = False
 
     def _tell_idle(self) -> None:
         if self._on_idle is not None:
@@ -257,21 +250,20 @@ class Instances:
         would let nobody else in.
         """
         with self._lock:
-            mine = [one for one in self._loaded if not one.is_pinned]
-            if not mine:
+            unpinned = [loaded for loaded in self._loaded if not loaded.is_pinned]
+            if not unpinned:
                 raise self._no_room()
-            spare = [one for one in mine if not self._is_awaited(one)]
-            for one in spare:
-                if not one.in_use:
-                    one.is_drained = True
-                    return one
-            if spare and not any(one.is_drained for one in spare):
+            spare = [loaded for loaded in unpinned if not self._is_awaited(loaded)]
+            idle = next((loaded for loaded in spare if not loaded.in_use), None)
+            if idle is not None:
+                idle.is_drained = True
+            elif spare and not any(loaded.is_drained for loaded in spare):
                 spare[0].is_drained = True
-        return None
+            return idle
 
-    def _is_awaited(self, one: Loaded) -> bool:
+    def _is_awaited(self, loaded: Loaded) -> bool:
         """Whether it was just built for a call that has not taken it yet."""
-        return not one.is_drained and any(one.suits(each) for each in self._awaited.values())
+        return not loaded.is_drained and any(map(loaded.suits, self._awaited.values()))
 
     def _no_room(self) -> errors.UsageError:
         return errors.UsageError(
@@ -282,6 +274,97 @@ class Instances:
 
     def _defaults(self) -> dict[str, Any]:
         return parameters.complete(self._service.parameters, {})
+
+
+class Use:
+    """One call's use of an instance, for a caller that may stop waiting at any moment.
+
+    It is counted once at most, and given back also where a load ends after its caller gave up.
+    """
+
+    def __init__(self, owner: Instances, values: ParameterValues) -> None:
+        self._owner = owner
+        self._values = values
+        self._loaded: Loaded | None = None
+        self._is_over = False
+        # Reentrant: an exception that is raised in a thread can interrupt `end` itself.
+        self._lock = threading.RLock()
+
+    def take(self) -> bool:
+        """Use a suitable instance that is there; whether one was. From any thread."""
+        self._loaded = self._owner.take(self._values)
+        return self._loaded is not None
+
+    async def load(self) -> None:
+        """Use a suitable instance once there is one; on the loop."""
+        loaded = await self._owner.load(self._values)
+        with self._lock:
+            if not self._is_over:
+                self._loaded = loaded
+                return
+        self._owner.give_back(loaded)
+
+    def view(self) -> Any:
+        """The object that the call sees."""
+        if self._loaded is None:
+            raise RuntimeError("nothing was taken or loaded")
+        return self._owner.view(self._loaded, self._values)
+
+    def end(self) -> None:
+        """Give back what is used; from any thread."""
+        with self._lock:
+            self._is_over = True
+            loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            self._owner.give_back(loaded)
+
+
+def _unit(service: services.Service, view_class: type, values: ParameterValues) -> lifecycle.Unit:
+    """Return what enters and leaves an instance with ``values``; its value is the instance."""
+    entered: list[Any] = []
+
+    async def enter() -> Any:
+        entered.append(await _entered(service, view_class, values))
+        return entered[0]
+
+    async def leave() -> None:
+        (instance,) = entered
+        object.__setattr__(instance, parameters.READS, None)
+        await _run_exit_hooks(instance, service.exit_hooks)
+
+    return lifecycle.Unit(name=service.key, enter=enter, leave=leave)
+
+
+async def _entered(service: services.Service, view_class: type, values: ParameterValues) -> Any:
+    """Return an instance whose ``on_enter`` hooks have run; it knows what its state depends on."""
+    reads: set[str] = set()
+    # A copy: what a body does to a list that its caller gave is not done to the exit hooks' one.
+    instance = instance_views.instance(view_class, copy.deepcopy(dict(values)))
+    object.__setattr__(instance, parameters.READS, reads)
+    await loop.in_thread(instance.__init__)  # a constructor that loads must not stop the loop
+    await _run_hooks(instance, service.enter_hooks)
+    shaping = frozenset(
+        name
+        for name, parameter in service.parameters.items()
+        if parameter.scope == "load" or (name in reads and parameter.scope != "call")
+    )
+    object.__setattr__(instance, parameters.READS, shaping)
+    return instance
+
+
+async def _run_hooks(instance: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        hook: Callable[[], Any] = getattr(instance, name)
+        await (hook() if inspect.iscoroutinefunction(hook) else loop.in_thread(hook))
+
+
+async def _run_exit_hooks(instance: Any, names: tuple[str, ...]) -> None:
+    """Run every hook, also when one before it failed; each failure is logged."""
+    for name in names:
+        try:
+            await _run_hooks(instance, (name,))
+        except Exception:
+            logger.exception("%s.%s failed", type(instance).__qualname__, name)
 
 
 def _text(values: ParameterValues, names: frozenset[str]) -> str:

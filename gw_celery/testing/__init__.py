@@ -1,4 +1,4 @@
-"""Doubles for the tests of your tasks, with any runner; ``fixtures`` has them for pytest."""
+"""Doubles for the tests of your tasks, with any test runner; ``fixtures`` has them for pytest."""
 
 from __future__ import annotations
 

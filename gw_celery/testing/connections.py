@@ -1,4 +1,4 @@
-"""Which servers the Celery apps of a test's process talk to."""
+"""The connections of the Celery apps in the process of a test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from celery import _state
 from gw_celery import conf, devserver
 from gw_celery.client import watcher
 
-#: Of the server that the apps were last told of.
+#: Broker URL of the server that the apps used last.
 _last_url = ""
 
 
@@ -32,22 +32,17 @@ def talking_to(server: devserver.Server) -> Iterator[None]:
 
 
 def close_all() -> None:
-    """Close what the Celery apps of this process have open; they connect again when they must."""
+    """Close the connections of the Celery apps of this process, which connect again on use."""
     watcher.close_all()
     for app in list(_state._get_active_apps()):
-        _forget(app)
-
-
-def _forget(app: Any) -> None:
-    # A server that is gone cannot be told.
-    with contextlib.suppress(Exception):
-        close_results(app)
-    app._after_fork()  # Celery's own way to leave behind connections that are not to be used
-    app._local = threading.local()  # where each thread has its result backend
+        with contextlib.suppress(Exception):  # the server may be gone
+            close_results(app)
+        app._after_fork()  # Celery's own way to leave behind connections that are not to be used
+        app._local = threading.local()  # where each thread has its result backend
 
 
 def close_results(app: Any) -> None:
-    """Close what this thread's answers come through, over RPC or from Redis."""
+    """Close the connections of this thread's result backend, over RPC or to Redis."""
     backend = getattr(app._local, "backend", None)
     consumer = getattr(backend, "result_consumer", None)
     if (connection := getattr(consumer, "_connection", None)) is not None:

@@ -1,8 +1,8 @@
-"""What ``gw_celery.testing`` offers, as pytest fixtures::
+"""The doubles of ``gw_celery.testing`` as pytest fixtures::
 
     pytest_plugins = ["gw_celery.testing.fixtures"]
 
-A test that fails shows the ends of the logs of the processes that then run.
+A test that fails shows the ends of the logs of the processes that run at that time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def pytest_runtest_makereport() -> Generator[None, Any, Any]:
 
 @pytest.fixture
 def gw_clock() -> FakeClock:
-    """The clock by which ``gw_in_process`` lets inputs wait in this test: it stands still."""
+    """The clock of batches under ``gw_in_process`` in this test: it stands still."""
     return FakeClock()
 
 
@@ -46,7 +46,7 @@ def gw_clock() -> FakeClock:
 def gw_in_process(request: pytest.FixtureRequest) -> Iterator[Callable[[App], Any]]:
     """Return a function that serves an App in this process until the test ends.
 
-    It goes by ``gw_clock`` in a test that asks for that fixture, too.
+    A test that uses the fixture ``gw_clock`` as well has its batches wait by that clock.
     """
     clock = request.getfixturevalue("gw_clock") if "gw_clock" in request.fixturenames else None
     with contextlib.ExitStack() as stack:
@@ -73,7 +73,7 @@ def gw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[devserver.Se
 def gw_broker(gw_server: devserver.Server) -> Iterator[devserver.Server]:
     """``gw_server``, emptied for the test; Celery apps of this process use it meanwhile.
 
-    It goes before the URLs of their own configuration.
+    It takes precedence over the URLs of their own configuration.
     """
     with redis.Redis(unix_socket_path=str(gw_server.socket)) as client:
         client.flushall()

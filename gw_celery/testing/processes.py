@@ -1,4 +1,4 @@
-"""Real processes: started with a log file, awaited by asking, always stopped."""
+"""Real processes: started with a log file, awaited by polling, always stopped."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ running: list[Process] = []
 def eventually(ask: Callable[[], T], timeout: float = 10.0, interval: float = 0.05) -> T:
     """Return the first truthy answer of ``ask``.
 
+    Args:
+        ask: called until its answer is truthy.
+        timeout: seconds.
+        interval: seconds between two calls.
+
     Raises:
         AssertionError: when ``timeout`` seconds pass without one.
     """
@@ -45,11 +50,13 @@ def is_alive(pid: int) -> bool:
 
 
 class Process:
-    """A command of its own session, its output in the file ``log``.
+    """A command in a session of its own.
 
     Args:
+        command: the program and its arguments.
+        log: file that its output is appended to.
         env: variables beside those of this process.
-        cwd: where it runs; where its log is, unless one is given.
+        cwd: where it runs; the folder of its log by default.
     """
 
     def __init__(
@@ -73,12 +80,12 @@ class Process:
                 start_new_session=True,
             )
         self.pid = self._popen.pid
-        self._family: set[psutil.Process] = set()
+        self._descendants: set[psutil.Process] = set()
         running.append(self)
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; negative for the signal that ended it."""
+        """``None`` while it runs; negative for the signal that ended it."""
         return self._popen.poll()
 
     def log_text(self) -> str:
@@ -88,27 +95,32 @@ class Process:
         return "\n".join(self.log_text().splitlines()[-lines:])
 
     def wait_for_log(self, text: str, timeout: float = READY_TIMEOUT, times: int = 1) -> None:
-        """Wait until the log has ``text``, so many times.
+        """Wait until the log has ``text``.
+
+        Args:
+            text: words of one line.
+            timeout: seconds.
+            times: how often the log has to have it.
 
         Raises:
             AssertionError: at once when the process ends without it, or after ``timeout`` seconds.
         """
 
-        def said() -> bool:
+        def is_logged() -> bool:
             return self.log_text().count(text) >= times
 
-        eventually(lambda: self.exit_code is not None or said(), timeout)
-        if not said():
+        eventually(lambda: self.exit_code is not None or is_logged(), timeout)
+        if not is_logged():
             raise AssertionError(f"{self} ended without {text!r} in its log:\n{self.log_tail()}")
 
     def children(self) -> list[int]:
-        """Pids of all live descendants, oldest first."""
+        """Return the pids of all live descendants, oldest first."""
         try:
-            found = psutil.Process(self.pid).children(recursive=True)
+            children = psutil.Process(self.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
-        self._family.update(found)
-        return [child.pid for child in found if is_alive(child.pid)]
+        self._descendants.update(children)
+        return [child.pid for child in children if is_alive(child.pid)]
 
     def signal(self, number: signal.Signals) -> None:
         if self.exit_code is None:
@@ -123,29 +135,30 @@ class Process:
             ) from None
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> int:
-        """TERM, and KILL with all its descendants if that is not enough; the exit code."""
+        """Send TERM, and after ``timeout`` seconds KILL; KILL what is left of its descendants.
+
+        Returns:
+            The exit code, negative for the signal that ended it.
+        """
         self.children()
         self.signal(signal.SIGTERM)
         try:
             self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-        self._kill_orphans()
+        for descendant in self._descendants:
+            # psutil compares start times, so that a reused pid is never hit.
+            if descendant.is_running():
+                descendant.kill()
         if self in running:
             running.remove(self)
         return self._popen.wait()
 
     def kill(self) -> None:
-        """KILL it at once, as the kernel's out-of-memory killer would."""
+        """Send KILL at once, as the kernel's out-of-memory killer would."""
         self.children()
         self.signal(signal.SIGKILL)
         self._popen.wait()
-
-    def _kill_orphans(self) -> None:
-        for child in self._family:
-            # psutil compares start times, so that a reused pid is never hit.
-            if child.is_running():
-                child.kill()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} pid={self.pid} {' '.join(self.command[1:])}>"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gw_celery.client import local
-from gw_celery.runtime import batch_items, batcher, clocks
+from gw_celery.runtime import batcher, clocks
 from gw_celery.runtime import in_process as runtime_in_process
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def in_process(app: App, *, clock: clocks.Clock | None = None) -> Iterator[None]
     before = conf.task_always_eager, runtime.batchers
     conf.task_always_eager = True
     if runtime.batchers is None or clock is not None:
-        runtime.batchers = batcher.Batchers(batch_items.Host(clock=clock or clocks.Monotonic()))
+        runtime.batchers = batcher.Batchers(batcher.Host(clock=clock or clocks.Monotonic()))
     try:
         runtime.enter([app.registry], list(app.registry.services.values()))
         yield

@@ -17,23 +17,26 @@ from gw_celery import conf, devserver
 from gw_celery.testing import connections
 from gw_celery.testing.processes import READY_TIMEOUT, Process, eventually
 
-#: Seconds that one question to a worker waits for its answer.
+#: Seconds that one inspection of a worker waits for its answer.
 _ANSWER = 0.5
 
 
 class Worker(Process):
-    """A running ``celery -A app worker`` that a test can wait for and ask.
+    """A running ``celery -A app worker`` that a test can wait for and inspect.
 
     It imports what this process can import. Its node name and the URLs need not be among the
     options: the URLs reach it through ``CELERY_BROKER_URL`` and ``CELERY_RESULT_BACKEND``, which
-    go before the app's own.
+    take precedence over the app's own.
 
     Args:
         app: as for ``celery -A``.
         options: of the command.
+        broker_url: of the broker.
+        result_url: of the result backend.
+        log_dir: the folder of its log.
         env: variables beside those of this process.
         command: ``("gw", "worker")`` is ``celery gw worker``.
-        cwd: where it runs; where this process does, unless one is given.
+        cwd: where it runs; the folder of this process by default.
     """
 
     def __init__(
@@ -81,22 +84,22 @@ class Worker(Process):
         self._wait(lambda ask: self._is_ready(ask("stats")), timeout)
 
     def replicas(self) -> list[dict[str, Any]]:
-        """What ``inspect stats`` says of each replica, up to a second ago; none on other pools."""
+        """Return the replicas in ``inspect stats``, up to a second old; none on other pools."""
         with self._asking() as ask:
             return _replicas(ask("stats") or {}) or []
 
     def _is_ready(self, stats: dict[str, Any] | None) -> bool:
         if stats is None:
             return False
-        states = _replicas(stats)
-        for state in states or ():
-            if state["state"] == "failed":
+        replicas = _replicas(stats)
+        if replicas is None:
+            return True
+        for replica in replicas:
+            if replica["state"] == "failed":
                 raise AssertionError(
-                    f"replica {state['number']} of {self} cannot serve: {state['last_error']}"
+                    f"replica {replica['number']} of {self} cannot serve: {replica['last_error']}"
                 )
-        return states is None or (
-            bool(states) and all(state["state"] == "ready" for state in states)
-        )
+        return bool(replicas) and all(replica["state"] == "ready" for replica in replicas)
 
     def _wait(self, is_over: Callable[[Callable[[str], Any]], bool], timeout: float) -> None:
         with self._asking() as ask:
@@ -106,21 +109,21 @@ class Worker(Process):
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[Callable[[str], Any]]:
-        """A function that asks this worker alone; ``None`` where it does not answer."""
+        """A function that inspects this worker alone; ``None`` where it does not answer."""
         # An app publishes commands by this process's variables, whichever URL it is given.
         urls = conf.talking_to(self.broker_url, self.result_url)
         with urls, Celery(set_as_current=False) as app:
             inspect = app.control.inspect([self.node], timeout=_ANSWER, limit=1)
 
-            def ask(what: str) -> Any:
-                return (getattr(inspect, what)() or {}).get(self.node)
+            def ask(command: str) -> Any:
+                return (getattr(inspect, command)() or {}).get(self.node)
 
             yield ask
 
 
 def _replicas(stats: dict[str, Any]) -> list[dict[str, Any]] | None:
-    found: list[dict[str, Any]] | None = stats.get("pool", {}).get("gw_replicas")
-    return found
+    replicas: list[dict[str, Any]] | None = stats.get("pool", {}).get("gw_replicas")
+    return replicas
 
 
 @contextlib.contextmanager
@@ -133,15 +136,15 @@ def worker(
     command: Sequence[str] = ("worker",),
     timeout: float = READY_TIMEOUT,
 ) -> Iterator[Worker]:
-    """Run a worker that is ready, until the block ends; this process's apps talk to its server.
+    """Run a worker that is ready, until the block ends; this process's apps use its server.
 
-    What the block raises gets the end of the worker's log as a note.
+    An exception of the block gets the end of the worker's log as a note.
 
     Args:
         app: as for ``celery -A``.
         options: of ``celery worker``, such as ``"-Q", "gpu.A100"``.
-        server: the broker; one of its own, unless one is given.
-        log_dir: where its log is left; removed with the worker, unless one is given.
+        server: the broker and result backend; an embedded server of its own by default.
+        log_dir: where its log is left; by default the log is removed with the worker.
         env: variables beside those of this process.
         command: ``("gw", "worker")`` is ``celery gw worker``.
         timeout: seconds that it has to be ready.
@@ -153,7 +156,7 @@ def worker(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = server or stack.enter_context(devserver.running(folder / "server"))
         stack.enter_context(connections.talking_to(server))
-        started = Worker(
+        process = Worker(
             app,
             *options,
             broker_url=server.broker_url,
@@ -162,10 +165,10 @@ def worker(
             env=env,
             command=command,
         )
-        stack.callback(started.stop)
+        stack.callback(process.stop)
         try:
-            started.wait_ready(timeout)
-            yield started
+            process.wait_ready(timeout)
+            yield process
         except BaseException as error:
-            error.add_note(f"the end of the log of {started}:\n{started.log_tail()}")
+            error.add_note(f"the end of the log of {process}:\n{process.log_tail()}")
             raise

@@ -1,4 +1,8 @@
-"""The worker steps of stock pools: one loads for threads, one ends a worker that cannot load."""
+"""Steps of the worker.
+
+On stock pools one loads for threads, and one ends a worker that cannot load; with the GPU pool one
+starts and ends what the autoscaler looks around with.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +58,7 @@ class ChildrenStep(ServingStep):
             ).start()
 
     def stop(self, worker: Any) -> None:
-        self.pipes.bell.ring()  # before the pool is stopped, which waits for its children
+        self.pipes.stop()  # before the pool is stopped, which waits for its children
         self.pipes.never_wait()
         self._read(worker)
 
@@ -64,17 +68,33 @@ class ChildrenStep(ServingStep):
 
     def _read(self, worker: Any) -> None:
         """Stop the worker when a child wrote why it cannot start."""
-        failures = self.pipes.failures()
-        for failure in failures:
+        for failure in self.pipes.failures():
             logger.critical(
                 "child pid %d could not load, so this worker stops and its messages stay in the "
                 "broker: %s",
-                failure.pid,
-                failure.reason,
+                *failure,
             )
-        if failures:
-            worker.exitcode = fatal_exit.EX_FAILURE
-            state.should_stop = fatal_exit.EX_FAILURE
+            worker.exitcode = state.should_stop = fatal_exit.EX_FAILURE
+
+
+class ScalingStep(bootsteps.StartStopStep):
+    """Begins and ends our autoscaler, where the worker has it.
+
+    Celery starts an autoscaler only where there is no event loop, and none is told of the end.
+    """
+
+    requires = ("celery.worker.autoscale:WorkerComponent",)
+
+    def include_if(self, worker: Any) -> bool:
+        return hasattr(worker.autoscaler, "begin")
+
+    def start(self, worker: Any) -> None:
+        worker.autoscaler.begin()
+
+    def stop(self, worker: Any) -> None:
+        worker.autoscaler.end()
+
+    terminate = stop
 
 
 def install(worker: Any, plan: serving.Plan) -> None:

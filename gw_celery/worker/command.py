@@ -69,17 +69,16 @@ def worker(ctx: click.Context, /, gpu: str | None, replicas: int | None, **optio
     $ celery -A proj gw worker -Q gpu.A100.generate
     """
     _require_consistent(ctx)
-    wish = worker_options.Asked(
+    options["pool"] = _POOL
+    options[worker_options.OPTION] = worker_options.Asked(
         gpu=gpu, replicas=replicas, names_queues=bool(options.get("queues"))
     )
     # Its callback, not the command: what was parsed, and what was left over, is in this context.
-    return ctx.invoke(
-        stock.worker.callback, **(options | {"pool": _POOL, worker_options.OPTION: wish})
-    )
+    return ctx.invoke(stock.worker.callback, **options)
 
 
 def _require_consistent(ctx: click.Context) -> None:
-    """Refuse options that say the same thing twice, or the opposite."""
+    """Refuse options that repeat or contradict each other."""
     typed = {name for name in ctx.params if ctx.get_parameter_source(name) in _TYPED}
     wrong = {
         "-P is for `celery worker`: `gw worker` always has the GPU pool": {"pool"},

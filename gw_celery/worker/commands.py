@@ -1,14 +1,23 @@
-"""Remote-control commands of workers with the GPU pool: see their replicas, drain, restart."""
+"""Remote-control commands: see replicas, drain, restart; and what Celery's own have to refuse.
+
+Celery's answer "ok" and try later, so that a refusal must come before them.
+"""
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.worker import control
 
+from gw_celery.declare import gpu, registry
 from gw_celery.protocol import snapshot
+
+if TYPE_CHECKING:
+    from gw_celery.worker import serving
 
 
 def status(pool: Any, autoscaler: Any) -> snapshot.Worker:
@@ -50,33 +59,33 @@ def gw_status(state: Any) -> dict[str, Any]:
     return status(consumer.pool, consumer.controller.autoscaler).as_json()
 
 
-def gw_drain(state: Any, replica: int | None = None) -> dict[str, str]:
+def gw_drain(state: Any, replica: int | None = None) -> Any:
     """Let one replica, or all, finish and stay stopped until gw_restart."""
     pool = state.consumer.pool
     return _applied("drain", pool.hold, pool, replica)
 
 
-def gw_restart(state: Any, replica: int | None = None) -> dict[str, str]:
+def gw_restart(state: Any, replica: int | None = None) -> Any:
     """Replace the child of one replica, or of all one by one, by draining."""
     pool = state.consumer.pool
     return _applied("restart", pool.restart, pool, replica)
 
 
-def gw_probe_tick(state: Any) -> dict[str, str]:
+def gw_probe_tick(state: Any) -> Any:
     """Run the probes that are due, as beat has them run."""
     return _ticked(getattr(state.consumer.pool, "probe_tick", None))
 
 
-def gw_benchmark_tick(state: Any) -> dict[str, str]:
+def gw_benchmark_tick(state: Any) -> Any:
     """Measure the replicas again that are due, as beat has them measured."""
     return _ticked(getattr(state.consumer.pool, "benchmark_tick", None))
 
 
-def _ticked(tick: Callable[[], None] | None) -> dict[str, str]:
-    if tick is not None:
-        tick()
-    answer: dict[str, str] = control.ok("tick" if tick else "nothing to do: no GPU pool")
-    return answer
+def _ticked(tick: Callable[[], None] | None) -> Any:
+    if tick is None:
+        return control.ok("nothing to do: no GPU pool")
+    tick()
+    return control.ok("tick")
 
 
 def gw_best_score(state: Any, worker: str = "", scores: Any = None) -> None:
@@ -92,17 +101,72 @@ def _listed(numbers: list[int]) -> str:
     return f"replicas {', '.join(map(str, numbers))}"
 
 
-def _applied(
-    what: str, steer: Callable[[int | None], None], pool: Any, replica: int | None
-) -> dict[str, str]:
-    known = [replica.number for replica in pool.snapshot().replicas]
-    if replica is not None and replica not in known:
-        refusal: dict[str, str] = control.nok(
-            f"there is no replica {replica!r}: this worker has {_listed(known)}"
-        )
-        return refusal
+def _applied(what: str, steer: Callable[[int | None], None], pool: Any, replica: int | None) -> Any:
+    numbers = [one.number for one in pool.snapshot().replicas]
+    if replica is not None and replica not in numbers:
+        return control.nok(f"there is no replica {replica!r}: this worker has {_listed(numbers)}")
     steer(replica)
-    accepted: dict[str, str] = control.ok(
-        f"{what}: {'all replicas' if replica is None else f'replica {replica}'}"
-    )
-    return accepted
+    return control.ok(f"{what}: {'all replicas' if replica is None else f'replica {replica}'}")
+
+
+def guard_queues(plan: serving.Plan) -> None:
+    """Let ``add_consumer`` refuse what ``plan`` has not loaded: Celery would answer "ok"."""
+    known = {queue for queues in registry.families(plan.registries).values() for queue in queues}
+    loaded = {service.queue for service in plan.served}
+    original = control.add_consumer
+
+    @functools.wraps(original)
+    def add_consumer(state: Any, queue: str, *args: Any, **options: Any) -> Any:
+        if queue not in loaded and (queue in known or gpu.is_family(queue)):
+            return control.nok(
+                f"{queue}: this worker has not loaded its service; it serves "
+                f"{', '.join(sorted(loaded))}. Start a worker with -Q {queue}"
+            )
+        return original(state, queue, *args, **options)
+
+    names = ("queue", "exchange", "exchange_type", "routing_key")
+    control.control_command(
+        args=[(name, str) for name in names],
+        signature="<queue> [exchange [type [routing_key]]]",
+    )(add_consumer)
+
+
+def guard_size() -> None:
+    """Let ``pool_grow`` and ``autoscale`` refuse more replicas than there are devices for.
+
+    Under our autoscaler ``pool_grow`` and ``pool_shrink`` work, too, as they did in Celery 4.
+    """
+    grow, shrink, scale = control.pool_grow, control.pool_shrink, control.autoscale
+
+    @functools.wraps(grow)
+    def pool_grow(state: Any, n: int = 1, **options: Any) -> Any:
+        pool = state.consumer.pool
+        if (why := pool.refusal(pool.limit + n)) is not None:
+            return control.nok(why)
+        return _forced(state, "force_scale_up", n) or grow(state, n, **options)
+
+    @functools.wraps(shrink)
+    def pool_shrink(state: Any, n: int = 1, **options: Any) -> Any:
+        return _forced(state, "force_scale_down", n) or shrink(state, n, **options)
+
+    @functools.wraps(scale)
+    def autoscale(state: Any, max: Any = None, min: Any = None) -> Any:  # noqa: A002
+        wanted = builtins.max(max or 0, min or 0)
+        if (why := state.consumer.pool.refusal(wanted)) is not None:
+            return control.nok(why)
+        return scale(state, max=max, min=min)
+
+    for command in (pool_grow, pool_shrink):
+        control.control_command(args=[("n", int)], signature="[N=1]")(command)
+    control.control_command(args=[("max", int), ("min", int)], signature="[max [min]]")(autoscale)
+
+
+def _forced(state: Any, how: str, slots: int) -> Any:
+    """Resize at once where the autoscaler can: ours; ``None`` where it cannot, or is not there."""
+    force = getattr(state.consumer.controller.autoscaler, how, None)
+    if force is None:
+        return None
+    if slots < 1:
+        return control.nok(f"{slots} slots: give 1 or more")
+    force(slots)
+    return control.ok(f"now {state.consumer.pool.limit} slots")

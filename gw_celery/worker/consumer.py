@@ -11,9 +11,7 @@ from celery.app.task import Context
 from celery.worker.consumer import Consumer as CeleryConsumer
 
 from gw_celery import conf, errors
-from gw_celery.client import beat_tasks
 from gw_celery.transport import transport
-from gw_celery.worker import control_queue
 
 logger = logging.getLogger(__name__)
 
@@ -136,21 +134,11 @@ class Consumer(CeleryConsumer):
             poll()
 
     def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
-        if (control := self._control_of(queue)) is not None:
-            control.add()
-            return
         super().add_task_queue(queue, *args, **options)
         if (gate := getattr(self.pool, "gate", None)) is not None:
             gate.add(queue)
 
     def cancel_task_queue(self, queue: str) -> None:
-        if (control := self._control_of(queue)) is not None:
-            control.remove()
-            return
         super().cancel_task_queue(queue)
         if (gate := getattr(self.pool, "gate", None)) is not None:
             gate.remove(queue)
-
-    def _control_of(self, queue: str) -> control_queue.ControlQueue | None:
-        """What consumes ``queue`` when it is that of the sweeps; ``None`` for all others."""
-        return getattr(self.pool, "control", None) if queue == beat_tasks.QUEUE else None

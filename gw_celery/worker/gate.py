@@ -14,6 +14,7 @@ from typing import Any
 from celery import bootsteps
 from celery.utils.quorum_queues import detect_quorum_queues
 
+from gw_celery.client import beat_tasks
 from gw_celery.declare import services
 from gw_celery.protocol import snapshot
 
@@ -161,7 +162,12 @@ class Gate:
         return tuple(sorted(self._wanted - self._open))
 
     def _followed(self) -> set[str]:
-        return {self._services[name] for name in self._wanted}
+        """The services whose slots are the prefetch count.
+
+        Beat's tasks take the place of an input for some milliseconds. With a count of their own a
+        worker that has no slot left would take inputs that another one could run.
+        """
+        return {self._services[name] for name in self._wanted if name != beat_tasks.QUEUE}
 
     def _shares_prefetch(self) -> bool:
         return not self._is_per_queue and len(self._followed()) > 1

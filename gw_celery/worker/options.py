@@ -1,20 +1,20 @@
-"""What ``celery gw worker`` was asked for, on its way to the worker that it starts."""
+"""The options of ``celery gw worker``, on their way to the worker that it starts."""
 
 from __future__ import annotations
 
 import dataclasses
 
-#: The option by which it travels, among those that Celery gives to its worker.
+#: The name of `Asked` among the options that Celery gives to its worker.
 OPTION = "gw_asked"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The options that are ours."""
+    """The options that Celery's own worker command does not have."""
 
     #: Kind of GPU whose families are served; ``None`` for all that the machine can serve.
     gpu: str | None = None
     #: ``None`` for as many as fit.
     replicas: int | None = None
-    #: ``-Q`` says what is served.
+    #: ``-Q`` names what is served.
     names_queues: bool = False

@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from billiard import common
+
 from gw_celery import conf
 from gw_celery.declare import probes, registry, services
 from gw_celery.runtime import in_process
-from gw_celery.worker import stop_signal
 from gw_celery.worker.pipes import Pipes
 
 if TYPE_CHECKING:
@@ -31,15 +32,13 @@ class Plan:
     settings: conf.Settings
     #: The pool, as its users call it: prefork, solo or threads; or ``GPU_POOL``.
     pool: str
-    #: The queues that it consumes, with families expanded.
+    #: The queues that it consumes, with families expanded; without that of beat's tasks.
     queues: Sequence[str] = ()
     #: To the processes that load because Celery sends them ``worker_process_init``; ``None`` where
     #: something else has them load, or nothing is served.
     pipes: Pipes | None = None
     #: The devices of each replica of our pool; ``None`` where no service needs any.
     allotment: allocation.Allotment | None = None
-    #: Whether it runs the sweeps that beat sends, in our pool.
-    runs_sweeps: bool = False
     #: Its size follows the load within what its services declare.
     has_declared_bounds: bool = False
 
@@ -82,7 +81,7 @@ def start(plan: Plan, check: Callable[[], None]) -> None:
         StartupError: naming each class that failed, and why.
     """
     runtime = in_process.Process(
-        plan.settings, enforces_limits=plan.pool != "prefork", is_ending=stop_signal.is_ending
+        plan.settings, enforces_limits=plan.pool != "prefork", is_ending=_is_ending
     )
     runtime.start()
     in_process.adopt(runtime)
@@ -94,6 +93,14 @@ def start(plan: Plan, check: Callable[[], None]) -> None:
         stop()
         raise
     logger.info("pid %d has loaded %d services", runtime.pid, len(plan.served))
+
+
+def _is_ending() -> bool:
+    """Whether a signal has told this child of prefork to end.
+
+    The handler of billiard then raises ``SystemExit`` in whatever body runs.
+    """
+    return bool(common._should_have_exited[0])
 
 
 def stop() -> None:

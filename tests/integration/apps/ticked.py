@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import threading
 
 import ledger
 from celery import Celery, signals
@@ -27,15 +26,11 @@ if os.environ.get("LATE"):
     assert "ticked.hold" not in celery.tasks
 
 
+@signals.task_postrun.connect
 def _on_postrun(sender: object, **_: object) -> None:
-    if (name := getattr(sender, "name", "")).startswith("gw_celery."):
-        ledger.write("swept", name, threading.current_thread().name)
-
-
-@signals.celeryd_init.connect
-def _in_workers(**_: object) -> None:
-    """Only there: whoever imports this module runs other tasks, too."""
-    signals.task_postrun.connect(_on_postrun)
+    name = getattr(sender, "name", "")
+    if name.startswith("gw_celery.") and "LEDGER" in os.environ:
+        ledger.write("swept", name)
 
 
 @app.context()
@@ -65,9 +60,3 @@ class Watched:
 )
 async def hold(seconds: float = 0.0) -> None:
     await asyncio.sleep(seconds)
-
-
-@celery.task
-def where() -> int:
-    """A plain task, which may arrive by any queue."""
-    return os.getpid()

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import kombu
 import pytest
 from celery import Celery, _state
 
 import gw_celery as gw
-from gw_celery import conf, signals
 from gw_celery.client import beat_tasks
 
 BOTH = [beat_tasks.BENCHMARK, beat_tasks.PROBE]
@@ -33,23 +32,31 @@ def ours(celery_app: Celery) -> list[str]:
     return sorted(name for name in celery_app.conf.beat_schedule if name.startswith("gw_celery."))
 
 
-def test_an_entry_names_the_task_the_queue_and_when_it_expires(app: gw.App) -> None:
+def test_an_entry_is_a_task_and_whole_seconds(app: gw.App) -> None:
     probed(app)
     measured(app)
     app.celery.finalize()
-    options = {"queue": "gw.control", "ignore_result": True}
-    assert app.celery.conf.beat_schedule == {
-        "gw_celery.probe_sweep": {
-            "task": "gw_celery.probe_sweep",
-            "schedule": 10.0,
-            "options": {**options, "expires": 10.0, "expiration": 10.0},
-        },
-        "gw_celery.benchmark_sweep": {
-            "task": "gw_celery.benchmark_sweep",
-            "schedule": 86_400.0,
-            "options": {**options, "expires": 86_400.0, "expiration": 86_400.0},
-        },
+    schedule = app.celery.conf.beat_schedule
+    assert schedule == {
+        "gw_celery.probe_sweep": {"task": "gw_celery.probe_sweep", "schedule": 10},
+        "gw_celery.benchmark_sweep": {"task": "gw_celery.benchmark_sweep", "schedule": 86_400},
     }
+    assert {type(entry["schedule"]) for entry in schedule.values()} == {int}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_message_names_the_queue_and_when_it_expires(app: gw.App, name: str) -> None:
+    probed(app)
+    measured(app)
+    app.celery.finalize()
+    app.celery.tasks[name].apply_async()
+    with app.celery.connection_for_read() as connection:
+        message = connection.SimpleQueue("gw.control").get(timeout=5)
+    period = app.celery.conf.beat_schedule[name]["schedule"]
+    expires = dt.datetime.fromisoformat(message.headers["expires"]) - dt.datetime.now(dt.UTC)
+    assert period - 5 < expires.total_seconds() <= period
+    assert message.properties["expiration"] == str(period * 1000)
+    assert message.headers["ignore_result"]
 
 
 @pytest.mark.parametrize(
@@ -115,15 +122,13 @@ def test_several_apps_of_one_celery_app_share_the_tasks_and_the_entries(
     first, second = gw.App("first", celery_app), gw.App("second", celery_app)
     probed(first, "Slow", 30.0)
     celery_app.finalize()
-    assert celery_app.conf.beat_schedule[beat_tasks.PROBE]["schedule"] == 10.0
+    assert celery_app.conf.beat_schedule[beat_tasks.PROBE]["schedule"] == 10
     probed(second, "Quick", 3.0)
     measured(second)
     assert ours(celery_app) == BOTH
-    assert celery_app.conf.beat_schedule[beat_tasks.PROBE]["schedule"] == 3.0
-    assert [name for name in celery_app.tasks if name.startswith(beat_tasks.PREFIX)] == [
-        beat_tasks.PROBE,
-        beat_tasks.BENCHMARK,
-    ]
+    assert celery_app.conf.beat_schedule[beat_tasks.PROBE]["schedule"] == 3
+    assert sorted(name for name in celery_app.tasks if name.startswith("gw_celery.")) == BOTH
+    assert celery_app.tasks[beat_tasks.PROBE].expires == 3
 
 
 def test_what_the_user_schedules_stays_and_wins(app: gw.App) -> None:
@@ -139,19 +144,10 @@ def test_what_the_user_schedules_stays_and_wins(app: gw.App) -> None:
     assert sorted(schedule) == [*BOTH, "mail"]
     assert (schedule["mail"], schedule[beat_tasks.PROBE]) == (mail, own)
     assert sorted(given) == [beat_tasks.PROBE, "mail"], "a project's own dict is not written to"
-    assert list(beat_tasks.given(app.celery)) == [beat_tasks.BENCHMARK]
 
 
 def measured_too(app: gw.App) -> None:
     app.remote(benchmark_dataset=[{"x": 1}], queue="other")(check_nothing)
-
-
-def test_a_schedule_that_was_replaced_later_is_completed_again(app: gw.App) -> None:
-    probed(app)
-    app.celery.finalize()
-    app.celery.conf.beat_schedule = {"mail": {"task": "mail", "schedule": 60.0}}
-    beat_tasks.schedule(app.celery, signals.registries())
-    assert sorted(app.celery.conf.beat_schedule) == [beat_tasks.PROBE, "mail"]
 
 
 @pytest.mark.parametrize(
@@ -173,14 +169,16 @@ def test_a_setting_switches_an_entry_off(
 
 
 @pytest.mark.parametrize(
-    ("longest", "declared", "period"), [(10.0, 30.0, 10.0), (10.0, 2.0, 2.0), (10.0, 0.1, 1.0)]
+    ("longest", "declared", "period"),
+    [(10.0, 30.0, 10), (10.0, 2.9, 2), (10.0, 0.1, 1), (0.5, 30.0, 1)],
 )
 def test_the_quickest_probe_sets_the_period_within_bounds(
-    app: gw.App, longest: float, declared: float, period: float
+    app: gw.App, longest: float, declared: float, period: int
 ) -> None:
+    app.celery.conf.gw_probe_period = longest
     probed(app, period=declared)
-    found = beat_tasks.entries([app.registry], conf.Settings(probe_period=longest))
-    assert found[beat_tasks.PROBE]["schedule"] == period
+    app.celery.finalize()
+    assert app.celery.conf.beat_schedule[beat_tasks.PROBE]["schedule"] == period
 
 
 def test_a_setting_of_a_wrong_type_is_logged_and_breaks_nothing(
@@ -220,19 +218,3 @@ def gw_task() -> type:
     from celery import Task
 
     return Task
-
-
-def test_the_queue_is_the_same_in_every_process_whatever_queues_the_app_makes(app: gw.App) -> None:
-    app.celery.conf.update(task_queue_max_priority=10, task_create_missing_queue_type="quorum")
-    assert app.celery.amqp.queues["other"].queue_arguments == {
-        "x-queue-type": "quorum",
-        "x-max-priority": 10,
-    }
-    queue = beat_tasks.queue_of(app.celery)
-    assert (queue.name, queue.queue_arguments) == ("gw.control", None)
-    assert app.celery.amqp.queues["gw.control"] is queue
-
-
-def test_a_queue_that_the_project_names_is_the_project_s(app: gw.App) -> None:
-    app.celery.conf.task_queues = [kombu.Queue("gw.control", queue_arguments={"x-max-length": 9})]
-    assert beat_tasks.queue_of(app.celery).queue_arguments == {"x-max-length": 9}

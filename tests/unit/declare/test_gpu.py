@@ -7,22 +7,19 @@ from gw_celery.declare import gpu
 from tests.unit.refusals import NOT_FINITE, NOT_NUMBERS, refused
 
 
-@pytest.mark.parametrize("kind", [one for one in gpu.KINDS if one != "CPU"])
-def test_a_kind_names_the_family_of_its_queues(kind: str) -> None:
-    assert gw.Gpu(kind).family == f"gpu.{kind}"
-
-
-def test_a_count_is_part_of_the_family() -> None:
-    assert gw.Gpu("A100", 2).family == "gpu.A100x2"
-
-
-def test_the_cpu_is_a_family_of_its_own() -> None:
-    assert gw.Gpu("CPU").family == "cpu"
-
-
-def test_services_without_a_kind_are_of_the_family_gpu() -> None:
-    assert gpu.family_of(None) == "gpu"
-    assert gpu.family_of(gw.Gpu("T4")) == "gpu.T4"
+@pytest.mark.parametrize(
+    ("device", "family"),
+    [
+        *((gw.Gpu(kind), f"gpu.{kind}") for kind in gpu.KINDS if kind != "CPU"),
+        (gw.Gpu("A100", 2), "gpu.A100x2"),
+        (gw.Gpu("CPU"), "cpu"),
+        (None, "gpu"),
+    ],
+)
+def test_the_family_of_a_service_follows_from_its_devices(
+    device: gw.Gpu | None, family: str
+) -> None:
+    assert gpu.family_of(device) == family
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:

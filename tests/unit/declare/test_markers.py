@@ -7,7 +7,9 @@ from gw_celery.declare import markers, services
 from tests.unit.refusals import NOT_FINITE, NOT_NUMBERS, refused
 
 NOT_COUNTS = (1.5, *NOT_FINITE, *NOT_NUMBERS)
-NEITHER = tuple(one for one in NOT_COUNTS if one is not None)
+NEITHER = tuple(value for value in NOT_COUNTS if value is not None)
+SIZED = {"max_batch_size": 4}
+COSTED = {**SIZED, "size_fn": len}
 
 
 def service_of(cls: type) -> services.Service:
@@ -103,22 +105,29 @@ def test_a_keyword_is_judged_before_one_that_is_missing() -> None:
         gw.concurrent()
 
 
-@pytest.mark.parametrize("value", [0, -1, *NOT_COUNTS])
-def test_max_inputs_below_1_is_refused(value: object) -> None:
-    error = refused(gw.concurrent, max_inputs=value)
+@pytest.mark.parametrize(
+    ("decorator", "others", "argument", "value", "rule"),
+    [
+        (decorator, others, argument, value, rule)
+        for decorator, others, argument, values, rule in (
+            (gw.concurrent, {}, "max_inputs", [0, -1, *NOT_COUNTS], "1 or more"),
+            (gw.concurrent, {"max_inputs": 8}, "target_inputs", [0, -1, 9, *NEITHER], "1 to 8"),
+            (gw.batched, {}, "max_batch_size", [0, 1001, -1, *NOT_COUNTS], "1 to 1000"),
+            (gw.batched, SIZED, "wait_ms", [-1, 600_001, *NOT_COUNTS], "0 to 600000"),
+            (gw.batched, SIZED, "max_running_batches", [0, -1, *NOT_COUNTS], "1 or more"),
+            (gw.batched, COSTED, "max_batch_cost", [0, -1, *NEITHER], "1 or more"),
+        )
+        for value in values
+    ],
+)
+def test_a_number_out_of_range_is_refused(
+    decorator, others: dict[str, object], argument: str, value: object, rule: str
+) -> None:
+    error = refused(decorator, **others, **{argument: value})
 
-    assert error.argument == "max_inputs"
+    assert error.argument == argument
     assert error.value is value
-    assert "1 or more" in error.rule
-
-
-@pytest.mark.parametrize("value", [0, -1, 9, *NEITHER])
-def test_target_inputs_outside_1_to_max_inputs_is_refused(value: object) -> None:
-    error = refused(gw.concurrent, max_inputs=8, target_inputs=value)
-
-    assert error.argument == "target_inputs"
-    assert error.value is value
-    assert "1 to 8" in error.rule
+    assert rule in error.rule
 
 
 def test_the_scaler_aims_at_max_inputs_unless_told() -> None:
@@ -178,42 +187,6 @@ def test_batched_on_what_is_no_method_is_refused(app: gw.App) -> None:
 
     assert (error.argument, error.value) == ("gw.batched", "embed")
     assert "@gw.method()" in error.rule
-
-
-@pytest.mark.parametrize("value", [0, 1001, -1, *NOT_COUNTS])
-def test_max_batch_size_outside_1_to_1000_is_refused(value: object) -> None:
-    error = refused(gw.batched, max_batch_size=value)
-
-    assert error.argument == "max_batch_size"
-    assert error.value is value
-    assert "1 to 1000" in error.rule
-
-
-@pytest.mark.parametrize("value", [-1, 600_001, *NOT_COUNTS])
-def test_wait_ms_outside_0_to_600000_is_refused(value: object) -> None:
-    error = refused(gw.batched, max_batch_size=4, wait_ms=value)
-
-    assert error.argument == "wait_ms"
-    assert error.value is value
-    assert "0 to 600000" in error.rule
-
-
-@pytest.mark.parametrize("value", [0, -1, *NOT_COUNTS])
-def test_max_running_batches_below_1_is_refused(value: object) -> None:
-    error = refused(gw.batched, max_batch_size=4, max_running_batches=value)
-
-    assert error.argument == "max_running_batches"
-    assert error.value is value
-    assert "1 or more" in error.rule
-
-
-@pytest.mark.parametrize("value", [0, -1, *NEITHER])
-def test_max_batch_cost_below_1_is_refused(value: object) -> None:
-    error = refused(gw.batched, max_batch_size=4, size_fn=len, max_batch_cost=value)
-
-    assert error.argument == "max_batch_cost"
-    assert error.value is value
-    assert "1 or more" in error.rule
 
 
 @pytest.mark.parametrize("given", [{"size_fn": len}, {"max_batch_cost": 100}])
@@ -378,10 +351,10 @@ def test_a_decorated_child_of_a_decorated_parent_has_tasks_of_its_own(app: gw.Ap
 
     parent, child = app.registry.services.values()
 
-    assert [one.task_name for one in child.methods.values()] == [
+    assert [method.task_name for method in child.methods.values()] == [
         f"{__name__}.Child.embed",
         f"{__name__}.Child.rank",
     ]
-    assert [one.task_name for one in parent.methods.values()] == [f"{__name__}.Parent.embed"]
+    assert [method.task_name for method in parent.methods.values()] == [f"{__name__}.Parent.embed"]
     assert (parent.queue, child.queue) == ("gpu.A100.Parent", "gpu.H100.Child")
     assert child.methods["embed"].function is parent.methods["embed"].function

@@ -13,7 +13,7 @@ from gw_celery import codec, errors
 from gw_celery.declare import options
 from tests.unit.refusals import NOT_FINITE, refused
 
-#: What a Task has, but nobody gives as an option.
+#: Attributes of a Task that are no options.
 INNER = {
     "abstract", "add_around", "annotate", "app", "bind", "from_config", "on_bound", "request",
     "request_stack",

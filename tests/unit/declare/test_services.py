@@ -9,7 +9,7 @@ from gw_celery.declare import services
 from tests.unit.refusals import NOT_FINITE, NOT_NUMBERS, refused
 
 DECORATORS = pytest.mark.parametrize("decorate", ["remote", "cls"])
-NEITHER = tuple(one for one in NOT_NUMBERS if one is not None)
+NEITHER = tuple(value for value in NOT_NUMBERS if value is not None)
 
 
 async def square(x):
@@ -81,23 +81,28 @@ def test_a_kind_that_the_setting_adds_is_taken(app: gw.App) -> None:
 
 
 @DECORATORS
-@pytest.mark.parametrize("value", [-1, 1.0, *NOT_FINITE, *NOT_NUMBERS])
-def test_min_workers_below_0_is_refused(app: gw.App, decorate: str, value: object) -> None:
-    error = refused(getattr(app, decorate), min_workers=value)
+@pytest.mark.parametrize(
+    ("argument", "value", "rule"),
+    [
+        (argument, value, rule)
+        for argument, values, rule in (
+            ("min_workers", [-1, 1.0, *NOT_FINITE, *NOT_NUMBERS], "0 or more"),
+            ("max_workers", [0, -1, 2.0, *NOT_FINITE, *NEITHER], "1 or more"),
+            ("timeout", [0, -1, *NOT_FINITE, *NEITHER], "over 0"),
+            ("max_queue_time", [0, -1, *NOT_FINITE, *NEITHER], "over 0"),
+            ("queue", ["", " ", "a,b", " vip", "vip\n", 3, ["gpu"], b"gpu"], "name of a queue"),
+        )
+        for value in values
+    ],
+)
+def test_an_argument_that_breaks_its_rule_is_refused(
+    app: gw.App, decorate: str, argument: str, value: object, rule: str
+) -> None:
+    error = refused(getattr(app, decorate), **{argument: value})
 
-    assert error.argument == "min_workers"
+    assert error.argument == argument
     assert error.value is value
-    assert "0 or more" in error.rule
-
-
-@DECORATORS
-@pytest.mark.parametrize("value", [0, -1, 2.0, *NOT_FINITE, *NEITHER])
-def test_max_workers_below_1_is_refused(app: gw.App, decorate: str, value: object) -> None:
-    error = refused(getattr(app, decorate), max_workers=value)
-
-    assert error.argument == "max_workers"
-    assert error.value is value
-    assert "1 or more" in error.rule
+    assert rule in error.rule
 
 
 @DECORATORS
@@ -106,28 +111,6 @@ def test_workers_out_of_order_are_refused(app: gw.App, decorate: str) -> None:
 
     assert (error.argument, error.value) == ("max_workers", 2)
     assert "min_workers=3" in error.rule
-
-
-@DECORATORS
-@pytest.mark.parametrize("argument", ["timeout", "max_queue_time"])
-@pytest.mark.parametrize("value", [0, -1, *NOT_FINITE, *NEITHER])
-def test_a_duration_that_is_not_over_0_is_refused(
-    app: gw.App, decorate: str, argument: str, value: object
-) -> None:
-    error = refused(getattr(app, decorate), **{argument: value})
-
-    assert error.argument == argument
-    assert error.value is value
-    assert "over 0" in error.rule
-
-
-@DECORATORS
-@pytest.mark.parametrize("queue", ["", " ", "a,b", " vip", "vip\n", 3, ["gpu"], b"gpu"])
-def test_a_queue_that_is_no_name_is_refused(app: gw.App, decorate: str, queue: object) -> None:
-    error = refused(getattr(app, decorate), queue=queue)
-
-    assert (error.argument, error.value) == ("queue", queue)
-    assert "name of a queue" in error.rule
 
 
 def test_a_queue_of_the_users_leaves_the_family(app: gw.App) -> None:

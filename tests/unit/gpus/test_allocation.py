@@ -10,7 +10,7 @@ from gw_celery.declare import gpu
 from gw_celery.gpus import allocation, devices, discovery
 from gw_celery.gpus.allocation import Need
 
-KNOWN = [one for one in gpu.KINDS if one != "CPU"]
+KNOWN = [kind for kind in gpu.KINDS if kind != "CPU"]
 
 
 def fakes(described: str) -> devices.Machine:
@@ -19,8 +19,8 @@ def fakes(described: str) -> devices.Machine:
 
 def numbers(described: str, *declared: gw.Gpu | None) -> list[list[int]]:
     """The devices of each replica that fits, by their numbers on the machine."""
-    given = allocation.allot(allocation.needs_of(declared), fakes(described))
-    return [[one.index for one in share] for share in given.shares]
+    allotment = allocation.allot(allocation.needs_of(declared), fakes(described))
+    return [[device.index for device in share] for share in allotment.shares]
 
 
 # -- what a replica needs --
@@ -112,7 +112,7 @@ def test_one_replica_gets_one_slice_of_a_gpu_at_most() -> None:
 
 def test_a_device_of_two_kinds_is_not_given_twice() -> None:
     ada = {"name": "NVIDIA RTX 6000 Ada Generation", "memory_gb": 51.5, "kinds": ("ADA", "RTX")}
-    two = [devices.Device(token=f"GPU-{one}", index=one, **ada) for one in range(2)]  # type: ignore[arg-type]
+    two = [devices.Device(token=f"GPU-{index}", index=index, **ada) for index in range(2)]  # type: ignore[arg-type]
     there = devices.Machine(devices=tuple(two), source="NVML")
     with pytest.raises(errors.ConfigurationError, match="1 x RTX all to itself and 1 x ADA"):
         allocation.allot([Need(kind="RTX"), Need(kind="ADA")], there)
@@ -140,9 +140,9 @@ def test_a_machine_without_room_for_one_replica_is_refused_with_what_it_has(
 
 
 def test_more_replicas_than_fit_are_refused_with_what_was_asked_and_what_there_is() -> None:
-    given = allocation.allot(allocation.needs_of([gw.Gpu("A100", 2)]), fakes("A100:5"))
-    assert given.refusal(2) is None
-    assert given.refusal(3) == (
+    allotment = allocation.allot(allocation.needs_of([gw.Gpu("A100", 2)]), fakes("A100:5"))
+    assert allotment.refusal(2) is None
+    assert allotment.refusal(3) == (
         "3 replicas were asked for, and 2 fit: each needs 2 x A100 all to itself, and this machine "
         "has 5 x A100 (fake A100, 40 GB); looked at GW_FAKE_GPUS='A100:5'"
     )
@@ -163,7 +163,7 @@ NONE = devices.Machine(devices=(), source="NVML")
 
 
 def families(kind: str | None, described: str = "", but: str = "") -> list[str]:
-    declared = {name: given for name, given in DECLARED.items() if name not in but.split()}
+    declared = {name: gpus for name, gpus in DECLARED.items() if name not in but.split()}
     return allocation.families_for(kind, declared, fakes(described) if described else NONE)
 
 

@@ -6,7 +6,7 @@ from gw_celery import errors
 from gw_celery.declare import gpu
 from gw_celery.gpus import devices
 
-KNOWN = [one for one in gpu.KINDS if one != "CPU"]
+KNOWN = [kind for kind in gpu.KINDS if kind != "CPU"]
 
 
 def device(index: int, token: str = "", **given: object) -> devices.Device:
@@ -14,9 +14,9 @@ def device(index: int, token: str = "", **given: object) -> devices.Device:
     return devices.Device(index=index, token=token or f"GPU-{index}", **about)  # type: ignore[arg-type]
 
 
-def visible(given: str | None, *there: devices.Device) -> list[str]:
+def visible(value: str | None, *there: devices.Device) -> list[str]:
     machine = devices.Machine(devices=there, source="NVML")
-    return [one.token for one in devices.only_visible(machine, given).devices]
+    return [seen.token for seen in devices.only_visible(machine, value).devices]
 
 
 # -- kinds --
@@ -66,7 +66,7 @@ FOUR = [device(0, "GPU-aa01"), device(1, "GPU-aa02"), device(2, "GPU-bb01"), dev
 
 
 @pytest.mark.parametrize(
-    ("given", "tokens"),
+    ("value", "tokens"),
     [
         (None, ["GPU-aa01", "GPU-aa02", "GPU-bb01", "GPU-cc01"]),
         ("", []),
@@ -82,17 +82,17 @@ FOUR = [device(0, "GPU-aa01"), device(1, "GPU-aa02"), device(2, "GPU-bb01"), dev
     ],
 )
 def test_the_devices_of_the_worker_are_those_that_cuda_would_see(
-    given: str | None, tokens: list[str]
+    value: str | None, tokens: list[str]
 ) -> None:
-    assert visible(given, *FOUR) == tokens
+    assert visible(value, *FOUR) == tokens
 
 
-@pytest.mark.parametrize("given", ["4", "GPU-dd", "GPU-aa", "all", "0;1", "MIG-1"])
-def test_what_names_no_device_or_several_is_an_error_with_those_that_are_there(given: str) -> None:
+@pytest.mark.parametrize("value", ["4", "GPU-dd", "GPU-aa", "all", "0;1", "MIG-1"])
+def test_what_names_no_device_or_several_is_an_error_with_those_that_are_there(value: str) -> None:
     with pytest.raises(errors.ConfigurationError) as caught:
-        visible(given, *FOUR)
+        visible(value, *FOUR)
     said = str(caught.value)
-    assert f"CUDA_VISIBLE_DEVICES={given!r}" in said
+    assert f"CUDA_VISIBLE_DEVICES={value!r}" in said
     assert "GPU-aa01, GPU-aa02, GPU-bb01, GPU-cc01" in said
 
 
@@ -102,7 +102,7 @@ def test_a_whole_token_names_its_device_alone() -> None:
 
 
 def test_a_slice_is_named_by_its_uuid_and_a_gpu_stands_for_its_slices() -> None:
-    cut = [device(0, f"MIG-{one}", slice_of="GPU-aa01") for one in ("11", "22")]
+    cut = [device(0, f"MIG-{name}", slice_of="GPU-aa01") for name in ("11", "22")]
     there = [*cut, FOUR[2]]
     assert visible("MIG-22", *there) == ["MIG-22"]
     assert visible("MIG-2", *there) == ["MIG-22"]
@@ -113,7 +113,7 @@ def test_a_slice_is_named_by_its_uuid_and_a_gpu_stands_for_its_slices() -> None:
 
 
 def test_the_beginning_of_two_gpus_that_are_cut_names_neither() -> None:
-    cut = [device(one, f"MIG-{one}", slice_of=f"GPU-aa0{one}") for one in (1, 2)]
+    cut = [device(index, f"MIG-{index}", slice_of=f"GPU-aa0{index}") for index in (1, 2)]
     with pytest.raises(errors.ConfigurationError, match="'GPU-aa' names 2 devices"):
         visible("GPU-aa", *cut)
 

@@ -18,7 +18,7 @@ KNOWN = ["T4", "L4", "A100", "A100_80"]
 
 
 @pytest.mark.parametrize(
-    ("given", "made"),
+    ("value", "made"),
     [
         ("A100:2", [("A100", 40.0)] * 2),
         ("A100:1, L4", [("A100", 40.0), ("L4", 24.0)]),
@@ -28,21 +28,21 @@ KNOWN = ["T4", "L4", "A100", "A100_80"]
     ],
 )
 def test_fake_gpus_have_a_kind_a_memory_and_a_count(
-    given: str, made: list[tuple[str, float]]
+    value: str, made: list[tuple[str, float]]
 ) -> None:
-    found = discovery.fakes(given, KNOWN)
-    assert [(one.kinds[-1], one.memory_gb) for one in found.devices] == made
-    tokens = [one.token for one in found.devices]
+    machine = discovery.fakes(value, KNOWN)
+    assert [(device.kinds[-1], device.memory_gb) for device in machine.devices] == made
+    tokens = [device.token for device in machine.devices]
     assert tokens == [f"GPU-fake-{number}" for number in range(len(made))]
 
 
 @pytest.mark.parametrize(
-    "given", ["4", "A100:0", "A100x2", "A100:", "A100/", "a100", "A100,", "H100", "A100:-1", "CPU"]
+    "value", ["4", "A100:0", "A100x2", "A100:", "A100/", "a100", "A100,", "H100", "A100:-1", "CPU"]
 )
-def test_a_wrong_value_is_an_error_that_says_what_to_write(given: str) -> None:
+def test_a_wrong_value_is_an_error_that_says_what_to_write(value: str) -> None:
     with pytest.raises(errors.ConfigurationError) as caught:
-        discovery.fakes(given, KNOWN)
-    assert f"GW_FAKE_GPUS={given!r}" in str(caught.value)
+        discovery.fakes(value, KNOWN)
+    assert f"GW_FAKE_GPUS={value!r}" in str(caught.value)
     assert "KIND[/GB][:COUNT]" in str(caught.value)
     assert "KIND is one of T4, L4, A100, A100_80" in str(caught.value)
 
@@ -60,7 +60,7 @@ def test_fake_gpus_stand_in_for_nvml_and_are_made_visible_as_real_ones(
 ) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "L4:3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-fake-0")
-    assert [one.index for one in discovery.look().devices] == [2, 0]
+    assert [device.index for device in discovery.look().devices] == [2, 0]
 
 
 def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +132,9 @@ def told(handle: Mapping[str, Any], name: str, otherwise: Any = None) -> Any:
 
 def looked(monkeypatch: pytest.MonkeyPatch, nvml: Any) -> devices.Machine:
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    found = discovery.look()
+    machine = discovery.look()
     assert nvml is None or not nvml.is_open, "it was left open"
-    return found
+    return machine
 
 
 A100 = {"name": "NVIDIA A100-SXM4-80GB", "uuid": "GPU-aa", "memory": 85899345920, "mig": 0}
@@ -142,42 +142,42 @@ T4 = {"name": "Tesla T4", "uuid": "GPU-bb", "memory": 16106127360}
 
 
 def test_nvml_tells_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = looked(monkeypatch, Nvml(A100, T4))
-    assert [(one.token, one.kinds, one.index) for one in found.devices] == [
+    machine = looked(monkeypatch, Nvml(A100, T4))
+    assert [(device.token, device.kinds, device.index) for device in machine.devices] == [
         ("GPU-aa", ("A100", "A100_80"), 0),
         ("GPU-bb", ("T4",), 1),
     ]
-    assert [round(one.memory_gb, 1) for one in found.devices] == [85.9, 16.1]
-    assert found.source == "NVML"
+    assert [round(device.memory_gb, 1) for device in machine.devices] == [85.9, 16.1]
+    assert machine.source == "NVML"
 
 
 def test_a_device_without_uuid_and_memory_is_known_by_its_index(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (found,) = looked(monkeypatch, Nvml({"name": "NVIDIA L4"})).devices
-    assert (found.token, found.memory_gb, found.kinds) == ("0", 0.0, ("L4",))
+    (device,) = looked(monkeypatch, Nvml({"name": "NVIDIA L4"})).devices
+    assert (device.token, device.memory_gb, device.kinds) == ("0", 0.0, ("L4",))
 
 
 def test_of_a_gpu_that_is_cut_only_its_slices_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     slices = [
-        {"name": "NVIDIA A100-SXM4-80GB MIG 3g.40gb", "uuid": f"MIG-{one}", "memory": 42 * 10**9}
-        for one in (1, 2)
+        {"name": "NVIDIA A100-SXM4-80GB MIG 3g.40gb", "uuid": f"MIG-{number}", "memory": 42 * 10**9}
+        for number in (1, 2)
     ]
-    found = looked(monkeypatch, Nvml(T4, {**A100, "mig": 1, "slices": slices}))
-    assert [(one.token, one.index, one.slice_of) for one in found.devices] == [
+    machine = looked(monkeypatch, Nvml(T4, {**A100, "mig": 1, "slices": slices}))
+    assert [(device.token, device.index, device.slice_of) for device in machine.devices] == [
         ("GPU-bb", 0, ""),
         ("MIG-1", 1, "GPU-aa"),
         ("MIG-2", 1, "GPU-aa"),
     ]
-    assert found.devices[1].kinds == ("A100",)
+    assert machine.devices[1].kinds == ("A100",)
 
 
 def test_a_gpu_that_cannot_be_reached_is_left_out_and_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    found = looked(monkeypatch, Nvml({"handle": NVMLError("GPU is lost")}, T4))
-    assert [(one.token, one.index) for one in found.devices] == [("GPU-bb", 1)]
+    machine = looked(monkeypatch, Nvml({"handle": NVMLError("GPU is lost")}, T4))
+    assert [(device.token, device.index) for device in machine.devices] == [("GPU-bb", 1)]
     assert "GPU 0 is left out: NVML says GPU is lost" in caplog.text
 
 
@@ -191,9 +191,9 @@ def test_a_gpu_that_cannot_be_reached_is_left_out_and_said(
 def test_a_machine_without_a_driver_has_no_gpu_and_says_why(
     monkeypatch: pytest.MonkeyPatch, nvml: Any, source: str
 ) -> None:
-    found = looked(monkeypatch, nvml)
-    assert found.devices == ()
-    assert source in found.source
+    machine = looked(monkeypatch, nvml)
+    assert machine.devices == ()
+    assert source in machine.source
 
 
 def test_the_library_has_what_is_asked_of_it() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gw_celery.policy import live_scores
+from gw_celery.policy import scores
 from gw_celery.protocol import snapshot
 
 
@@ -12,7 +12,7 @@ class Traffic:
     """Looks once a second at replicas that serve a known rate."""
 
     def __init__(self, slots: int, *, measured: float | None = None) -> None:
-        self.live = live_scores.Live(slots)
+        self.live = scores.LiveScore(slots)
         self.slots = slots
         self.tally = snapshot.Counters()
         self.now = 1000.0

@@ -11,14 +11,19 @@ from hypothesis import strategies as st
 from gw_celery.policy import scaling
 
 RULES = scaling.Rules(start_up=3.0)
-needs = st.floats(0, 1e4)
+loads = st.floats(0, 1e4)
 
 
-def decided(decider: scaling.Decider, needed: list[float | None], actual: int) -> list[int]:
-    """What is desired each second, if replicas come and go at once."""
+def decide(decider: scaling.Decider, now: float, need: float, actual: int) -> int:
+    """Decide on a load that needs as much for its bursts, and is active while it needs any."""
+    return decider.decide(now, need, actual, need, need > 0)
+
+
+def decided(decider: scaling.Decider, needs: list[float], actual: int) -> list[int]:
+    """The desired replicas each second, if replicas come and go at once."""
     sizes = []
-    for now, one in enumerate(needed):
-        actual = decider.decide(float(now), one, actual)
+    for now, need in enumerate(needs):
+        actual = decide(decider, float(now), need, actual)
         sizes.append(actual)
     return sizes
 
@@ -30,26 +35,26 @@ def metered(rules: scaling.Rules, workloads: list[float]) -> scaling.Meter:
     return meter
 
 
-def test_a_steady_rate_needs_what_serves_it_with_head_room() -> None:
-    assert scaling.need(18.0, 0.0, 2.0, RULES) == pytest.approx(10.0)
+@pytest.mark.parametrize(
+    ("rate", "backlog", "fillable", "min_load", "need"),
+    [
+        pytest.param(18.0, 0.0, 9e9, 0.0, 10.0, id="a steady rate, with head-room"),
+        pytest.param(18.0, 100.0, 9e9, 0.0, 9.0 + 5.0, id="a backlog gone within the target"),
+        pytest.param(0.0, 72_000.0, 1.0, 0.0, 1.0, id="no more replicas than inputs fill"),
+        pytest.param(0.0, 0.0, 9e9, 3.6, 2.0, id="a minimal load while nothing arrives"),
+    ],
+)
+def test_the_need_of_a_service(
+    rate: float, backlog: float, fillable: float, min_load: float, need: float
+) -> None:
+    rules = scaling.Rules(min_load=min_load)
+    assert scaling.need(rate, backlog, 2.0, rules, fillable) == pytest.approx(need)
 
 
-def test_a_backlog_is_to_be_gone_within_the_target_while_more_arrives() -> None:
-    assert scaling.need(18.0, 100.0, 2.0, RULES) == pytest.approx(9.0 + 5.0)
-
-
-def test_waiting_inputs_order_no_more_replicas_than_they_fill() -> None:
-    assert scaling.need(0.0, 36_000.0, 1.0, RULES, at_hand=1.0) == 1.0
-
-
-def test_a_minimal_load_is_provided_for_while_nothing_arrives() -> None:
-    assert scaling.need(0.0, 0.0, 2.0, scaling.Rules(min_load=3.6)) == pytest.approx(2.0)
-
-
-@given(needs, needs, needs, needs)
+@given(loads, loads, loads, loads)
 def test_more_load_never_needs_fewer_replicas(rate: float, backlog: float, a: float, b: float):
-    least = scaling.need(rate, backlog, 2.0, RULES)
-    assert scaling.need(rate + a, backlog + b, 2.0, RULES) >= least
+    least = scaling.need(rate, backlog, 2.0, RULES, 1e9)
+    assert scaling.need(rate + a, backlog + b, 2.0, RULES, 1e9) >= least
 
 
 def test_the_rate_is_taken_over_less_time_the_later_help_comes() -> None:
@@ -101,15 +106,13 @@ def test_the_largest_of_a_window_is_what_a_scan_finds(steps: list[tuple[float, f
         assert largest.add(now, number) == max(n for at, n in seen if at >= now - 10.0)
 
 
-@given(st.lists(st.none() | needs), st.integers(0, 5), st.integers(0, 9), st.integers(0, 20))
-def test_the_bounds_always_hold(
-    needed: list[float | None], least: int, more: int, actual: int
-) -> None:
+@given(st.lists(loads), st.integers(0, 5), st.integers(0, 9), st.integers(0, 20))
+def test_the_bounds_always_hold(needs: list[float], least: int, more: int, actual: int) -> None:
     decider = scaling.Decider(RULES, least, least + more)
-    assert all(least <= size <= least + more for size in decided(decider, needed, actual))
+    assert all(least <= size <= least + more for size in decided(decider, needs, actual))
 
 
-@given(st.lists(needs, max_size=30), needs, needs, st.integers(0, 20))
+@given(st.lists(loads, max_size=30), loads, loads, st.integers(0, 20))
 def test_a_larger_need_never_decides_for_fewer(
     before: list[float], need: float, more: float, actual: int
 ) -> None:
@@ -117,23 +120,23 @@ def test_a_larger_need_never_decides_for_fewer(
     for last in (need, need + more):
         decider = scaling.Decider(RULES, 0, 1_000)
         decided(decider, list(before), actual)
-        sizes.append(decider.decide(float(len(before)), last, actual))
+        sizes.append(decide(decider, float(len(before)), last, actual))
     assert sizes[0] <= sizes[1]
 
 
 def test_it_grows_at_once() -> None:
-    assert scaling.Decider(RULES, 1, 60).decide(0.0, 7.3, 1) == 8
+    assert decide(scaling.Decider(RULES, 1, 60), 0.0, 7.3, 1) == 8
 
 
 def test_what_is_starting_is_not_ordered_again() -> None:
     decider = scaling.Decider(RULES, 1, 60)
-    assert [decider.decide(float(now), 7.3, 8) for now in range(5)] == [8] * 5
+    assert [decide(decider, float(now), 7.3, 8) for now in range(5)] == [8] * 5
 
 
 def test_an_excess_that_the_head_room_absorbs_starts_nothing() -> None:
     decider = scaling.Decider(RULES, 1, 60)
-    assert decider.decide(0.0, 10.9, 10) == 10
-    assert decider.decide(1.0, 11.1, 10) == 12
+    assert decide(decider, 0.0, 10.9, 10) == 10
+    assert decide(decider, 1.0, 11.1, 10) == 12
 
 
 def test_it_shrinks_only_below_all_that_was_needed_in_the_window() -> None:
@@ -150,7 +153,9 @@ def test_what_was_needed_once_is_held_for_a_residence_and_what_bursts_need_for_t
     actual, sizes = 1, []
     for now in range(103):
         burst = now == 0
-        actual = decider.decide(float(now), 9.0 if burst else 0.1, actual, 4.0 if burst else 0.1)
+        actual = decider.decide(
+            float(now), 9.0 if burst else 0.1, actual, 4.0 if burst else 0.1, True
+        )
         sizes.append(actual)
     assert rules.residence == 52.0
     assert sizes[52] == 9
@@ -162,16 +167,10 @@ def test_what_was_needed_once_is_held_for_a_residence_and_what_bursts_need_for_t
 def test_a_burst_train_starts_no_more_replicas_than_there_may_be() -> None:
     decider, actual, starts = scaling.Decider(RULES, 1, 4), 1, 0
     for now in range(1_200):
-        desired = decider.decide(float(now), 8.0 if now % 60 < 10 else 0.5, actual)
+        desired = decide(decider, float(now), 8.0 if now % 60 < 10 else 0.5, actual)
         starts += max(0, desired - actual)
         actual = desired
     assert starts <= 4
-
-
-def test_an_unknown_demand_holds_the_size() -> None:
-    decider = scaling.Decider(RULES, 1, 9)
-    assert decided(decider, [6.0, None, None], 1) == [6, 6, 6]
-    assert scaling.Decider(RULES, 2, 9).decide(0.0, None, 1) == 2
 
 
 def test_the_minimum_holds_although_nothing_is_needed() -> None:
@@ -180,11 +179,11 @@ def test_the_minimum_holds_although_nothing_is_needed() -> None:
 
 def test_a_changed_bound_holds_from_the_next_decision_on() -> None:
     decider = scaling.Decider(RULES, 1, 9)
-    assert decider.decide(0.0, 9.0, 1) == 9
+    assert decide(decider, 0.0, 9.0, 1) == 9
     decider.update(1, 3)
-    assert decider.decide(1.0, 9.0, 9) == 3
+    assert decide(decider, 1.0, 9.0, 9) == 3
     decider.update(5, 2)
-    assert decider.decide(2.0, 0.0, 3) == 5
+    assert decide(decider, 2.0, 0.0, 3) == 5
 
 
 def test_to_zero_it_goes_by_way_of_one() -> None:
@@ -196,8 +195,8 @@ def test_to_zero_it_goes_by_way_of_one() -> None:
 
 def test_while_replicas_drain_the_last_one_stays() -> None:
     decider = scaling.Decider(scaling.Rules(inactivity_timeout=20.0), 0, 9)
-    decider.decide(0.0, 5.0, 0)
-    assert [decider.decide(now, 0.0, 3) for now in (20.0, 21.0)] == [1, 1]
+    decide(decider, 0.0, 5.0, 0)
+    assert [decide(decider, now, 0.0, 3) for now in (20.0, 21.0)] == [1, 1]
 
 
 def test_without_a_timeout_the_last_replica_stays() -> None:
@@ -208,41 +207,41 @@ def test_without_a_timeout_the_last_replica_stays() -> None:
 def test_from_zero_the_first_input_starts_one() -> None:
     decider = scaling.Decider(scaling.Rules(inactivity_timeout=5.0), 0, 9)
     decided(decider, [1.0] + [0.0] * 20, 0)
-    assert decider.decide(21.0, 0.01, 0) == 1
+    assert decide(decider, 21.0, 0.01, 0) == 1
 
 
 def test_a_rate_that_is_only_remembered_is_no_activity() -> None:
     decider = scaling.Decider(scaling.Rules(inactivity_timeout=5.0), 0, 9)
-    decider.decide(0.0, 1.0, 0, is_active=True)
-    sizes = [decider.decide(float(now), 0.5, 1, is_active=False) for now in range(1, 7)]
+    decider.decide(0.0, 1.0, 0, 1.0, is_active=True)
+    sizes = [decider.decide(float(now), 0.5, 1, 0.5, is_active=False) for now in range(1, 7)]
     assert sizes == [1, 1, 1, 1, 0, 0]
 
 
 def test_a_long_input_that_runs_keeps_its_replica() -> None:
     decider = scaling.Decider(scaling.Rules(inactivity_timeout=5.0, window=60.0), 0, 9)
-    sizes = [decider.decide(float(now), 0.0, 1, is_active=True) for now in range(900)]
+    sizes = [decider.decide(float(now), 0.0, 1, 0.0, is_active=True) for now in range(900)]
     assert set(sizes) == {1}
 
 
 def test_a_minimal_load_keeps_its_replicas_without_any_input() -> None:
     rules = scaling.Rules(min_load=3.6, inactivity_timeout=5.0)
     decider = scaling.Decider(rules, 0, 9)
-    needed = scaling.need(0.0, 0.0, 2.0, rules)
-    sizes = [decider.decide(float(now), needed, 2, is_active=False) for now in range(900)]
+    need = scaling.need(0.0, 0.0, 2.0, rules, 0.0)
+    sizes = [decider.decide(float(now), need, 2, need, is_active=False) for now in range(900)]
     assert set(sizes) == {2}
 
 
 def test_a_need_that_is_a_whole_number_but_for_rounding_starts_no_more() -> None:
-    assert scaling.Decider(RULES, 0, 9).decide(0.0, 3.0 + 1e-12, 0) == 3
+    assert decide(scaling.Decider(RULES, 0, 9), 0.0, 3.0 + 1e-12, 0) == 3
     assert math.ceil(3.0 + 1e-12) == 4
 
 
 def test_rules_change_and_what_was_needed_is_not_forgotten() -> None:
     decider = scaling.Decider(scaling.Rules(start_up=1.0, target_queue_time=1.0), 1, 9)
-    assert decider.decide(0.0, 5.0, 1, keep=0.0) == 5
+    assert decider.decide(0.0, 5.0, 1, 0.0, True) == 5
     decider.follow(scaling.Rules(start_up=100.0, target_queue_time=1.0))
-    assert decider.decide(300.0, 0.0, 5, keep=0.0) == 5
-    assert decider.decide(500.0, 0.0, 5, keep=0.0) == 1
+    assert decider.decide(300.0, 0.0, 5, 0.0, False) == 5
+    assert decider.decide(500.0, 0.0, 5, 0.0, False) == 1
 
 
 def test_what_an_operator_asked_for_is_kept_for_a_while() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -9,24 +10,31 @@ import pytest
 from celery import Celery
 
 from gw_celery import conf, errors
-from gw_celery.pool import dead_letter_message, dead_letters, dead_queue
+from gw_celery.pool import dead_letters
+from gw_celery.protocol import headers
 from tests.processes import eventually
 from tests.unit.pool import handmade
 
 SETTINGS = conf.Settings(max_dead_letters=2, store_timeout=30.0)
+FACTS: dict[str, Any] = {
+    "reason": "it killed",
+    "since": "2026-01-02T03:04:05+00:00",
+    "worker": "w@h",
+    "deaths": 3,
+}
 
 
-class Room:
+class Queue:
     """A dead-letter queue that can be away, or hang."""
 
     def __init__(self) -> None:
-        self.held: list[dead_letter_message.Letter] = []
+        self.held: list[dict[str, Any]] = []
         self.tries = 0
         self.is_away = False
         self.is_free = threading.Event()
         self.is_free.set()
 
-    def add(self, letter: dead_letter_message.Letter) -> bool:
+    def add(self, letter: dict[str, Any]) -> bool:
         self.tries += 1
         assert self.is_free.wait(30)
         if self.is_away:
@@ -38,87 +46,169 @@ class Room:
 
 
 @pytest.fixture
-def room(monkeypatch: pytest.MonkeyPatch) -> Room:
-    found = Room()
-    monkeypatch.setattr(dead_queue, "of", lambda *_: found)
+def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
+    queue = Queue()
+    monkeypatch.setattr(dead_letters, "queue_of", lambda *_: queue)
     monkeypatch.setattr(dead_letters, "_PAUSE", 0.01)
-    monkeypatch.setattr(dead_letters, "_FAREWELL", 0.2)
-    return found
+    monkeypatch.setattr(dead_letters, "_CLOSE_TIMEOUT", 0.2)
+    return queue
 
 
 @pytest.fixture
-def office(room: Room) -> Iterator[dead_letters.DeadLetters]:
+def writer(queue: Queue) -> Iterator[dead_letters.DeadLetters]:
     with Celery("dead", broker="memory://", set_as_current=False) as app:
-        opened = dead_letters.of(app, SETTINGS, "w@h")
-        assert opened is not None
-        yield opened
-        room.is_free.set()
-        opened.close()
+        writer = dead_letters.DeadLetters(app, SETTINGS, "w@h")
+        yield writer
+        queue.is_free.set()
+        writer.close()
+
+
+def message(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        **{
+            "body": b"[[1], {}, null]",
+            "content_type": "application/json",
+            "content_encoding": "utf-8",
+            "headers": {"id": "a", "task": "proj.embed", "mine": "kept"},
+            "properties": {"priority": 3, "reply_to": "r", "correlation_id": "a"},
+            "delivery_info": {"exchange": "", "routing_key": "gpu.embed", "redelivered": True},
+            **changes,
+        }
+    )
 
 
 def job(task_id: str) -> Any:
-    message = SimpleNamespace(
-        body=b"[]",
-        content_type="application/json",
-        content_encoding="utf-8",
-        headers={"id": task_id, "task": "proj.embed"},
-        properties={},
-        delivery_info={},
+    sent = message(headers={"id": task_id, "task": "proj.embed"})
+    return SimpleNamespace(message=sent, name="proj.embed", task_id=task_id)
+
+
+# -- the two conversions --
+
+
+def test_a_dead_letter_is_the_message_with_why_when_where_and_how_often() -> None:
+    sent = message()
+    letter = dead_letters.to_dead_letter(sent, **FACTS)
+    assert letter == {
+        "body": sent.body,
+        "priority": 3,
+        "content_type": "application/json",
+        "content_encoding": "utf-8",
+        "headers": {
+            **sent.headers,
+            "gw-dead-reason": "it killed",
+            "gw-dead-since": "2026-01-02T03:04:05+00:00",
+            "gw-dead-worker": "w@h",
+            "gw-dead-deaths": 3,
+            "gw-dead-exchange": "",
+            "gw-dead-routing-key": "gpu.embed",
+        },
+        "properties": {"reply_to": "r", "correlation_id": "a"},
+    }
+    delivered = message(headers=letter["headers"])
+    assert dead_letters.summary(delivered) == {
+        "id": "a",
+        "task": "proj.embed",
+        "queue": "gpu.embed",
+        **FACTS,
+    }
+
+
+def test_what_is_sent_again_is_what_was_sent_first_with_no_deaths() -> None:
+    sent = message()
+    sent.headers |= {"x-delivery-count": 4, "gw-enqueued": 1.0, "x-death": [{"count": 1}]}
+    letter = dead_letters.to_dead_letter(sent, **FACTS)
+    again = dead_letters.to_message(message(headers=letter["headers"]))
+    assert again["headers"] == {
+        "id": "a",
+        "task": "proj.embed",
+        "mine": "kept",
+        "gw-requeued": True,
+    }
+    assert {**again, "headers": None} == {**letter, "headers": None}
+
+
+def test_a_compressed_body_is_compressed_again_for_its_headers_say_so() -> None:
+    sent = message(headers={"id": "a", "compression": "application/x-gzip"})
+    assert zlib.decompress(dead_letters.to_dead_letter(sent, **FACTS)["body"]) == sent.body
+    assert zlib.decompress(dead_letters.to_message(sent)["body"]) == sent.body
+
+
+def test_what_the_broker_would_act_on_stays_behind() -> None:
+    sent = message(properties={"expiration": "1000", "user_id": "guest", "delivery_tag": 1})
+    assert dead_letters.to_dead_letter(sent, **FACTS)["properties"] == {}
+
+
+def test_a_long_reason_is_cut_for_headers_have_a_limit() -> None:
+    letter = dead_letters.to_dead_letter(message(), **{**FACTS, "reason": "x" * 10**6})
+    assert len(letter["headers"]["gw-dead-reason"]) == 1000
+
+
+# -- the thread that writes them --
+
+
+def test_a_dead_letter_has_the_worker_the_reason_and_the_deaths(
+    writer: dead_letters.DeadLetters, queue: Queue
+) -> None:
+    writer.keep(job("a"), "it killed", 3)
+    eventually(lambda: queue.held)
+    added = queue.held[0]["headers"]
+    assert (added["gw-dead-worker"], added["gw-dead-reason"], added["gw-dead-deaths"]) == (
+        "w@h",
+        "it killed",
+        3,
     )
-    return SimpleNamespace(message=message, name="proj.embed", task_id=task_id)
 
 
-def test_a_letter_says_who_buried_it_and_why(office: dead_letters.DeadLetters, room: Room) -> None:
-    office.bury(job("a"), "it killed", 3)
-    eventually(lambda: room.held)
-    summary = room.held[0].summary()
-    assert (summary["worker"], summary["reason"], summary["deaths"]) == ("w@h", "it killed", 3)
-
-
-def test_burying_never_waits_for_a_broker_that_hangs(
-    office: dead_letters.DeadLetters, room: Room, caplog: pytest.LogCaptureFixture
+def test_keeping_never_waits_for_a_broker_that_hangs(
+    writer: dead_letters.DeadLetters, queue: Queue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    room.is_free.clear()
-    for number in range(dead_letters._LONGEST_QUEUE + 2):
-        office.bury(job(f"n{number}"), "", 3)
-    assert "has no dead letter: 100 others wait for the broker" in caplog.text
-    office.close()
-    assert "task proj.embed[n0] has no dead letter: the worker ends" in caplog.text
+    queue.is_free.clear()
+    for number in range(dead_letters._MAX_WAITING + 1):
+        writer.keep(job(f"n{number}"), "", 3)
+    assert "[n100] has no dead letter: 100 others wait for the broker" in caplog.text
+    writer.close()
+    for number in range(dead_letters._MAX_WAITING):
+        assert f"task proj.embed[n{number}] has no dead letter: the worker ends" in caplog.text
 
 
-def test_a_letter_is_tried_again_while_the_broker_is_away(
-    office: dead_letters.DeadLetters, room: Room
+def test_the_end_of_a_worker_waits_for_what_can_be_written(
+    writer: dead_letters.DeadLetters, queue: Queue
 ) -> None:
-    room.is_away = True
-    office.bury(job("a"), "", 3)
-    eventually(lambda: room.tries > 2)
-    room.is_away = False
-    eventually(lambda: room.held)
+    for name in "ab":
+        writer.keep(job(name), "", 3)
+    writer.close()
+    assert [letter["headers"]["id"] for letter in queue.held] == ["a", "b"]
+
+
+def test_a_dead_letter_is_tried_again_while_the_broker_is_away(
+    writer: dead_letters.DeadLetters, queue: Queue
+) -> None:
+    queue.is_away = True
+    writer.keep(job("a"), "", 3)
+    eventually(lambda: queue.tries > 2)
+    queue.is_away = False
+    eventually(lambda: queue.held)
 
 
 def test_a_full_queue_is_one_line_with_the_task_and_the_remedy(
-    office: dead_letters.DeadLetters, room: Room, caplog: pytest.LogCaptureFixture
+    writer: dead_letters.DeadLetters, queue: Queue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for one in "abc":
-        office.bury(job(one), "", 3)
+    for name in "abc":
+        writer.keep(job(name), "", 3)
     eventually(lambda: "is full" in caplog.text)
-    (line,) = [one for one in caplog.messages if "is full" in one]
+    (line,) = [text for text in caplog.messages if "is full" in text]
     assert "proj.embed[c]" in line
     assert "gw_max_dead_letters" in line
     assert "gw dead --requeue" in line
 
 
-def test_a_message_that_cannot_be_read_harms_nobody(
-    office: dead_letters.DeadLetters, caplog: pytest.LogCaptureFixture
+def test_a_message_that_cannot_be_read_costs_only_its_dead_letter(
+    writer: dead_letters.DeadLetters, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = job("a")
     broken.message.headers = {"compression": "no such"}
-    office.bury(broken, "", 3)
+    writer.keep(broken, "", 3)
     assert "task proj.embed[a] has no dead letter" in caplog.text
-
-
-def test_none_switches_it_off() -> None:
-    assert dead_letters.of(None, conf.Settings(dead_letter_queue=None), "w@h") is None
 
 
 # -- which inputs are buried --
@@ -158,7 +248,7 @@ def test_an_input_that_is_lost_is_not_buried() -> None:
 
 def test_what_a_person_sent_again_has_no_deaths_here_until_it_is_redelivered() -> None:
     pool = handmade.Pool(max_deaths=2)
-    again = {dead_letter_message.REQUEUED: True}
+    again = {headers.REQUEUED: True}
     pool.inputs._deaths.record([SimpleNamespace(task_id="a", runs_alone=True)])
     pool.start("a", headers=again)
     assert not pool.inputs._deaths.is_suspect("a")

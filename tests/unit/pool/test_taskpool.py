@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 
 import gw_celery as gw
 from gw_celery import conf, signals
-from gw_celery.client import beat_tasks
 from gw_celery.gpus import allocation, discovery
 from gw_celery.pool import taskpool
 from gw_celery.protocol.snapshot import Worker
@@ -92,17 +90,3 @@ def test_a_tick_is_passed_on_and_remembered_with_its_time(pool: taskpool.TaskPoo
     pool.benchmark_tick()
     assert passed_on == ["probe", "benchmark"]
     assert list(pool._ticked) == ["probe", "benchmark"]
-
-
-@pytest.mark.parametrize(("name", "runs_here"), [(beat_tasks.PROBE, True), ("plain", False)])
-def test_only_the_sweeps_run_in_the_worker_itself(
-    pool: taskpool.TaskPool, name: str, runs_here: bool
-) -> None:
-    woken, submitted = threading.Event(), []
-    pool.supervisor = SimpleNamespace(  # type: ignore[assignment]
-        wake=woken.set, submit=lambda *args: submitted.append(args)
-    )
-    args = (name, "id", {"delivery_info": {"routing_key": "gw.control"}}, b"", None, None)
-    pool.on_apply(lambda *args: (0, None, 0.0), args, {})
-    assert (woken.wait(10 if runs_here else 0), len(submitted)) == (runs_here, int(not runs_here))
-    pool._lane.close()

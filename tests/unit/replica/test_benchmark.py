@@ -16,7 +16,7 @@ from gw_celery.policy import scores
 from gw_celery.protocol import snapshot
 from gw_celery.replica import benchmark, tracer
 from gw_celery.replica import input as replica_input
-from gw_celery.runtime import batch_items, batcher, current_batch, in_process, loop
+from gw_celery.runtime import batcher, current_batch, in_process, loop
 from tests.unit.runtime.tracers import Around, run
 
 ONE = [{"x": 1}]
@@ -29,7 +29,7 @@ def measured(
 
     async def act() -> snapshot.TaskScore:
         celery_app: Any = app.celery
-        batchers = batcher.Batchers(batch_items.Host())
+        batchers = batcher.Batchers(batcher.Host())
         hosted = loop.MainLoop(asyncio.get_running_loop())
         runtime = in_process.Process(
             conf.Settings(), enforces_limits=False, host=hosted, batchers=batchers

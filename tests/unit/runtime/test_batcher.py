@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from celery.exceptions import Ignore
 
 import gw_celery as gw
 from gw_celery import errors
-from gw_celery.runtime import batch_items, batcher, current_batch
+from gw_celery.runtime import batcher, current_batch
 from gw_celery.testing import FakeClock
 
 Submit = Callable[..., Awaitable[Any]]
@@ -31,14 +32,13 @@ def gathering(
     (method,) = service.methods.values()
 
     async def main() -> None:
-        batchers = batcher.Batchers(batch_items.Host(**(host or {})))
+        batchers = batcher.Batchers(batcher.Host(**(host or {})))
 
         def submit(*args: Any, key: Any = None, **kwargs: Any) -> Awaitable[Any]:
             given = {} if using is None else {"using": using}
-            work = batch_items.Work(fn=body, service="unit", key=key, **given)
-            return batchers.of(method).submit(work, args, kwargs)
+            return batchers.of(service, method).submit(body, args, kwargs, key=key, **given)
 
-        await test(submit, batchers.of(method))
+        await test(submit, batchers.of(service, method))
 
     asyncio.run(main())
 
@@ -447,6 +447,37 @@ def test_one_that_gives_up_during_the_call_harms_no_other() -> None:
     assert calls.seen == [[1, 2]]
 
 
+def test_an_instance_is_in_use_until_its_call_is_over_though_no_input_waits_any_more() -> None:
+    open_, entered = asyncio.Event(), asyncio.Event()
+    uses: list[str] = []
+
+    async def body(xs: list[int], scale: list[int]) -> list[int]:
+        entered.set()
+        while not open_.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await open_.wait()
+        return xs
+
+    @contextlib.contextmanager
+    def using() -> Iterator[None]:
+        uses.append("begun")
+        yield
+        uses.append("over")
+
+    async def test(submit: Submit, _: Any) -> None:
+        leaving = asyncio.ensure_future(submit(1))
+        await entered.wait()
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        before = list(uses)
+        open_.set()
+        assert await submit(2) == 2
+        assert before == ["begun"]
+        assert uses[:3] == ["begun", "over", "begun"]
+
+    gathering(test, body, using=using, max_batch_size=8)
+
+
 def test_a_call_that_nobody_waits_for_any_more_is_cancelled_and_the_next_are_served() -> None:
     calls = Calls()
 
@@ -577,9 +608,9 @@ def test_what_began_is_told_before_the_body_can_end_the_process() -> None:
     (service,) = app.registry.services.values()
 
     async def main() -> None:
-        batchers = batcher.Batchers(batch_items.Host(tell=lambda: told.append("told")))
+        batchers = batcher.Batchers(batcher.Host(tell=lambda: told.append("told")))
         (method,) = service.methods.values()
-        await batchers.of(method).submit(batch_items.Work(fn=body, service="unit"), (1,), {})
+        await batchers.of(service, method).submit(body, (1,), {})
 
     asyncio.run(main())
     assert told == ["told", "body"]
@@ -607,10 +638,9 @@ def test_a_synchronous_body_runs_in_a_thread_of_its_own_and_knows_its_batch() ->
     (service,) = app.registry.services.values()
 
     async def main() -> list[int]:
-        batchers = batcher.Batchers(batch_items.Host())
-        work = batch_items.Work(fn=body, service="unit")
-        method = service.methods["body"]
-        return await asyncio.gather(*(batchers.of(method).submit(work, (x,), {}) for x in range(3)))
+        batchers = batcher.Batchers(batcher.Host())
+        one = batchers.of(service, service.methods["body"])
+        return await asyncio.gather(*(one.submit(body, (x,), {}) for x in range(3)))
 
     assert asyncio.run(main()) == [0, 10, 20]
     ((thread, batch),) = seen
@@ -636,11 +666,10 @@ def test_a_stop_iteration_in_a_thread_fails_its_input_and_the_next_are_served() 
     (service,) = app.registry.services.values()
 
     async def main() -> int:
-        one = batcher.Batchers(batch_items.Host()).of(service.methods["body"])
-        work = batch_items.Work(fn=body, service="unit")
+        one = batcher.Batchers(batcher.Host()).of(service, service.methods["body"])
         with pytest.raises(RuntimeError, match="StopIteration"):
-            await asyncio.wait_for(one.submit(work, (1,), {}), 10)
-        return await asyncio.wait_for(one.submit(work, (2,), {}), 10)
+            await asyncio.wait_for(one.submit(body, (1,), {}), 10)
+        return await asyncio.wait_for(one.submit(body, (2,), {}), 10)
 
     assert asyncio.run(main()) == 2
 
@@ -660,4 +689,5 @@ def test_the_body_belongs_to_no_input() -> None:
         assert gw.current_batch() is None
 
     gathering(test, body, max_batch_size=8)
-    assert found == [(None, frozenset({"unit"}), True)]
+    ((joining, (held,), is_in_batch),) = found
+    assert (joining, held.split(".")[-1], is_in_batch) == (None, "fn", True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable
 
@@ -254,6 +255,8 @@ def test_a_context_that_blocks_the_loop_is_given_up_at_the_deadline(app, caplog)
 
     assert "await asyncio.to_thread(...)" in str(late.value)
     assert "release.wait(LONG)" in caplog.text
+    (line,) = [one for one in caplog.messages if "still blocks the event loop" in one]
+    assert re.search(r"Weights .* at \S+test_in_process.py:\d+ in __aenter__: load in", line)
     blocked.release.set()
     eventually(runtime.loop.is_closed)
 

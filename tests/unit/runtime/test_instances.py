@@ -206,7 +206,7 @@ def test_what_a_constructor_reads_shapes_the_loaded_state() -> None:
     async def main() -> None:
         owner = await Owner(Made).start()
         assert await owner.call(name="large") == "large"
-        assert owner.default.value.result().instance.thread != threading.current_thread().name
+        assert owner.default.value.result().thread != threading.current_thread().name
         await owner.stop()
 
     asyncio.run(main())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import gw_celery as gw
-from gw_celery.runtime import instance_use
+from gw_celery.runtime import instances
 from tests.unit.runtime.owners import Model, Owner
 
 
@@ -247,7 +247,7 @@ def test_what_a_body_does_to_a_list_is_its_own() -> None:
         owner = await Owner(Listed).start()
         for _ in range(2):
             assert await owner.call() == ["a", "more"]
-            call = instance_use.Use(owner.instances, owner.values(labels=["b", "c"]))
+            call = instances.Use(owner.instances, owner.values(labels=["b", "c"]))
             await call.load()
             assert call.view().predict() == ["b", "c", "more"]
             call.end()

@@ -388,9 +388,11 @@ def test_what_was_evicted_is_gone_without_a_garbage_collection() -> None:
         try:
             for name in "abc":
                 await owner.call(name=name)
-            for _ in range(100):  # its task ends a few turns of the loop later
-                await asyncio.sleep(0)
-            assert [one() is not None for one in weights] == [True, False, False, True]
+            # Its task ends a few turns of the loop later.
+            end = asyncio.get_running_loop().time() + 10.0
+            while (alive := [ref() is not None for ref in weights]) != [True, False, False, True]:
+                assert asyncio.get_running_loop().time() < end, alive
+                await asyncio.sleep(0.01)
         finally:
             gc.enable()
         await owner.stop()

@@ -23,12 +23,17 @@ def host() -> Iterator[loop.LoopThread]:
     host.stop(5)
 
 
+class Impatient(watchdog.Watchdog):
+    limit = LIMIT
+
+
 class Watched:
     """A loop with a watch on it, and what a body does there."""
 
     def __init__(self, host: loop.LoopThread, silence: float) -> None:
         self.host = host
-        self.watch = watchdog.Watch(host, lambda: ["proj.embed[1]"], LIMIT, silence)
+        self.watch = Impatient(host, lambda: ["proj.embed[1]"])
+        self.watch.silence = silence
         host.loop.call_soon_threadsafe(self.watch.start)
         assert host.answers(10)
 
@@ -95,9 +100,9 @@ def test_a_delay_that_no_thread_could_see_is_told_when_the_loop_runs_again(
 
 def test_only_a_few_of_many_inputs_are_named(host: loop.LoopThread) -> None:
     names = [f"proj.embed[{number}]" for number in range(9)]
-    watch = watchdog.Watch(host, lambda: names)
+    watch = watchdog.Watchdog(host, lambda: names)
     assert watch._suspects().endswith("proj.embed[2] and 6 more")
-    assert watchdog.Watch(host, list)._suspects() == "nothing"
+    assert watchdog.Watchdog(host, list)._suspects() == "nothing"
 
 
 def test_a_second_is_how_late_a_loop_may_be(
@@ -109,7 +114,7 @@ def test_a_second_is_how_late_a_loop_may_be(
     timers: list[float] = []
     turning = types.SimpleNamespace(call_later=lambda seconds, turn: timers.append(seconds))
     host: Any = types.SimpleNamespace(loop=turning)
-    watch = watchdog.Watch(host, list)
+    watch = watchdog.Watchdog(host, list)
     watch._turn()
     for late in (0.95, 1.1):
         assert complaints(caplog) == []

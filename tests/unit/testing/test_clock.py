@@ -28,7 +28,7 @@ def test_time_passes_when_it_is_told_to() -> None:
     async def main() -> None:
         clock, rung = timed(0.2, 0.1, 0.4)
         clock.advance(0.25)
-        assert rung == []  # a timer never runs inside of whoever moves the clock
+        assert rung == []  # a timer never runs inside of the call that moves the clock
         await turns()
         assert rung == [0.1, 0.2]
         assert clock.now() == 0.25

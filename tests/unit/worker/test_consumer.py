@@ -277,17 +277,6 @@ def test_a_queue_that_is_added_is_the_gates(consuming: consumer.Consumer, pool: 
     assert pool.gate.open_queues() == ("added", "embed", "mail")
 
 
-def test_the_queue_of_the_sweeps_is_not_the_gates(consuming: consumer.Consumer, pool: Pool) -> None:
-    told: list[str] = []
-    pool.control = types.SimpleNamespace(
-        add=lambda: told.append("add"), remove=lambda: told.append("remove")
-    )
-    consuming.cancel_task_queue("gw.control")
-    consuming.add_task_queue("gw.control")
-    assert told == ["remove", "add"]
-    assert not consuming.task_consumer.consuming_from("gw.control")
-
-
 @pytest.mark.parametrize("queue", ["embed", "mail", "added"])
 def test_a_queue_that_is_added_before_anything_is_ready_is_not_consumed_yet(
     consuming: consumer.Consumer, pool: Pool, queue: str

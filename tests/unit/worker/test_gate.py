@@ -427,6 +427,22 @@ def test_a_worker_of_one_service_takes_its_slots_and_never_closes_for_being_full
     assert consumer.qos.value == 3
 
 
+def test_the_queue_of_beats_tasks_has_no_credit_of_its_own_and_closes_no_other(
+    celery_app: Celery, connection: Any, pool: Pool
+) -> None:
+    celery_app.amqp.queues.select([EMBED, "gw.control"])
+    made = gate.Gate(celery_app.amqp.queues, {EMBED: "embed"}, pool)
+    consumer = Consumer(celery_app, connection)
+    pool.ready.update({"embed": 3, "": 1})
+    pool.waiting["embed"] = 50
+    made.attach(consumer)
+    assert consumer.qos.value == 3
+    assert made.open_queues() == (EMBED, "gw.control")
+    pool.ready.update({"embed": 0, "": 0})
+    made.apply()
+    assert made.closed_queues() == (EMBED, "gw.control")
+
+
 def test_tasks_with_an_eta_keep_what_celery_added_for_them(
     consumer: Consumer, closed: gate.Gate, pool: Pool
 ) -> None:

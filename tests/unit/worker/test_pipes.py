@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+
+import pytest
 
 from gw_celery.worker import pipes
 
@@ -37,3 +40,43 @@ def test_a_worker_without_an_event_loop_waits_for_them() -> None:
     made.report("late")
     thread.join(30)
     assert [one.reason for one in heard] == ["late"]
+
+
+def test_sigterm_during_a_load_is_kept_for_the_check_and_given_back() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pipes.Pipes().stop_check() as check:
+            check()
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(SystemExit) as caught:
+                check()
+        assert caught.value.code == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_worker_that_stops_is_noticed_by_every_child_that_asks() -> None:
+    made = pipes.Pipes()
+    with made.stop_check() as first, made.stop_check() as second:
+        first()
+        made.stop()
+        for check in (first, second, first):
+            with pytest.raises(SystemExit):
+                check()
+
+
+def test_a_worker_in_a_thread_of_a_test_may_load_too() -> None:
+    raised: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            with pipes.Pipes().stop_check() as check:
+                check()
+        except BaseException as exc:
+            raised.append(exc)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    assert raised == []

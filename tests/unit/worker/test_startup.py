@@ -279,30 +279,48 @@ GPU_POOL = "gw_celery.pool:TaskPool"
 
 
 @pytest.mark.parametrize(
-    ("queues", "consumed", "runs_sweeps"),
+    ("queues", "consumed"),
     [
-        (["cpu"], ["cpu.tidy"], True),
-        (["cpu", "gw.control"], ["cpu.tidy"], True),
-        (["gw.control"], [], True),
-        (["celery"], ["celery"], False),
+        (["cpu"], ["cpu.tidy", "cpu.measured", "gw.control"]),
+        (["cpu.measured", "gw.control"], ["cpu.measured", "gw.control"]),
+        (["cpu.tidy"], ["cpu.tidy"]),
+        (["celery"], ["celery"]),
     ],
 )
-def test_a_worker_that_serves_runs_the_sweeps_beside_what_the_gate_owns(
-    app: gw.App, queues: list[str], consumed: list[str], runs_sweeps: bool
+def test_a_worker_with_probes_or_benchmarks_consumes_the_queue_of_beats_tasks(
+    app: gw.App, queues: list[str], consumed: list[str]
 ) -> None:
     app.remote(gpu=gw.Gpu("CPU"))(tidy)
+    app.remote(gpu=gw.Gpu("CPU"), benchmark_dataset=[{"x": 1}])(measured)
     plan = prepared(app, *queues, pool=GPU_POOL)
-    assert (list(plan.queues), plan.runs_sweeps) == (consumed, runs_sweeps)
-    assert list(app.celery.amqp.queues.consume_from) == consumed
+    assert sorted(app.celery.amqp.queues.consume_from) == sorted(consumed)
+    assert sorted(plan.queues) == sorted({*consumed} - {"gw.control"}), "no work to scale for"
 
 
 async def tidy(x): ...
 
 
-def test_a_stock_worker_consumes_the_queue_of_the_sweeps_as_any_other(app: gw.App) -> None:
-    app.remote(gpu=gw.Gpu("CPU"))(tidy)
-    plan = prepared(app, "gw.control")
-    assert (list(plan.queues), plan.runs_sweeps) == (["gw.control"], False)
+async def measured(x): ...
+
+
+def test_a_project_that_makes_no_queues_by_itself_is_warned_and_served(
+    app: gw.App, caplog: pytest.LogCaptureFixture
+) -> None:
+    app.celery.conf.update(
+        task_create_missing_queues=False, task_queues=[kombu.Queue("cpu.measured")]
+    )
+    app.remote(gpu=gw.Gpu("CPU"), benchmark_dataset=[{"x": 1}])(measured)
+    prepared(app, "cpu.measured", pool=GPU_POOL)
+    assert list(app.celery.amqp.queues.consume_from) == ["cpu.measured"]
+    assert "task_queues lacks gw.control" in caplog.text
+
+
+def test_a_stock_worker_consumes_the_queue_of_beats_tasks_where_it_is_told_to(app: gw.App) -> None:
+    app.remote(gpu=gw.Gpu("CPU"), benchmark_dataset=[{"x": 1}])(measured)
+    prepared(app, "cpu.measured")
+    assert list(app.celery.amqp.queues.consume_from) == ["cpu.measured"]
+    prepared(app, "gw.control")
+    assert list(app.celery.amqp.queues.consume_from) == ["gw.control"]
 
 
 @pytest.mark.parametrize("pool", ["prefork", GPU_POOL])

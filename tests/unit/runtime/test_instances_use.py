@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from gw_celery.runtime import instance_use
+from gw_celery.runtime import instances
 from tests.unit.runtime.owners import Model, Owner
 
 
@@ -16,7 +16,7 @@ def _forgotten() -> None:
 def test_a_use_is_counted_once_and_given_back_once() -> None:
     async def main() -> None:
         owner = await Owner(Model).start()
-        one = instance_use.Use(owner.instances, owner.values())
+        one = instances.Use(owner.instances, owner.values())
         assert one.take()
         assert one.view().predict() == ("small", "small", 0.5)
         loaded = await owner.taken()
@@ -33,7 +33,7 @@ def test_a_use_is_counted_once_and_given_back_once() -> None:
 def test_what_loads_for_a_caller_that_has_given_up_is_idle() -> None:
     async def main() -> None:
         owner = await Owner(Model).start()
-        late = instance_use.Use(owner.instances, owner.values(name="large"))
+        late = instances.Use(owner.instances, owner.values(name="large"))
         assert not late.take()
         late.end()
         await late.load()
@@ -49,7 +49,7 @@ def test_nothing_is_seen_of_an_instance_that_was_not_taken() -> None:
     async def main() -> None:
         owner = await Owner(Model).start()
         with pytest.raises(RuntimeError, match="nothing was taken"):
-            instance_use.Use(owner.instances, owner.values()).view()
+            instances.Use(owner.instances, owner.values()).view()
         await owner.stop()
 
     asyncio.run(main())
