@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ _LOOK_AT_ZERO = 0.25
 _DUE = 0.9
 #: Records that are read once a second in the whole project: more workers read more rarely.
 _WORKERS_A_SECOND = 100
+#: Seconds after which a project's keys are given another week.
+_EXPIRY = 3600.0
 #: Periods that an estimate of a wait holds good.
 _ROUNDS = 5
 #: Seconds after which what was read says nothing about now.
@@ -118,7 +121,9 @@ class Membership(background_thread.BackgroundThread):
         self._reading: Reading | None = None
         self._on_read: Callable[[], None] | None = None
         self._meets_until = 0.0
-        self._next_look = self._next_beat = self._next_records = 0.0
+        self._next_look = self._next_beat = self._next_expiry = 0.0
+        #: Of records, which are read where something depends on them.
+        self._next_records = 0.0 if limited else math.inf
         self._records_period = _BEAT
 
     @property
@@ -145,6 +150,7 @@ class Membership(background_thread.BackgroundThread):
 
     def follow(self, on_read: Callable[[], None]) -> None:
         """Read the lengths of all queues from now on; ``on_read`` is called in the thread."""
+        self.read_others()
         self._on_read = on_read
         self._followed |= {queue for names in self.queues.values() for queue in names}
         self._lists = None
@@ -152,6 +158,10 @@ class Membership(background_thread.BackgroundThread):
         self._next_look = 0.0
         self.start()
         self.wake()
+
+    def read_others(self) -> None:
+        """Read the records of the others from now on."""
+        self._next_records = 0.0
 
     def observe(self, worker: snapshot.Worker) -> None:
         """Have the others know this worker as it is, from the next round on; once a second."""
@@ -252,7 +262,7 @@ class Membership(background_thread.BackgroundThread):
                 self._ask_beat(pipe)
             if has_records:
                 self._ask_records(pipe)
-            self._ask_waits(pipe, shared)
+            self._write(pipe, shared, now)
             answers = iter(pipe.execute(raise_on_error=False))
         if self.counts is not None:
             self.counts.answer(answers)
@@ -351,8 +361,6 @@ class Membership(background_thread.BackgroundThread):
     def _ask_records(self, pipe: Any) -> None:
         pipe.hgetall(self._records)
         pipe.zrange(self._alive, 0, -1)
-        for key in (self._records, self._alive):
-            pipe.expire(key, liveness.FORGET)
 
     def _follow_records(
         self, client: Any, written: Mapping[bytes, bytes], alive: Sequence[bytes]
@@ -382,7 +390,7 @@ class Membership(background_thread.BackgroundThread):
         length = (self._lengths or {}).get(queue, queue_lengths.Length(0))
         return queue_time.estimate(length.messages * own.mean, total.waiting, total.rate)
 
-    def _ask_waits(self, pipe: Any, shared: find.SharedRedis) -> None:
+    def _write(self, pipe: Any, shared: find.SharedRedis, now: float) -> None:
         """Write the estimates that the last records gave; a caller reads one small value."""
         lifetime = int(1000 * _ROUNDS * self._records_period)
         for queue, wait in self._waits.items():
@@ -392,6 +400,10 @@ class Membership(background_thread.BackgroundThread):
             else:
                 pipe.set(key, f"{wait:.3f}", px=lifetime)
         self._waits = {}
+        if now >= self._next_expiry:
+            self._next_expiry = now + _EXPIRY
+            for key in (self._records, self._alive):
+                pipe.expire(key, liveness.FORGET)
 
 
 def _read(name: bytes, written: bytes) -> worker_record.WorkerRecord | None:

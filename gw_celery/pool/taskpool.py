@@ -341,5 +341,7 @@ def _bands(
 ) -> speed_bands.Bands | None:
     """The bands of a worker; ``None`` where the broker has no priorities, or others are unknown."""
     with app.connection_for_read() as connection:
-        is_known = broker.is_rabbitmq(connection) and not cluster.is_alone
-    return speed_bands.Bands(keys) if is_known else None
+        if cluster.is_alone or not broker.is_rabbitmq(connection):
+            return None
+    cluster.read_others()
+    return speed_bands.Bands(keys)

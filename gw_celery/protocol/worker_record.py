@@ -80,9 +80,17 @@ class WorkerRecord:
         return ",".join(sorted(self.services))
 
     def dumps(self) -> str:
-        """Return what ``loads`` reads: all but the incarnation."""
-        told = dataclasses.asdict(self) | {"version": VERSION}
-        del told["incarnation"]
+        """Return what ``loads`` reads: all but the incarnation, and parts without field names.
+
+        All workers read all records: names would be half of what a thousand of them are sent.
+        """
+        told = {
+            "version": VERSION,
+            "worker": self.worker,
+            "size": None if self.size is None else _values(self.size),
+            "services": {key: _values(part) for key, part in self.services.items()},
+            "loads": {queue: _values(part) for queue, part in self.loads.items()},
+        }
         return json.dumps(told, separators=(",", ":"))
 
 
@@ -143,10 +151,17 @@ def loads(written: str | bytes, incarnation: str = "") -> WorkerRecord:
     )
 
 
+def _values(part: Any) -> list[Any]:
+    return [getattr(part, field.name) for field in dataclasses.fields(part)]
+
+
 def _read(cls: type[_Part], told: Any) -> _Part:
-    known = _mapping(told)
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
-    return cls(**{name: _READERS[fields[name]](known[name]) for name in fields if name in known})
+    """Return a part from the values of its fields; a later one may tell more of them."""
+    fields = dataclasses.fields(cls)
+    if not isinstance(told, list) or len(told) < len(fields):
+        raise ValueError(f"not a {cls.__name__}: {told!r:.100}")
+    values = zip(fields, told, strict=False)
+    return cls(**{field.name: _READERS[field.type](value) for field, value in values})
 
 
 def _mapping(value: Any) -> dict[str, Any]:

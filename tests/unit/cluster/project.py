@@ -59,6 +59,7 @@ class Project:
         worker = membership.Membership(self.app, name, QUEUES, limited or {}, self.ttl)
         worker.observe(snapshot.Worker(hostname=name, **told))
         worker.tell(snapshot.Worker(hostname=name, **told), Size(capacity=4))
+        worker.read_others()
         self.workers[name] = worker
         return worker
 

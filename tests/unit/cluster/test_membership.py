@@ -122,6 +122,16 @@ def test_the_more_workers_there_are_the_more_rarely_each_reads(project: Project)
     assert two.others
 
 
+def test_records_are_read_only_where_something_depends_on_them(three: Project, app: Celery) -> None:
+    three.workers["fixed@h"] = one = membership.Membership(app, "fixed@h", {"": []}, {}, TTL)
+    three.after(3)
+    assert one.others == ()
+    assert three.known("a@h") == ["b@h", "c@h", "fixed@h"]
+    one.read_others()
+    three.after(1)
+    assert three.known("fixed@h") == ["a@h", "b@h", "c@h"]
+
+
 def test_a_project_that_is_used_no_more_is_forgotten(three: Project) -> None:
     assert 0 < three.client.ttl("gw:records") <= 7 * 86_400
     assert 0 < three.client.ttl("gw:alive") <= 7 * 86_400
