@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gw_celery.app import App
+from gw_celery.client.execution import current_batch
 from gw_celery.client.preset import preset
 from gw_celery.codec import register_type
 from gw_celery.declare.gpu import Gpu
@@ -27,7 +28,6 @@ from gw_celery.errors import (
     StartupError,
     UsageError,
 )
-from gw_celery.runtime.current_batch import current_batch
 
 __version__ = "0.1.0"
 

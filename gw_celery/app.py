@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import celery
-from celery import Celery, _state
+from celery import Celery
 from celery.local import Proxy
 
 from gw_celery import codec, errors, signals
-from gw_celery.client import beat_tasks, handle, names, registration, results
+from gw_celery.client import beat_tasks, execution, handle, registration, results
 from gw_celery.declare import benchmark, check, gpu, markers, options, registry, services
-from gw_celery.runtime import in_process
 from gw_celery.types import AnyFunction
 
 C = TypeVar("C", bound=type)
@@ -36,8 +35,6 @@ class App:
             self.registry.join(self._celery, beside=signals.registries())
         codec.register()
         signals.connect(self.registry)
-        # What is declared after ours, and before the Celery app is finalized, is seen only then.
-        _state.connect_on_app_finalize(self._require_names)
         beat_tasks.join(self._celery, signals.registries)
 
     def __repr__(self) -> str:
@@ -92,7 +89,7 @@ class App:
             raise errors.ContextLookupError(
                 f"{key} is not registered: decorate it with @app.context() of App({self.name!r})"
             )
-        runtime = in_process.current()
+        runtime = execution.current()
         if runtime is None:
             raise errors.ContextLookupError(
                 f"{key} is not entered in process {os.getpid()}: this is not a GPU worker; "
@@ -188,7 +185,7 @@ class App:
         def register(target: C) -> C:
             service = services.from_class(target, where, probes)
             self._add(service)
-            tasks = {one.name: self._task(service, one) for one in service.methods.values()}
+            tasks = {name: self._task(service, method) for name, method in service.methods.items()}
             handle.install(service, tasks)
             return target
 
@@ -218,18 +215,11 @@ class App:
     def _add(self, service: services.Service) -> None:
         for method in service.methods.values():
             registration.require_options(method)
-        if (app := self._celery or names.current_app()) is not None:
-            names.require_free(app, service)
         self.registry.add_service(service, beside=signals.registries())
         results.know_module(service.target.__module__)
         for method in service.methods.values():
             codec.register_annotations(method.function)
             results.know_exceptions(method.options)
-
-    def _require_names(self, celery_app: Any) -> None:
-        if self._celery in (None, celery_app):
-            for service in self.registry.services.values():
-                names.require_free(celery_app, service)
 
     def _task(self, service: services.Service, method: services.Method) -> Any:
         task = registration.register(self._celery, self.registry, service, method)

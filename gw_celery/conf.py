@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 import os
 import types
@@ -209,9 +208,8 @@ def _checked(given: Mapping[str, Any], where: str, prefix: str) -> dict[str, Any
 def _unknown(where: str, prefix: str, written: str, known: Collection[str]) -> str:
     """Say what to write instead, in the form in which it must be written there."""
     spelt = written.upper() if prefix.isupper() else written.lower()
-    near = difflib.get_close_matches(spelt, known, n=1)
     listed = ", ".join(f"{prefix}{name}" for name in known)
-    hint = f"did you mean {f'{prefix}{near[0]}'!r}?" if near else f"known: {listed}"
+    hint = errors.near_miss(spelt, known, f"'{prefix}{{}}'") or f"known: {listed}"
     return f"unknown setting {where}{prefix}{written}; {hint}"
 
 

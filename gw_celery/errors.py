@@ -7,6 +7,9 @@ message states the fact, the value and the remedy.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 
 class GWCeleryError(Exception):
     """Root of every exception that gw_celery raises."""
@@ -175,3 +178,18 @@ class ServerNotFound(GWCeleryError):
 
 class ServerFailed(GWCeleryError):
     """Raised when the embedded server ends, or does not answer in time."""
+
+
+def near_miss(
+    written: str, known: Collection[str], form: str = "{!r}", cutoff: float = 0.6
+) -> str | None:
+    """Return the question whether ``written`` should be one of ``known``; ``None`` if it is far.
+
+    Args:
+        written: a name that is not known.
+        known: the names that are.
+        form: how one of them is to be written, as a format string.
+        cutoff: how alike they must be, from 0 to 1 for the same.
+    """
+    near = difflib.get_close_matches(written, known, n=1, cutoff=cutoff)
+    return f"did you mean {form.format(near[0])}?" if near else None

@@ -2,19 +2,20 @@
 
 ``worker_init`` comes once in the worker's parent, after its options are known and before its pool
 is made; ``worker_process_init`` and ``worker_process_shutdown`` come in each child of prefork, and
-in the one process of solo. The threads pool sends neither: a bootstep does its part.
+in the one process of solo.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import signals
 
+from gw_celery.client import execution
 from gw_celery.declare import registry
-from gw_celery.runtime import fatal_exit
-from gw_celery.worker import forks, serving
+
+if TYPE_CHECKING:
+    from gw_celery.worker import serving
 
 _registries: list[registry.Registry] = []
 #: What this worker serves; set in the parent, inherited by forked children.
@@ -47,28 +48,17 @@ def plan() -> serving.Plan | None:
 
 def _on_worker_init(sender: Any, **_: Any) -> None:
     global _plan
-    # Celery swallows an Exception of a receiver and would start all the same.
-    with fatal_exit.fatal_errors(lambda reason: _note(sender, reason)):
-        # Here, because it imports Celery's worker: every client imports this module.
-        from gw_celery.worker import startup
+    from gw_celery.worker import startup  # it imports Celery's worker, and every client this
 
-        _plan = startup.prepare(sender, registries())
-
-
-def _note(worker: Any, reason: str) -> None:
-    """Leave the reason in the worker's log, which is not set up yet: detached, it has no other."""
-    if isinstance(path := getattr(worker, "logfile", None), str) and "%" not in path:
-        with contextlib.suppress(OSError), open(path, "a") as log:
-            log.write(f"gw_celery: {reason}\n")
+    _plan = startup.prepare_or_exit(sender, registries())
 
 
 def _on_process_init(**_: Any) -> None:
-    if _plan is not None and (pipes := _plan.pipes) is not None:
-        with fatal_exit.fatal_errors(pipes.report), pipes.stop_check() as check:
-            if _plan.pool == "prefork":
-                forks.refuse_cuda()
-            serving.start(_plan, check)
+    if _plan is not None and _plan.pipes is not None:
+        from gw_celery.worker import startup
+
+        startup.load_or_exit(_plan, _plan.pipes)
 
 
 def _on_shutdown(**_: Any) -> None:
-    serving.stop()
+    execution.stop()

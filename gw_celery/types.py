@@ -1,27 +1,24 @@
-"""Aliases and protocols that several floors share."""
+"""Types that several floors share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Protocol, TypeVar
-
-T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 #: A user's function: a task body, a hook, a calculator.
 AnyFunction = Callable[..., Any]
-#: The body of an asynchronous task.
-AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
 #: The parameter values of one call of a class task, by name.
 ParameterValues = Mapping[str, Any]
 
 
-class Answer(Protocol[T_co]):
-    """A call under way: wait for it with ``get`` or ``await``, give up with ``cancel``."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One call of a batched method, as its body sees it."""
 
-    @property
-    def id(self) -> str: ...
-
-    def get(self, timeout: float | None = None) -> T_co: ...
-
-    def cancel(self) -> None: ...
+    #: Inputs of this call.
+    size: int
+    #: Why it was closed: ``"full"``, ``"due"`` or ``"drain"``.
+    flush: str
+    #: Seconds that each input waited in the replica, in the order of the lists.
+    waited: tuple[float, ...]

@@ -39,7 +39,7 @@ class MiniLM:
 
     async def encode(self, texts: Sequence[str]) -> Encoded:
         """Call the model for ``texts``."""
-        # Batches come one at a time; the single texts of Celery's own threads pool do not.
+        # Batches come one at a time; the single texts of Celery's own pools do not.
         async with self._turn:
             return await asyncio.to_thread(self._encoder.encode, texts)
 

@@ -1,37 +1,202 @@
-"""One call from its sending to its answer: within its time, on a loop or on a thread.
+"""Send calls and wait for their answers: one watcher per process for any number of calls.
 
-Callers without a loop wait on a short-lived one, so that there is one way to wait.
+The watcher is a thread with a loop of its own, because callers come from many loops (an ASGI
+server's, one per ``async_to_sync``, scripts). With the Redis backend it holds one subscription
+connection; any other backend is asked at intervals.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from celery import states
 from celery._state import get_current_task, task_join_will_block
+from celery.app import backends
+from celery.backends.base import DisabledBackend
 
-from gw_celery import errors
-from gw_celery.client import watcher
+from gw_celery import conf, errors
+from gw_celery.client import publisher
+
+if TYPE_CHECKING:
+    from gw_celery.client import result_sources
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Meta = Mapping[str, Any]
+#: Sends a call with the options of ``apply_async`` that the watcher adds; its ``AsyncResult``.
+Send = Callable[..., Any]
 
-async def call(app: Any, send: watcher.Send, task_name: str, timeout: float | None) -> watcher.Meta:
+#: Seconds that the exit of a process waits for calls and revocations that are being sent.
+_LAST_WORDS = 2.0
+
+
+class Watcher:
+    """Sends the calls of this process for one Celery app, and resolves their answers."""
+
+    def __init__(self, app: Any) -> None:
+        _require_backend(app)
+        self.settings = conf.read(app.conf)
+        self.pid = os.getpid()
+        self._waiting: dict[str, list[concurrent.futures.Future[Meta]]] = {}
+        # Celery makes it at the first use. Of threads that came at once each would make one, and
+        # RabbitMQ may drop what was published over a connection that is dropped with its pool.
+        _ = app.amqp.producer_pool
+        self._publisher = publisher.Publisher(self.settings.publish_threads)
+        self._source: result_sources.Source
+        self._closing = asyncio.Event()
+        is_up: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(
+            target=asyncio.run, args=(self._live(app, is_up),), name="gw-watcher", daemon=True
+        )
+        self._thread.start()
+        is_up.result()
+        atexit.register(self.close)
+
+    async def _live(self, app: Any, is_up: concurrent.futures.Future[None]) -> None:
+        # Here: the Redis clients take half of the package's import time, and most processes
+        # that import it never wait for an answer.
+        from gw_celery.client import result_sources
+
+        self._loop = asyncio.get_running_loop()
+        try:
+            # On this thread: Celery gives each thread a result backend of its own.
+            self._source = result_sources.of(app, self._resolve, self.settings)
+        except BaseException as exc:
+            is_up.set_exception(exc)
+            return
+        is_up.set_result(None)
+        await self._closing.wait()
+
+    def close(self) -> None:
+        """End the watcher's threads; calls that still wait get no answer any more."""
+        self._publisher.close(_LAST_WORDS)
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._closing.set)
+            self._thread.join(_LAST_WORDS)
+
+    def submit(self, send: Send) -> concurrent.futures.Future[Any]:
+        """Send a call off the caller's thread, so that its answer comes to this watcher."""
+        if self._publisher.backlog >= self.settings.max_waiting:
+            raise _too_many(self._publisher.backlog, "to be sent")
+
+        def prepared() -> Any:
+            self._source.prepare()
+            return send(**self._source.sending)
+
+        return self._publisher.submit(prepared)
+
+    async def publish(self, send: Send) -> Any:
+        """Send a call and return its ``AsyncResult``; revoke it when that is not waited for."""
+        sending = self.submit(send)
+        try:
+            return await asyncio.wrap_future(sending)
+        except asyncio.CancelledError:
+            self.give_up(sending)
+            raise
+
+    def give_up(self, sending: concurrent.futures.Future[Any]) -> None:
+        """Do not send a call, or revoke it once it is sent."""
+        if not sending.cancel():
+            sending.add_done_callback(self._revoke_sent)
+
+    async def answered(self, result: Any) -> Meta:
+        """Wait for the record of a finished call; revoke the call when that is not waited for."""
+        try:
+            return await self.meta(result.id)
+        except asyncio.CancelledError:
+            self._revoke(result)
+            raise
+
+    async def meta(self, task_id: str) -> Meta:
+        """Wait for the record of the finished task ``task_id``."""
+        waiter: concurrent.futures.Future[Meta] = concurrent.futures.Future()
+        self._loop.call_soon_threadsafe(self._add, task_id, waiter)
+        try:
+            return await asyncio.wrap_future(waiter)
+        finally:
+            self._loop.call_soon_threadsafe(self._remove, task_id, waiter)
+
+    def _revoke_sent(self, sending: concurrent.futures.Future[Any]) -> None:
+        if sending.exception() is None:
+            self._revoke(sending.result())
+
+    def _revoke(self, result: Any) -> None:
+        """Revoke off the caller's thread; nobody waits for it."""
+        self._publisher.submit(result.revoke).add_done_callback(_log_failure)
+
+    def _add(self, task_id: str, waiter: concurrent.futures.Future[Meta]) -> None:
+        if len(self._waiting) >= self.settings.max_waiting:
+            _settle(waiter, _too_many(len(self._waiting), "for answers"))
+            return
+        self._waiting.setdefault(task_id, []).append(waiter)
+        self._source.watch(task_id)
+
+    def _remove(self, task_id: str, waiter: concurrent.futures.Future[Meta]) -> None:
+        waiters = self._waiting.get(task_id, [])
+        if waiter in waiters:
+            waiters.remove(waiter)
+        if not waiters and self._waiting.pop(task_id, None) is not None:
+            self._source.forget(task_id)
+
+    def _resolve(self, task_id: str, meta: Meta | Exception) -> None:
+        if not isinstance(meta, Exception) and meta["status"] not in states.READY_STATES:
+            return
+        if self._waiting.get(task_id):
+            self._source.forget(task_id)
+        for waiter in self._waiting.pop(task_id, []):
+            _settle(waiter, meta)
+
+
+_watchers: dict[int, Watcher] = {}
+_making = threading.Lock()
+
+
+def watcher(app: Any) -> Watcher:
+    """Return this process's watcher for ``app``, starting it at the first use.
+
+    Raises:
+        ConfigurationError: when the app has no result backend, so that no answer would ever come.
+    """
+    with _making:
+        watch = _watchers.get(id(app))
+        if watch is None or watch.pid != os.getpid():  # a fork does not copy threads
+            watch = _watchers[id(app)] = Watcher(app)
+        return watch
+
+
+def close_all() -> None:
+    """Close the watchers of this process; the next call of an app makes another."""
+    with _making:
+        ours = [watch for watch in _watchers.values() if watch.pid == os.getpid()]
+        _watchers.clear()
+    for watch in ours:
+        atexit.unregister(watch.close)
+        watch.close()
+
+
+async def call(app: Any, send: Send, task_name: str, timeout: float | None) -> Meta:
     """Send a call, wait for its answer, and return its record; ``timeout`` is for both.
 
     Raises:
         CallTimeout: when no answer came in ``timeout`` seconds.
     """
-    watch, result = watcher.watcher(app), None
+    watch, result = watcher(app), None
     async with _in_time(timeout, lambda: _too_late(task_name, result, timeout)):
         result = await watch.publish(send)
         return await watch.answered(result)
 
 
-async def answer(result: Any, task_name: str, timeout: float | None) -> watcher.Meta:
+async def answer(result: Any, task_name: str, timeout: float | None) -> Meta:
     """Wait for the answer of a call that was sent, and return its record.
 
     A cancelled wait, or one over ``timeout`` seconds, revokes the task.
@@ -39,18 +204,18 @@ async def answer(result: Any, task_name: str, timeout: float | None) -> watcher.
     Raises:
         CallTimeout: when no answer came in ``timeout`` seconds.
     """
-    watch = watcher.watcher(result.app)
+    watch = watcher(result.app)
     async with _in_time(timeout, lambda: _too_late(task_name, result, timeout)):
         return await watch.answered(result)
 
 
-def send_now(app: Any, send: watcher.Send, task_name: str, timeout: float | None) -> Any:
+def send_now(app: Any, send: Send, task_name: str, timeout: float | None) -> Any:
     """Send a call and return its ``AsyncResult``.
 
     Raises:
         CallTimeout: when it could not be sent in ``timeout`` seconds.
     """
-    watch = watcher.watcher(app)
+    watch = watcher(app)
     sending = watch.submit(send)
     if not concurrent.futures.wait([sending], timeout).done:
         watch.give_up(sending)
@@ -71,7 +236,7 @@ def require_may_block(what: str) -> None:
     Raises:
         BlockingCallError: on a running event loop, or inside a task.
     """
-    if _has_loop():
+    if asyncio._get_running_loop() is not None:
         raise errors.BlockingCallError(
             f"{what} would block the running event loop: await it instead"
         )
@@ -80,14 +245,6 @@ def require_may_block(what: str) -> None:
             f"{what} inside a task would hold a worker while it waits for another one: chain the "
             f"tasks, or `await` it in an asynchronous task"
         )
-
-
-def _has_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 @contextlib.asynccontextmanager
@@ -112,3 +269,32 @@ def _too_late(task_name: str, result: Any, timeout: float | None) -> str:
         f"{task_name}[{result.id}] was not answered within {timeout} s and was revoked; is a "
         f"worker consuming its queue? (give more with .options(timeout=...))"
     )
+
+
+def _require_backend(app: Any) -> None:
+    backend, _ = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+    if issubclass(backend, DisabledBackend):
+        raise errors.ConfigurationError(
+            f"the Celery app {app.main!r} has no result backend (result_backend="
+            f"{app.conf.result_backend!r}), so that no answer would ever come: set result_backend, "
+            f"or CELERY_RESULT_BACKEND, to the URL that its workers have (redis://... is the "
+            f"quickest), or send the task with .delay()"
+        )
+
+
+def _settle(waiter: concurrent.futures.Future[Meta], answer: Meta | Exception) -> None:
+    if not waiter.set_running_or_notify_cancel():
+        return  # the caller stopped waiting
+    if isinstance(answer, Exception):
+        waiter.set_exception(answer)
+    else:
+        waiter.set_result(answer)
+
+
+def _too_many(number: int, what: str) -> errors.UsageError:
+    return errors.UsageError(f"{number} calls wait {what} already (setting gw_max_waiting)")
+
+
+def _log_failure(revoking: concurrent.futures.Future[Any]) -> None:
+    if exc := revoking.exception():
+        logger.warning("a call that nobody waits for could not be revoked: %r", exc)

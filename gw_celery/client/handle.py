@@ -8,6 +8,7 @@ from typing import Any
 from gw_celery import errors
 from gw_celery.client import bound
 from gw_celery.declare import markers, parameters, services
+from gw_celery.protocol import headers
 from gw_celery.types import AnyFunction
 
 
@@ -16,26 +17,26 @@ class Handle:
 
     # Two underscores: Python renames these to what no user's method is called.
     def __init__(
-        self, service: services.Service, tasks: dict[str, Any], given: dict[str, Any]
+        self, service: services.Service, tasks: dict[str, Any], values: dict[str, Any]
     ) -> None:
         self.__service = service
         self.__tasks = tasks
-        self.__given = parameters.bind(service.name, service.parameters, given)
+        self.__values = parameters.bind(service.name, service.parameters, values)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.__given.items())
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.__values.items())
         return f"{self.__service.name}({shown})"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # first: ``copy`` asks before there is anything to look in
             raise AttributeError(name)
         if name in self.__tasks:
-            return bound.BoundTask(self.__tasks[name], _options(self.__given))
+            return bound.BoundTask(self.__tasks[name], _options(self.__values))
         raise _no_method(self.__service, name)
 
 
-def _options(given: dict[str, Any]) -> dict[str, Any]:
-    return {"headers": {bound.PARAMETERS: parameters.canonical(given)}} if given else {}
+def _options(values: dict[str, Any]) -> dict[str, Any]:
+    return {"headers": {headers.PARAMETERS: parameters.canonical(values)}} if values else {}
 
 
 def _no_method(service: services.Service, name: str) -> errors.UsageError | AttributeError:
@@ -93,7 +94,7 @@ def install(service: services.Service, tasks: dict[str, Any]) -> None:
     for name in service.methods:
         setattr(cls, name, MethodOfClass(service.methods[name].function, service.name))
 
-    def make(called: type, *args: Any, **given: Any) -> Any:
+    def make(called: type, *args: Any, **values: Any) -> Any:
         if called is not cls:  # a subclass that is no service of its own is an ordinary class
             return object.__new__(called)
         if args:
@@ -101,7 +102,7 @@ def install(service: services.Service, tasks: dict[str, Any]) -> None:
                 f"{service.name}() takes parameters by name: "
                 f"{', '.join(service.parameters) or 'it has none'}"
             )
-        return Handle(service, tasks, given)
+        return Handle(service, tasks, values)
 
     cls.__new__ = make
     setattr(cls, markers.SERVICE, service)

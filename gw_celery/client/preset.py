@@ -1,4 +1,4 @@
-"""Configuration that our tasks need: what every process gets, and what serving workers get."""
+"""Configuration that our tasks need in every process, and what contradicts it."""
 
 from __future__ import annotations
 
@@ -90,25 +90,6 @@ def require_visibility(app: Any, registries: Sequence[registry.Registry]) -> Non
     app.conf.broker_transport_options = {**options, "visibility_timeout": longest + _MARGIN}
 
 
-def tune_worker(worker: Any, settings: conf.Settings) -> None:
-    """Set what a worker that loads models needs, for this worker only."""
-    app = worker.app
-    # A replacement child of prefork is killed when it is not up in this time: 4 s by default.
-    app.conf.worker_proc_alive_timeout = max(
-        app.conf.worker_proc_alive_timeout, settings.start_timeout + 30
-    )
-    app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
-    if _has_default_prefetch(worker):
-        worker.prefetch_multiplier = 1
-
-
-def _has_default_prefetch(worker: Any) -> bool:
-    """Whether nobody chose it. ``--prefetch-multiplier`` with the default looks like no choice."""
-    default = worker.app.conf.worker_prefetch_multiplier
-    is_set = conf.is_set(worker.app.conf, "worker_prefetch_multiplier")
-    return not is_set and worker.prefetch_multiplier == default
-
-
 def _limits(app: Any, registries: Sequence[registry.Registry]) -> list[float]:
     names = [
         method.task_name
@@ -117,4 +98,4 @@ def _limits(app: Any, registries: Sequence[registry.Registry]) -> list[float]:
         for method in service.methods.values()
     ]
     tasks = [app.tasks[name] for name in names if name in app.tasks]
-    return [float(one.time_limit) for one in tasks if one.time_limit]
+    return [float(task.time_limit) for task in tasks if task.time_limit]

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from gw_celery import errors
-from gw_celery.runtime import task_context
+from gw_celery.client import task_context
 
 
 class Publisher:
@@ -25,7 +25,7 @@ class Publisher:
     def __init__(self, threads: int) -> None:
         self._most = threads
         self._threads: list[threading.Thread] = []
-        self._given: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._changing = threading.Lock()
         self._is_closed = False
@@ -33,7 +33,7 @@ class Publisher:
     @property
     def backlog(self) -> int:
         """How many publications have not begun."""
-        return self._given.qsize()
+        return self._queue.qsize()
 
     def submit(self, send: Callable[[], Any]) -> Future[Any]:
         """Run ``send`` in the caller's context and identity; one not begun can be cancelled."""
@@ -46,7 +46,7 @@ class Publisher:
                     errors.UsageError("this process is exiting: make calls before it does")
                 )
             else:
-                self._given.put(lambda: _settle(future, context, send))
+                self._queue.put(lambda: _settle(future, context, send))
                 self._add_thread()
         return future
 
@@ -55,7 +55,7 @@ class Publisher:
         with self._changing:
             self._is_closed = True
             for _ in self._threads:
-                self._given.put(None)
+                self._queue.put(None)
         deadline = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -69,7 +69,7 @@ class Publisher:
         thread.start()
 
     def _run(self) -> None:
-        while (publish := self._given.get()) is not None:
+        while (publish := self._queue.get()) is not None:
             publish()
             del publish  # the idle thread must not keep what was sent
             self._idle.release()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import inspect
 import logging
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from celery._state import get_current_task
 from celery.exceptions import SoftTimeLimitExceeded
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 
 from gw_celery import conf, errors
-from gw_celery.client import wait_estimates
+from gw_celery.client import execution, wait_estimates
 from gw_celery.protocol import headers
-from gw_celery.runtime import body_guard, lateness
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ _INTERRUPTS = (
     KeyboardInterrupt,
     SystemExit,
     GeneratorExit,
-    body_guard.Stopped,
+    execution.Stopped,
 )
 
 #: Tasks whose calculator has been complained of in this process.
@@ -49,11 +51,11 @@ def prepared(task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> dict
     limit = task.gw_service.max_queue_time(_settings_of(task.app).max_queue_time)
     if limit is not None:
         _require_room(task, options, limit)
-    given = options.get("headers") or {}
+    sent = options.get("headers") or {}
     ours = _ours(task, args, kwargs, options, limit)
     # A retry has the headers of the input that it repeats, and somebody else's may be passed on.
-    kept = {key: given[key] for key in given if key not in _WRITTEN} if given else {}
-    if ours or len(kept) != len(given):
+    kept = {key: sent[key] for key in sent if key not in _WRITTEN}
+    if ours or len(kept) != len(sent):
         return {**options, "headers": {**kept, **ours}}
     return options
 
@@ -66,26 +68,43 @@ def _ours(
         ours[headers.WORKLOAD] = _workload(task, calculate, args or (), kwargs or {})
     if limit is not None:
         countdown, eta = options.get("countdown"), options.get("eta")
-        ours[headers.ENQUEUED] = lateness.stamp(task.app, countdown, eta)
+        ours[headers.ENQUEUED] = _starts_waiting(task.app, countdown, eta)
     return ours
+
+
+def _starts_waiting(app: Any, countdown: Any, eta: Any) -> float:
+    """Return since when an input that is sent now waits: from its ETA on, where it has one.
+
+    What Celery will refuse counts as no ETA.
+    """
+    now = time.time()
+    try:
+        if countdown:
+            return now + max(0.0, float(countdown))
+        if eta:
+            at: dt.datetime = maybe_make_aware(maybe_iso8601(eta), app.timezone)
+            return max(now, at.timestamp())
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        return now
+    return now
 
 
 def _workload(task: Any, calculate: Callable[..., Any], args: Any, kwargs: Any) -> float:
     try:
-        given = calculate(*args, **kwargs)
+        answer = calculate(*args, **kwargs)
     except _INTERRUPTS:
         raise
     except BaseException as exc:  # a library written in Rust panics with no Exception
         if _can_be_called(task, args, kwargs):
             _warn(task.name, f"raised {exc!r:.200}")
         return headers.DEFAULT_WORKLOAD
-    found = headers.workload(given)
-    if found is None:
-        if inspect.iscoroutine(given):
-            given.close()
-        _warn(task.name, f"returned {given!r:.100}")
+    workload = headers.workload(answer)
+    if workload is None:
+        if inspect.iscoroutine(answer):
+            answer.close()
+        _warn(task.name, f"returned {answer!r:.100}")
         return headers.DEFAULT_WORKLOAD
-    return found
+    return workload
 
 
 def _can_be_called(task: Any, args: Any, kwargs: Any) -> bool:
@@ -124,13 +143,13 @@ def _require_room(task: Any, options: dict[str, Any], limit: float) -> None:
 
 def _is_alone(options: dict[str, Any]) -> bool:
     """Whether it is a call of its own: who makes it can be told, and nothing is half sent."""
-    if any(options.get(one) for one in _IN_CANVAS):
+    if any(options.get(name) for name in _IN_CANVAS):
         return False
     return not (options.get("task_id") and get_current_task() is not None)
 
 
 def _settings_of(app: Any) -> conf.Settings:
-    found = _settings.get(app)
-    if found is None:
-        found = _settings[app] = conf.read(app.conf)
-    return found
+    settings = _settings.get(app)
+    if settings is None:
+        settings = _settings[app] = conf.read(app.conf)
+    return settings

@@ -8,7 +8,7 @@ from typing import Any
 
 import celery
 from celery import _state
-from celery.local import Proxy
+from celery.local import PromiseProxy, Proxy
 
 from gw_celery import conf, errors, signals
 from gw_celery.client import task
@@ -48,9 +48,9 @@ def register(
     """Return the task of ``method`` on ``celery_app``; without one, a proxy of the current app's.
 
     Raises:
-        DeclarationError: when another App has given a Celery app a task of this name.
+        DeclarationError: when a Celery app has another task of this name.
     """
-    given = {
+    task_options = {
         # Celery gives the tasks of one app to every other one of the process, in no certain
         # order: of two apps with a task of the same name, one would run the other's body.
         "shared": False,
@@ -64,15 +64,43 @@ def register(
     }
     body, base = _runner(method), method.options.get("base")
     if celery_app is not None:
-        return celery_app.task(base=_base_class(celery_app, base), **given)(body)
-    given |= {"shared": False, "lazy": False}
+        made = celery_app.task(base=_base_class(celery_app, base), **task_options)(body)
+        if type(made) is PromiseProxy:  # Celery makes it when the app is finalized, or at its use
+            made.__then__(require_ours, celery_app, service, method)
+        else:
+            require_ours(celery_app, service, method)
+        return made
+    task_options |= {"shared": False, "lazy": False}
 
     def add(to: Any) -> None:
         declared.join(to, beside=signals.registries())
-        to.task(base=_base_class(to, base), **given)(body)
+        to.task(base=_base_class(to, base), **task_options)(body)
+        require_ours(to, service, method)
 
     _for_every_app(add)
     return Proxy(lambda: celery.current_app.tasks[method.task_name])
+
+
+def require_ours(celery_app: Any, service: services.Service, method: services.Method) -> None:
+    """Check that the task of this name is ours: Celery keeps the first one that has a name.
+
+    Whoever declares it again gets the task that has it, and the other function would never run.
+
+    Raises:
+        DeclarationError: naming both.
+    """
+    task = celery_app._tasks.get(method.task_name)  # ``app.tasks`` would finalize the app
+    if task is not None and not hasattr(task, "gw_method"):
+        raise errors.DeclarationError(
+            "name",
+            method.task_name,
+            f"is the name of {service.key} and of the plain Celery task {_dotted(task)}: give one "
+            f"of the two another name=",
+        )
+
+
+def _dotted(task: Any) -> str:
+    return f"{task.__module__}.{getattr(task, '__qualname__', type(task).__qualname__)}"
 
 
 def _for_every_app(add: Callable[[Any], None]) -> None:

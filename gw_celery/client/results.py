@@ -12,13 +12,14 @@ import builtins
 import re
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import billiard.exceptions
 import celery.exceptions
 import kombu.exceptions
 from celery import states
+from celery.result import AsyncResult
 from celery.utils.serialization import UnpickleableExceptionWrapper
 
 from gw_celery import codec, errors
@@ -32,6 +33,29 @@ _LIBRARIES = (builtins, celery.exceptions, billiard.exceptions, kombu.exceptions
 _modules: set[str] = set()
 #: Exceptions that task options name.
 _named: dict[str, type[Exception]] = {}
+
+
+class Result(AsyncResult):
+    """Celery's ``AsyncResult`` whose errors are known classes or ``RemoteTaskError``."""
+
+    def maybe_throw(
+        self, propagate: bool = True, callback: Callable[[str, Any], Any] | None = None
+    ) -> Any:
+        meta = self._get_task_meta() if self._cache is None else self._cache
+        if propagate and meta["status"] in states.PROPAGATE_STATES:
+            value_of(meta)
+        if callback is not None:
+            callback(self.id, meta["result"])
+        return meta["result"]
+
+    maybe_reraise = maybe_throw
+
+    def _set_cache(self, d: dict[str, Any]) -> Any:
+        """Keep a record whose error is safe to raise: a group raises it as it finds it here."""
+        stored = d["result"]
+        if d["status"] in states.PROPAGATE_STATES and isinstance(stored, BaseException):
+            d = {**d, "result": checked(stored, d.get("traceback"))}
+        return super()._set_cache(d)
 
 
 def know_module(name: str) -> None:
@@ -71,8 +95,8 @@ def restored(stored: Any, traceback: str | None) -> Exception:
     arguments = _arguments(stored.get("exc_message", ""))
     if name == UnpickleableExceptionWrapper.__name__ and len(arguments) == 4:
         # Celery's stand-in for a class that cannot be imported: (module, class, args, text).
-        module, name, given, _ = arguments
-        return _unknown(f"{module}.{name}", _arguments(given), traceback)
+        module, name, stored_arguments, _ = arguments
+        return _unknown(f"{module}.{name}", _arguments(stored_arguments), traceback)
     cls = _class(f"{module or 'builtins'}.{name}")
     if cls is None:
         return _unknown(f"{module}.{name}" if module else name, arguments, traceback)
@@ -125,25 +149,25 @@ def _is_custom(cls: type[Exception]) -> bool:
     )
 
 
-def _arguments(given: Any) -> tuple[Any, ...]:
-    return tuple(given) if isinstance(given, list | tuple) else (given,)
+def _arguments(message: Any) -> tuple[Any, ...]:
+    return tuple(message) if isinstance(message, list | tuple) else (message,)
 
 
 def _class(name: str) -> type[Exception] | None:
-    return _known().get(name) or codec.exception_class(name)
+    return _known_classes().get(name) or codec.exception_class(name)
 
 
-def _known() -> dict[str, type[Exception]]:
+def _known_classes() -> dict[str, type[Exception]]:
     modules = [sys.modules[name] for name in _modules if name in sys.modules]
     return {**_exceptions_of([*_LIBRARIES, *modules]), **_named}
 
 
 def _exceptions_of(modules: Iterable[Any]) -> dict[str, type[Exception]]:
     return {
-        f"{one.__module__}.{one.__qualname__}": one
+        f"{cls.__module__}.{cls.__qualname__}": cls
         for module in modules
-        for one in vars(module).values()
-        if isinstance(one, type) and issubclass(one, Exception) and one.__module__ in sys.modules
+        for cls in vars(module).values()
+        if isinstance(cls, type) and issubclass(cls, Exception) and cls.__module__ in sys.modules
     }
 
 
@@ -154,7 +178,7 @@ def _with_cause(exc: Exception, traceback: str | None) -> Exception:
 
 
 def _unknown(name: str, arguments: tuple[Any, ...], traceback: str | None) -> Exception:
-    message = _clean(", ".join(str(one) for one in arguments))
+    message = _clean(", ".join(map(str, arguments)))
     text = _clean(traceback or "", from_end=True)
     return _with_cause(errors.RemoteTaskError(_clean(name), message, text), traceback)
 

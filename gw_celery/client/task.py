@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
 import os
+import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from celery import _state
 from celery.app.task import Task
 from celery.exceptions import Ignore, TimeLimitExceeded
 from kombu.utils.imports import symbol_by_name
 
 from gw_celery import codec, errors
-from gw_celery.client import async_result, bound, queue_time
-from gw_celery.client import local as client_local
-from gw_celery.declare import parameters, registry, services
-from gw_celery.runtime import body, in_process, task_context
+from gw_celery.client import bound, execution, queue_time, results, task_context
+from gw_celery.declare import registry, services
 
 #: Set on a request once its body has begun: a call of the task from inside it is a new call.
 _BEGUN = "gw_begun"
@@ -35,7 +35,6 @@ class ServingTask(Task):
     serializer = codec.NAME
     # Expected under overload: one line in the log for each, and none of ours.
     throws = (errors.QueueTimeExceeded,)
-    Request = "gw_celery.worker.request:Request"
 
     gw_service: services.Service
     gw_method: services.Method
@@ -58,9 +57,9 @@ class ServingTask(Task):
         setattr(request, _BEGUN, True)
         try:
             return self.run(*args, **kwargs)
-        except body.HardLimit as limit:
+        except execution.HardLimit as limit:
             raise TimeLimitExceeded(*limit.args) from None
-        except body.Revoked:
+        except execution.Revoked:
             raise Ignore from None  # the worker has stored and announced the revocation
         except Exception as exc:
             exc.__traceback__ = _user_frames(exc.__traceback__)
@@ -72,30 +71,14 @@ class ServingTask(Task):
         Raises:
             NotServedError: when this process has not loaded the service.
         """
-        request = self.request
-        runtime = in_process.current()
-        if request.is_eager:
-            runtime = client_local.serving(self.app, self.gw_registry, self.gw_service)
-        if runtime is None or not runtime.serves(self.gw_service.key):
-            raise self._not_served(request)
-        return body.run(runtime, self.input_for({"headers": request.headers}, args, kwargs))
-
-    def input_for(
-        self, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> body.Input:
-        """Return one input of this task with the parameters that its headers carry."""
-        request = self.request
-        hard, soft = request.timelimit or (None, None)
-        return body.Input(
-            task_id=request.id or "",
-            service=self.gw_service,
-            method=self.gw_method,
-            given=self._parameters(given),
-            soft_limit=soft or self.soft_time_limit,
-            hard_limit=hard or self.time_limit,
-            args=args,
-            kwargs=kwargs,
-        )
+        if self.request.is_eager:
+            runtime = execution.started(self.app)
+            runtime.load(self)
+            return runtime.run(self, args, kwargs)
+        current = execution.current()
+        if current is None or not current.serves(self.gw_service.key):
+            raise self._not_served(self.request)
+        return current.run(self, args, kwargs)
 
     def check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise ``TypeError`` when the arguments do not fit the signature."""
@@ -115,18 +98,18 @@ class ServingTask(Task):
         options = queue_time.prepared(self, args, kwargs, options)
         send = super().apply_async
         if self.app.conf.task_always_eager:
-            with client_local.own_join_flag():
+            with _own_join_flag():
                 return send(args, kwargs, *positional, **options)
         return send(args, kwargs, *positional, **options)
 
-    def AsyncResult(self, task_id: str, **kwargs: Any) -> async_result.Result:  # noqa: N802
-        return async_result.Result(
+    def AsyncResult(self, task_id: str, **kwargs: Any) -> results.Result:  # noqa: N802
+        return results.Result(
             task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs
         )
 
-    def options(self, *, timeout: float | None = None, **given: Any) -> bound.BoundTask:
+    def options(self, *, timeout: float | None = None, **options: Any) -> bound.BoundTask:
         """Return the task with a ``timeout`` for callers and any option of ``apply_async``."""
-        return bound.BoundTask(self).options(timeout=timeout, **given)
+        return bound.BoundTask(self).options(timeout=timeout, **options)
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         """Send the task and block until it is answered; see ``BoundTask.remote``."""
@@ -136,7 +119,7 @@ class ServingTask(Task):
         """Send the task and wait for its answer on the event loop."""
         return await bound.BoundTask(self).aremote(*args, **kwargs)
 
-    def spawn(self, *args: Any, **kwargs: Any) -> async_result.Spawned:
+    def spawn(self, *args: Any, **kwargs: Any) -> bound.Spawned:
         """Send the task and return a handle to ``get``, ``await`` or ``cancel``."""
         return bound.BoundTask(self).spawn(*args, **kwargs)
 
@@ -144,17 +127,10 @@ class ServingTask(Task):
         """Run the body in this process and return its answer."""
         return bound.BoundTask(self).local(*args, **kwargs)
 
-    def map(self, it: Any) -> Any:
-        """Refused: see ``BoundTask.map``."""
-        return bound.BoundTask(self).map(it)
+    def _no_canvas(self, *_: Any, **__: Any) -> Any:
+        return bound.BoundTask(self).map()
 
-    def starmap(self, it: Any) -> Any:
-        """Refused, as ``map``."""
-        return bound.BoundTask(self).starmap(it)
-
-    def chunks(self, it: Any, n: int) -> Any:
-        """Refused, as ``map``."""
-        return bound.BoundTask(self).chunks(it, n)
+    map = starmap = chunks = _no_canvas
 
     def _is_routed(self, options: dict[str, Any], args: Any, kwargs: Any) -> bool:
         if _names_queue(options):
@@ -164,12 +140,6 @@ class ServingTask(Task):
             return False
         # A route may say something else alone, such as a priority.
         return _names_queue(router.lookup_route(self.name, args, kwargs, options, self) or {})
-
-    def _parameters(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The parameters that a message carries: checked again, for no handle may have made it."""
-        service = self.gw_service
-        text = (given.get("headers") or {}).get(bound.PARAMETERS)
-        return parameters.bind(service.name, service.parameters, json.loads(text) if text else {})
 
     def _not_served(self, request: Any) -> errors.NotServedError:
         queue = (request.delivery_info or {}).get("routing_key")
@@ -182,7 +152,29 @@ class ServingTask(Task):
 
 
 def _names_queue(options: Mapping[str, Any]) -> bool:
-    return any(options.get(one) for one in ("queue", "exchange", "routing_key"))
+    return any(options.get(name) for name in ("queue", "exchange", "routing_key"))
+
+
+_flagging = threading.Lock()
+#: Eager calls under way, and what Celery's flag was before the first of them.
+_under_way: list[bool] = []
+
+
+@contextlib.contextmanager
+def _own_join_flag() -> Iterator[None]:
+    """Put back Celery's flag against joining results in tasks, which is one for all threads.
+
+    Celery saves and restores it around each eager call: when two overlap, it would stay set.
+    """
+    with _flagging:
+        _under_way.append(_under_way[0] if _under_way else _state.task_join_will_block())
+    try:
+        yield
+    finally:
+        with _flagging:
+            before = _under_way.pop()
+            if not _under_way:
+                _state._set_task_join_will_block(before)
 
 
 def _user_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:

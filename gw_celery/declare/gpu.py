@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Collection
 from typing import Any, Self
@@ -105,8 +104,6 @@ def require_known(gpu: object, added: Callable[[], Collection[str]]) -> Gpu | No
 
 
 def _known_kinds(kind: object, kinds: Collection[str]) -> str:
-    near = difflib.get_close_matches(str(kind).upper(), kinds, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return (
-        f"unknown GPU kind{hint}; known: {', '.join(kinds)} (the setting gw_gpu_kinds adds others)"
-    )
+    hint = errors.near_miss(str(kind).upper(), kinds)
+    unknown = f"unknown GPU kind; {hint}" if hint else "unknown GPU kind"
+    return f"{unknown}; known: {', '.join(kinds)} (the setting gw_gpu_kinds adds others)"

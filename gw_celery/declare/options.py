@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -65,9 +64,8 @@ def refuse_unknown(label: str, given: Mapping[str, Any], known: Collection[str])
     """
     for name, value in given.items():
         if name not in known:
-            near = difflib.get_close_matches(name.lower(), known, n=1)
             takes = f"{label} takes {', '.join(known) or 'none'}"
-            hint = f"did you mean {near[0]}=?" if near else takes
+            hint = errors.near_miss(name.lower(), known, "{}=") or takes
             raise errors.DeclarationError(name, value, f"unknown argument; {hint}")
 
 
@@ -141,11 +139,9 @@ def _refuse(keywords: Mapping[str, Any], names: Collection[str], rule: str) -> N
 def _refuse_misspelt(given: Mapping[str, Any], known: Collection[str]) -> None:
     """Celery lets tasks have any attribute; one that is nearly a known name is a mistake."""
     for name, value in given.items():
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.8)
-        if name not in known and near:
-            raise errors.DeclarationError(
-                name, value, f"unknown argument; did you mean {near[0]}=?"
-            )
+        hint = errors.near_miss(name.lower(), known, "{}=", cutoff=0.8)
+        if name not in known and hint:
+            raise errors.DeclarationError(name, value, f"unknown argument; {hint}")
 
 
 def _require_name(name: object) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from gw_celery.protocol import untrusted
 
+#: The parameter values of a class task, as canonical JSON.
+PARAMETERS = "gw_params"
 #: The cost of the input, as its ``workload_calculator`` says.
 WORKLOAD = "gw-workload"
 #: When the input could begin at the earliest, in seconds of the sender's wall clock.

@@ -18,11 +18,12 @@ from typing import Any
 from celery import _state
 from celery.app.task import Context
 
+from gw_celery.client import execution, task_context
 from gw_celery.declare import benchmark, services
 from gw_celery.policy import scores
 from gw_celery.protocol import headers, snapshot
 from gw_celery.replica import input as replica_input
-from gw_celery.runtime import body_guard, current_batch, loop, task_context
+from gw_celery.runtime import batch_items, loop
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +97,12 @@ class Measurement:
         # A task of its own, and so a context: it is the input's.
         followed = task_context.bind()
         replica_input.current.set(call.input)
-        current_batch.joining.set(call.input)
+        batch_items.joining.set(call.input)
         limits = self._limits(call)
         call.began = time.perf_counter()
         try:
             await self._called(call.input, call.run)
-        except (Exception, body_guard.Stopped) as exc:
+        except (Exception, execution.Stopped) as exc:
             call.failure = call.failure or f"{type(exc).__name__}: {exc}"[:_LONGEST]
             self._log(exc)
         finally:

@@ -15,8 +15,10 @@ from typing import Any
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery import errors
+from gw_celery.client import execution
 from gw_celery.protocol import frames
-from gw_celery.runtime import async_exception, body, body_guard, expiry, in_process
+from gw_celery.replica import queue_time
+from gw_celery.runtime import async_exception, body, body_guard
 
 #: The input whose tracer runs in this context.
 current: contextvars.ContextVar[InFlight | None] = contextvars.ContextVar("gw_input", default=None)
@@ -86,7 +88,7 @@ class InFlight:
         """
         if self.has_begun or self._is_stopped:
             return not self._is_stopped
-        if expiry.has_passed(self.expires):
+        if queue_time.has_expired(self.expires):
             self._tell((frames.Report.EXPIRED, self.job))
             self.stop()
             return False
@@ -109,12 +111,12 @@ class InFlight:
             self._begin()
             with body_guard.Contained():  # of the project's other tasks, too
                 answer = run(*args, **kwargs)
-        except (asyncio.CancelledError, body.Revoked) as exc:
+        except (asyncio.CancelledError, execution.Revoked) as exc:
             if self.refusal is not None:
                 raise self.refusal from None
-            if self._is_stopped or isinstance(exc, body.Revoked):
-                raise body.Revoked from None
-            if in_process.current() is None:  # it ends, and the broker has the message still
+            if self._is_stopped or isinstance(exc, execution.Revoked):
+                raise execution.Revoked from None
+            if execution.current() is None:  # it ends, and the broker has the message still
                 raise
             reason = "the body cancelled its own task; raise an Exception to fail it"
             raise errors.BodyExited(reason) from exc
@@ -124,7 +126,7 @@ class InFlight:
             finally:
                 self._phase = _Phase.AFTER
         if self._is_stopped:  # it swallowed the cancellation; nobody waits for its answer
-            raise body.Revoked
+            raise execution.Revoked
         return answer
 
     def limit(self, seconds: float) -> None:
@@ -156,7 +158,7 @@ class InFlight:
             self.task.cancel()
         elif not body.running.interrupt(self.task_id, exc):
             self._thrown = async_exception.Thrown(
-                self._thread, body.Revoked if exc is None else type(exc)
+                self._thread, execution.Revoked if exc is None else type(exc)
             )
 
     def _begin(self) -> None:
@@ -165,7 +167,7 @@ class InFlight:
             self._phase = _Phase.BODY
             instead, self._instead = self._instead, None
         if self._is_stopped or instead is not None:
-            raise instead or body.Revoked()
+            raise instead or execution.Revoked()
 
     def _end(self) -> None:
         with self._lock:

@@ -22,7 +22,7 @@ from celery.worker import state as worker_state
 
 from gw_celery import conf, errors
 from gw_celery import signals as gw_celery_signals
-from gw_celery.client import preset
+from gw_celery.client import execution, preset
 from gw_celery.declare import registry
 from gw_celery.protocol import frames
 from gw_celery.replica import (
@@ -191,7 +191,7 @@ class Child(asyncio.Protocol):
         await self._scoring.stop()
         if self._probes is not None:
             self._probes.close()
-        in_process.adopt(None)
+        execution.install(None)
         await runtime.leave()
         signals.worker_process_shutdown.send(
             sender=self._setup["hostname"], pid=os.getpid(), exitcode=0
@@ -222,7 +222,7 @@ class Child(asyncio.Protocol):
             batchers=self._batchers,
         )
         runtime.start()
-        in_process.adopt(runtime)
+        execution.install(runtime)
         threads = sum(one.max_inputs for one in served) + 1  # one for plain tasks
         app, around = self._loaded.app, self._loaded.around
         early = early_ack_records.of(app, self._setup["worker"])

@@ -16,8 +16,9 @@ from celery.app import backends
 from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError
 
+from gw_celery.client import execution
 from gw_celery.replica import input as replica_input
-from gw_celery.runtime import greenlet_bridge, in_process, offload
+from gw_celery.runtime import greenlet_bridge, offload
 from gw_celery.transport import result_writer
 
 _BLOCKING = (
@@ -159,12 +160,12 @@ def _reaches_loop() -> bool:
     """Whether the caller can wait for the loop of this process: it is not what blocks it."""
     if greenlet_bridge.can_park():
         return True
-    serving = in_process.current()
+    serving = execution.current()
     return serving is not None and not serving.is_on_loop()
 
 
 def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    serving = in_process.current()
+    serving = execution.current()
     if greenlet_bridge.can_park() or serving is None:
         return greenlet_bridge.drive(coroutine)
     return asyncio.run_coroutine_threadsafe(coroutine, serving.loop).result()

@@ -14,24 +14,20 @@ from typing import Any, TypeVar
 
 import kombu.serialization
 from billiard.einfo import ExceptionWithTraceback
-from celery import signals
 from celery.app import trace
 from celery.exceptions import Ignore, Reject, Retry
 from kombu.utils.encoding import safe_repr, safe_str
 
 from gw_celery import conf
+from gw_celery.client import execution, task_context
 from gw_celery.protocol import frames
-from gw_celery.replica import early_ack_records
+from gw_celery.replica import early_ack_records, queue_time
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import (
-    body_guard,
-    current_batch,
+    batch_items,
     django_connections,
-    expiry,
     greenlet_bridge,
-    lateness,
     offload,
-    task_context,
 )
 
 T = TypeVar("T")
@@ -42,14 +38,6 @@ logger = logging.getLogger(__name__)
 _LARGE = 64 * 1024
 _LONGEST_TEXT = 4096
 _LONGEST_TRACEBACK = 64 * 1024
-_HOOKS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
-_RECEIVERS = (
-    signals.task_prerun,
-    signals.task_postrun,
-    signals.task_success,
-    signals.task_failure,
-    signals.task_retry,
-)
 
 
 class Inputs:
@@ -98,9 +86,9 @@ class Inputs:
         self._held[one.job] = one
         task = self._app.tasks.get(one.name)
         if (limit := self._queue_time(task)) is not None:
-            one.judge = functools.partial(lateness.refusal, one.name, request, limit)
+            one.judge = functools.partial(queue_time.rejection, one.name, request, limit)
         if _gathers(task):
-            one.expires = expiry.of(self._app, request)
+            one.expires = queue_time.expiry(self._app, request)
         elif not self._is_early(one):
             one.begin()
         name = f"{one.name}[{one.task_id}]"
@@ -124,7 +112,7 @@ class Inputs:
     async def _run(self, one: replica_input.InFlight, *message: Any) -> None:
         followed = task_context.bind()
         replica_input.current.set(one)
-        current_batch.joining.set(one)
+        batch_items.joining.set(one)
         try:
             report = await self._outcome(one, *message)
         except BaseException as exc:
@@ -167,7 +155,7 @@ class Inputs:
 
     async def called(self, one: replica_input.InFlight, run: Callable[[], T]) -> T:
         """Return ``run()`` from where the tracer of an input runs: on the loop, or in a thread."""
-        if not runs_on_loop(self._app.tasks.get(one.name)):
+        if not greenlet_bridge.runs_on_loop(self._app.tasks.get(one.name)):
             return await self._threads.run(run)
         await self._shared.look()
         one.task = asyncio.current_task()
@@ -190,7 +178,7 @@ class Inputs:
 
         The tracer stores whatever a body raises, so that what comes out of it is a failed store.
         """
-        if isinstance(exc, body_guard.Stopped | asyncio.CancelledError):
+        if isinstance(exc, execution.Stopped | asyncio.CancelledError):
             return (frames.Report.GONE, one.job)
         if isinstance(exc, SystemExit | KeyboardInterrupt):
             return _report_error(one.job, frames.Outcome.EXIT, exc, _exit_text(exc), "")
@@ -207,20 +195,6 @@ def prepare(app: Any, hostname: str) -> None:
         task_context.follow_requests(task)
         task.run = replica_input.open_body(task.run)
         task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
-
-
-def runs_on_loop(task: Any) -> bool:
-    """Whether the tracer of ``task`` may run in a greenlet on the loop, and not in a thread."""
-    return _never_blocks(task) and not any(signal.receivers for signal in _RECEIVERS)
-
-
-@functools.cache
-def _never_blocks(task: Any) -> bool:
-    """Whether nothing around the body of a task is the user's own synchronous code."""
-    method = getattr(task, "gw_method", None)
-    if method is None or not (method.is_async or method.batched):
-        return False
-    return not any(trace.task_has_custom(task, hook) for hook in _HOOKS)
 
 
 def _gathers(task: Any) -> bool:

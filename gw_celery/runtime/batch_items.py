@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from gw_celery import errors
 from gw_celery.declare import services
 from gw_celery.policy import batching
-from gw_celery.runtime import current_batch
+
+
+class Joining(Protocol):
+    """An input of the replica that may join a batch."""
+
+    @property
+    def runs_alone(self) -> bool: ...
+
+    def announce(self) -> Awaitable[None] | None:
+        """Have on record what must be before the input starts; ``None`` for nothing."""
+
+    def begin(self) -> bool:
+        """Start; whether the input still wants to."""
+
+
+#: Keys of the services whose slots the body holds.
+held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "gw_held", default=frozenset()
+)
+#: The input that the body belongs to; ``None`` for a call that many share.
+joining: contextvars.ContextVar[Joining | None] = contextvars.ContextVar("gw_joining", default=None)
+#: Whether a batch waits for the body, which may be one that it awaits.
+is_in_batch: contextvars.ContextVar[bool] = contextvars.ContextVar("gw_in_batch", default=False)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -25,7 +48,7 @@ class BatchItem(batching.Waiting):
     using: Callable[[], AbstractContextManager[Any]]
     #: Every parameter of the body, by name.
     arguments: Mapping[str, Any]
-    joining: current_batch.Joining | None
+    joining: Joining | None
     #: Whether the input failed, and its answer or exception.
     outcome: asyncio.Future[tuple[bool, Any]]
 

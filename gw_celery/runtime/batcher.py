@@ -19,14 +19,14 @@ from typing import Any
 from celery import current_task
 from celery.exceptions import Retry
 
-from gw_celery import errors
+from gw_celery import errors, types
+from gw_celery.client import execution
 from gw_celery.declare import markers, services
 from gw_celery.policy import batching
 from gw_celery.runtime import (
     batch_items,
     body_guard,
     clocks,
-    current_batch,
     greenlet_bridge,
     offload,
 )
@@ -114,7 +114,7 @@ class Batcher:
             Exception: that the body put in the place of this answer, or raised for this input;
                 for a ``Retry`` in its place, what ``retry()`` of the input's task raises.
         """
-        joining = current_batch.joining.get()
+        joining = batch_items.joining.get()
         item = batch_items.BatchItem(
             fn=fn,
             using=using,
@@ -234,8 +234,8 @@ class Batcher:
     async def _serve(self, items: list[batch_items.BatchItem], flush: batching.Flush) -> None:
         """Answer every input, in as many calls as it takes."""
         parts = [items]
-        current_batch.held.set(frozenset({self._service.key}))
-        current_batch.is_in_batch.set(True)
+        batch_items.held.set(frozenset({self._service.key}))
+        batch_items.is_in_batch.set(True)
         try:
             with items[0].using():
                 while parts:
@@ -273,9 +273,7 @@ class Batcher:
     async def _call(self, part: list[batch_items.BatchItem], flush: batching.Flush) -> Any:
         now = self._clock.now()
         waited = tuple(now - item.since for item in part)
-        current_batch.batch.set(
-            current_batch.Batch(size=len(part), flush=flush.value, waited=waited)
-        )
+        execution.batch.set(types.Batch(size=len(part), flush=flush.value, waited=waited))
         fn = part[0].fn
         args, kwargs = batch_items.listed(self._method, [item.arguments for item in part])
         self._host.tell()

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Coroutine, Hashable
+import json
+from collections.abc import Callable, Coroutine, Hashable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery.exceptions import SoftTimeLimitExceeded
 
+from gw_celery.client import execution
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import (
-    batch_items,
-    body_guard,
-    greenlet_bridge,
-    in_process,
-    instances,
-)
-from gw_celery.runtime import current_batch as current
+from gw_celery.protocol import headers
+from gw_celery.runtime import batch_items, body_guard, greenlet_bridge, instances
 from gw_celery.types import ParameterValues
+
+if TYPE_CHECKING:
+    from gw_celery.runtime import in_process
 
 T = TypeVar("T")
 
@@ -42,13 +39,32 @@ class Input:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        task: Any,
+        sent: Mapping[str, Any] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Input:
+        """Return one input of ``task`` with the parameters that the headers ``sent`` carry.
 
-class HardLimit(body_guard.Stopped):
-    """The hard time limit of an input passed."""
-
-
-class Revoked(body_guard.Stopped):
-    """The input was revoked while it ran."""
+        They are checked again: no handle may have made the message.
+        """
+        request, service = task.request, task.gw_service
+        hard, soft = request.timelimit or (None, None)
+        text = (sent or {}).get(headers.PARAMETERS)
+        values = json.loads(text) if text else {}
+        return cls(
+            task_id=request.id or "",
+            service=service,
+            method=task.gw_method,
+            given=parameters.bind(service.name, service.parameters, values),
+            soft_limit=soft or task.soft_time_limit,
+            hard_limit=hard or task.time_limit,
+            args=args,
+            kwargs=kwargs,
+        )
 
 
 class Running:
@@ -56,15 +72,11 @@ class Running:
 
     def __init__(self) -> None:
         self._calls: dict[str, greenlet_bridge.Call[Any]] = {}
-        #: Revoked on their way from the worker to here, which takes a moment: no more than a few.
-        self._revoked_early: collections.deque[str] = collections.deque(maxlen=100)
-        self._changing = threading.Lock()
 
     def run(self, runtime: in_process.Process, one: Input, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` of an input on the loop, for a thread that waits, within its limits."""
         call = runtime.call(work)
-        if self._is_revoked_as_added(one.task_id, call):
-            call.abandon(Revoked())
+        self._calls[one.task_id] = call
         has_limit = runtime.enforces_limits and (one.soft_limit or one.hard_limit)
         limits = _Limits(runtime.loop, call, one) if has_limit else None
         try:
@@ -80,24 +92,10 @@ class Running:
         if call is None or call.is_over:
             return False
         if exc is None:
-            call.abandon(Revoked())
+            call.abandon(execution.Revoked())
         else:
             call.interrupt(exc)
         return True
-
-    def revoke(self, task_id: str) -> None:
-        """Stop an input that runs or is about to."""
-        with self._changing:
-            call = self._calls.get(task_id)
-            if call is None:
-                self._revoked_early.append(task_id)
-        if call is not None:
-            call.abandon(Revoked())
-
-    def _is_revoked_as_added(self, task_id: str, call: greenlet_bridge.Call[Any]) -> bool:
-        with self._changing:
-            self._calls[task_id] = call
-            return task_id in self._revoked_early
 
 
 running = Running()
@@ -114,8 +112,8 @@ def run(runtime: in_process.Process, one: Input) -> Any:
 
 async def run_async(runtime: in_process.Process, one: Input) -> Any:
     """Run ``one`` on the loop, where an asynchronous caller can await it."""
-    token = current.held.set(current.held.get() | {one.service.key})
-    batch = current.batch.set(None)
+    held = batch_items.held.set(batch_items.held.get() | {one.service.key})
+    batch = execution.batch.set(None)
     try:
         if not one.service.is_class:
             return await _answer(runtime, one, one.method.function)
@@ -128,12 +126,12 @@ async def run_async(runtime: in_process.Process, one: Input) -> Any:
         finally:
             owner.give_back(loaded)
     finally:
-        current.batch.reset(batch)
-        current.held.reset(token)
+        execution.batch.reset(batch)
+        batch_items.held.reset(held)
 
 
 async def _loaded(owner: instances.Instances, values: ParameterValues) -> instances.Loaded:
-    joining = current.joining.get()
+    joining = batch_items.joining.get()
     if joining is not None:
         # Before it joins a batch: limits bound the wait, and a load can kill the process.
         joining.begin()
@@ -218,12 +216,11 @@ class _Limits:
 
     def _arm(self, one: Input) -> None:
         if one.soft_limit:
-            limit = SoftTimeLimitExceeded(one.soft_limit)
-            self._handles.append(self._loop.call_later(one.soft_limit, self._call.interrupt, limit))
+            soft = SoftTimeLimitExceeded(one.soft_limit)
+            self._handles.append(self._loop.call_later(one.soft_limit, self._call.interrupt, soft))
         if one.hard_limit:
-            self._handles.append(
-                self._loop.call_later(one.hard_limit, self._call.abandon, HardLimit(one.hard_limit))
-            )
+            hard = execution.HardLimit(one.hard_limit)
+            self._handles.append(self._loop.call_later(one.hard_limit, self._call.abandon, hard))
 
     def _cancel(self) -> None:
         for handle in self._handles:

@@ -2,9 +2,8 @@
 
 Celery's tracer lets it through. It takes a ``SystemExit`` for the end of its process: prefork
 delivers the input again, and loads the model again for it, for ever. Anything else, such as the
-panic of a library written in Rust, kills the solo worker, and on threads its task is never answered
-and its slot never freed. What ends the process, and what asyncio interrupts a body with, is left
-alone.
+panic of a library written in Rust, kills the solo worker. What ends the process, and what asyncio
+interrupts a body with, is left alone.
 """
 
 from __future__ import annotations
@@ -21,13 +20,7 @@ from celery.exceptions import WorkerShutdown, WorkerTerminate
 from kombu.utils.encoding import safe_repr
 
 from gw_celery import errors
-
-
-class Stopped(BaseException):
-    """Ends the tracer's wait for a body that goes on or is being cancelled.
-
-    A ``BaseException``, so that ``autoretry_for=(Exception,)`` does not catch it.
-    """
+from gw_celery.client import execution
 
 
 class Contained:
@@ -52,7 +45,11 @@ class Contained:
         exc: BaseException | None,
         traceback: types.TracebackType | None,
     ) -> None:
-        if exc is None or isinstance(exc, Exception | Stopped) or self._is_from_outside(exc):
+        if (
+            exc is None
+            or isinstance(exc, Exception | execution.Stopped)
+            or self._is_from_outside(exc)
+        ):
             return
         raise errors.BodyExited(
             f"the body raised {safe_repr(exc)}, which {_consequence(exc)}; raise an Exception to "

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Generic, Protocol, TypeVar
 
 import greenlet
+from celery import signals
+from celery.app import trace
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery import errors
@@ -27,6 +30,14 @@ T = TypeVar("T")
 
 #: Seconds between two questions of a thread that waits whether it still should.
 _INTERVAL = 0.2
+_HOOKS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
+_RECEIVERS = (
+    signals.task_prerun,
+    signals.task_postrun,
+    signals.task_success,
+    signals.task_failure,
+    signals.task_retry,
+)
 
 
 class _Stepping(greenlet.greenlet):
@@ -120,6 +131,20 @@ class _Stepped(Generic[T]):
             else:
                 waited_for = stepping.switch(sent)
         return waited_for  # type: ignore[no-any-return]
+
+
+def runs_on_loop(task: Any) -> bool:
+    """Whether the tracer of ``task`` may run in a greenlet on the loop, and not in a thread."""
+    return _never_blocks(task) and not any(signal.receivers for signal in _RECEIVERS)
+
+
+@functools.cache
+def _never_blocks(task: Any) -> bool:
+    """Whether nothing around the body of a task is the user's own synchronous code."""
+    method = getattr(task, "gw_method", None)
+    if method is None or not (method.is_async or method.batched):
+        return False
+    return not any(trace.task_has_custom(task, hook) for hook in _HOOKS)
 
 
 class Call(Generic[T]):

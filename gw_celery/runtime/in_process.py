@@ -7,22 +7,26 @@ by eager mode, or by ``gw_celery.testing``.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from gw_celery import conf, errors
+from gw_celery.client import execution, task_context
 from gw_celery.declare import registry, services
 from gw_celery.runtime import (
     batcher,
+    body,
     greenlet_bridge,
     instances,
     lifecycle,
+    local_calls,
     loop,
-    task_context,
     watchdog,
 )
 
@@ -52,6 +56,7 @@ class Process:
         self.batchers = batchers
         self.pid = os.getpid()
         self._loop = loop.LoopThread() if host is None else host
+        self.loop = self._loop.loop
         self._contexts: dict[str, lifecycle.Entered] = {}
         self._served: set[str] = set()
         self._instances: dict[str, instances.Instances] = {}
@@ -59,10 +64,6 @@ class Process:
         self._growing = asyncio.Lock()
         self._entering: list[lifecycle.Entered] = []
         self._is_blocked = False
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop.loop
 
     def start(self) -> None:
         """Start the loop, and make Celery's current task follow the body onto it."""
@@ -99,6 +100,15 @@ class Process:
 
         grace = self.settings.cancel_timeout
         self.call(coroutine).run(grace, meanwhile=watch)
+
+    def load(self, task: Any) -> None:
+        """Enter what the service of ``task`` needs, at its first use.
+
+        Raises:
+            StartupError: when a context or hook fails; the next call tries again.
+        """
+        if not self.serves(task.gw_service.key):
+            self.enter([task.gw_registry], [task.gw_service])
 
     def stop(self) -> None:
         """Leave everything and end the loop; errors are logged, the waits are bounded.
@@ -138,6 +148,24 @@ class Process:
     def is_on_loop(self) -> bool:
         return self._loop.is_current()
 
+    def run(self, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the input of ``task`` that Celery's tracer has now, and return its answer."""
+        return body.run(self, body.Input.of(task, task.request.headers, args, kwargs))
+
+    def can_run(self, task: Any) -> bool:
+        """Whether a body that awaits ``task`` gets its answer here, without a message."""
+        return local_calls.can_run(self, task)
+
+    async def run_async(
+        self, task: Any, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the body of ``task`` as part of the one that awaits it, and return its answer."""
+        return await local_calls.run(self, task, options, args, kwargs)
+
+    async def call_eagerly(self, task: Any, send: Callable[[], Any]) -> Any:
+        """Return ``send()``, an eager call of ``task``, without blocking the loop of its caller."""
+        return await local_calls.call_eagerly(self, task, send)
+
     def call(self, coroutine: Coroutine[Any, Any, T]) -> greenlet_bridge.Call[T]:
         """Prepare ``coroutine`` to run on the loop, in the context of the caller."""
         context = contextvars.copy_context()
@@ -150,9 +178,9 @@ class Process:
         """As ``enter``, for a caller on the loop: nothing watches for a load that blocks it."""
         async with self._growing:
             contexts = self._missing_contexts(registries, served)
-            added = [one for one in served if one.key not in self._served]
-            await self._enter(contexts, [one for one in added if one.is_class])
-            self._served.update(one.key for one in added)
+            added = [service for service in served if service.key not in self._served]
+            await self._enter(contexts, [service for service in added if service.is_class])
+            self._served.update(service.key for service in added)
 
     def _missing_contexts(
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
@@ -160,18 +188,18 @@ class Process:
         keys = {service.key for service in served}
         return [
             context
-            for one in registries
-            if keys & one.services.keys()
-            for context in one.contexts.values()
+            for declared in registries
+            if keys & declared.services.keys()
+            for context in declared.contexts.values()
             if context.key not in self._contexts
         ]
 
     async def _enter(
         self, contexts: Sequence[registry.Context], classes: Sequence[services.Service]
     ) -> None:
-        made = {one.key: self._instances_for(one) for one in classes}
-        defaults = [one.default_unit() for one in made.values()]
-        units = [_context_unit(one) for one in contexts]
+        made = {service.key: self._instances_for(service) for service in classes}
+        defaults = [owner.default_unit() for owner in made.values()]
+        units = [_context_unit(context) for context in contexts]
         entering = [
             lifecycle.Entered(unit, self.settings.exit_timeout)
             for unit in (*units, *filter(None, defaults))
@@ -200,7 +228,7 @@ class Process:
         for life in self._entering:
             life.abandon()
         async with self._growing:  # whoever grows leaves what it entered
-            await asyncio.gather(*(one.leave() for one in self._instances.values()))
+            await asyncio.gather(*(owner.leave() for owner in self._instances.values()))
             await lifecycle.leave_all(list(self._lives.values()))
             self._served.clear()
             self._lives.clear()
@@ -229,16 +257,18 @@ def _context_unit(context: registry.Context) -> lifecycle.Unit:
     return lifecycle.Unit(name=context.key, enter=enter, leave=leave)
 
 
-_current: Process | None = None
+_starting = threading.Lock()
 
 
-def current() -> Process | None:
-    """Return this process's runtime; ``None`` where nothing is served."""
-    # A fork copies the variable but not the loop's thread.
-    return _current if _current is not None and _current.pid == os.getpid() else None
-
-
-def adopt(process: Process | None) -> None:
-    """Make ``process`` the runtime of this process."""
-    global _current
-    _current = process
+def started(app: Any) -> Process:
+    """Return this process's runtime; without one, start one that has entered nothing yet."""
+    with _starting:
+        runtime = execution.current()
+        if not isinstance(runtime, Process):
+            runtime = Process(conf.read(app.conf))
+            runtime.start()
+            # Celery's current app is the thread's: bodies call tasks that are bound lazily.
+            runtime.loop.call_soon_threadsafe(app.set_current)
+            execution.install(runtime)
+            atexit.register(execution.stop)
+        return runtime

@@ -1,8 +1,8 @@
 """An event loop on a thread of its own, and sync hooks in theirs.
 
 A process that serves has one such loop for as long as it lives. Stock pools keep the main thread
-(prefork, solo) or many (threads) for Celery, so the loop has one to itself: what a context
-started goes on between two tasks.
+(prefork, solo) for Celery, so the loop has one to itself: what a context started goes on between
+two tasks.
 """
 
 from __future__ import annotations

@@ -13,11 +13,14 @@ from collections.abc import Callable
 _TOLERANCE = 1e-9
 #: Seconds of real time between two looks at whether a timer is set.
 _INTERVAL = 0.001
+#: Seconds of real time that another thread's loop has to take its next two turns.
+_LONGEST_TURNS = 10.0
 
 
 @dataclasses.dataclass(eq=False)
 class _Timer:
     when: float
+    loop: asyncio.AbstractEventLoop
     ring: Callable[[], object]
     is_cancelled: bool = False
 
@@ -41,9 +44,20 @@ class FakeClock:
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Let ``seconds`` pass at once. What was waiting for them runs in its loop's next turn."""
+        """Let ``seconds`` pass at once. What was waiting for them runs in its loop's next turn.
+
+        What was handed to that loop before, such as the calls of a ``gather``, begins before the
+        time passes, so that the sizes of batches do not depend on the speed of the machine.
+
+        Raises:
+            TimeoutError: when something blocks that loop.
+        """
         if not seconds >= 0:
             raise ValueError(f"advance({seconds!r}): time goes forwards, give 0 or more seconds")
+        with self._changing:
+            loops = {timer.loop for timer in self._timers}
+        for loop in loops:
+            _let_begin(loop)
         with self._changing:
             self._now += seconds
             due = [timer for timer in self._timers if self._reaches(timer.when)]
@@ -69,7 +83,7 @@ class FakeClock:
     ) -> _Timer:
         """Call ``callback`` on the running loop, in ``context``, once it is ``when``."""
         loop = asyncio.get_running_loop()
-        timer = _Timer(when, lambda: loop.call_soon_threadsafe(run, context=context))
+        timer = _Timer(when, loop, lambda: loop.call_soon_threadsafe(run, context=context))
 
         def run() -> None:
             if not timer.is_cancelled:
@@ -94,3 +108,13 @@ class FakeClock:
             return False
         self._now = max(self._now, when)
         return True
+
+
+def _let_begin(loop: asyncio.AbstractEventLoop) -> None:
+    """Wait for two turns of another thread's loop: one makes a task, the next one begins it."""
+    if loop is asyncio._get_running_loop():
+        return
+    has_turned = threading.Event()
+    loop.call_soon_threadsafe(loop.call_soon, has_turned.set)
+    if not has_turned.wait(_LONGEST_TURNS):
+        raise TimeoutError(f"something has blocked the event loop for {_LONGEST_TURNS} s")

@@ -10,7 +10,7 @@ from typing import Any
 from celery import _state
 
 from gw_celery import conf, devserver
-from gw_celery.client import watcher
+from gw_celery.client import calls
 
 #: Broker URL of the server that the apps used last.
 _last_url = ""
@@ -33,7 +33,7 @@ def talking_to(server: devserver.Server) -> Iterator[None]:
 
 def close_all() -> None:
     """Close the connections of the Celery apps of this process, which connect again on use."""
-    watcher.close_all()
+    calls.close_all()
     for app in list(_state._get_active_apps()):
         with contextlib.suppress(Exception):  # the server may be gone
             close_results(app)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gw_celery.client import local
+from gw_celery.client import execution
 from gw_celery.runtime import batcher, clocks
 from gw_celery.runtime import in_process as runtime_in_process
 
@@ -29,8 +29,8 @@ def in_process(app: App, *, clock: clocks.Clock | None = None) -> Iterator[None]
         StartupError: when a context or hook fails, with every cause.
     """
     conf = app.celery.conf
-    is_outermost = runtime_in_process.current() is None
-    runtime = local.started(app.celery)
+    is_outermost = execution.current() is None
+    runtime = runtime_in_process.started(app.celery)
     before = conf.task_always_eager, runtime.batchers
     conf.task_always_eager = True
     if runtime.batchers is None or clock is not None:
@@ -41,4 +41,4 @@ def in_process(app: App, *, clock: clocks.Clock | None = None) -> Iterator[None]
     finally:
         conf.task_always_eager, runtime.batchers = before
         if is_outermost:
-            local.stop(runtime)
+            execution.stop()

@@ -1,7 +1,7 @@
 """Steps of the worker.
 
-On stock pools one loads for threads, and one ends a worker that cannot load; with the GPU pool one
-starts and ends what the autoscaler looks around with.
+On stock pools one says what is served, and one ends a worker that cannot load; with the GPU pool
+one starts and ends what the autoscaler looks around with.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServingStep(bootsteps.StartStopStep):
-    """What is the same wherever a worker loads."""
+    """Says what the worker serves, in its log and in ``inspect stats``."""
 
     requires = ("celery.worker.components:Hub", "celery.worker.components:Pool")
 
@@ -34,15 +34,6 @@ class ServingStep(bootsteps.StartStopStep):
     def info(self, worker: Any) -> dict[str, Any]:
         served = {service.name: service.queue for service in self.plan.served}
         return {"gw_celery": {"pool": self.plan.pool, "serves": served}}
-
-
-class LoadingStep(ServingStep):
-    """Loads in the worker itself, before its consumer starts: the threads pool has no children."""
-
-    def start(self, worker: Any) -> None:
-        super().start(worker)
-        with fatal_exit.fatal_errors():
-            serving.start(self.plan, state.maybe_shutdown)
 
 
 class ChildrenStep(ServingStep):
@@ -99,8 +90,6 @@ class ScalingStep(bootsteps.StartStopStep):
 
 def install(worker: Any, plan: serving.Plan) -> None:
     """Add the step that ``plan`` needs to ``worker``, before its blueprint is made."""
-    base = LoadingStep if plan.pipes is None else ChildrenStep
-    if not plan.served:
-        base = ServingStep
+    base = ServingStep if plan.pipes is None else ChildrenStep
     step = type(base.__name__, (base,), {"plan": plan, "pipes": plan.pipes})
     worker.app.steps["worker"].add(step)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from billiard import common
 
 from gw_celery import conf
+from gw_celery.client import execution
 from gw_celery.declare import probes, registry, services
 from gw_celery.runtime import in_process
 from gw_celery.worker.pipes import Pipes
@@ -30,7 +31,7 @@ class Plan:
     registries: Sequence[registry.Registry]
     served: Sequence[services.Service]
     settings: conf.Settings
-    #: The pool, as its users call it: prefork, solo or threads; or ``GPU_POOL``.
+    #: The pool, as its users call it: prefork or solo; or ``GPU_POOL``.
     pool: str
     #: The queues that it consumes, with families expanded; without that of beat's tasks.
     queues: Sequence[str] = ()
@@ -45,31 +46,34 @@ class Plan:
     @property
     def slots(self) -> dict[str, int]:
         """Inputs in flight of each service in one replica of our pool; ``""`` for other tasks."""
-        return {one.key: one.max_inputs for one in self.served} | {services.PLAIN: 1}
+        return {service.key: service.max_inputs for service in self.served} | {services.PLAIN: 1}
 
     @property
     def queue_times(self) -> dict[str, float]:
         """Seconds that an input may wait until it begins, for each service with such a limit."""
-        found = {one.key: one.max_queue_time(self.settings.max_queue_time) for one in self.served}
-        return {key: limit for key, limit in found.items() if limit is not None}
+        default = self.settings.max_queue_time
+        limits = {service.key: service.max_queue_time(default) for service in self.served}
+        return {key: limit for key, limit in limits.items() if limit is not None}
 
     @property
     def benchmarked(self) -> dict[str, tuple[str, ...]]:
         """The tasks of each service that have a benchmark."""
         return {
-            one.key: tuple(each.task_name for each in one.methods.values() if each.benchmark)
-            for one in self.served
+            service.key: tuple(
+                method.task_name for method in service.methods.values() if method.benchmark
+            )
+            for service in self.served
         }
 
     @property
     def probes(self) -> list[tuple[str, probes.Probe]]:
         """The probes of what it serves, each with the key of its service."""
-        return [(one.key, probe) for one in self.served for probe in one.probes]
+        return [(service.key, probe) for service in self.served for probe in service.probes]
 
     @property
     def service_queues(self) -> dict[str, str]:
         """The service of each queue; of the first one where several share a queue."""
-        return {one.queue: one.key for one in reversed(self.served)}
+        return {service.queue: service.key for service in reversed(self.served)}
 
 
 def start(plan: Plan, check: Callable[[], None]) -> None:
@@ -84,13 +88,13 @@ def start(plan: Plan, check: Callable[[], None]) -> None:
         plan.settings, enforces_limits=plan.pool != "prefork", is_ending=_is_ending
     )
     runtime.start()
-    in_process.adopt(runtime)
-    logger.info("pid %d loads %s", runtime.pid, ", ".join(one.name for one in plan.served))
+    execution.install(runtime)
+    logger.info("pid %d loads %s", runtime.pid, ", ".join(service.name for service in plan.served))
     try:
         runtime.enter(plan.registries, plan.served, check)
         check()
     except BaseException:
-        stop()
+        execution.stop()
         raise
     logger.info("pid %d has loaded %d services", runtime.pid, len(plan.served))
 
@@ -101,11 +105,3 @@ def _is_ending() -> bool:
     The handler of billiard then raises ``SystemExit`` in whatever body runs.
     """
     return bool(common._should_have_exited[0])
-
-
-def stop() -> None:
-    """Leave what this process entered; does nothing where nothing was."""
-    runtime: Any = in_process.current()
-    if runtime is not None:
-        in_process.adopt(None)
-        runtime.stop()

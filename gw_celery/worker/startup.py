@@ -5,6 +5,7 @@ Celery logs a failed check and goes on, so that the checks here end the process 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from typing import Any
 from celery import concurrency
 
 from gw_celery import conf, errors
-from gw_celery.client import beat_tasks, names, preset
+from gw_celery.client import beat_tasks, preset, registration
 from gw_celery.declare import gpu, registry, services
+from gw_celery.runtime import fatal_exit
 from gw_celery.worker import (
     bootsteps,
     commands,
@@ -39,8 +41,39 @@ _POOLS = {
     "gw_celery.pool": serving.GPU_POOL,
     "gw_celery.pool.taskpool": serving.GPU_POOL,
 }
-#: Those in whose processes Celery sends ``worker_process_init``.
-_LOADING_BY_SIGNAL = ("prefork", "solo")
+#: Celery's own that serve: it sends ``worker_process_init`` in their processes.
+_SERVING = ("prefork", "solo")
+#: Why others do not, where it is not what keeps the green ones from it.
+_REASONS = {"threads": "a limit or a revocation cannot stop the body of a thread"}
+
+
+def prepare_or_exit(worker: Any, registries: Sequence[registry.Registry]) -> serving.Plan:
+    """As ``prepare``; what it raises ends the process: Celery would log it and start all the same.
+
+    Raises:
+        SystemExit: with the reason in the log.
+    """
+    with fatal_exit.fatal_errors(lambda reason: _note(worker, reason)):
+        return prepare(worker, registries)
+
+
+def load_or_exit(plan: serving.Plan, pipes: Pipes) -> None:
+    """Enter what ``plan`` serves in this process of prefork or solo, before its first task.
+
+    Raises:
+        SystemExit: when something fails; the worker learns the reason, and stops.
+    """
+    with fatal_exit.fatal_errors(pipes.report), pipes.stop_check() as check:
+        if plan.pool == "prefork":
+            forks.refuse_cuda()
+        serving.start(plan, check)
+
+
+def _note(worker: Any, reason: str) -> None:
+    """Leave the reason in the worker's log, which is not set up yet: detached, it has no other."""
+    if isinstance(path := getattr(worker, "logfile", None), str) and "%" not in path:
+        with contextlib.suppress(OSError), open(path, "a") as log:
+            log.write(f"gw_celery: {reason}\n")
 
 
 def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Plan:
@@ -53,7 +86,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     """
     settings = conf.read(worker.app.conf)
     preset.configure_codec(settings)
-    known = [one for one in registries if _belongs(one, worker.app)]
+    known = [declared for declared in registries if _belongs(declared, worker.app)]
     _require_names(worker.app, known)
     preset.require_visibility(worker.app, known)
     wish: options.Asked | None = worker.options.pop(options.OPTION, None)
@@ -63,7 +96,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     commands.install_ticks()
     served = list(registry.serving(known, worker.app.amqp.queues.consume_from))
     pool = _pool_name(worker.pool_cls)
-    loads_by_signal = bool(served) and pool in _LOADING_BY_SIGNAL
+    loads_by_signal = bool(served) and pool in _SERVING
     plan = serving.Plan(
         registries=known,
         served=served,
@@ -80,7 +113,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
         if pool == "prefork" and getattr(worker, "pool_start_method", "fork") == "fork":
             forks.refuse_cuda()
         preset.require_content(worker.app)
-        preset.tune_worker(worker, settings)
+        tune_worker(worker, settings)
         commands.guard_queues(plan)
     if served or pool == serving.GPU_POOL:
         compression.bound(settings.max_payload_bytes)
@@ -135,6 +168,25 @@ def _consume_ticks(queues: Any) -> None:
         )
 
 
+def tune_worker(worker: Any, settings: conf.Settings) -> None:
+    """Set what a worker that loads models needs, for this worker only."""
+    app = worker.app
+    # A replacement child of prefork is killed when it is not up in this time: 4 s by default.
+    app.conf.worker_proc_alive_timeout = max(
+        app.conf.worker_proc_alive_timeout, settings.start_timeout + 30
+    )
+    app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
+    if _has_default_prefetch(worker):
+        worker.prefetch_multiplier = 1
+
+
+def _has_default_prefetch(worker: Any) -> bool:
+    """Whether no other was chosen; ``--prefetch-multiplier`` with the default looks like that."""
+    default = worker.app.conf.worker_prefetch_multiplier
+    is_set = conf.is_set(worker.app.conf, "worker_prefetch_multiplier")
+    return not is_set and worker.prefetch_multiplier == default
+
+
 def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> None:
     """Replace the name of a family among the consumed queues by its service queues.
 
@@ -144,7 +196,7 @@ def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> Non
     """
     families = registry.families(registries)
     served = {queue for listed in families.values() for queue in listed}
-    for name in [one for one in queues.consume_from if one not in served]:
+    for name in [queue for queue in queues.consume_from if queue not in served]:
         if name in families:
             queues.deselect(name)
             for queue in families[name]:
@@ -161,7 +213,8 @@ def _require_names(app: Any, registries: Sequence[registry.Registry]) -> None:
     """Judge what has been declared since the app was finalized, too."""
     for declared in registries:
         for service in declared.services.values():
-            names.require_free(app, service)
+            for method in service.methods.values():
+                registration.require_ours(app, service, method)
 
 
 def _belongs(declared: registry.Registry, app: Any) -> bool:
@@ -183,10 +236,10 @@ def _pool_name(pool_cls: Any) -> str:
 
 
 def _require_supported(pool: str, served: Sequence[services.Service]) -> None:
-    if pool not in _POOLS.values():
-        names = ", ".join(one.name for one in served)
+    if pool not in (*_SERVING, serving.GPU_POOL):
+        names = ", ".join(service.name for service in served)
+        reason = _REASONS.get(pool, "asynchronous tasks need an event loop beside Celery's")
         raise errors.ConfigurationError(
-            f"the pool {pool!r} cannot serve {names}: asynchronous tasks need an event loop beside "
-            f"Celery's; start this worker with the GPU pool (celery -A proj gw worker), or with -P "
-            f"prefork, threads or solo"
+            f"the pool {pool!r} cannot serve {names}: {reason}; start this worker with the GPU "
+            f"pool (celery -A proj gw worker), or with -P {' or '.join(_SERVING)}"
         )

@@ -27,7 +27,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[example.Projec
 @pytest.fixture(scope="module")
 def unbatched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[example.Project]:
     """The same with the model in one of Celery's own pools, which form no batches."""
-    with _running(tmp_path_factory.mktemp("unbatched"), ("-P", "threads")) as running:
+    with _running(tmp_path_factory.mktemp("unbatched"), ("-P", "prefork")) as running:
         yield running
 
 

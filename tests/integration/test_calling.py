@@ -42,7 +42,7 @@ def worker(
     with processes.workers(log_dir, redis_server.broker_url, redis_server.result_url) as start:
         yield start(
             "served:celery",
-            pool="threads",
+            pool="prefork",
             concurrency=8,
             queues="cpu,celery",
             env={"LEDGER": str(module_ledger)},

@@ -24,7 +24,7 @@ def urls(
     broker, result = redis_tcp_urls
     env = {"LEDGER": str(ledger_path)}
     with processes.workers(tmp_path, broker, result) as start_worker:
-        start_worker("served:celery", pool="threads", concurrency=4, env=env)
+        start_worker("served:celery", pool="prefork", concurrency=4, env=env)
         yield {"CELERY_BROKER_URL": broker, "CELERY_RESULT_BACKEND": result, **env}
 
 

@@ -1,8 +1,7 @@
-"""Contexts, class tasks and async bodies under Celery's own prefork, solo and threads pools."""
+"""Contexts, class tasks and async bodies under Celery's own prefork and solo pools."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from tests.processes import StartWorker, WorkerProcess, eventually
 
 pytestmark = pytest.mark.integration
 
-POOLS = ["prefork", "solo", "threads"]
+POOLS = ["prefork", "solo"]
 StartServed = Callable[..., WorkerProcess]
 
 
@@ -219,12 +218,22 @@ def test_a_child_that_dies_with_an_input_gives_it_to_the_next(
     assert len(ledger.words(ledger_path, "ended")) == 1
 
 
-@pytest.mark.parametrize("pool", ["eventlet", "gevent"])
-def test_green_pools_are_refused_with_the_reason(pool: str, start_served: StartServed) -> None:
-    pytest.importorskip(pool)
+@pytest.mark.parametrize("pool", ["threads", "eventlet", "gevent"])
+def test_other_pools_are_refused_with_the_remedy(pool: str, start_served: StartServed) -> None:
+    if pool != "threads":
+        pytest.importorskip(pool)
     worker = start_served(pool, wait_ready=False)
     assert worker.wait_exit(40) != 0
     assert f"the pool {pool!r} cannot serve" in worker.log_text()
+    assert "or with -P prefork or solo" in worker.log_text()
+
+
+def test_the_threads_pool_runs_the_tasks_of_a_project_that_are_no_services(
+    start_served: StartServed, ledger_path: Path
+) -> None:
+    start_served("threads", queues="celery")
+    assert served.plain.delay(1).get(timeout=20) == 2
+    assert ledger.read(ledger_path) == []
 
 
 def test_what_does_not_act_on_a_stock_pool_is_said_once(start_served: StartServed) -> None:
@@ -266,11 +275,10 @@ def test_a_hard_limit_fails_the_task_and_the_worker_goes_on(
         assert len(ledger.words(ledger_path, "cancelled")) == 1
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
 def test_revoke_with_terminate_cancels_the_coroutine(
-    pool: str, start_served: StartServed, ledger_path: Path
+    start_served: StartServed, ledger_path: Path
 ) -> None:
-    start_served(pool, concurrency=2)
+    start_served("prefork", concurrency=2)
     sent = served.rest.delay(30.0)
     neighbour = served.record.delay("neighbour", 2.0)
     eventually(lambda: len(ledger.words(ledger_path, "began")) == 2)
@@ -280,53 +288,6 @@ def test_revoke_with_terminate_cancels_the_coroutine(
     eventually(lambda: ledger.words(ledger_path, "cancelled"))
     assert neighbour.get(timeout=10) == "neighbour"
     assert served.square.options(timeout=20).remote(3) == 9
-
-
-def test_what_is_terminated_while_it_waits_for_a_thread_never_begins(
-    start_served: StartServed, ledger_path: Path
-) -> None:
-    worker = start_served("threads", extra_args=["--prefetch-multiplier=3"])
-    first = served.record.delay("first", 2.0)
-    waiting = [served.record.delay("second"), served.Classifier().slow.delay(0.0)]
-    eventually(lambda: all(one.id in worker.log_text() for one in waiting))
-    for one in waiting:
-        one.revoke(terminate=True)
-    assert first.get(timeout=10) == "first"
-    assert served.square.options(timeout=20).remote(3) == 9
-    for one in waiting:
-        with pytest.raises(TaskRevokedError):
-            one.get(timeout=10)
-    assert [line[2] for line in ledger.words(ledger_path, "began")] == ["first"]
-    asked = served.celery.control.inspect(destination=[worker.node])
-    eventually(lambda: not asked.active()[worker.node] and not asked.reserved()[worker.node])
-
-
-def test_a_synchronous_body_that_cannot_be_terminated_spares_no_other_input(
-    start_served: StartServed, ledger_path: Path
-) -> None:
-    worker = start_served("threads", concurrency=5)
-    kept = served.Classifier().slow.delay(4.0)
-    ended = [served.rest.delay(30.0, f"r{n}") for n in range(4)]
-    eventually(lambda: len(ledger.words(ledger_path, "began")) == 5)
-    for one in ended:  # ids are a set to Celery: in some of them it is the first
-        served.celery.control.terminate([kept.id, one.id])
-    for one in ended:
-        with pytest.raises(TaskRevokedError):
-            one.get(timeout=10)
-    # Its caller is told by Celery 5.6 that it was revoked, whatever becomes of it.
-    eventually(lambda: ledger.words(ledger_path, "ended"))
-    assert "cannot be stopped on the threads pool" in worker.log_text()
-
-
-def test_what_waits_for_its_instance_on_the_threads_pool_can_be_terminated(
-    start_served: StartServed, ledger_path: Path
-) -> None:
-    start_served("threads", {"LOAD_HOOK": "8"})
-    sent = served.Classifier(model="large").classify.delay(0.6)
-    eventually(lambda: ["loading", "large"] in [one[1:] for one in ledger.read(ledger_path)])
-    sent.revoke(terminate=True)
-    with pytest.raises(TaskRevokedError):
-        sent.get(timeout=5)
 
 
 def test_a_family_expands_to_the_queues_of_its_services(start_served: StartServed) -> None:
@@ -370,19 +331,6 @@ def test_a_body_awaits_another_service_of_its_process_without_a_message(
     start_served("prefork")
     label = served.Classifier(threshold=0.1).label.remote(0.5)
     assert label == served.Label("positive", 0.25)
-
-
-def test_the_current_task_is_right_everywhere_in_interleaved_bodies(
-    start_served: StartServed,
-) -> None:
-    start_served("threads", concurrency=8)
-
-    async def all_right() -> list[tuple[str, list[str]]]:
-        sent = [served.current.spawn(3) for _ in range(40)]
-        return [(one.id, await one) for one in sent]
-
-    for task_id, seen in asyncio.run(all_right()):
-        assert seen == [task_id] * 5
 
 
 def test_prefork_does_not_fork_once_cuda_is_up(

@@ -13,8 +13,7 @@ from celery import Celery
 
 import gw_celery as gw
 from gw_celery import devserver
-from gw_celery.client import result_sources
-from gw_celery.client import watcher as client_watcher
+from gw_celery.client import calls, result_sources
 
 pytestmark = pytest.mark.integration
 
@@ -29,8 +28,8 @@ def app(redis_url: str, result_url: str) -> Celery:
 
 
 @pytest.fixture
-def watcher(app: Celery) -> Iterator[client_watcher.Watcher]:
-    made = client_watcher.Watcher(app)
+def watcher(app: Celery) -> Iterator[calls.Watcher]:
+    made = calls.Watcher(app)
     yield made
     made.close()
 
@@ -43,7 +42,7 @@ async def until(claim: Callable[[], Any]) -> None:
 
 def test_each_loss_of_the_connection_is_followed_by_the_first_delay(
     app: Celery,
-    watcher: client_watcher.Watcher,
+    watcher: calls.Watcher,
     redis_server: devserver.Server,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -72,7 +71,7 @@ def test_each_loss_of_the_connection_is_followed_by_the_first_delay(
 
 
 def test_a_notification_that_was_lost_is_made_good_however_many_calls_come(
-    app: Celery, watcher: client_watcher.Watcher, monkeypatch: pytest.MonkeyPatch
+    app: Celery, watcher: calls.Watcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def deaf(*args: Any) -> None:
         await asyncio.Event().wait()
@@ -97,7 +96,7 @@ def test_a_notification_that_was_lost_is_made_good_however_many_calls_come(
 
 def test_an_error_that_nobody_foresaw_is_logged_and_answers_still_come(
     app: Celery,
-    watcher: client_watcher.Watcher,
+    watcher: calls.Watcher,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -13,7 +13,7 @@ from kombu.transport import memory
 
 import gw_celery as gw
 from gw_celery import devserver, testing
-from gw_celery.runtime import in_process
+from gw_celery.client import execution
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def _messages_stay_in_their_test() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _every_runtime_is_stopped() -> Iterator[None]:
     yield
-    left = in_process.current()
+    left = execution.current()
     if left is not None:
-        in_process.adopt(None)
+        execution.install(None)
         left.stop()
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import types
-
 import pytest
 from celery import Celery
 
@@ -153,27 +151,3 @@ def test_a_visibility_of_the_users_under_a_limit_is_an_error(celery_app) -> None
         preset.require_visibility(celery_app, [app.registry])
     assert "['visibility_timeout']=200" in str(caught.value)
     assert "300 s" in str(caught.value)
-
-
-def test_a_worker_that_serves_gets_time_to_load(celery_app) -> None:
-    worker = types.SimpleNamespace(app=celery_app, prefetch_multiplier=4)
-    preset.tune_worker(worker, conf.Settings(start_timeout=900))
-
-    assert celery_app.conf.worker_proc_alive_timeout > 900
-    assert celery_app.conf.worker_cancel_long_running_tasks_on_connection_loss is False
-    assert worker.prefetch_multiplier == 1
-
-
-def test_a_prefetch_of_the_users_is_kept(celery_app) -> None:
-    celery_app.conf.worker_prefetch_multiplier = 4
-    worker = types.SimpleNamespace(app=celery_app, prefetch_multiplier=4)
-    preset.tune_worker(worker, conf.Settings())
-
-    assert worker.prefetch_multiplier == 4
-
-
-def test_a_prefetch_of_the_command_line_is_kept(celery_app) -> None:
-    worker = types.SimpleNamespace(app=celery_app, prefetch_multiplier=3)
-    preset.tune_worker(worker, conf.Settings())
-
-    assert worker.prefetch_multiplier == 3

@@ -193,18 +193,6 @@ async def typed(query: Query) -> Query:
     return Query(text=query.text.upper(), top_k=query.top_k)
 
 
-@app.remote(gpu=gw.Gpu("CPU"))
-async def current(depth: int) -> list[str]:
-    """The id that the body, its gathered children and its threads see."""
-
-    async def seen() -> str:
-        await asyncio.sleep(0.01)
-        return str(current_task.request.id)
-
-    in_thread = await asyncio.to_thread(lambda: str(current_task.request.id))
-    return [await seen(), *await asyncio.gather(*(seen() for _ in range(depth))), in_thread]
-
-
 @dataclass
 class Label:
     name: str

@@ -75,7 +75,7 @@ def test_parameters_are_given_by_name(classifier) -> None:
 def test_parameters_travel_as_canonical_json_in_a_header(classifier) -> None:
     signature = classifier(threshold=1, language="de").classify.s("x")
 
-    assert signature.options["headers"] == {bound.PARAMETERS: '{"language":"de","threshold":1.0}'}
+    assert signature.options["headers"] == {"gw_params": '{"language":"de","threshold":1.0}'}
     assert classifier().classify.s("x").options == {}
 
 
@@ -84,7 +84,7 @@ def test_headers_of_the_callers_travel_beside_the_parameters(classifier) -> None
     signature = method.signature(("x",), headers={"trace": "b"})
 
     assert signature.options["headers"] == {
-        bound.PARAMETERS: json.dumps({"threshold": 0.7}, separators=(",", ":")),
+        "gw_params": json.dumps({"threshold": 0.7}, separators=(",", ":")),
         "tenant": "a",
         "trace": "b",
     }
@@ -146,7 +146,7 @@ def test_canvas_that_would_bypass_the_loaded_state_is_refused(classifier, name: 
 
     with pytest.raises(gw.UsageError) as caught:
         getattr(classifier(threshold=0.7).classify, name)(*args)
-    assert f"Classifier.classify.{name}() would call the body one by one" in str(caught.value)
+    assert ".chunks() would call the body one by one" in str(caught.value)
     assert "write group(Classifier(...).classify.s(x) for x in xs)" in str(caught.value)
 
 

@@ -11,6 +11,8 @@ from celery import Celery, _state, shared_task
 import gw_celery as gw
 from tests.unit.refusals import refused
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is already registered")  # Celery 5.7
+
 PLAIN = f"{__name__}.plain"
 NAME = "search.rank"
 
@@ -59,52 +61,50 @@ def declare_plain(celery_app: Celery, how: str) -> None:
         celery_app.finalize()
 
 
-@pytest.mark.parametrize("how", ["pending", "not shared", "used", "finalized", "shared"])
 @pytest.mark.parametrize("is_class", [False, True])
-def test_a_service_with_the_name_of_a_plain_task_is_refused(app, how, is_class) -> None:
-    declare_plain(app.celery, how)
+def test_a_service_with_the_name_of_a_plain_task_is_refused(app, is_class) -> None:
+    declare_plain(app.celery, "finalized")
     error = refused(app.cls, Model()) if is_class else refused(app.remote(name=NAME), ours)
 
     assert (error.argument, error.value) == ("name", NAME)
     assert f"the plain Celery task {PLAIN}" in error.rule
     assert f"{__name__}.{'Model' if is_class else 'ours'} and" in error.rule
-    assert app.registry.services == {}
 
 
-@pytest.mark.parametrize("how", ["pending", "used", "finalized", "shared"])
-def test_a_lazy_app_is_refused_the_name_of_a_plain_task_of_the_app_in_use(lazy, how) -> None:
-    declare_plain(lazy.celery, how)
-    error = refused(lazy.remote(name=NAME), ours)
+@pytest.mark.parametrize("how", ["pending", "not shared", "used", "shared"])
+def test_it_is_refused_when_celery_makes_its_task(app, how) -> None:
+    declare_plain(app.celery, how)
+    app.remote(name=NAME)(ours)
 
-    assert (error.argument, error.value) == ("name", NAME)
-    assert PLAIN in error.rule
+    assert PLAIN in refused(app.celery.finalize).rule
+
+
+def test_it_is_refused_at_its_first_use_at_the_latest(app) -> None:
+    declare_plain(app.celery, "used")
+    task = app.remote(name=NAME)(ours)
+
+    assert PLAIN in refused(lambda: task.name).rule
+
+
+def test_a_lazy_app_is_refused_the_name_of_a_plain_task_of_the_app_in_use(lazy) -> None:
+    declare_plain(lazy.celery, "finalized")
+
+    assert PLAIN in refused(lazy.remote(name=NAME), ours).rule
+
+
+def test_a_lazy_app_is_refused_it_when_a_celery_app_gets_its_tasks() -> None:
+    gw.App("lazy").remote(name=NAME)(ours)
+    celery_app = Celery("late", broker="memory://", set_as_current=False)
+    declare_plain(celery_app, "used")
+
+    assert PLAIN in refused(celery_app.finalize).rule
 
 
 def test_a_name_that_celery_makes_is_known_too(app: gw.App) -> None:
     app.celery.task(plain)
+    app.celery.finalize()
 
     assert refused(app.remote(name=PLAIN), ours).value == PLAIN
-
-
-@pytest.mark.filterwarnings("ignore:.*is already registered")  # Celery 5.7 says so, too
-@pytest.mark.parametrize("how", ["pending", "not shared", "shared"])
-def test_a_plain_task_that_comes_second_is_refused_when_the_app_is_finalized(app, how) -> None:
-    app.remote(name=NAME)(ours)
-    declare_plain(app.celery, how)
-    error = refused(app.celery.finalize)
-
-    assert (error.argument, error.value) == ("name", NAME)
-    assert PLAIN in error.rule
-
-
-@pytest.mark.filterwarnings("ignore:.*is already registered")
-@pytest.mark.parametrize("how", ["pending", "shared"])
-def test_a_plain_task_after_that_of_a_lazy_app_is_refused_when_it_is_bound(how) -> None:
-    gw.App("lazy").remote(name=NAME)(ours)
-    celery_app = Celery("late", broker="memory://", set_as_current=False)
-    declare_plain(celery_app, how)
-
-    assert PLAIN in refused(celery_app.finalize).rule
 
 
 def test_a_plain_task_of_another_celery_app_is_in_nobodys_way(app: gw.App) -> None:

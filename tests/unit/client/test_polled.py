@@ -9,8 +9,8 @@ import kombu.exceptions
 from celery import states
 
 from gw_celery import errors
-from gw_celery.client import polled
-from gw_celery.client.polled import PolledSource, RpcSource
+from gw_celery.client import result_sources
+from gw_celery.client.result_sources import PolledSource, RpcSource
 
 INTERVAL = 0.001
 LONG = 60.0
@@ -52,8 +52,8 @@ def success(task_id: str) -> Mapping[str, Any]:
 def test_a_backend_that_is_away_is_asked_ever_more_seldom_and_with_one_line_each(
     monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr(polled, "LONGEST_DELAY", 0.004)
-    monkeypatch.setattr(polled, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(result_sources, "LONGEST_DELAY", 0.004)
+    monkeypatch.setattr(result_sources, "FIRST_DELAY", 0.001)
     failures = 0
 
     def read(task_id: str) -> Mapping[str, Any]:
@@ -75,7 +75,7 @@ def test_a_backend_that_is_away_is_asked_ever_more_seldom_and_with_one_line_each
 
 
 def test_one_record_that_fails_keeps_no_other_from_being_read(monkeypatch) -> None:
-    monkeypatch.setattr(polled, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(result_sources, "FIRST_DELAY", 0.001)
     reads: list[str] = []
 
     def read(task_id: str) -> Mapping[str, Any]:
@@ -102,7 +102,7 @@ def test_a_record_that_cannot_be_decoded_ends_the_wait_with_its_reason() -> None
 
 
 def test_the_answer_of_another_task_that_cannot_be_decoded_ends_no_wait(monkeypatch) -> None:
-    monkeypatch.setattr(polled, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(result_sources, "FIRST_DELAY", 0.001)
     slurped: list[str] = []
 
     def read(task_id: str) -> Mapping[str, Any]:

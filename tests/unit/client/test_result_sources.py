@@ -11,7 +11,7 @@ import pytest
 from celery import Celery
 
 from gw_celery import conf
-from gw_celery.client import polled, result_sources
+from gw_celery.client import result_sources
 from gw_celery.replica import result_backends
 from tests.processes import environment
 from tests.unit.runtime.tracers import DEADLINE, Around
@@ -27,9 +27,9 @@ def source_of(app: Celery) -> result_sources.Source:
     [
         ("redis://db.example:1", result_sources.RedisSource),
         ("rediss://db.example:1?ssl_cert_reqs=required", result_sources.RedisSource),
-        ("sentinel://db.example:1", polled.PolledSource),
-        ("cache+memory://", polled.PolledSource),
-        ("rpc://", polled.RpcSource),
+        ("sentinel://db.example:1", result_sources.PolledSource),
+        ("cache+memory://", result_sources.PolledSource),
+        ("rpc://", result_sources.RpcSource),
     ],
 )
 def test_redis_notifies_and_every_other_backend_is_asked(
@@ -45,7 +45,7 @@ def test_a_server_that_accepts_and_never_answers_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(result_sources, "ANSWER_TIMEOUT", 0.05)
-    monkeypatch.setattr(polled, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(result_sources, "FIRST_DELAY", 0.001)
     again = asyncio.Event()
     connections: list[asyncio.StreamWriter] = []
 

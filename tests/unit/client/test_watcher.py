@@ -14,7 +14,6 @@ from celery.backends import cache
 
 import gw_celery as gw
 from gw_celery.client import calls, results
-from gw_celery.client import watcher as client_watcher
 from tests.processes import eventually
 
 LONG = 60.0
@@ -29,7 +28,7 @@ def square(app: gw.App) -> Any:
     async def square(x): ...
 
     yield square
-    watcher = client_watcher._watchers.pop(id(app.celery), None)
+    watcher = calls._watchers.pop(id(app.celery), None)
     if watcher is not None:
         watcher.close()
 
@@ -176,7 +175,7 @@ def test_many_calls_wait_in_one_thread(square) -> None:
 def test_the_threads_that_publish_share_one_pool_of_producers(square) -> None:
     amqp = square.app.amqp
     assert amqp._producer_pool is None
-    client_watcher.watcher(square.app)
+    calls.watcher(square.app)
     assert amqp._producer_pool is not None
 
 
@@ -222,7 +221,7 @@ def test_a_wait_that_is_cancelled_revokes_the_call(square, monkeypatch) -> None:
 def test_too_many_that_wait_are_refused(square) -> None:
     square.app.conf.gw_max_waiting = 1
 
-    watcher = client_watcher.watcher(square.app)
+    watcher = calls.watcher(square.app)
 
     async def both() -> list[Any]:
         waits = [asyncio.ensure_future(watcher.meta(one)) for one in ("1", "2")]
@@ -309,7 +308,7 @@ def test_a_call_that_was_not_sent_yet_is_not_sent_any_more(square, frozen) -> No
 def test_too_many_that_wait_to_be_sent_are_refused(square, frozen) -> None:
     square.app.conf.gw_publish_threads = 1
     square.app.conf.gw_max_waiting = 1
-    watcher = client_watcher.watcher(square.app)
+    watcher = calls.watcher(square.app)
     began = threading.Event()
     watcher.submit(lambda **_: (began.set(), frozen.wait(LONG)))
     assert began.wait(LONG)

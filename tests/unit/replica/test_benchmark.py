@@ -11,12 +11,13 @@ from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 
 import gw_celery as gw
 from gw_celery import conf
+from gw_celery.client import execution
 from gw_celery.declare import services
 from gw_celery.policy import scores
 from gw_celery.protocol import snapshot
 from gw_celery.replica import benchmark, tracer
 from gw_celery.replica import input as replica_input
-from gw_celery.runtime import batcher, current_batch, in_process, loop
+from gw_celery.runtime import batcher, in_process, loop
 from tests.unit.runtime.tracers import Around, run
 
 ONE = [{"x": 1}]
@@ -35,7 +36,7 @@ def measured(
             conf.Settings(), enforces_limits=False, host=hosted, batchers=batchers
         )
         runtime.start()
-        in_process.adopt(runtime)
+        execution.install(runtime)
         celery_app.finalize()
         tracer.prepare(celery_app, "unit@host")
         inputs = tracer.Inputs(celery_app, lambda report: None, 20, Around())
@@ -47,7 +48,7 @@ def measured(
             async with asyncio.timeout(within):
                 return await benchmark.Measurement(task, inputs.called, grace).run()
         finally:
-            in_process.adopt(None)
+            execution.install(None)
             await runtime.leave()
 
     found: snapshot.TaskScore = run(act)
@@ -143,7 +144,7 @@ def test_a_batched_method_is_measured_in_full_batches(app: gw.App, *, is_async: 
     batches: list[Any] = []
 
     def note(xs: list[int]) -> list[int]:
-        batches.append(current_batch.current_batch())
+        batches.append(execution.current_batch())
         return xs
 
     class Embedder:

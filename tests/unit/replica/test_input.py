@@ -8,9 +8,9 @@ import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery import errors
+from gw_celery.client import execution
 from gw_celery.replica import input as replica_input
-from gw_celery.runtime import body as runtime_body
-from gw_celery.runtime import greenlet_bridge, in_process
+from gw_celery.runtime import greenlet_bridge
 from tests.unit.runtime.tracers import an_input, keep, run
 
 # -- on the loop --
@@ -93,7 +93,7 @@ def test_a_stopped_body_is_cancelled_on_the_loop_and_its_tracer_ends() -> None:
         assert tracing.cancelling() == 0
         return outcome
 
-    assert isinstance(on_loop(act), runtime_body.Revoked)
+    assert isinstance(on_loop(act), execution.Revoked)
 
 
 def test_a_body_on_the_loop_that_swallows_its_cancellation_is_not_answered() -> None:
@@ -110,7 +110,7 @@ def test_a_body_on_the_loop_that_swallows_its_cancellation_is_not_answered() -> 
         held.one.stop()
         return await tracing
 
-    assert isinstance(on_loop(act), runtime_body.Revoked)
+    assert isinstance(on_loop(act), execution.Revoked)
 
 
 def test_a_stop_after_a_soft_limit_of_the_same_moment_wins_on_the_loop() -> None:
@@ -121,14 +121,14 @@ def test_a_stop_after_a_soft_limit_of_the_same_moment_wins_on_the_loop() -> None
         held.one.stop()
         return await tracing
 
-    assert isinstance(on_loop(act), runtime_body.Revoked)
+    assert isinstance(on_loop(act), execution.Revoked)
 
 
 @pytest.mark.parametrize(
     ("interrupt", "expected"),
     [
         (lambda one: one.limit(5), SoftTimeLimitExceeded),
-        (lambda one: one.stop(), runtime_body.Revoked),
+        (lambda one: one.stop(), execution.Revoked),
     ],
     ids=["limit", "stop"],
 )
@@ -214,7 +214,7 @@ def test_a_cancellation_of_the_bodys_own_making_is_its_failure() -> None:
 def test_a_body_that_cancels_its_task_fails_unless_its_process_ends(
     serves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_process, "current", lambda: object() if serves else None)
+    monkeypatch.setattr(execution, "current", lambda: object() if serves else None)
 
     async def act(held: Loop) -> Any:
         async def body() -> None:
@@ -228,7 +228,7 @@ def test_a_body_that_cancels_its_task_fails_unless_its_process_ends(
 
     outcome = on_loop(act)
     assert type(outcome) is (errors.BodyExited if serves else asyncio.CancelledError)
-    assert not isinstance(outcome, runtime_body.Revoked)
+    assert not isinstance(outcome, execution.Revoked)
 
 
 # -- whose body it is --
@@ -266,7 +266,7 @@ def test_the_tracer_of_an_input_is_open_to_its_limits() -> None:
     one.stop()
     token = replica_input.current.set(one)
     try:
-        with pytest.raises(runtime_body.Revoked):
+        with pytest.raises(execution.Revoked):
             replica_input.open_body(lambda: "never")()
     finally:
         replica_input.current.reset(token)

@@ -13,8 +13,8 @@ import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.serialization import get_pickleable_exception
 
+from gw_celery.client import execution
 from gw_celery.replica import input as replica_input
-from gw_celery.runtime import body as runtime_body
 from tests.unit.runtime.tracers import DEADLINE, an_input, keep
 
 
@@ -60,7 +60,7 @@ def interrupt(one: replica_input.InFlight, how: str) -> None:
 
 
 outcomes = pytest.mark.parametrize(
-    ("how", "expected"), [("limit", SoftTimeLimitExceeded), ("stop", runtime_body.Revoked)]
+    ("how", "expected"), [("limit", SoftTimeLimitExceeded), ("stop", execution.Revoked)]
 )
 hows = pytest.mark.parametrize("how", ["limit", "stop"])
 
@@ -104,12 +104,12 @@ def test_a_body_in_a_thread_that_swallows_its_stop_is_not_answered() -> None:
     def body() -> str:
         try:
             return held.work()
-        except runtime_body.Revoked:
+        except execution.Revoked:
             return "I go on"
 
     held.trace(lambda: held.one.run_body(body, (), {}))
     held.one.stop()
-    assert isinstance(held.end(), runtime_body.Revoked)
+    assert isinstance(held.end(), execution.Revoked)
 
 
 @outcomes

@@ -12,6 +12,7 @@ from celery import current_task
 
 import gw_celery as gw
 from gw_celery import conf
+from gw_celery.client import execution
 from gw_celery.protocol import frames
 from gw_celery.replica import probe
 from gw_celery.runtime import in_process
@@ -23,9 +24,9 @@ from tests.unit.runtime.tracers import Around
 def runtime() -> Iterator[in_process.Process]:
     runtime = in_process.Process(conf.Settings())
     runtime.start()
-    in_process.adopt(runtime)
+    execution.install(runtime)
     yield runtime
-    in_process.adopt(None)
+    execution.install(None)
     runtime.stop()
 
 
@@ -104,12 +105,12 @@ def test_probes_run_on_the_loop_or_in_a_thread_of_their_own(serve: Any, around: 
     class Model:
         @gw.method()
         async def on_loop(self) -> dict[str, Any]:
-            return {"ok": in_process.current().is_on_loop(), "task": bool(current_task)}  # type: ignore[union-attr]
+            return {"ok": execution.current().is_on_loop(), "task": bool(current_task)}  # type: ignore[union-attr]
 
         @gw.method()
         def in_thread(self) -> dict[str, Any]:
             here = threading.current_thread()
-            return {"ok": here.daemon and not in_process.current().is_on_loop()}  # type: ignore[union-attr]
+            return {"ok": here.daemon and not execution.current().is_on_loop()}  # type: ignore[union-attr]
 
     replica = serve(Model)
     assert replica.answer("on_loop") == (True, "{'ok': True, 'task': False}")

@@ -18,6 +18,7 @@ from celery.exceptions import BackendStoreError
 from celery.utils import imports
 
 from gw_celery import conf
+from gw_celery.client import execution
 from gw_celery.replica import input as replica_input
 from gw_celery.replica import result_backends
 from gw_celery.runtime import in_process, offload
@@ -253,7 +254,7 @@ def test_a_thread_of_a_process_that_serves_stores_from_its_loop(
 ) -> None:
     serving = in_process.Process(conf.read(redis_backend.app.conf))
     serving.start()
-    in_process.adopt(serving)
+    execution.install(serving)
     redis_backend.mark_as_done("id-1", "answer")
     assert [one[0] for one in writer.commands] == ["get", "set"]
 

@@ -10,8 +10,8 @@ import pytest
 from celery.exceptions import Ignore
 
 import gw_celery as gw
-from gw_celery import errors
-from gw_celery.runtime import batcher, current_batch
+from gw_celery import errors, types
+from gw_celery.runtime import batch_items, batcher
 from gw_celery.testing import FakeClock
 
 Submit = Callable[..., Awaitable[Any]]
@@ -55,7 +55,7 @@ class Calls:
 
     def __init__(self, answer: Callable[[list[Any]], Any] = lambda xs: [x * 10 for x in xs]):
         self.seen: list[list[Any]] = []
-        self.batches: list[current_batch.Batch | None] = []
+        self.batches: list[types.Batch | None] = []
         self.was_cancelled = asyncio.Event()
         self.open = asyncio.Event()
         self.open.set()
@@ -558,9 +558,9 @@ def test_an_input_begins_when_its_batch_does_and_one_that_was_withdrawn_does_not
         calls.open.clear()
         first = asyncio.ensure_future(submit(0))
         await calls.entered.wait()
-        current_batch.joining.set(wanted)
+        batch_items.joining.set(wanted)
         staying = asyncio.ensure_future(submit(1))
-        current_batch.joining.set(gone)
+        batch_items.joining.set(gone)
         leaving = asyncio.ensure_future(submit(2))
         await asyncio.sleep(0)
         assert wanted.begun == 0
@@ -576,7 +576,7 @@ def test_an_input_begins_when_its_batch_does_and_one_that_was_withdrawn_does_not
 
 def test_a_suspect_waits_for_nobody() -> None:
     async def test(submit: Submit, _: Any) -> None:
-        current_batch.joining.set(Joining(runs_alone=True))
+        batch_items.joining.set(Joining(runs_alone=True))
         assert await asyncio.wait_for(submit(1), 10) == 10
 
     gathering(test, Calls(), max_batch_size=8, wait_ms=600_000)
@@ -679,12 +679,12 @@ def test_the_body_belongs_to_no_input() -> None:
 
     async def body(xs: list[int], scale: list[int]) -> list[int]:
         found.append(
-            (current_batch.joining.get(), current_batch.held.get(), current_batch.is_in_batch.get())
+            (batch_items.joining.get(), batch_items.held.get(), batch_items.is_in_batch.get())
         )
         return xs
 
     async def test(submit: Submit, _: Any) -> None:
-        current_batch.joining.set(Joining())
+        batch_items.joining.set(Joining())
         await submit(1)
         assert gw.current_batch() is None
 

@@ -11,6 +11,7 @@ from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown, WorkerTermi
 
 import gw_celery as gw
 from gw_celery import conf, errors
+from gw_celery.client import execution
 from gw_celery.declare import services
 from gw_celery.runtime import body, in_process
 
@@ -22,7 +23,7 @@ def run(app: gw.App):
     """A function that runs one input of the only service, as the tracer of a stock pool does."""
     runtime = in_process.Process(conf.Settings(cancel_timeout=LONG))
     runtime.start()
-    in_process.adopt(runtime)
+    execution.install(runtime)
 
     def run(method: str, *args: Any, **given: Any) -> Any:
         (service,) = app.registry.services.values()
@@ -139,7 +140,7 @@ def test_a_stop_iteration_in_a_thread_ends_the_wait_of_who_awaits_it(app, run) -
         await asyncio.wait_for(Inner().stop(), 10)
 
     inner, service = app.registry.services.values()
-    runtime = in_process.current()
+    runtime = execution.current()
     assert runtime is not None
     runtime.enter([app.registry], [inner, service])
     with pytest.raises(RuntimeError, match="StopIteration"):
@@ -178,7 +179,7 @@ def test_a_sync_method_that_is_awaited_does_not_block_the_loop(app, run) -> None
         return await Slow().wait()
 
     went_on = threading.Event()
-    runtime = in_process.current()
+    runtime = execution.current()
     runtime.enter([app.registry], list(app.registry.services.values()))
 
     assert ask.local() == (True, True)
@@ -187,7 +188,7 @@ def test_a_sync_method_that_is_awaited_does_not_block_the_loop(app, run) -> None
 def test_an_async_body_runs_on_the_loop(app, run) -> None:
     @app.remote
     async def where():
-        return in_process.current().is_on_loop()
+        return execution.current().is_on_loop()
 
     assert run("where") is True
 
@@ -223,7 +224,7 @@ def test_a_soft_limit_is_raised_in_the_body(app, run) -> None:
 def test_a_hard_limit_ends_the_wait_and_cancels_the_body(app, run) -> None:
     waiting = Waiting(app)
 
-    with pytest.raises(body.HardLimit):
+    with pytest.raises(execution.HardLimit):
         run("wait", hard_limit=0.01)
     waiting.ended.wait(LONG)
     assert waiting.how == "CancelledError"
@@ -234,30 +235,21 @@ def test_a_revoked_input_ends_the_wait_and_cancels_the_body(app, run) -> None:
 
     def revoke() -> None:
         waiting.began.wait(LONG)
-        body.running.revoke("42")
+        assert body.running.interrupt("42", None)
 
     helper = threading.Thread(target=revoke)
     helper.start()
-    with pytest.raises(body.Revoked):
+    with pytest.raises(execution.Revoked):
         run("wait", task_id="42")
     helper.join()
     waiting.ended.wait(LONG)
     assert waiting.how == "CancelledError"
 
 
-def test_an_input_that_was_revoked_on_its_way_never_begins(app, run) -> None:
-    waiting = Waiting(app)
-    body.running.revoke("on its way")
-
-    with pytest.raises(body.Revoked):
-        run("wait", task_id="on its way")
-    assert not waiting.began.is_set()
-
-
 def test_limits_that_the_pool_enforces_are_not_ours(app) -> None:
     runtime = in_process.Process(conf.Settings(), enforces_limits=False)
     runtime.start()
-    in_process.adopt(runtime)
+    execution.install(runtime)
 
     @app.remote
     async def rest():
@@ -286,7 +278,7 @@ def test_an_instance_is_given_back_when_its_body_fails(app, run) -> None:
         with pytest.raises(ValueError):
             run(method)
     (service,) = app.registry.services.values()
-    (loaded,) = in_process.current().instances_of(service)._loaded
+    (loaded,) = execution.current().instances_of(service)._loaded
     assert loaded.in_use == 0
 
 
@@ -344,7 +336,7 @@ def test_an_exit_in_a_process_that_was_told_to_end_ends_it(app) -> None:
     raising(app, SystemExit(-241))
     runtime = in_process.Process(conf.Settings(), is_ending=lambda: True)
     runtime.start()
-    in_process.adopt(runtime)
+    execution.install(runtime)
     (service,) = app.registry.services.values()
     runtime.enter([app.registry], [service])
 
@@ -370,7 +362,7 @@ def test_a_body_that_awaits_one_that_exits_gets_its_failure(app, run) -> None:
         except errors.BodyExited as exc:
             return repr(exc.__cause__)
 
-    in_process.current().enter([app.registry], list(app.registry.services.values()))
+    execution.current().enter([app.registry], list(app.registry.services.values()))
 
     assert ask.local("leave") == "SystemExit(3)"
     assert ask.local("leave_too") == "SystemExit(4)"
@@ -407,7 +399,7 @@ class Loading:
         """Let the load go on; returns the instance that it made, once it is there."""
         self.goes_on.set()
         (service,) = app.registry.services.values()
-        return in_process.current().instances_of(service)
+        return execution.current().instances_of(service)
 
 
 LARGE = {"name": "large"}
@@ -417,7 +409,7 @@ METHODS = pytest.mark.parametrize("method", ["predict", "predict_async"])
 @METHODS
 @pytest.mark.parametrize(
     ("limit", "error"),
-    [("soft_limit", SoftTimeLimitExceeded), ("hard_limit", body.HardLimit)],
+    [("soft_limit", SoftTimeLimitExceeded), ("hard_limit", execution.HardLimit)],
 )
 def test_a_limit_ends_the_wait_for_a_load_which_goes_on(app, run, method, limit, error) -> None:
     loading = Loading(app)
@@ -439,7 +431,7 @@ def test_a_revoked_input_does_not_wait_for_its_load(app, run, method: str) -> No
 
     helper = threading.Thread(target=revoke)
     helper.start()
-    with pytest.raises(body.Revoked):
+    with pytest.raises(execution.Revoked):
         run(method, task_id="42", given=LARGE)
     helper.join()
     owner = loading.end(app)
@@ -450,7 +442,7 @@ def test_a_revoked_input_does_not_wait_for_its_load(app, run, method: str) -> No
 def test_what_comes_after_the_end_of_a_load_is_for_the_body(app, run) -> None:
     async def nothing() -> None: ...
 
-    call = in_process.current().call(nothing())
+    call = execution.current().call(nothing())
     assert not call.is_over
     call.run(LONG)
     assert call.is_over

@@ -10,7 +10,7 @@ import greenlet
 import pytest
 
 from gw_celery import errors
-from gw_celery.runtime import body as runtime_body
+from gw_celery.client import execution
 from gw_celery.runtime import body_guard
 
 
@@ -61,7 +61,7 @@ def test_an_asynchronous_body_fails_with_what_it_raised(exc: BaseException) -> N
 
 
 @pytest.mark.parametrize(
-    "exc", [ValueError(), runtime_body.Revoked(), runtime_body.HardLimit(3)], ids=repr
+    "exc", [ValueError(), execution.Revoked(), execution.HardLimit(3)], ids=repr
 )
 def test_an_error_and_what_stops_a_body_pass(exc: BaseException) -> None:
     with pytest.raises(type(exc)) as caught:

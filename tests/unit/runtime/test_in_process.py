@@ -10,6 +10,7 @@ from celery import current_task
 
 import gw_celery as gw
 from gw_celery import conf, errors
+from gw_celery.client import execution
 from gw_celery.runtime import in_process
 from tests.processes import eventually
 
@@ -20,7 +21,7 @@ LONG = 60.0
 def runtime() -> in_process.Process:
     runtime = in_process.Process(conf.Settings())
     runtime.start()
-    in_process.adopt(runtime)
+    execution.install(runtime)
     return runtime
 
 
@@ -59,7 +60,7 @@ def test_contexts_enter_once_when_a_service_of_their_app_is_served(app, runtime)
     assert app.get_context(weights) == "Weights"
     assert runtime.serves(one.key)
     assert runtime.serves(two.key)
-    in_process.adopt(None)
+    execution.install(None)
     runtime.stop()
     assert log == ["enter Weights", "leave Weights"]
 
@@ -213,7 +214,7 @@ def test_stopping_ends_the_thread_and_cancels_what_is_left_on_the_loop(app, runt
 
     entered(app, runtime)
     start.local()
-    in_process.adopt(None)
+    execution.install(None)
     runtime.stop()
 
     assert ended.is_set()
@@ -221,9 +222,9 @@ def test_stopping_ends_the_thread_and_cancels_what_is_left_on_the_loop(app, runt
 
 
 def test_a_process_of_another_pid_is_not_this_one(runtime, monkeypatch) -> None:
-    assert in_process.current() is runtime
+    assert execution.current() is runtime
     monkeypatch.setattr(runtime, "pid", runtime.pid + 1)
-    assert in_process.current() is None
+    assert execution.current() is None
     monkeypatch.undo()
 
 
@@ -298,7 +299,7 @@ def test_a_load_that_is_given_up_leaves_what_has_entered(app, runtime) -> None:
     with pytest.raises(SystemExit):
         runtime.enter([app.registry], list(app.registry.services.values()), check)
     runtime.stop()
-    in_process.adopt(None)
+    execution.install(None)
 
     assert log == ["leave Fast"]
 
@@ -317,7 +318,7 @@ def test_stopping_ends_a_load_of_another_thread(app, runtime) -> None:
     thread = threading.Thread(target=enter, daemon=True)
     thread.start()
     has_entered.wait(LONG)
-    in_process.adopt(None)
+    execution.install(None)
     runtime.stop()
     thread.join(LONG)
 

@@ -25,6 +25,18 @@ def together(*calls: Awaitable[Any]) -> list[Any]:
     return asyncio.run(main())
 
 
+def waited_for(clock: FakeClock, *calls: Awaitable[Any]) -> list[Any]:
+    """As ``together``, for calls that wait for others until the clock is moved."""
+
+    async def main() -> list[Any]:
+        answers = asyncio.gather(*calls, return_exceptions=True)
+        await clock.armed()
+        clock.advance(1)
+        return await asyncio.wait_for(answers, 10)
+
+    return asyncio.run(main())
+
+
 def squarer(app: gw.App, *, is_async: bool, seen: list[Any], **bounds: Any) -> Any:
     """A class task whose batched method notes its inputs, its batch and its thread."""
 
@@ -47,15 +59,14 @@ def squarer(app: gw.App, *, is_async: bool, seen: list[Any], **bounds: Any) -> A
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-@pytest.mark.parametrize("wait_ms", [0, 10])
-def test_calls_of_one_gather_share_calls_of_the_body(app, serve, is_async, wait_ms) -> None:
+def test_calls_of_one_gather_share_calls_of_the_body(app, is_async) -> None:
     seen: list[Any] = []
-    squares = squarer(app, is_async=is_async, seen=seen, max_batch_size=MANY, wait_ms=wait_ms)()
-    serve()
+    squares = squarer(app, is_async=is_async, seen=seen, max_batch_size=MANY, wait_ms=1)()
+    clock = FakeClock()
+    with in_process(app, clock=clock):
+        answers = waited_for(clock, *(squares.square(x) for x in range(MANY + 3)))
 
-    assert together(*(squares.square(x) for x in range(MANY + 3))) == [
-        x * x for x in range(MANY + 3)
-    ]
+    assert answers == [x * x for x in range(MANY + 3)]
     assert [xs for xs, _, _ in seen] == [list(range(MANY)), [MANY, MANY + 1, MANY + 2]]
     assert [(batch.size, batch.flush) for _, batch, _ in seen] == [(MANY, "full"), (3, "due")]
 
@@ -77,23 +88,34 @@ def test_an_exception_in_the_answer_fails_that_input_alone(app, serve) -> None:
         raise failed
 
 
-def test_keys_and_parameters_are_kept_apart_and_self_sees_its_own(app, serve) -> None:
+def test_the_calls_that_are_made_before_the_clock_moves_share_one_batch(app) -> None:
+    """However many they are: the loop that serves them has not come to most of them yet."""
     seen: list[Any] = []
+    squares = squarer(app, is_async=True, seen=seen, max_batch_size=1000, wait_ms=1)()
+    clock = FakeClock()
+    with in_process(app, clock=clock):
+        waited_for(clock, *(squares.square(x) for x in range(500)))
+    assert [len(xs) for xs, _, _ in seen] == [500]
+
+
+def test_keys_and_parameters_are_kept_apart_and_self_sees_its_own(app) -> None:
+    seen: list[Any] = []
+    clock = FakeClock()
 
     @app.cls
     class Scaled:
         scale: int = gw.parameter(default=1)
 
         @gw.method()
-        @gw.batched(max_batch_size=8, key=lambda x: x % 2)
+        @gw.batched(max_batch_size=8, wait_ms=1, key=lambda x: x % 2)
         async def times(self, xs: list[int]) -> list[int]:
             seen.append((self.scale, xs))
             return [x * self.scale for x in xs]
 
-    serve()
     plain, tenfold = Scaled(), Scaled(scale=10)
     calls = [one.times(x) for one in (plain, tenfold) for x in range(4)]
-    assert together(*calls) == [0, 1, 2, 3, 0, 10, 20, 30]
+    with in_process(app, clock=clock):
+        assert waited_for(clock, *calls) == [0, 1, 2, 3, 0, 10, 20, 30]
     assert sorted(seen) == [(1, [0, 2]), (1, [1, 3]), (10, [0, 2]), (10, [1, 3])]
 
 
@@ -190,7 +212,7 @@ def test_what_served_eagerly_before_gathers_inside_the_block_only(celery_app) ->
     app = gw.App("unit", celery=celery_app)
 
     @app.remote
-    @gw.batched(max_batch_size=4)
+    @gw.batched(max_batch_size=2, wait_ms=600_000)
     async def body(xs: list[int]) -> list[int]:
         sizes.append(len(xs))
         return xs

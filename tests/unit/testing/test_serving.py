@@ -7,7 +7,7 @@ from celery import Celery
 
 import gw_celery as gw
 from gw_celery import errors, testing
-from gw_celery.runtime import in_process
+from gw_celery.client import execution
 
 
 def app_with(name: str, log: list[str]) -> gw.App:
@@ -39,7 +39,7 @@ def test_everything_is_entered_for_the_block_and_left_after_it() -> None:
         assert log == ["enter first", "leave first"]
         log.clear()
     assert not app.celery.conf.task_always_eager
-    assert in_process.current() is None
+    assert execution.current() is None
     assert not [one for one in threading.enumerate() if one.name == "gw-loop"]
 
 
@@ -66,7 +66,7 @@ def test_a_start_that_fails_raises_and_leaves_nothing_behind(app) -> None:
 
     with pytest.raises(errors.StartupError, match="no weights"), testing.in_process(app):
         pass
-    assert in_process.current() is None
+    assert execution.current() is None
     assert not app.celery.conf.task_always_eager
 
 

@@ -1,22 +1,20 @@
-"""A request on the threads pool: two threads may answer it, and one of them revokes it."""
+"""Solo and the GPU pool answer every message in the worker's main thread, its signals included."""
 
 from __future__ import annotations
 
-import threading
-import time
-import types
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
-from billiard.einfo import ExceptionInfo
-from celery import Celery, states
-from celery.concurrency.thread import TaskPool
-from celery.exceptions import Ignore, TaskRevokedError
+from celery import Celery
 from kombu import Message, serialization
+from kombu.utils.imports import symbol_by_name
 
-from gw_celery.runtime import body as runtime_body
-from gw_celery.worker.request import Request
+import gw_celery as gw
+
+SECONDS = 10
 
 
 def message_of(app: Celery, task: str) -> Message:
@@ -33,42 +31,36 @@ def message_of(app: Celery, task: str) -> Message:
     )
 
 
+@pytest.fixture
+def on_signal() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Have SIGUSR1 call a function, as Celery's handler of SIGQUIT stops the pool."""
+    before = signal.getsignal(signal.SIGUSR1)
+
+    def install(call: Callable[[], None]) -> None:
+        def handle(number: int, frame: FrameType | None) -> None:
+            call()
+
+        signal.signal(signal.SIGUSR1, handle)
+
+    # A lock that an answer holds would hang this thread for good: end it with an error.
+    signal.signal(signal.SIGALRM, _raise)
+    signal.alarm(SECONDS)
+    yield install
+    signal.alarm(0)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError("an answer waits for the one that it interrupts")
+
+
 @pytest.mark.parametrize("second", ["acknowledge", "reject"])
 @pytest.mark.parametrize("first", ["acknowledge", "reject"])
-def test_two_threads_that_answer_a_message_at_once_answer_it_once(
-    celery_app: Celery, first: str, second: str
+def test_the_handler_of_a_signal_that_interrupts_an_answer_answers_others(
+    app: gw.App, on_signal: Callable[[Callable[[], None]], None], first: str, second: str
 ) -> None:
-    @celery_app.task(name="proj.embed")
-    def embed() -> None: ...
-
-    others: list[threading.Thread] = []
-    answers: list[str] = []
-
-    def answered(how: str) -> None:
-        answers.append(how)
-        if not others:
-            others.append(threading.Thread(target=getattr(request, second)))
-            others[0].start()
-            others[0].join(0.1)
-
-    request: Any = Request(
-        message_of(celery_app, "proj.embed"),
-        app=celery_app,
-        task=embed,
-        on_ack=lambda *_: answered("acknowledge"),
-        on_reject=lambda *_: answered("reject"),
-    )
-    getattr(request, first)()
-    others[0].join(10.0)
-    assert answers == [first]
-
-
-def test_a_message_is_answered_by_the_handler_of_a_signal_that_interrupts_an_answer(
-    celery_app: Celery,
-) -> None:
-    # As in a cold shutdown: Celery stops the pool in its handler, wherever its loop was.
-    @celery_app.task(name="proj.embed")
-    def embed() -> None: ...
+    @app.remote
+    async def embed() -> None: ...
 
     answers: list[str] = []
 
@@ -77,66 +69,12 @@ def test_a_message_is_answered_by_the_handler_of_a_signal_that_interrupts_an_ans
             meanwhile()
             answers.append(name)
 
-        message = message_of(celery_app, "proj.embed")
-        return Request(message, app=celery_app, task=embed, on_ack=answer)
+        message = message_of(app.celery, embed.name)
+        made = symbol_by_name(embed.Request)
+        return made(message, app=app.celery, task=embed, on_ack=answer, on_reject=answer)
 
     other = request_of("other", lambda: None)
-    interrupted = request_of("interrupted", other.acknowledge)
-    loop = threading.Thread(target=interrupted.acknowledge, daemon=True)
-    loop.start()
-    loop.join(10.0)
+    on_signal(getattr(other, second))
+    interrupted = request_of("interrupted", lambda: signal.raise_signal(signal.SIGUSR1))
+    getattr(interrupted, first)()
     assert answers == ["other", "interrupted"]
-
-
-@pytest.mark.parametrize("is_async", [True, False])
-def test_what_is_revoked_just_before_its_state_is_started_stays_revoked(
-    celery_app: Celery, monkeypatch: pytest.MonkeyPatch, *, is_async: bool
-) -> None:
-    @celery_app.task(name="proj.embed", track_started=True)
-    def embed() -> None: ...
-
-    embed.gw_method = types.SimpleNamespace(is_async=is_async)
-    monkeypatch.setattr(runtime_body, "running", Loading())
-    request: Any = Request(message_of(celery_app, "proj.embed"), app=celery_app, task=embed)
-    request.on_accepted(0, time.monotonic())
-    request.terminate(TaskPool(1), "TERM")
-    embed.backend.store_result("42", None, states.STARTED)  # its tracer, in the other thread
-    try:
-        raise Ignore  # what its task makes of the revocation of its body
-    except Ignore:
-        request.on_failure(ExceptionInfo())
-
-    assert embed.AsyncResult("42").state == states.REVOKED
-
-
-def test_a_request_that_is_terminated_as_it_is_accepted_is_announced_once(
-    celery_app: Celery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Eventer:
-        enabled = True
-
-        def send(self, kind: str, **fields: Any) -> None:
-            told.append(kind)
-            if kind == "task-started":  # the control command comes just then
-                request.terminate(TaskPool(1), "TERM")
-
-    @celery_app.task(name="proj.embed")
-    def embed() -> None: ...
-
-    embed.gw_method = types.SimpleNamespace(is_async=True)
-    monkeypatch.setattr(runtime_body, "running", Loading())
-    told: list[str] = []
-    message = message_of(celery_app, "proj.embed")
-    request: Any = Request(message, app=celery_app, task=embed, eventer=Eventer())
-    with pytest.raises(TaskRevokedError):
-        request.on_accepted(0, time.monotonic())
-    assert told == ["task-started", "task-revoked"]
-
-
-class Loading:
-    """Stands for what runs, with one input in it."""
-
-    def revoke(self, task_id: str) -> None: ...
-
-    def interrupt(self, task_id: str, exc: BaseException | None) -> bool:
-        return True

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import sys
 import types
-import warnings
 from typing import Any
 
 import kombu
 import pytest
-from celery import Celery, shared_task
+from celery import Celery, Task
 from celery.worker import control
 
 import gw_celery as gw
@@ -74,7 +73,7 @@ def test_prefork_is_refused_where_cuda_is_up_and_services_are_served(declared) -
 
 
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("pool", ["solo", "threads", "gw_celery.pool:TaskPool"])
+@pytest.mark.parametrize("pool", ["solo", "gw_celery.pool:TaskPool"])
 def test_a_pool_that_does_not_fork_does_not_mind_cuda(declared, pool, monkeypatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "A100")
     assert prepared(declared, "gpu.A100", pool=pool).served
@@ -85,6 +84,27 @@ def test_prefork_that_spawns_does_not_mind_cuda(declared) -> None:
     worker = worker_of(declared.celery, "gpu.A100")
     worker.pool_start_method = "spawn"
     assert startup.prepare(worker, [declared.registry]).served
+
+
+def test_a_worker_that_serves_gets_time_to_load(declared) -> None:
+    declared.celery.conf.gw_start_timeout = 900.0
+    worker = worker_of(declared.celery, "gpu.A100")
+    startup.prepare(worker, [declared.registry])
+
+    assert declared.celery.conf.worker_proc_alive_timeout > 900
+    assert declared.celery.conf.worker_cancel_long_running_tasks_on_connection_loss is False
+    assert worker.prefetch_multiplier == 1
+
+
+@pytest.mark.parametrize(("configured", "asked"), [(4, 4), (None, 3)])
+def test_a_prefetch_of_the_users_is_kept(declared, configured, asked) -> None:
+    if configured is not None:
+        declared.celery.conf.worker_prefetch_multiplier = configured
+    worker = worker_of(declared.celery, "gpu.A100")
+    worker.prefetch_multiplier = asked
+    startup.prepare(worker, [declared.registry])
+
+    assert worker.prefetch_multiplier == asked
 
 
 def test_a_family_expands_to_the_queues_of_its_services(declared) -> None:
@@ -179,29 +199,29 @@ def test_a_worker_of_families_that_are_there_is_told_nothing(declared, caplog) -
     assert start_notices.strays(without) == []
 
 
-def test_a_plain_task_that_came_after_a_service_of_its_name_is_refused(declared) -> None:
-    def plain(x): ...
+@pytest.mark.filterwarnings("ignore:.*is already registered")  # Celery 5.7 says so, too
+def test_a_plain_task_that_took_the_place_of_a_service_is_refused(declared) -> None:
+    class Plain(Task):
+        name = f"{__name__}.embed"
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Celery 5.7 says so, too
-        shared_task(name=f"{__name__}.embed")(plain)
+    declared.celery.register_task(Plain())
 
     with pytest.raises(errors.DeclarationError, match="of the plain Celery task"):
         prepared(declared, "gpu.A100")
 
 
-@pytest.mark.parametrize("pool", ["gevent", "eventlet", "celery.concurrency.gevent:TaskPool"])
-def test_a_pool_without_a_loop_is_refused_with_those_that_work(declared, pool) -> None:
+@pytest.mark.parametrize(
+    "pool", ["threads", "gevent", "eventlet", "celery.concurrency.gevent:TaskPool"]
+)
+def test_a_pool_that_cannot_serve_is_refused_with_those_that_can(declared, pool) -> None:
     with pytest.raises(errors.ConfigurationError) as caught:
         prepared(declared, "gpu.A100", pool=pool)
     assert "cannot serve embed, Ranker" in str(caught.value)
     assert "celery -A proj gw worker" in str(caught.value)
-    assert "-P prefork, threads or solo" in str(caught.value)
+    assert "-P prefork or solo" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("alias", "name"), [("prefork", "prefork"), ("solo", "solo"), ("threads", "threads")]
-)
+@pytest.mark.parametrize(("alias", "name"), [("prefork", "prefork"), ("solo", "solo")])
 def test_a_pool_is_known_by_its_alias_and_by_its_class(declared, alias: str, name: str) -> None:
     from celery import concurrency
 
@@ -210,10 +230,9 @@ def test_a_pool_is_known_by_its_alias_and_by_its_class(declared, alias: str, nam
     assert prepared(declared, "gpu.A100", pool=pool_cls).pool == name
 
 
-@pytest.mark.parametrize("pool", ["threads", "gw_celery.pool:TaskPool"])
-def test_what_does_not_load_by_celerys_signal_needs_no_pipes(declared, pool, monkeypatch) -> None:
+def test_what_does_not_load_by_celerys_signal_needs_no_pipes(declared, monkeypatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "A100")
-    assert prepared(declared, "gpu.A100", pool=pool).pipes is None
+    assert prepared(declared, "gpu.A100", pool="gw_celery.pool:TaskPool").pipes is None
 
 
 def test_contradictions_are_refused_before_anything_starts(declared) -> None:

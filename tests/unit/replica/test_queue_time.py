@@ -11,7 +11,8 @@ import pytest
 from gw_celery import errors
 from gw_celery.protocol import frames
 from gw_celery.replica import input as replica_input
-from gw_celery.runtime import greenlet_bridge, lateness
+from gw_celery.replica import queue_time
+from gw_celery.runtime import greenlet_bridge
 from tests.unit.runtime.tracers import keep, run
 
 LIMIT = 30.0
@@ -24,7 +25,7 @@ def asked(ago: float, **more: Any) -> dict[str, Any]:
 
 def test_an_input_that_waited_too_long_is_refused_with_what_it_waited_for() -> None:
     request = asked(LIMIT + 5, delivery_info={"routing_key": "gpu.embed"})
-    refusal = lateness.refusal("proj.embed", request, LIMIT)
+    refusal = queue_time.rejection("proj.embed", request, LIMIT)
     assert refusal is not None
     assert (refusal.task, refusal.queue, refusal.limit) == ("proj.embed", "gpu.embed", LIMIT)
     assert refusal.was_sent
@@ -44,7 +45,7 @@ def test_an_input_that_waited_too_long_is_refused_with_what_it_waited_for() -> N
     ids=["foreign", "in time", "from a clock that is ahead", "odd", "redelivered", "quorum"],
 )
 def test_what_cannot_be_called_late_may_begin(request_of: Any) -> None:
-    assert lateness.refusal("t", request_of(), LIMIT) is None
+    assert queue_time.rejection("t", request_of(), LIMIT) is None
 
 
 def waiting() -> tuple[replica_input.InFlight, list[tuple[Any, ...]]]:

@@ -1,4 +1,4 @@
-"""Since when an input waits: its sender says it in wall-clock time, as with ``expires``."""
+"""How long an input has waited, and until when its answer is wanted, in its sender's wall clock."""
 
 from __future__ import annotations
 
@@ -13,21 +13,17 @@ from gw_celery import errors
 from gw_celery.protocol import headers
 
 
-def stamp(app: Any, countdown: Any, eta: Any) -> float:
-    """Return since when an input that is sent now waits: from its ETA on, where it has one.
+def expiry(app: Any, request: Any) -> dt.datetime | None:
+    """Return when an input expires, as Celery reads it in the parent; ``None`` for never."""
+    given = request.get("expires")
+    if not given:
+        return None
+    expires: dt.datetime = maybe_make_aware(maybe_iso8601(given), app.timezone)
+    return expires
 
-    What Celery will refuse counts as no ETA.
-    """
-    now = time.time()
-    try:
-        if countdown:
-            return now + max(0.0, float(countdown))
-        if eta:
-            at: dt.datetime = maybe_make_aware(maybe_iso8601(eta), app.timezone)
-            return max(now, at.timestamp())
-    except (TypeError, ValueError, AttributeError, OverflowError):
-        return now
-    return now
+
+def has_expired(expires: dt.datetime | None) -> bool:
+    return expires is not None and dt.datetime.now(expires.tzinfo) > expires
 
 
 def waited(request: Mapping[str, Any]) -> float:
@@ -41,7 +37,9 @@ def waited(request: Mapping[str, Any]) -> float:
     return headers.waited(request, time.time())
 
 
-def refusal(name: str, request: Mapping[str, Any], limit: float) -> errors.QueueTimeExceeded | None:
+def rejection(
+    name: str, request: Mapping[str, Any], limit: float
+) -> errors.QueueTimeExceeded | None:
     """Return why an input must not begin that has waited for longer than ``limit``, if it has."""
     seconds = waited(request)
     if seconds <= limit:

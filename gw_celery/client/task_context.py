@@ -64,11 +64,6 @@ def bind() -> Followed:
     return followed
 
 
-def follow_none() -> None:
-    """Bind no identity to the context: what runs in it is a caller of its own."""
-    _followed.set(None)
-
-
 def install() -> None:
     """Make the stack of current tasks follow context variables; requests: ``follow_requests``.
 
