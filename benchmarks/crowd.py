@@ -117,7 +117,7 @@ def _records(client: redis.Redis, nodes: int, services: int) -> None:
 
 
 def _name(number: int) -> str:
-    return f"gpu@node{number:04}:7f3a9c1e7f3a.0"
+    return f"gpu@node{number:04}:7f3a9c1e7f3a9c1e.0"
 
 
 def _record(number: int, services: int) -> WorkerRecord:

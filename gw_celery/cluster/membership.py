@@ -84,7 +84,7 @@ class Membership(background_thread.BackgroundThread):
             "gw-cluster", "the other workers cannot be known, nor know of this one", period=_BEAT
         )
         #: This start of the worker; what it acknowledged early is kept by it.
-        self.start_id = f"{hostname}:{uuid.uuid4().hex[:12]}"
+        self.start_id = f"{hostname}:{uuid.uuid4().hex[:16]}"
         self.queues = queues
         #: The other workers, as of the last round; empty without a Redis.
         self.others: tuple[worker_record.WorkerRecord, ...] = ()
