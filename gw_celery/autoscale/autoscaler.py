@@ -173,7 +173,9 @@ class Autoscaler(autoscale.Autoscaler):
                 if queues
             }
             # By which the pool knows that its replicas are full.
-            self.pool.note_queued({key: length.messages for key, length in lengths.items()})
+            self.pool.supervisor.note_queued(
+                {key: length.messages for key, length in lengths.items()}
+            )
         self._decide(lengths, reading.others, time.monotonic())
 
     def _decide(

@@ -68,7 +68,7 @@ class Membership(background_thread.BackgroundThread):
         limited: of each queue whose callers are told how long an input would wait, its services
             with their slots in one replica.
         ttl: seconds without a beat after which a worker is lost; ``None`` declares none lost.
-        wake: has ``counts.settle`` called soon, in the pool's thread.
+        wake: has the pool look at ``counts.answers`` soon, in its own thread.
     """
 
     def __init__(

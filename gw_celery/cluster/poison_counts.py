@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import enum
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,15 +17,17 @@ from gw_celery import background_thread
 _LIFETIME = 86_400
 #: Orders that may wait for Redis; with more, each worker counts for itself.
 _MOST = 10_000
-
 #: A count may grow by 0: the input was in flight, and others were as well.
 _COUNT = """
 redis.call('INCRBY', KEYS[1], ARGV[1])
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
 
-#: What is called with a count, in the pool's thread; ``None`` for one that is not known.
-Then = Callable[[int | None], None]
+
+class _Order(enum.Enum):
+    COUNT = enum.auto()
+    READ = enum.auto()
+    FORGET = enum.auto()
 
 
 class Shared:
@@ -32,7 +35,7 @@ class Shared:
 
     Args:
         thread: it calls ``ask_redis`` and ``answer`` in each of its rounds.
-        wake: has ``settle`` called soon, in the pool's thread.
+        wake: has the pool look at ``answers`` soon, in its own thread.
     """
 
     def __init__(
@@ -40,38 +43,34 @@ class Shared:
     ) -> None:
         self._thread = thread
         self._wake = wake
-        #: By task id: whom to tell its count, by how much that grows, or ``None`` to forget it.
-        self._orders: collections.deque[tuple[str, Then | int | None]] = collections.deque()
-        self._asked: list[tuple[str, Then | int | None]] = []
-        self._answers: collections.deque[tuple[Then, int | None]] = collections.deque()
+        #: What is ordered, the task id, and a number: of deaths, or what the pool asks by.
+        self._orders: collections.deque[tuple[_Order, str, int]] = collections.deque()
+        self._asked: list[tuple[_Order, str, int]] = []
+        self._answers: collections.deque[tuple[int, str, int | None]] = collections.deque()
 
     # -- in the pool's thread --
 
-    def record(self, task_id: str, *, is_alone: bool) -> None:
-        """Count a child that died with this input in flight; one that ran alone is to blame."""
-        self._order(task_id, int(is_alone))
+    def record(self, task_id: str, deaths: int) -> None:
+        """A child died with this input in flight; ``deaths`` is 1 if it ran alone, else 0."""
+        self._order(_Order.COUNT, task_id, deaths)
 
-    def ask(self, task_id: str, then: Then) -> bool:
-        """Have ``then`` called with the count, by ``settle``; whether it will be."""
-        return self._order(task_id, then)
+    def ask(self, number: int, task_id: str) -> bool:
+        """Have the count of an input read; whether ``answers`` will have it."""
+        return self._order(_Order.READ, task_id, number)
 
     def forget(self, task_id: str) -> None:
-        """The input was answered, whatever killed children before."""
-        self._order(task_id, None)
+        """The input is answered, whatever killed children before."""
+        self._order(_Order.FORGET, task_id, 0)
 
-    def settle(self) -> None:
-        """Act on what Redis has answered."""
+    def answers(self) -> Iterator[tuple[int, str, int | None]]:
+        """Yield what Redis has answered: number, task id, and the count; ``None``: not known."""
         while self._answers:
-            then, count = self._answers.popleft()
-            then(count)
+            yield self._answers.popleft()
 
-    def close(self) -> None:
-        """The thread carries out what was ordered before it ends: nothing is left to do."""
-
-    def _order(self, task_id: str, what: Then | int | None) -> bool:
+    def _order(self, what: _Order, task_id: str, number: int) -> bool:
         if len(self._orders) >= _MOST or self._thread.is_closed:
             return False
-        self._orders.append((task_id, what))
+        self._orders.append((what, task_id, number))
         self._thread.wake()
         return True
 
@@ -80,34 +79,36 @@ class Shared:
     def ask_redis(self, pipe: Any, prefix: str) -> None:
         """Write a command for each order into a pipeline."""
         while self._orders:
-            task_id, what = self._orders.popleft()
-            self._asked.append((task_id, what))
+            what, task_id, number = order = self._orders.popleft()
+            self._asked.append(order)
             key = f"{prefix}{task_id}"
-            if what is None:
+            if what is _Order.FORGET:
                 pipe.delete(key)
-            elif isinstance(what, int):
-                pipe.eval(_COUNT, 1, key, what, _LIFETIME)
+            elif what is _Order.COUNT:
+                pipe.eval(_COUNT, 1, key, number, _LIFETIME)
             else:
                 pipe.get(key)
 
     def answer(self, answers: Iterator[Any]) -> None:
         """Take in what Redis answered to these commands."""
         asked, self._asked = self._asked, []
-        for _, what in asked:
-            self._answer(what, next(answers))
+        for order in asked:
+            self._answer(order, next(answers))
 
     def fail(self) -> None:
         """Redis is away: each worker counts for itself, and no input waits for an answer."""
-        asked, self._asked = [*self._asked, *self._orders], []
-        self._orders.clear()
-        for _, what in asked:
-            self._answer(what, None)
+        asked, self._asked = self._asked, []
+        while self._orders:
+            asked.append(self._orders.popleft())
+        for order in asked:
+            self._answer(order, None)
 
-    def _answer(self, what: Then | int | None, answer: Any) -> None:
-        if not callable(what):
+    def _answer(self, order: tuple[_Order, str, int], answer: Any) -> None:
+        what, task_id, number = order
+        if what is not _Order.READ:
             return
         count = None
         with contextlib.suppress(TypeError, ValueError):  # also what is there is no count
             count = int(answer)
-        self._answers.append((what, count))
+        self._answers.append((number, task_id, count))
         self._wake()

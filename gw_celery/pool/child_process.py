@@ -1,20 +1,20 @@
-"""One child process: how it is started, written to, read from, and ended."""
+"""One child process: how it is started, written to, read from, and ended; and all their sockets."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import selectors
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from gw_celery import conf
 from gw_celery.gpus import devices
 from gw_celery.policy import probes
-from gw_celery.pool import child_state, dispatch
+from gw_celery.pool import child_state, dispatch, request
 from gw_celery.protocol import frames
 
 _READ_BYTES = 256 * 1024
@@ -26,31 +26,39 @@ _REAP = 0.1
 class Received:
     """What one reading of a child's socket gave."""
 
-    reports: Sequence[list[Any]] = ()
+    reports: Sequence[frames.ReportFields] = ()
     #: The child has closed its end.
     is_closed: bool = False
     #: After the reports came bytes that no child of this version writes.
     garbage: frames.Garbage | None = None
 
 
-class Child:
-    """A process and the parent's end of the socket that joins them; nothing here blocks."""
+class ChildProcess:
+    """A process and the parent's end of the socket that joins them; nothing here blocks.
+
+    Args:
+        number: the replica that it fills.
+        state: where it is on its way to READY.
+        slots: inputs in flight of each service.
+        devices: those that it sees.
+        sockets: where it is listened to.
+    """
 
     def __init__(
         self,
         number: int,
-        life: child_state.Life,
+        state: child_state.ChildState,
         slots: Mapping[str, int],
-        share: Sequence[devices.Device] = (),
+        devices: Sequence[devices.Device],
+        sockets: Sockets,
     ) -> None:
-        #: Number of the replica that it fills.
         self.number = number
-        self.life = life
-        self.room = dispatch.Room(slots)
+        self.state = state
+        self.slots = dispatch.Slots(slots)
         #: The GPUs that it runs on, as their maker calls them.
-        self.products = tuple(one.name for one in share)
-        #: What it holds, by job number, answered or not.
-        self.jobs: dict[int, Any] = {}
+        self.products = tuple(device.name for device in devices)
+        #: What it holds, by the numbers of the inputs, settled or not.
+        self.requests: dict[int, request.PoolRequest] = {}
         self.served = 0
         self.lag = 0.0
         self.resident_bytes = 0
@@ -69,6 +77,7 @@ class Child:
         self.is_unfit = False
         #: Its liveness probe had it ended.
         self.is_ill = False
+        self._sockets = sockets
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         self._unpacker = frames.Unpacker(frames.MAX_CHILD_FRAME_BYTES)
@@ -77,9 +86,10 @@ class Child:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gw_celery.replica.boot", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=_environment(share),
+                env=_environment(devices),
                 stdin=subprocess.DEVNULL,
             )
+        sockets.add(self)
 
     def __repr__(self) -> str:
         return f"replica {self.number} (pid {self.pid})"
@@ -89,22 +99,31 @@ class Child:
         return self.process.pid
 
     @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    @property
+    def unsettled(self) -> list[request.PoolRequest]:
+        """What it holds that has no answer."""
+        return [held for held in self.requests.values() if held.settlement is None]
+
+    @property
     def wants_to_write(self) -> bool:
         return bool(self._outgoing)
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def send_first(self, setup: dict[str, Any]) -> None:
-        """Write the frame by which the child learns what to load; it has no ``Order``."""
-        self.send((setup,))
+    def send(self, *orders: frames.OrderFields) -> None:
+        """Write orders, keeping what the socket does not take now; errors show when reading.
 
-    def send(self, *orders: tuple[Any, ...]) -> None:
-        """Write orders, keeping what the socket does not take now; errors show when reading."""
+        The first frame tells the child what to load, and has no ``Order``.
+        """
         self._outgoing.append(memoryview(frames.pack_orders(orders)))
         self.flush()
 
     def flush(self) -> None:
+        """Write what the socket takes; the rest when it takes more."""
         try:
             while self._outgoing:
                 sent = self._socket.send(self._outgoing[0])
@@ -113,9 +132,10 @@ class Child:
                 else:
                     self._outgoing[0] = self._outgoing[0][sent:]
         except (BlockingIOError, InterruptedError):
-            return
+            pass
         except OSError:
             self._outgoing.clear()
+        self._sockets.watch(self)
 
     def receive(self) -> Received:
         """Return what is there; reports before garbage count."""
@@ -125,7 +145,7 @@ class Child:
             return Received()
         except OSError:
             return Received(is_closed=True)
-        reports: list[list[Any]] = []
+        reports: list[frames.ReportFields] = []
         try:
             for frame in self._unpacker.feed(data):
                 reports += frames.unpack_reports(frame)
@@ -140,6 +160,7 @@ class Child:
 
     def close(self) -> int | None:
         """Close the socket, reap the process if it ends right now, and return its exit code."""
+        self._sockets.remove(self)
         self._socket.close()
         try:
             return self.process.wait(_REAP)
@@ -147,9 +168,77 @@ class Child:
             return None
 
 
-def reap(processes: list[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
-    """Return those that have not ended yet; the others leave no zombie."""
-    return [one for one in processes if one.poll() is None]
+#: A child, or ``None`` for a wake-up, and what its socket is ready for.
+Event = tuple[ChildProcess | None, int]
+
+
+class Sockets:
+    """Children that are listened to, and written to whenever their socket takes more.
+
+    A pair of sockets beside them wakes whatever waits for them.
+    """
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._children: set[ChildProcess] = set()
+        self._waker, self._wakeups = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wakeups.setblocking(False)
+        self._selector.register(self._wakeups, selectors.EVENT_READ, None)
+
+    def fileno(self) -> int:
+        """One descriptor that is readable when ``wait`` would return at once."""
+        return self._selector.fileno()
+
+    def wake(self) -> None:
+        """End a ``wait``; from any thread, and from the handler of a signal."""
+        try:
+            self._waker.send(b"\0")
+        except (BlockingIOError, OSError):
+            return  # it is full of wake-ups, or closed
+
+    def wait(self, timeout: float) -> list[Event]:
+        """Return what has happened, for ``follow``; the only part that needs no lock."""
+        return [(key.data, mask) for key, mask in self._selector.select(timeout)]
+
+    def follow(self, events: list[Event]) -> Iterator[ChildProcess]:
+        """Write what can be written now, and yield the children that have something to read."""
+        for child, mask in events:
+            if child is None:
+                self._drop_wakeups()
+                continue
+            if mask & selectors.EVENT_WRITE:
+                child.flush()
+            if mask & selectors.EVENT_READ:
+                yield child
+
+    def add(self, child: ChildProcess) -> None:
+        self._children.add(child)
+        self._selector.register(child, selectors.EVENT_READ, child)
+
+    def remove(self, child: ChildProcess) -> None:
+        """Forget a child; before its socket is closed."""
+        self._children.remove(child)
+        self._selector.unregister(child)
+
+    def watch(self, child: ChildProcess) -> None:
+        """Wait for the socket to take more, only while there is more."""
+        if child in self._children:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.wants_to_write else 0)
+            if self._selector.get_key(child).events != events:
+                self._selector.modify(child, events, child)
+
+    def close(self) -> None:
+        self._selector.close()
+        self._waker.close()
+        self._wakeups.close()
+
+    def _drop_wakeups(self) -> None:
+        try:
+            while self._wakeups.recv(4096):
+                pass
+        except BlockingIOError:
+            return
 
 
 def describe_exit(code: int | None) -> str:
@@ -165,9 +254,9 @@ def describe_exit(code: int | None) -> str:
     return f"Worker exited prematurely: exitcode {code}"
 
 
-def _environment(share: Sequence[devices.Device]) -> dict[str, str]:
+def _environment(shown: Sequence[devices.Device]) -> dict[str, str]:
     """As this process's; where a replica has devices, it sees them and no others."""
-    environment = {**conf.environment(), **devices.environment(share)}
+    environment = {**conf.environment(), **devices.environment(shown)}
     # It makes Celery treat the process as one that billiard spawned, with a copy of the app.
     environment.pop("FORKED_BY_MULTIPROCESSING", None)
     return environment

@@ -1,4 +1,4 @@
-"""The life of one child, as its parent sees it: a state machine without clock or I/O.
+"""The state of one child, as its parent sees it: a state machine without clock or I/O.
 
 STARTING -> ENTERING -> PROBING -> BENCHMARKING -> READY <-> UNREADY -> DRAINING -> gone. The child
 proves each step by a report; each step has a deadline. A replica whose child is gone waits its
@@ -39,34 +39,13 @@ class State(enum.Enum):
     STOPPED = "stopped"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Deadlines:
-    """How long each step may take, in seconds."""
-
-    boot: float
-    start: float
-    benchmark: float
-    drain: float
-    heartbeat: float
-
-    @classmethod
-    def of(cls, settings: conf.Settings) -> Deadlines:
-        return cls(
-            boot=settings.boot_timeout,
-            start=settings.start_timeout,
-            benchmark=settings.benchmark_timeout,
-            drain=settings.drain_timeout,
-            heartbeat=settings.heartbeat_timeout,
-        )
-
-
 @dataclasses.dataclass(kw_only=True)
-class Life:
+class ChildState:
     """The state of one child and the time when it must have changed."""
 
-    deadlines: Deadlines
+    settings: conf.Settings
     now: dataclasses.InitVar[float]
-    state: State = State.STARTING
+    current: State = State.STARTING
     since: float = 0.0
     deadline: float | None = None
     #: When it last showed that its loop turns; ``None`` while it may be silent: imports and loads
@@ -79,32 +58,32 @@ class Life:
 
     def __post_init__(self, now: float) -> None:
         self._began = now
-        self._enter(State.STARTING, now, self.deadlines.boot)
+        self._enter(State.STARTING, now, self.settings.boot_timeout)
 
     @property
     def is_ready(self) -> bool:
-        return self.state is State.READY
+        return self.current is State.READY
 
     @property
     def is_up(self) -> bool:
         """Whether it has become READY and is not being drained."""
-        return self.state in (State.READY, State.UNREADY)
+        return self.current in (State.READY, State.UNREADY)
 
     def loaded(self, now: float) -> None:
-        if self.state is State.STARTING:
-            self._enter(State.ENTERING, now, self.deadlines.start)
+        if self.current is State.STARTING:
+            self._enter(State.ENTERING, now, self.settings.start_timeout)
 
     def entered(self, now: float) -> None:
-        if self.state is State.ENTERING:
+        if self.current is State.ENTERING:
             self._enter(State.PROBING, now, None)
             self.last_beat = now
 
     def probed(self, now: float) -> None:
-        if self.state is State.PROBING:
-            self._enter(State.BENCHMARKING, now, self.deadlines.benchmark)
+        if self.current is State.PROBING:
+            self._enter(State.BENCHMARKING, now, self.settings.benchmark_timeout)
 
     def measured(self, now: float) -> None:
-        if self.state is State.BENCHMARKING:
+        if self.current is State.BENCHMARKING:
             self._enter(State.READY, now, None)
             self.ready_at = now
             if self.start_up is None:
@@ -112,8 +91,8 @@ class Life:
 
     def measure_again(self, now: float) -> None:
         """Take nothing new until it has been measured; for one that holds nothing."""
-        if self.state is State.READY:
-            self._enter(State.BENCHMARKING, now, self.deadlines.benchmark)
+        if self.current is State.READY:
+            self._enter(State.BENCHMARKING, now, self.settings.benchmark_timeout)
 
     def wants_inputs(self, now: float, wants: bool) -> None:
         """Note that some service of a loaded child wants inputs, or none does."""
@@ -130,13 +109,13 @@ class Life:
         Args:
             longest_limit: seconds that the last input may run; infinite where one has no limit.
         """
-        if self.state is not State.DRAINING:
-            bound = max(self.deadlines.drain, longest_limit)
+        if self.current is not State.DRAINING:
+            bound = max(self.settings.drain_timeout, longest_limit)
             self._enter(State.DRAINING, now, None if math.isinf(bound) else bound)
 
     def began(self, now: float, limit: float) -> None:
         """An input that waited in a draining child has begun: it may run for ``limit`` seconds."""
-        if self.state is State.DRAINING and self.deadline is not None:
+        if self.current is State.DRAINING and self.deadline is not None:
             self.deadline = None if math.isinf(limit) else max(self.deadline, now + limit)
 
     def ended(self, now: float, longest_limit: float) -> None:
@@ -145,13 +124,17 @@ class Life:
         Args:
             longest_limit: seconds that the last of the others may run.
         """
-        if self.state is State.DRAINING and self.deadline is None and math.isfinite(longest_limit):
-            self.deadline = now + max(self.deadlines.drain, longest_limit)
+        if (
+            self.current is State.DRAINING
+            and self.deadline is None
+            and math.isfinite(longest_limit)
+        ):
+            self.deadline = now + max(self.settings.drain_timeout, longest_limit)
 
     def lingers(self, now: float) -> bool:
         """Whether it has been draining for long because of what has no limit."""
-        is_bound = self.state is not State.DRAINING or self.deadline is not None
-        return not is_bound and now - self.since >= self.deadlines.drain
+        is_bound = self.current is not State.DRAINING or self.deadline is not None
+        return not is_bound and now - self.since >= self.settings.drain_timeout
 
     def was_steady(self, now: float) -> bool:
         """Whether the child served long enough for its end to be no fault of its start."""
@@ -164,8 +147,8 @@ class Life:
     def overdue(self, now: float) -> str | None:
         """Return why the child must be killed now, if it must."""
         if self.deadline is not None and now >= self.deadline:
-            return f"was {self.state.value} for {now - self.since:.0f} s{_SETTINGS[self.state]}"
-        if self.last_beat is not None and now - self.last_beat >= self.deadlines.heartbeat:
+            return f"was {self.current.value} for {now - self.since:.0f} s{_SETTINGS[self.current]}"
+        if self.last_beat is not None and now - self.last_beat >= self.settings.heartbeat_timeout:
             return (
                 f"sent no heartbeat for {now - self.last_beat:.0f} s: it is stopped, or a call "
                 f"blocks its event loop or holds the GIL (setting gw_heartbeat_timeout)"
@@ -173,7 +156,7 @@ class Life:
         return None
 
     def _enter(self, state: State, now: float, timeout: float | None) -> None:
-        self.state = state
+        self.current = state
         self.since = now
         self.deadline = None if timeout is None else now + timeout
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
-from collections.abc import Mapping
-from typing import Any
 
 from gw_celery.protocol import headers, snapshot
 
@@ -13,13 +10,8 @@ from gw_celery.protocol import headers, snapshot
 _NEWEST = 0.05
 
 
-def workload_of(request: Mapping[str, Any]) -> float:
-    """Return the workload that a message carries; anything odd, or nothing, counts as 1.0."""
-    return headers.workload_of(request)
-
-
-class _Place(enum.IntEnum):
-    """Where an input is, as an index: a dict by enum would cost several times as much."""
+class Place(enum.IntEnum):
+    """Where an input counts, as an index: a dict by enum would cost several times as much."""
 
     WAITING = 0
     RUNNING = 1
@@ -27,22 +19,25 @@ class _Place(enum.IntEnum):
     GIVEN_BACK = 3
 
 
-@dataclasses.dataclass(slots=True)
-class _Held:
-    """One input that is not answered."""
+class Result(enum.Enum):
+    """How an input that is settled counts."""
 
-    service: str
-    workload: float
-    place: _Place = _Place.WAITING
-    since: float = 0.0
+    #: Served, with a value.
+    VALUE = enum.auto()
+    #: Served, without one.
+    NO_VALUE = enum.auto()
+    #: The same; it had waited for too long, and never began.
+    REFUSED = enum.auto()
+    #: It did not run to its end here: lost, revoked, expired, or the broker's again.
+    GIVEN_BACK = enum.auto()
 
 
 class _Sums:
     """The running sums of one service."""
 
     def __init__(self) -> None:
-        self.workload = [0.0] * len(_Place)
-        self.inputs = [0] * len(_Place)
+        self.workload = [0.0] * len(Place)
+        self.inputs = [0] * len(Place)
         self.arrived = 0.0
         self.mean = headers.DEFAULT_WORKLOAD
         self.arrived_inputs = 0
@@ -51,95 +46,73 @@ class _Sums:
         self.refused = 0.0
         self.refused_inputs = 0
 
-    def arrive(self, workload: float) -> None:
-        weight = _NEWEST if self.arrived_inputs else 1.0
-        self.mean += weight * (workload - self.mean)
-        self.arrived += workload
-        self.arrived_inputs += 1
-        self.add(_Place.WAITING, workload)
-
-    def add(self, place: _Place, workload: float) -> None:
+    def move(self, workload: float, before: Place, place: Place) -> None:
+        self.inputs[before] -= 1
+        # What rounding left must not add up for as long as the worker lives.
+        self.workload[before] = self.workload[before] - workload if self.inputs[before] else 0.0
         self.workload[place] += workload
         self.inputs[place] += 1
 
-    def take(self, place: _Place, workload: float) -> None:
-        self.inputs[place] -= 1
-        # What rounding left must not add up for as long as the worker lives.
-        self.workload[place] = self.workload[place] - workload if self.inputs[place] else 0.0
-
-    def seen(self) -> snapshot.Counters:
-        workload = [max(0.0, one) for one in self.workload]
+    def as_snapshot(self) -> snapshot.Counters:
+        workload = [max(0.0, value) for value in self.workload]
         return snapshot.Counters(
             arrived=self.arrived,
-            served=workload[_Place.SERVED],
+            served=workload[Place.SERVED],
             failed=self.failed,
             refused=self.refused,
             refused_inputs=self.refused_inputs,
-            waiting=workload[_Place.WAITING],
-            running=workload[_Place.RUNNING],
-            given_back=workload[_Place.GIVEN_BACK],
+            waiting=workload[Place.WAITING],
+            running=workload[Place.RUNNING],
+            given_back=workload[Place.GIVEN_BACK],
             arrived_inputs=self.arrived_inputs,
-            served_inputs=self.inputs[_Place.SERVED],
-            waiting_inputs=self.inputs[_Place.WAITING],
-            running_inputs=self.inputs[_Place.RUNNING],
-            given_back_inputs=self.inputs[_Place.GIVEN_BACK],
+            served_inputs=self.inputs[Place.SERVED],
+            waiting_inputs=self.inputs[Place.WAITING],
+            running_inputs=self.inputs[Place.RUNNING],
+            given_back_inputs=self.inputs[Place.GIVEN_BACK],
             mean=self.mean,
             busy=self.busy,
         )
 
 
-class Tallies:
-    """Follows inputs by their numbers; an input that is not held, or no longer, is ignored."""
+class Counters:
+    """The sums of all services; an input is settled once, and not moved after that."""
 
     def __init__(self) -> None:
-        self._held: dict[int, _Held] = {}
         self._sums: dict[str, _Sums] = {}
 
-    def arrive(self, number: int, service: str, workload: float) -> None:
-        """An input waits for a slot."""
-        self._held[number] = _Held(service, workload)
-        self._of(service).arrive(workload)
+    def arrive(self, service: str, workload: float) -> None:
+        """Count an input that waits for a slot."""
+        sums = self._sums.setdefault(service, _Sums())
+        sums.mean += (_NEWEST if sums.arrived_inputs else 1.0) * (workload - sums.mean)
+        sums.arrived += workload
+        sums.arrived_inputs += 1
+        sums.workload[Place.WAITING] += workload
+        sums.inputs[Place.WAITING] += 1
 
-    def start(self, number: int, now: float) -> None:
-        """It has a slot."""
-        if (one := self._held.get(number)) is not None:
-            self._move(one, _Place.RUNNING)
-            one.since = now
+    def move(self, service: str, workload: float, before: Place, place: Place) -> None:
+        """Count an input that has a slot, or lost it before it began."""
+        self._sums[service].move(workload, before, place)
 
-    def wait_again(self, number: int) -> None:
-        """It has lost its slot before it began."""
-        if (one := self._held.get(number)) is not None:
-            self._move(one, _Place.WAITING)
+    def settle(
+        self, service: str, workload: float, before: Place, result: Result, busy: float = 0.0
+    ) -> None:
+        """Count an input that is answered, or given back.
 
-    def serve(self, number: int, now: float, *, is_success: bool, is_refused: bool = False) -> None:
-        """It is answered after it ran, or in place of that."""
-        if (one := self._held.pop(number, None)) is not None:
-            if one.place is _Place.RUNNING:
-                self._of(one.service).busy += max(0.0, now - one.since)
-            if not is_success:
-                self._of(one.service).failed += one.workload
-            if is_refused:
-                self._of(one.service).refused += one.workload
-                self._of(one.service).refused_inputs += 1
-            self._move(one, _Place.SERVED)
+        Args:
+            busy: seconds that it had a slot.
+        """
+        sums = self._sums[service]
+        if result is Result.GIVEN_BACK:
+            sums.move(workload, before, Place.GIVEN_BACK)
+            return
+        sums.move(workload, before, Place.SERVED)
+        sums.busy += busy
+        if result is not Result.VALUE:
+            sums.failed += workload
+        if result is Result.REFUSED:
+            sums.refused += workload
+            sums.refused_inputs += 1
 
-    def give_back(self, number: int) -> None:
-        """It has gone for any other reason."""
-        if (one := self._held.pop(number, None)) is not None:
-            self._move(one, _Place.GIVEN_BACK)
-
-    def seen(self) -> dict[str, snapshot.Counters]:
-        """What each service has been given and has done, as it is now."""
-        return {service: sums.seen() for service, sums in self._sums.items()}
-
-    def _move(self, one: _Held, to: _Place) -> None:
-        sums = self._of(one.service)
-        sums.take(one.place, one.workload)
-        sums.add(to, one.workload)
-        one.place = to
-
-    def _of(self, service: str) -> _Sums:
-        found = self._sums.get(service)
-        if found is None:
-            found = self._sums[service] = _Sums()
-        return found
+    def as_snapshot(self) -> dict[str, snapshot.Counters]:
+        """Return what each service has been given and has done, as it is now."""
+        return {service: sums.as_snapshot() for service, sums in self._sums.items()}

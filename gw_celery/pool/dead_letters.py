@@ -238,17 +238,17 @@ class DeadLetters:
         self._has_work = threading.Event()
         self._is_closing = threading.Event()
 
-    def keep(self, job: request.Job, reason: str, deaths: int) -> None:
+    def keep(self, given_up: request.PoolRequest, reason: str, deaths: int) -> None:
         """Take the message of an input that is given up; it is written soon."""
-        if job.message is None:
+        if given_up.message is None:
             return
         since = self._app.now().isoformat(timespec="seconds")
         try:
             letter = to_dead_letter(
-                job.message, reason=reason, since=since, worker=self._hostname, deaths=deaths
+                given_up.message, reason=reason, since=since, worker=self._hostname, deaths=deaths
             )
         except Exception:  # a message that cannot be read again must not cost the worker's loop
-            logger.exception("task %s[%s] has no dead letter", job.name, job.task_id)
+            logger.exception("task %s[%s] has no dead letter", given_up.name, given_up.task_id)
             return
         if len(self._waiting) >= _MAX_WAITING:
             _log_lost(letter, f"{_MAX_WAITING} others wait for the broker, which is away")

@@ -6,13 +6,17 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from celery.worker import state
-from kombu.asynchronous import get_event_loop
+from kombu.asynchronous import Hub, get_event_loop
+from kombu.asynchronous.timer import Entry
 
-from gw_celery.pool import request, supervisor
+from gw_celery.pool import request
 from gw_celery.worker import draining
+
+if TYPE_CHECKING:
+    from gw_celery.pool import taskpool
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +33,18 @@ def _surviving() -> Iterator[None]:
 
 
 class Driver:
-    """Calls a supervisor whenever it has something to do.
+    """Calls a pool and its supervisor whenever they have something to do.
 
     Args:
-        driven: what is driven; everything of it is called in one thread.
-        on_tick: called once a second, after the supervisor.
+        pool: what is driven; everything of it is called in one thread.
     """
 
-    def __init__(self, driven: supervisor.Supervisor, on_tick: Callable[[], None]) -> None:
-        self._driven = driven
-        self._see = on_tick
-        self._hub: Any = None
-        self._tick_timer: Any = None
-        self._limit_timer: Any = None
+    def __init__(self, pool: taskpool.TaskPool) -> None:
+        self._pool = pool
+        self._driven = pool.supervisor
+        self._hub: Hub | None = None
+        self._tick_timer: Entry | None = None
+        self._limit_timer: Entry | None = None
         self._limit_due = 0.0
         #: How many revocations this worker knew when it last looked.
         self._revoked = 0
@@ -58,7 +61,7 @@ class Driver:
             self._thread = threading.Thread(target=self._run, name="gw-pool", daemon=True)
             self._thread.start()
 
-    def attach(self, hub: Any) -> None:
+    def attach(self, hub: Hub) -> None:
         """A consumer starts, and the hub has forgotten us."""
         self._hub = hub
         hub.add_reader(self._driven.fileno(), self._on_readable)
@@ -75,7 +78,7 @@ class Driver:
     def poll(self) -> None:
         """Read what children have reported and judge limits, now, where no thread does."""
         if self._thread is None:
-            self._poll()
+            self._driven.poll()
 
     def wait(self, is_done: Callable[[], bool], timeout: float) -> bool:
         """Drive until ``is_done()``: the hub does not run while a worker stops."""
@@ -85,12 +88,12 @@ class Driver:
             if self._thread is not None:
                 self._is_over.wait(0.02)
                 continue
-            self._poll(0.1)
+            self._driven.poll(0.1)
             self._driven.tick()
             if hub is not None:
                 draining.run_meanwhile(hub)
-            self._see()
-        self._see()
+            self._pool.observe()
+        self._pool.observe()
         return is_done()
 
     def end(self) -> None:
@@ -104,12 +107,9 @@ class Driver:
         if self._hub is not None:
             self._hub.remove_reader(self._driven.fileno())
 
-    def _poll(self, timeout: float = 0.0) -> None:
-        self._driven.poll(timeout)
-
     def _on_readable(self) -> None:
         with _surviving():
-            self._poll()
+            self._driven.poll()
         self._arm()
 
     def _withdraw(self) -> None:
@@ -125,7 +125,7 @@ class Driver:
     def _arm(self) -> None:
         """Have the hub call us at the next limit, which may be before the next tick."""
         wait = self._driven.next_deadline()
-        if wait is None or wait >= _TICK:
+        if self._hub is None or wait is None or wait >= _TICK:
             return
         due = request.now() + wait
         if self._limit_timer is not None:
@@ -147,7 +147,7 @@ class Driver:
 
     def _step(self, timeout: float = 0.0) -> None:
         with _surviving():
-            self._poll(timeout)
+            self._driven.poll(timeout)
             self._driven.withdraw()
             self._driven.tick()
-            self._see()
+            self._pool.observe()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import sys
-from typing import Any
+
+from celery import Celery
 
 from gw_celery import errors
 
@@ -12,7 +13,7 @@ from gw_celery import errors
 _NOT_USERS = ("__mp_main__", "celery", "kombu", "gw_celery", "gw_celery_django", "click", "_pytest")
 
 
-def find(app: Any) -> str:
+def find(app: Celery) -> str:
     """Return ``module:attribute`` of ``app``, as ``celery -A`` takes it.
 
     Raises:
@@ -33,9 +34,9 @@ def find(app: Any) -> str:
     return min(found)[1]
 
 
-def changes(app: Any) -> bytes:
+def changes(app: Celery) -> bytes:
     """Return the settings that were changed in this process, as far as they can travel."""
-    given: dict[str, Any] = {}
+    given: dict[str, object] = {}
     for key, value in app.__reduce_keys__()["changes"].items():
         try:
             pickle.dumps(value)
@@ -45,7 +46,7 @@ def changes(app: Any) -> bytes:
     return pickle.dumps(given)
 
 
-def _modules() -> list[tuple[str, list[tuple[str, Any]]]]:
+def _modules() -> list[tuple[str, list[tuple[str, object]]]]:
     modules = []
     for known_as, module in list(sys.modules.items()):
         name = known_as
@@ -58,7 +59,7 @@ def _modules() -> list[tuple[str, list[tuple[str, Any]]]]:
     return modules
 
 
-def _rank(module: str, name: str, app: Any) -> tuple[bool, bool, bool, int]:
+def _rank(module: str, name: str, app: Celery) -> tuple[bool, bool, bool, int]:
     """Prefer where apps are made by custom; any module that has it gives the same object."""
     made_here = module == app.main or module.rpartition(".")[2] in ("celery", "celery_app")
     return (not made_here, name not in ("app", "celery", "celery_app"), "." in name, len(module))

@@ -7,21 +7,24 @@ else each worker counts for itself.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from gw_celery.cluster import poison_counts
+
+if TYPE_CHECKING:
+    from gw_celery.pool.request import PoolRequest
 
 #: Suspects that are remembered; an input that never comes back must not stay for ever.
 _MOST = 100_000
 
 
-class Deaths:
+class PoisonCounter:
     """Suspects by task id, with the number of children that died while they ran alone.
 
     Args:
         most: deaths while alone after which an input is given up.
-        shared: where the workers' counts meet, if anywhere.
+        shared: where the workers' counts meet; ``None`` without a Redis.
     """
 
     def __init__(self, most: int, shared: poison_counts.Shared | None = None) -> None:
@@ -29,31 +32,32 @@ class Deaths:
         self._shared = shared
         self._alone: collections.OrderedDict[str, int] = collections.OrderedDict()
 
-    def record(self, jobs: Iterable[Any]) -> None:
+    def record(self, inputs: Iterable[PoolRequest]) -> None:
         """A child died with these inputs in flight; one that ran alone is to blame."""
-        for job in jobs:
-            self._remember(job.task_id, self._alone.get(job.task_id, 0) + bool(job.runs_alone))
+        for lost in inputs:
+            task_id, deaths = lost.task_id, int(lost.runs_alone)
+            self._remember(task_id, self.count(task_id) + deaths)
             if self._shared is not None:
-                self._shared.record(job.task_id, is_alone=job.runs_alone)
+                self._shared.record(task_id, deaths)
 
-    def ask(self, task_id: str, then: Callable[[], None]) -> bool:
-        """Learn what other workers saw of a redelivered input; ``then`` is called with it known.
+    def ask(self, number: int, task_id: str) -> bool:
+        """Have other workers' count of an input read; ``answers`` yields ``number`` after that.
 
-        Returns False when there is nobody to ask.
+        Returns:
+            Whether there is an answer to come.
         """
-        if self._shared is None:
-            return False
+        return self._shared is not None and self._shared.ask(number, task_id)
 
-        def known(count: int | None) -> None:
+    def answers(self) -> Iterator[int]:
+        """Take in what Redis has answered, and yield the numbers that were asked for."""
+        for number, task_id, count in () if self._shared is None else self._shared.answers():
             if count is not None:
                 # A death that was seen here may not have reached Redis yet.
-                self._remember(task_id, max(count, self._alone.get(task_id, 0)))
-            then()
+                self._remember(task_id, max(count, self.count(task_id)))
+            yield number
 
-        return self._shared.ask(task_id, known)
-
-    def survived(self, task_id: str) -> None:
-        """The input was answered, whatever killed children before."""
+    def forget(self, task_id: str) -> None:
+        """The input is answered, whatever killed children before."""
         self._alone.pop(task_id, None)
         if self._shared is not None:
             self._shared.forget(task_id)
@@ -67,15 +71,6 @@ class Deaths:
 
     def is_poison(self, task_id: str) -> bool:
         return self.count(task_id) >= self._most
-
-    def settle(self) -> None:
-        """Act on what Redis has answered; in the pool's thread."""
-        if self._shared is not None:
-            self._shared.settle()
-
-    def close(self) -> None:
-        if self._shared is not None:
-            self._shared.close()
 
     def _remember(self, task_id: str, count: int) -> None:
         self._alone.pop(task_id, None)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from gw_celery.declare import probes, services
-from gw_celery.policy import probes as policy_probes
-from gw_celery.pool import child_process, child_state, replicas
-from gw_celery.pool import replica as pool_replica
+from gw_celery.declare import services
+from gw_celery.policy.probes import Answer, Check, Checks, Consequence
+from gw_celery.pool import child_state, replica
+from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames
+
+if TYPE_CHECKING:
+    from gw_celery.pool import supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -25,139 +27,128 @@ _GOLDEN = 0.6180339887498949
 _LEAST_PHASE = 0.1
 
 
-class Probing:
+class ChildProbes:
     """The probes of all children.
 
     Args:
         setup: what every child gets, with the probes of its services.
-        alive: the children; one whose liveness probe fails is ended there.
-        send: writes an order to a child.
-        on_started: called with a child when one of its startup probes has passed.
-        on_capacity: called when there are more, or fewer, slots.
+        supervisor: has the children, takes those on that have started, and ends those that are ill.
     """
 
-    def __init__(
-        self,
-        setup: pool_replica.Setup,
-        alive: replicas.Replicas,
-        send: Callable[[child_process.Child, tuple[Any, ...]], None],
-        on_started: Callable[[child_process.Child, float], None],
-        on_capacity: Callable[[], None],
-    ) -> None:
-        self._declared: Sequence[tuple[str, probes.Probe]] = setup.probes
+    def __init__(self, setup: replica.Setup, supervisor: supervisor.Supervisor) -> None:
+        self._declared = setup.probes
         self._services = setup.slots.keys() - {services.PLAIN}
-        self._alive = alive
-        self._send = send
-        self._on_started = on_started
-        self._on_capacity = on_capacity
+        self._supervisor = supervisor
         self._calls = 0
-        #: When there is something to do; see ``expect``.
+        #: When there is something to do; see ``expect_changes``.
         self._next_at = math.inf
 
     def next_in(self, now: float) -> float | None:
         """Seconds until there is something to do; ``None`` when nothing is due."""
         return None if math.isinf(self._next_at) else max(0.0, self._next_at - now)
 
-    def expect(self) -> None:
-        """The next ``look`` looks at every child: one may have a new state."""
+    def expect_changes(self) -> None:
+        """The next ``call_due`` looks at every child: one may have a new state."""
         self._next_at = -math.inf if self._declared else math.inf
 
-    def look(self, now: float) -> None:
+    def call_due(self, now: float) -> None:
         """Call what is due, and count what has no answer in time; after reports were read."""
         if now < self._next_at:  # it is called for every report of a child
             return
-        for child in self._alive:
-            self._look_at(child, now)
-        dues = (one.checks.next_at for one in self._alive if one.checks is not None)
+        for child in self._supervisor.children():
+            self._call_due_of(child, now)
+        dues = (one.checks.next_at for one in self._supervisor.children() if one.checks is not None)
         self._next_at = min(dues, default=math.inf)
 
-    def has_started(self, child: child_process.Child, now: float) -> bool:
+    def have_started(self, child: ChildProcess, now: float) -> bool:
         """Whether the startup probes of a child have passed; they are called from now on."""
-        self.expect()
+        self.expect_changes()
         checks = self._checks_of(child, now)
         return checks is None or checks.have_started
 
-    def handle(self, child: child_process.Child, report: list[Any], now: float) -> None:
+    def follow(self, child: ChildProcess, report: frames.ReportFields, now: float) -> None:
         """Follow the answer of a probe."""
-        self.expect()
+        self.expect_changes()
         _, call, is_ok, detail, seconds = report
         check = None if child.checks is None else child.checks.find(call)
         if check is not None:
-            answer = policy_probes.Answer(is_ok=is_ok, detail=detail, seconds=seconds)
-            self._follow(child, check, check.answered(answer), now)
+            answer = Answer(is_ok=is_ok, detail=detail, seconds=seconds)
+            self._act_on(child, check, check.answered(answer), now)
 
     def unready(self) -> set[str]:
         """The services that no child wants inputs of, though some could run them."""
-        up = [one.room.unready for one in self._alive if one.life.is_up]
+        up = [one.slots.unready for one in self._supervisor.children() if one.state.is_up]
         return set.intersection(*up) if up else set()
 
-    def _look_at(self, child: child_process.Child, now: float) -> None:
+    def _call_due_of(self, child: ChildProcess, now: float) -> None:
         checks = self._checks_of(child, now)
         if checks is None:
             return
         for check, consequence in checks.overdue(now):
-            self._follow(child, check, consequence, now)
-            if child not in self._alive:
+            self._act_on(child, check, consequence, now)
+            if child not in self._supervisor.children():
                 return
         for check in checks.due(now):
             self._calls += 1
             check.called(self._calls, now)
-            self._send(child, (frames.Order.PROBE, self._calls, check.service, check.probe.method))
+            child.send((frames.Order.PROBE, self._calls, check.service, check.probe.method))
 
-    def _checks_of(self, child: child_process.Child, now: float) -> policy_probes.Checks | None:
+    def _checks_of(self, child: ChildProcess, now: float) -> Checks | None:
         """The probes of a child as its state wants them; ``None`` while it loads."""
-        state, checks = child.life.state, child.checks
+        state, checks = child.state.current, child.checks
         if checks is None and self._declared and state is child_state.State.PROBING:
-            checks = child.checks = policy_probes.Checks(self._declared, _phase(child.number))
+            checks = child.checks = Checks(self._declared, _phase(child.number))
             checks.start(now)
             # Not ready until their readiness probes have passed once.
-            child.room.unready = checks.unready
+            child.slots.unready = checks.unready
         elif checks is not None and state is child_state.State.DRAINING:
             if child.is_leaving:
                 checks.end()
             else:
                 checks.drain()
-        elif checks is not None and child.life.is_up:
-            wants = bool(self._services - child.room.unready)
+        elif checks is not None and child.state.is_up:
+            wants = bool(self._services - child.slots.unready)
             # It may have been measured again meanwhile, and counts as READY since.
-            if checks.serve(now) or wants is not child.life.is_ready:
+            if checks.serve(now) or wants is not child.state.is_ready:
                 self._fit(child, now)
         return checks
 
-    def _follow(
+    def _act_on(
         self,
-        child: child_process.Child,
-        check: policy_probes.Check,
-        consequence: policy_probes.Consequence,
+        child: ChildProcess,
+        check: Check,
+        consequence: Consequence,
         now: float,
     ) -> None:
         if 0 < check.failures <= check.probe.failures:
             logger.warning("%r: %s failed (%s)", child, _named(check), _why(check))
-        if consequence is policy_probes.Consequence.STARTED:
-            self._on_started(child, now)
-        elif consequence is policy_probes.Consequence.CANNOT_START:
+        if consequence is Consequence.STARTED:
+            self._supervisor.advance(child, now)
+        elif consequence is Consequence.CANNOT_START:
             self._end(child, check)
-        elif consequence is policy_probes.Consequence.REPLACE:
+        elif consequence is Consequence.REPLACE:
             child.is_unfit, child.is_ill = not check.has_passed, True
             self._end(child, check)
-        elif consequence is policy_probes.Consequence.NOT_READY:
-            logger.error("%r takes no inputs of %s until %s passes", child, *_subjects(check))
+        elif consequence is Consequence.NOT_READY:
+            logger.error(
+                "%r takes no inputs of %s until %s passes", child, check.service, _named(check)
+            )
             self._fit(child, now)
-        elif consequence is policy_probes.Consequence.READY:
-            logger.info("%r takes inputs of %s: %s passes", child, *_subjects(check))
+        elif consequence is Consequence.READY:
+            logger.info("%r takes inputs of %s: %s passes", child, check.service, _named(check))
             self._fit(child, now)
 
-    def _end(self, child: child_process.Child, check: policy_probes.Check) -> None:
+    def _end(self, child: ChildProcess, check: Check) -> None:
         """Kill it: a child that is ill cannot be asked to leave, and what it holds must run."""
         child.reason = f"{_named(check)} failed ({_why(check)})"
-        self._alive.end(child, f"Worker exited prematurely: {child.reason}.")
+        self._supervisor.end(child, f"Worker exited prematurely: {child.reason}.")
 
-    def _fit(self, child: child_process.Child, now: float) -> None:
+    def _fit(self, child: ChildProcess, now: float) -> None:
         """Let the child have inputs of those services that are ready in it."""
         unready = set() if child.checks is None else child.checks.unready
-        child.room.unready = unready
-        child.life.wants_inputs(now, bool(self._services - unready))
-        self._on_capacity()
+        child.slots.unready = unready
+        child.state.wants_inputs(now, bool(self._services - unready))
+        self._supervisor.pool.slots_changed()
 
 
 def _phase(number: int) -> float:
@@ -165,14 +156,10 @@ def _phase(number: int) -> float:
     return _LEAST_PHASE + (1.0 - _LEAST_PHASE) * part
 
 
-def _named(check: policy_probes.Check) -> str:
+def _named(check: Check) -> str:
     return f"its {check.probe.kind} probe {check.name}"
 
 
-def _subjects(check: policy_probes.Check) -> tuple[str, str]:
-    return check.service, _named(check)
-
-
-def _why(check: policy_probes.Check) -> str:
+def _why(check: Check) -> str:
     detail = check.last.detail if check.last is not None else ""
     return f"{check.failures} of {check.probe.failures} in a row: {detail or 'no reason given'}"

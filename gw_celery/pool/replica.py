@@ -6,14 +6,14 @@ import collections
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from gw_celery import conf
 from gw_celery.declare import probes
 from gw_celery.gpus import allocation, devices
 from gw_celery.policy import probes as policy_probes
-from gw_celery.pool import child_process, child_state
+from gw_celery.pool import child_state
+from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import snapshot
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Setup:
     #: Inputs in flight of each service in one replica; ``services.PLAIN`` for other tasks.
     slots: Mapping[str, int]
     #: The first frame of a child, but for its number.
-    first: dict[str, Any]
+    first: dict[str, object]
     #: The tasks of each service that have a benchmark.
     benchmarked: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     #: The devices of each replica; ``None`` where none needs any.
@@ -42,27 +42,23 @@ class Setup:
     def slots_per_replica(self) -> int:
         return sum(self.slots.values())
 
-    @property
-    def shares(self) -> Sequence[Sequence[devices.Device]] | None:
-        """The devices of each replica, by its number; ``None`` for any number without devices."""
-        return None if self.allotment is None else self.allotment.shares
-
-    def is_worn(self, child: child_process.Child) -> bool:
+    def is_worn(self, child: ChildProcess) -> bool:
         """Whether a child served, or holds, as much as it may."""
         has_served = self.max_tasks is not None and child.served >= self.max_tasks
         return has_served or (self.max_bytes is not None and child.resident_bytes > self.max_bytes)
 
 
-class Place:
-    """A replica: a numbered place for a child, which outlives it."""
+class Replica:
+    """A numbered place for a child on some devices; it outlives its children."""
 
-    def __init__(self, number: int, share: Sequence[devices.Device] = ()) -> None:
+    def __init__(self, number: int, shown: Sequence[devices.Device] = ()) -> None:
         self.number = number
         #: The devices of all its children, one after the other.
-        self.share = share
-        self.child: child_process.Child | None = None
+        self.devices = shown
+        self._tokens = tuple(device.token for device in shown)
+        self.child: ChildProcess | None = None
         #: Loads while ``child`` still serves, and takes its place.
-        self.successor: child_process.Child | None = None
+        self.successor: ChildProcess | None = None
         self.backoff = child_state.Backoff()
         self.restarts = 0
         self.last_error = ""
@@ -76,15 +72,15 @@ class Place:
 
     @property
     def is_ready(self) -> bool:
-        return self.child is not None and self.child.life.is_ready
+        return self.child is not None and self.child.state.is_ready
 
     @property
     def is_up(self) -> bool:
         """Whether its child has loaded and is not being drained, ready for inputs or not."""
-        return self.child is not None and self.child.life.is_up
+        return self.child is not None and self.child.state.is_up
 
-    def ended(
-        self, child: child_process.Child, reason: str, now: float, *, is_expected: bool
+    def child_ended(
+        self, child: ChildProcess, reason: str, now: float, *, is_expected: bool
     ) -> None:
         """The child is gone: say why, and when the next one may start."""
         if self.child is child:
@@ -104,86 +100,94 @@ class Place:
         logger.error(
             "%r ended while %s, with %d inputs in flight: %s; the next child starts in %.0f s",
             child,
-            child.life.state.value,
-            len(child.jobs),
+            child.state.current.value,
+            len(child.requests),
             self.last_error,
             wait,
         )
 
-    def seen(self, slots: int, now: float) -> snapshot.Replica:
-        """Return the picture that operators see."""
-        about: dict[str, Any] = {
-            "number": self.number,
-            "devices": tuple(one.token for one in self.share),
-            "restarts": self.restarts,
-            "last_error": self.last_error,
-        }
+    def as_snapshot(self, slots: int, now: float) -> snapshot.Replica:
         child = self.child
         if child is None:
-            state = child_state.State.FAILED if self.should_run else child_state.State.STOPPED
-            wait = max(0.0, self.backoff.retry_at - now)
-            return snapshot.Replica(**about, state=state.value, retry_in=wait)
+            return snapshot.Replica(
+                number=self.number,
+                state=self._state_without_child().value,
+                devices=self._tokens,
+                restarts=self.restarts,
+                last_error=self.last_error,
+                retry_in=max(0.0, self.backoff.retry_at - now),
+            )
         return snapshot.Replica(
-            **about,
-            state=child.life.state.value,
+            number=self.number,
+            state=child.state.current.value,
+            devices=self._tokens,
+            restarts=self.restarts,
+            last_error=self.last_error,
             pid=child.pid,
             slots=slots,
-            in_flight=len(child.jobs),
-            seconds_in_state=now - child.life.since,
-            start_up=child.life.start_up,
+            in_flight=len(child.requests),
+            seconds_in_state=now - child.state.since,
+            start_up=child.state.start_up,
             lag=child.lag,
             resident_bytes=child.resident_bytes,
-            unready=tuple(sorted(child.room.unready)),
-            probes=tuple(map(_seen, child.checks or ())),
+            unready=tuple(sorted(child.slots.unready)),
+            probes=tuple(map(_probe, child.checks or ())),
         )
 
+    def _state_without_child(self) -> child_state.State:
+        if not self.should_run:
+            return child_state.State.STOPPED
+        # After a child that served, or was told to leave, the next one starts within a second.
+        return child_state.State.FAILED if self.backoff.failures else child_state.State.STARTING
 
-class Places:
+
+class ReplicaSet:
     """All replicas of a worker, those that are being drained for good among them."""
 
-    def __init__(self, shares: Sequence[Sequence[devices.Device]] | None = None) -> None:
+    def __init__(self, shares: Sequence[Sequence[devices.Device]] | None) -> None:
         self._shares = shares
         self._wanted = 0
-        self._places: dict[int, Place] = {}
+        self._replicas: dict[int, Replica] = {}
         self._restarting: collections.deque[int] = collections.deque()
         self._named: set[int] = set()
         #: All were drained by an operator: so is what is added, until all are restarted.
         self._is_held = False
 
-    def __iter__(self) -> Iterator[Place]:
-        return iter([place for _, place in sorted(self._places.items())])
+    def __iter__(self) -> Iterator[Replica]:
+        return iter([replica for _, replica in sorted(self._replicas.items())])
 
-    def resize(self, wanted: int) -> list[Place]:
+    def resize(self, wanted: int) -> list[Replica]:
         """Have ``wanted`` replicas; returns those to drain, the idle and least loaded first.
 
         One whose devices another still drains on is added by ``complete``.
         """
         self._wanted = wanted
-        present = [place for place in self if place.is_wanted]
+        present = [replica for replica in self if replica.is_wanted]
         self.complete()
         surplus = sorted(present, key=_load)[: max(0, len(present) - wanted)]
-        for place in surplus:
-            place.is_wanted = False
+        for replica in surplus:
+            replica.is_wanted = False
         return surplus
 
-    def remove(self, place: Place) -> None:
-        self._places.pop(place.number, None)
+    def remove(self, replica: Replica) -> None:
+        self._replicas.pop(replica.number, None)
 
     def complete(self) -> None:
         """Add the replicas that are wanted, as far as there are devices for them now."""
         shares = self._shares
-        missing = self._wanted - sum(one.is_wanted for one in self)
-        for number in _free_numbers(self._places, missing, None if shares is None else len(shares)):
-            place = Place(number, () if shares is None else shares[number])
-            place.is_held = self._is_held
-            self._places[number] = place
+        most = None if shares is None else len(shares)
+        missing = self._wanted - sum(replica.is_wanted for replica in self)
+        for number in _free_numbers(self._replicas, missing, most):
+            replica = Replica(number, () if shares is None else shares[number])
+            replica.is_held = self._is_held
+            self._replicas[number] = replica
 
-    def hold(self, number: int | None) -> list[Place]:
+    def hold(self, number: int | None) -> list[Replica]:
         """Return the replicas to drain, one or all; they stay stopped until a restart."""
         self._is_held = self._is_held or number is None
-        held = [place for place in self if number in (None, place.number)]
-        for place in held:
-            place.is_held = True
+        held = [replica for replica in self if number in (None, replica.number)]
+        for replica in held:
+            replica.is_held = True
         return held
 
     def restart(self, number: int | None) -> None:
@@ -193,47 +197,48 @@ class Places:
         """
         self._named |= {number} if number is not None else set()
         self._is_held = self._is_held and number is not None
-        for place in self:
-            if number in (None, place.number) and place.is_wanted:
-                place.is_held = False
-                if place.number not in self._restarting:
+        for replica in self:
+            if number in (None, replica.number) and replica.is_wanted:
+                replica.is_held = False
+                if replica.number not in self._restarting:
                     add = self._restarting.append if number is None else self._restarting.appendleft
-                    add(place.number)
+                    add(replica.number)
 
-    def next_to_restart(self) -> Place | None:
+    def next_to_restart(self) -> Replica | None:
         """Return a replica to drain now: when all others are ready, so that one goes at a time."""
         while self._restarting:
-            place = self._places.get(self._restarting[0])
-            if place is not None and place.child is not None:
+            replica = self._replicas.get(self._restarting[0])
+            if replica is not None and replica.child is not None:
                 break
             self._restarting.popleft()  # a new child is as good as a restarted one
         else:
             return None
         for number in self._restarting:
-            one = self._places.get(number)
-            if one is not None and one.is_up and not one.is_ready:
-                return self._taken_to_restart(one)  # it serves nobody who would miss it
-        others = [one for one in self if one is not place and one.should_run]
-        is_named = place.number in self._named
-        if place.is_ready and (is_named or all(one.is_ready for one in others)):
-            return self._taken_to_restart(place)
+            queued = self._replicas.get(number)
+            if queued is not None and queued.is_up and not queued.is_ready:
+                return self._taken_to_restart(queued)  # nothing that it serves would miss it
+        others = [other for other in self if other is not replica and other.should_run]
+        is_named = replica.number in self._named
+        if replica.is_ready and (is_named or all(other.is_ready for other in others)):
+            return self._taken_to_restart(replica)
         return None
 
-    def _taken_to_restart(self, place: Place) -> Place:
-        self._restarting.remove(place.number)
-        self._named.discard(place.number)
-        return place
+    def _taken_to_restart(self, replica: Replica) -> Replica:
+        self._restarting.remove(replica.number)
+        self._named.discard(replica.number)
+        return replica
 
 
-def _was_started_well(child: child_process.Child, now: float) -> bool:
+def _was_started_well(child: ChildProcess, now: float) -> bool:
     """Whether the end of a child that should have gone on is no fault of its start."""
     if child.is_ill:
-        return child.life.was_well(now) and not child.is_unfit
+        return child.state.was_well(now) and not child.is_unfit
     # One that dies of an input was started well.
-    return child.life.was_steady(now) or any(one.is_accepted for one in child.jobs.values())
+    has_begun_one = any(held.accepted_at is not None for held in child.requests.values())
+    return has_begun_one or child.state.was_steady(now)
 
 
-def _seen(check: policy_probes.Check) -> snapshot.Probe:
+def _probe(check: policy_probes.Check) -> snapshot.Probe:
     last = check.last
     return snapshot.Probe(
         name=check.name,
@@ -246,13 +251,13 @@ def _seen(check: policy_probes.Check) -> snapshot.Probe:
     )
 
 
-def _load(place: Place) -> tuple[bool, int, int]:
+def _load(replica: Replica) -> tuple[bool, int, int]:
     """Order for shrinking: what serves nothing, then the least loaded, the highest number first."""
-    held = len(place.child.jobs) if place.child is not None else 0
-    return (place.is_ready, held, -place.number)
+    held = len(replica.child.requests) if replica.child is not None else 0
+    return (replica.is_ready, held, -replica.number)
 
 
-def _free_numbers(taken: Mapping[int, Any], count: int, most: int | None) -> list[int]:
+def _free_numbers(taken: Container[int], count: int, most: int | None) -> list[int]:
     """The lowest numbers below ``most`` that are not taken: a number stands for its devices."""
     numbers = itertools.count() if most is None else iter(range(most))
     free = (number for number in numbers if number not in taken)

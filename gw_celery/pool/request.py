@@ -1,82 +1,149 @@
-"""One delivered message in the pool, and the callbacks by which Celery follows it."""
+"""One delivered message in the pool: where it is, what the broker was told, what Celery hears."""
 
 from __future__ import annotations
 
+import enum
 import logging
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from billiard.einfo import ExceptionInfo
-from billiard.exceptions import Terminated, WorkerLostError
+from billiard.exceptions import WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry
-from celery.worker import state
+from celery.worker import state as worker_state
+from celery.worker.request import Request
+from kombu.message import Message
 
 from gw_celery import errors
+from gw_celery.client import beat_tasks
+from gw_celery.pool import counters, dispatch, time_limits
+from gw_celery.pool.counters import Place, Result
 from gw_celery.protocol import frames, headers, untrusted
+
+if TYPE_CHECKING:
+    from gw_celery.pool import supervisor
+    from gw_celery.pool.child_process import ChildProcess
 
 logger = logging.getLogger(__name__)
 
-
-class Reported(errors.RemoteTaskError):
-    """Stands in for an exception that was raised in a child: the parent never rebuilds it."""
-
-    def __init__(self, type_name: str, text: str, message: str, traceback: str) -> None:
-        super().__init__(type_name, message, traceback)
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.type_name, self.text, self.message, self.traceback)
+#: Name, id, request, body, content type and encoding, as Celery's tracer takes them.
+TaskArgs = tuple[str, str, Mapping[str, object], bytes, str, str]
+#: Bound methods of Celery's request.
+Callback = Callable[..., object]  # type: ignore[explicit-any]  # Celery's: each has arguments of its own
+CallbackName = Literal["accept_callback", "callback", "error_callback", "timeout_callback"]
 
 
-class Einfo:
-    """What Celery reads of billiard's ``ExceptionInfo``, from texts."""
+class Options(TypedDict, total=False):
+    """What Celery gives with an input."""
 
-    internal = False
+    accept_callback: Callback
+    callback: Callback
+    error_callback: Callback
+    timeout_callback: Callback
+    #: Seconds, but for what any client may write into a message.
+    soft_timeout: float | None
+    timeout: float | None
+    correlation_id: str
+    #: Ours: the task is batched.
+    gathers: bool
 
-    def __init__(self, exception: BaseException, traceback: str) -> None:
-        self.exception = exception
-        self.type = type(exception)
-        self.traceback = traceback
-        self.exc_info = (self.type, exception, exception.__traceback__)
 
-    def __str__(self) -> str:
-        return self.traceback
+class State(enum.Enum):
+    """Where an input is."""
+
+    #: It was delivered before: how many children it has killed is being read.
+    CHECKING = enum.auto()
+    #: It has no slot.
+    WAITING = enum.auto()
+    #: In a child, which has not begun it: it may gather there with others for a batch.
+    SENT = enum.auto()
+    #: Its child has reported the start, from which its time limits count.
+    RUNNING = enum.auto()
+    #: It is settled, and its child has let go of neither it nor its slot.
+    STOPPING = enum.auto()
+    #: The pool does not hold it any more.
+    ENDED = enum.auto()
 
 
-class Job:
-    """Celery holds it as the result of ``apply_async``, by a weak reference."""
+class Settlement(enum.Enum):
+    """What the broker was told, through Celery; once."""
+
+    #: Celery has heard how it ended, and acknowledges or rejects the message.
+    ANSWERED = enum.auto()
+    #: It is never answered: the broker delivers the message again.
+    RETURNED = enum.auto()
+
+
+#: The states that may follow each; ``None`` is that of a message that has just come.
+NEXT_STATES: Mapping[State | None, frozenset[State]] = {
+    None: frozenset({State.CHECKING, State.WAITING, State.ENDED}),
+    State.CHECKING: frozenset({State.WAITING, State.ENDED}),
+    State.WAITING: frozenset({State.SENT, State.ENDED}),
+    # It waits again when its child is lost before the start.
+    State.SENT: frozenset({State.RUNNING, State.WAITING, State.STOPPING, State.ENDED}),
+    State.RUNNING: frozenset({State.STOPPING, State.ENDED}),
+    State.STOPPING: frozenset({State.ENDED}),
+    State.ENDED: frozenset(),
+}
+_IN_A_CHILD = frozenset({State.SENT, State.RUNNING, State.STOPPING})
+_SETTLED = frozenset({State.STOPPING, State.ENDED})
+
+
+class PoolRequest:
+    """Celery holds it as the result of ``apply_async``, by a weak reference.
+
+    Its ``tell_`` methods call Celery, for later deliveries of the same message as well. They are
+    called once ``RequestTable.move`` has done its part: receivers of signals raise, and handlers
+    come back here in the middle of them.
+    """
 
     def __init__(
         self,
         number: int,
-        args: tuple[Any, ...],
+        args: TaskArgs,
         service: str,
-        options: dict[str, Any],
-        terminate: Callable[[Job, int], None],
+        options: Options,
+        pool: supervisor.Supervisor | None,
     ) -> None:
         self.number = number
-        #: Name, id, request, body, content type and encoding, as Celery's tracer takes them.
         self.args = args
         self.service = service
-        self.soft_limit: Any = options.get("soft_timeout")
-        self.hard_limit: Any = options.get("timeout")
-        self.runs_alone = False
-        #: It waits in its child for others that share its call.
+        self.workload = headers.workload_of(self.request)
+        #: It counts; replicas are not kept for what beat sends, nor worn by it.
+        self.is_work = self.name not in beat_tasks.COMMANDS
+        self.soft_limit = options.get("soft_timeout")
+        self.hard_limit = options.get("timeout")
+        #: It may wait in its child for others that share its call.
         self.gathers = bool(options.get("gathers"))
-        self.child: Any = None
-        #: Children that died with it.
+        #: It was in flight when a child died, and may be the cause.
+        self.runs_alone = False
+        #: Children that died with it before it began.
         self.losses = 0
-        self.is_accepted = False
-        self.is_answered = False
+        self.arrived_at = now()
+        #: When it got its slot.
+        self.sent_at = 0.0
+        #: When Celery heard that it starts; one that is stopped before it ran has "started", too.
+        self.accepted_at: float | None = None
+        self.child: ChildProcess | None = None
         #: Later deliveries of the same message, answered with this one.
-        self.twins: list[Job] = []
-        self._runs_as: Job | None = None
+        self.deliveries: list[PoolRequest] = []
+        self._leader: PoolRequest | None = None
+        self._state: State | None = None
+        self._settlement: Settlement | None = None
         self._options = options
-        self._terminate = terminate
+        self._pool = pool
+
+    # -- what it is --
+
+    @property
+    def state(self) -> State | None:
+        """Where it is; ``None`` for a later delivery of what is here already."""
+        return self._state
+
+    @property
+    def settlement(self) -> Settlement | None:
+        return self._settlement
 
     @property
     def name(self) -> str:
@@ -87,43 +154,57 @@ class Job:
         return str(self.args[1])
 
     @property
-    def request(self) -> dict[str, Any]:
-        request: dict[str, Any] = self.args[2]
-        return request
+    def request(self) -> Mapping[str, object]:
+        return self.args[2]
 
-    def odd_limit(self) -> Any:
-        """Return a limit that is no number of seconds: any client may write it into a message."""
+    @property
+    def is_redelivered(self) -> bool:
+        """Whether the broker has delivered it before, to this worker or another."""
+        delivery = self.request.get("delivery_info")
+        is_again = isinstance(delivery, Mapping) and delivery.get("redelivered")
+        return bool(is_again or self.request.get("x-delivery-count"))
+
+    @property
+    def was_requeued(self) -> bool:
+        """Whether a person sent it again after it was given up, and nothing has tried it since."""
+        return bool(self.request.get(headers.REQUEUED)) and not self.is_redelivered
+
+    @property
+    def message(self) -> Message | None:
+        """kombu's message that brought it, if any."""
+        return getattr(self._celery_request, "message", None)
+
+    @property
+    def odd_limit(self) -> object:
+        """A limit that is no number of seconds: any client may write it into a message."""
         for limit in (self.soft_limit, self.hard_limit):
             if limit is not None and untrusted.finite(limit) is None:
                 return limit
         return None
 
     @property
-    def is_redelivered(self) -> bool:
-        """Whether the broker has delivered it before, to whomever."""
-        delivery = self.request.get("delivery_info") or {}
-        return bool(delivery.get("redelivered") or self.request.get("x-delivery-count"))
+    def _celery_request(self) -> Request:
+        """Celery's request, whose bound methods are our callbacks."""
+        return getattr(self._options.get("accept_callback"), "__self__", None)
 
-    @property
-    def was_requeued(self) -> bool:
-        """Whether it was given up and a person sent it again, which nobody has tried yet."""
-        return bool(self.request.get(headers.REQUEUED)) and not self.is_redelivered
-
-    @property
-    def message(self) -> Any:
-        """kombu's message that brought it, if any."""
-        return getattr(self._celery_request, "message", None)
+    # -- what Celery asks --
 
     def terminate(self, signum: int) -> None:
         """Stop this input and no other; Celery calls it for ``revoke(terminate=True)``."""
-        self._terminate(self._runs_as or self, signum)
+        if self._pool is not None:
+            self._pool.stop(self._leader or self, signum)
 
-    def join(self, twin: Job, now: float) -> None:
+    def is_twin_of(self, other: PoolRequest) -> bool:
+        """Whether both are deliveries of one message."""
+        has_same_id = self.task_id == other.task_id
+        return has_same_id and self.request.get("retries") == other.request.get("retries")
+
+    def add_delivery(self, twin: PoolRequest) -> None:
         """Answer ``twin``, another delivery of this input, as this one is answered."""
-        self.twins.append(twin)
-        twin._runs_as = self
-        if self.is_accepted:
-            twin.accept(self.child.pid if self.child else 0, now)
+        self.deliveries.append(twin)
+        twin._leader = self
+        if self.accepted_at is not None:
+            twin.tell_accepted(self.child.pid if self.child else 0, now())
 
     def was_withdrawn(self) -> bool:
         """Whether it was revoked or has expired since it came; Celery then has answered it."""
@@ -131,15 +212,32 @@ class Job:
         if revoked is None:
             return False
         try:
-            self.is_answered = bool(revoked())
+            if not revoked():
+                return False
         except Exception:
             logger.exception("task %s[%s] could not be checked", self.name, self.task_id)
-        if self.is_answered:
-            for twin in self.twins:  # each delivery is acknowledged by its own request
-                twin.was_withdrawn()
-        return self.is_answered
+            return False
+        for twin in self.deliveries:  # each is acknowledged by its own request
+            twin.was_withdrawn()
+        return True
 
-    def fail_when_nobody_retries(self) -> None:
+    @property
+    def can_be_rejected(self) -> bool:
+        """Whether every delivery is a message that the broker would take back."""
+        deliveries = (self, *self.deliveries)
+        return all(hasattr(delivery._celery_request, "reject") for delivery in deliveries)
+
+    def reject(self) -> None:
+        """Have the broker deliver it again, to a worker that is ready for it."""
+        for delivery in (self, *self.deliveries):
+            request = delivery._celery_request
+            try:
+                request.reject(requeue=True)
+            except Exception:  # the broker is away, and will deliver it again by itself
+                logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
+            worker_state.task_ready(request)
+
+    def fail_when_acknowledged_early(self) -> None:
         """Store that the worker was shut down, for an input that was acknowledged early.
 
         Celery's cold shutdown calls it a retry, and nothing would ever retry it.
@@ -160,77 +258,62 @@ class Job:
             except Exception:  # the backend is away, and the shutdown goes on
                 logger.exception("%s", stopped)
 
-    @property
-    def _celery_request(self) -> Any:
-        """Celery's request, whose bound methods are our callbacks."""
-        return getattr(self._options.get("accept_callback"), "__self__", None)
+    # -- what Celery hears --
 
-    def give_back(self) -> bool:
-        """Have the broker deliver it again, to whoever is ready for it: it has not begun here.
+    def tell_accepted(self, pid: int, started: float) -> None:
+        """The input starts: an early acknowledgement happens here."""
+        self.accepted_at = started
+        for delivery in (self, *self.deliveries):
+            delivery._call("accept_callback", pid, started)
 
-        Returns False for what is not a message of the broker's.
-        """
-        requests = [one._celery_request for one in (self, *self.twins)]
-        if not all(hasattr(one, "reject") for one in requests):
-            return False
-        self.abandon()
-        for request in requests:
-            try:
-                request.reject(requeue=True)
-            except Exception:  # the broker is away, and will deliver it again by itself
-                logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
-            state.task_ready(request)
-        return True
+    def tell_soft_limit(self) -> None:
+        self._call("timeout_callback", True, self.soft_limit)
 
-    def abandon(self) -> None:
-        """Never answer: the broker has the message still and gives it to another worker."""
-        self.is_answered = True
-
-    def accept(self, pid: int, started: float) -> None:
-        """Tell Celery that the input starts: an early acknowledgement happens here."""
-        if not self.is_accepted:
-            self.is_accepted = True
-            self._call("accept_callback", pid, started)
-            for twin in self.twins:
-                twin.accept(pid, started)
-
-    def done(self, text: str, runtime: float) -> None:
-        self._answer("callback", (0, text, runtime))
-
-    def failed(self, einfo: Any, runtime: float = 0.0) -> None:
-        """An exception of the task, whose outcome the child has stored."""
-        self._answer("callback", (1, einfo, runtime))
-
-    def broken(self, exc: BaseException) -> None:
-        """Anything else; Celery decides by the class of ``exc`` and stores the outcome."""
+    def tell_broken(self, exc: BaseException) -> None:
+        """It has no outcome of its own; Celery decides by the class of ``exc``, and stores it."""
         self._answer("error_callback", _einfo(exc))
 
-    def lost(self, reason: str) -> None:
-        self.broken(WorkerLostError(f"{reason} Job: {self.number}."))
+    def tell_lost(self, reason: str) -> None:
+        self.tell_broken(WorkerLostError(f"{reason} Job: {self.number}."))
 
-    def terminated(self, signum: int) -> None:
-        self.broken(Terminated(signum))
-
-    def timed_out(self) -> None:
-        """The hard limit: Celery's time-out callback does everything that there is to do."""
+    def tell_hard_limit(self) -> None:
+        """Celery's time-out callback does everything that there is to do."""
         self._answer("timeout_callback", False, self.hard_limit)
 
-    def soft_timed_out(self) -> None:
-        if not self.is_answered:
-            self._call("timeout_callback", True, self.soft_limit)
+    def tell_report(self, report: frames.ReportFields) -> None:
+        """The report by which a child lets go of it."""
+        if report[0] == frames.Report.DONE:
+            self._answer("callback", (0, report[2], report[3]))
+        elif report[0] == frames.Report.ERROR:
+            self._tell_error(*report[2:])
+        else:
+            self.tell_lost("The replica dropped the input unanswered.")
 
-    def _answer(self, name: str, *args: Any) -> None:
-        if self.is_answered:
-            return
-        self.is_answered = True
-        self._call(name, *args)
-        for twin in self.twins:
-            twin._answer(name, *args)
+    def _tell_error(
+        self, outcome: str, type_name: str, text: str, message: str, traceback: str, requeue: bool
+    ) -> None:
+        stand_in = Reported(type_name, text, message, traceback)
+        if outcome == frames.Outcome.EXIT:
+            self.tell_lost(f"Worker exited prematurely: {text}")
+        elif outcome == frames.Outcome.UNSTORED:
+            # Lost, as far as can be known: our tasks go back to the broker.
+            self.tell_lost(f"The outcome could not be stored: {text}")
+        elif outcome == frames.Outcome.INTERNAL:
+            self.tell_broken(stand_in)
+        else:
+            einfo = Einfo(_semipredicate(outcome, stand_in, requeue), traceback)
+            self._answer("callback", (1, einfo, 0.0))  # the child has stored it
 
-    def _call(self, name: str, *args: Any) -> None:
+    def _answer(self, name: CallbackName, *args: object) -> None:
+        for delivery in (self, *self.deliveries):
+            if not delivery._call(name, *args):
+                delivery._requeue_unstored()
+
+    def _call(self, name: CallbackName, *args: object) -> bool:
+        """Call Celery; whether it returned."""
         callback = self._options.get(name)
         if callback is None:
-            return
+            return True
         try:
             callback(*args)
         except Exception:
@@ -238,10 +321,10 @@ class Job:
             logger.exception(
                 "%s of task %s[%s] raised; the worker goes on", name, self.name, self.task_id
             )
-            if self.is_answered:
-                self._give_back()
+            return False
+        return True
 
-    def _give_back(self) -> None:
+    def _requeue_unstored(self) -> None:
         """The outcome can be stored nowhere: the broker, which has the message, tries again."""
         request = self._celery_request
         if request is None or not request.task.acks_late or request.acknowledged:
@@ -252,32 +335,166 @@ class Job:
             logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
 
 
-def answer(job: Job, report: list[Any]) -> None:
-    """Tell Celery what an ``ERROR`` report says."""
-    _, _, outcome, type_name, text, message, traceback, requeue = report
-    stand_in = Reported(type_name, text, message, traceback)
-    if outcome == frames.Outcome.EXIT:
-        job.lost(f"Worker exited prematurely: {text}")
-    elif outcome == frames.Outcome.UNSTORED:
-        # Lost, as far as anybody can know: our tasks go back to the broker.
-        job.lost(f"The outcome could not be stored: {text}")
-    elif outcome == frames.Outcome.INTERNAL:
-        job.broken(stand_in)
-    else:
-        job.failed(Einfo(_semipredicate(outcome, stand_in, requeue), traceback))
+class RequestTable:
+    """The requests of a pool, and what follows from their states: queue, slots, counters, limits.
+
+    ``move`` alone changes any of it. It calls nothing outside, so that whatever comes back here
+    from a callback of Celery finds all of it in accord.
+
+    Args:
+        cancel_timeout: seconds that a child may take to let go of what it was told to stop.
+    """
+
+    def __init__(self, cancel_timeout: float) -> None:
+        self.queue = dispatch.Queue()
+        self.counters = counters.Counters()
+        self.limits = time_limits.Limits()
+        #: Whether a move is not complete: only the handler of a signal can see that.
+        self.is_moving = False
+        self._cancel_timeout = cancel_timeout
+        self._by_state: dict[State, dict[int, PoolRequest]] = {
+            state: {} for state in State if state is not State.ENDED
+        }
+
+    def of(self, *states: State) -> list[PoolRequest]:
+        """Return the requests in any of ``states``, those of the first state first."""
+        return [request for state in states for request in self._by_state[state].values()]
+
+    def count(self, *states: State) -> int:
+        return sum(len(self._by_state[state]) for state in states)
+
+    def move(
+        self,
+        request: PoolRequest,
+        to: State,
+        at: float,
+        *,
+        settlement: Settlement | None = None,
+        result: Result = Result.GIVEN_BACK,
+        child: ChildProcess | None = None,
+    ) -> None:
+        """Move a request to its next state.
+
+        Args:
+            request: the request.
+            to: one of ``NEXT_STATES`` of its state.
+            at: the time now.
+            settlement: what the broker is told, where the request is settled by this.
+            result: how it counts then.
+            child: what takes it, for SENT.
+
+        Raises:
+            ValueError: for a state that cannot follow, and for a request that would be settled
+                twice, or ended without it.
+        """
+        before = request._state
+        if to not in NEXT_STATES[before] or (child is None) is (to is State.SENT):
+            raise ValueError(f"{request.name}[{request.task_id}] goes from {before} to {to}")
+        is_settled = request._settlement is not None
+        if (settlement is not None) is (is_settled or to not in _SETTLED):
+            raise ValueError(
+                f"{request.name}[{request.task_id}] is {request._settlement} and gets {settlement}"
+            )
+        self.is_moving = True
+        try:
+            if before is not None:
+                del self._by_state[before][request.number]
+            if to is not State.ENDED:
+                self._by_state[to][request.number] = request
+            request._state, request._settlement = to, settlement or request._settlement
+            self._count(request, before, at, result if settlement else None)
+            self._move_in_queue(request, before)
+            self._move_slot(request, child)
+            self._set_limits(request, at)
+        finally:
+            self.is_moving = False
+
+    def _count(
+        self, request: PoolRequest, before: State | None, at: float, result: Result | None
+    ) -> None:
+        service, workload, state = request.service, request.workload, request._state
+        if not request.is_work:
+            return
+        if before is None:
+            if state is not State.ENDED:  # what cannot run has not arrived
+                self.counters.arrive(service, workload)
+            return
+        place = Place.RUNNING if before in _IN_A_CHILD else Place.WAITING
+        if result is not None:
+            busy = at - request.sent_at if place is Place.RUNNING else 0.0
+            self.counters.settle(service, workload, place, result, busy)
+        elif state is State.SENT:
+            request.sent_at = at
+            self.counters.move(service, workload, place, Place.RUNNING)
+        elif state is State.WAITING and place is Place.RUNNING:
+            self.counters.move(service, workload, place, Place.WAITING)
+
+    def _move_in_queue(self, request: PoolRequest, before: State | None) -> None:
+        if before is State.WAITING:
+            self.queue.remove(request)
+        elif request._state is State.WAITING:
+            self.queue.put(request, is_first=before is State.SENT)
+
+    def _move_slot(self, request: PoolRequest, child: ChildProcess | None) -> None:
+        if child is not None:
+            request.child = child
+            child.requests[request.number] = request
+            child.slots.take(request.service, runs_alone=request.runs_alone)
+        elif request.child is not None and request._state not in _IN_A_CHILD:
+            del request.child.requests[request.number]
+            request.child.slots.give_back(request.service)
+            request.child = None
+
+    def _set_limits(self, request: PoolRequest, at: float) -> None:
+        if request._state is State.RUNNING:
+            self.limits.begin(request, at)
+        elif request._state is State.STOPPING:
+            self.limits.expect_gone(request, at + self._cancel_timeout)
+        elif request._state is State.ENDED:
+            self.limits.forget(request)
 
 
-def _semipredicate(outcome: str, stand_in: Reported, requeue: bool) -> Any:
+class Reported(errors.RemoteTaskError):
+    """Stands in for an exception that was raised in a child: the parent never rebuilds it."""
+
+    def __init__(self, type_name: str, text: str, message: str, traceback: str) -> None:
+        super().__init__(type_name, message, traceback)
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __reduce__(self) -> tuple[type[Reported], tuple[str, ...]]:
+        return type(self), (self.type_name, self.text, self.message, self.traceback)
+
+
+class Einfo:
+    """What Celery reads of billiard's ``ExceptionInfo``, from texts."""
+
+    internal = False
+
+    def __init__(self, exception: BaseException, traceback: str) -> None:
+        self.exception = exception
+        self.type = type(exception)
+        self.traceback = traceback
+        self.exc_info = (self.type, exception, exception.__traceback__)
+
+    def __str__(self) -> str:
+        return self.traceback
+
+
+def _semipredicate(outcome: str, stand_in: Reported, requeue: bool) -> Exception:
+    exc: Exception = stand_in
     if outcome == frames.Outcome.RETRY:
-        return Retry(stand_in.message, stand_in)
-    if outcome == frames.Outcome.IGNORE:
-        return Ignore(stand_in.message)
-    if outcome == frames.Outcome.REJECT:
-        return Reject(stand_in.message, requeue=requeue)
-    return stand_in
+        exc = Retry(stand_in.message, stand_in)
+    elif outcome == frames.Outcome.IGNORE:
+        exc = Ignore(stand_in.message)
+    elif outcome == frames.Outcome.REJECT:
+        exc = Reject(stand_in.message, requeue=requeue)
+    return exc
 
 
-def _einfo(exc: BaseException) -> Any:
+def _einfo(exc: BaseException) -> ExceptionInfo:
     try:
         raise exc
     except BaseException:
@@ -285,5 +502,5 @@ def _einfo(exc: BaseException) -> Any:
 
 
 def now() -> float:
-    """The clock of every deadline here; the same in parent and child."""
+    """Return the time of every deadline here, by the same clock in parent and child."""
     return time.monotonic()

@@ -1,346 +1,329 @@
-"""The inputs of a pool, from Celery's ``apply_async`` to its callbacks."""
+"""The way of an input through the pool: submit, check, send, begin, and how it ends.
+
+Each method is one stage. It decides, has ``RequestTable.move`` change the state, writes to the
+child, and calls Celery last.
+"""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from gw_celery import conf, errors
-from gw_celery.client import beat_tasks
-from gw_celery.cluster import poison_counts
-from gw_celery.pool import child_process, counters, dispatch, poison, request, time_limits
+from billiard.exceptions import Terminated
+
+from gw_celery import errors
+from gw_celery.pool import poison, request, time_limits
+from gw_celery.pool.counters import Result
+from gw_celery.pool.request import PoolRequest, Settlement, State
 from gw_celery.protocol import frames
+
+if TYPE_CHECKING:
+    from gw_celery.pool import dead_letters, supervisor
+    from gw_celery.pool.child_process import ChildProcess
 
 logger = logging.getLogger(__name__)
 
 #: Seconds that a redelivered input waits for what other workers know of it.
-_LONGEST_QUESTION = 2.0
+_MAX_CHECK = 2.0
 #: What a child reports of an input that waited for too long.
 _REFUSED = f"{errors.QueueTimeExceeded.__module__}.{errors.QueueTimeExceeded.__qualname__}"
 
 
-class Inputs:
-    """Inputs that wait for a slot, or that a child holds.
+class Requests:
+    """All requests of a pool.
 
     Args:
-        settings: bounds and grace times.
-        on_let_go: called when a child has let go of an input.
-        on_stuck: called with a child that cannot stop an input.
-        shared_deaths: where the workers' counts of deaths meet, if anywhere.
-        bury: called with an input that is given up, why, and after how many deaths.
+        pool: has the settings, and decides what becomes of children.
+        poison: the inputs that kill their children.
+        dead_letters: keeps the messages that are given up; ``None`` where the settings say so.
     """
 
     def __init__(
         self,
-        settings: conf.Settings,
-        on_let_go: Callable[[child_process.Child], None],
-        on_stuck: Callable[[child_process.Child], None],
-        shared_deaths: poison_counts.Shared | None = None,
-        bury: Callable[[request.Job, str, int], None] | None = None,
+        pool: supervisor.Supervisor,
+        poison: poison.PoisonCounter,
+        dead_letters: dead_letters.DeadLetters | None,
     ) -> None:
-        self.waiting = dispatch.Dispatcher()
-        self.tallies = counters.Tallies()
-        self.limits = time_limits.Limits()
-        self._settings = settings
-        self._deaths = poison.Deaths(settings.max_deaths, shared_deaths)
-        #: Redelivered inputs, until it is known whether they kill, and since when.
-        self._asked: dict[int, tuple[request.Job, float]] = {}
-        self._on_let_go = on_let_go
-        self._on_stuck = on_stuck
-        self._bury = bury
-        self._held: dict[int, request.Job] = {}
-        #: Those that a child holds and has not begun: they gather for a batch.
-        self._gathering: dict[int, request.Job] = {}
-        self._numbers = 0
+        self.table = request.RequestTable(pool.setup.settings.cancel_timeout)
+        self._pool = pool
+        self._settings = pool.setup.settings
+        self._poison = poison
+        self._dead_letters = dead_letters
+        self._numbers = itertools.count(1)
 
     def in_flight(self) -> int:
-        """Inputs that children hold and that are not answered."""
-        return sum(not job.is_answered for job in self._held.values())
+        """Inputs that children hold and that are not settled."""
+        return self.table.count(State.SENT, State.RUNNING)
 
     def held(self) -> int:
-        """Inputs that children have not let go of, answered or not."""
-        return len(self._held)
+        """Inputs that children have not let go of, settled or not."""
+        return self.table.count(State.SENT, State.RUNNING, State.STOPPING)
 
-    def submit(
-        self,
-        args: tuple[Any, ...],
-        service: str,
-        options: dict[str, Any],
-        terminate: Callable[[request.Job, int], None],
-    ) -> request.Job:
-        """Take one input; ``dispatch`` starts it."""
-        self._numbers += 1
-        job = request.Job(self._numbers, args, service, options, terminate)
-        if (odd := job.odd_limit()) is not None:
-            job.broken(
+    # -- from Celery to a slot --
+
+    def submit(self, args: request.TaskArgs, service: str, options: request.Options) -> PoolRequest:
+        """Take one input; ``send`` starts it."""
+        new = PoolRequest(next(self._numbers), args, service, options, self._pool)
+        if (odd := new.odd_limit) is not None:
+            self.table.move(new, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
+            new.tell_broken(
                 errors.UsageError(
-                    f"{job.name}[{job.task_id}] has the time limit {odd!r:.100}: send seconds"
+                    f"{new.name}[{new.task_id}] has the time limit {odd!r:.100}: send seconds"
                 )
             )
-            return job
-        twin = self._twin(job)
-        if twin is not None:
-            twin.join(job, request.now())
-            return job
-        if job.name not in beat_tasks.COMMANDS:  # no work that replicas are kept for
-            self.tallies.arrive(job.number, service, counters.workload_of(job.request))
-        if job.was_requeued:
-            self._deaths.survived(job.task_id)
-        self._asked[job.number] = (job, request.now())
-        is_asked = job.is_redelivered and self._deaths.ask(job.task_id, lambda: self._admit(job))
+            return new
+        if (leader := self._leader_of(new)) is not None:
+            leader.add_delivery(new)
+            return new
+        if new.was_requeued:
+            self._poison.forget(new.task_id)
+        if new.is_redelivered or self._poison.is_suspect(new.task_id):
+            self._check(new)
+        else:
+            self.table.move(new, State.WAITING, request.now())
+        return new
+
+    def _leader_of(self, new: PoolRequest) -> PoolRequest | None:
+        """The same message, which is here already: the broker lost sight of it, and we did not."""
+        if not new.is_redelivered:
+            return None
+        here = self.table.of(State.SENT, State.RUNNING, State.WAITING)
+        return next((other for other in here if other.is_twin_of(new)), None)
+
+    def _check(self, new: PoolRequest) -> None:
+        """Learn how many children it has killed, in other workers, too."""
+        self.table.move(new, State.CHECKING, request.now())
+        is_asked = new.is_redelivered and self._poison.ask(new.number, new.task_id)
         if not is_asked:
-            self._admit(job)
-        return job
+            self._admit(new)
 
-    def forget_waiting(self) -> set[child_process.Child]:
-        """Drop what has not started: the broker delivers it again.
-
-        Returns the children that were written to.
-        """
-        for job in self.waiting.clear() + [asked for asked, _ in self._asked.values()]:
-            self.tallies.give_back(job.number)
-        self._asked.clear()
-        dropped = list(self._gathering.values())
-        for job in dropped:
-            job.abandon()
-            self._dismiss(job)
-        return {job.child for job in dropped}
-
-    def give_back(self, service: str) -> None:
-        """Let the broker give to other workers what waits here for a service.
-
-        What may only run alone stays: who knows that it kills is here.
-        """
-        for job in self.waiting.take_out(service):
-            if job.give_back():
-                self.tallies.give_back(job.number)
-            else:
-                self.waiting.put(job)
-
-    def withdraw(self) -> set[child_process.Child]:
-        """Take out what was revoked or has expired while it gathered for a batch.
-
-        Returns the children that were written to.
-        """
-        withdrawn = [job for job in self._gathering.values() if job.was_withdrawn()]
-        for job in withdrawn:
-            self._dismiss(job)
-        return {job.child for job in withdrawn}
-
-    def settle_asked(self, now: float) -> None:
+    def finish_checks(self, now: float) -> None:
         """Take in what Redis has answered, and what it has not in time."""
-        self._deaths.settle()
-        for job, since in list(self._asked.values()):
-            if now - since > _LONGEST_QUESTION:
-                self._admit(job)
+        answered = set(self._poison.answers())
+        for checked in self.table.of(State.CHECKING):
+            is_known = checked.number in answered or now - checked.arrived_at > _MAX_CHECK
+            if is_known and checked.settlement is None:
+                self._admit(checked)
 
-    def close(self) -> None:
-        self._deaths.close()
+    def _admit(self, checked: PoolRequest) -> None:
+        """Let an input wait for a slot, alone when it is a suspect; give up one that kills."""
+        if self._poison.is_poison(checked.task_id):
+            self.table.move(checked, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
+            self._give_up_poison(checked, "seen by another worker")
+            return
+        checked.runs_alone = self._poison.is_suspect(checked.task_id)
+        self.table.move(checked, State.WAITING, request.now())
 
-    def dispatch(self, ready: Iterable[child_process.Child]) -> set[child_process.Child]:
-        """Start what has a slot; returns the children that were written to."""
-        orders: dict[child_process.Child, list[tuple[Any, ...]]] = {}
-        now = request.now()
-        for given in self.waiting.assign(ready):
-            job, child = given.input, given.child
-            if job.was_withdrawn():
-                child.room.give_back(job.service)
-                self.tallies.give_back(job.number)
+    def send(self, ready: Iterable[ChildProcess]) -> None:
+        """Give the children what has a slot there."""
+        orders: dict[ChildProcess, list[frames.OrderFields]] = {}
+        for waiting, child in self.table.queue.assign(ready):
+            if self._settle_withdrawn(waiting):
                 continue
-            job.child = child
-            child.jobs[job.number] = self._held[job.number] = job
-            self.tallies.start(job.number, now)
-            if job.gathers:
-                self._gathering[job.number] = job
-            order = frames.Order.RUN_ALONE if job.runs_alone else frames.Order.RUN
-            orders.setdefault(child, []).append((order, job.number, *job.args))
+            self.table.move(waiting, State.SENT, request.now(), child=child)
+            order = frames.Order.RUN_ALONE if waiting.runs_alone else frames.Order.RUN
+            orders.setdefault(child, []).append((order, waiting.number, *waiting.args))
         for child, listed in orders.items():
             child.send(*listed)
-        return set(orders)
 
-    def handle(self, child: child_process.Child, report: list[Any], now: float) -> None:
+    # -- what a child reports --
+
+    def follow(self, child: ChildProcess, report: frames.ReportFields, now: float) -> None:
         """Follow one report about an input.
 
         Raises:
             Garbage: when the child does not hold it.
         """
         kind = report[0]
-        job = child.jobs.get(report[1])
-        if job is None:
+        held = child.requests.get(report[1])
+        if held is None:
             raise frames.Garbage(f"a {kind} report of job {report[1]}, which it does not hold")
         if kind == frames.Report.ACCEPT:
-            self._begun(job, child.pid, min(report[2], now), now)
-            return
-        if kind == frames.Report.EXPIRED:
-            if not job.is_answered:
-                job.was_withdrawn()
-            return
-        if not job.is_answered and _is_answer(report):
-            is_success = kind == frames.Report.DONE
-            is_refused = not is_success and report[3] == _REFUSED
-            self.tallies.serve(job.number, now, is_success=is_success, is_refused=is_refused)
-        self._let_go(child, job)
-        if kind == frames.Report.DONE:
-            job.done(report[2], report[3])
-        elif kind == frames.Report.ERROR:
-            request.answer(job, report)
+            self._begin(held, child, min(report[2], now), now)
+        elif kind == frames.Report.EXPIRED:
+            self._settle_withdrawn(held)
         else:
-            job.lost("The replica dropped the input unanswered.")
-        self._on_let_go(child)
+            self._end(held, child, report)
 
-    def stop(self, job: request.Job, signum: int) -> None:
-        """Answer one input as terminated, before or after its start, and have its child stop it."""
-        if job.is_answered:
+    def _begin(self, sent: PoolRequest, child: ChildProcess, started: float, now: float) -> None:
+        if sent.state is not State.SENT:
             return
-        self.waiting.remove(job)
-        self._asked.pop(job.number, None)
-        if not job.is_accepted:
-            # Celery announces a revocation when the input is accepted.
-            job.accept(job.child.pid if job.child else 0, request.now())
-        job.terminated(signum)
-        job.fail_when_nobody_retries()
-        self._dismiss(job)
-
-    def abandon_unaccepted(self) -> None:
-        """Let go of what was sent but has not begun, and of all limits: the worker ends now."""
-        for job in self._held.values():
-            if not job.is_accepted:
-                job.abandon()
-                self.tallies.give_back(job.number)
-        self.limits.clear()
-
-    def expire(self, now: float) -> None:
-        """Act on the limits that inputs have reached."""
-        for job, what in self.limits.due(now):
-            if what is time_limits.Limit.SOFT:
-                job.soft_timed_out()
-                job.child.send((frames.Order.SOFT, job.number, job.soft_limit))
-            elif what is time_limits.Limit.HARD:
-                job.timed_out()
-                self.tallies.serve(job.number, now, is_success=False)
-                self._dismiss(job)
-            else:
-                self._give_up(job)
-
-    def settle(self, child: child_process.Child, reason: str, *, is_closing: bool) -> None:
-        """The child is gone: what it had accepted is lost, what it had not starts elsewhere."""
-        held = list(child.jobs.values())
-        child.jobs.clear()
-        for job in held:
-            self._held.pop(job.number, None)
-            self._gathering.pop(job.number, None)
-            self.limits.forget(job)
-            job.child = None
-        unanswered = [job for job in held if not job.is_answered]
-        for job in unanswered:
-            job.losses += 1
-            if job.losses > self._settings.max_deaths and not job.is_accepted:
-                job.accept(child.pid, request.now())  # it kills before it can be told to have begun
-        accepted = [job for job in unanswered if job.is_accepted]
-        for job in held if is_closing else accepted:
-            self.tallies.give_back(job.number)
-        if is_closing:  # the shutdown ended the child, and no input is to blame
-            for job in accepted:
-                job.lost(reason)
+        if sent.gathers and self._settle_withdrawn(sent):
             return
-        for job in reversed(unanswered):
-            if not job.is_accepted:
-                self.tallies.wait_again(job.number)
-                self.waiting.put(job, first=True)
-        if not child.is_unfit:  # it would have died without them
-            self._deaths.record(accepted)
-        for job in accepted:
-            if self._deaths.is_poison(job.task_id):
-                self._give_up_poison(job, reason)
-            else:
-                job.lost(reason)
+        self.table.move(sent, State.RUNNING, request.now())
+        child.state.began(now, sent.hard_limit or math.inf)
+        sent.tell_accepted(child.pid, started)
 
-    def _begun(self, job: request.Job, pid: int, started: float, now: float) -> None:
-        was_gathering = self._gathering.pop(job.number, None) is not None
-        if was_gathering and not job.is_answered and job.was_withdrawn():
-            self._dismiss(job)
-        elif not job.is_answered:
-            job.accept(pid, started)
-            self.limits.begin(job, now)
-            job.child.life.began(now, job.hard_limit or math.inf)
-
-    def _admit(self, job: request.Job) -> None:
-        """Let an input wait for a slot, alone when it is a suspect; give up one that kills."""
-        if self._asked.pop(job.number, None) is None:
-            return  # stopped, forgotten, or admitted because Redis took too long
-        if self._deaths.is_poison(job.task_id):
-            self._give_up_poison(job, "seen by another worker")
-            return
-        job.runs_alone = self._deaths.is_suspect(job.task_id)
-        self.waiting.put(job)
-
-    def _give_up_poison(self, job: request.Job, reason: str) -> None:
-        poisoned = _poisoned(job, self._settings.max_deaths, reason)
-        if self._bury is not None:
-            self._bury(job, str(poisoned), self._deaths.count(job.task_id))
-        self._deaths.survived(job.task_id)
-        self.tallies.give_back(job.number)
-        job.broken(poisoned)
-
-    def _let_go(self, child: child_process.Child, job: request.Job) -> None:
-        self.tallies.give_back(job.number)  # unless it is served
-        del child.jobs[job.number]
-        self._held.pop(job.number, None)
-        self._gathering.pop(job.number, None)
-        child.room.give_back(job.service)
-        if job.name not in beat_tasks.COMMANDS:
-            child.served += 1
-        self.limits.forget(job)
-        if job.runs_alone:
-            self._deaths.survived(job.task_id)
-
-    def _dismiss(self, job: request.Job) -> None:
-        """The input is answered: its child stops it, or is replaced when it cannot."""
-        self.tallies.give_back(job.number)  # unless it is served
-        self._gathering.pop(job.number, None)
-        child = job.child
-        if child is None or job.number not in child.jobs:
-            self.limits.forget(job)
-            return
-        child.send((frames.Order.STOP, job.number))
-        self.limits.expect_gone(job, request.now() + self._settings.cancel_timeout)
-
-    def _give_up(self, job: request.Job) -> None:
-        logger.error(
-            "task %s[%s] did not end %.0f s after it was stopped: %r is replaced (setting "
-            "gw_cancel_timeout)",
-            job.name,
-            job.task_id,
-            self._settings.cancel_timeout,
-            job.child,
+    def _end(self, held: PoolRequest, child: ChildProcess, report: frames.ReportFields) -> None:
+        """The child lets go of it, with an answer or without."""
+        is_late = held.settlement is not None
+        self.table.move(
+            held,
+            State.ENDED,
+            request.now(),
+            settlement=None if is_late else Settlement.ANSWERED,
+            result=_result(report),
         )
-        self._on_stuck(job.child)
+        child.served += held.is_work
+        if held.runs_alone:
+            self._poison.forget(held.task_id)
+        if not is_late:
+            held.tell_report(report)
+        self._pool.input_ended(child)
 
-    def _twin(self, job: request.Job) -> request.Job | None:
-        """The same message, which is here already: the broker lost sight of it, and we did not."""
-        if not job.is_redelivered:
-            return None
-        here: Iterable[request.Job] = itertools.chain(self._held.values(), self.waiting)
-        for other in here:
-            is_same = other.task_id == job.task_id and not other.is_answered
-            if is_same and other.request.get("retries") == job.request.get("retries"):
-                return other
-        return None
+    # -- other ends --
+
+    def stop(self, stopped: PoolRequest, signum: int) -> None:
+        """Answer one input as terminated, before or after its start, and have its child stop it."""
+        if stopped.settlement is not None:
+            return
+        pid = stopped.child.pid if stopped.child else 0
+        self._settle(stopped, Settlement.ANSWERED)
+        if stopped.accepted_at is None:
+            # Celery announces a revocation when the input is accepted.
+            stopped.tell_accepted(pid, request.now())
+        stopped.tell_broken(Terminated(signum))
+        stopped.fail_when_acknowledged_early()
+
+    def withdraw(self) -> None:
+        """Take out what was revoked or has expired while it gathered for a batch."""
+        for gathering in self._gathering():
+            self._settle_withdrawn(gathering)
+
+    def forget_waiting(self) -> None:
+        """Drop what has not started: the broker delivers it again."""
+        for waiting in self.table.of(State.WAITING, State.CHECKING):
+            self.table.move(waiting, State.ENDED, request.now(), settlement=Settlement.RETURNED)
+        for gathering in self._gathering():
+            self._settle(gathering, Settlement.RETURNED)
+
+    def give_back(self, service: str) -> None:
+        """Let the broker give to other workers what waits here for a service.
+
+        What may only run alone stays: that it kills is known here.
+        """
+        for waiting in self.table.queue.of(service):
+            if waiting.settlement is None and waiting.can_be_rejected:
+                self.table.move(waiting, State.ENDED, request.now(), settlement=Settlement.RETURNED)
+                waiting.reject()
+
+    def give_up_unbegun(self) -> None:
+        """Let go of what was sent but has not begun, and of all limits: the worker ends now."""
+        for sent in self.table.of(State.SENT):
+            self.table.move(sent, State.STOPPING, request.now(), settlement=Settlement.RETURNED)
+        self.table.limits.clear()
+
+    def enforce_limits(self, now: float) -> None:
+        """Act on the limits that inputs have reached."""
+        for reached, limit in self.table.limits.due(now):
+            child = reached.child
+            if child is None:
+                continue
+            if limit is time_limits.Limit.SOFT:
+                child.send((frames.Order.SOFT, reached.number, reached.soft_limit))
+                reached.tell_soft_limit()
+            elif limit is time_limits.Limit.HARD:
+                self._settle(reached, Settlement.ANSWERED, Result.NO_VALUE)
+                reached.tell_hard_limit()
+            else:
+                logger.error(
+                    "task %s[%s] did not end %.0f s after it was stopped: %r is replaced (setting "
+                    "gw_cancel_timeout)",
+                    reached.name,
+                    reached.task_id,
+                    self._settings.cancel_timeout,
+                    child,
+                )
+                self._pool.replace(child)
+
+    def lose(self, child: ChildProcess, reason: str, *, is_closing: bool) -> None:
+        """The child is gone: what it had begun is lost, what it had not starts elsewhere.
+
+        Args:
+            is_closing: the shutdown ended the child, and no input is to blame.
+        """
+        lost = []
+        for held in reversed(list(child.requests.values())):
+            if held.settlement is not None:
+                self.table.move(held, State.ENDED, request.now())
+            elif held.state is State.RUNNING or self._kills_before_its_start(held, is_closing):
+                self.table.move(held, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
+                lost.append(held)
+            elif is_closing:
+                self.table.move(held, State.ENDED, request.now(), settlement=Settlement.RETURNED)
+            else:
+                self.table.move(held, State.WAITING, request.now())
+        lost.reverse()
+        if not (is_closing or child.is_unfit):  # it would have died without them
+            self._poison.record(lost)
+        for begun in lost:
+            if begun.accepted_at is None:
+                begun.tell_accepted(child.pid, request.now())
+            if not is_closing and self._poison.is_poison(begun.task_id):
+                self._give_up_poison(begun, reason)
+            else:
+                begun.tell_lost(reason)
+
+    def _kills_before_its_start(self, sent: PoolRequest, is_closing: bool) -> bool:
+        sent.losses += 1
+        return sent.losses > self._settings.max_deaths and not is_closing
+
+    # -- inside --
+
+    def _gathering(self) -> list[PoolRequest]:
+        """What children hold and have not begun, as it waits for others to share a call with."""
+        return [sent for sent in self.table.of(State.SENT) if sent.gathers]
+
+    def _settle_withdrawn(self, checked: PoolRequest) -> bool:
+        """Settle an input that was revoked or has expired; whether it is settled.
+
+        Celery stores that as it is asked, and may come back here in the middle of it.
+        """
+        is_withdrawn = checked.settlement is None and checked.was_withdrawn()
+        if is_withdrawn and checked.settlement is None:
+            self._settle(checked, Settlement.ANSWERED)
+        return checked.settlement is not None
+
+    def _settle(
+        self,
+        settled: PoolRequest,
+        settlement: Settlement,
+        result: Result = Result.GIVEN_BACK,
+    ) -> None:
+        """End an input, or have the child stop it that holds it."""
+        if settled.child is None:
+            self.table.move(
+                settled, State.ENDED, request.now(), settlement=settlement, result=result
+            )
+            return
+        self.table.move(
+            settled, State.STOPPING, request.now(), settlement=settlement, result=result
+        )
+        settled.child.send((frames.Order.STOP, settled.number))
+
+    def _give_up_poison(self, ended: PoolRequest, reason: str) -> None:
+        poisoned = errors.PoisonedInput(
+            f"{ended.name}[{ended.task_id}] was running alone when its replica died, "
+            f"{self._settings.max_deaths} times, and is not tried again (setting gw_max_deaths). "
+            f"The last time: {reason}"
+        )
+        if self._dead_letters is not None:
+            deaths = self._poison.count(ended.task_id)
+            self._dead_letters.keep(ended, str(poisoned), deaths)
+        self._poison.forget(ended.task_id)
+        ended.tell_broken(poisoned)
 
 
-def _is_answer(report: list[Any]) -> bool:
-    """Whether an input ran to its end, and does not go back to the broker."""
+def _result(report: frames.ReportFields) -> Result:
+    """How an input counts that ends by this report."""
+    if report[0] == frames.Report.DONE:
+        return Result.VALUE
     if report[0] != frames.Report.ERROR:
-        return bool(report[0] == frames.Report.DONE)
-    _, _, outcome, *_, requeue = report
-    return outcome not in (frames.Outcome.EXIT, frames.Outcome.UNSTORED) and not requeue
-
-
-def _poisoned(job: request.Job, most: int, reason: str) -> errors.PoisonedInput:
-    return errors.PoisonedInput(
-        f"{job.name}[{job.task_id}] was running alone when its replica died, {most} times, and is "
-        f"not tried again (setting gw_max_deaths). The last time: {reason}"
-    )
+        return Result.GIVEN_BACK
+    _, _, outcome, type_name, *_, requeue = report
+    if outcome in (frames.Outcome.EXIT, frames.Outcome.UNSTORED) or requeue:
+        return Result.GIVEN_BACK
+    return Result.REFUSED if type_name == _REFUSED else Result.NO_VALUE

@@ -12,12 +12,13 @@ import collections
 import dataclasses
 import itertools
 import logging
+import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 from gw_celery.policy import scores as policy_scores
-from gw_celery.pool import child_process, replica
+from gw_celery.pool import replica
+from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames, snapshot
 
 logger = logging.getLogger(__name__)
@@ -57,40 +58,39 @@ class _Progress:
     task: str = ""
     #: It has been READY: what is measured now is measured again.
     was_ready: bool = False
-    #: Somebody asked for it to be measured again.
+    #: It is to be measured again.
     is_asked: bool = False
 
 
-class Measuring:
+class ReplicaScores:
     """The scores of a worker's children.
 
     Args:
         setup: which tasks of each service have a benchmark, and the slots of each.
-        send: writes an order to a child.
     """
 
-    def __init__(
-        self, setup: replica.Setup, send: Callable[[child_process.Child, tuple[Any, ...]], None]
-    ) -> None:
+    def __init__(self, setup: replica.Setup) -> None:
         self._benchmarked = {key: tuple(names) for key, names in setup.benchmarked.items() if names}
         self._period = setup.settings.benchmark_period
-        self._send = send
-        self._progress: dict[child_process.Child, _Progress] = {}
+        self._progress: dict[ChildProcess, _Progress] = {}
         #: The latest score of each task on devices of these names, for the next children.
         self._remembered: dict[tuple[str, tuple[str, ...]], Measured] = {}
         #: Children that an operator's restart found running: perhaps of older code or weights, so
         #: that what they measure is not remembered.
-        self._outdated: frozenset[child_process.Child] = frozenset()
+        self._outdated: frozenset[ChildProcess] = frozenset()
         self._live = {key: policy_scores.LiveScore(slots) for key, slots in setup.slots.items()}
         self._calls = itertools.count(1)
-        #: Messages in the broker, by service, and when somebody said so.
+        #: The benchmarks that operators see, by service, and when they were listed.
+        self._listed: dict[str, tuple[snapshot.Benchmark, ...]] = {}
+        self._listed_at = -math.inf
+        #: Messages in the broker, by service, and when that was read.
         self._queued: tuple[float, Mapping[str, int]] = (0.0, {})
         #: Not before this is a score measured again for its age: the last attempt failed.
         self._patient_until = 0.0
 
     # -- one child --
 
-    def is_over(self, child: child_process.Child, now: float) -> bool:
+    def is_measured(self, child: ChildProcess, now: float) -> bool:
         """Whether a child has measured all; if not, it is told to go on."""
         progress = self._progress.get(child)
         if progress is None:
@@ -101,13 +101,13 @@ class Measuring:
             progress.was_ready = True
             return True
         progress.call, progress.task = next(self._calls), progress.left.popleft()
-        within = _OF_TIME * max(0.0, (child.life.deadline or now) - now)
+        within = _OF_TIME * max(0.0, (child.state.deadline or now) - now)
         is_again = progress.was_ready
         order = (frames.Order.BENCHMARK, progress.call, progress.task, within, is_again)
-        self._send(child, order)
+        child.send(order)
         return False
 
-    def _begin(self, child: child_process.Child) -> _Progress:
+    def _begin(self, child: ChildProcess) -> _Progress:
         """Begin with what is remembered; a task without a score is measured."""
         progress = self._progress[child] = _Progress()
         for task in self._tasks():
@@ -118,32 +118,32 @@ class Measuring:
         self._update()
         return progress
 
-    def follow(self, child: child_process.Child, call: int, text: str, now: float) -> None:
+    def follow(self, child: ChildProcess, call: int, text: str, now: float) -> None:
         """Take the answer to an order.
 
         Raises:
             Failed: when a child that has never been READY has no score.
             Garbage: for what no child of this version writes.
         """
-        known = self._progress.get(child)
-        if known is None or call != known.call:
+        progress = self._progress.get(child)
+        if progress is None or call != progress.call:
             return
-        task, known.call = known.task, 0
+        task, progress.call = progress.task, 0
         try:
             measured = _read(text, now)
         except Failed as exc:
-            if not known.was_ready:
+            if not progress.was_ready:
                 raise Failed(_explained(task, exc)) from None
             # It served well before; what is wrong with it, probes can tell.
             logger.error("%r keeps its score: %s", child, _explained(task, exc))
             self._patient_until = now + (self._period or 0.0)
         else:
-            known.scores[task] = measured
+            progress.scores[task] = measured
             if child not in self._outdated:
                 self._remembered[task, child.products] = measured
             self._update()
 
-    def forget_scores(self, live: Iterable[child_process.Child]) -> None:
+    def forget_remembered(self, live: Iterable[ChildProcess]) -> None:
         """Have children that start from now on measure: code and weights may have changed.
 
         Args:
@@ -152,34 +152,34 @@ class Measuring:
         self._remembered.clear()
         self._outdated = frozenset(live)
 
-    def forget(self, child: child_process.Child) -> None:
+    def forget(self, child: ChildProcess) -> None:
         """The child is gone."""
         if self._progress.pop(child, None) is not None:
             self._update()
 
     # -- again --
 
-    def ask(self) -> None:
+    def ask_again(self) -> None:
         """Have every replica measured again, once it has nothing to do."""
         for one in self._progress.values():
             one.is_asked = one.was_ready
 
-    def due(self, idle: Iterable[child_process.Child], now: float) -> child_process.Child | None:
+    def due_again(self, idle: Iterable[ChildProcess], now: float) -> ChildProcess | None:
         """Return a child of ``idle`` to measure again now, told to be; one at a time."""
         if not self._benchmarked or any(one.call for one in self._progress.values()):
             return None
         for child in idle:
-            known = self._progress.get(child)
-            if known is not None and (known.is_asked or self._is_old(known, now)):
-                known.is_asked = False
-                known.left.extend(self._tasks())
+            progress = self._progress.get(child)
+            if progress is not None and (progress.is_asked or self._is_old(progress, now)):
+                progress.is_asked = False
+                progress.left.extend(self._tasks())
                 return child
         return None
 
-    def _is_old(self, known: _Progress, now: float) -> bool:
+    def _is_old(self, progress: _Progress, now: float) -> bool:
         if self._period is None or now < self._patient_until:
             return False
-        return any(now - one.since >= self._period for one in known.scores.values())
+        return any(now - one.since >= self._period for one in progress.scores.values())
 
     # -- scores --
 
@@ -212,20 +212,23 @@ class Measuring:
                     one.measured,
                 )
 
-    def seen(self, now: float) -> dict[str, snapshot.Score]:
+    def as_snapshot(self, now: float) -> dict[str, snapshot.Score]:
         """Return what operators see of the scores, by service."""
+        if now - self._listed_at >= 1.0:  # not for every look of the gate
+            self._listed_at = now
+            self._listed = {key: tuple(self._latest(key, now)) for key in self._live}
         return {
             key: snapshot.Score(
                 value=one.value,
                 measured=one.measured,
                 served=one.served,
                 drift=one.drift,
-                benchmarks=tuple(self._shown(key, now)),
+                benchmarks=self._listed[key],
             )
             for key, one in self._live.items()
         }
 
-    def _shown(self, service: str, now: float) -> Iterator[snapshot.Benchmark]:
+    def _latest(self, service: str, now: float) -> Iterator[snapshot.Benchmark]:
         """The latest figures of each task, of whichever replica."""
         for name in self._benchmarked.get(service, ()):
             found = [one.scores[name] for one in self._progress.values() if name in one.scores]
@@ -237,6 +240,7 @@ class Measuring:
                 yield snapshot.Benchmark(**figures, age=age)
 
     def _update(self) -> None:
+        self._listed_at = -math.inf
         for service, names in self._benchmarked.items():
             each = [
                 policy_scores.combined(one.scores[name].score.value for name in names)

@@ -1,4 +1,4 @@
-"""What happens next: reports are followed, deadlines judged, inputs given to children.
+"""What happens next: reports are followed, deadlines judged, children started and ended.
 
 Everything here runs in one thread: the worker's event loop, or the pool's own where the transport
 has none. It is driven by ``poll``, which reads what children report, and by ``tick``, which judges
@@ -8,136 +8,153 @@ deadlines after that.
 from __future__ import annotations
 
 import logging
+import subprocess
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from gw_celery.cluster import poison_counts
 from gw_celery.pool import (
     child_process,
     child_state,
+    poison,
     probes,
-    replicas,
+    replica,
     request,
     requests,
-    sockets,
+    scores,
 )
-from gw_celery.pool import replica as pool_replica
-from gw_celery.pool import scores as pool_scores
+from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Worker
 
+if TYPE_CHECKING:
+    from gw_celery.cluster import lost_inputs, poison_counts
+    from gw_celery.pool import dead_letters, taskpool
+
 logger = logging.getLogger(__name__)
+
+#: Grace of a child that was told to leave, over the bounds of its exit hooks.
+_LEAVE_MARGIN = 10.0
+#: Inputs that one line of the log names.
+_NAMED = 5
+_LINGERS = (
+    "%r has been draining for %.0f s: it waits for inputs that have no time limit, %s. End one "
+    "with `celery control terminate SIGTERM ID`; give them a limit (timeout=, time_limit=)"
+)
+_NOT_NEEDED = "Worker exited prematurely: it was not needed any more."
 
 
 class Supervisor:
-    """Replicas, their children, and the inputs that they hold."""
+    """Replicas, the children that fill them, and the inputs that these hold.
+
+    Args:
+        setup: what every child gets.
+        pool: hears when slots become free, or are taken.
+        poison_counts: of all workers; ``None`` without Redis.
+        dead_letters: keeps the messages that are given up; ``None`` where the settings say so.
+        lost_inputs: keeps records of early acknowledged inputs; ``None`` without Redis.
+    """
 
     def __init__(
         self,
-        setup: pool_replica.Setup,
-        on_capacity: Callable[[], None],
-        shared_deaths: poison_counts.Shared | None = None,
-        bury: Callable[[request.Job, str, int], None] | None = None,
-        on_lost: Callable[[list[int]], None] | None = None,
+        setup: replica.Setup,
+        pool: taskpool.TaskPool,
+        poison_counts: poison_counts.Shared | None = None,
+        dead_letters: dead_letters.DeadLetters | None = None,
+        lost_inputs: lost_inputs.LostInputs | None = None,
     ) -> None:
-        self._setup = setup
-        self._sockets = sockets.Sockets()
-        self._replicas = replicas.Replicas(
-            setup, self._sockets, self._longest_left, self._on_gone, on_capacity
-        )
-        self._inputs = requests.Inputs(
-            setup.settings,
-            self._after_input,
-            self._replicas.replace,
-            shared_deaths,
-            bury,
-        )
-        self._measuring = pool_scores.Measuring(setup, self._send)
-        self._probing = probes.Probing(
-            setup, self._replicas, self._send, self._advance, on_capacity
-        )
-        self._on_capacity = on_capacity
-        #: Told the numbers of inputs that began in a child that died.
-        self._on_lost = on_lost
+        self.setup = setup
+        #: What Celery knows: its gate follows the slots.
+        self.pool = pool
+        self._lost_inputs = lost_inputs
+        self._sockets = child_process.Sockets()
+        counter = poison.PoisonCounter(setup.settings.max_deaths, poison_counts)
+        self.requests = requests.Requests(self, counter, dead_letters)
+        self._scores = scores.ReplicaScores(setup)
+        self._probes = probes.ChildProbes(setup, self)
+        allotment = setup.allotment
+        self._replicas = replica.ReplicaSet(None if allotment is None else allotment.shares)
+        #: Every live child and the replica that it fills, or will fill.
+        self._children: dict[ChildProcess, replica.Replica] = {}
+        #: Processes that are ended, or about to end, and not reaped.
+        self._dying: list[subprocess.Popen[bytes]] = []
+        #: No child is started any more.
+        self._is_closing = False
         # Reentrant: Celery's signal handlers call us in the middle of anything.
         self._lock = threading.RLock()
+        #: Stops that came in the middle of a move.
+        self._late_stops: list[tuple[request.PoolRequest, int]] = []
         #: Inputs that found no slot the last time.
         self._waiting = 0
 
-    # -- size --
+    # -- what operators and the autoscaler decide --
 
     def resize(self, wanted: int) -> None:
         """Grow to, or shrink by draining to, this number of replicas."""
         with self._lock:
-            self._replicas.resize(wanted)
+            self._drain_all(self._replicas.resize(wanted))
         self.wake()
 
     def restart(self, number: int | None) -> None:
         """Replace the child of one replica, or of all, one after the other, by draining."""
         with self._lock:
-            self._measuring.forget_scores(self._replicas)
+            self._scores.forget_remembered(self.children())
             self._replicas.restart(number)
         self.wake()
 
     def hold(self, number: int | None) -> None:
         """Drain one replica, or all, and start no child there until ``restart``."""
         with self._lock:
-            self._replicas.hold(number)
+            self._drain_all(self._replicas.hold(number))
         self.wake()
-
-    # -- scores --
 
     def measure_again(self) -> None:
         """Have every replica measured again, one after the other, when it has nothing to do."""
         with self._lock:
-            self._measuring.ask()
+            self._scores.ask_again()
 
     def note_queued(self, queued: Mapping[str, int]) -> None:
-        """Hear how many messages wait in the broker, by service."""
+        """Record how many messages wait in the broker, by service."""
         with self._lock:
-            self._measuring.note_queued(queued, request.now())
-
-    def observe(self) -> None:
-        """Let the traffic correct the scores; about once a second."""
-        with self._lock:
-            # While results cannot be stored nothing is consumed, however much there is.
-            ready = {} if self.outage() else self._ready_by_service()
-            self._measuring.observe(request.now(), self._inputs.tallies.seen(), ready)
+            self._scores.note_queued(queued, request.now())
 
     # -- inputs --
 
-    def submit(self, args: tuple[Any, ...], service: str, options: dict[str, Any]) -> request.Job:
+    def submit(
+        self, args: request.TaskArgs, service: str, options: request.Options
+    ) -> request.PoolRequest:
         """Take one input; it starts when a replica has a slot for it."""
         with self._lock:
-            job = self._inputs.submit(args, service, options, self._stop)
-            self._dispatch()
-        return job
+            new = self.requests.submit(args, service, options)
+            self._send_waiting()
+        return new
 
-    def _stop(self, job: request.Job, signum: int) -> None:
+    def stop(self, stopped: request.PoolRequest, signum: int) -> None:
         """Stop one input and answer it as terminated, before or after its start."""
         with self._lock:
-            self._inputs.stop(job, signum)
-            if job.child is not None:
-                self._sockets.watch(job.child)
+            if self.requests.table.is_moving:  # Celery's handler of a signal interrupts it
+                self._late_stops.append((stopped, signum))
+                self.wake()
+            else:
+                self.requests.stop(stopped, signum)
 
     def forget_waiting(self) -> None:
         """Drop what has not started: the broker delivers it again."""
         with self._lock:
-            self._watch(self._inputs.forget_waiting())
+            self.requests.forget_waiting()
 
     def withdraw(self) -> None:
         """Take out what was revoked or has expired while it gathered for a batch."""
         with self._lock:
-            self._watch(self._inputs.withdraw())
+            self.requests.withdraw()
 
-    def in_flight(self) -> int:
-        """Inputs that children hold and that are not answered."""
-        return self._inputs.in_flight()
-
-    def held(self) -> int:
-        """Inputs that children have not let go of, answered or not."""
-        return self._inputs.held()
+    def _send_waiting(self) -> None:
+        queue = self.requests.table.queue
+        if queue and not self.outage():
+            self.requests.send([child for child in self._children if child.state.is_ready])
+        if len(queue) != self._waiting:
+            self._waiting = len(queue)
+            self.pool.slots_changed()
 
     # -- the event loop --
 
@@ -155,112 +172,103 @@ class Supervisor:
         with self._lock:
             for child in self._sockets.follow(events):
                 self._receive(child)
-            self._inputs.settle_asked(request.now())
-            self._probing.look(request.now())
-            self._dispatch()
-            self._inputs.expire(request.now())
+            while self._late_stops:
+                self.requests.stop(*self._late_stops.pop())
+            now = request.now()
+            self.requests.finish_checks(now)
+            self._probes.call_due(now)
+            self._send_waiting()
+            self.requests.enforce_limits(request.now())
 
     def tick(self) -> None:
         """Judge deadlines, reap, start what is missing; once a second, after ``poll``."""
         with self._lock:
             now = request.now()
-            for child in self._replicas:
+            for child in self.children():
                 self._judge(child, now)
-            self._replicas.tick(now)
-            self._probing.expect()
-            self._probing.look(now)
-            for service in self._probing.unready():
-                self._inputs.give_back(service)
-            self._dispatch()
-            self._measure_again(now)
+            self._dying = [process for process in self._dying if process.poll() is None]
+            self._fill_replicas(now)
+            self._warn_of_lingering(now)
+            self._probes.expect_changes()
+            self._probes.call_due(now)
+            for service in self._probes.unready():
+                self.requests.give_back(service)
+            self._send_waiting()
+            self._measure_idle(now)
 
     def probe_tick(self) -> None:
         """Call the probes that are due, now."""
         with self._lock:
-            self._probing.look(request.now())
+            self._probes.call_due(request.now())
+
+    def observe(self) -> None:
+        """Let the traffic correct the scores; about once a second."""
+        with self._lock:
+            # While results cannot be stored nothing is consumed, however much there is.
+            ready = {} if self.outage() else self._ready_by_service()
+            counters = self.requests.table.counters.as_snapshot()
+            self._scores.observe(request.now(), counters, ready)
 
     def next_deadline(self) -> float | None:
         """Seconds until an input reaches a limit, or a probe is due; ``None`` without either."""
         now = request.now()
-        nexts = (self._inputs.limits.next_in(now), self._probing.next_in(now))
-        return min((one for one in nexts if one is not None), default=None)
-
-    # -- the end --
-
-    def close(self) -> None:
-        """Take nothing new and start no child any more."""
-        with self._lock:
-            self._replicas.is_closing = True
-            self._watch(self._inputs.forget_waiting())
-
-    def abandon_unaccepted(self) -> None:
-        """Give up what has not begun, unanswered, after a last look at what has."""
-        with self._lock:
-            self.poll()
-            self._inputs.abandon_unaccepted()
-
-    def leave(self) -> None:
-        """Let every child run its exit hooks and end."""
-        with self._lock:
-            for child in self._replicas:
-                self._replicas.drain(child)
-
-    def is_empty(self) -> bool:
-        return not len(self._replicas)
-
-    def kill(self, reason: str) -> None:
-        """End every child now; what they hold goes back to the broker or fails with ``reason``."""
-        with self._lock:
-            self._replicas.is_closing = True
-            for child in self._replicas:
-                self._replicas.end(child, reason)
-
-    def release(self) -> None:
-        """Close what this object holds open; nothing may be called after it."""
-        self._inputs.close()
-        self._sockets.close()
+        waits = (self.requests.table.limits.next_in(now), self._probes.next_in(now))
+        return min((wait for wait in waits if wait is not None), default=None)
 
     # -- what is seen from outside --
 
+    def snapshot(self) -> Worker:
+        """Return the worker as it is now; from any thread."""
+        with self._lock:
+            slots, now = self.setup.slots, request.now()
+            ready = self._ready_by_service()
+            pool, table = self.pool, self.requests.table
+            return Worker(
+                hostname=pool.hostname,
+                desired=pool.desired_replicas,
+                desired_slots=pool.limit,
+                open_queues=pool.gate.open_queues() if pool.gate else (),
+                closed_queues=pool.gate.closed_queues() if pool.gate else (),
+                bands=pool.bands.names() if pool.bands else {},
+                is_stopping=pool.is_stopping,
+                replicas=tuple(
+                    one.as_snapshot(self.setup.slots_per_replica, now) for one in self._replicas
+                ),
+                ready_slots={service: ready[service] * slots[service] for service in slots},
+                waiting=len(table.queue),
+                waiting_inputs=table.queue.by_service(),
+                tallies=table.counters.as_snapshot(),
+                outage=self.outage(),
+                scores=self._scores.as_snapshot(now),
+            )
+
     def outage(self) -> str:
         """Why a live child cannot store results; ``""`` while all can, as far as they know."""
-        return next((one.outage for one in self._replicas if one.outage), "")
+        return next((child.outage for child in self._children if child.outage), "")
 
-    def snapshot(self, hostname: str) -> Worker:
-        """Return the replicas, the inputs and the scores as they are now; from any thread."""
-        with self._lock:
-            slots = self._setup.slots
-            ready = self._ready_by_service()
-            return Worker(
-                hostname=hostname,
-                replicas=self._replicas.seen(),
-                ready_slots={service: ready[service] * slots[service] for service in slots},
-                waiting=len(self._inputs.waiting),
-                waiting_inputs=self._inputs.waiting.by_service(),
-                tallies=self._inputs.tallies.seen(),
-                outage=self.outage(),
-                scores=self._measuring.seen(request.now()),
-            )
+    def children(self) -> list[ChildProcess]:
+        """Return every live child; they may start and end meanwhile."""
+        return list(self._children)
 
     def _ready_by_service(self) -> dict[str, int]:
         """READY replicas that take inputs of each service."""
-        ready = [child for child in self._replicas if child.life.is_ready]
+        ready = [child for child in self._children if child.state.is_ready]
         return {
-            service: sum(child.room.serves(service) for child in ready)
-            for service in self._setup.slots
+            service: sum(child.slots.serves(service) for child in ready)
+            for service in self.setup.slots
         }
 
-    # -- reports --
+    # -- what children report --
 
-    def _receive(self, child: child_process.Child) -> bool:
+    def _receive(self, child: ChildProcess) -> bool:
         """Handle what a child has reported; whether there was anything."""
         received = child.receive()
         garbage = received.garbage
         for report in received.reports:
-            if child not in self._replicas:
+            if child not in self._children:
                 break
             try:
-                self._handle(child, report)
+                self._follow(child, report)
             except frames.Garbage as exc:
                 garbage = exc
                 break
@@ -268,110 +276,275 @@ class Supervisor:
                 logger.exception("%r: its report %.100r could not be followed", child, report)
         if garbage is not None:
             logger.error("%r wrote garbage and is killed: %s", child, garbage)
-            self._replicas.end(child, f"Worker exited prematurely: it wrote garbage ({garbage}).")
+            self.end(child, f"Worker exited prematurely: it wrote garbage ({garbage}).")
         elif received.is_closed:
-            self._replicas.end(child, None)
-        return bool(received.reports) and child in self._replicas
+            self.end(child, None)
+        return bool(received.reports) and child in self._children
 
-    def _handle(self, child: child_process.Child, report: list[Any]) -> None:
+    def _follow(self, child: ChildProcess, report: frames.ReportFields) -> None:
         kind, now = report[0], request.now()
         if kind == frames.Report.BEAT:
-            child.life.beat(now)
+            child.state.beat(now)
             _, child.lag, child.resident_bytes = report
         elif kind == frames.Report.LOADED:
-            child.life.loaded(now)
+            child.state.loaded(now)
         elif kind == frames.Report.ENTERED:
-            child.life.entered(now)
-            self._advance(child, now)
+            child.state.entered(now)
+            self.advance(child, now)
         elif kind == frames.Report.MEASURED:
-            self._measured(child, report[1], report[2], now)
+            self._follow_measured(child, report[1], report[2], now)
         elif kind == frames.Report.PROBED:
-            self._probing.handle(child, report, now)
+            self._probes.follow(child, report, now)
         elif kind == frames.Report.STUCK:
-            logger.error("%r has a call of %s that nobody waits for: replaced", child, report[1])
-            self._replicas.replace(child)
+            logger.error("%r has a call of %s that nothing waits for: replaced", child, report[1])
+            self.replace(child)
         elif kind == frames.Report.FAILED:
             child.reason = report[1]
         elif kind == frames.Report.OUTAGE:
             child.outage = report[1]
-            self._on_capacity()
+            self.pool.slots_changed()
         else:
-            self._inputs.handle(child, report, now)
+            self.requests.follow(child, report, now)
             if kind == frames.Report.ERROR and report[3] == "builtins.MemoryError":
                 logger.error("%r ran out of memory in a task: it is replaced", child)
-                self._replicas.replace(child)
+                self.replace(child)
 
-    def _advance(self, child: child_process.Child, now: float) -> None:
+    def input_ended(self, child: ChildProcess) -> None:
+        """A child has let go of an input: it may have to leave, or to be replaced."""
+        if child.state.current is child_state.State.DRAINING:
+            self._leave_when_idle(child)
+        elif child.state.is_up and self.setup.is_worn(child):
+            self.replace(child)
+
+    # -- a child on its way to READY --
+
+    def advance(self, child: ChildProcess, now: float) -> None:
         """Take a child as far towards READY as it has proved itself."""
-        if child.life.state is child_state.State.PROBING and self._probing.has_started(child, now):
-            child.life.probed(now)
-        is_next = child.life.state is child_state.State.BENCHMARKING
-        if is_next and self._measuring.is_over(child, now):
-            self._replicas.became_ready(child, now)
-            self._probing.expect()
+        state = child.state
+        if state.current is child_state.State.PROBING and self._probes.have_started(child, now):
+            state.probed(now)
+        is_next = state.current is child_state.State.BENCHMARKING
+        if is_next and self._scores.is_measured(child, now):
+            self._become_ready(child, now)
+            self._probes.expect_changes()
 
-    def _measured(self, child: child_process.Child, call: int, text: str, now: float) -> None:
+    def _follow_measured(self, child: ChildProcess, call: int, text: str, now: float) -> None:
         try:
-            self._measuring.follow(child, call, text, now)
-        except pool_scores.Failed as exc:
-            self._replicas.refuse(child, str(exc))
+            self._scores.follow(child, call, text, now)
+        except scores.Failed as exc:
+            self._refuse(child, str(exc))
         else:
-            self._advance(child, now)
+            self.advance(child, now)
 
-    def _measure_again(self, now: float) -> None:
+    def _become_ready(self, child: ChildProcess, now: float) -> None:
+        """The child has proved all that stands before READY: it takes its place."""
+        child.state.measured(now)
+        filled = self._children[child]
+        filled.last_error = ""
+        if filled.successor is child:
+            filled.successor, predecessor = None, filled.child
+            filled.child = child
+            self._drain(predecessor)
+        if not filled.should_run or self._is_closing:
+            self._drain(child)
+        logger.info("%r is ready", child)
+        self.pool.slots_changed()
+
+    def _refuse(self, child: ChildProcess, reason: str) -> None:
+        """Let a child that cannot serve leave, as one whose start failed."""
+        logger.error("%r is not ready: %s", child, reason)
+        child.reason = reason
+        self._tell_to_leave(child)
+
+    def _measure_idle(self, now: float) -> None:
         """Take one idle replica out of service for as long as its benchmarks take."""
-        if self._inputs.waiting or self._replicas.is_closing:
+        if self.requests.table.queue or self._is_closing:
             return
-        idle = [one for one in self._replicas if one.life.is_ready and not one.jobs]
-        if (child := self._measuring.due(idle, now)) is not None:
-            child.life.measure_again(now)
-            self._advance(child, now)
-            self._on_capacity()
+        idle = [child for child in self._children if child.state.is_ready and not child.requests]
+        if (child := self._scores.due_again(idle, now)) is not None:
+            child.state.measure_again(now)
+            self.advance(child, now)
+            self.pool.slots_changed()
 
-    def _after_input(self, child: child_process.Child) -> None:
-        if child.life.state is child_state.State.DRAINING:
-            self._replicas.leave_when_idle(child)
-        elif child.life.is_up and self._setup.is_worn(child):
-            self._replicas.replace(child)
+    # -- how replicas are filled --
 
-    # -- children --
+    def _fill_replicas(self, now: float) -> None:
+        """Drain what is to restart, start what is missing, replace what must go."""
+        if (restarted := self._replicas.next_to_restart()) is not None:
+            self._drain(restarted.child)
+        self._replicas.complete()
+        for filled in self._replicas:
+            self._fill(filled, now)
+            self._relieve(filled)
 
-    def _dispatch(self) -> None:
-        before = self._waiting
-        if self._inputs.waiting and not self.outage():
-            ready = [one for one in self._replicas if one.life.is_ready]
-            self._watch(self._inputs.dispatch(ready))
-        self._waiting = len(self._inputs.waiting)
-        if self._waiting != before:
-            self._on_capacity()
+    def _fill(self, empty: replica.Replica, now: float) -> None:
+        if empty.child is not None:
+            return
+        if not empty.is_wanted:
+            self._replicas.remove(empty)
+        elif empty.successor is not None:
+            empty.child, empty.successor = empty.successor, None
+        elif self._may_start(empty, now):
+            empty.child = self._start(empty, now)
 
-    def _send(self, child: child_process.Child, order: tuple[Any, ...]) -> None:
-        child.send(order)
-        self._sockets.watch(child)
+    def _relieve(self, filled: replica.Replica) -> None:
+        """See to it that a child goes that must: without a successor where none can load."""
+        child = filled.child
+        if child is None or not (child.must_go and child.state.is_up) or filled.successor:
+            return
+        if filled.backoff.failures:  # memory for one copy only, for example
+            self._drain(child)
+        else:
+            self.replace(child)
 
-    def _watch(self, written: Iterable[child_process.Child]) -> None:
-        for child in written:
-            self._sockets.watch(child)
+    def _may_start(self, filled: replica.Replica, now: float) -> bool:
+        return filled.should_run and not self._is_closing and now >= filled.backoff.retry_at
 
-    def _longest_left(self, child: child_process.Child, now: float) -> float:
-        return self._inputs.limits.longest_left(child.jobs.values(), now)
+    def _start(self, filled: replica.Replica, now: float) -> ChildProcess | None:
+        state = child_state.ChildState(settings=self.setup.settings, now=now)
+        try:
+            child = ChildProcess(
+                filled.number, state, self.setup.slots, filled.devices, self._sockets
+            )
+        except OSError as exc:
+            wait = filled.backoff.failed(now)
+            filled.last_error = f"cannot start a process: {exc}"
+            logger.error(
+                "replica %d %s; next try in %.0f s", filled.number, filled.last_error, wait
+            )
+            return None
+        self._children[child] = filled
+        child.send((self.setup.first | {"number": filled.number, "version": frames.version()},))
+        return child
 
-    def _judge(self, child: child_process.Child, now: float) -> None:
-        if child.process.poll() is not None:
-            while child in self._replicas and self._receive(child):
+    def replace(self, child: ChildProcess) -> None:
+        """Start a successor, which takes over when it is ready; the child serves until then."""
+        if child not in self._children:
+            return
+        if child.state.current is child_state.State.DRAINING:
+            self._leave_when_idle(child)  # what is stuck in it may be all that it still holds
+            return
+        child.must_go = True
+        filled, now = self._children[child], request.now()
+        is_due = filled.child is child and filled.successor is None
+        if is_due and self._may_start(filled, now):
+            filled.successor = self._start(filled, now)
+
+    # -- how children end --
+
+    def _drain_all(self, drained: list[replica.Replica]) -> None:
+        for filled in drained:
+            self._drain(filled.child)
+            self._drain(filled.successor)
+
+    def _drain(self, child: ChildProcess | None) -> None:
+        """Give the child nothing new, and let it leave when it holds nothing."""
+        if child is None or child not in self._children:
+            return
+        current, now = child.state.current, request.now()
+        if current is child_state.State.STARTING:
+            self.end(child, _NOT_NEEDED)
+        elif current is not child_state.State.DRAINING:
+            child.state.drain(now, self._longest_left(child, now))
+            child.send((frames.Order.DRAIN,))
+            self._leave_when_idle(child)
+            self.pool.slots_changed()
+
+    def _leave_when_idle(self, child: ChildProcess) -> None:
+        """Let a draining child leave once nothing in it is unsettled."""
+        if child.unsettled or child.is_leaving:
+            now = request.now()
+            child.state.ended(now, self._longest_left(child, now))
+        elif child.requests:  # what is left was stopped and does not go
+            self.end(child, "Worker exited prematurely: it could not stop an input.")
+        else:
+            child.is_leaving = True
+            self._tell_to_leave(child)
+
+    def _tell_to_leave(self, child: ChildProcess) -> None:
+        child.state.deadline = request.now() + 2 * self.setup.settings.exit_timeout + _LEAVE_MARGIN
+        child.send((frames.Order.LEAVE,))
+
+    def _longest_left(self, child: ChildProcess, now: float) -> float:
+        return self.requests.table.limits.longest_left(child.requests.values(), now)
+
+    def _judge(self, child: ChildProcess, now: float) -> None:
+        if child.has_ended:
+            while child in self._children and self._receive(child):
                 pass  # what it wrote before it ended
-            self._replicas.end(child, None)
-        elif (reason := child.life.overdue(now)) is not None:
+            self.end(child, None)
+        elif (reason := child.state.overdue(now)) is not None:
             logger.error("%r %s: it is killed", child, reason)
             child.reason = child.reason or reason
-            self._replicas.end(child, f"Worker exited prematurely: it {reason}.")
+            self.end(child, f"Worker exited prematurely: it {reason}.")
 
-    def _on_gone(self, child: child_process.Child, why: str) -> None:
-        """Settle what a child held that is gone."""
-        self._measuring.forget(child)
-        begun = [job.number for job in child.jobs.values() if job.is_accepted]
-        self._inputs.settle(child, why, is_closing=self._replicas.is_closing)
-        if begun and self._on_lost is not None:
-            self._on_lost(begun)
-        self._on_capacity()
+    def end(self, child: ChildProcess, reason: str | None) -> None:
+        """The child is gone, or killed for ``reason``: settle what it held, free its replica."""
+        if child not in self._children:
+            return
+        filled = self._children.pop(child)
+        if reason is not None:
+            child.kill()
+        code = child.close()
+        if code is None:
+            child.kill()
+            self._dying.append(child.process)
+        why = reason or child_process.describe_exit(code)
+        is_expected = child.is_leaving or self._is_closing or not filled.should_run
+        filled.child_ended(child, why, request.now(), is_expected=is_expected)
+        self._scores.forget(child)
+        begun = [held.number for held in child.requests.values() if held.accepted_at is not None]
+        self.requests.lose(child, why, is_closing=self._is_closing)
+        if begun and self._lost_inputs is not None:
+            self._lost_inputs.forget(begun)
+        self.pool.slots_changed()
         self.wake()
+
+    def _warn_of_lingering(self, now: float) -> None:
+        """Name, once for each child, the inputs without a limit that keep it from leaving."""
+        for child in self._children:
+            # None is unlimited while the one that was is being stopped.
+            is_due = child.state.lingers(now) and not child.has_told
+            if is_due and (names := _unlimited(child)):
+                child.has_told = True
+                logger.warning(_LINGERS, child, now - child.state.since, names)
+
+    # -- the end of the worker --
+
+    def close(self) -> None:
+        """Take nothing new and start no child any more."""
+        with self._lock:
+            self._is_closing = True
+            self.requests.forget_waiting()
+
+    def give_up_unbegun(self) -> None:
+        """Give up what has not begun, unanswered, after a last look at what has."""
+        with self._lock:
+            self.poll()
+            self.requests.give_up_unbegun()
+
+    def leave(self) -> None:
+        """Let every child run its exit hooks and end."""
+        with self._lock:
+            for child in self.children():
+                self._drain(child)
+
+    def is_empty(self) -> bool:
+        return not self._children
+
+    def kill(self, reason: str) -> None:
+        """End every child now; what they hold goes back to the broker or fails with ``reason``."""
+        with self._lock:
+            self._is_closing = True
+            for child in self.children():
+                self.end(child, reason)
+
+    def release(self) -> None:
+        """Close what this object holds open; nothing may be called after it."""
+        self._sockets.close()
+
+
+def _unlimited(child: ChildProcess) -> str:
+    """Names of the inputs that a child holds and nothing ends; the first of them."""
+    unlimited = [held for held in child.unsettled if not held.hard_limit]
+    return ", ".join(f"{held.name}[{held.task_id}]" for held in unlimited[:_NAMED])

@@ -10,11 +10,13 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Unpack
 
+from celery import Celery
 from celery.concurrency.base import BasePool
 from celery.worker import state
+from kombu.asynchronous import Hub
 
 from gw_celery import conf, signals
 from gw_celery.cluster import membership
@@ -49,7 +51,14 @@ class TaskPool(BasePool):
     uses_semaphore = False
     task_join_will_block = True
 
-    def __init__(self, limit: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        limit: int | None = None,
+        *,
+        maxtasksperchild: int | None = None,
+        max_memory_per_child: int | None = None,
+        **options: object,
+    ) -> None:
         super().__init__(limit, **options)
         plan = signals.plan()
         settings = conf.read(self.app.conf) if plan is None else plan.settings
@@ -67,8 +76,8 @@ class TaskPool(BasePool):
             benchmarked=plan.benchmarked if plan else {},
             allotment=plan.allotment if plan else None,
             probes=plan.probes if plan else (),
-            max_tasks=options.get("maxtasksperchild"),
-            max_bytes=(options.get("max_memory_per_child") or 0) * 1024 or None,
+            max_tasks=maxtasksperchild,
+            max_bytes=(max_memory_per_child or 0) * 1024 or None,
         )
         self.supervisor: supervisor.Supervisor
         self._dead: dead_letters.DeadLetters | None = None
@@ -89,6 +98,18 @@ class TaskPool(BasePool):
         Not those that are READY: Celery's autoscaler would ask for more while a replica loads.
         """
         return max(1, self.limit)
+
+    @property
+    def desired_replicas(self) -> int:
+        return self._replicas_for(self.limit)
+
+    @property
+    def hostname(self) -> str:
+        return str(self.options["initargs"][1])
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._state in (self.CLOSE, self.TERMINATE)
 
     def grow(self, n: int = 1) -> None:
         """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
@@ -116,7 +137,7 @@ class TaskPool(BasePool):
         """Let one replica, or all, finish and stay stopped until they are restarted."""
         self.supervisor.hold(number)
 
-    def maintain_pool(self, *args: Any, **kwargs: Any) -> None:
+    def maintain_pool(self, *args: object, **kwargs: object) -> None:
         self.supervisor.tick()
 
     # -- the life of the worker --
@@ -133,9 +154,8 @@ class TaskPool(BasePool):
             self._setup.settings.worker_ttl,
             self.wake,
         )
-        lost = self.cluster.lost
         first = {
-            "worker": None if lost is None else self.cluster.start_id,
+            "worker": self.cluster.start_id if self.cluster.lost else None,
             "app": origin.find(app),
             "changes": origin.changes(app),
             "hostname": hostname,
@@ -146,12 +166,10 @@ class TaskPool(BasePool):
         setup = dataclasses.replace(self._setup, first=first)
         if setup.settings.dead_letter_queue:
             self._dead = dead_letters.DeadLetters(app, setup.settings, hostname)
-        bury = None if self._dead is None else self._dead.keep
-        on_lost = None if lost is None else lost.forget
         self.supervisor = supervisor.Supervisor(
-            setup, self._on_capacity, self.cluster.counts, bury, on_lost
+            setup, self, self.cluster.counts, self._dead, self.cluster.lost
         )
-        self._driver = driver.Driver(self.supervisor, self._see)
+        self._driver = driver.Driver(self)
         if self._plan is not None:
             queues = self._plan.service_queues
             self.bands = _bands(app, self.cluster, queues.values())
@@ -161,15 +179,21 @@ class TaskPool(BasePool):
             start_notices.log(app, self._plan)
         self._resize(self.limit)
         self.supervisor.tick()
-        self._see()
+        self.observe()
         self.cluster.begin()
         self._driver.start()
 
-    def register_with_event_loop(self, hub: Any) -> None:
+    def register_with_event_loop(self, hub: Hub) -> None:
         """Called at every start of the consumer, when the hub has forgotten us."""
         self._driver.attach(hub)
 
-    def on_apply(self, target: Any, args: Any, kwargs: Any, **options: Any) -> request.Job:
+    def on_apply(
+        self,
+        target: object,
+        args: request.TaskArgs,
+        kwargs: object,
+        **options: Unpack[request.Options],
+    ) -> request.PoolRequest:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
@@ -178,10 +202,10 @@ class TaskPool(BasePool):
         service = getattr(task, "gw_service", None)
         key = services.PLAIN if service is None else service.key
         options["gathers"] = service is not None and task.gw_method.batched is not None
-        return self.supervisor.submit(tuple(args), key, options)
+        return self.supervisor.submit(args, key, options)
 
-    def terminate_job(self, pid: int, signal: Any = None) -> None:
-        """Do nothing: a pid names a replica. Celery calls the exact ``Job.terminate`` next."""
+    def terminate_job(self, pid: int, signal: object = None) -> None:
+        """Do nothing: a pid names a replica. Celery calls ``PoolRequest.terminate`` next."""
 
     def flush(self) -> None:
         """Drop what has not started; called when the broker is lost, and at every shutdown."""
@@ -197,20 +221,20 @@ class TaskPool(BasePool):
         settings = self._setup.settings
         self.supervisor.close()
         if state.should_terminate:
-            self.supervisor.abandon_unaccepted()
+            self.supervisor.give_up_unbegun()
             bound = grace = settings.cancel_timeout
         else:
             bound, grace = settings.shutdown_timeout, 2 * settings.exit_timeout + _LEAVE_MARGIN
-        if not self._driver.wait(lambda: not self.supervisor.in_flight(), bound):
+        if not self._driver.wait(lambda: not self.supervisor.requests.in_flight(), bound):
             logger.error(
                 "%d inputs are still running after %.0f s; their replicas are killed (setting "
                 "gw_shutdown_timeout)",
-                self.supervisor.in_flight(),
+                self.supervisor.requests.in_flight(),
                 bound,
             )
             self.supervisor.kill(_SHUT_DOWN)
         # What was given back to the broker, or answered at its limit, is about to go.
-        self._driver.wait(lambda: not self.supervisor.held(), settings.cancel_timeout)
+        self._driver.wait(lambda: not self.supervisor.requests.held(), settings.cancel_timeout)
         self.supervisor.leave()
         self._driver.wait(self.supervisor.is_empty, grace)
         self._finish()
@@ -234,22 +258,9 @@ class TaskPool(BasePool):
 
     def snapshot(self) -> Worker:
         """Return the worker as it is now; see ``protocol.snapshot.Source``."""
-        gate = self.gate
-        return dataclasses.replace(
-            self.supervisor.snapshot(self.options["initargs"][1]),
-            desired=self._replicas_for(self.limit),
-            desired_slots=self.limit,
-            open_queues=gate.open_queues() if gate else (),
-            closed_queues=gate.closed_queues() if gate else (),
-            bands={} if self.bands is None else self.bands.names(),
-            is_stopping=self._state in (self.CLOSE, self.TERMINATE),
-        )
+        return self.supervisor.snapshot()
 
-    def note_queued(self, queued: Mapping[str, int]) -> None:
-        """Record how many messages wait in the broker, by service."""
-        self.supervisor.note_queued(queued)
-
-    def _get_info(self) -> dict[str, Any]:
+    def _get_info(self) -> dict[str, object]:
         options, worker = self.options, self.snapshot().as_json()
         return {
             **super()._get_info(),
@@ -292,27 +303,28 @@ class TaskPool(BasePool):
         if (allotment := self._setup.allotment) is not None:
             slots = min(slots, allotment.most * self._setup.slots_per_replica)
         self.limit = max(0, slots)
-        self.supervisor.resize(self._replicas_for(self.limit))
+        self.supervisor.resize(self.desired_replicas)
 
     def _replicas_for(self, slots: int) -> int:
         return math.ceil(slots / self._setup.slots_per_replica)
 
-    def _on_capacity(self) -> None:
+    def slots_changed(self) -> None:
+        """There are more, or fewer, slots or inputs that wait for one."""
         if self.gate is not None and self._state == self.RUN:
             self.gate.request()
 
-    def _see(self) -> None:
+    def observe(self) -> None:
         """Once a second: look at what there is, and let others see it."""
         self.supervisor.observe()
         worker = self.snapshot()
         self.cluster.observe(worker)
         scores = {service: score.value for service, score in worker.scores.items()}
         if self.bands is not None and self.bands.follow(scores, self.cluster.others, request.now()):
-            self._on_capacity()
+            self.slots_changed()
         self.health.beat(worker)
 
 
-def _queues(app: Any, plan: serving.Plan | None) -> dict[str, list[str]]:
+def _queues(app: Celery, plan: serving.Plan | None) -> dict[str, list[str]]:
     """The queues of each service; those of plain tasks are together."""
     keys = [services.PLAIN] if plan is None else plan.slots
     queues: dict[str, list[str]] = {key: [] for key in keys}
@@ -337,7 +349,7 @@ def _limited(plan: serving.Plan | None) -> dict[str, dict[str, int]]:
 
 
 def _bands(
-    app: Any, cluster: membership.Membership, keys: Iterable[str]
+    app: Celery, cluster: membership.Membership, keys: Iterable[str]
 ) -> speed_bands.Bands | None:
     """The bands of a worker; ``None`` where the broker has no priorities, or others are unknown."""
     with app.connection_for_read() as connection:

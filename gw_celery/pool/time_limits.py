@@ -7,7 +7,10 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gw_celery.pool.request import PoolRequest
 
 #: Stale entries that are not worth a clean-up.
 _SLACK = 256
@@ -26,42 +29,42 @@ class Limits:
     """A heap of limits; entries of what ended, or was stopped, before its limit are stale."""
 
     def __init__(self) -> None:
-        #: When, a number that breaks ties and names the entry, the input, and which limit.
-        self._heap: list[tuple[float, int, Any, Limit]] = []
+        #: When, a number that breaks ties, the input, and which limit.
+        self._heap: list[tuple[float, int, PoolRequest, Limit]] = []
         self._count = itertools.count()
-        #: The entries that count, of each input.
-        self._live: dict[int, set[int]] = {}
+        #: From which number on the entries of an input count.
+        self._first: dict[int, int] = {}
         #: When each input that runs reaches its hard limit; infinite without one.
         self._hard: dict[int, float] = {}
 
-    def begin(self, job: Any, now: float) -> None:
+    def begin(self, request: PoolRequest, now: float) -> None:
         """The input starts: its limits count from here."""
-        if job.soft_limit:
-            self._add(now + job.soft_limit, job, Limit.SOFT)
-        self._hard[job.number] = now + (job.hard_limit or math.inf)
-        if job.hard_limit:
-            self._add(now + job.hard_limit, job, Limit.HARD)
+        self._hard[request.number] = now + (request.hard_limit or math.inf)
+        if request.soft_limit:
+            self._add(now + request.soft_limit, request, Limit.SOFT)
+        if request.hard_limit:
+            self._add(now + request.hard_limit, request, Limit.HARD)
 
-    def expect_gone(self, job: Any, when: float) -> None:
+    def expect_gone(self, request: PoolRequest, when: float) -> None:
         """The input was stopped; its child has until ``when`` to let go of it."""
-        self.forget(job)
-        self._add(when, job, Limit.GRACE)
+        self.forget(request)
+        self._add(when, request, Limit.GRACE)
 
-    def forget(self, job: Any) -> None:
-        self._live.pop(job.number, None)
-        self._hard.pop(job.number, None)
+    def forget(self, request: PoolRequest) -> None:
+        self._first.pop(request.number, None)
+        self._hard.pop(request.number, None)
         # Inputs end long before their limits: without this, the heap would hold minutes of them.
-        if len(self._heap) > _SLACK + 4 * len(self._live):
-            self._heap = [one for one in self._heap if self._is_live(one)]
+        if len(self._heap) > _SLACK + 4 * len(self._first):
+            self._heap = [entry for entry in self._heap if self._is_live(entry)]
             heapq.heapify(self._heap)
 
     def clear(self) -> None:
         """Forget every limit."""
         self._heap.clear()
-        self._live.clear()
+        self._first.clear()
         self._hard.clear()
 
-    def due(self, now: float) -> Iterator[tuple[Any, Limit]]:
+    def due(self, now: float) -> Iterator[tuple[PoolRequest, Limit]]:
         """Yield what has reached a limit, once."""
         while self._heap and self._heap[0][0] <= now:
             entry = heapq.heappop(self._heap)
@@ -74,17 +77,17 @@ class Limits:
             heapq.heappop(self._heap)
         return max(0.0, self._heap[0][0] - now) if self._heap else None
 
-    def longest_left(self, jobs: Iterable[Any], now: float) -> float:
-        """Seconds until the last of ``jobs`` that run reaches its hard limit.
+    def longest_left(self, requests: Iterable[PoolRequest], now: float) -> float:
+        """Seconds until the last of ``requests`` that run reaches its hard limit.
 
         Infinite where one has none. What has not begun has no time of its own yet.
         """
-        return max((self._hard.get(one.number, now) - now for one in jobs), default=0.0)
+        return max((self._hard.get(request.number, now) - now for request in requests), default=0.0)
 
-    def _add(self, when: float, job: Any, what: Limit) -> None:
+    def _add(self, when: float, request: PoolRequest, limit: Limit) -> None:
         number = next(self._count)
-        self._live.setdefault(job.number, set()).add(number)
-        heapq.heappush(self._heap, (when, number, job, what))
+        self._first.setdefault(request.number, number)
+        heapq.heappush(self._heap, (when, number, request, limit))
 
-    def _is_live(self, entry: tuple[float, int, Any, Limit]) -> bool:
-        return entry[1] in self._live.get(entry[2].number, ())
+    def _is_live(self, entry: tuple[float, int, PoolRequest, Limit]) -> bool:
+        return entry[1] >= self._first.get(entry[2].number, math.inf)

@@ -12,10 +12,16 @@ import json
 import math
 import pickle
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gw_celery import errors
+
+#: An ``Order``, or the first frame's setup, and what belongs to it.
+OrderFields = tuple[Any, ...]
+#: A ``Report`` and what belongs to it, checked against its shape when it is unpacked.
+ReportFields = list[Any]
 
 _LENGTH = struct.Struct("!I")
 #: A child's frame holds texts that it has cut short; anything larger is garbage.
@@ -65,7 +71,7 @@ class Report(enum.StrEnum):
     ERROR = "error"
     #: (task name,): a call of it goes on that nobody waits for, and cannot be ended.
     STUCK = "stuck"
-    #: (job,): it expired, or was late, while it gathered with others; ``GONE`` follows.
+    #: (job,): it expired while it gathered with others; what ends it, without an answer, follows.
     EXPIRED = "expired"
     #: (job,): it is no longer here, and has no answer.
     GONE = "gone"
@@ -111,16 +117,27 @@ _SHAPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def pack_orders(orders: Sequence[tuple[Any, ...]]) -> bytes:
+def version() -> str:
+    """Return the version of gw_celery that this process has imported; the first frame has it."""
+    # Nothing inside imports the package's root, which imports nearly all of it.
+    return str(sys.modules["gw_celery"].__version__)
+
+
+def pack_orders(orders: Sequence[OrderFields]) -> bytes:
     """Return one frame of ``orders``, each an ``Order`` and what belongs to it."""
     payload = pickle.dumps(orders, protocol=pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(payload)) + payload
 
 
-def unpack_orders(payload: bytes) -> list[tuple[Any, ...]]:
+def unpack_orders(payload: bytes) -> list[OrderFields]:
     """Return the orders of one frame; for children only."""
-    orders: list[tuple[Any, ...]] = pickle.loads(payload)  # noqa: S301 - written by the parent
+    orders: list[OrderFields] = pickle.loads(payload)  # noqa: S301 - written by the parent
     return orders
+
+
+def cut(text: str, longest: int) -> str:
+    """Return ``text``, or its beginning: a report is small."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def pack_reports(reports: Iterable[Sequence[Any]]) -> bytes:
@@ -129,7 +146,7 @@ def pack_reports(reports: Iterable[Sequence[Any]]) -> bytes:
     return _LENGTH.pack(len(payload)) + payload
 
 
-def unpack_reports(payload: bytes) -> list[list[Any]]:
+def unpack_reports(payload: bytes) -> list[ReportFields]:
     """Return the checked reports of one frame.
 
     Raises:

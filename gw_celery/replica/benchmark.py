@@ -1,6 +1,6 @@
-"""Measures one task of a replica, through all that a real input goes through but Celery's tracer.
+"""Measures tasks of a replica, through all that a real input goes through but Celery's tracer.
 
-That is what stores results and tells of them: without it nothing outside this process learns of an
+The tracer stores results and announces them: without it nothing outside this process learns of an
 input. Greenlet or thread, wrappers of ``run``, limits, instances and batches are the real ones.
 """
 
@@ -8,30 +8,100 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import logging
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from celery import _state
 from celery.app.task import Context
 
+from gw_celery import conf
 from gw_celery.client import execution, task_context
 from gw_celery.declare import benchmark, services
 from gw_celery.policy import scores
-from gw_celery.protocol import headers, snapshot
+from gw_celery.protocol import frames, headers, snapshot
 from gw_celery.replica import input as replica_input
+from gw_celery.replica import tracer
 from gw_celery.runtime import batch_items, loop
 
 logger = logging.getLogger(__name__)
 
-#: Characters of a failure that are told.
+#: Characters of a failure that are reported.
 _LONGEST = 1000
 
-#: ``Inputs.called``: runs a function where the tracer of an input would run.
-Called = Callable[[replica_input.InFlight, Callable[[], Any]], Awaitable[Any]]
+
+#: Seconds to stop in, over those that an input has to end.
+_MARGIN = 1.0
+
+
+class Benchmarks:
+    """The benchmarks of a replica's tasks; on its loop.
+
+    Args:
+        app: the Celery app, with the bodies of its tasks open to limits.
+        inputs: those of this replica.
+        link: the way to the parent.
+    """
+
+    def __init__(self, app: Any, inputs: tracer.Inputs, link: replica_input.Link) -> None:
+        self._app = app
+        self._grace = conf.read(app.conf).cancel_timeout
+        self._inputs = inputs
+        self._link = link
+        self._tasks = loop.Tasks()
+
+    def start(self, number: int, name: str, within: float, is_again: bool) -> None:
+        """Report the score of the task ``name``, or why there is none.
+
+        Args:
+            number: the answer is reported under it.
+            name: of the task.
+            within: seconds that it has.
+            is_again: whether this replica has been READY before.
+        """
+        answer = self._answer(number, name, within, is_again)
+        self._tasks.start(answer, f"benchmark of {name}")
+
+    async def stop(self) -> None:
+        """End what is being measured: this replica leaves."""
+        if tasks := self._tasks.cancel():
+            await asyncio.wait(tasks, timeout=self._grace + _MARGIN)
+
+    async def _answer(self, number: int, name: str, within: float, is_again: bool) -> None:
+        answer: dict[str, Any]
+        try:
+            answer = {"score": scores.to_json(await self._measure(name, within, is_again))}
+        except scores.NoScore as exc:
+            answer = {"failure": str(exc)}
+        except Exception as exc:  # ours: the parent must not wait for ever because of it
+            logger.exception("the benchmark of %s broke off", name)
+            answer = {"failure": f"{type(exc).__name__}: {exc}"}
+        self._link.report(frames.Report.MEASURED, number, json.dumps(answer))
+
+    async def _measure(self, name: str, within: float, is_again: bool) -> snapshot.TaskScore:
+        task = self._app.tasks.get(name)
+        if getattr(task, "gw_method", None) is None:
+            raise scores.NoScore("no task of this name is served here")
+        logger.info("the benchmark of %s begins", name)
+        measurement = Measurement(task, self._inputs, self._grace)
+        bound = asyncio.timeout(within)
+        try:
+            async with bound:
+                score = await measurement.run()
+        except TimeoutError as exc:
+            if not bound.expired():
+                raise
+            if is_again and measurement.is_stuck:  # else the parent ends this process anyway
+                self._link.report(frames.Report.STUCK, name)
+            raise scores.NoScore(
+                f"it was not over after {within:.0f} s (setting gw_benchmark_timeout)"
+            ) from exc
+        logger.info("the score of %s is %.4g/s", name, score.value)
+        return score
 
 
 class Measurement:
@@ -39,20 +109,20 @@ class Measurement:
 
     Args:
         task: the Celery task, its body open to limits.
-        called: runs a function where the tracer of an input would run.
+        inputs: those of this replica.
         grace: seconds that an input has to end that was stopped.
     """
 
-    def __init__(self, task: Any, called: Called, grace: float) -> None:
+    def __init__(self, task: Any, inputs: tracer.Inputs, grace: float) -> None:
         self._task = task
-        self._called = called
+        self._inputs = inputs
         self._grace = grace
         self._method: services.Method = task.gw_method
         self._parallel = parallel(task.gw_service, self._method)
         self._source = _declared(self._method)
         # The same inputs each time, so that two measures differ by the replica alone.
         self._random = random.Random(self._method.task_name)
-        self._has_logged = self._has_told = False
+        self._has_logged = self._has_warned = False
         #: An input goes on that was stopped, and cannot be ended.
         self.is_stuck = False
 
@@ -68,32 +138,32 @@ class Measurement:
 
     async def _round(self) -> scores.Round:
         calls = await loop.in_thread(self._calls)
-        await self._together(calls)
-        succeeded = [one for one in calls if one.failure is None]
-        failures = [one.failure for one in calls if one.failure is not None]
+        await self._run_together(calls)
+        succeeded = [call for call in calls if call.failure is None]
+        failures = [call.failure for call in calls if call.failure is not None]
         return scores.Round(
-            elapsed=max(one.ended for one in calls) - min(one.began for one in calls),
-            workload=sum(one.workload for one in succeeded),
-            latencies=tuple(one.ended - one.began for one in succeeded),
+            elapsed=max(call.ended for call in calls) - min(call.began for call in calls),
+            workload=sum(call.workload for call in succeeded),
+            latencies=tuple(call.ended - call.began for call in succeeded),
             failures=len(failures),
             failure=failures[0] if failures else "",
         )
 
-    async def _together(self, calls: list[_Call]) -> None:
-        tasks = [asyncio.create_task(self._one(call)) for call in calls]
+    async def _run_together(self, calls: list[_Call]) -> None:
+        tasks = [asyncio.create_task(self._run(call)) for call in calls]
         try:
             await asyncio.wait(tasks)
-            for one in tasks:
-                one.result()
+            for task in tasks:
+                task.result()
         finally:
             # Out of time: what an input has begun ends as that of a revoked one does.
-            if left := [one for one in tasks if not one.done()]:
+            if left := [task for task in tasks if not task.done()]:
                 for call in calls:
                     call.input.stop()
                 _, going_on = await asyncio.wait(left, timeout=self._grace)
                 self.is_stuck = bool(going_on)
 
-    async def _one(self, call: _Call) -> None:
+    async def _run(self, call: _Call) -> None:
         # A task of its own, and so a context: it is the input's.
         followed = task_context.bind()
         replica_input.current.set(call.input)
@@ -101,41 +171,39 @@ class Measurement:
         limits = self._limits(call)
         call.began = time.perf_counter()
         try:
-            await self._called(call.input, call.run)
+            await self._inputs.call(call.input, call.run)
         except (Exception, execution.Stopped) as exc:
             call.failure = call.failure or f"{type(exc).__name__}: {exc}"[:_LONGEST]
-            self._log(exc)
+            if not self._has_logged:
+                self._has_logged = True
+                logger.warning("an input of the benchmark of %s failed", call.name, exc_info=exc)
         finally:
             call.ended = time.perf_counter()
             followed.end()
-            for one in limits:
-                one.cancel()
+            for limit in limits:
+                limit.cancel()
 
     def _limits(self, call: _Call) -> list[asyncio.TimerHandle]:
         """Have the limits of the task end an input of it, as the worker does in traffic."""
         soft, hard = self._task.soft_time_limit, self._task.time_limit
         later = asyncio.get_running_loop().call_later
-        armed = [later(soft, call.input.limit, soft)] if soft else []
-        return [*armed, later(hard, call.stop, hard)] if hard else armed
-
-    def _log(self, exc: BaseException) -> None:
-        if not self._has_logged:
-            self._has_logged = True
-            logger.warning("an input of the benchmark of %s failed", self._task.name, exc_info=exc)
+        timers = [later(soft, call.input.limit, soft)] if soft else []
+        return [*timers, later(hard, call.stop, hard)] if hard else timers
 
     # -- inputs --
 
     def _calls(self) -> list[_Call]:
-        return [_Call(self._task, one, self._workload(one)) for one in self._samples()]
+        samples = self._samples()
+        return [_Call(self._task, sample, self._workload(sample)) for sample in samples]
 
     def _samples(self) -> list[dict[str, Any]]:
         """Draw the inputs of one round; in a thread, for the generator may take its time."""
         if self._source.generator is None:
-            drawn = self._random.choices(self._source.dataset, k=self._parallel)
-            return [dict(copy.deepcopy(one)) for one in drawn]  # a body may change what it gets
-        return [self._made(self._source.generator) for _ in range(self._parallel)]
+            samples = self._random.choices(self._source.dataset, k=self._parallel)
+            return [dict(copy.deepcopy(sample)) for sample in samples]  # a body may change it
+        return [self._generate(self._source.generator) for _ in range(self._parallel)]
 
-    def _made(self, generator: Callable[[], Any]) -> dict[str, Any]:
+    def _generate(self, generator: Callable[[], Any]) -> dict[str, Any]:
         name = f"benchmark_generator of {self._task.name}"
         try:
             sample = generator()
@@ -159,20 +227,15 @@ class Measurement:
         if calculator is None:
             return headers.DEFAULT_WORKLOAD
         try:
-            given = calculator(**kwargs)
-            workload = headers.workload(given)
-            what = f"returned {given!r:.100}"
+            answer = calculator(**kwargs)
+            if (workload := headers.workload(answer)) is not None:
+                return workload
+            what = f"returned {answer!r:.100}"
         except BaseException as exc:  # as for callers, who count such an input as the default
-            workload, what = None, f"raised {exc!r:.200}"
-        if workload is not None:
-            return workload
-        self._tell_of_calculator(what)
-        return headers.DEFAULT_WORKLOAD
-
-    def _tell_of_calculator(self, what: str) -> None:
-        """Once: calls by position may have a workload where these, by name, have none."""
-        if not self._has_told:
-            self._has_told = True
+            what = f"raised {exc!r:.200}"
+        # Calls by position may have a workload where these, by name, have none.
+        if not self._has_warned:
+            self._has_warned = True
             logger.warning(
                 "workload_calculator of %s %s for a sample of its benchmark, which it gets by "
                 "name: it counts as %g, so that the score is not in the unit of the traffic. "
@@ -181,6 +244,7 @@ class Measurement:
                 what,
                 headers.DEFAULT_WORKLOAD,
             )
+        return headers.DEFAULT_WORKLOAD
 
 
 class _Call:
@@ -190,9 +254,8 @@ class _Call:
         self._task = task
         self._kwargs = kwargs
         self.workload = workload
-        self.id = str(uuid.uuid4())
-        self.input = replica_input.InFlight(0, task.name, self.id, lambda report: None)
-        self.input.is_unseen = True
+        self.name: str = task.name
+        self.input = replica_input.Input(0, self.name, str(uuid.uuid4()), link=None)
         self.began = self.ended = 0.0
         self.failure: str | None = None
 
@@ -202,9 +265,9 @@ class _Call:
         It counts as one that was called directly: ``retry()`` raises what made it necessary, and
         sends nothing.
         """
-        kwargs, name = self._kwargs, self._task.name
+        id_, kwargs = self.input.task_id, self._kwargs
         _state._task_stack.push(self._task)
-        self._task.request_stack.push(Context(id=self.id, task=name, args=(), kwargs=kwargs))
+        self._task.request_stack.push(Context(id=id_, task=self.name, args=(), kwargs=kwargs))
         try:
             return self._task.run(**kwargs)
         finally:

@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
     channel = socket.socket(fileno=int(argv[1]))
     os.set_inheritable(channel.fileno(), False)
     setup = _first_frame(channel)
+    _refuse_another_version(channel, setup.get("version", "an older version"))
     sys.path[:] = setup["path"]
     _die_with(setup["parent"])
     # Not earlier: the parent's path is what finds it.
@@ -43,8 +44,8 @@ def _ignore_the_terminal() -> None:
     By handlers that do nothing: what a body starts would inherit an ignored signal, and could not
     be terminated. A new program gets the defaults by itself, a fork by our doing.
     """
-    for one in _OF_THE_GROUP:
-        signal.signal(one, lambda number, frame: None)
+    for number in _OF_THE_GROUP:
+        signal.signal(number, lambda number, frame: None)
     # Blocked meanwhile: a signal that came before the defaults are back would do nothing.
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP),
@@ -57,6 +58,17 @@ def _restore_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_GROUP)
+
+
+def _refuse_another_version(channel: socket.socket, version: str) -> None:
+    """End this process when it imports what an upgrade installed under a running worker."""
+    if version != frames.version():
+        reason = (
+            f"restart this worker: gw_celery was upgraded while it ran, so that it is {version} "
+            f"and a new child {frames.version()}"
+        )
+        channel.sendall(frames.pack_reports([(frames.Report.FAILED, reason)]))
+        os._exit(1)
 
 
 def _die_with(parent: int) -> None:

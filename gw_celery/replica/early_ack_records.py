@@ -5,13 +5,13 @@ They travel in the pipelines of the results. An input that is acknowledged when 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 
 from gw_celery import errors
 from gw_celery.cluster import early_acks
 from gw_celery.replica import input as replica_input
+from gw_celery.runtime import loop
 
 logger = logging.getLogger(__name__)
 
@@ -28,26 +28,25 @@ class Records:
         self._app = app
         self._key = early_acks.records_key(app.backend, worker)
         self._held: set[int] = set()
-        # asyncio keeps only weak references to its tasks.
-        self._ending: set[asyncio.Task[None]] = set()
+        self._tasks = loop.Tasks()
 
     def has(self, name: str) -> bool:
         """Whether inputs of this task are acknowledged when they begin."""
         task = self._app.tasks.get(name)
         return task is not None and not task.acks_late
 
-    async def begin(self, one: replica_input.InFlight, request: Any, arguments: Any) -> None:
+    async def begin(self, input: replica_input.Input, request: Any, arguments: Any) -> None:
         """Record an input that is about to start; without Redis it starts all the same."""
-        record = self._written(one, request, arguments)
-        self._held.add(one.job)
+        record = self._written(input, request, arguments)
+        self._held.add(input.job)
         try:
-            await self._app.backend.command("hset", self._key, str(one.job), record)
+            await self._app.backend.command("hset", self._key, str(input.job), record)
         except Exception as exc:
             logger.warning(
                 "task %s[%s] starts without a record: if its worker is killed it stays unanswered: "
                 "%r",
-                one.name,
-                one.task_id,
+                input.name,
+                input.task_id,
                 exc,
             )
 
@@ -55,29 +54,30 @@ class Records:
         """Have the record of an input removed soon, if it has one."""
         if job in self._held:
             self._held.discard(job)
-            task = asyncio.create_task(self._remove(str(job)))
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+            self._tasks.start(self._remove(str(job)), f"record of input {job}")
 
     async def _remove(self, number: str) -> None:
         try:
             await self._app.backend.command("hdel", self._key, number)
-        except Exception as exc:  # whoever finds it finds its result, too
+        except Exception as exc:  # its result is there, too
             logger.warning("the record of input %s stays: %r", number, exc)
 
-    def _written(self, one: replica_input.InFlight, request: Any, arguments: Any) -> bytes:
+    def _written(self, input: replica_input.Input, request: Any, arguments: Any) -> bytes:
         embed = arguments[2] if len(arguments) > 2 else None
         try:
             return early_acks.write(request, embed)
         except errors.SerializationError as exc:
             logger.warning(
-                "task %s[%s] has callbacks that cannot be recorded: %s", one.name, one.task_id, exc
+                "task %s[%s] has callbacks that cannot be recorded: %s",
+                input.name,
+                input.task_id,
+                exc,
             )
             return early_acks.write(request, None)
 
 
 def of(app: Any, worker: str | None) -> Records | None:
-    """Return the records of a worker; None where nobody would look for them."""
+    """Return the records of a worker; ``None`` where none are kept."""
     if worker is None or not hasattr(app.backend, "command"):
         return None
     return Records(app, worker)

@@ -1,16 +1,17 @@
-"""One input that runs in a replica, and how a limit or a revocation reaches its body only."""
+"""One input of a replica, and how a limit or a revocation reaches its body only."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import dataclasses
 import datetime as dt
 import enum
 import functools
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from celery.exceptions import SoftTimeLimitExceeded
 
@@ -20,100 +21,130 @@ from gw_celery.protocol import frames
 from gw_celery.replica import queue_time
 from gw_celery.runtime import async_exception, body, body_guard
 
+if TYPE_CHECKING:
+    from gw_celery.replica import early_ack_records
+
 #: The input whose tracer runs in this context.
-current: contextvars.ContextVar[InFlight | None] = contextvars.ContextVar("gw_input", default=None)
+current: contextvars.ContextVar[Input | None] = contextvars.ContextVar("gw_input", default=None)
 
 #: The inputs that this process holds, by job number.
-held: dict[int, InFlight] = {}
+in_flight: dict[int, Input] = {}
 
 
-class _Phase(enum.Enum):
+class Link(Protocol):
+    """The way to the parent."""
+
+    def report(self, kind: frames.Report, *content: Any) -> None: ...
+
+
+class Phase(enum.Enum):
+    """Whether something may be raised in an input."""
+
+    #: Not yet: what comes now is raised when its tracer reaches the body.
     BEFORE = enum.auto()
+    #: Yes. A batched input may wait in here for its batch, and has not begun.
     BODY = enum.auto()
+    #: Not any more: its tracer stores the result.
     AFTER = enum.auto()
 
 
-class InFlight:
+@dataclasses.dataclass(eq=False, repr=False)
+class Input:
     """An input between its arrival in the replica and its answer.
 
     What is raised from outside is raised between the start and the end of the body, never while
     Celery's tracer stores a result.
     """
 
-    def __init__(
-        self, job: int, name: str, task_id: str, tell: Callable[[tuple[Any, ...]], None]
-    ) -> None:
-        self.job = job
-        self.name = name
-        self.task_id = task_id
-        #: It was in flight when a child died, and waits for no other input.
-        self.runs_alone = False
-        #: When nobody wants its answer any more, unless it has begun.
-        self.expires: dt.datetime | None = None
-        #: Says why it has waited for too long, unless it has begun.
-        self.judge: Callable[[], Exception | None] = _nothing
-        #: What fails it in place of its body.
-        self.refusal: Exception | None = None
-        #: Writes the record of an early acknowledgement, where there is to be one.
-        self.record: Callable[[], Awaitable[None]] | None = None
-        #: It is a benchmark's: nothing outside this process may learn of it.
-        self.is_unseen = False
-        self._tell = tell
-        #: The parent was told that it starts.
-        self.has_begun = False
-        #: Its message could be read, and Celery's tracer has taken over.
-        self.is_traced = False
-        #: Why a write of its tracer to the result backend was given up.
-        self.store_error: Exception | None = None
-        #: The asyncio task that runs the tracer; ``None`` while a thread does.
-        self.task: asyncio.Task[Any] | None = None
-        self._phase = _Phase.BEFORE
+    job: int
+    name: str
+    task_id: str
+    #: ``None`` for the input of a benchmark, of which nothing outside this process may learn.
+    link: Link | None
+    _: dataclasses.KW_ONLY
+    #: The headers of its message.
+    request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    #: It was in flight when a child died, and waits for no other input.
+    runs_alone: bool = False
+    #: It waits for others, to begin in a batch with them.
+    gathers: bool = False
+    #: When its answer is not wanted any more, unless it has begun.
+    expires: dt.datetime | None = None
+    #: Seconds that it may wait until it begins.
+    max_queue_time: float | None = None
+    #: Where it must be recorded before it begins; ``None`` when it needs no record, or has one.
+    records: early_ack_records.Records | None = None
+    #: What the body of its message holds, for that record.
+    arguments: Any = None
+    #: What fails it in place of its body.
+    rejection: Exception | None = None
+    #: The parent was told that it begins.
+    has_begun: bool = False
+    #: Its message could be read, and Celery's tracer has taken over.
+    is_traced: bool = False
+    #: Why a write of its tracer to the result backend was given up.
+    store_error: Exception | None = None
+    #: The asyncio task that runs the tracer; ``None`` while a thread does.
+    task: asyncio.Task[Any] | None = None
+    phase: Phase = Phase.BEFORE
+
+    def __post_init__(self) -> None:
         self._thread = 0
         self._thrown: async_exception.Thrown | None = None
         self._instead: BaseException | None = None
         self._is_stopped = False
-        # Reentrant: an exception raised in this thread can interrupt `_end` itself.
+        # Reentrant: an exception raised in this thread can interrupt `_leave_body` itself.
         self._lock = threading.RLock()
 
-    def announce(self) -> Awaitable[None] | None:
-        """Write the record that must be there before the input is acknowledged, once."""
-        record, self.record = self.record, None
-        return None if record is None else record()
+    @property
+    def is_benchmark(self) -> bool:
+        return self.link is None
+
+    def record_early_ack(self) -> Awaitable[None] | None:
+        """Write the record that must be there before an early acknowledgement, once."""
+        records, self.records = self.records, None
+        arguments, self.arguments = self.arguments, None
+        return None if records is None else records.begin(self, self.request, arguments)
 
     def begin(self) -> bool:
-        """Tell the parent that the input starts, once; whether anybody still wants its answer.
+        """Report that the input begins, once; return whether its answer is still wanted.
 
         Limits count from here, and an early acknowledgement happens here: an input that waits for
-        its batch has not started.
+        its batch has not begun.
         """
         if self.has_begun or self._is_stopped:
             return not self._is_stopped
         if queue_time.has_expired(self.expires):
-            self._tell((frames.Report.EXPIRED, self.job))
+            self._report(frames.Report.EXPIRED, self.job)
             self.stop()
             return False
         self.has_begun = True
-        self._tell((frames.Report.ACCEPT, self.job, time.monotonic()))
-        # Celery's tracer stores a refusal as any failure: callbacks and chords learn of it, and
+        self._report(frames.Report.ACCEPT, self.job, time.monotonic())
+        # Celery's tracer stores a rejection as any failure: callbacks and chords learn of it, and
         # nothing that waits for the result backend is in the worker's loop.
-        if (refusal := self.judge()) is not None:
-            self.refusal = refusal
+        self.rejection = self._check_queue_time()
+        if self.rejection is not None:
             self.stop()
-        return refusal is None
+        return self.rejection is None
 
-    @property
-    def is_in_body(self) -> bool:
-        return self._phase is _Phase.BODY
+    def _check_queue_time(self) -> Exception | None:
+        if self.max_queue_time is None:
+            return None
+        return queue_time.rejection(self.name, self.request, self.max_queue_time)
+
+    def _report(self, kind: frames.Report, *content: Any) -> None:
+        if self.link is not None:
+            self.link.report(kind, *content)
 
     def run_body(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the body, open to what is raised from outside."""
         try:
-            self._begin()
+            self._enter_body()
             with body_guard.Contained():  # of the project's other tasks, too
                 answer = run(*args, **kwargs)
         except (asyncio.CancelledError, execution.Revoked) as exc:
-            if self.refusal is not None:
-                raise self.refusal from None
+            if self.rejection is not None:
+                raise self.rejection from None
             if self._is_stopped or isinstance(exc, execution.Revoked):
                 raise execution.Revoked from None
             if execution.current() is None:  # it ends, and the broker has the message still
@@ -122,10 +153,10 @@ class InFlight:
             raise errors.BodyExited(reason) from exc
         finally:
             try:
-                self._end()
+                self._leave_body()
             finally:
-                self._phase = _Phase.AFTER
-        if self._is_stopped:  # it swallowed the cancellation; nobody waits for its answer
+                self.phase = Phase.AFTER
+        if self._is_stopped:  # it swallowed the cancellation; its answer is not wanted
             raise execution.Revoked
         return answer
 
@@ -147,9 +178,9 @@ class InFlight:
 
     def _raise(self, exc: BaseException | None) -> None:
         with self._lock:
-            if self._phase is _Phase.BEFORE:
+            if self.phase is Phase.BEFORE:
                 self._instead = exc
-            elif self._phase is _Phase.BODY:
+            elif self.phase is Phase.BODY:
                 self._raise_in_body(exc)
 
     def _raise_in_body(self, exc: BaseException | None) -> None:
@@ -161,36 +192,32 @@ class InFlight:
                 self._thread, execution.Revoked if exc is None else type(exc)
             )
 
-    def _begin(self) -> None:
+    def _enter_body(self) -> None:
         with self._lock:
             self._thread = threading.get_ident()
-            self._phase = _Phase.BODY
+            self.phase = Phase.BODY
             instead, self._instead = self._instead, None
         if self._is_stopped or instead is not None:
             raise instead or execution.Revoked()
 
-    def _end(self) -> None:
+    def _leave_body(self) -> None:
         with self._lock:
-            self._phase = _Phase.AFTER
+            self.phase = Phase.AFTER
             if self.task is not None and self._is_stopped:
                 self.task.uncancel()
         if self._thrown is not None:
             self._thrown.wait()
 
 
-def _nothing() -> None:
-    return None
-
-
-def has_company() -> bool:
+def others_in_flight() -> bool:
     """Whether more than one input is in flight in this process."""
-    return len(held) > 1
+    return len(in_flight) > 1
 
 
-def is_unseen() -> bool:
+def is_benchmark() -> bool:
     """Whether what runs in this context is the input of a benchmark."""
-    one = current.get()
-    return one is not None and one.is_unseen
+    input = current.get()
+    return input is not None and input.is_benchmark
 
 
 def open_body(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,9 +225,9 @@ def open_body(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def opened(*args: Any, **kwargs: Any) -> Any:
-        one = current.get()
-        if one is None or one._phase is not _Phase.BEFORE:
+        input = current.get()
+        if input is None or input.phase is not Phase.BEFORE:
             return run(*args, **kwargs)
-        return one.run_body(run, args, kwargs)
+        return input.run_body(run, args, kwargs)
 
     return opened

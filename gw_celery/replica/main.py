@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
+import functools
 import logging
 import multiprocessing
 import os
@@ -19,20 +19,14 @@ from celery import _state, platforms, signals
 from celery.app import trace
 from celery.app.utils import find_app
 from celery.worker import state as worker_state
+from kombu import exceptions, pools
 
 from gw_celery import conf, errors
 from gw_celery import signals as gw_celery_signals
 from gw_celery.client import execution, preset
 from gw_celery.declare import registry
 from gw_celery.protocol import frames
-from gw_celery.replica import (
-    connections,
-    early_ack_records,
-    probe,
-    result_backends,
-    scoring,
-    tracer,
-)
+from gw_celery.replica import benchmark, early_ack_records, probe, result_backends, tracer
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import (
     batcher,
@@ -49,48 +43,27 @@ logger = logging.getLogger(__name__)
 #: Seconds between two signs of life.
 _BEAT = 1.0
 #: Seconds that the end of a child waits for the broker to take what was published last.
-_FAREWELL = 2.0
-#: Characters of the reason that the parent hears; the log has all of it.
+_CLOSE_TIMEOUT = 2.0
+#: Characters of the reason that the parent is told; the log has all of it.
 _LONGEST_REASON = 4096
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """What loading the app gave this child."""
-
-    app: Any
-    settings: conf.Settings
-    #: Calls what it is given, with whatever must surround work in a thread.
-    around: Callable[..., Any]
-    outages: Outages
-
-
-class Outages:
-    """Passes on that the result backend is away, or back, once there is a child to tell it."""
-
-    def __init__(self) -> None:
-        self.listener: Callable[[str], None] | None = None
-
-    def __call__(self, reason: str) -> None:
-        if self.listener is not None:
-            self.listener(reason)
 
 
 def run(channel: socket.socket, setup: dict[str, Any]) -> int:
     """Load, report that all is entered, run inputs until told to leave; returns the exit code."""
+    link = ParentLink()
     try:
-        loaded = load(setup)
+        app = load(setup, link)
     except BaseException as exc:
         channel.sendall(frames.pack_reports([_failure(exc)]))
         return 1
     channel.sendall(frames.pack_reports([(frames.Report.LOADED,)]))
     running = asyncio.new_event_loop()
     asyncio.set_event_loop(running)
-    return running.run_until_complete(_serve(channel, loaded, setup))
+    return running.run_until_complete(_serve(channel, link, app, setup))
 
 
-def load(setup: dict[str, Any]) -> Loaded:
-    """Import the app and make this process one of its worker's, as Celery's own pools do."""
+def load(setup: dict[str, Any], link: ParentLink) -> Any:
+    """Import the app, and make this process one of its worker's as Celery's own pools do."""
     hostname = setup["hostname"]
     _state._set_task_join_will_block(True)
     multiprocessing.current_process().name = f"replica-{setup['number']}"
@@ -103,194 +76,224 @@ def load(setup: dict[str, Any]) -> Loaded:
     around = django_connections.around(app)
     app.loader.init_worker()  # sets up Django
     app.loader.init_worker_process()
-    outages = Outages()
-    result_backends.install(app, around, settings.store_timeout, outages)
+    result_backends.install(app, around, settings.store_timeout, link)
     _set_up_logging(app, hostname)
     platforms.set_mp_process_title("gw_celery", hostname=hostname)
     trace.setup_worker_optimizations(app, hostname)
     app.amqp = offload.publishing(type(app.amqp), around)(app=app)
     tracer.prepare(app, hostname)
     worker_state.reset_state()
-    return Loaded(app=app, settings=settings, around=around, outages=outages)
+    return app
 
 
-async def _serve(channel: socket.socket, loaded: Loaded, setup: dict[str, Any]) -> int:
-    running = asyncio.get_running_loop()
-    _, child = await running.create_connection(lambda: Child(loaded, setup), sock=channel)
-    return await child.live()
+def _set_up_logging(app: Any, hostname: str) -> None:
+    """As Celery does in the children of prefork: what the parent chose is in the environment."""
+    environment = conf.environment()
+    app.log.setup(
+        int(environment.get("CELERY_LOG_LEVEL") or 0),
+        environment.get("CELERY_LOG_FILE") or None,
+        bool(environment.get("CELERY_LOG_REDIRECT")),
+        str(environment.get("CELERY_LOG_REDIRECT_LEVEL")),
+        hostname=hostname,
+    )
 
 
-class Child(asyncio.Protocol):
-    """The child's end of the socket."""
+class ParentLink(asyncio.Protocol):
+    """The child's end of the socket: it receives orders, and sends reports."""
 
-    def __init__(self, loaded: Loaded, setup: dict[str, Any]) -> None:
-        self._loaded = loaded
-        loaded.outages.listener = lambda reason: self.report((frames.Report.OUTAGE, reason))
-        self._setup = setup
+    def __init__(self) -> None:
+        self.leaving = asyncio.Event()
+        #: What carries out each order.
+        self.orders: dict[int, Callable[..., None]] = {frames.Order.LEAVE: self.leaving.set}
         self._unpacker = frames.Unpacker(frames.MAX_PARENT_FRAME_BYTES)
         self._transport: Any = None
         self._outbox: list[tuple[Any, ...]] = []
-        self._leaving = asyncio.Event()
-        self._batchers = batcher.Batchers(
-            batcher.Host(
-                around=loaded.around,
-                tell=self._flush,
-                on_stuck=lambda name: self.report((frames.Report.STUCK, name)),
-                grace=loaded.settings.cancel_timeout,
-            )
-        )
-        self._orders: dict[int, Callable[..., None]] = {
-            frames.Order.LEAVE: self._leaving.set,
-            frames.Order.DRAIN: self._batchers.drain,
-        }
-        self._scoring: scoring.Scoring
-        self._probes: probe.Probes | None = None
         self._beat_at = 0.0
-
-    # -- protocol --
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
         for payload in self._unpacker.feed(data):
-            for order, *rest in frames.unpack_orders(payload):
-                self._orders[order](*rest)
-        # What starts is told before it starts: a body may block the loop from its first line.
-        self._flush()
+            for order, *content in frames.unpack_orders(payload):
+                self.orders[order](*content)
+        # What starts is reported before it starts: a body may block the loop from its first line.
+        self.flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        os._exit(1)  # the parent is gone; whatever runs here nobody will hear of
+        os._exit(1)  # the parent is gone, and with it whoever would take an answer
 
-    def report(self, one: tuple[Any, ...]) -> None:
+    def report(self, kind: frames.Report, *content: Any) -> None:
         """Send a report, together with the others of this turn of the loop."""
         if not self._outbox:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._outbox.append(one)
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._outbox.append((kind, *content))
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what was reported in this turn of the loop, now."""
         reports, self._outbox = self._outbox, []
         if reports:
             self._transport.write(frames.pack_reports(reports))
 
-    # -- life --
-
-    async def live(self) -> int:
-        try:
-            runtime = await self._enter_unless_told_to_leave()
-        except BaseException as exc:
-            self._transport.write(frames.pack_reports([_failure(exc)]))
-            return 1
-        if runtime is None:
-            return 0
-        self.report((frames.Report.ENTERED,))
-        self._beat_at = time.monotonic()
-        self._beat()
-        watchdog.Watchdog(loop.MainLoop(asyncio.get_running_loop()), _in_flight).start()
-        await self._leaving.wait()
-        await self._scoring.stop()
-        if self._probes is not None:
-            self._probes.close()
-        execution.install(None)
-        await runtime.leave()
-        signals.worker_process_shutdown.send(
-            sender=self._setup["hostname"], pid=os.getpid(), exitcode=0
-        )
-        await connections.close_all(_FAREWELL)
-        return 0
-
-    async def _enter_unless_told_to_leave(self) -> in_process.Process | None:
-        """A worker that stops does not wait for a load; what has entered by then is left."""
-        entering = asyncio.create_task(self._enter())
-        leaving = asyncio.create_task(self._leaving.wait())
-        await asyncio.wait([entering, leaving], return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        if entering.done():
-            return entering.result()
-        entering.cancel()
-        await asyncio.wait([entering])
-        return None
-
-    async def _enter(self) -> in_process.Process:
-        """Enter the contexts and hooks of what this replica serves."""
-        known = gw_celery_signals.registries()
-        served = list(registry.serving(known, self._setup["queues"]))
-        runtime = in_process.Process(
-            self._loaded.settings,
-            enforces_limits=False,
-            host=loop.MainLoop(asyncio.get_running_loop()),
-            batchers=self._batchers,
-        )
-        runtime.start()
-        execution.install(runtime)
-        threads = sum(one.max_inputs for one in served) + 1  # one for plain tasks
-        app, around = self._loaded.app, self._loaded.around
-        early = early_ack_records.of(app, self._setup["worker"])
-        inputs = tracer.Inputs(app, self.report, threads, around, early)
-        self._scoring = scoring.Scoring(app, self._loaded.settings, inputs.called, self.report)
-        self._probes = probe.Probes(runtime, served, self.report, around)
-        self._orders |= {
-            frames.Order.RUN: inputs.run,
-            frames.Order.RUN_ALONE: inputs.run_alone,
-            frames.Order.SOFT: inputs.limit,
-            frames.Order.STOP: inputs.stop,
-            frames.Order.BENCHMARK: self._scoring.order,
-            frames.Order.PROBE: self._probes.call,
-        }
-        await runtime.grow(known, served)
-        _send_process_init(self._setup["hostname"])
-        logger.info("pid %d has loaded %d services", os.getpid(), len(served))
-        return runtime
-
-    def _beat(self) -> None:
+    def beat(self) -> None:
+        """Report a sign of life, now and from now on."""
         now = time.monotonic()
-        lag = max(0.0, now - self._beat_at)
+        lag = max(0.0, now - (self._beat_at or now))
         self._beat_at = now + _BEAT
-        self.report((frames.Report.BEAT, lag, _resident_bytes()))
-        asyncio.get_running_loop().call_later(_BEAT, self._beat)
-
-
-def _in_flight() -> list[str]:
-    return [f"{one.name}[{one.task_id}]" for one in list(replica_input.held.values())]
-
-
-def _send_process_init(hostname: str) -> None:
-    """Tell the user's receivers; Celery logs what they raise and goes on, this does not.
-
-    Raises:
-        StartupError: naming each receiver that raised.
-    """
-    outcomes = signals.worker_process_init.send(sender=hostname)
-    causes: dict[str, BaseException] = {
-        getattr(receiver, "__qualname__", repr(receiver)): outcome
-        for receiver, outcome in outcomes
-        if isinstance(outcome, Exception)
-    }
-    if causes:
-        raise errors.StartupError(causes)
-
-
-def _set_up_logging(app: Any, hostname: str) -> None:
-    """As Celery does in the children of prefork: what the parent chose is in the environment."""
-    given = conf.environment()
-    app.log.setup(
-        int(given.get("CELERY_LOG_LEVEL") or 0),
-        given.get("CELERY_LOG_FILE") or None,
-        bool(given.get("CELERY_LOG_REDIRECT")),
-        str(given.get("CELERY_LOG_REDIRECT_LEVEL")),
-        hostname=hostname,
-    )
-
-
-def _failure(exc: BaseException) -> tuple[Any, ...]:
-    """Log why this child cannot serve, and return the report that says it to the parent."""
-    fatal_exit.log_causes(exc)
-    if not isinstance(exc, errors.StartupError):
-        logger.error("the app failed to load", exc_info=exc)
-    return (frames.Report.FAILED, f"{type(exc).__name__}: {exc}"[:_LONGEST_REASON])
+        self.report(frames.Report.BEAT, lag, _resident_bytes())
+        asyncio.get_running_loop().call_later(_BEAT, self.beat)
 
 
 def _resident_bytes() -> int:
     with contextlib.suppress(psutil.Error):
         return int(psutil.Process().memory_info().rss)
     return 0
+
+
+async def _serve(channel: socket.socket, link: ParentLink, app: Any, setup: dict[str, Any]) -> int:
+    running = asyncio.get_running_loop()
+    await running.create_connection(lambda: link, sock=channel)
+    try:
+        services = Services(link, app, setup)
+        has_entered = await services.enter()
+    except BaseException as exc:
+        link.report(*_failure(exc))
+        link.flush()
+        return 1
+    if has_entered:
+        link.report(frames.Report.ENTERED)
+        link.beat()
+        watchdog.Watchdog(loop.MainLoop(running), _in_flight).start()
+        await link.leaving.wait()
+        await services.leave()
+    return 0
+
+
+def _in_flight() -> list[str]:
+    inputs = list(replica_input.in_flight.values())
+    return [f"{input.name}[{input.task_id}]" for input in inputs]
+
+
+class Services:
+    """What this child serves; made on its loop, where it takes its orders.
+
+    Args:
+        link: the way to the parent.
+        app: the Celery app.
+        setup: the parent's first frame.
+    """
+
+    def __init__(self, link: ParentLink, app: Any, setup: dict[str, Any]) -> None:
+        self._link = link
+        self._hostname: str = setup["hostname"]
+        self._registries = gw_celery_signals.registries()
+        self._served = list(registry.serving(self._registries, setup["queues"]))
+        settings, around = conf.read(app.conf), django_connections.around(app)
+        host = batcher.Host(
+            around=around,
+            tell=link.flush,
+            on_stuck=lambda name: link.report(frames.Report.STUCK, name),
+            grace=settings.cancel_timeout,
+        )
+        batchers = batcher.Batchers(host)
+        self._runtime = in_process.Process(
+            settings,
+            enforces_limits=False,
+            host=loop.MainLoop(asyncio.get_running_loop()),
+            batchers=batchers,
+        )
+        threads = sum(service.max_inputs for service in self._served) + 1  # one for plain tasks
+        records = early_ack_records.of(app, setup["worker"])
+        inputs = tracer.Inputs(app, link, threads, around, records)
+        self._benchmarks = benchmark.Benchmarks(app, inputs, link)
+        self._probes = probe.Probes(self._runtime, self._served, link, around)
+        link.orders |= {
+            frames.Order.RUN: inputs.start,
+            frames.Order.RUN_ALONE: functools.partial(inputs.start, runs_alone=True),
+            frames.Order.SOFT: inputs.limit,
+            frames.Order.STOP: inputs.stop,
+            frames.Order.DRAIN: batchers.drain,
+            frames.Order.BENCHMARK: self._benchmarks.start,
+            frames.Order.PROBE: self._probes.start,
+        }
+
+    async def enter(self) -> bool:
+        """Enter contexts and hooks, and return ``True``.
+
+        A worker that stops does not wait for it: told to leave, what has entered is left again.
+        """
+        entering = asyncio.create_task(self._enter())
+        leaving = asyncio.create_task(self._link.leaving.wait())
+        await asyncio.wait([entering, leaving], return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if entering.done():
+            entering.result()
+            return True
+        entering.cancel()
+        await asyncio.wait([entering])
+        return False
+
+    async def _enter(self) -> None:
+        self._runtime.start()
+        execution.install(self._runtime)
+        await self._runtime.grow(self._registries, self._served)
+        _send_process_init(self._hostname)
+        logger.info("pid %d has loaded %d services", os.getpid(), len(self._served))
+
+    async def leave(self) -> None:
+        """Leave contexts and hooks, and what is still being measured and probed."""
+        await self._benchmarks.stop()
+        self._probes.close()
+        execution.install(None)
+        await self._runtime.leave()
+        signals.worker_process_shutdown.send(sender=self._hostname, pid=os.getpid(), exitcode=0)
+        await close_connections(_CLOSE_TIMEOUT)
+
+
+def _send_process_init(hostname: str) -> None:
+    """Call the user's receivers; Celery logs what they raise and goes on, this does not.
+
+    Raises:
+        StartupError: naming each receiver that raised.
+    """
+    causes: dict[str, BaseException] = {
+        getattr(receiver, "__qualname__", repr(receiver)): outcome
+        for receiver, outcome in signals.worker_process_init.send(sender=hostname)
+        if isinstance(outcome, Exception)
+    }
+    if causes:
+        raise errors.StartupError(causes)
+
+
+async def close_connections(timeout: float) -> None:
+    """Close what tasks and results were published over; wait ``timeout`` seconds at most.
+
+    RabbitMQ may drop what came last over a connection that is cut: closing waits for its answer,
+    which comes after everything was taken. A pool's own ``force_close_all`` only cuts.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            await asyncio.to_thread(_close_connections)
+    except TimeoutError:
+        logger.warning("the broker did not answer the end of a connection in %.0f s", timeout)
+    except Exception as exc:
+        logger.warning("a connection to the broker could not be closed: %r", exc)
+
+
+def _close_connections() -> None:
+    for pool in list(pools.connections.values()):
+        connections: list[Any] = []
+        with contextlib.suppress(exceptions.LimitExceeded):
+            connections.extend(pool.acquire(block=False) for _ in range(pool.limit or 0))
+        for connection in connections:
+            if connection.connected:
+                connection.close()
+            connection.release()
+
+
+def _failure(exc: BaseException) -> tuple[frames.Report, str]:
+    """Log why this child cannot serve, and return the report that says it to the parent."""
+    fatal_exit.log_causes(exc)
+    if not isinstance(exc, errors.StartupError):
+        logger.error("the app failed to load", exc_info=exc)
+    return frames.Report.FAILED, f"{type(exc).__name__}: {exc}"[:_LONGEST_REASON]

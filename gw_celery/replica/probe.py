@@ -17,6 +17,7 @@ from kombu.utils.encoding import safe_repr
 
 from gw_celery.declare import services
 from gw_celery.protocol import frames
+from gw_celery.replica import input as replica_input
 from gw_celery.runtime import batch_items, body_guard, in_process, loop
 
 _LONGEST_DETAIL = 200
@@ -30,7 +31,7 @@ class Probes:
     Args:
         runtime: what it has loaded.
         served: the services that it serves.
-        report: takes a report for the parent.
+        link: the way to the parent.
         around: calls what it is given, with whatever must surround work in a thread.
     """
 
@@ -38,30 +39,24 @@ class Probes:
         self,
         runtime: in_process.Process,
         served: Iterable[services.Service],
-        report: Callable[[tuple[Any, ...]], None],
+        link: replica_input.Link,
         around: Callable[..., Any],
     ) -> None:
         self._runtime = runtime
-        self._services = {one.key: one for one in served}
-        self._report = report
+        self._services = {service.key: service for service in served}
+        self._link = link
         self._around = around
-        self._calls: set[asyncio.Task[None]] = set()
+        self._tasks = loop.Tasks()
 
-    def call(self, number: int, service: str, method: str) -> None:
+    def start(self, number: int, service: str, method: str) -> None:
         """Call one probe; its answer is reported under this number, however it ends."""
         # In a context of its own: it belongs to no input and to no task.
-        task = asyncio.get_running_loop().create_task(
-            self._answer(number, service, method),
-            name=f"probe {service}.{method}",
-            context=contextvars.Context(),
-        )
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        answer, context = self._answer(number, service, method), contextvars.Context()
+        self._tasks.start(answer, f"probe {service}.{method}", context)
 
     def close(self) -> None:
         """Stop what still runs; threads end with the process."""
-        for one in self._calls:
-            one.cancel()
+        self._tasks.cancel()
 
     async def _answer(self, number: int, service: str, method: str) -> None:
         began = time.monotonic()
@@ -70,7 +65,8 @@ class Probes:
         except Exception as exc:
             is_ok, detail = False, f"{type(exc).__name__}: {exc}".rstrip(": ")
         seconds = time.monotonic() - began
-        self._report((frames.Report.PROBED, number, is_ok, _short(detail), seconds))
+        text = frames.cut(" ".join(detail.split()), _LONGEST_DETAIL)
+        self._link.report(frames.Report.PROBED, number, is_ok, text, seconds)
 
     async def _called(self, service: services.Service, name: str) -> Any:
         method = service.methods[name]
@@ -92,7 +88,8 @@ class Probes:
         if not method.is_async:
             return await loop.in_thread(self._contained, run)
         with body_guard.Contained():
-            limits = (one.timeout_s for one in service.probes if one.method == method.name)
+            probes = (probe for probe in service.probes if probe.method == method.name)
+            limits = (probe.timeout_s for probe in probes)
             async with asyncio.timeout(max(limits, default=None)):
                 return await run()
 
@@ -114,8 +111,3 @@ def judge(answer: Any) -> tuple[bool, str]:
 def _is_false(answer: Any) -> bool:
     is_boolean = str(getattr(answer, "dtype", "")).removeprefix("torch.") == "bool"
     return answer is False or (is_boolean and not answer)
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST_DETAIL else line[: _LONGEST_DETAIL - 3] + "..."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from celery.app import backends
@@ -17,22 +17,20 @@ from celery.backends.redis import RedisBackend
 from celery.exceptions import BackendStoreError
 
 from gw_celery.client import execution
+from gw_celery.protocol import frames
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import greenlet_bridge, offload
 from gw_celery.transport import result_writer
 
-_BLOCKING = (
-    "get_task_meta",
-    "store_result",
+#: Around the storing of a result: callbacks, errbacks and chords, which publish.
+_STEPS = (
     "mark_as_done",
     "mark_as_failure",
     "mark_as_retry",
     "mark_as_started",
     "on_chord_part_return",
 )
-
-
-def _tell_nobody(reason: str) -> None: ...
+_BLOCKING = (*_STEPS, "get_task_meta", "store_result")
 
 
 #: The class that this process uses; Celery imports it by name.
@@ -40,26 +38,26 @@ Installed: Any = None
 
 
 def install(
-    app: Any,
-    around: Callable[..., Any],
-    store_timeout: float,
-    on_outage: Callable[[str], None] = _tell_nobody,
+    app: Any, around: Callable[..., Any], store_timeout: float, link: replica_input.Link
 ) -> None:
     """Make ``app`` use them; before its backend is first asked for.
 
     Args:
+        app: the Celery app.
         around: calls what it is given, with whatever must surround a write in a thread.
         store_timeout: seconds that a write to Redis is tried again when the server is away.
-        on_outage: told on the loop why Redis is away, and ``""`` when it is back.
+        link: the way to the parent, which is told that Redis is away, or back.
     """
     global Installed
     url = app.backend_cls or app.conf.result_backend
     if not isinstance(url, str):
         return
     base, address = backends.by_url(url, app.loader)
-    Installed = off_loop(base, offload.Offload("store", 16, around))
-    if base is RedisBackend:
-        Installed = grouped(Installed, store_timeout, on_outage)
+    threads = offload.Offload("store", 16, around)
+    if base is not RedisBackend:
+        Installed = off_loop(base, threads)
+    else:
+        Installed = grouped(off_loop(base, threads, _STEPS), store_timeout, link)
         # One client for all threads: redis-py's is made for that.
         app.conf.result_backend_thread_safe = True
     # A name and not the class: Celery takes the address of the server from the same string, and
@@ -68,25 +66,23 @@ def install(
     app.backend_cls = f"{name}+{address}" if address else name
 
 
-def off_loop(base: type, threads: offload.Offload) -> type:
+def off_loop(base: type, threads: offload.Offload, names: Iterable[str] = _BLOCKING) -> type:
     """Return ``base`` with its reads and writes in a thread while the tracer's greenlet waits."""
 
     def moved(name: str) -> Callable[..., Any]:
         def write(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if replica_input.is_unseen() and name != "get_task_meta":
+            if replica_input.is_benchmark() and name != "get_task_meta":
                 return None
             return threads(getattr(super(made, self), name), *args, **kwargs)
 
         return write
 
-    body = {name: moved(name) for name in _BLOCKING}
+    body = {name: moved(name) for name in names}
     made = type(base.__name__, (base,), body)
     return made
 
 
-def grouped(
-    base: Any, store_timeout: float, on_outage: Callable[[str], None] = _tell_nobody
-) -> type:
+def grouped(base: Any, store_timeout: float, link: replica_input.Link) -> type:
     """Return a Redis backend that reads and writes from the loop, many results at a time.
 
     From threads, too: what they store then waits for a server that is away as the rest does.
@@ -101,12 +97,9 @@ def grouped(
             return RedisBackend.mark_as_done(self, task_id, result, request, *rest, **named)
 
         def store_result(self, *args: Any, **kwargs: Any) -> Any:
-            if replica_input.is_unseen():
+            if replica_input.is_benchmark():
                 return None
-            return RedisBackend.store_result(self, *args, **kwargs)
-
-        def get_task_meta(self, *args: Any, **kwargs: Any) -> Any:
-            return RedisBackend.get_task_meta(self, *args, **kwargs)
+            return super().store_result(*args, **kwargs)
 
         def get(self, key: Any) -> Any:
             if not _reaches_loop():
@@ -115,8 +108,8 @@ def grouped(
 
         def set(self, key: Any, value: Any, expires: Any = None, **policy: Any) -> Any:
             if not _reaches_loop():
-                given = policy if expires is None else {"expires": expires, **policy}
-                return super().set(key, value, **given)  # Celery 5.6 knows no `expires`
+                named = policy if expires is None else {"expires": expires, **policy}
+                return super().set(key, value, **named)  # Celery 5.6 knows no `expires`
             if isinstance(value, str) and len(value) > self._MAX_STR_VALUE_SIZE:
                 # The server would close the connection, and fail all that share it.
                 raise BackendStoreError(f"a result of {len(value)} characters is too large")
@@ -132,7 +125,12 @@ def grouped(
 
         @functools.cached_property
         def _writer(self) -> result_writer.Writer:
-            return result_writer.of(self, store_timeout, replica_input.has_company, on_outage)
+            return result_writer.of(
+                self,
+                store_timeout,
+                replica_input.others_in_flight,
+                lambda reason: link.report(frames.Report.OUTAGE, reason),
+            )
 
     Grouped.__name__ = base.__name__
     return Grouped
@@ -144,15 +142,15 @@ def _unless_given_up(write: Callable[[], Any]) -> Any:
     Celery's tracer takes that for a failure of the task and would store it, with time of its own,
     in which the server may be back. The input goes back to the broker instead.
     """
-    one = replica_input.current.get()
-    if one is None or one.is_in_body:
+    input = replica_input.current.get()
+    if input is None or input.phase is replica_input.Phase.BODY:
         return write()
-    if one.store_error is not None:
-        raise one.store_error
+    if input.store_error is not None:
+        raise input.store_error
     try:
         return write()
     except result_writer.LOST as exc:
-        one.store_error = exc
+        input.store_error = exc
         raise
 
 

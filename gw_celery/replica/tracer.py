@@ -10,7 +10,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import kombu.serialization
 from billiard.einfo import ExceptionWithTraceback
@@ -27,10 +27,13 @@ from gw_celery.runtime import (
     batch_items,
     django_connections,
     greenlet_bridge,
+    loop,
     offload,
 )
 
 T = TypeVar("T")
+#: A report for the parent: its kind, and what belongs to it.
+Report: TypeAlias = tuple[Any, ...]
 
 logger = logging.getLogger(__name__)
 
@@ -38,131 +41,116 @@ logger = logging.getLogger(__name__)
 _LARGE = 64 * 1024
 _LONGEST_TEXT = 4096
 _LONGEST_TRACEBACK = 64 * 1024
+_OUTCOMES: dict[type[Exception], frames.Outcome] = {
+    Retry: frames.Outcome.RETRY,
+    Reject: frames.Outcome.REJECT,
+    Ignore: frames.Outcome.IGNORE,
+}
 
 
 class Inputs:
-    """The inputs that this replica holds.
+    """The inputs that this replica holds, in the order of their way; on its loop.
 
     Args:
         app: the Celery app, with its tasks' tracers built.
-        report: takes a report for the parent; on the loop.
+        link: the way to the parent.
         threads: how many synchronous bodies run at a time.
         around: calls what it is given, with whatever must surround work in a thread.
-        early: records of what is acknowledged when it begins, where they are kept.
+        records: of what is acknowledged when it begins, where they are kept.
     """
 
     def __init__(
         self,
         app: Any,
-        report: Callable[[tuple[Any, ...]], None],
+        link: replica_input.Link,
         threads: int,
         around: Callable[..., Any],
-        early: early_ack_records.Records | None = None,
+        records: early_ack_records.Records | None = None,
     ) -> None:
         self._app = app
-        self._report = report
-        self._early = early
+        self._link = link
+        self._records = records
         self._max_queue_time = conf.read(app.conf).max_queue_time
         self._threads = offload.Offload("body", threads, around)
-        self._shared = django_connections.Shared(app)
-        self._held = replica_input.held
-        # asyncio keeps only weak references to its tasks.
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections = django_connections.Shared(app)
+        self._tasks = loop.Tasks()
 
-    def run(self, job: int, name: str, task_id: str, *message: Any) -> None:
+    def start(
+        self,
+        job: int,
+        name: str,
+        task_id: str,
+        request: Any,
+        *content: Any,
+        runs_alone: bool = False,
+    ) -> None:
         """Start one input: it is reported now and runs in the next turn of the loop.
 
-        One that gathers with others for a batch is reported when that starts.
+        One that waits for a batch, or for the record of its early acknowledgement, is reported
+        when that is there.
+
+        Args:
+            job: its number on the way to the parent.
+            request: the headers of its message.
+            content: the body of its message, its content type and its encoding.
+            runs_alone: it may kill this process, and shares no call.
         """
-        self._start(replica_input.InFlight(job, name, task_id, self._report), *message)
+        task = self._app.tasks.get(name)
+        service, method = getattr(task, "gw_service", None), getattr(task, "gw_method", None)
+        gathers = method is not None and method.batched is not None
+        input = replica_input.Input(
+            job,
+            name,
+            task_id,
+            self._link,
+            request=request,
+            runs_alone=runs_alone,
+            gathers=gathers,
+            expires=queue_time.expiry(self._app, request) if gathers else None,
+            max_queue_time=service and service.max_queue_time(self._max_queue_time),
+            records=self._records if self._records and self._records.has(name) else None,
+        )
+        replica_input.in_flight[job] = input
+        if not gathers and input.records is None:
+            input.begin()
+        self._tasks.start(self._run(input, *content), f"{name}[{task_id}]")
 
-    def run_alone(self, job: int, name: str, task_id: str, *message: Any) -> None:
-        """Start one input that may kill this process: it shares no call."""
-        one = replica_input.InFlight(job, name, task_id, self._report)
-        one.runs_alone = True
-        self._start(one, *message)
-
-    def _start(self, one: replica_input.InFlight, request: Any, *content: Any) -> None:
-        self._held[one.job] = one
-        task = self._app.tasks.get(one.name)
-        if (limit := self._queue_time(task)) is not None:
-            one.judge = functools.partial(queue_time.rejection, one.name, request, limit)
-        if _gathers(task):
-            one.expires = queue_time.expiry(self._app, request)
-        elif not self._is_early(one):
-            one.begin()
-        name = f"{one.name}[{one.task_id}]"
-        task = asyncio.create_task(self._run(one, request, *content), name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _queue_time(self, task: Any) -> float | None:
-        """Seconds that an input of ``task`` may wait until it begins."""
-        service = getattr(task, "gw_service", None)
-        return None if service is None else service.max_queue_time(self._max_queue_time)
-
-    def limit(self, job: int, seconds: float) -> None:
-        if job in self._held:
-            self._held[job].limit(seconds)
-
-    def stop(self, job: int) -> None:
-        if job in self._held:
-            self._held[job].stop()
-
-    async def _run(self, one: replica_input.InFlight, *message: Any) -> None:
+    async def _run(self, input: replica_input.Input, *content: Any) -> None:
         followed = task_context.bind()
-        replica_input.current.set(one)
-        batch_items.joining.set(one)
+        replica_input.current.set(input)
+        batch_items.joining.set(input)
         try:
-            report = await self._outcome(one, *message)
+            report = await self._outcome(input, *content)
         except BaseException as exc:
-            report = self._escaped(one, exc)
+            report = _escaped(input, exc)
         finally:
             followed.end()
-            self._held.pop(one.job, None)
-        if self._early is not None:
-            self._early.end(one.job)
+            replica_input.in_flight.pop(input.job, None)
+            # A task that the body left behind keeps its context, but not the arguments in here.
+            input.request = {}
+        if self._records is not None:
+            self._records.end(input.job)
         if report[0] != frames.Report.GONE:
-            one.begin()  # unless it has: an error of what could not be read is no start
-        self._report(report)
+            input.begin()  # unless it has: an error of what could not be read is no start
+        self._link.report(*report)
 
-    async def _outcome(
-        self, one: replica_input.InFlight, request: Any, body: Any, *content: Any
-    ) -> tuple[Any, ...]:
-        arguments = await self._decoded(body, *content)
-        if self._early is not None and self._is_early(one):
-            # The parent acknowledges it when it hears of the start: not before it is on record.
-            record = functools.partial(self._early.begin, one, request, arguments)
-            if _gathers(self._app.tasks.get(one.name)):
-                one.record = record
-            else:
-                await record()
-                one.begin()
-                await asyncio.sleep(0)  # the report is sent: the body may block the loop
-        one.is_traced = True
-        run = functools.partial(
-            trace.fast_trace_task, one.name, one.task_id, request, arguments, None, None
-        )
-        failed, answer, runtime = await self.called(one, run)
+    async def _outcome(self, input: replica_input.Input, *content: Any) -> Report:
+        arguments = await self._decoded(*content)
+        if input.records is not None:
+            input.arguments = arguments
+        # The parent acknowledges it when it hears of the start: not before it is on record.
+        if not input.gathers and (recording := input.record_early_ack()) is not None:
+            await recording
+            input.begin()
+            await asyncio.sleep(0)  # the report is sent: the body may block the loop
+        input.is_traced = True
+        message = input.name, input.task_id, input.request, arguments
+        run = functools.partial(trace.fast_trace_task, *message, None, None)
+        failed, answer, runtime = await self.call(input, run)
         if failed:
-            return _error(one.job, _unwrapped(answer.exception), safe_str(answer.traceback))
-        return (
-            frames.Report.DONE,
-            one.job,
-            _cut(str(answer), _LONGEST_TEXT),
-            float(runtime or 0.0),
-        )
-
-    async def called(self, one: replica_input.InFlight, run: Callable[[], T]) -> T:
-        """Return ``run()`` from where the tracer of an input runs: on the loop, or in a thread."""
-        if not greenlet_bridge.runs_on_loop(self._app.tasks.get(one.name)):
-            return await self._threads.run(run)
-        await self._shared.look()
-        one.task = asyncio.current_task()
-        return await greenlet_bridge.step(run, one)
-
-    def _is_early(self, one: replica_input.InFlight) -> bool:
-        return self._early is not None and self._early.has(one.name)
+            return failure(input.job, _unwrapped(answer.exception), safe_str(answer.traceback))
+        text = frames.cut(str(answer), _LONGEST_TEXT)
+        return frames.Report.DONE, input.job, text, float(runtime or 0.0)
 
     async def _decoded(self, body: Any, content_type: Any, content_encoding: Any) -> Any:
         if not content_type:
@@ -173,20 +161,23 @@ class Inputs:
         )
         return load() if len(body) <= _LARGE else await self._threads.run(load)
 
-    def _escaped(self, one: replica_input.InFlight, exc: BaseException) -> tuple[Any, ...]:
-        """The report of what no tracer caught.
+    async def call(self, input: replica_input.Input, run: Callable[[], T]) -> T:
+        """Return ``run()`` from where the tracer of an input runs: on the loop, or in a thread."""
+        if not greenlet_bridge.runs_on_loop(self._app.tasks.get(input.name)):
+            return await self._threads.run(run)
+        await self._connections.look()
+        input.task = asyncio.current_task()
+        return await greenlet_bridge.step(run, input)
 
-        The tracer stores whatever a body raises, so that what comes out of it is a failed store.
-        """
-        if isinstance(exc, execution.Stopped | asyncio.CancelledError):
-            return (frames.Report.GONE, one.job)
-        if isinstance(exc, SystemExit | KeyboardInterrupt):
-            return _report_error(one.job, frames.Outcome.EXIT, exc, _exit_text(exc), "")
-        if isinstance(exc, Reject):
-            return _error(one.job, exc, "")
-        outcome = frames.Outcome.UNSTORED if one.is_traced else frames.Outcome.INTERNAL
-        logger.error("task %s[%s]: %s", one.name, one.task_id, outcome.value, exc_info=exc)
-        return _report_error(one.job, outcome, exc, safe_repr(exc), "")
+    def limit(self, job: int, seconds: float) -> None:
+        """Raise a soft time limit in one input."""
+        if (input := replica_input.in_flight.get(job)) is not None:
+            input.limit(seconds)
+
+    def stop(self, job: int) -> None:
+        """Stop one input; its answer is not wanted any more."""
+        if (input := replica_input.in_flight.get(job)) is not None:
+            input.stop()
 
 
 def prepare(app: Any, hostname: str) -> None:
@@ -197,20 +188,32 @@ def prepare(app: Any, hostname: str) -> None:
         task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
 
 
-def _gathers(task: Any) -> bool:
-    """Whether an input of ``task`` waits for others before it starts."""
-    method = getattr(task, "gw_method", None)
-    return method is not None and method.batched is not None
+# -- what is reported of an input without a result --
 
 
-def _error(job: int, exc: BaseException, traceback: str) -> tuple[Any, ...]:
-    if isinstance(exc, Retry):
-        shown = exc.exc if exc.exc is not None else exc
-        return _report_error(job, frames.Outcome.RETRY, exc, safe_repr(shown), traceback)
+def failure(job: int, exc: BaseException, traceback: str) -> Report:
+    """Return the report of an outcome that Celery's tracer has stored, or left to the worker."""
+    outcomes = (outcome for kind, outcome in _OUTCOMES.items() if isinstance(exc, kind))
+    shown = exc.exc if isinstance(exc, Retry) and exc.exc is not None else exc
+    outcome = next(outcomes, frames.Outcome.FAILURE)
+    return _error(job, outcome, exc, safe_repr(shown), traceback)
+
+
+def _escaped(input: replica_input.Input, exc: BaseException) -> Report:
+    """The report of what no tracer caught.
+
+    The tracer stores whatever a body raises, so that what comes out of it is a failed store.
+    """
+    if isinstance(exc, execution.Stopped | asyncio.CancelledError):
+        return frames.Report.GONE, input.job
+    if isinstance(exc, SystemExit | KeyboardInterrupt):
+        text = f"exitcode {exc.code}" if isinstance(exc, SystemExit) else repr(exc)
+        return _error(input.job, frames.Outcome.EXIT, exc, text)
     if isinstance(exc, Reject):
-        return _report_error(job, frames.Outcome.REJECT, exc, safe_repr(exc), traceback)
-    outcome = frames.Outcome.IGNORE if isinstance(exc, Ignore) else frames.Outcome.FAILURE
-    return _report_error(job, outcome, exc, safe_repr(exc), traceback)
+        return failure(input.job, exc, "")
+    outcome = frames.Outcome.UNSTORED if input.is_traced else frames.Outcome.INTERNAL
+    logger.error("task %s[%s]: %s", input.name, input.task_id, outcome.value, exc_info=exc)
+    return _error(input.job, outcome, exc, safe_repr(exc))
 
 
 def _unwrapped(exc: BaseException) -> BaseException:
@@ -218,9 +221,9 @@ def _unwrapped(exc: BaseException) -> BaseException:
     return exc.exc if isinstance(exc, ExceptionWithTraceback) else exc
 
 
-def _report_error(
-    job: int, outcome: frames.Outcome, exc: BaseException, text: str, traceback: str
-) -> tuple[Any, ...]:
+def _error(
+    job: int, outcome: frames.Outcome, exc: BaseException, text: str, traceback: str = ""
+) -> Report:
     # Subclasses, such as numpy's, mean the same: the process is out of memory.
     kind = MemoryError if isinstance(exc, MemoryError) else type(exc)
     return (
@@ -228,29 +231,21 @@ def _report_error(
         job,
         outcome,
         f"{kind.__module__}.{kind.__qualname__}",
-        _cut(text, _LONGEST_TEXT),
-        _cut(_message(exc), _LONGEST_TEXT),
-        _cut(traceback, _LONGEST_TRACEBACK),
+        frames.cut(text, _LONGEST_TEXT),
+        frames.cut(_message(exc), _LONGEST_TEXT),
+        frames.cut(traceback, _LONGEST_TRACEBACK),
         bool(getattr(exc, "requeue", False)),
     )
 
 
 def _message(exc: BaseException) -> str:
     """What was given to the exception: the texts of these two put a prefix before it."""
-    given: Any = exc
+    message: Any = exc
     if isinstance(exc, Reject):
-        given = exc.reason
+        message = exc.reason
     elif isinstance(exc, Retry):
-        given = exc.message or ""
+        message = exc.message or ""
     try:
-        return str(given)
+        return str(message)
     except Exception:  # the user's own __str__
-        return object.__repr__(given)
-
-
-def _exit_text(exc: BaseException) -> str:
-    return f"exitcode {exc.code}" if isinstance(exc, SystemExit) else repr(exc)
-
-
-def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+        return object.__repr__(message)

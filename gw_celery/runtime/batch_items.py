@@ -21,7 +21,7 @@ class Joining(Protocol):
     @property
     def runs_alone(self) -> bool: ...
 
-    def announce(self) -> Awaitable[None] | None:
+    def record_early_ack(self) -> Awaitable[None] | None:
         """Have on record what must be before the input starts; ``None`` for nothing."""
 
     def begin(self) -> bool:
@@ -52,11 +52,11 @@ class BatchItem(batching.Waiting):
     #: Whether the input failed, and its answer or exception.
     outcome: asyncio.Future[tuple[bool, Any]]
 
-    def announce(self) -> Awaitable[None] | None:
+    def record_early_ack(self) -> Awaitable[None] | None:
         """Have on record what must be before it begins; ``None`` when there is nothing."""
         if self.joining is None or self.outcome.done():
             return None
-        return self.joining.announce()
+        return self.joining.record_early_ack()
 
     def begin(self) -> bool:
         """Join a call; whether it still wants to."""

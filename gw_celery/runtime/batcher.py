@@ -240,7 +240,7 @@ class Batcher:
             with items[0].using():
                 while parts:
                     first, *rest = _cut(parts[0], self._bounds.size)
-                    records = [on for item in first if (on := item.announce()) is not None]
+                    records = [on for item in first if (on := item.record_early_ack()) is not None]
                     if records:
                         await asyncio.gather(*records)
                     part = [item for item in first if item.begin()]

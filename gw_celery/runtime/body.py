@@ -1,4 +1,4 @@
-"""Run the body of one input: find its instance, wrap what is batched, enforce its limits."""
+"""Run the body of one call: find its instance, wrap what is batched, enforce its limits."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Input:
-    """One input of one method, with the limits of its task in seconds."""
+class Call:
+    """One call of one method, with the limits of its task in seconds."""
 
     task_id: str
     service: services.Service
@@ -46,8 +46,8 @@ class Input:
         sent: Mapping[str, Any] | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Input:
-        """Return one input of ``task`` with the parameters that the headers ``sent`` carry.
+    ) -> Call:
+        """Return one call of ``task`` with the parameters that the headers ``sent`` carry.
 
         They are checked again: no handle may have made the message.
         """
@@ -71,58 +71,58 @@ class Running:
     """The calls that run in this process, by task id."""
 
     def __init__(self) -> None:
-        self._calls: dict[str, greenlet_bridge.Call[Any]] = {}
+        self._calls: dict[str, greenlet_bridge.LoopCall[Any]] = {}
 
-    def run(self, runtime: in_process.Process, one: Input, work: Coroutine[Any, Any, T]) -> T:
+    def run(self, runtime: in_process.Process, call: Call, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` of an input on the loop, for a thread that waits, within its limits."""
-        call = runtime.call(work)
-        self._calls[one.task_id] = call
-        has_limit = runtime.enforces_limits and (one.soft_limit or one.hard_limit)
-        limits = _Limits(runtime.loop, call, one) if has_limit else None
+        loop_call = runtime.call(work)
+        self._calls[call.task_id] = loop_call
+        has_limit = runtime.enforces_limits and (call.soft_limit or call.hard_limit)
+        limits = _Limits(runtime.loop, loop_call, call) if has_limit else None
         try:
-            return call.run(runtime.settings.cancel_timeout)
+            return loop_call.run(runtime.settings.cancel_timeout)
         finally:
-            self._calls.pop(one.task_id, None)
+            self._calls.pop(call.task_id, None)
             if limits is not None:
                 limits.disarm()
 
     def interrupt(self, task_id: str, exc: BaseException | None) -> bool:
-        """Raise ``exc`` in a running input, or stop it without one; whether there was one."""
-        call = self._calls.get(task_id)
-        if call is None or call.is_over:
+        """Raise ``exc`` in a running call, or stop it without one; return whether there was one."""
+        loop_call = self._calls.get(task_id)
+        if loop_call is None or loop_call.is_over:
             return False
         if exc is None:
-            call.abandon(execution.Revoked())
+            loop_call.abandon(execution.Revoked())
         else:
-            call.interrupt(exc)
+            loop_call.interrupt(exc)
         return True
 
 
 running = Running()
 
 
-def run(runtime: in_process.Process, one: Input) -> Any:
-    """Run ``one`` to its end and return its answer, from Celery's tracer."""
-    if one.method.is_async or (one.method.batched and runtime.batchers):
+def run(runtime: in_process.Process, call: Call) -> Any:
+    """Run ``call`` to its end and return its answer, from Celery's tracer."""
+    if call.method.is_async or (call.method.batched and runtime.batchers):
         if runtime.is_on_loop():
-            return greenlet_bridge.drive(run_async(runtime, one))
-        return running.run(runtime, one, run_async(runtime, one))
-    return _run_sync(runtime, one)
+            return greenlet_bridge.drive(run_async(runtime, call))
+        return running.run(runtime, call, run_async(runtime, call))
+    return _run_sync(runtime, call)
 
 
-async def run_async(runtime: in_process.Process, one: Input) -> Any:
-    """Run ``one`` on the loop, where an asynchronous caller can await it."""
-    held = batch_items.held.set(batch_items.held.get() | {one.service.key})
+async def run_async(runtime: in_process.Process, call: Call) -> Any:
+    """Run ``call`` on the loop, where an asynchronous caller can await it."""
+    held = batch_items.held.set(batch_items.held.get() | {call.service.key})
     batch = execution.batch.set(None)
     try:
-        if not one.service.is_class:
-            return await _answer(runtime, one, one.method.function)
-        values, owner = _values(one), runtime.instances_of(one.service)
+        if not call.service.is_class:
+            return await _answer(runtime, call, call.method.function)
+        values, owner = _values(call), runtime.instances_of(call.service)
         loaded = owner.take(values) or await _loaded(owner, values)
         try:
-            bound: Callable[..., Any] = getattr(owner.view(loaded, values), one.method.name)
+            bound: Callable[..., Any] = getattr(owner.view(loaded, values), call.method.name)
             key, using = loaded.batch_key(values), functools.partial(owner.using, loaded)
-            return await _answer(runtime, one, bound, key=key, using=using)
+            return await _answer(runtime, call, bound, key=key, using=using)
         finally:
             owner.give_back(loaded)
     finally:
@@ -138,46 +138,46 @@ async def _loaded(owner: instances.Instances, values: ParameterValues) -> instan
     return await owner.load(values)
 
 
-def _run_sync(runtime: in_process.Process, one: Input) -> Any:
-    use = instances.Use(runtime.instances_of(one.service), _values(one))
+def _run_sync(runtime: in_process.Process, call: Call) -> Any:
+    use = instances.Use(runtime.instances_of(call.service), _values(call))
     try:
         if not use.take():
-            _wait_within_limits(runtime, one, use.load())
-        bound: Callable[..., Any] = getattr(use.view(), one.method.name)
-        args, kwargs = batch_items.of_one_input(one.method, one.args, one.kwargs)
-        return batch_items.only_answer(one.method, _contained(runtime, bound, *args, **kwargs))
+            _wait_within_limits(runtime, call, use.load())
+        bound: Callable[..., Any] = getattr(use.view(), call.method.name)
+        args, kwargs = batch_items.of_one_input(call.method, call.args, call.kwargs)
+        return batch_items.only_answer(call.method, _contained(runtime, bound, *args, **kwargs))
     finally:
         use.end()
 
 
 def _wait_within_limits(
-    runtime: in_process.Process, one: Input, work: Coroutine[Any, Any, None]
+    runtime: in_process.Process, call: Call, work: Coroutine[Any, Any, None]
 ) -> None:
     """Wait for the loop as part of the input: what stops the input ends the wait."""
     if runtime.is_on_loop():
         greenlet_bridge.drive(work)
     else:
-        running.run(runtime, one, work)
+        running.run(runtime, call, work)
 
 
 async def _answer(
     runtime: in_process.Process,
-    one: Input,
+    call: Call,
     fn: Callable[..., Any],
     *,
     key: Hashable = None,
     using: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Any:
-    if one.method.batched is not None and runtime.batchers is not None:
-        batcher = runtime.batchers.of(one.service, one.method)
-        return await batcher.submit(fn, one.args, one.kwargs, key=key, using=using)
-    args, kwargs = batch_items.of_one_input(one.method, one.args, one.kwargs)
-    if one.method.is_async:
+    if call.method.batched is not None and runtime.batchers is not None:
+        batcher = runtime.batchers.of(call.service, call.method)
+        return await batcher.submit(fn, call.args, call.kwargs, key=key, using=using)
+    args, kwargs = batch_items.of_one_input(call.method, call.args, call.kwargs)
+    if call.method.is_async:
         with body_guard.Contained(runtime.is_ending):
             answer = await fn(*args, **kwargs)
     else:  # it must not stop the loop that it shares with the body that awaits it
         answer = await asyncio.to_thread(_threaded, runtime, fn, *args, **kwargs)
-    return batch_items.only_answer(one.method, answer)
+    return batch_items.only_answer(call.method, answer)
 
 
 def _contained(
@@ -196,31 +196,32 @@ def _threaded(
         raise RuntimeError(f"the body raised {exc!r}") from exc
 
 
-def _values(one: Input) -> dict[str, Any]:
-    return parameters.complete(one.service.parameters, one.given)
+def _values(call: Call) -> dict[str, Any]:
+    return parameters.complete(call.service.parameters, call.given)
 
 
 class _Limits:
     """The time limits of one call, as timers that another thread sets and cancels."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, call: greenlet_bridge.Call[Any], one: Input
+        self, loop: asyncio.AbstractEventLoop, loop_call: greenlet_bridge.LoopCall[Any], call: Call
     ) -> None:
         self._loop = loop
-        self._call = call
+        self._loop_call = loop_call
         self._handles: list[asyncio.TimerHandle] = []
-        loop.call_soon_threadsafe(self._arm, one)
+        loop.call_soon_threadsafe(self._arm, call)
 
     def disarm(self) -> None:
         self._loop.call_soon_threadsafe(self._cancel)
 
-    def _arm(self, one: Input) -> None:
-        if one.soft_limit:
-            soft = SoftTimeLimitExceeded(one.soft_limit)
-            self._handles.append(self._loop.call_later(one.soft_limit, self._call.interrupt, soft))
-        if one.hard_limit:
-            hard = execution.HardLimit(one.hard_limit)
-            self._handles.append(self._loop.call_later(one.hard_limit, self._call.abandon, hard))
+    def _arm(self, call: Call) -> None:
+        later, loop_call = self._loop.call_later, self._loop_call
+        if call.soft_limit:
+            soft = SoftTimeLimitExceeded(call.soft_limit)
+            self._handles.append(later(call.soft_limit, loop_call.interrupt, soft))
+        if call.hard_limit:
+            hard = execution.HardLimit(call.hard_limit)
+            self._handles.append(later(call.hard_limit, loop_call.abandon, hard))
 
     def _cancel(self) -> None:
         for handle in self._handles:

@@ -59,10 +59,10 @@ class Shared:
 
 
 def _cleaners(app: Any) -> list[Any]:
-    return [one.worker_fixup for one in app._fixups if hasattr(one, "worker_fixup")]
+    return [fixup.worker_fixup for fixup in app._fixups if hasattr(fixup, "worker_fixup")]
 
 
 def _clean(cleaners: list[Any]) -> None:
-    for one in cleaners:
-        one.close_database()
-        one.close_cache()
+    for cleaner in cleaners:
+        cleaner.close_database()
+        cleaner.close_cache()

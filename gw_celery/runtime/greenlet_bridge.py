@@ -147,7 +147,7 @@ def _never_blocks(task: Any) -> bool:
     return not any(trace.task_has_custom(task, hook) for hook in _HOOKS)
 
 
-class Call(Generic[T]):
+class LoopCall(Generic[T]):
     """One coroutine that runs on a loop for a thread that waits."""
 
     def __init__(

@@ -150,7 +150,7 @@ class Process:
 
     def run(self, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the input of ``task`` that Celery's tracer has now, and return its answer."""
-        return body.run(self, body.Input.of(task, task.request.headers, args, kwargs))
+        return body.run(self, body.Call.of(task, task.request.headers, args, kwargs))
 
     def can_run(self, task: Any) -> bool:
         """Whether a body that awaits ``task`` gets its answer here, without a message."""
@@ -166,11 +166,11 @@ class Process:
         """Return ``send()``, an eager call of ``task``, without blocking the loop of its caller."""
         return await local_calls.call_eagerly(self, task, send)
 
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> greenlet_bridge.Call[T]:
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> greenlet_bridge.LoopCall[T]:
         """Prepare ``coroutine`` to run on the loop, in the context of the caller."""
         context = contextvars.copy_context()
         followed = context.run(task_context.follow)
-        return greenlet_bridge.Call(self.loop, coroutine, context, at_end=followed.end)
+        return greenlet_bridge.LoopCall(self.loop, coroutine, context, at_end=followed.end)
 
     async def grow(
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]

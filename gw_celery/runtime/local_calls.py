@@ -60,10 +60,10 @@ async def run(
         args = (task, *args)
     sent = options.get("headers")
     if not task.gw_method.options.get("pydantic"):
-        return await body.run_async(runtime, body.Input.of(task, sent, args, kwargs))
+        return await body.run_async(runtime, body.Call.of(task, sent, args, kwargs))
     validate, dump = _pydantic(task)
     args, kwargs = validate(*args, **kwargs)
-    return dump(await body.run_async(runtime, body.Input.of(task, sent, args, kwargs)))
+    return dump(await body.run_async(runtime, body.Call.of(task, sent, args, kwargs)))
 
 
 async def call_eagerly(runtime: in_process.Process, task: Any, send: Callable[[], Any]) -> Any:

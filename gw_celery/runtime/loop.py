@@ -8,11 +8,12 @@ two tasks.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -102,6 +103,30 @@ class MainLoop(Host):
 
     def stop(self, timeout: float) -> None:
         """Do nothing."""
+
+
+class Tasks:
+    """Tasks that nothing awaits: asyncio itself keeps only weak references to them."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(
+        self,
+        coroutine: Coroutine[Any, Any, None],
+        name: str,
+        context: contextvars.Context | None = None,
+    ) -> None:
+        """Run ``coroutine`` on the running loop, in the caller's context unless one is given."""
+        task = asyncio.get_running_loop().create_task(coroutine, name=name, context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def cancel(self) -> frozenset[asyncio.Task[None]]:
+        """Cancel those that run, and return them."""
+        for task in self._tasks:
+            task.cancel()
+        return frozenset(self._tasks)
 
 
 async def in_thread(fn: Callable[..., T], *args: Any) -> T:

@@ -37,7 +37,7 @@ class Writer:
     Args:
         client: talks to the server; this writer's alone.
         store_timeout: seconds that commands are tried again while the server is away.
-        has_company: whether other inputs are in flight, for which it is worth to linger.
+        others_in_flight: whether other inputs are in flight, for which it is worth to linger.
         on_outage: told why when the server goes away, and ``""`` when it is back.
     """
 
@@ -45,12 +45,12 @@ class Writer:
         self,
         client: redis.asyncio.Redis,
         store_timeout: float,
-        has_company: Callable[[], bool] = lambda: False,
+        others_in_flight: Callable[[], bool] = lambda: False,
         on_outage: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._client = client
         self._store_timeout = store_timeout
-        self._has_company = has_company
+        self._others_in_flight = others_in_flight
         self._on_outage = on_outage
         self._is_away = False
         self._pending: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
@@ -106,7 +106,7 @@ class Writer:
     async def _linger(self) -> None:
         """Let more answers gather; each is read first, and those that are read are set together."""
         starts = all(command[0] in ("get", "hdel") for command, _ in self._pending)
-        if starts and self._has_company():
+        if starts and self._others_in_flight():
             await asyncio.sleep(_LINGER)
 
     async def _write(self, group: list[tuple[tuple[Any, ...], asyncio.Future[Any]]]) -> None:
@@ -165,9 +165,9 @@ class Writer:
 def of(
     backend: Any,
     store_timeout: float,
-    has_company: Callable[[], bool],
+    others_in_flight: Callable[[], bool],
     on_outage: Callable[[str], None],
 ) -> Writer:
     """Return a writer of its own for the results of ``backend``."""
     client = transport_client.of(backend, socket_timeout=_SOCKET_TIMEOUT)
-    return Writer(client, store_timeout, has_company, on_outage)
+    return Writer(client, store_timeout, others_in_flight, on_outage)

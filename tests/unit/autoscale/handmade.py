@@ -25,9 +25,10 @@ class Pool(taskpool.TaskPool):
     """Only its size, and what it says of its work."""
 
     def __init__(self, app: Celery, name: str, limit: int = 5) -> None:
-        self.hostname = name
+        self.options = {"initargs": (app, name)}
         self.cluster = membership.Membership(app, name, QUEUES, {}, None)
         self.limit = limit
+        self.supervisor: Any = self
         self.held: dict[str, snapshot.Counters] = {}
         self.known_scores: dict[str, float | None] = {"model": 10.0}
         self.failed = 0

@@ -14,7 +14,7 @@ from gw_celery import conf
 from gw_celery.client import result_sources
 from gw_celery.replica import result_backends
 from tests.processes import environment
-from tests.unit.runtime.tracers import DEADLINE, Around
+from tests.unit.runtime.tracers import DEADLINE, Around, Reports
 
 
 def source_of(app: Celery) -> result_sources.Source:
@@ -37,7 +37,7 @@ def test_redis_notifies_and_every_other_backend_is_asked(
 ) -> None:
     with Celery("proj", broker="memory://", backend=backend, set_as_current=False) as app:
         if is_replica:
-            result_backends.install(app, Around(), 5)
+            result_backends.install(app, Around(), 5, Reports())
         assert type(source_of(app)) is expected
 
 

@@ -1,5 +1,3 @@
-"""What tests of the pool share: its harness, and, for what is not ported to it, handmade parts."""
-
 from __future__ import annotations
 
 import contextlib
@@ -9,17 +7,6 @@ from typing import Any
 import pytest
 
 from tests.pool_harness import Harness
-from tests.unit.pool.handmade import Child, Pool
-
-
-@pytest.fixture
-def child() -> Child:
-    return Child()
-
-
-@pytest.fixture
-def pool(child: Child) -> Pool:
-    return Pool(child)
 
 
 @pytest.fixture

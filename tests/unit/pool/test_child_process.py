@@ -5,17 +5,22 @@ from collections.abc import Sequence
 
 import pytest
 
+from gw_celery import conf
 from gw_celery.gpus import devices
 from gw_celery.pool import child_process, child_state
 from tests.processes import eventually
 
-LIMITS = child_state.Deadlines(boot=1, start=1, benchmark=1, drain=1, heartbeat=1)
+LIMITS = conf.Settings(
+    boot_timeout=1, start_timeout=1, benchmark_timeout=1, drain_timeout=1, heartbeat_timeout=1
+)
 L4 = devices.Device(name="NVIDIA L4", token="GPU-1", memory_gb=24, index=1)
 
 
 def environment(share: Sequence[devices.Device]) -> dict[str, str]:
     """What a child's process was started with, before its interpreter could change it."""
-    child = child_process.Child(0, child_state.Life(deadlines=LIMITS, now=0.0), {"": 1}, share)
+    state = child_state.ChildState(settings=LIMITS, now=0.0)
+    sockets = child_process.Sockets()
+    child = child_process.ChildProcess(0, state, {"": 1}, share, sockets)
     try:
         path = f"/proc/{child.pid}/environ"
         # Until it runs its own program, its environment is the parent's.
@@ -25,6 +30,7 @@ def environment(share: Sequence[devices.Device]) -> dict[str, str]:
         child.kill()
         child.process.wait()
         child.close()
+        sockets.close()
     return {name: value for name, _, value in pairs}
 
 

@@ -4,35 +4,42 @@ import math
 
 import pytest
 
+from gw_celery import conf
 from gw_celery.pool import child_state
 from gw_celery.pool.child_state import State
 
-DEADLINES = child_state.Deadlines(boot=30, start=600, benchmark=120, drain=30, heartbeat=15)
+DEADLINES = conf.Settings(
+    boot_timeout=30,
+    start_timeout=600,
+    benchmark_timeout=120,
+    drain_timeout=30,
+    heartbeat_timeout=15,
+)
 
 
-def started(now: float = 100.0) -> child_state.Life:
-    return child_state.Life(deadlines=DEADLINES, now=now)
+def started(now: float = 100.0) -> child_state.ChildState:
+    return child_state.ChildState(settings=DEADLINES, now=now)
 
 
-def entering(now: float = 100.0) -> child_state.Life:
+def entering(now: float = 100.0) -> child_state.ChildState:
     life = started(now)
     life.loaded(now)
     return life
 
 
-def probing(now: float = 100.0) -> child_state.Life:
+def probing(now: float = 100.0) -> child_state.ChildState:
     life = entering(now)
     life.entered(now)
     return life
 
 
-def benchmarking(now: float = 100.0) -> child_state.Life:
+def benchmarking(now: float = 100.0) -> child_state.ChildState:
     life = probing(now)
     life.probed(now)
     return life
 
 
-def ready(now: float = 100.0) -> child_state.Life:
+def ready(now: float = 100.0) -> child_state.ChildState:
     life = benchmarking(now)
     life.measured(now)
     return life
@@ -40,17 +47,17 @@ def ready(now: float = 100.0) -> child_state.Life:
 
 def test_a_child_proves_each_step_of_its_start() -> None:
     life = started(now=100)
-    assert (life.state, life.since) == (State.STARTING, 100)
+    assert (life.current, life.since) == (State.STARTING, 100)
     life.loaded(102)
-    assert (life.state, life.since) == (State.ENTERING, 102)
+    assert (life.current, life.since) == (State.ENTERING, 102)
     assert not life.is_ready
     life.entered(150)
-    assert (life.state, life.since) == (State.PROBING, 150)
+    assert (life.current, life.since) == (State.PROBING, 150)
     life.probed(151)
-    assert (life.state, life.since) == (State.BENCHMARKING, 151)
+    assert (life.current, life.since) == (State.BENCHMARKING, 151)
     assert not life.is_ready
     life.measured(160)
-    assert (life.state, life.since) == (State.READY, 160)
+    assert (life.current, life.since) == (State.READY, 160)
     assert life.is_ready
 
 
@@ -59,13 +66,13 @@ def test_a_step_out_of_order_changes_nothing() -> None:
     life.entered(101)
     life.probed(101)
     life.measured(101)
-    assert (life.state, life.since) == (State.STARTING, 100)
+    assert (life.current, life.since) == (State.STARTING, 100)
     life = ready()
     life.loaded(105)
     life.entered(105)
     life.probed(105)
     life.measured(105)
-    assert (life.state, life.since) == (State.READY, 100)
+    assert (life.current, life.since) == (State.READY, 100)
 
 
 def test_a_drained_child_is_never_ready_again() -> None:
@@ -73,7 +80,7 @@ def test_a_drained_child_is_never_ready_again() -> None:
     life.drain(101, 0)
     life.loaded(102)
     life.entered(103)
-    assert life.state is State.DRAINING
+    assert life.current is State.DRAINING
     assert not life.is_ready
 
 
@@ -85,7 +92,7 @@ def test_a_drained_child_is_never_ready_again() -> None:
     ],
 )
 def test_a_step_that_takes_too_long_is_named_with_its_setting(
-    life: child_state.Life, step: str, bound: float, setting: str
+    life: child_state.ChildState, step: str, bound: float, setting: str
 ) -> None:
     assert life.overdue(100 + bound - 0.001) is None
     reason = life.overdue(100 + bound)
@@ -228,21 +235,26 @@ def test_a_child_that_served_starts_the_doubling_anew() -> None:
 def test_a_child_without_a_service_that_wants_inputs_is_unready_until_one_does() -> None:
     life = ready()
     life.wants_inputs(103, False)
-    assert (life.state, life.since, life.is_ready, life.is_up) == (State.UNREADY, 103, False, True)
+    assert (life.current, life.since, life.is_ready, life.is_up) == (
+        State.UNREADY,
+        103,
+        False,
+        True,
+    )
     life.wants_inputs(104, False)
     assert life.since == 103
     life.wants_inputs(105, True)
-    assert (life.state, life.since, life.is_up) == (State.READY, 105, True)
+    assert (life.current, life.since, life.is_up) == (State.READY, 105, True)
 
 
 def test_only_a_loaded_child_can_be_unready() -> None:
     for life in (benchmarking(), entering()):
         life.wants_inputs(101, False)
-        assert life.state is not State.UNREADY
+        assert life.current is not State.UNREADY
     life = ready()
     life.drain(101, 0)
     life.wants_inputs(102, True)
-    assert life.state is State.DRAINING
+    assert life.current is State.DRAINING
 
 
 def test_silence_counts_from_the_end_of_loading_on() -> None:
@@ -264,7 +276,7 @@ def test_a_ready_child_may_be_measured_again() -> None:
     life = ready(100)
     life.beat(200)
     life.measure_again(200)
-    assert (life.state, life.is_ready, life.is_up) == (State.BENCHMARKING, False, False)
+    assert (life.current, life.is_ready, life.is_up) == (State.BENCHMARKING, False, False)
     assert life.overdue(200 + 14) is None
     assert life.overdue(200 + 15) is not None, "it owes its heartbeats meanwhile"
     life.measured(230)
@@ -274,8 +286,8 @@ def test_a_ready_child_may_be_measured_again() -> None:
 def test_only_a_ready_child_may_be_measured_again() -> None:
     life = probing(100)
     life.measure_again(101)
-    assert life.state is State.PROBING
+    assert life.current is State.PROBING
     life = ready(100)
     life.drain(101, 0)
     life.measure_again(102)
-    assert life.state is State.DRAINING
+    assert life.current is State.DRAINING

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from gw_celery import conf, errors
+from gw_celery import conf
 from gw_celery.pool import dead_letters
-from gw_celery.protocol import headers
 from tests.processes import eventually
-from tests.unit.pool import handmade
 
 SETTINGS = conf.Settings(max_dead_letters=2, store_timeout=30.0)
 FACTS: dict[str, Any] = {
@@ -209,51 +207,3 @@ def test_a_message_that_cannot_be_read_costs_only_its_dead_letter(
     broken.message.headers = {"compression": "no such"}
     writer.keep(broken, "", 3)
     assert "task proj.embed[a] has no dead letter" in caplog.text
-
-
-# -- which inputs are buried --
-
-
-def killed_alone(pool: handmade.Pool, **given: Any) -> Any:
-    child = handmade.Child()
-    job = pool.start("a", child, is_redelivered=True, **given)
-    pool.die(child)
-    return job
-
-
-def test_an_input_that_is_given_up_is_buried_once_with_its_deaths_and_fails() -> None:
-    pool = handmade.Pool(max_deaths=2)
-    pool.inputs._deaths.record([SimpleNamespace(task_id="a", runs_alone=False)])
-    killed_alone(pool)
-    assert pool.buried == []
-    job = killed_alone(pool)
-    assert pool.buried == [("a", 2)]
-    assert pool.heard(job)[-1] is errors.PoisonedInput
-
-
-def test_an_input_that_other_workers_saw_kill_is_buried_where_it_arrives() -> None:
-    pool = handmade.Pool(shared=handmade.Shared(a=3))
-    job = pool.submit("a", is_redelivered=True)
-    pool.inputs.settle_asked(0.0)
-    assert pool.buried == [("a", 3)]
-    assert pool.heard(job) == [errors.PoisonedInput]
-
-
-def test_an_input_that_is_lost_is_not_buried() -> None:
-    pool = handmade.Pool()
-    pool.start("a")
-    pool.die(pool.children[0])
-    assert pool.buried == []
-
-
-def test_what_a_person_sent_again_has_no_deaths_here_until_it_is_redelivered() -> None:
-    pool = handmade.Pool(max_deaths=2)
-    again = {headers.REQUEUED: True}
-    pool.inputs._deaths.record([SimpleNamespace(task_id="a", runs_alone=True)])
-    pool.start("a", headers=again)
-    assert not pool.inputs._deaths.is_suspect("a")
-    pool.die(pool.children[0])
-    killed_alone(pool, headers=again)
-    assert pool.buried == []
-    killed_alone(pool, headers=again)
-    assert pool.buried == [("a", 2)]

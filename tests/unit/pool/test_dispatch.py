@@ -28,25 +28,30 @@ class Input:
 
 class Child:
     def __init__(self, slots: dict[str, int] = SLOTS) -> None:
-        self.room = dispatch.Room(slots)
+        self.slots = dispatch.Slots(slots)
         self.held: list[Input] = []
+
+    def take(self, one: Input) -> None:
+        self.held.append(one)
+        self.slots.take(one.service, runs_alone=one.runs_alone)
 
     def end(self, one: Input) -> None:
         self.held.remove(one)
-        self.room.give_back(one.service)
+        self.slots.give_back(one.service)
 
 
-def assigned(waiting: dispatch.Dispatcher, *children: Child) -> list[tuple[int, int]]:
+def assigned(waiting: dispatch.Queue[Input], *children: Child) -> list[tuple[int, int]]:
     """Start what can start; pairs of an input's number and a child's index."""
     pairs = []
-    for given in waiting.assign(children):
-        given.child.held.append(given.input)
-        pairs.append((given.input.number, children.index(given.child)))
+    for given, child in waiting.assign(children):
+        waiting.remove(given)
+        child.take(given)
+        pairs.append((given.number, children.index(child)))
     return pairs
 
 
-def waiting_for(*inputs: Input) -> dispatch.Dispatcher:
-    waiting = dispatch.Dispatcher()
+def waiting_for(*inputs: Input) -> dispatch.Queue[Input]:
+    waiting = dispatch.Queue()
     for one in inputs:
         waiting.put(one)
     return waiting
@@ -77,23 +82,23 @@ def test_a_task_of_a_service_that_is_not_served_takes_a_plain_slot() -> None:
     child = Child()
     assert assigned(waiting, child) == [(0, 0)]
     child.end(child.held[0])
-    assert child.room.total == 0
+    assert child.slots.total_taken == 0
     assert len(assigned(waiting, child)) == 1
 
 
 def test_a_service_that_is_not_ready_in_a_child_starts_in_the_others_only() -> None:
     waiting = waiting_for(Input(0), Input(1), Input(2, "classify"))
     unready, other = Child(), Child({"embed": 1, "classify": 1, services.PLAIN: 1})
-    unready.room.unready.add("embed")
+    unready.slots.unready.add("embed")
     assert assigned(waiting, unready, other) == [(0, 1), (2, 0)]
-    unready.room.unready.clear()
+    unready.slots.unready.clear()
     assert assigned(waiting, unready, other) == [(1, 0)]
 
 
 def test_a_suspect_waits_for_a_child_where_its_service_is_ready() -> None:
     waiting = waiting_for(Input(0, runs_alone=True), Input(1, "classify"))
     unready, other = Child(), Child()
-    unready.room.unready.add("embed")
+    unready.slots.unready.add("embed")
     assert assigned(waiting, unready) == [(1, 0)]
     assert assigned(waiting, unready, other) == [(0, 1)]
 
@@ -106,7 +111,7 @@ def test_nothing_starts_without_children() -> None:
 
 def test_what_comes_back_from_a_child_that_is_gone_starts_first() -> None:
     waiting = waiting_for(Input(1), Input(2))
-    waiting.put(Input(0), first=True)
+    waiting.put(Input(0), is_first=True)
     assert [one.number for one in waiting] == [0, 1, 2]
 
 
@@ -143,7 +148,7 @@ def test_a_child_that_waits_for_a_suspect_is_free_again_when_the_suspect_is_revo
     waiting.put(suspect)
     waiting.put(Input(2))
     assert assigned(waiting, child) == []
-    assert waiting.remove(suspect)
+    waiting.remove(suspect)
     assert assigned(waiting, child) == [(2, 0)]
 
 
@@ -153,7 +158,7 @@ def test_a_revoked_suspect_frees_no_child_in_which_another_runs() -> None:
     second = Input(1, runs_alone=True)
     waiting.put(second)
     waiting.put(Input(2))
-    assert waiting.remove(second)
+    waiting.remove(second)
     assert assigned(waiting, child) == []
 
 
@@ -166,23 +171,24 @@ def test_a_suspect_goes_to_another_child_when_the_one_it_waits_for_is_gone() -> 
     assert assigned(waiting, left) == [(3, 0)]
 
 
-def test_an_input_is_taken_out_once() -> None:
+def test_an_input_is_taken_out_from_where_it_waits() -> None:
     plain, suspect = Input(0), Input(1, runs_alone=True)
     waiting = waiting_for(plain, suspect)
-    assert waiting.remove(plain)
-    assert not waiting.remove(plain)
-    assert waiting.remove(suspect)
-    assert not waiting.remove(Input(2, "never seen"))
+    waiting.remove(plain)
+    assert list(waiting) == [suspect]
+    waiting.remove(suspect)
     assert len(waiting) == 0
 
 
-def test_everything_can_be_taken_out_at_once() -> None:
-    inputs = [Input(0), Input(1, "classify"), Input(2, runs_alone=True)]
-    waiting = waiting_for(*inputs)
-    assert set(waiting.clear()) == set(inputs)
-    assert len(waiting) == 0
-    assert waiting.by_service() == {}
-    assert assigned(waiting, Child()) == []
+def test_a_suspect_that_was_revoked_takes_no_slot_and_keeps_no_child() -> None:
+    waiting = waiting_for(Input(0, runs_alone=True), Input(1))
+    child, started = Child(), []
+    for given, at in waiting.assign([child]):
+        waiting.remove(given)
+        if not given.runs_alone:
+            at.take(given)
+            started.append(given.number)
+    assert started == [1]
 
 
 service_names = st.sampled_from([*SLOTS, "elsewhere"])
@@ -197,7 +203,7 @@ class Dispatching(RuleBasedStateMachine):
 
     @initialize(children=st.integers(0, 3))
     def begin(self, children: int) -> None:
-        self.waiting = dispatch.Dispatcher()
+        self.waiting = dispatch.Queue()
         self.children = [Child() for _ in range(children)]
         self.model: dict[str, collections.deque[Input]] = collections.defaultdict(collections.deque)
         self.numbers = 0
@@ -209,7 +215,7 @@ class Dispatching(RuleBasedStateMachine):
     def come(self, service: str, runs_alone: bool, first: bool) -> None:
         self.numbers += 1
         one = Input(self.numbers, service, runs_alone and self.numbers % 3 == 0)
-        self.waiting.put(one, first=first)
+        self.waiting.put(one, is_first=first)
         queue = self.queue_of(one)
         (queue.appendleft if first else queue.append)(one)
 
@@ -217,10 +223,10 @@ class Dispatching(RuleBasedStateMachine):
     def start(self) -> None:
         suspects = len(self.model["suspects"])
         are_idle = self.children and not any(child.held for child in self.children)
-        for given in self.waiting.assign(self.children):
-            one, child = given.input, given.child
+        for one, child in self.waiting.assign(self.children):
             assert self.queue_of(one).popleft() is one, "not the first of its service"
-            child.held.append(one)
+            self.waiting.remove(one)
+            child.take(one)
         if are_idle and suspects:
             assert len(self.model["suspects"]) == suspects - 1
         if not self.model["suspects"]:
@@ -243,7 +249,7 @@ class Dispatching(RuleBasedStateMachine):
     @rule(data=st.data())
     def revoke(self, data: st.DataObject) -> None:
         one = data.draw(st.sampled_from(list(self.waiting)))
-        assert self.waiting.remove(one)
+        self.waiting.remove(one)
         self.queue_of(one).remove(one)
 
     @precondition(lambda self: len(self.children) < 4)
@@ -258,7 +264,8 @@ class Dispatching(RuleBasedStateMachine):
 
     @rule()
     def lose_the_broker(self) -> None:
-        self.waiting.clear()
+        for one in list(self.waiting):
+            self.waiting.remove(one)
         self.model.clear()
 
     @invariant()
@@ -269,7 +276,7 @@ class Dispatching(RuleBasedStateMachine):
     @invariant()
     def no_child_holds_more_than_its_slots(self) -> None:
         for child in self.children:
-            assert child.room.total == len(child.held)
+            assert child.slots.total_taken == len(child.held)
             used = collections.Counter(map(slot_of, child.held))
             assert all(used[service] <= slots for service, slots in SLOTS.items())
 

@@ -61,24 +61,29 @@ def request_of(celery_app: Celery) -> Callable[..., tuple[Any, list[Any]]]:
     return make
 
 
-def report(job: pool_request.Job, outcome: frames.Outcome, *, requeue: bool = False) -> None:
+def report(
+    job: pool_request.PoolRequest, outcome: frames.Outcome, *, requeue: bool = False
+) -> None:
     """Answer ``job`` as a child's report of an exception does."""
     texts = ["proj.Oops", "Oops('x')", "x", "Traceback: x"]
-    pool_request.answer(job, [frames.Report.ERROR, 7, outcome, *texts, requeue])
+    job.tell_report([frames.Report.ERROR, 7, outcome, *texts, requeue])
 
 
-def job_of(request: Any) -> pool_request.Job:
+def job_of(request: Any) -> pool_request.PoolRequest:
     callbacks = (request.on_accepted, request.on_success, request.on_failure, request.on_timeout)
     names = ("accept_callback", "callback", "error_callback", "timeout_callback")
     options = dict(zip(names, callbacks, strict=True)) | {"timeout": 3.0}
     args = ("proj.embed", ID, {}, b"", "", "")
-    return pool_request.Job(7, args, "embed", options, lambda job, signum: None)
+    return pool_request.PoolRequest(7, args, "embed", options, None)
 
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (lambda job: job.done("'text'", 0.5), ["acked", ("task-succeeded", "'text'")]),
+        (
+            lambda job: job.tell_report([frames.Report.DONE, 7, "'text'", 0.5]),
+            ["acked", ("task-succeeded", "'text'")],
+        ),
         (
             lambda job: report(job, frames.Outcome.FAILURE),
             ["acked", ("task-failed", "Oops('x')")],
@@ -97,13 +102,13 @@ def job_of(request: Any) -> pool_request.Job:
 )
 def test_celery_settles_the_message_as_for_its_own_pools(
     request_of: Any,
-    answer: Callable[[pool_request.Job], None],
+    answer: Callable[[pool_request.PoolRequest], None],
     expected: list[Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     request, happened = request_of()
     job = job_of(request)
-    job.accept(123, pool_request.now())
+    job.tell_accepted(123, pool_request.now())
     answer(job)
     assert happened == [("task-started", None), *expected]
     assert "raised; the worker goes on" not in caplog.text
@@ -112,8 +117,8 @@ def test_celery_settles_the_message_as_for_its_own_pools(
 def test_celery_gives_a_lost_input_back_to_the_broker(request_of: Any) -> None:
     request, happened = request_of()
     job = job_of(request)
-    job.accept(123, pool_request.now())
-    job.lost("Worker exited prematurely: signal 9 (SIGKILL)")
+    job.tell_accepted(123, pool_request.now())
+    job.tell_lost("Worker exited prematurely: signal 9 (SIGKILL)")
     assert ("rejected", True) in happened
     assert "acked" not in happened
 
@@ -125,19 +130,17 @@ def test_an_input_that_has_not_begun_is_given_to_another_worker(
     request, happened = request_of(acks_late=acks_late)
     state.task_reserved(request)
     job = job_of(request)
-    job.give_back()
+    assert job.can_be_rejected
+    job.reject()
     assert happened == [("rejected", True), ("task-rejected", None)]
     assert request not in state.reserved_requests
-    job.lost("nothing follows")
-    assert len(happened) == 2
 
 
 def test_celery_fails_an_input_at_its_hard_limit_once(request_of: Any, celery_app: Celery) -> None:
     request, happened = request_of()
     job = job_of(request)
-    job.accept(123, pool_request.now())
-    job.timed_out()
-    report(job, frames.Outcome.FAILURE)
+    job.tell_accepted(123, pool_request.now())
+    job.tell_hard_limit()
     assert happened.count("acked") == 1
     assert [one[0] for one in happened if one != "acked"] == ["task-started", "task-failed"]
     assert celery_app.AsyncResult(ID).state == "FAILURE"
@@ -160,15 +163,12 @@ def test_an_input_that_is_revoked_while_it_waits_is_celerys_to_answer(
     assert job.was_withdrawn()
     assert happened.count("acked") == 1
     assert celery_app.AsyncResult(ID).state == "REVOKED"
-    job.lost("it died.")
-    assert happened.count("acked") == 1
 
 
 def test_an_input_that_nobody_revoked_runs(request_of: Any) -> None:
     request, happened = request_of()
     job = job_of(request)
     assert not job.was_withdrawn()
-    assert not job.is_answered
     assert happened == []
 
 
@@ -186,7 +186,7 @@ def test_what_a_cold_shutdown_stops_fails_where_no_broker_has_it(
 ) -> None:
     request, _ = request_of(acks_late=acks_late)
     request._already_cancelled = True
-    job_of(request).fail_when_nobody_retries()
+    job_of(request).fail_when_acknowledged_early()
     assert celery_app.AsyncResult(ID).state == state_
 
 
@@ -199,7 +199,7 @@ def test_a_result_backend_that_is_away_holds_up_no_cold_shutdown(
     request, _ = request_of(acks_late=False)
     request._already_cancelled = True
     monkeypatch.setattr(request.task.backend, "mark_as_failure", raising(ConnectionError("gone")))
-    job_of(request).fail_when_nobody_retries()
+    job_of(request).fail_when_acknowledged_early()
     assert celery_app.AsyncResult(ID).state == "PENDING"
     assert f"proj.embed[{ID}] was running when its worker was shut down" in caplog.text
 

@@ -23,8 +23,12 @@ class Job:
     runs_alone: bool = False
 
 
+def counter(most: int) -> poison.PoisonCounter:
+    return poison.PoisonCounter(most)
+
+
 def test_whatever_was_in_flight_at_a_death_is_suspect() -> None:
-    seen = poison.Deaths(most=3)
+    seen = counter(most=3)
     seen.record([Job("a"), Job("b")])
     assert seen.is_suspect("a")
     assert seen.is_suspect("b")
@@ -32,14 +36,14 @@ def test_whatever_was_in_flight_at_a_death_is_suspect() -> None:
 
 
 def test_a_death_in_company_is_never_blamed_on_one() -> None:
-    seen = poison.Deaths(most=1)
+    seen = counter(most=1)
     for _ in range(10):
         seen.record([Job("a"), Job("b")])
     assert not seen.is_poison("a")
 
 
 def test_an_input_that_kills_alone_as_often_as_it_may_is_poison() -> None:
-    seen = poison.Deaths(most=3)
+    seen = counter(most=3)
     seen.record([Job("a"), Job("b")])
     for _ in range(2):
         seen.record([Job("a", runs_alone=True)])
@@ -50,7 +54,7 @@ def test_an_input_that_kills_alone_as_often_as_it_may_is_poison() -> None:
 
 
 def test_a_death_in_company_in_between_clears_nobody() -> None:
-    seen = poison.Deaths(most=2)
+    seen = counter(most=2)
     seen.record([Job("a", runs_alone=True)])
     seen.record([Job("a")])
     seen.record([Job("a", runs_alone=True)])
@@ -58,17 +62,17 @@ def test_a_death_in_company_in_between_clears_nobody() -> None:
 
 
 def test_an_input_that_survives_alone_is_cleared() -> None:
-    seen = poison.Deaths(most=2)
+    seen = counter(most=2)
     seen.record([Job("a", runs_alone=True)])
-    seen.survived("a")
+    seen.forget("a")
     assert not seen.is_suspect("a")
     seen.record([Job("a", runs_alone=True)])
     assert not seen.is_poison("a")
-    seen.survived("never seen")
+    seen.forget("never seen")
 
 
 def test_a_death_with_nothing_in_flight_suspects_nobody() -> None:
-    seen = poison.Deaths(most=1)
+    seen = counter(most=1)
     seen.record([])
     assert not seen.is_suspect("a")
 
@@ -77,7 +81,7 @@ def test_inputs_that_never_come_back_are_forgotten_oldest_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(poison, "_MOST", 2)
-    seen = poison.Deaths(most=3)
+    seen = counter(most=3)
     for one in "abac":
         seen.record([Job(one)])
     assert [seen.is_suspect(one) for one in "abc"] == [True, False, True]
@@ -99,19 +103,23 @@ class Worker:
         self.woken = threading.Semaphore(0)
         self.cluster = membership.Membership(app, "w@h", {}, {}, 15.0, self.woken.release)
         self.cluster.begin()
-        self.seen = poison.Deaths(3, self.cluster.counts)
+        self.seen = poison.PoisonCounter(3, self.cluster.counts)
         self.known: list[str] = []
+        self.asked: list[str] = []
 
     def ask(self, task_id: str) -> bool:
-        return self.seen.ask(task_id, lambda: self.known.append(task_id))
+        self.asked.append(task_id)
+        return self.seen.ask(len(self.asked) - 1, task_id)
 
     def settle(self) -> None:
         """Wait as the pool does until Redis has answered one question."""
         assert self.woken.acquire(timeout=30)
-        self.seen.settle()
+        self.take_in()
+
+    def take_in(self) -> None:
+        self.known += [self.asked[number] for number in self.seen.answers()]
 
     def close(self) -> None:
-        self.seen.close()
         assert self.cluster.close()
 
 
@@ -156,7 +164,7 @@ def test_deaths_in_several_workers_add_up_and_are_forgotten_after_a_day(
     worker.ask("a")
     worker.settle()
     assert worker.seen.is_poison("a")
-    worker.seen.survived("a")
+    worker.seen.forget("a")
     worker.close()
     assert not server.exists("gw:deaths:a"), "also what was ordered last"
 
@@ -171,8 +179,8 @@ def test_an_answer_arrives_soon_and_in_the_pools_own_thread_only(
     assert worker.woken.acquire(timeout=30)
     assert time.monotonic() - began < 0.9, "or it waits for the next round"
     assert worker.known == []
-    worker.seen.settle()
-    worker.seen.settle()
+    worker.take_in()
+    worker.take_in()
     assert worker.known == ["a"]
 
 
@@ -205,7 +213,7 @@ def test_an_answer_that_comes_late_takes_back_no_death_that_was_seen_here(start:
     worker.ask("a")
     assert worker.woken.acquire(timeout=30)
     worker.seen.record([Job("a", runs_alone=True)] * 3)
-    worker.seen.settle()
+    worker.take_in()
     assert worker.seen.is_poison("a")
 
 
@@ -228,7 +236,6 @@ def test_a_worker_that_ends_has_no_more_questions(start: Start) -> None:
 
 
 def test_without_a_redis_there_is_nobody_to_ask() -> None:
-    seen = poison.Deaths(most=3)
-    assert not seen.ask("a", lambda: None)
-    seen.settle()
-    seen.close()
+    seen = counter(most=3)
+    assert not seen.ask(1, "a")
+    assert list(seen.answers()) == []

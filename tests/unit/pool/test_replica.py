@@ -13,41 +13,43 @@ from gw_celery.pool import child_state, dispatch
 from gw_celery.pool import replica as pool_replica
 from gw_celery.protocol import snapshot
 
-LIMITS = child_state.Deadlines(boot=1, start=1, benchmark=1, drain=1, heartbeat=1)
+LIMITS = conf.Settings(
+    boot_timeout=1, start_timeout=1, benchmark_timeout=1, drain_timeout=1, heartbeat_timeout=1
+)
 
 
 class Child:
     """A process of which only its life and what it holds are looked at."""
 
     def __init__(self, *, held: int = 0, is_ready: bool = True) -> None:
-        self.life = child_state.Life(deadlines=LIMITS, now=0.0)
-        self.jobs = dict.fromkeys(range(held))
+        self.state = child_state.ChildState(settings=LIMITS, now=0.0)
+        self.requests = dict.fromkeys(range(held))
         self.pid = 100
         self.served = 0
         self.resident_bytes = 0
         self.lag = 0.25
-        self.room = dispatch.Room({})
+        self.slots = dispatch.Slots({})
         self.checks = None
         self.reason = ""
         self.is_unfit = False
         self.is_ill = False
         if is_ready:
-            self.life.loaded(1.0)
-            self.life.entered(2.0)
-            self.life.probed(2.0)
-            self.life.measured(2.0)
+            self.state.loaded(1.0)
+            self.state.entered(2.0)
+            self.state.probed(2.0)
+            self.state.measured(2.0)
 
 
-def replicas_of(count: int) -> pool_replica.Places:
+def replicas_of(count: int) -> pool_replica.ReplicaSet:
     """This many replicas, with an idle child in each."""
-    made = pool_replica.Places()
+    made = pool_replica.ReplicaSet(None)
     made.resize(count)
     for place in made:
         place.child = Child()
     return made
 
 
-def at(made: pool_replica.Places, number: int) -> Any:
+def at(made: pool_replica.ReplicaSet, number: int) -> Any:
     return next(place for place in made if place.number == number)
 
 
@@ -59,7 +61,7 @@ def numbers(found: Any) -> list[int]:
 
 
 def test_a_pool_grows_by_the_lowest_numbers() -> None:
-    made = pool_replica.Places()
+    made = pool_replica.ReplicaSet(None)
     assert made.resize(2) == []
     assert made.resize(3) == []
     assert numbers(made) == [0, 1, 2]
@@ -161,7 +163,7 @@ def test_replicas_restart_one_at_a_time() -> None:
     restarted = []
     while (place := made.next_to_restart()) is not None:
         restarted.append(place.number)
-        place.child.life.drain(3.0, 0.0)
+        place.child.state.drain(3.0, 0.0)
         assert made.next_to_restart() is None, "another one still drains"
         place.child = None
         assert made.next_to_restart() is None, "its next child has not started"
@@ -183,7 +185,7 @@ def test_a_replica_that_loads_is_restarted_when_it_is_ready() -> None:
 def test_a_replica_that_is_not_ready_is_restarted_at_once_for_nobody_misses_it() -> None:
     made = replicas_of(3)
     unready: Any = at(made, 1).child
-    unready.life.wants_inputs(3.0, False)
+    unready.state.wants_inputs(3.0, False)
     made.restart(None)
     assert made.next_to_restart() is at(made, 1)
     assert made.next_to_restart() is None, "the others wait until it is ready"
@@ -213,7 +215,7 @@ def test_a_replica_whose_child_has_died_meanwhile_needs_no_restart() -> None:
 @pytest.mark.parametrize("others", ["held", "unwanted"])
 def test_a_replica_that_nobody_wants_to_run_holds_up_no_restart(others: str) -> None:
     made = replicas_of(2)
-    at(made, 0).child.jobs = {1: None}
+    at(made, 0).child.requests = {1: None}
     if others == "held":
         made.hold(1)
     else:
@@ -227,22 +229,22 @@ def test_a_replica_that_nobody_wants_to_run_holds_up_no_restart(others: str) -> 
 
 
 def test_a_place_forgets_the_child_that_is_gone_and_no_other() -> None:
-    place, old, new = pool_replica.Place(0), Child(), Child()
+    place, old, new = pool_replica.Replica(0), Child(), Child()
     place.child, place.successor = old, new
-    place.ended(old, "", 0.0, is_expected=True)
+    place.child_ended(old, "", 0.0, is_expected=True)
     assert (place.child, place.successor) == (None, new)
-    place.ended(old, "", 0.0, is_expected=True)
+    place.child_ended(old, "", 0.0, is_expected=True)
     assert place.successor is new
-    place.ended(new, "", 0.0, is_expected=True)
+    place.child_ended(new, "", 0.0, is_expected=True)
     assert place.successor is None
 
 
 def test_a_replica_that_serves_shows_its_child() -> None:
-    place, child = pool_replica.Place(3), Child(held=2)
+    place, child = pool_replica.Replica(3), Child(held=2)
     place.child = child
     child.resident_bytes = 4096
     place.restarts, place.last_error = 1, "it died"
-    assert place.seen(slots=8, now=12.0) == snapshot.Replica(
+    assert place.as_snapshot(slots=8, now=12.0) == snapshot.Replica(
         number=3,
         state="ready",
         pid=100,
@@ -259,17 +261,17 @@ def test_a_replica_that_serves_shows_its_child() -> None:
 
 @pytest.mark.parametrize(("now", "wait"), [(5.5, 0.5), (60.0, 0.0)])
 def test_a_replica_without_a_child_shows_when_the_next_one_starts(now: float, wait: float) -> None:
-    place = pool_replica.Place(0)
+    place = pool_replica.Replica(0)
     place.backoff.failed(5.0)
-    seen = place.seen(slots=8, now=now)
+    seen = place.as_snapshot(slots=8, now=now)
     assert (seen.state, seen.retry_in, seen.pid, seen.slots) == ("failed", wait, None, 0)
 
 
 @pytest.mark.parametrize("attribute", ["is_held", "is_wanted"])
 def test_a_replica_that_is_not_to_run_is_stopped(attribute: str) -> None:
-    place = pool_replica.Place(0)
+    place = pool_replica.Replica(0)
     setattr(place, attribute, not getattr(place, attribute))
-    assert place.seen(slots=8, now=1.0).state == "stopped"
+    assert place.as_snapshot(slots=8, now=1.0).state == "stopped"
 
 
 # -- when a child is worn --
@@ -306,12 +308,12 @@ SHARES = [
 ]
 
 
-def tokens(made: pool_replica.Places) -> dict[int, tuple[str, ...]]:
-    return {place.number: place.seen(1, 0.0).devices for place in made}
+def tokens(made: pool_replica.ReplicaSet) -> dict[int, tuple[str, ...]]:
+    return {place.number: place.as_snapshot(1, 0.0).devices for place in made}
 
 
 def test_a_replica_has_the_devices_of_its_number() -> None:
-    made = pool_replica.Places(SHARES)
+    made = pool_replica.ReplicaSet(SHARES)
     made.resize(2)
     assert tokens(made) == {0: ("GPU-0",), 1: ("GPU-1",)}
 
@@ -321,13 +323,13 @@ def test_a_replica_without_devices_shows_none() -> None:
 
 
 def test_there_are_no_more_replicas_than_shares() -> None:
-    made = pool_replica.Places(SHARES)
+    made = pool_replica.ReplicaSet(SHARES)
     made.resize(5)
     assert list(tokens(made)) == [0, 1, 2]
 
 
 def test_a_replica_whose_devices_are_in_use_starts_when_they_are_free() -> None:
-    made = pool_replica.Places(SHARES)
+    made = pool_replica.ReplicaSet(SHARES)
     made.resize(3)
     for place in made:
         place.child = Child(held=0 if place.number == 1 else 1)
@@ -340,11 +342,11 @@ def test_a_replica_whose_devices_are_in_use_starts_when_they_are_free() -> None:
     made.complete()
     assert [place.number for place in made if place.is_wanted] == [0, 1, 2]
     assert at(made, 1) is not drained
-    assert at(made, 1).share == SHARES[1]
+    assert at(made, 1).devices == SHARES[1]
 
 
 def test_a_replica_that_leaves_for_good_is_not_replaced() -> None:
-    made = pool_replica.Places(SHARES)
+    made = pool_replica.ReplicaSet(SHARES)
     made.resize(2)
     (drained,) = made.resize(1)
     made.remove(drained)
@@ -358,9 +360,9 @@ def test_the_end_of_a_child_that_was_never_well_is_a_failed_start_however_long_i
     for _ in range(3):
         place.child = Child(held=2)
         place.child.is_unfit = place.child.is_ill = True
-        for number in place.child.jobs:
-            place.child.jobs[number] = SimpleNamespace(is_accepted=True)
-        place.ended(place.child, "its liveness probe failed", 1000.0, is_expected=False)
+        for number in place.child.requests:
+            place.child.requests[number] = SimpleNamespace(is_accepted=True)
+        place.child_ended(place.child, "its liveness probe failed", 1000.0, is_expected=False)
         waits.append(place.backoff.retry_at - 1000.0)
     assert waits == [1, 2, 4]
 
@@ -371,9 +373,9 @@ def test_a_child_that_falls_ill_soon_after_each_start_is_started_ever_later() ->
     for age in (10.0, 10.0, 63.0, 64.0, 10.0):
         place.child = Child(held=2)  # READY at 2.0
         place.child.is_ill = True
-        for number in place.child.jobs:
-            place.child.jobs[number] = SimpleNamespace(is_accepted=True)
-        place.ended(place.child, "its liveness probe failed", 2.0 + age, is_expected=False)
+        for number in place.child.requests:
+            place.child.requests[number] = SimpleNamespace(is_accepted=True)
+        place.child_ended(place.child, "its liveness probe failed", 2.0 + age, is_expected=False)
         waits.append(place.backoff.retry_at - 2.0 - age)
     assert waits == [1, 2, 4, 0, 1]
 
@@ -382,11 +384,13 @@ def test_what_the_probes_of_a_child_said_is_seen() -> None:
     (place,) = replicas_of(1)
     place.child.checks = probes.Checks([("proj.Model", gw.Probe.on("health", failures=1))])
     (check,) = place.child.checks
-    place.child.room.unready = {"proj.Model"}
-    assert place.seen(4, 10.0).probes == (snapshot.Probe(name="Model.health", kind="liveness"),)
+    place.child.slots.unready = {"proj.Model"}
+    assert place.as_snapshot(4, 10.0).probes == (
+        snapshot.Probe(name="Model.health", kind="liveness"),
+    )
     check.called(1, 5.0)
     check.answered(probes.Answer(is_ok=False, detail="returned False", seconds=0.5))
-    seen = place.seen(4, 10.0)
+    seen = place.as_snapshot(4, 10.0)
     assert seen.unready == ("proj.Model",)
     assert seen.probes == (
         snapshot.Probe(

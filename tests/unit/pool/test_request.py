@@ -40,8 +40,18 @@ class Celerys:
         return [name for name, _ in self.calls]
 
 
-def made(celerys: Celerys, terminate: Any = None, **limits: float) -> request.Job:
-    return request.Job(7, ARGS, "embed", celerys.options(**limits), terminate)
+class Pool:
+    """Stands for the pool: notes what it is to stop."""
+
+    def __init__(self) -> None:
+        self.stopped: list[tuple[request.PoolRequest, int]] = []
+
+    def stop(self, stopped: request.PoolRequest, signum: int) -> None:
+        self.stopped.append((stopped, signum))
+
+
+def made(celerys: Celerys, pool: Any = None, **limits: float) -> request.PoolRequest:
+    return request.PoolRequest(7, ARGS, "embed", celerys.options(**limits), pool)
 
 
 def error(outcome: frames.Outcome, *, requeue: bool = False) -> list[Any]:
@@ -51,14 +61,14 @@ def error(outcome: frames.Outcome, *, requeue: bool = False) -> list[Any]:
     return report
 
 
-ANSWERS: dict[str, Callable[[request.Job], None]] = {
-    "done": lambda job: job.done("'text'", 0.5),
-    "error": lambda job: request.answer(job, error(frames.Outcome.FAILURE)),
-    "internal error": lambda job: request.answer(job, error(frames.Outcome.INTERNAL)),
-    "exit": lambda job: request.answer(job, error(frames.Outcome.EXIT)),
-    "lost": lambda job: job.lost("it died."),
-    "terminated": lambda job: job.terminated(15),
-    "hard limit": lambda job: job.timed_out(),
+ANSWERS: dict[str, Callable[[request.PoolRequest], None]] = {
+    "done": lambda job: job.tell_report([frames.Report.DONE, 7, "'text'", 0.5]),
+    "error": lambda job: job.tell_report(error(frames.Outcome.FAILURE)),
+    "internal error": lambda job: job.tell_report(error(frames.Outcome.INTERNAL)),
+    "exit": lambda job: job.tell_report(error(frames.Outcome.EXIT)),
+    "lost": lambda job: job.tell_lost("it died."),
+    "terminated": lambda job: job.tell_broken(Terminated(15)),
+    "hard limit": lambda job: job.tell_hard_limit(),
 }
 answers = pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 
@@ -69,49 +79,25 @@ def test_a_job_says_what_celerys_tracer_will_get() -> None:
     assert job.args is ARGS
 
 
-def test_an_input_is_accepted_once() -> None:
-    celerys = Celerys()
-    job = made(celerys)
-    job.accept(123, 4.5)
-    job.accept(456, 6.5)
-    assert celerys.calls == [("accept_callback", (123, 4.5))]
-
-
 def test_an_answer_is_a_text_and_a_runtime() -> None:
     celerys = Celerys()
     job = made(celerys)
-    job.accept(123, 4.5)
-    job.done("'text'", 0.5)
+    job.tell_accepted(123, 4.5)
+    job.tell_report([frames.Report.DONE, 7, "'text'", 0.5])
     assert celerys.calls[1:] == [("callback", ((0, "'text'", 0.5),))]
-
-
-@answers
-@pytest.mark.parametrize("again", ANSWERS.values(), ids=ANSWERS)
-def test_an_input_is_answered_once_whatever_is_reported_later(
-    answer: Callable[[request.Job], None], again: Callable[[request.Job], None]
-) -> None:
-    celerys = Celerys()
-    job = made(celerys, timeout=3.0)
-    job.accept(123, 4.5)
-    answer(job)
-    before = list(celerys.calls)
-    assert len(before) == 2
-    assert job.is_answered
-    again(job)
-    job.soft_timed_out()
-    assert celerys.calls == before
 
 
 @answers
 @pytest.mark.parametrize("raised", [ValueError("receiver"), MemoryError(), OSError("backend")])
 def test_a_callback_that_raises_is_logged_and_called_once(
-    answer: Callable[[request.Job], None], raised: Exception, caplog: pytest.LogCaptureFixture
+    answer: Callable[[request.PoolRequest], None],
+    raised: Exception,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     celerys = Celerys(raises=raised)
     job = made(celerys, soft_timeout=1.0, timeout=3.0)
-    job.accept(123, 4.5)
-    job.soft_timed_out()
-    answer(job)
+    job.tell_accepted(123, 4.5)
+    job.tell_soft_limit()
     answer(job)
     assert celerys.names[:2] == ["accept_callback", "timeout_callback"]
     assert len(celerys.calls) == 3
@@ -123,44 +109,43 @@ def test_a_callback_that_raises_is_logged_and_called_once(
 def test_a_shutdown_that_a_signal_raises_in_a_callback_reaches_the_worker() -> None:
     job = made(Celerys(raises=WorkerShutdown(0)))
     with pytest.raises(WorkerShutdown):
-        job.accept(123, 4.5)
+        job.tell_accepted(123, 4.5)
 
 
 def test_a_job_without_callbacks_can_be_answered() -> None:
-    job = request.Job(7, ARGS, "embed", {}, lambda job, signum: None)
-    job.accept(1, 2.0)
-    job.soft_timed_out()
-    job.timed_out()
-    assert job.is_answered
+    job = request.PoolRequest(7, ARGS, "embed", {}, None)
+    job.tell_accepted(1, 2.0)
+    job.tell_soft_limit()
+    job.tell_hard_limit()
     assert (job.soft_limit, job.hard_limit) == (None, None)
 
 
 def test_a_hard_limit_calls_the_time_out_callback_and_nothing_else() -> None:
     celerys = Celerys()
     job = made(celerys, timeout=3.0)
-    job.accept(123, 4.5)
-    job.timed_out()
+    job.tell_accepted(123, 4.5)
+    job.tell_hard_limit()
     assert celerys.calls[1:] == [("timeout_callback", (False, 3.0))]
 
 
 def test_a_soft_limit_is_told_and_the_input_goes_on() -> None:
     celerys = Celerys()
     job = made(celerys, soft_timeout=1.5, timeout=3.0)
-    job.accept(123, 4.5)
-    job.soft_timed_out()
-    job.done("'partial'", 2.0)
+    job.tell_accepted(123, 4.5)
+    job.tell_soft_limit()
+    job.tell_report([frames.Report.DONE, 7, "'partial'", 2.0])
     assert celerys.names == ["accept_callback", "timeout_callback", "callback"]
     assert celerys.calls[1][1] == (True, 1.5)
 
 
 def test_terminate_stops_this_job_and_no_other() -> None:
-    stopped: list[tuple[request.Job, int]] = []
-    job = made(Celerys(), terminate=lambda job, signum: stopped.append((job, signum)))
+    pool = Pool()
+    job = made(Celerys(), pool)
     job.terminate(15)
-    assert stopped == [(job, 15)]
+    assert pool.stopped == [(job, 15)]
 
 
-def answered_error(act: Callable[[request.Job], None]) -> Any:
+def answered_error(act: Callable[[request.PoolRequest], None]) -> Any:
     celerys = Celerys()
     job = made(celerys)
     act(job)
@@ -170,7 +155,9 @@ def answered_error(act: Callable[[request.Job], None]) -> Any:
 
 
 def test_a_lost_input_is_told_in_billiards_words_with_its_number() -> None:
-    einfo = answered_error(lambda job: job.lost("Worker exited prematurely: signal 9 (SIGKILL)"))
+    einfo = answered_error(
+        lambda job: job.tell_lost("Worker exited prematurely: signal 9 (SIGKILL)")
+    )
     assert isinstance(einfo.exception.exc, WorkerLostError)
     assert str(einfo.exception.exc) == ("Worker exited prematurely: signal 9 (SIGKILL) Job: 7.")
 
@@ -180,7 +167,7 @@ def test_a_lost_input_is_told_in_billiards_words_with_its_number() -> None:
     [(ANSWERS["lost"], WorkerLostError), (ANSWERS["terminated"], Terminated)],
 )
 def test_what_the_pool_itself_answers_has_a_traceback_and_can_be_pickled(
-    act: Callable[[request.Job], None], kind: type[Exception]
+    act: Callable[[request.PoolRequest], None], kind: type[Exception]
 ) -> None:
     einfo = answered_error(act)
     assert einfo.type is kind
@@ -189,20 +176,20 @@ def test_what_the_pool_itself_answers_has_a_traceback_and_can_be_pickled(
 
 
 def test_an_exit_in_a_body_loses_its_input_only() -> None:
-    einfo = answered_error(lambda job: request.answer(job, error(frames.Outcome.EXIT)))
+    einfo = answered_error(lambda job: job.tell_report(error(frames.Outcome.EXIT)))
     assert isinstance(einfo.exception.exc, WorkerLostError)
     assert "Worker exited prematurely: Oops('x') Job: 7." in str(einfo.exception.exc)
 
 
 def test_an_error_of_the_tracer_itself_is_no_answer_of_the_task() -> None:
-    einfo = answered_error(lambda job: request.answer(job, error(frames.Outcome.INTERNAL)))
+    einfo = answered_error(lambda job: job.tell_report(error(frames.Outcome.INTERNAL)))
     assert einfo.type is request.Reported
     assert "Oops('x')" in repr(einfo.exception.exc)
 
 
 def reported(outcome: frames.Outcome, *, requeue: bool = False) -> Any:
     celerys = Celerys()
-    request.answer(made(celerys), error(outcome, requeue=requeue))
+    made(celerys).tell_report(error(outcome, requeue=requeue))
     ((name, ((failed, einfo, _),)),) = celerys.calls
     assert (name, failed) == ("callback", 1)
     assert (einfo.traceback, str(einfo)) == ("Traceback: x", "Traceback: x")
@@ -221,7 +208,7 @@ def test_an_unknown_outcome_is_a_failure() -> None:
     celerys = Celerys()
     report = error(frames.Outcome.FAILURE)
     report[2] = "unheard of"
-    request.answer(made(celerys), report)
+    made(celerys).tell_report(report)
     assert celerys.names == ["callback"]
 
 
@@ -246,60 +233,46 @@ def test_a_rejection_travels_as_celerys_own_with_its_wish(requeue: bool) -> None
 
 
 @answers
-def test_a_twin_is_answered_with_the_input_that_runs(answer: Callable[[request.Job], None]) -> None:
+def test_a_twin_is_answered_with_the_input_that_runs(
+    answer: Callable[[request.PoolRequest], None],
+) -> None:
     first, second = Celerys(), Celerys()
     running, twin = made(first, timeout=3.0), made(second, timeout=3.0)
-    running.twins.append(twin)
-    running.accept(123, 4.5)
-    answer(running)
+    running.add_delivery(twin)
+    running.tell_accepted(123, 4.5)
     answer(running)
     assert first.names == second.names
     assert len(second.calls) == 2
     assert second.calls[0] == ("accept_callback", (123, 4.5))
-    assert twin.is_answered
 
 
 def test_a_twin_that_came_after_the_start_is_accepted_once() -> None:
     first, second = Celerys(), Celerys()
     running, twin = made(first), made(second)
-    running.accept(123, 4.5)
-    running.twins.append(twin)
-    twin.accept(123, 5.5)
-    running.accept(123, 4.5)
-    running.done("'text'", 0.5)
+    running.tell_accepted(123, 4.5)
+    running.add_delivery(twin)
+    running.tell_report([frames.Report.DONE, 7, "'text'", 0.5])
     assert second.names == ["accept_callback", "callback"]
-
-
-def test_a_twin_that_is_terminated_leaves_the_running_input_alone() -> None:
-    first, second = Celerys(), Celerys()
-    running, twin = made(first), made(second)
-    running.twins.append(twin)
-    twin.terminated(15)
-    assert not running.is_answered
-    running.done("'text'", 0.5)
-    assert second.names == ["error_callback"]
-    assert first.names == ["callback"]
 
 
 def test_a_callback_that_raises_keeps_no_answer_from_the_twin() -> None:
     second = Celerys()
     running, twin = made(Celerys(raises=ValueError())), made(second)
-    running.twins.append(twin)
-    running.accept(123, 4.5)
-    running.done("'text'", 0.5)
+    running.add_delivery(twin)
+    running.tell_accepted(123, 4.5)
+    running.tell_report([frames.Report.DONE, 7, "'text'", 0.5])
     assert second.names == ["accept_callback", "callback"]
 
 
 def test_a_twin_joins_an_input_that_runs_as_accepted_and_is_stopped_with_it() -> None:
-    first, second, stopped = Celerys(), Celerys(), []
-    stop = lambda job, signum: stopped.append(job)  # noqa: E731
-    running, twin = made(first, terminate=stop), made(second, terminate=stop)
-    running.accept(123, 4.5)
-    running.join(twin, 9.5)
-    assert second.calls == [("accept_callback", (0, 9.5))]
+    first, second, pool = Celerys(), Celerys(), Pool()
+    running, twin = made(first, pool), made(second, pool)
+    running.tell_accepted(123, 4.5)
+    running.add_delivery(twin)
+    assert second.names == ["accept_callback"]
     twin.terminate(15)
-    assert stopped == [running], "Celery knows the twin under the task's id"
-    running.terminated(15)
+    assert pool.stopped == [(running, 15)], "Celery knows the twin under the task's id"
+    running.tell_broken(Terminated(15))
     assert second.names == ["accept_callback", "error_callback"]
 
 
@@ -316,17 +289,8 @@ def test_a_twin_joins_an_input_that_runs_as_accepted_and_is_stopped_with_it() ->
 def test_a_broker_says_that_it_delivers_again(
     request_: dict[str, Any], is_redelivered: bool
 ) -> None:
-    job = request.Job(7, ("n", "id-1", request_), "embed", {}, lambda job, signum: None)
+    job = request.PoolRequest(7, ("n", "id-1", request_), "embed", {}, None)
     assert job.is_redelivered is is_redelivered
-
-
-def test_an_input_that_is_left_to_another_worker_is_never_answered_here() -> None:
-    celerys = Celerys()
-    job = made(celerys, timeout=3.0)
-    job.abandon()
-    for answer in ANSWERS.values():
-        answer(job)
-    assert celerys.calls == []
 
 
 # -- both sides --
@@ -335,9 +299,9 @@ def test_an_input_that_is_left_to_another_worker_is_never_answered_here() -> Non
 def arrived(exc: BaseException) -> Any:
     """The exception of which Celery hears when a child's tracer ended with ``exc``."""
     celerys = Celerys()
-    frame = frames.pack_reports([tracer._error(7, exc, "")])
+    frame = frames.pack_reports([tracer.failure(7, exc, "")])
     (report,) = frames.unpack_reports(frame[4:])
-    request.answer(made(celerys), report)
+    made(celerys).tell_report(report)
     ((_, ((_, einfo, _),)),) = celerys.calls
     return einfo.exception
 

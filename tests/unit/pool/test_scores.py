@@ -13,7 +13,9 @@ from gw_celery.pool import scores as pool_scores
 from gw_celery.pool.child_state import State
 from gw_celery.protocol import frames, snapshot
 
-LIMITS = child_state.Deadlines(boot=10, start=10, benchmark=100, drain=10, heartbeat=10)
+LIMITS = conf.Settings(
+    boot_timeout=10, start_timeout=10, benchmark_timeout=100, drain_timeout=10, heartbeat_timeout=10
+)
 DAY = 86400.0
 
 
@@ -27,11 +29,14 @@ class Child:
 
     def __init__(self, now: float = 0.0, products: tuple[str, ...] = ("fake A100",)) -> None:
         self.products = products
-        self.life = child_state.Life(deadlines=LIMITS, now=now)
-        self.life.loaded(now)
-        self.life.entered(now)
-        self.life.probed(now)
+        self.state = child_state.ChildState(settings=LIMITS, now=now)
+        self.state.loaded(now)
+        self.state.entered(now)
+        self.state.probed(now)
         self.orders: list[tuple[Any, ...]] = []
+
+    def send(self, order: tuple[Any, ...]) -> None:
+        self.orders.append(order)
 
     @property
     def tasks(self) -> list[str]:
@@ -48,12 +53,10 @@ class Pool:
             first={},
             benchmarked={"embed": ["p.embed"], "Model": ["p.Model.a", "p.Model.b"], "plain": []},
         )
-        self.measuring = pool_scores.Measuring(
-            setup, lambda child, order: child.orders.append(order)
-        )
+        self.measuring = pool_scores.ReplicaScores(setup)
 
     def advance(self, child: Any, now: float = 0.0) -> bool:
-        return self.measuring.is_over(child, now)
+        return self.measuring.is_measured(child, now)
 
     def answer(self, child: Any, text: str, now: float = 0.0, call: int | None = None) -> None:
         self.measuring.follow(child, child.orders[-1][1] if call is None else call, text, now)
@@ -65,7 +68,7 @@ class Pool:
 
     def measured_elsewhere(self, now: float, *values: float) -> Any:
         """As ``measured``, on a replica of which nothing is remembered."""
-        self.measuring.forget_scores([])
+        self.measuring.forget_remembered([])
         return self.measured(now, *values)
 
     def measured_together(self, now: float, *values: tuple[float, ...]) -> list[Any]:
@@ -78,7 +81,7 @@ class Pool:
                 self.answer(child, scored(value, task=child.orders[-1][2]), now)
         for child in children:
             assert self.advance(child, now)
-            child.life.measured(now)
+            child.state.measured(now)
         return children
 
 
@@ -117,9 +120,7 @@ def test_an_order_names_the_task_and_the_time_that_is_left() -> None:
 def test_a_worker_without_benchmarks_measures_nothing() -> None:
     setup = pool_replica.Setup(settings=conf.Settings(), slots={"": 1}, first={})
     child: Any = Child()
-    assert pool_scores.Measuring(setup, lambda child, order: pytest.fail("told")).is_over(
-        child, 0.0
-    )
+    assert pool_scores.ReplicaScores(setup).is_measured(child, 0.0)
 
 
 def test_a_child_without_a_score_fails_with_what_to_do() -> None:
@@ -132,7 +133,7 @@ def test_a_child_without_a_score_fails_with_what_to_do() -> None:
         "ValueError: no. A replica is ready when its benchmarks succeed: mend the body, or the "
         "inputs of benchmark_dataset or benchmark_generator"
     )
-    assert pool.measuring.seen(0.0)["embed"].value is None
+    assert pool.measuring.as_snapshot(0.0)["embed"].value is None
 
 
 @pytest.mark.parametrize(
@@ -151,13 +152,13 @@ def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
     pool.answer(child, "garbage", call=1)
     pool.advance(child)
     pool.answer(child, "garbage", call=99)
-    assert pool.measuring.seen(0.0)["embed"].value is None
+    assert pool.measuring.as_snapshot(0.0)["embed"].value is None
 
 
 def test_the_score_is_that_of_the_median_replica() -> None:
     pool = Pool()
     pool.measured_together(0.0, *((value, 10.0, 10.0) for value in (8.0, 9.0, 20.0)))
-    seen = pool.measuring.seen(0.0)
+    seen = pool.measuring.as_snapshot(0.0)
     assert {key: score.value for key, score in seen.items()} == {
         "embed": 9.0,
         "Model": 10.0,
@@ -168,16 +169,16 @@ def test_the_score_is_that_of_the_median_replica() -> None:
 def test_several_tasks_of_a_service_have_one_score() -> None:
     pool = Pool()
     pool.measured(0.0, 8.0, 100.0, 50.0)
-    assert pool.measuring.seen(0.0)["Model"].value == pytest.approx(200 / 3)
+    assert pool.measuring.as_snapshot(0.0)["Model"].value == pytest.approx(200 / 3)
 
 
 def test_a_replica_that_is_gone_does_not_count_but_the_last_word_stays() -> None:
     pool = Pool()
     slow, quick = pool.measured_together(0.0, (8.0, 1.0, 1.0), (9.0, 1.0, 1.0))
     pool.measuring.forget(slow)
-    assert pool.measuring.seen(0.0)["embed"].value == 9.0
+    assert pool.measuring.as_snapshot(0.0)["embed"].value == 9.0
     pool.measuring.forget(quick)
-    assert pool.measuring.seen(0.0)["embed"].value == 9.0
+    assert pool.measuring.as_snapshot(0.0)["embed"].value == 9.0
     pool.measuring.forget(quick)
 
 
@@ -190,23 +191,23 @@ def test_the_next_child_is_ready_with_what_an_earlier_one_measured() -> None:
     child = Child(160.0)
     assert pool.advance(child, 160.0)
     assert child.orders == []
-    assert {key: score.value for key, score in pool.measuring.seen(0.0).items()} == {
+    assert {key: score.value for key, score in pool.measuring.as_snapshot(0.0).items()} == {
         "embed": 8.0,
         "Model": 15.0,
         "plain": None,
     }
-    (shown,) = pool.measuring.seen(170.0)["embed"].benchmarks
+    (shown,) = pool.measuring.as_snapshot(170.0)["embed"].benchmarks
     assert (shown.value, shown.age) == (8.0, 70.0), "as old as its measurement"
-    assert pool.measuring.due([child], 100.0 + DAY) is child
+    assert pool.measuring.due_again([child], 100.0 + DAY) is child
 
 
 def test_a_remembered_score_counts_in_the_median() -> None:
     pool = Pool()
     *_, last = pool.measured_together(0.0, *((value, 1.0, 1.0) for value in (8.0, 9.0, 20.0)))
     pool.measuring.forget(last)
-    assert pool.measuring.seen(0.0)["embed"].value == 8.5
+    assert pool.measuring.as_snapshot(0.0)["embed"].value == 8.5
     pool.advance(Child(1.0), 1.0)
-    assert pool.measuring.seen(0.0)["embed"].value == 9.0
+    assert pool.measuring.as_snapshot(0.0)["embed"].value == 9.0
 
 
 def test_only_what_an_earlier_child_did_not_measure_is_measured() -> None:
@@ -222,14 +223,14 @@ def test_only_what_an_earlier_child_did_not_measure_is_measured() -> None:
 def test_the_latest_measurement_is_remembered_and_a_failed_one_changes_nothing() -> None:
     pool = Pool()
     child = pool.measured()
-    pool.measuring.ask()
-    assert pool.measuring.due([child], 10.0) is child
+    pool.measuring.ask_again()
+    assert pool.measuring.due_again([child], 10.0) is child
     for answer in (scored(16.0), FAILURE, scored(10.0)):
         pool.advance(child, 10.0)
         pool.answer(child, answer, 10.0)
     pool.measuring.forget(child)
     assert pool.advance(Child(20.0), 20.0)
-    assert {key: score.value for key, score in pool.measuring.seen(0.0).items()} == {
+    assert {key: score.value for key, score in pool.measuring.as_snapshot(0.0).items()} == {
         "embed": 16.0,
         "Model": 10.0,
         "plain": None,
@@ -246,17 +247,17 @@ def test_other_devices_are_measured_on_their_own() -> None:
 def test_after_an_operators_restart_the_next_child_measures() -> None:
     pool = Pool()
     old = pool.measured()
-    pool.measuring.forget_scores([old])
+    pool.measuring.forget_remembered([old])
     child = Child(5.0)
     assert not pool.advance(child, 5.0)
     assert child.tasks == ["p.embed"]
-    assert pool.measuring.seen(0.0)["embed"].value == 8.0, "until then it is the best guess"
+    assert pool.measuring.as_snapshot(0.0)["embed"].value == 8.0, "until then it is the best guess"
 
 
 def test_what_a_child_of_before_a_restart_measures_is_not_remembered() -> None:
     pool, old, new = Pool(), Child(), Child(9.0)
     pool.advance(old)
-    pool.measuring.forget_scores([old])
+    pool.measuring.forget_remembered([old])
     for _ in range(3):
         pool.answer(old, scored(8.0))
         pool.advance(old)
@@ -267,7 +268,7 @@ def test_what_a_child_of_before_a_restart_measures_is_not_remembered() -> None:
     pool.measuring.forget(old)
     pool.measuring.forget(new)
     assert pool.advance(Child(10.0), 10.0)
-    assert pool.measuring.seen(0.0)["embed"].value == 9.0
+    assert pool.measuring.as_snapshot(0.0)["embed"].value == 9.0
 
 
 # -- again --
@@ -276,34 +277,34 @@ def test_what_a_child_of_before_a_restart_measures_is_not_remembered() -> None:
 def test_idle_replicas_are_measured_again_one_at_a_time_when_asked() -> None:
     pool = Pool()
     one, other = pool.measured_together(0.0, (8.0, 10.0, 10.0), (8.0, 10.0, 10.0))
-    assert pool.measuring.due([one, other], 10.0) is None
-    pool.measuring.ask()
-    assert pool.measuring.due([], 11.0) is None, "never a busy one"
-    assert pool.measuring.due([one, other], 12.0) is one
-    one.life.measure_again(12.0)
-    assert one.life.state is State.BENCHMARKING
+    assert pool.measuring.due_again([one, other], 10.0) is None
+    pool.measuring.ask_again()
+    assert pool.measuring.due_again([], 11.0) is None, "never a busy one"
+    assert pool.measuring.due_again([one, other], 12.0) is one
+    one.state.measure_again(12.0)
+    assert one.state.current is State.BENCHMARKING
     assert not pool.advance(one, 12.0)
     assert one.orders[-1][4] is True, "it has been READY"
-    assert pool.measuring.due([other], 13.0) is None, "one at a time"
+    assert pool.measuring.due_again([other], 13.0) is None, "one at a time"
     for _ in range(3):
         pool.answer(one, scored(16.0), 14.0)
         is_over = pool.advance(one, 14.0)
     assert is_over
-    assert pool.measuring.due([one, other], 15.0) is other
-    assert pool.measuring.seen(0.0)["embed"].value == 12.0
+    assert pool.measuring.due_again([one, other], 15.0) is other
+    assert pool.measuring.as_snapshot(0.0)["embed"].value == 12.0
 
 
 def test_a_score_is_measured_again_when_it_is_old() -> None:
     pool = Pool()
     old, young = pool.measured(1000.0), pool.measured_elsewhere(1060.0)
-    assert pool.measuring.due([young, old], 1000.0 + DAY - 1.0) is None
-    assert pool.measuring.due([young, old], 1000.0 + DAY) is old
+    assert pool.measuring.due_again([young, old], 1000.0 + DAY - 1.0) is None
+    assert pool.measuring.due_again([young, old], 1000.0 + DAY) is old
 
 
 def test_a_score_never_ages_without_a_period() -> None:
     pool = Pool(benchmark_period=None)
     child = pool.measured()
-    assert pool.measuring.due([child], 10 * DAY) is None
+    assert pool.measuring.due_again([child], 10 * DAY) is None
 
 
 def test_a_replica_that_fails_when_measured_again_keeps_its_score_for_another_period(
@@ -311,7 +312,7 @@ def test_a_replica_that_fails_when_measured_again_keeps_its_score_for_another_pe
 ) -> None:
     pool = Pool()
     child = pool.measured(-2 * DAY)
-    assert pool.measuring.due([child], 1.0) is child
+    assert pool.measuring.due_again([child], 1.0) is child
     pool.advance(child, 1.0)
     pool.answer(child, FAILURE, 2.0)
     assert "keeps its score: the benchmark of p.embed gave no score" in caplog.text
@@ -319,19 +320,19 @@ def test_a_replica_that_fails_when_measured_again_keeps_its_score_for_another_pe
         assert not pool.advance(child, 2.0)
         pool.answer(child, FAILURE, 2.0)
     assert pool.advance(child, 2.0)
-    assert pool.measuring.seen(0.0)["embed"].value == 8.0
-    assert pool.measuring.due([child], DAY) is None
-    assert pool.measuring.due([child], DAY + 3.0) is child
+    assert pool.measuring.as_snapshot(0.0)["embed"].value == 8.0
+    assert pool.measuring.due_again([child], DAY) is None
+    assert pool.measuring.due_again([child], DAY + 3.0) is child
 
 
 def test_a_child_that_has_not_been_ready_is_not_measured_twice() -> None:
     pool, child = Pool(), Child()
     pool.advance(child)
-    pool.measuring.ask()
+    pool.measuring.ask_again()
     for _ in range(3):
         pool.answer(child, scored(8.0))
         pool.advance(child)
-    assert pool.measuring.due([child], 1.0) is None
+    assert pool.measuring.due_again([child], 1.0) is None
 
 
 # -- traffic --
@@ -344,7 +345,7 @@ def test_full_replicas_correct_the_score_and_a_drift_is_told_once(
     pool.measured(0.0, 100.0, 10.0, 10.0)
     for second in range(300):
         pool.measuring.observe(float(second), {"embed": served(20 * second)}, {"embed": 1})
-    assert pool.measuring.seen(0.0)["embed"].value == pytest.approx(20.0, rel=0.01)
+    assert pool.measuring.as_snapshot(0.0)["embed"].value == pytest.approx(20.0, rel=0.01)
     (record,) = caplog.records
     assert "the score of embed is 44.72/s, -55 % from the benchmark's 100/s" in record.getMessage()
 
@@ -358,15 +359,15 @@ def test_a_queue_that_was_seen_to_hold_more_shows_that_replicas_are_full(
         pool.measuring.note_queued({"embed": 7, "Model": 0}, second - age)
         tallies = dict.fromkeys(("embed", "Model"), served(20 * second, running=1))
         pool.measuring.observe(float(second), tallies, {"embed": 1, "Model": 1})
-    assert (pool.measuring.seen(0.0)["embed"].value is not None) is is_learnt
-    assert pool.measuring.seen(0.0)["Model"].value is None
+    assert (pool.measuring.as_snapshot(0.0)["embed"].value is not None) is is_learnt
+    assert pool.measuring.as_snapshot(0.0)["Model"].value is None
 
 
 def test_operators_see_the_latest_figures_of_each_task() -> None:
     pool = Pool()
     pool.measured(0.0, 8.0, 10.0, 10.0)
     pool.measured_elsewhere(10.0, 9.0, 10.0, 10.0)
-    seen = pool.measuring.seen(15.0)
+    seen = pool.measuring.as_snapshot(15.0)
     (shown,) = seen["embed"].benchmarks
     assert (shown.task, shown.value, shown.age) == ("p.embed", 9.0, 5.0)
     assert seen["embed"].measured == 8.5

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,8 @@ import gw_celery as gw
 from gw_celery import conf, signals
 from gw_celery.gpus import allocation, discovery
 from gw_celery.pool import taskpool
-from gw_celery.protocol.snapshot import Worker
 from gw_celery.worker import serving
+from tests.pool_harness import Harness
 
 
 @pytest.fixture
@@ -61,23 +62,22 @@ def test_what_does_not_fit_is_known_before(pool: taskpool.TaskPool) -> None:
 
 
 def test_the_snapshot_has_what_was_asked_for_and_which_queues_are_open(
-    pool: taskpool.TaskPool,
+    start_pool: Callable[..., Harness],
 ) -> None:
-    pool.options = {"initargs": (pool.app, "gpu@host")}
-    pool.supervisor = SimpleNamespace(  # type: ignore[assignment]
-        snapshot=lambda hostname: Worker(hostname=hostname, waiting=3), resize=lambda replicas: None
-    )
-    assert pool.snapshot() == Worker(hostname="gpu@host", waiting=3, desired=1, desired_slots=2)
-    pool.gate = SimpleNamespace(  # type: ignore[assignment]
-        open_queues=lambda: ("cpu.embed",), closed_queues=lambda: ("cpu.classify",)
-    )
-    pool.bands = SimpleNamespace(names=lambda: {"embed": "quick"})  # type: ignore[assignment]
-    pool.grow(3)
-    pool._state = pool.CLOSE
-    seen = pool.snapshot()
-    assert (seen.desired, seen.desired_slots, seen.is_stopping) == (3, 5, True)
-    assert (seen.open_queues, seen.closed_queues) == (("cpu.embed",), ("cpu.classify",))
-    assert seen.bands == {"embed": "quick"}
+    harness = start_pool({"work": 2}, replicas=2)
+    seen = harness.pool.snapshot()
+    assert (seen.hostname, seen.desired, seen.desired_slots) == ("harness@test", 2, 6)
+    assert sorted(seen.ready_slots.values()) == [2, 4]
+    assert (seen.open_queues, seen.closed_queues) == (("celery", "cpu.work"), ())
+    harness.pool.hold(None)
+    harness.pool.shrink(1)
+    seen = harness.pool.snapshot()
+    assert (seen.desired, seen.desired_slots) == (2, 5), "slots come in whole replicas"
+    assert set(seen.ready_slots.values()) == {0}
+    assert (seen.open_queues, seen.closed_queues) == ((), ("celery", "cpu.work"))
+    assert not seen.is_stopping
+    harness.pool.close()
+    assert harness.pool.snapshot().is_stopping
 
 
 def test_a_tick_is_passed_on_and_remembered_with_its_time(pool: taskpool.TaskPool) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from typing import Any
@@ -10,49 +11,33 @@ from celery import Celery, current_task, signals
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 
 import gw_celery as gw
-from gw_celery import conf
-from gw_celery.client import execution
 from gw_celery.declare import services
 from gw_celery.policy import scores
 from gw_celery.protocol import snapshot
-from gw_celery.replica import benchmark, tracer
-from gw_celery.replica import input as replica_input
-from gw_celery.runtime import batcher, in_process, loop
-from tests.unit.runtime.tracers import Around, run
+from gw_celery.replica import benchmark
+from tests import child_harness
+from tests.child_harness import Order, Report
 
 ONE = [{"x": 1}]
 
 
 def measured(
-    app: gw.App, *, name: str = "", within: float = 30.0, grace: float = 5.0
+    app: gw.App, *, name: str = "", within: float = 30.0, **settings: Any
 ) -> snapshot.TaskScore:
-    """The score of a task of the only service, measured as in a replica."""
+    """The score of a task of the only service, as a replica reports it.
 
-    async def act() -> snapshot.TaskScore:
-        celery_app: Any = app.celery
-        batchers = batcher.Batchers(batcher.Host())
-        hosted = loop.MainLoop(asyncio.get_running_loop())
-        runtime = in_process.Process(
-            conf.Settings(), enforces_limits=False, host=hosted, batchers=batchers
-        )
-        runtime.start()
-        execution.install(runtime)
-        celery_app.finalize()
-        tracer.prepare(celery_app, "unit@host")
-        inputs = tracer.Inputs(celery_app, lambda report: None, 20, Around())
-        (service,) = app.registry.services.values()
-        await runtime.grow([app.registry], [service])
-        method = service.methods[name] if name else next(iter(service.methods.values()))
-        task = celery_app.tasks[method.task_name]
-        try:
-            async with asyncio.timeout(within):
-                return await benchmark.Measurement(task, inputs.called, grace).run()
-        finally:
-            execution.install(None)
-            await runtime.leave()
-
-    found: snapshot.TaskScore = run(act)
-    return found
+    Raises:
+        NoScore: with the reason that it reports.
+    """
+    (service,) = app.registry.services.values()
+    method = service.methods[name] if name else next(iter(service.methods.values()))
+    with child_harness.child_of(app, **settings) as child:
+        child.send(Order.BENCHMARK, 1, method.task_name, within, False)
+        answer = json.loads(child.answer(Report.MEASURED, 1)[0])
+        assert child.store.states == [], "nothing outside learns of it"
+    if "failure" in answer:
+        raise scores.NoScore(answer["failure"])
+    return scores.from_json(answer["score"])
 
 
 def test_a_pass_that_is_not_counted_comes_before_the_rounds(app: gw.App) -> None:
@@ -118,7 +103,7 @@ def test_a_calculator_with_other_parameters_than_its_task_is_told_of_once(
         await asyncio.sleep(0.005)
 
     assert 1 / 0.1 < measured(app).value <= 1 / 0.005
-    (told,) = [one.message for one in caplog.records if "workload_calculator of" in one.message]
+    (told,) = [text for text in caplog.messages if "workload_calculator of" in text]
     assert "unexpected keyword argument 'x'" in told
 
 
@@ -144,7 +129,7 @@ def test_a_batched_method_is_measured_in_full_batches(app: gw.App, *, is_async: 
     batches: list[Any] = []
 
     def note(xs: list[int]) -> list[int]:
-        batches.append(execution.current_batch())
+        batches.append(gw.current_batch())
         return xs
 
     class Embedder:
@@ -163,7 +148,7 @@ def test_a_batched_method_is_measured_in_full_batches(app: gw.App, *, is_async: 
 
     app.cls(Embedder)
     measured(app)
-    assert [(one.size, one.flush) for one in batches] == [(8, "full")] * (2 * 5)
+    assert [(batch.size, batch.flush) for batch in batches] == [(8, "full")] * (2 * 5)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +208,7 @@ def test_a_body_knows_its_task_and_request_wherever_it_looks(app: gw.App) -> Non
     ((name, current, own),) = seen[0]
     assert name == embed.name
     assert current == own
-    assert len({one for found in seen for _, one, _ in found}) == 8, "each has its own"
+    assert len({current for found in seen for _, current, _ in found}) == 8, "each has its own"
 
 
 @pytest.mark.parametrize(
@@ -290,10 +275,9 @@ def test_nothing_outside_learns_of_it(app: gw.App) -> None:
         heard.append(sender)
 
     @app.remote(benchmark_dataset=ONE, track_started=True)
-    async def embed(x: int) -> bool:
-        await asyncio.sleep(0)
-        assert replica_input.is_unseen()  # by which the result backend knows it
-        return await asyncio.to_thread(replica_input.is_unseen)
+    async def embed(x: int) -> None:
+        embed.update_state(task_id="x", state="PROGRESS")
+        return await asyncio.to_thread(embed.update_state, task_id="x", state="PROGRESS")
 
     kinds = ("task_prerun", "task_postrun", "task_success", "task_received", "before_task_publish")
     for kind in kinds:
@@ -321,7 +305,7 @@ def test_a_generator_makes_each_input(app: gw.App) -> None:
         got.append(x)
 
     measured(app)
-    assert got == [one + 1 for one in made]
+    assert got == [number + 1 for number in made]
     assert len(got) == 9
 
 
@@ -396,7 +380,7 @@ def test_a_benchmark_that_is_given_up_leaves_nothing_behind(app: gw.App) -> None
         finally:
             ended.append("ended")
 
-    with pytest.raises(TimeoutError):
+    with pytest.raises(scores.NoScore, match="it was not over after 0 s"):
         measured(app, within=0.2)
     assert ended == ["ended"] * 3
 
@@ -412,8 +396,8 @@ def test_a_benchmark_is_given_up_though_an_input_cannot_be_ended(app: gw.App) ->
 
     began = time.monotonic()
     try:
-        with pytest.raises(TimeoutError):
-            measured(app, within=0.2, grace=0.1)
+        with pytest.raises(scores.NoScore, match="it was not over"):
+            measured(app, within=0.2, gw_cancel_timeout=0.1)
         assert time.monotonic() - began < 20, "before the test's own time was up"
     finally:
         go.set()

@@ -28,7 +28,7 @@ class Backend:
 Backend.task_keyprefix = "celery-task-meta-"  # type: ignore[attr-defined]
 
 TASKS = {"early": SimpleNamespace(acks_late=False), "late": SimpleNamespace(acks_late=True)}
-ONE = replica_input.InFlight(7, "early", "a", lambda report: None)
+INPUT = replica_input.Input(7, "early", "a", link=None)
 REQUEST = {"id": "a", "task": "early"}
 
 
@@ -48,19 +48,19 @@ async def turns() -> None:
 
 
 def test_only_tasks_that_are_acknowledged_early_have_records() -> None:
-    one = made(Backend())
-    assert [one.has(name) for name in ("early", "late", "unknown")] == [True, False, False]
+    records = made(Backend())
+    assert [records.has(name) for name in ("early", "late", "unknown")] == [True, False, False]
 
 
 def test_a_record_is_there_while_its_input_runs() -> None:
     backend = Backend()
-    one = made(backend)
+    records = made(backend)
 
     async def live() -> None:
-        await one.begin(ONE, REQUEST, ([], {}, {"errbacks": [{"task": "note"}]}))
-        one.end(8)  # has none
-        one.end(7)
-        one.end(7)
+        await records.begin(INPUT, REQUEST, ([], {}, {"errbacks": [{"task": "note"}]}))
+        records.end(8)  # has none
+        records.end(7)
+        records.end(7)
         await turns()
 
     asyncio.run(live())
@@ -73,11 +73,11 @@ def test_a_record_is_there_while_its_input_runs() -> None:
 def test_without_redis_an_input_starts_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     backend = Backend()
     backend.is_away = True
-    one = made(backend)
+    records = made(backend)
 
     async def live() -> None:
-        await one.begin(ONE, REQUEST, ([], {}, None))
-        one.end(7)
+        await records.begin(INPUT, REQUEST, ([], {}, None))
+        records.end(7)
         await turns()
 
     asyncio.run(live())
@@ -89,7 +89,7 @@ def test_callbacks_that_cannot_be_written_cost_their_record_only(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     backend = Backend()
-    asyncio.run(made(backend).begin(ONE, REQUEST, ([], {}, {"chord": object()})))
+    asyncio.run(made(backend).begin(INPUT, REQUEST, ([], {}, {"chord": object()})))
     assert early_acks.read(backend.said[0][3])["chord"] is None
     assert "has callbacks that cannot be recorded" in caplog.text
 

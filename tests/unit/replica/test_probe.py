@@ -1,68 +1,55 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import current_task
 
 import gw_celery as gw
-from gw_celery import conf
-from gw_celery.client import execution
-from gw_celery.protocol import frames
 from gw_celery.replica import probe
-from gw_celery.runtime import in_process
-from tests.processes import eventually
-from tests.unit.runtime.tracers import Around
-
-
-@pytest.fixture
-def runtime() -> Iterator[in_process.Process]:
-    runtime = in_process.Process(conf.Settings())
-    runtime.start()
-    execution.install(runtime)
-    yield runtime
-    execution.install(None)
-    runtime.stop()
+from tests import child_harness
+from tests.child_harness import Order, Report
 
 
 class Replica:
     """The probes of one class task, asked as the parent asks them."""
 
-    def __init__(self, app: gw.App, runtime: in_process.Process, around: Around) -> None:
-        self.runtime = runtime
+    def __init__(self, app: gw.App, child: child_harness.Child) -> None:
+        self.child = child
         (self.service,) = app.registry.services.values()
-        runtime.enter([app.registry], [self.service])
-        self.reports: list[tuple[Any, ...]] = []
-        self.probes = probe.Probes(runtime, [self.service], self.reports.append, around)
+        self.key = self.service.key
+        self.calls = itertools.count(1)
 
-    def ask(self, method: str, number: int = 1) -> None:
-        call = (number, self.service.key, method)
-        self.runtime.loop.call_soon_threadsafe(self.probes.call, *call)
+    def ask(self, method: str) -> int:
+        number = next(self.calls)
+        self.child.send(Order.PROBE, number, self.key, method)
+        return number
 
     def answer(self, method: str) -> tuple[bool, str]:
-        self.ask(method)
-        kind, number, is_ok, detail, seconds = eventually(lambda: self.reports and self.reports[-1])
-        assert (kind, number) == (frames.Report.PROBED, 1)
+        is_ok, detail, seconds = self.child.answer(Report.PROBED, self.ask(method))
         assert seconds >= 0
-        frames.unpack_reports(frames.pack_reports([self.reports.pop()])[4:])
         return is_ok, detail
 
 
 @pytest.fixture
-def serve(app: gw.App, runtime: in_process.Process, around: Around) -> Callable[..., Replica]:
-    def serve(cls: type, **probe_options: Any) -> Replica:
-        names = [name for name in vars(cls) if not name.startswith("_")]
-        methods = [one for one in names if one != "threshold"]
-        declared = [gw.Probe.on(one, **probe_options) for one in methods]
-        app.cls(probes=declared)(cls)
-        return Replica(app, runtime, around)
+def serve(app: gw.App) -> Iterator[Callable[..., Replica]]:
+    with contextlib.ExitStack() as stack:
 
-    return serve
+        def serve(cls: type, **probe_options: Any) -> Replica:
+            names = [name for name in vars(cls) if not name.startswith("_")]
+            methods = [name for name in names if name != "threshold"]
+            declared = [gw.Probe.on(method, **probe_options) for method in methods]
+            app.cls(probes=declared)(cls)
+            return Replica(app, stack.enter_context(child_harness.child_of(app)))
+
+        yield serve
 
 
 @pytest.mark.parametrize(
@@ -101,16 +88,17 @@ def test_false_of_an_array_library_is_false() -> None:
     assert probe.judge(Scalar(False, "float32"))[0]
 
 
-def test_probes_run_on_the_loop_or_in_a_thread_of_their_own(serve: Any, around: Around) -> None:
+def test_probes_run_on_the_loop_or_in_a_thread_of_their_own(serve: Any) -> None:
     class Model:
         @gw.method()
         async def on_loop(self) -> dict[str, Any]:
-            return {"ok": execution.current().is_on_loop(), "task": bool(current_task)}  # type: ignore[union-attr]
+            here = threading.current_thread()
+            return {"ok": here is replica.child.thread, "task": bool(current_task)}
 
         @gw.method()
         def in_thread(self) -> dict[str, Any]:
             here = threading.current_thread()
-            return {"ok": here.daemon and not execution.current().is_on_loop()}  # type: ignore[union-attr]
+            return {"ok": here.daemon and here is not replica.child.thread}
 
     replica = serve(Model)
     assert replica.answer("on_loop") == (True, "{'ok': True, 'task': False}")
@@ -143,38 +131,40 @@ def test_what_a_probe_raises_is_the_reason_in_one_short_line(serve: Any) -> None
     assert replica.answer("raises")[0] is False
 
 
-def hanging() -> tuple[type, threading.Event]:
-    """A class whose probe hangs until it is cancelled, and what is set then."""
-    ended = threading.Event()
+def hanging() -> tuple[type, threading.Event, threading.Event]:
+    """A class whose probe hangs until it is cancelled, and what is set at its start and end."""
+    began, ended = threading.Event(), threading.Event()
 
     class Model:
         @gw.method()
         async def hangs(self) -> None:
+            began.set()
             try:
                 await asyncio.Event().wait()
             finally:
                 ended.set()
 
-    return Model, ended
+    return Model, began, ended
 
 
 def test_a_coroutine_that_hangs_is_cancelled_so_that_it_can_be_asked_again(serve: Any) -> None:
-    model, ended = hanging()
+    model, _, ended = hanging()
     replica = serve(model, timeout_s=0.1)
     assert replica.answer("hangs") == (False, "TimeoutError")
     assert ended.is_set()
 
 
-def test_a_replica_that_leaves_stops_its_probes(serve: Any, runtime: in_process.Process) -> None:
-    model, ended = hanging()
+def test_a_replica_that_leaves_stops_its_probes(serve: Any) -> None:
+    model, began, ended = hanging()
     replica = serve(model, timeout_s=1000)
-    replica.ask("hangs")
-    eventually(lambda: replica.probes._calls)
-    assert runtime.is_on_loop() is False
-    eventually(lambda: not ended.is_set())
-    runtime.loop.call_soon_threadsafe(replica.probes.close)
-    assert ended.wait(10)
-    assert replica.reports == []
+    number = replica.ask("hangs")
+    assert began.wait(10)
+    assert not ended.is_set()
+    replica.child.send(Order.LEAVE)
+    replica.child.thread.join(10)
+    assert ended.is_set()
+    assert replica.child.left_behind == []
+    assert replica.child.told(number) == []
 
 
 def test_a_service_that_is_not_here_is_a_failed_probe(serve: Any) -> None:
@@ -183,7 +173,7 @@ def test_a_service_that_is_not_here_is_a_failed_probe(serve: Any) -> None:
         def health(self) -> None: ...
 
     replica = serve(Model)
-    replica.service = SimpleNamespace(key="proj.Gone")
+    replica.key = "proj.Gone"
     assert replica.answer("health")[0] is False
 
 
@@ -199,9 +189,7 @@ def test_the_instance_of_the_default_parameters_is_asked(serve: Any) -> None:
     assert replica.answer("health") == (True, "{'ok': True, 'threshold': 0.5}")
 
 
-def test_a_class_without_a_default_instance_is_well_until_one_is_loaded(
-    serve: Any, runtime: in_process.Process
-) -> None:
+def test_a_class_without_a_default_instance_is_well_until_one_is_loaded(serve: Any) -> None:
     class Model:
         threshold: float = gw.parameter()
 
@@ -211,9 +199,9 @@ def test_a_class_without_a_default_instance_is_well_until_one_is_loaded(
 
     replica = serve(Model)
     assert replica.answer("health") == (True, "{'ok': True, 'loaded': 0}")
-    owner = runtime.instances_of(replica.service)
-    load = asyncio.run_coroutine_threadsafe(owner.load({"threshold": 0.7}), runtime.loop)
-    owner.give_back(load.result(10))
+    name = replica.service.methods["health"].task_name
+    job = replica.child.run(name, headers={"gw_params": json.dumps({"threshold": 0.7})})
+    assert replica.child.outcome(job)[0] == Report.DONE
     assert replica.answer("health") == (False, "{'ok': False, 'threshold': 0.7}")
 
 

@@ -23,7 +23,7 @@ from gw_celery.replica import input as replica_input
 from gw_celery.replica import result_backends
 from gw_celery.runtime import in_process, offload
 from gw_celery.transport import result_writer
-from tests.unit.runtime.tracers import DEADLINE, Around, stepped
+from tests.unit.runtime.tracers import DEADLINE, Around, Reports, an_input, stepped
 
 
 @pytest.fixture
@@ -49,11 +49,11 @@ def cache(celery_app: Celery, around: Around) -> CacheBackend:
 @pytest.mark.parametrize(
     ("write", "state"),
     [
-        (lambda one: one.mark_as_started("id-1", pid=1), states.STARTED),
-        (lambda one: one.mark_as_done("id-1", "answer"), states.SUCCESS),
-        (lambda one: one.mark_as_failure("id-1", ValueError("x")), states.FAILURE),
-        (lambda one: one.mark_as_retry("id-1", ValueError("x")), states.RETRY),
-        (lambda one: one.store_result("id-1", {"done": 1}, "PROGRESS"), "PROGRESS"),
+        (lambda backend: backend.mark_as_started("id-1", pid=1), states.STARTED),
+        (lambda backend: backend.mark_as_done("id-1", "answer"), states.SUCCESS),
+        (lambda backend: backend.mark_as_failure("id-1", ValueError("x")), states.FAILURE),
+        (lambda backend: backend.mark_as_retry("id-1", ValueError("x")), states.RETRY),
+        (lambda backend: backend.store_result("id-1", {"done": 1}, "PROGRESS"), "PROGRESS"),
     ],
     ids=["started", "done", "failure", "retry", "progress"],
 )
@@ -80,7 +80,7 @@ def test_a_look_at_a_result_is_taken_from_a_thread(cache: CacheBackend, around: 
     # As the tracer does for worker_deduplicate_successful_tasks: Django refuses it on a loop.
     cache.store_result("looked at", 25, states.SUCCESS)
     assert stepped(lambda: cache.get_task_meta("looked at"))["result"] == 25
-    assert [one.rpartition("_")[0] for one in around.threads] == ["gw-store"]
+    assert [name.rpartition("_")[0] for name in around.threads] == ["gw-store"]
 
 
 def test_a_result_that_cannot_be_stored_is_the_tracers_to_handle(cache: CacheBackend) -> None:
@@ -93,11 +93,10 @@ def test_what_the_input_of_a_benchmark_says_of_itself_goes_nowhere(
     cache: CacheBackend, is_stepped: bool
 ) -> None:
     cache.forget("unseen")
-    one = replica_input.InFlight(0, "t", "unseen", lambda report: None)
-    one.is_unseen = True
+    input = replica_input.Input(0, "t", "unseen", link=None)
 
     def body() -> None:
-        replica_input.current.set(one)
+        replica_input.current.set(input)
         cache.store_result("unseen", {"done": 1}, "PROGRESS")
         cache.mark_as_failure("unseen", ValueError("x"))
         assert cache.get_task_meta("unseen")["status"] == states.PENDING
@@ -113,7 +112,7 @@ def test_what_the_input_of_a_benchmark_says_of_itself_goes_nowhere(
 def test_an_app_stores_off_the_loop_and_answers_as_before(
     celery_app: Celery, around: Around
 ) -> None:
-    result_backends.install(celery_app, around, 5)
+    result_backends.install(celery_app, around, 5, Reports())
     stepped(lambda: celery_app.backend.mark_as_done("id-2", "answer"))
     assert [name.startswith("gw-store") for name in around.threads] == [True]
     client = Celery("client", backend="cache+memory://", set_as_current=False)
@@ -124,7 +123,7 @@ def test_an_app_stores_off_the_loop_and_answers_as_before(
 
 def test_the_address_of_the_server_stays(around: Around) -> None:
     app = Celery("proj", backend="redis://:secret@db.example:6390/7", set_as_current=False)
-    result_backends.install(app, around, 5)
+    result_backends.install(app, around, 5, Reports())
     assert isinstance(app.backend, RedisBackend)
     assert app.backend.connparams["host"] == "db.example"
     assert (app.backend.connparams["port"], app.backend.connparams["db"]) == (6390, 7)
@@ -134,7 +133,7 @@ def test_the_address_of_the_server_stays(around: Around) -> None:
 @pytest.mark.parametrize("backend", [None, "disabled://"])
 def test_an_app_without_results_needs_none(backend: str | None, around: Around) -> None:
     app = Celery("proj", backend=backend, set_as_current=False)
-    result_backends.install(app, around, 5)
+    result_backends.install(app, around, 5, Reports())
     stepped(lambda: app.backend.mark_as_done("id-1", "answer"))
     assert isinstance(app.backend, DisabledBackend)
 
@@ -154,7 +153,7 @@ def test_a_backend_of_another_package_stores_off_the_loop_too(
     monkeypatch.syspath_prepend(str(tmp_path))
     app = Celery("proj", backend="gw-test", set_as_current=False)
     app.conf.cache_backend = "memory"
-    result_backends.install(app, around, 5)
+    result_backends.install(app, around, 5, Reports())
     stepped(lambda: app.backend.mark_as_done("id-1", "answer"))
     assert [name.startswith("gw-store") for name in around.threads] == [True]
 
@@ -188,7 +187,7 @@ def writer(monkeypatch: pytest.MonkeyPatch) -> Writer:
 def redis_backend(around: Around, writer: Writer) -> Any:
     app = Celery("proj", backend="redis://db.example:1", set_as_current=False)
     app.conf.result_expires = 60
-    result_backends.install(app, around, 5)
+    result_backends.install(app, around, 5, Reports())
     return app.backend
 
 
@@ -209,9 +208,7 @@ def test_what_was_given_up_is_not_stored_as_a_failure_of_the_task(
     """The tracer would, with time of its own, and the input would not run again."""
 
     def trace() -> None:
-        replica_input.current.set(
-            replica_input.InFlight(1, "proj.embed", "id-1", lambda report: None)
-        )
+        replica_input.current.set(an_input())
         writer.raises = redis.exceptions.ConnectionError("away for long")
         with pytest.raises(redis.exceptions.ConnectionError):
             redis_backend.set("key", "SUCCESS")
@@ -256,13 +253,13 @@ def test_a_thread_of_a_process_that_serves_stores_from_its_loop(
     serving.start()
     execution.install(serving)
     redis_backend.mark_as_done("id-1", "answer")
-    assert [one[0] for one in writer.commands] == ["get", "set"]
+    assert [command[0] for command in writer.commands] == ["get", "set"]
 
 
 def test_a_lifetime_of_its_own_is_kept(redis_backend: Any, writer: Writer) -> None:
     stepped(lambda: redis_backend.set("key", "value", expires=5))
     stepped(lambda: redis_backend.set("key", "value", expires=0))
-    assert [one[3] for one in writer.commands] == [5, 0]
+    assert [command[3] for command in writer.commands] == [5, 0]
 
 
 def test_what_celery_takes_by_name_is_taken(redis_backend: Any, writer: Writer) -> None:
@@ -298,7 +295,7 @@ class Base56:
 
 
 def test_elsewhere_the_backend_writes_and_reads_as_its_celery_does() -> None:
-    made = result_backends.grouped(Base56, 5)()
+    made = result_backends.grouped(Base56, 5, Reports())()
     made.set("key", "value", max_retries=1)
     assert made.seen == [("key", "value", {"max_retries": 1})]
     assert made.get("key") == "value of key"

@@ -539,7 +539,7 @@ class Joining:
         self.told: list[str] = []
         self._is_wanted = is_wanted
 
-    def announce(self) -> Awaitable[None]:
+    def record_early_ack(self) -> Awaitable[None]:
         async def tell() -> None:
             self.told.append("announced")
 

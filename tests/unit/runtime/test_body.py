@@ -33,7 +33,7 @@ def run(app: gw.App):
     return run
 
 
-def one_input(service: services.Service, method: str, args: tuple, **given: Any) -> body.Input:
+def one_input(service: services.Service, method: str, args: tuple, **given: Any) -> body.Call:
     known = {
         "task_id": "1",
         "service": service,
@@ -41,7 +41,7 @@ def one_input(service: services.Service, method: str, args: tuple, **given: Any)
         "given": {},
         "args": args,
     }
-    return body.Input(**{**known, **given})
+    return body.Call(**{**known, **given})
 
 
 def answering(app: gw.App, answer: Callable[[list[Any]], Any], *, is_async: bool) -> None:

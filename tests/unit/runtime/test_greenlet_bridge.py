@@ -24,8 +24,10 @@ def thread() -> Iterator[loop.LoopThread]:
     thread.stop(5)
 
 
-def call(thread: loop.LoopThread, coroutine: Coroutine[Any, Any, Any]) -> greenlet_bridge.Call[Any]:
-    return greenlet_bridge.Call(thread.loop, coroutine, contextvars.copy_context())
+def call(
+    thread: loop.LoopThread, coroutine: Coroutine[Any, Any, Any]
+) -> greenlet_bridge.LoopCall[Any]:
+    return greenlet_bridge.LoopCall(thread.loop, coroutine, contextvars.copy_context())
 
 
 def run(thread: loop.LoopThread, coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -46,8 +46,18 @@ def stepped(fn: Callable[[], Any]) -> Any:
     return run(lambda: greenlet_bridge.step(fn, Free()))
 
 
-def an_input() -> replica_input.InFlight:
-    return replica_input.InFlight(1, "proj.embed", "id-1", lambda report: None)
+class Reports:
+    """Keeps what a replica's child reports to its parent."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[Any, ...]] = []
+
+    def report(self, *report: Any) -> None:
+        self.sent.append(report)
+
+
+def an_input(link: Reports | None = None, **facts: Any) -> replica_input.Input:
+    return replica_input.Input(1, "proj.embed", "id-1", link or Reports(), **facts)
 
 
 def keep(outcome: Callable[[], Any]) -> Any:

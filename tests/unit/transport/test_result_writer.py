@@ -9,7 +9,7 @@ import redis.exceptions
 from gw_celery.replica import result_backends
 from gw_celery.runtime import greenlet_bridge
 from gw_celery.transport import client, result_writer
-from tests.unit.runtime.tracers import Free, run
+from tests.unit.runtime.tracers import Free, Reports, run
 
 LOST = redis.exceptions.ConnectionError("gone")
 
@@ -335,9 +335,9 @@ def test_one_that_waits_no_more_disturbs_nobody() -> None:
 
 
 def test_what_is_read_waits_a_moment_for_company_and_then_goes_together() -> None:
-    async def act(has_company: bool) -> list[list[str]]:
+    async def act(others_in_flight: bool) -> list[list[str]]:
         server = Server()
-        writer = result_writer.Writer(server, 5, lambda: has_company)
+        writer = result_writer.Writer(server, 5, lambda: others_in_flight)
         first = asyncio.create_task(writer.run("get", "a"))
         await asyncio.sleep(0)  # its group would be on its way now
         await asyncio.sleep(0)
@@ -363,7 +363,7 @@ def test_each_backend_has_one_client_of_its_own(monkeypatch: pytest.MonkeyPatch)
             await settled(reads(one), reads(other))
 
     monkeypatch.setattr(client, "of", client_of)
-    backend = result_backends.grouped(object, 5)
+    backend = result_backends.grouped(object, 5, Reports())
     one, other = backend(), backend()
     run(act)
     assert made == [one, other]

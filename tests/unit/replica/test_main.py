@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from kombu import Connection, pools
 
-from gw_celery.replica import connections
+from gw_celery.replica import main
 
 
 @pytest.fixture
@@ -24,20 +24,20 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def connected(pool: Any, count: int) -> list[Any]:
     """Connections of ``pool`` that were used at the same time, and are not any more."""
     used = [pool.acquire(block=True) for _ in range(count)]
-    for one in used:
-        one.connect()
-        one.release()
+    for connection in used:
+        connection.connect()
+        connection.release()
     return used
 
 
 def test_every_connection_that_was_used_is_closed(pool: Any) -> None:
     used = connected(pool, 3)
-    asyncio.run(connections.close_all(5.0))
-    assert [one.connected for one in used] == [False] * 3
+    asyncio.run(main.close_connections(5.0))
+    assert [connection.connected for connection in used] == [False] * 3
 
 
 def test_nothing_is_connected_for_it(pool: Any) -> None:
-    asyncio.run(connections.close_all(5.0))
+    asyncio.run(main.close_connections(5.0))
     with pool.acquire(block=True) as unused:
         assert not unused.connected
 
@@ -50,7 +50,7 @@ def test_a_broker_that_does_not_answer_is_not_waited_for(
     monkeypatch.setattr(used, "close", lambda: answers.wait(60))
 
     async def act() -> None:
-        await connections.close_all(0.05)
+        await main.close_connections(0.05)
         answers.set()  # the loop waits for its threads
 
     with caplog.at_level(logging.WARNING):
@@ -68,5 +68,5 @@ def test_a_connection_that_is_lost_stops_nobody(
 
     monkeypatch.setattr(used, "close", fail)
     with caplog.at_level(logging.WARNING):
-        asyncio.run(connections.close_all(5.0))
+        asyncio.run(main.close_connections(5.0))
     assert "gone" in caplog.text

@@ -1,0 +1,234 @@
+"""A replica's child in the process of a test: the real one, between a scripted parent and its app.
+
+What serves is the child's own code from the socket on, with Celery's tracer and a result backend
+that can be held. The test writes the parent's orders and reads the child's reports::
+
+    def test_an_answer_is_reported(child):
+        job = child.run(task.name, 1)
+        assert child.outcome(job) == (Report.DONE, "1")
+
+- ``Child(app, **settings)`` is a context manager; it serves all that ``app`` has declared so far.
+- ``child.run(name, *args, **headers)`` sends an input and returns its job number; ``child.soft``,
+  ``child.stop``, ``child.send`` are other orders.
+- ``child.outcome(job)`` waits for the report that ends an input, and ``child.told(job)`` returns
+  the kinds of all reports about it so far.
+- ``child.store`` holds what is written to the result backend while ``child.store.go`` is clear.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.app import trace
+from celery.backends.cache import CacheBackend
+
+import gw_celery as gw
+from gw_celery import conf
+
+# -- what is known of the inside: a new layout changes these lines and no others --
+from gw_celery.protocol import frames
+from gw_celery.replica import main, result_backends, tracer
+from gw_celery.runtime import django_connections
+from tests.processes import eventually
+
+Order, Report, Outcome = frames.Order, frames.Report, frames.Outcome
+#: Seconds that anything here may take.
+DEADLINE = 30.0
+_ENDS = (Report.DONE, Report.ERROR, Report.GONE)
+
+
+class Store:
+    """What the result backend writes: held while ``go`` is clear."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.go.set()
+        self.is_held = threading.Event()
+        self.states: list[str] = []
+
+    def write(self, state: str) -> None:
+        if not self.go.is_set():
+            self.is_held.set()
+            assert self.go.wait(DEADLINE)
+            self.is_held.clear()
+        self.states.append(state)
+
+
+class HeldBackend(CacheBackend):
+    """Celery's memory backend, whose writes the test can hold."""
+
+    store = Store()
+
+    def _store_result(self, task_id: str, result: Any, state: str, *args: Any, **more: Any) -> Any:
+        self.store.write(state)
+        return super()._store_result(task_id, result, state, *args, **more)
+
+
+class _Link(main.ParentLink):
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Without its parent a child ends its process: not here."""
+
+
+class Child:
+    """The child, and its parent's end of the socket."""
+
+    def __init__(self, app: gw.App, celery_app: Celery) -> None:
+        self._app = celery_app
+        self._queues = [service.queue for service in app.registry.services.values()]
+        self._ours, self._theirs = socket.socketpair()
+        self._ours.settimeout(0.02)
+        self._unpacker = frames.Unpacker(frames.MAX_CHILD_FRAME_BYTES)
+        self._entered = threading.Event()
+        self._jobs = itertools.count(1)
+        self._name = uuid.uuid4()
+        self._failure: BaseException | None = None
+        self.reports: list[list[Any]] = []
+        #: The tasks of the loop that a child which has left would not have ended.
+        self.left_behind: list[str] = []
+        self.store = HeldBackend.store = Store()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._app.backend_cls = f"{__name__}:HeldBackend+memory://"
+        link = _Link()
+        around = django_connections.around(self._app)
+        result_backends.install(self._app, around, 5.0, link)
+        self._app.finalize()
+        tracer.prepare(self._app, "unit@host")
+        trace._localized[:] = [self._app._tasks, None, "unit@host"]
+        self._link = link
+        self.thread.start()
+        assert self._entered.wait(DEADLINE)
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        self.store.go.set()
+        with contextlib.suppress(BrokenPipeError):  # it has left
+            self.send(Order.LEAVE)
+        self.thread.join(DEADLINE)
+        assert not self.thread.is_alive()
+        self._ours.close()
+        trace._localized[:] = []
+
+    def _run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        try:
+            self._running = asyncio.get_running_loop()
+            transport, _ = await self._running.create_connection(
+                lambda: self._link, sock=self._theirs
+            )
+            setup = {"hostname": "unit@host", "queues": self._queues, "worker": None}
+            services = main.Services(self._link, self._app, setup)
+            await services.enter()
+        except BaseException as exc:
+            self._failure = exc
+            raise
+        finally:
+            self._entered.set()
+        await self._link.leaving.wait()
+        await services.leave()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        self.left_behind = sorted(task.get_name() for task in rest)
+        transport.abort()
+        await asyncio.sleep(0)
+
+    # -- orders --
+
+    def send(self, *order: Any) -> None:
+        self._ours.sendall(frames.pack_orders([order]))
+
+    def run(self, name: str, *args: Any, alone: bool = False, **request: Any) -> int:
+        """Send an input of the task ``name``; what else is given are headers of its message."""
+        job = next(self._jobs)
+        sent = {"id": self._id(job), "task": name, "delivery_info": {}, **request}
+        body = (args, {}, {})
+        order = Order.RUN_ALONE if alone else Order.RUN
+        self.send(order, job, name, sent["id"], sent, body, None, None)
+        return job
+
+    def _id(self, job: int) -> str:
+        return f"{self._name}-{job}"  # the memory of the backend is one for all tests
+
+    def soft(self, job: int, seconds: float = 5.0) -> None:
+        self.send(Order.SOFT, job, seconds)
+
+    def stop(self, job: int) -> None:
+        self.send(Order.STOP, job)
+
+    def settle(self) -> None:
+        """Return when the child has carried out all orders so far, and its loop has turned."""
+        running = asyncio.run_coroutine_threadsafe(self._turn(), self._running)
+        running.result(DEADLINE)
+
+    async def _turn(self) -> None:
+        # The orders are in the socket: the loop reads it at each of its turns.
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    # -- reports --
+
+    def outcome(self, job: int) -> tuple[Any, ...]:
+        """The report that ends an input: its kind, and what matters of the rest."""
+        kind, _, *content = eventually(lambda: self._about(job, _ENDS))
+        if kind == Report.GONE:
+            return (kind,)
+        if kind == Report.DONE:
+            return kind, content[0]
+        outcome, name, *_ = content
+        return kind, outcome, name.rpartition(".")[2]
+
+    def told(self, job: int) -> list[str]:
+        """The kinds of all reports about an input so far."""
+        self._receive()
+        return [report[0] for report in self.reports if report[1:2] == [job]]
+
+    def result(self, job: int) -> Any:
+        """What the result backend has for an input."""
+        return self._app.AsyncResult(self._id(job)).result
+
+    def answer(self, kind: Report, number: int) -> list[Any]:
+        """What a probe or a benchmark reported under its number."""
+        report = eventually(lambda: self._about(number, (kind,)))
+        return list(report[2:])
+
+    def _about(self, number: int, kinds: tuple[Report, ...]) -> list[Any] | None:
+        self._receive()
+        found = [one for one in self.reports if one[0] in kinds and one[1] == number]
+        return found[0] if found else None
+
+    def _receive(self) -> None:
+        try:
+            data = self._ours.recv(65536)
+        except TimeoutError:
+            return
+        for payload in self._unpacker.feed(data):
+            self.reports += frames.unpack_reports(payload)
+
+
+@contextmanager
+def child_of(app: gw.App, **settings: Any) -> Iterator[Child]:
+    """Have a child serve all that ``app`` has declared; ``settings`` are Celery's and ours."""
+    celery_app: Any = app.celery
+    celery_app.conf.update(settings)
+    conf.read(celery_app.conf)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main.gw_celery_signals, "registries", lambda: (app.registry,))
+        child = Child(app, celery_app)
+        child.start()
+        try:
+            yield child
+        finally:
+            child.close()
