@@ -10,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
-import contextlib
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery import states
@@ -95,27 +94,42 @@ class Watcher:
 
         return self._publisher.submit(prepared)
 
-    async def publish(self, send: Send) -> Any:
-        """Send a call and return its ``AsyncResult``; revoke it when that is not waited for."""
-        sending = self.submit(send)
-        try:
-            return await asyncio.wrap_future(sending)
-        except asyncio.CancelledError:
-            self.give_up(sending)
-            raise
+    def wait_sent(
+        self, sending: concurrent.futures.Future[Any], task_name: str, timeout: float | None
+    ) -> None:
+        """Block until a call is sent; one that is late is given up.
 
-    def give_up(self, sending: concurrent.futures.Future[Any]) -> None:
-        """Do not send a call, or revoke it once it is sent."""
-        if not sending.cancel():
-            sending.add_done_callback(self._revoke_sent)
+        Raises:
+            CallTimeout: when it could not be sent in ``timeout`` seconds.
+        """
+        if not concurrent.futures.wait([sending], timeout).done:
+            self._give_up(sending)
+            raise errors.CallTimeout(_too_late(task_name, None, timeout))
+        sending.result()
 
-    async def answered(self, result: Any) -> Meta:
-        """Wait for the record of a finished call; revoke the call when that is not waited for."""
+    async def answer(
+        self, sending: concurrent.futures.Future[Any], task_name: str, timeout: float | None
+    ) -> Meta:
+        """Wait until a call is sent and answered, and return its record.
+
+        A cancelled wait, or one over ``timeout`` seconds, gives the call up.
+
+        Raises:
+            CallTimeout: when no answer came in ``timeout`` seconds.
+        """
+        result = None
         try:
-            return await self.meta(result.id)
+            async with asyncio.timeout(timeout) as bound:
+                result = await asyncio.wrap_future(sending)
+                return await self.meta(result.id)
         except asyncio.CancelledError:
-            self._revoke(result)
+            self._give_up(sending)
             raise
+        except TimeoutError as exc:
+            if not bound.expired():  # a broker's client has time-outs, too
+                raise
+            self._give_up(sending)
+            raise errors.CallTimeout(_too_late(task_name, result, timeout)) from exc
 
     async def meta(self, task_id: str) -> Meta:
         """Wait for the record of the finished task ``task_id``."""
@@ -126,13 +140,15 @@ class Watcher:
         finally:
             self._loop.call_soon_threadsafe(self._remove, task_id, waiter)
 
-    def _revoke_sent(self, sending: concurrent.futures.Future[Any]) -> None:
-        if sending.exception() is None:
-            self._revoke(sending.result())
+    def _give_up(self, sending: concurrent.futures.Future[Any]) -> None:
+        """Do not send a call, or revoke it once it is sent."""
+        if not sending.cancel():
+            sending.add_done_callback(self._revoke)
 
-    def _revoke(self, result: Any) -> None:
-        """Revoke off the caller's thread; nobody waits for it."""
-        self._publisher.submit(result.revoke).add_done_callback(_log_failure)
+    def _revoke(self, sending: concurrent.futures.Future[Any]) -> None:
+        """Revoke off the caller's thread; nothing waits for it."""
+        if sending.exception() is None:
+            self._publisher.submit(sending.result().revoke).add_done_callback(_log_failure)
 
     def _add(self, task_id: str, waiter: concurrent.futures.Future[Meta]) -> None:
         if len(self._waiting) >= self.settings.max_waiting:
@@ -184,45 +200,6 @@ def close_all() -> None:
         watch.close()
 
 
-async def call(app: Any, send: Send, task_name: str, timeout: float | None) -> Meta:
-    """Send a call, wait for its answer, and return its record; ``timeout`` is for both.
-
-    Raises:
-        CallTimeout: when no answer came in ``timeout`` seconds.
-    """
-    watch, result = watcher(app), None
-    async with _in_time(timeout, lambda: _too_late(task_name, result, timeout)):
-        result = await watch.publish(send)
-        return await watch.answered(result)
-
-
-async def answer(result: Any, task_name: str, timeout: float | None) -> Meta:
-    """Wait for the answer of a call that was sent, and return its record.
-
-    A cancelled wait, or one over ``timeout`` seconds, revokes the task.
-
-    Raises:
-        CallTimeout: when no answer came in ``timeout`` seconds.
-    """
-    watch = watcher(result.app)
-    async with _in_time(timeout, lambda: _too_late(task_name, result, timeout)):
-        return await watch.answered(result)
-
-
-def send_now(app: Any, send: Send, task_name: str, timeout: float | None) -> Any:
-    """Send a call and return its ``AsyncResult``.
-
-    Raises:
-        CallTimeout: when it could not be sent in ``timeout`` seconds.
-    """
-    watch = watcher(app)
-    sending = watch.submit(send)
-    if not concurrent.futures.wait([sending], timeout).done:
-        watch.give_up(sending)
-        raise errors.CallTimeout(_too_late(task_name, None, timeout))
-    return sending.result()
-
-
 def block(waits: Coroutine[Any, Any, T]) -> T:
     """Run ``waits`` to its end on this thread; the caller has made sure that it may."""
     # With a factory, the runner leaves the thread's own event loop alone.
@@ -245,18 +222,6 @@ def require_may_block(what: str) -> None:
             f"{what} inside a task would hold a worker while it waits for another one: chain the "
             f"tasks, or `await` it in an asynchronous task"
         )
-
-
-@contextlib.asynccontextmanager
-async def _in_time(timeout: float | None, too_late: Callable[[], str]) -> AsyncIterator[None]:
-    bound = asyncio.timeout(timeout)
-    try:
-        async with bound:
-            yield
-    except TimeoutError as exc:
-        if not bound.expired():  # a broker's client has time-outs, too
-            raise
-        raise errors.CallTimeout(too_late()) from exc
 
 
 def _too_late(task_name: str, result: Any, timeout: float | None) -> str:
