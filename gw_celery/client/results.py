@@ -12,7 +12,7 @@ import builtins
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import billiard.exceptions
@@ -38,23 +38,10 @@ _named: dict[str, type[Exception]] = {}
 class Result(AsyncResult):
     """Celery's ``AsyncResult`` whose errors are known classes or ``RemoteTaskError``."""
 
-    def maybe_throw(
-        self, propagate: bool = True, callback: Callable[[str, Any], Any] | None = None
-    ) -> Any:
-        meta = self._get_task_meta() if self._cache is None else self._cache
-        if propagate and meta["status"] in states.PROPAGATE_STATES:
-            value_of(meta)
-        if callback is not None:
-            callback(self.id, meta["result"])
-        return meta["result"]
-
-    maybe_reraise = maybe_throw
-
     def _set_cache(self, d: dict[str, Any]) -> Any:
-        """Keep a record whose error is safe to raise: a group raises it as it finds it here."""
-        stored = d["result"]
-        if d["status"] in states.PROPAGATE_STATES and isinstance(stored, BaseException):
-            d = {**d, "result": checked(stored, d.get("traceback"))}
+        """Keep a record whose error is safe to raise: Celery raises it as it finds it here."""
+        if d["status"] in states.PROPAGATE_STATES:
+            d = {**d, "result": restored(d["result"], d.get("traceback"))}
         return super()._set_cache(d)
 
 
@@ -81,14 +68,18 @@ def value_of(meta: Mapping[str, Any]) -> Any:
     """
     if meta["status"] not in states.PROPAGATE_STATES:
         return meta["result"]
-    stored, text = meta["result"], meta.get("traceback")
-    if isinstance(stored, BaseException):
-        raise checked(stored, text)
-    raise restored(stored, text)
+    raise restored(meta["result"], meta.get("traceback"))
 
 
 def restored(stored: Any, traceback: str | None) -> Exception:
-    """Return the exception that the mapping ``stored`` describes."""
+    """Return the exception that a record has, or describes; of an unknown class a stand-in.
+
+    Args:
+        stored: Celery's mapping, or the exception that Celery made of it.
+        traceback: the remote one, which becomes the cause.
+    """
+    if isinstance(stored, BaseException):
+        return _checked(stored, traceback)
     if not isinstance(stored, Mapping) or "exc_type" not in stored:
         return _unknown("unknown error", (repr(stored),), traceback)
     module, name = str(stored.get("exc_module") or ""), str(stored["exc_type"])
@@ -98,16 +89,13 @@ def restored(stored: Any, traceback: str | None) -> Exception:
         module, name, stored_arguments, _ = arguments
         return _unknown(f"{module}.{name}", _arguments(stored_arguments), traceback)
     cls = _class(f"{module or 'builtins'}.{name}")
-    if cls is None:
-        return _unknown(f"{module}.{name}" if module else name, arguments, traceback)
-    made = _made(cls, arguments, traceback or "")
+    made = None if cls is None else _made(cls, arguments, traceback or "")
     if made is None:
-        return _unknown(f"{module}.{name}", arguments, traceback)
+        return _unknown(f"{module}.{name}" if module else name, arguments, traceback)
     return _with_cause(made, traceback)
 
 
-def checked(exc: BaseException, traceback: str | None) -> Exception:
-    """Return ``exc``, which Celery restored, when its class is known, else ``RemoteTaskError``."""
+def _checked(exc: BaseException, traceback: str | None) -> Exception:
     if isinstance(exc, UnpickleableExceptionWrapper):
         return _unknown(f"{exc.exc_module}.{exc.exc_cls_name}", tuple(exc.exc_args), traceback)
     cls = type(exc)
@@ -154,21 +142,14 @@ def _arguments(message: Any) -> tuple[Any, ...]:
 
 
 def _class(name: str) -> type[Exception] | None:
-    return _known_classes().get(name) or codec.exception_class(name)
-
-
-def _known_classes() -> dict[str, type[Exception]]:
     modules = [sys.modules[name] for name in _modules if name in sys.modules]
-    return {**_exceptions_of([*_LIBRARIES, *modules]), **_named}
-
-
-def _exceptions_of(modules: Iterable[Any]) -> dict[str, type[Exception]]:
-    return {
+    known = {
         f"{cls.__module__}.{cls.__qualname__}": cls
-        for module in modules
+        for module in (*_LIBRARIES, *modules)
         for cls in vars(module).values()
         if isinstance(cls, type) and issubclass(cls, Exception) and cls.__module__ in sys.modules
     }
+    return {**known, **_named}.get(name) or codec.exception_class(name)
 
 
 def _with_cause(exc: Exception, traceback: str | None) -> Exception:

@@ -97,7 +97,7 @@ def test_an_exit_that_task_options_name_is_never_raised(app: gw.App, option: str
 
     for mapping in (stored("SystemExit", 3), stored("Exit", 3, module=__name__)):
         assert type(results.restored(mapping, None)) is errors.RemoteTaskError
-    assert type(results.checked(Exit(3), None)) is errors.RemoteTaskError
+    assert type(results.restored(Exit(3), None)) is errors.RemoteTaskError
 
 
 def test_declaring_makes_the_errors_of_the_options_known(app: gw.App) -> None:
@@ -242,7 +242,7 @@ def test_a_known_error_that_celery_restored_keeps_its_identity() -> None:
 
 def test_a_class_that_celery_made_up_is_a_remote_task_error() -> None:
     made_up = type("Gone", (Exception,), {"__module__": "lost.module"})
-    error = results.checked(made_up("x"), None)
+    error = results.restored(made_up("x"), None)
 
     assert isinstance(error, gw.RemoteTaskError)
     assert error.type_name == "lost.module.Gone"
@@ -256,7 +256,7 @@ def test_celerys_stand_in_names_the_class_that_it_stands_for() -> None:
         module="celery.utils.serialization",
     )
 
-    for error in (results.checked(stand_in, None), results.restored(mapping, None)):
+    for error in (results.restored(stand_in, None), results.restored(mapping, None)):
         assert isinstance(error, gw.RemoteTaskError)
         assert (error.type_name, error.message) == ("lost.module.Gone", "x")
 
