@@ -35,7 +35,7 @@ class App:
             self.registry.join(self._celery, beside=signals.registries())
         codec.register()
         signals.connect(self.registry)
-        beat_tasks.join(self._celery, signals.registries)
+        beat_tasks.join(self._celery)
 
     def __repr__(self) -> str:
         return f"<App {self.name}: {len(self.registry.services)} services>"
@@ -225,7 +225,7 @@ class App:
         task = registration.register(self._celery, self.registry, service, method)
         for app in list(self.registry.celery_apps):
             if app.finalized:  # else it will be
-                beat_tasks.schedule(app, signals.registries())
+                beat_tasks.schedule(app)
         return task
 
 

@@ -51,7 +51,7 @@ class Watcher:
         # RabbitMQ may drop what was published over a connection that is dropped with its pool.
         _ = app.amqp.producer_pool
         self._publisher = publisher.Publisher(self.settings.publish_threads)
-        self._source: result_sources.Source
+        self._source: result_sources.RedisSource | result_sources.PolledSource
         self._closing = asyncio.Event()
         is_up: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
@@ -69,7 +69,7 @@ class Watcher:
         self._loop = asyncio.get_running_loop()
         try:
             # On this thread: Celery gives each thread a result backend of its own.
-            self._source = result_sources.of(app, self._resolve, self.settings)
+            self._source = result_sources.of(app, self._resolve, self.settings.poll_interval)
         except BaseException as exc:
             is_up.set_exception(exc)
             return
@@ -87,12 +87,7 @@ class Watcher:
         """Send a call off the caller's thread, so that its answer comes to this watcher."""
         if self._publisher.backlog >= self.settings.max_waiting:
             raise _too_many(self._publisher.backlog, "to be sent")
-
-        def prepared() -> Any:
-            self._source.prepare()
-            return send(**self._source.sending)
-
-        return self._publisher.submit(prepared)
+        return self._publisher.submit(lambda: send(**self._source.prepare()))
 
     def wait_sent(
         self, sending: concurrent.futures.Future[Any], task_name: str, timeout: float | None

@@ -77,7 +77,7 @@ def register(
         to.task(base=_base_class(to, base), **task_options)(body)
         require_ours(to, service, method)
 
-    _for_every_app(add)
+    for_every_app(add)
     return Proxy(lambda: celery.current_app.tasks[method.task_name])
 
 
@@ -103,8 +103,11 @@ def _dotted(task: Any) -> str:
     return f"{task.__module__}.{getattr(task, '__qualname__', type(task).__qualname__)}"
 
 
-def _for_every_app(add: Callable[[Any], None]) -> None:
-    """As ``shared_task`` does, which would give the tasks of all apps the same base class."""
+def for_every_app(add: Callable[[Any], None]) -> None:
+    """Call ``add`` with every Celery app of this process, those to come as they are finalized.
+
+    ``shared_task`` does so, too, but would give the tasks of all apps the same base class.
+    """
     for app in list(_state._get_active_apps()):  # a task may make its app now
         if app.finalized:
             _add_where_in_use(add, app)

@@ -13,8 +13,9 @@ import redis.exceptions
 from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.backends.rpc import RPCBackend
 from kombu.common import maybe_declare
+from kombu.utils.encoding import bytes_to_str
 
-from gw_celery import conf, errors
+from gw_celery import errors
 from gw_celery.policy import backoff
 from gw_celery.transport import client as transport_client
 
@@ -42,51 +43,56 @@ ANSWER_TIMEOUT = 5.0
 _LOST = (OSError, redis.exceptions.RedisError)
 
 
-def of(app: Any, resolve: Resolve, settings: conf.Settings) -> Source:
-    """Return the source for ``app``; ``resolve(task_id, record)`` is called on its loop."""
-    # A replica of the GPU pool has a subclass. Sentinels would have to be asked for the server.
-    if isinstance(app.backend, RedisBackend) and not isinstance(app.backend, SentinelBackend):
-        return RedisSource(app.backend, resolve)
-    is_rpc = isinstance(app.backend, RPCBackend)
-    source = RpcSource if is_rpc else PolledSource
-    return source(app, resolve, settings.poll_interval)
-
-
-class RedisSource:
-    """One subscription connection and one for reading, on the loop of the watcher."""
-
-    sending = UNPREPARED
+class Source:
+    """Reports the records of finished tasks to ``resolve(task_id, record)``, on one loop."""
 
     def __init__(self, backend: Any, resolve: Resolve) -> None:
         self._backend = backend
         self._resolve = resolve
+        self._backoff = backoff.Backoff(FIRST_DELAY, LONGEST_DELAY)
+        self._life: asyncio.Task[None] | None = None
+
+    def prepare(self) -> Mapping[str, Any]:
+        """Return the options for sending a call; runs on the thread that sends it.
+
+        With none, Celery's backend prepares for the answer.
+        """
+        return {}
+
+    def _start(self) -> None:
+        if self._life is None:
+            self._life = asyncio.create_task(self._live())
+
+    async def _live(self) -> None:
+        raise NotImplementedError
+
+
+class RedisSource(Source):
+    """One subscription connection and one for reading, on the loop of the watcher."""
+
+    def __init__(self, backend: Any, resolve: Resolve) -> None:
+        super().__init__(backend, resolve)
         self._ids: dict[str, str] = {}  # channel, which is the key, too -> task id
         self._added: set[str] = set()
         self._dropped: set[str] = set()
         self._changed = asyncio.Event()
         self._subscribed = asyncio.Event()
-        self._backoff = backoff.Backoff(FIRST_DELAY, LONGEST_DELAY)
-        self._life: asyncio.Task[None] | None = None
 
-    def prepare(self) -> None:
-        """Called before each sending, on the thread that sends."""
+    def prepare(self) -> Mapping[str, Any]:
+        return UNPREPARED
 
     def watch(self, task_id: str) -> None:
-        channel = _text(self._backend.get_key_for_task(task_id))
+        channel = bytes_to_str(self._backend.get_key_for_task(task_id))
         self._ids[channel] = task_id
         self._added.add(channel)
-        self._wake()
+        self._changed.set()
+        self._start()
 
     def forget(self, task_id: str) -> None:
-        channel = _text(self._backend.get_key_for_task(task_id))
+        channel = bytes_to_str(self._backend.get_key_for_task(task_id))
         if self._ids.pop(channel, None) is not None:
             self._dropped.add(channel)
-            self._wake()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        if self._life is None:
-            self._life = asyncio.create_task(self._live())
+            self._changed.set()
 
     async def _live(self) -> None:
         """Hold the connections for as long as the process lives, making them anew when lost."""
@@ -95,16 +101,13 @@ class RedisSource:
                 async with transport_client.of(self._backend, socket_timeout=None) as client:
                     await self._follow(client)
             except* Exception as lost:
-                # Whatever it is: nobody else would answer those who wait.
-                await asyncio.sleep(self._logged(lost.exceptions[0]))
-
-    def _logged(self, exc: Exception) -> float:
-        delay = self._backoff.next()
-        traceback = None if isinstance(exc, _LOST) else exc
-        logger.warning(
-            "lost the result backend, again in %.1f s: %r", delay, exc, exc_info=traceback
-        )
-        return delay
+                # Whatever it is: nothing else would answer those who wait.
+                exc, delay = lost.exceptions[0], self._backoff.next()
+                traceback = None if isinstance(exc, _LOST) else exc
+                logger.warning(
+                    "lost the result backend, again in %.1f s: %r", delay, exc, exc_info=traceback
+                )
+                await asyncio.sleep(delay)
 
     async def _follow(self, client: redis.asyncio.Redis) -> None:
         async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
@@ -156,7 +159,7 @@ class RedisSource:
                 await self._subscribed.wait()
             message = await pubsub.get_message(timeout=None)
             if message is not None and message["type"] == "message":
-                self._report(_text(message["channel"]), message["data"])
+                self._report(bytes_to_str(message["channel"]), message["data"])
 
     def _report(self, channel: str, stored: Any) -> None:
         task_id = self._ids.get(channel)
@@ -172,7 +175,7 @@ class RedisSource:
             self._resolve(task_id, record)
 
 
-class PolledSource:
+class PolledSource(Source):
     """Asks the backend for each waiting task, ``interval`` seconds apart."""
 
     #: What reading raises for the one record that was asked for, so that asking again is no use.
@@ -182,26 +185,17 @@ class PolledSource:
     )
 
     def __init__(self, app: Any, resolve: Resolve, interval: float) -> None:
+        super().__init__(app._get_backend(), resolve)  # the app's own may be shared by all threads
+        # Celery rebuilds the errors of records as it reads, and what it cannot rebuild becomes an
+        # ``Exception`` that does not tell.
+        self._backend.exception_to_python = lambda stored: stored
         self._app = app
-        self._backend = _as_stored(app)
-        self._resolve = resolve
         self._interval = interval
-        self._backoff = backoff.Backoff(FIRST_DELAY, LONGEST_DELAY)
         self._ids: dict[str, None] = {}
-        self._life: asyncio.Task[None] | None = None
-
-    @property
-    def sending(self) -> Mapping[str, Any]:
-        """Options for sending a call; here Celery's backend has to prepare for each answer."""
-        return {}
-
-    def prepare(self) -> None:
-        """Called before each sending, on the thread that sends."""
 
     def watch(self, task_id: str) -> None:
         self._ids[task_id] = None
-        if self._life is None:
-            self._life = asyncio.create_task(self._live())
+        self._start()
 
     def forget(self, task_id: str) -> None:
         self._ids.pop(task_id, None)
@@ -249,33 +243,21 @@ class RpcSource(PolledSource):
 
     unreadable = ()  # reading the queue may fail at the answer of another task
 
-    @property
-    def sending(self) -> Mapping[str, Any]:
-        return {**UNPREPARED, "reply_to": self._backend.oid}
-
-    def prepare(self) -> None:
+    def prepare(self) -> Mapping[str, Any]:
         """Declare the queue, every time as Celery does: a broker that restarted forgot it."""
         policy = self._app.conf.task_publish_retry_policy
         with self._app.pool.acquire_channel(block=True) as (_, channel):
             maybe_declare(self._backend.binding(channel), retry=True, **policy)
+        return {**UNPREPARED, "reply_to": self._backend.oid}
 
 
-Source = RedisSource | PolledSource
-
-
-def _text(key: str | bytes) -> str:
-    return key.decode() if isinstance(key, bytes) else key
-
-
-def _as_stored(app: Any) -> Any:
-    """Return a result backend whose records have errors as they are stored.
-
-    Celery's rebuilds them as it reads, and what it cannot rebuild becomes an ``Exception`` that
-    does not tell. This one is nobody else's: the app's may be shared by all threads.
-    """
-    backend = app._get_backend()
-    backend.exception_to_python = lambda stored: stored
-    return backend
+def of(app: Any, resolve: Resolve, interval: float) -> RedisSource | PolledSource:
+    """Return the source for ``app``; ``interval`` is that of a backend that has to be asked."""
+    # A replica of the GPU pool has a subclass. Sentinels would have to be asked for the server.
+    if isinstance(app.backend, RedisBackend) and not isinstance(app.backend, SentinelBackend):
+        return RedisSource(app.backend, resolve)
+    source = RpcSource if isinstance(app.backend, RPCBackend) else PolledSource
+    return source(app, resolve, interval)
 
 
 def _unreadable(task_id: str, exc: Exception) -> errors.SerializationError:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from gw_celery import conf
 from gw_celery.client import result_sources
 from gw_celery.replica import result_backends
 from tests.processes import environment
@@ -18,7 +17,7 @@ from tests.unit.runtime.tracers import DEADLINE, Around, Reports
 
 
 def source_of(app: Celery) -> result_sources.Source:
-    return result_sources.of(app, lambda task_id, record: None, conf.read(app.conf))
+    return result_sources.of(app, lambda task_id, record: None, 0.5)
 
 
 @pytest.mark.parametrize("is_replica", [False, True])
