@@ -201,26 +201,18 @@ class BoundTask(CallMethods):
         """The Celery task behind it."""
         return self._task
 
-    def delay(self, *args: Any, **kwargs: Any) -> Any:
-        """Send the task and return its ``AsyncResult``, as in Celery."""
-        return self.apply_async(args, kwargs)
-
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Send the task with Celery's options and return its ``AsyncResult``."""
         return self._task.apply_async(args, kwargs, **self._merged(options))
 
-    def signature(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+    def signature(
+        self, args: Any = None, kwargs: Any = None, *, immutable: bool = False, **options: Any
+    ) -> Any:
         """Return Celery's signature of a call, for chains, groups and chords."""
-        immutable = options.pop("immutable", False)
         return self._task.signature(args, kwargs, self._merged(options), immutable=immutable)
 
-    def s(self, *args: Any, **kwargs: Any) -> Any:
-        """Shortcut for ``.signature(args, kwargs)``."""
-        return self.signature(args, kwargs)
-
-    def si(self, *args: Any, **kwargs: Any) -> Any:
-        """Shortcut for an immutable signature."""
-        return self.signature(args, kwargs, immutable=True)
+    # Celery's, which go by ``apply_async`` and ``signature``.
+    delay, s, si = Task.delay, Task.s, Task.si
 
 
 def _refuse_misspelt(options: Mapping[str, Any]) -> None:

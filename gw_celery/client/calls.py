@@ -257,4 +257,4 @@ def _too_many(number: int, what: str) -> errors.UsageError:
 
 def _log_failure(revoking: concurrent.futures.Future[Any]) -> None:
     if exc := revoking.exception():
-        logger.warning("a call that nobody waits for could not be revoked: %r", exc)
+        logger.warning("a call that was given up could not be revoked: %r", exc)

@@ -84,7 +84,7 @@ def register(
 def require_ours(celery_app: Any, service: services.Service, method: services.Method) -> None:
     """Check that the task of this name is ours: Celery keeps the first one that has a name.
 
-    Whoever declares it again gets the task that has it, and the other function would never run.
+    The second declaration would return the first task, and its own function would never run.
 
     Raises:
         DeclarationError: naming both.

@@ -26,7 +26,7 @@ FIRST_DELAY = 0.1
 LONGEST_DELAY = 5.0
 
 #: Options for sending a call whose answer a watcher looks for. Celery's backend would prepare for
-#: it, too, where nobody looks, and wait for a server that is away. It does not for a call without
+#: it, too, on another thread, and wait for a server that is away. It does not for a call without
 #: a result; the header tells the worker that there is one.
 UNPREPARED: Mapping[str, Any] = {
     "ignore_result": True,
@@ -238,7 +238,7 @@ class PolledSource(Source):
 class RpcSource(PolledSource):
     """Asks the reply queue of the watcher's thread, which each message that is sent names.
 
-    By itself Celery names the queue of the thread that sends, where nobody looks.
+    By itself Celery names the queue of the thread that sends, which is not read.
     """
 
     unreadable = ()  # reading the queue may fail at the answer of another task
@@ -261,7 +261,7 @@ def of(app: Any, resolve: Resolve, interval: float) -> RedisSource | PolledSourc
 
 
 def _unreadable(task_id: str, exc: Exception) -> errors.SerializationError:
-    """Return what whoever waits gets for a record that cannot be decoded: no better will come."""
+    """Return the answer in place of a record that cannot be decoded: no better will come."""
     error = errors.SerializationError(
         f"the answer of {task_id} cannot be read: {exc}; are its types registered here, too?"
     )
