@@ -11,7 +11,7 @@ from celery import Celery
 from celery.local import Proxy
 
 from gw_celery import codec, errors, signals
-from gw_celery.client import beat_tasks, execution, handle, registration, results
+from gw_celery.client import beat_tasks, execution, handle, registration
 from gw_celery.declare import benchmark, check, gpu, markers, options, registry, services
 from gw_celery.types import AnyFunction
 
@@ -77,7 +77,6 @@ class App:
             _require_context(cls)
             context = registry.Context(cls=cls, args=args, kwargs=kwargs)
             self.registry.add_context(context, beside=signals.registries())
-            results.know_module(cls.__module__)
             return cls
 
         return register
@@ -220,11 +219,9 @@ class App:
         for method in service.methods.values():
             registration.require_options(method)
         self.registry.add_service(service, beside=signals.registries())
-        results.know_module(service.target.__module__)
         tasks = {}
         for name, method in service.methods.items():
             codec.register_annotations(method.function)
-            results.know_exceptions(method.options)
             tasks[name] = registration.register(self._celery, self.registry, service, method)
         for app in list(self.registry.celery_apps):
             if app.finalized:  # else it will be

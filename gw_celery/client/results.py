@@ -22,17 +22,15 @@ from celery import states
 from celery.result import AsyncResult
 from celery.utils.serialization import UnpickleableExceptionWrapper
 
-from gw_celery import codec, errors
+from gw_celery import codec, errors, signals
 
 #: Longest message and traceback that a caller is shown, in characters.
 _MOST = 20_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _LIBRARIES = (builtins, celery.exceptions, billiard.exceptions, kombu.exceptions, errors)
-#: Modules that declare services: the exceptions defined there are known.
-_modules: set[str] = set()
-#: Exceptions that task options name.
-_named: dict[str, type[Exception]] = {}
+#: Task options that name exceptions.
+_OPTIONS = ("throws", "autoretry_for", "dont_autoretry_for")
 
 
 class Result(AsyncResult):
@@ -43,20 +41,6 @@ class Result(AsyncResult):
         if d["status"] in states.PROPAGATE_STATES:
             d = {**d, "result": restored(d["result"], d.get("traceback"))}
         return super()._set_cache(d)
-
-
-def know_module(name: str) -> None:
-    """Let callers get the exceptions that the module ``name`` defines."""
-    _modules.add(name)
-
-
-def know_exceptions(options: Mapping[str, Any]) -> None:
-    """Let callers get the exceptions that a task's options name."""
-    for option in ("throws", "autoretry_for", "dont_autoretry_for"):
-        for cls in options.get(option) or ():
-            # What a caller gets is an Exception, whatever a body may throw.
-            if issubclass(cls, Exception):
-                _named[f"{cls.__module__}.{cls.__qualname__}"] = cls
 
 
 def value_of(meta: Mapping[str, Any]) -> Any:
@@ -142,14 +126,28 @@ def _arguments(message: Any) -> tuple[Any, ...]:
 
 
 def _class(name: str) -> type[Exception] | None:
-    modules = [sys.modules[name] for name in _modules if name in sys.modules]
-    known = {
-        f"{cls.__module__}.{cls.__qualname__}": cls
-        for module in (*_LIBRARIES, *modules)
+    return _known_classes().get(name) or codec.exception_class(name)
+
+
+def _known_classes() -> dict[str, type[Exception]]:
+    declared = signals.registries()
+    services = [service for owner in declared for service in owner.services.values()]
+    targets = [service.target for service in services]
+    targets += [context.cls for owner in declared for context in owner.contexts.values()]
+    names = {target.__module__ for target in targets} & sys.modules.keys()
+    classes = [
+        cls
+        for module in (*_LIBRARIES, *(sys.modules[name] for name in names))
         for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, Exception) and cls.__module__ in sys.modules
+        if isinstance(cls, type) and cls.__module__ in sys.modules
+    ]
+    for service in services:
+        for method in service.methods.values():
+            classes += [cls for option in _OPTIONS for cls in method.options.get(option) or ()]
+    # What a caller gets is an Exception, whatever a body may throw.
+    return {
+        f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes if issubclass(cls, Exception)
     }
-    return {**known, **_named}.get(name) or codec.exception_class(name)
 
 
 def _with_cause(exc: Exception, traceback: str | None) -> Exception:
