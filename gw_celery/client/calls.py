@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from celery import states
 from celery._state import get_current_task, task_join_will_block
 from celery.app import backends
 from celery.backends.base import DisabledBackend
@@ -46,12 +45,11 @@ class Watcher:
         _require_backend(app)
         self.settings = conf.read(app.conf)
         self.pid = os.getpid()
-        self._waiting: dict[str, list[concurrent.futures.Future[Meta]]] = {}
         # Celery makes it at the first use. Of threads that came at once each would make one, and
         # RabbitMQ may drop what was published over a connection that is dropped with its pool.
         _ = app.amqp.producer_pool
         self._publisher = publisher.Publisher(self.settings.publish_threads)
-        self._source: result_sources.RedisSource | result_sources.PolledSource
+        self._source: result_sources.Source
         self._closing = asyncio.Event()
         is_up: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(
@@ -69,7 +67,7 @@ class Watcher:
         self._loop = asyncio.get_running_loop()
         try:
             # On this thread: Celery gives each thread a result backend of its own.
-            self._source = result_sources.of(app, self._resolve, self.settings.poll_interval)
+            self._source = result_sources.of(app, self.settings.poll_interval)
         except BaseException as exc:
             is_up.set_exception(exc)
             return
@@ -133,7 +131,7 @@ class Watcher:
         try:
             return await asyncio.wrap_future(waiter)
         finally:
-            self._loop.call_soon_threadsafe(self._remove, task_id, waiter)
+            self._loop.call_soon_threadsafe(self._source.remove, task_id, waiter)
 
     def _give_up(self, sending: concurrent.futures.Future[Any]) -> None:
         """Do not send a call, or revoke it once it is sent."""
@@ -146,26 +144,11 @@ class Watcher:
             self._publisher.submit(sending.result().revoke).add_done_callback(_log_failure)
 
     def _add(self, task_id: str, waiter: concurrent.futures.Future[Meta]) -> None:
-        if len(self._waiting) >= self.settings.max_waiting:
-            _settle(waiter, _too_many(len(self._waiting), "for answers"))
-            return
-        self._waiting.setdefault(task_id, []).append(waiter)
-        self._source.watch(task_id)
-
-    def _remove(self, task_id: str, waiter: concurrent.futures.Future[Meta]) -> None:
-        waiters = self._waiting.get(task_id, [])
-        if waiter in waiters:
-            waiters.remove(waiter)
-        if not waiters and self._waiting.pop(task_id, None) is not None:
-            self._source.forget(task_id)
-
-    def _resolve(self, task_id: str, meta: Meta | Exception) -> None:
-        if not isinstance(meta, Exception) and meta["status"] not in states.READY_STATES:
-            return
-        if self._waiting.get(task_id):
-            self._source.forget(task_id)
-        for waiter in self._waiting.pop(task_id, []):
-            _settle(waiter, meta)
+        number = len(self._source.waiting)
+        if number < self.settings.max_waiting:
+            self._source.add(task_id, waiter)
+        elif waiter.set_running_or_notify_cancel():
+            waiter.set_exception(_too_many(number, "for answers"))
 
 
 _watchers: dict[int, Watcher] = {}
@@ -240,15 +223,6 @@ def _require_backend(app: Any) -> None:
             f"or CELERY_RESULT_BACKEND, to the URL that its workers have (redis://... is the "
             f"quickest), or send the task with .delay()"
         )
-
-
-def _settle(waiter: concurrent.futures.Future[Meta], answer: Meta | Exception) -> None:
-    if not waiter.set_running_or_notify_cancel():
-        return  # the caller stopped waiting
-    if isinstance(answer, Exception):
-        waiter.set_exception(answer)
-    else:
-        waiter.set_result(answer)
 
 
 def _too_many(number: int, what: str) -> errors.UsageError:

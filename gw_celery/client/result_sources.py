@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any, ClassVar
 
 import kombu.exceptions
 import redis.asyncio
 import redis.exceptions
+from celery import states
 from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.backends.rpc import RPCBackend
 from kombu.common import maybe_declare
@@ -33,7 +35,8 @@ UNPREPARED: Mapping[str, Any] = {
     "headers": {"ignore_result": False},
 }
 
-Resolve = Callable[[str, Mapping[str, Any] | Exception], None]
+Record = Mapping[str, Any]
+Waiter = Future[Record]
 #: Seconds after which the records of all waiting calls are read again, in case a notification
 #: was lost with its connection.
 SWEEP = 5.0
@@ -44,11 +47,11 @@ _LOST = (OSError, redis.exceptions.RedisError)
 
 
 class Source:
-    """Reports the records of finished tasks to ``resolve(task_id, record)``, on one loop."""
+    """Has the records of finished tasks for those who wait for them, on one loop."""
 
-    def __init__(self, backend: Any, resolve: Resolve) -> None:
+    def __init__(self, backend: Any) -> None:
+        self.waiting: dict[str, list[Waiter]] = {}
         self._backend = backend
-        self._resolve = resolve
         self._backoff = backoff.Backoff(FIRST_DELAY, LONGEST_DELAY)
         self._life: asyncio.Task[None] | None = None
 
@@ -59,9 +62,37 @@ class Source:
         """
         return {}
 
-    def _start(self) -> None:
+    def add(self, task_id: str, waiter: Waiter) -> None:
+        """Let ``waiter`` have the record of the task once it has finished."""
+        self.waiting.setdefault(task_id, []).append(waiter)
+        self._watch(task_id)
         if self._life is None:
             self._life = asyncio.create_task(self._live())
+
+    def remove(self, task_id: str, waiter: Waiter) -> None:
+        """Forget ``waiter``, which may have its record."""
+        waiters = self.waiting.get(task_id, [])
+        if waiter in waiters:
+            waiters.remove(waiter)
+        if not waiters and self.waiting.pop(task_id, None) is not None:
+            self._forget(task_id)
+
+    def _resolve(self, task_id: str, record: Record | Exception) -> None:
+        if not isinstance(record, Exception) and record["status"] not in states.READY_STATES:
+            return
+        if waiters := self.waiting.pop(task_id, []):
+            self._forget(task_id)
+        for waiter in waiters:
+            if not waiter.set_running_or_notify_cancel():
+                continue  # the caller has stopped waiting
+            if isinstance(record, Exception):
+                waiter.set_exception(record)
+            else:
+                waiter.set_result(record)
+
+    def _watch(self, task_id: str) -> None: ...
+
+    def _forget(self, task_id: str) -> None: ...
 
     async def _live(self) -> None:
         raise NotImplementedError
@@ -70,8 +101,8 @@ class Source:
 class RedisSource(Source):
     """One subscription connection and one for reading, on the loop of the watcher."""
 
-    def __init__(self, backend: Any, resolve: Resolve) -> None:
-        super().__init__(backend, resolve)
+    def __init__(self, backend: Any) -> None:
+        super().__init__(backend)
         self._ids: dict[str, str] = {}  # channel, which is the key, too -> task id
         self._added: set[str] = set()
         self._dropped: set[str] = set()
@@ -81,14 +112,13 @@ class RedisSource(Source):
     def prepare(self) -> Mapping[str, Any]:
         return UNPREPARED
 
-    def watch(self, task_id: str) -> None:
+    def _watch(self, task_id: str) -> None:
         channel = bytes_to_str(self._backend.get_key_for_task(task_id))
         self._ids[channel] = task_id
         self._added.add(channel)
         self._changed.set()
-        self._start()
 
-    def forget(self, task_id: str) -> None:
+    def _forget(self, task_id: str) -> None:
         channel = bytes_to_str(self._backend.get_key_for_task(task_id))
         if self._ids.pop(channel, None) is not None:
             self._dropped.add(channel)
@@ -184,25 +214,17 @@ class PolledSource(Source):
         kombu.exceptions.ContentDisallowed,
     )
 
-    def __init__(self, app: Any, resolve: Resolve, interval: float) -> None:
-        super().__init__(app._get_backend(), resolve)  # the app's own may be shared by all threads
+    def __init__(self, app: Any, interval: float) -> None:
+        super().__init__(app._get_backend())  # the app's own may be shared by all threads
         # Celery rebuilds the errors of records as it reads, and what it cannot rebuild becomes an
         # ``Exception`` that does not tell.
         self._backend.exception_to_python = lambda stored: stored
         self._app = app
         self._interval = interval
-        self._ids: dict[str, None] = {}
-
-    def watch(self, task_id: str) -> None:
-        self._ids[task_id] = None
-        self._start()
-
-    def forget(self, task_id: str) -> None:
-        self._ids.pop(task_id, None)
 
     async def _live(self) -> None:
         # The thread is the watcher's own: a backend that blocks delays answers, nothing else.
-        while self._ids:
+        while self.waiting:
             delay = await self._ask_all()
             await asyncio.sleep(delay)
         self._life = None
@@ -213,21 +235,21 @@ class PolledSource(Source):
         The first failure ends the round, for a backend that is away would fail them all. Its task
         is asked last from then on, for it may be that one's record alone that cannot be read.
         """
-        for task_id in list(self._ids):
+        for task_id in list(self.waiting):
             try:
                 self._ask(task_id)
             except Exception as exc:
                 delay = max(self._interval, self._backoff.next())
                 logger.warning("cannot read %s, again in %.1f s: %r", task_id, delay, exc)
-                if task_id in self._ids:
-                    self._ids[task_id] = self._ids.pop(task_id)
+                if task_id in self.waiting:
+                    self.waiting[task_id] = self.waiting.pop(task_id)
                 return delay
             await asyncio.sleep(0)
         self._backoff.reset()
         return self._interval
 
     def _ask(self, task_id: str) -> None:
-        record: Mapping[str, Any] | Exception
+        record: Record | Exception
         try:
             record = self._backend.get_task_meta(task_id)
         except self.unreadable as exc:
@@ -251,13 +273,13 @@ class RpcSource(PolledSource):
         return {**UNPREPARED, "reply_to": self._backend.oid}
 
 
-def of(app: Any, resolve: Resolve, interval: float) -> RedisSource | PolledSource:
+def of(app: Any, interval: float) -> Source:
     """Return the source for ``app``; ``interval`` is that of a backend that has to be asked."""
     # A replica of the GPU pool has a subclass. Sentinels would have to be asked for the server.
     if isinstance(app.backend, RedisBackend) and not isinstance(app.backend, SentinelBackend):
-        return RedisSource(app.backend, resolve)
+        return RedisSource(app.backend)
     source = RpcSource if isinstance(app.backend, RPCBackend) else PolledSource
-    return source(app, resolve, interval)
+    return source(app, interval)
 
 
 def _unreadable(task_id: str, exc: Exception) -> errors.SerializationError:
