@@ -143,7 +143,9 @@ class App:
         Raises:
             DeclarationError: when an argument breaks its rule; the message names all three.
         """
-        where = self._placement(gpu, queue, min_workers, max_workers, timeout, max_queue_time)
+        where = services.placement(
+            self._known(gpu), queue, min_workers, max_workers, timeout, max_queue_time
+        )
         mark = markers.TaskMark(
             benchmark=benchmark.declare(
                 benchmark_dataset, benchmark_generator, benchmark_runs, benchmark_concurrency
@@ -184,7 +186,9 @@ class App:
             DeclarationError: when an argument breaks its rule; the message names all three.
         """
         options.refuse_unknown_of_class(unknown)
-        where = self._placement(gpu, queue, min_workers, max_workers, timeout, max_queue_time)
+        where = services.placement(
+            self._known(gpu), queue, min_workers, max_workers, timeout, max_queue_time
+        )
 
         def register(target: C) -> C:
             service = services.from_class(target, where, probes)
@@ -193,26 +197,8 @@ class App:
 
         return register if cls is None else register(cls)
 
-    def _placement(
-        self,
-        device: Any,
-        queue: object,
-        min_workers: object,
-        max_workers: object,
-        timeout: object,
-        max_queue_time: object,
-    ) -> services.Placement:
-        return services.placement(
-            queue=queue,
-            min_workers=min_workers,
-            max_workers=max_workers,
-            timeout=timeout,
-            max_queue_time=max_queue_time,
-            device=gpu.require_known(device, self._added_kinds),
-        )
-
-    def _added_kinds(self) -> tuple[str, ...]:
-        return tuple(self.celery.conf.get("gw_gpu_kinds") or ())
+    def _known(self, device: Any) -> gpu.Gpu | None:
+        return gpu.require_known(device, lambda: self.celery.conf.get("gw_gpu_kinds") or ())
 
     def _declare(self, service: services.Service) -> dict[str, Any]:
         """Add a service and return the Celery tasks of its methods, by their names."""
