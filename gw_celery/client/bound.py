@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -64,7 +63,7 @@ class Spawned:
 class CallMethods:
     """The ways to call a task that Celery's tasks do not have."""
 
-    _options: Mapping[str, Any] = types.MappingProxyType({})
+    _options: Mapping[str, Any] = {}
     _timeout: float | None = None
     apply_async: Callable[..., Any]
 

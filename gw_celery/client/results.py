@@ -63,7 +63,14 @@ def restored(stored: Any, traceback: str | None) -> Exception:
         traceback: the remote one, which becomes the cause.
     """
     if isinstance(stored, BaseException):
-        return _checked(stored, traceback)
+        cls = type(stored)
+        if isinstance(stored, Exception) and _class(f"{cls.__module__}.{cls.__qualname__}") is cls:
+            return _with_cause(stored, traceback)
+        stored = {
+            "exc_module": cls.__module__,
+            "exc_type": cls.__qualname__,
+            "exc_message": stored.args,
+        }
     if not isinstance(stored, Mapping) or "exc_type" not in stored:
         return _unknown("unknown error", (repr(stored),), traceback)
     module, name = str(stored.get("exc_module") or ""), str(stored["exc_type"])
@@ -72,21 +79,11 @@ def restored(stored: Any, traceback: str | None) -> Exception:
         # Celery's stand-in for a class that cannot be imported: (module, class, args, text).
         module, name, stored_arguments, _ = arguments
         return _unknown(f"{module}.{name}", _arguments(stored_arguments), traceback)
-    cls = _class(f"{module or 'builtins'}.{name}")
-    made = None if cls is None else _made(cls, arguments, traceback or "")
+    known = _class(f"{module or 'builtins'}.{name}")
+    made = None if known is None else _made(known, arguments, traceback or "")
     if made is None:
         return _unknown(f"{module}.{name}" if module else name, arguments, traceback)
     return _with_cause(made, traceback)
-
-
-def _checked(exc: BaseException, traceback: str | None) -> Exception:
-    if isinstance(exc, UnpickleableExceptionWrapper):
-        return _unknown(f"{exc.exc_module}.{exc.exc_cls_name}", tuple(exc.exc_args), traceback)
-    cls = type(exc)
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    if isinstance(exc, Exception) and _class(name) is cls:
-        return _with_cause(exc, traceback)
-    return _unknown(name, exc.args, traceback)
 
 
 def _made(cls: type[Exception], arguments: tuple[Any, ...], traceback: str) -> Exception | None:
