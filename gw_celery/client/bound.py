@@ -61,15 +61,17 @@ class Spawned:
 
 
 class CallMethods:
-    """The ways to call a task that Celery's tasks do not have."""
+    """The ways to call a task that Celery's tasks do not have.
 
-    _options: Mapping[str, Any] = {}
-    _timeout: float | None = None
+    ``_gw_``: a base class of the user's may have an ``_options`` of its own.
+    """
+
+    _gw_options: Mapping[str, Any] = {}
+    _gw_timeout: float | None = None
     apply_async: Callable[..., Any]
 
     @property
-    def task(self) -> Any:
-        """The Celery task behind it."""
+    def _gw_task(self) -> Any:
         return self
 
     def options(self, *, timeout: float | None = None, **options: Any) -> BoundTask:
@@ -79,8 +81,8 @@ class CallMethods:
             UsageError: for an option that is nearly a known one.
         """
         _refuse_misspelt(options)
-        bound = self._timeout if timeout is None else check.positive("timeout", timeout)
-        return BoundTask(self.task, self._merged(options), bound)
+        bound = self._gw_timeout if timeout is None else check.positive("timeout", timeout)
+        return BoundTask(self._gw_task, self._gw_merged(options), bound)
 
     def spawn(self, *args: Any, **kwargs: Any) -> Spawned:
         """Send the task and return a handle to ``get``, ``await`` or ``cancel``.
@@ -88,9 +90,10 @@ class CallMethods:
         Raises:
             CallTimeout: when it could not be sent in ``.options(timeout=...)`` seconds.
         """
-        spawned = self._spawned(args, kwargs)
-        if not self.task.app.conf.task_always_eager:
-            calls.watcher(self.task.app).wait_sent(spawned._sending, self.task.name, self._timeout)
+        spawned = self._gw_spawned(args, kwargs)
+        task = self._gw_task
+        if not task.app.conf.task_always_eager:
+            calls.watcher(task.app).wait_sent(spawned._sending, task.name, self._gw_timeout)
         return spawned
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,11 +103,11 @@ class CallMethods:
             BlockingCallError: on a running event loop, or inside a task.
             CallTimeout: after ``.options(timeout=...)`` or ``gw_call_timeout`` seconds.
         """
-        calls.require_may_block(f"{self.task.name}.remote()")
-        bound = self._timeout
+        calls.require_may_block(f"{self._gw_task.name}.remote()")
+        bound = self._gw_timeout
         if bound is None:
-            bound = conf.read(self.task.app.conf).call_timeout
-        return calls.block(self._spawned(args, kwargs)._value(bound))
+            bound = conf.read(self._gw_task.app.conf).call_timeout
+        return calls.block(self._gw_spawned(args, kwargs)._value(bound))
 
     async def aremote(self, *args: Any, **kwargs: Any) -> Any:
         """Send the task and wait for its answer without blocking the event loop.
@@ -112,13 +115,13 @@ class CallMethods:
         Raises:
             CallTimeout: after ``.options(timeout=...)`` seconds.
         """
-        if self.task.app.conf.task_always_eager:
-            self._require_result()
-            runtime = execution.started(self.task.app)
+        if self._gw_task.app.conf.task_always_eager:
+            self._gw_require_result()
+            runtime = execution.started(self._gw_task.app)
             send = functools.partial(self.apply_async, args, kwargs)
-            sent = await runtime.call_eagerly(self.task, send)
+            sent = await runtime.call_eagerly(self._gw_task, send)
             return sent.get(disable_sync_subtasks=False)
-        return await self._spawned(args, kwargs)
+        return await self._gw_spawned(args, kwargs)
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """``await task(x)``: run it here when this process serves it, send it otherwise.
@@ -127,13 +130,13 @@ class CallMethods:
         caller holds already.
         """
         runtime = execution.current()
-        if runtime is not None and runtime.can_run(self.task):
-            return await runtime.run_async(self.task, self._options, args, kwargs)
+        if runtime is not None and runtime.can_run(self._gw_task):
+            return await runtime.run_async(self._gw_task, self._gw_options, args, kwargs)
         return await self.aremote(*args, **kwargs)
 
     def local(self, *args: Any, **kwargs: Any) -> Any:
         """Run the body in this process, entering what it needs first, and return its answer."""
-        done = self.task.apply(args, kwargs, throw=True, **self._merged({}))
+        done = self._gw_task.apply(args, kwargs, throw=True, **self._gw_merged({}))
         return done.get(disable_sync_subtasks=False)
 
     def _no_canvas(self, *_: Any, **__: Any) -> Any:
@@ -142,38 +145,39 @@ class CallMethods:
         Raises:
             UsageError: always, with what to write.
         """
-        service, method = self.task.gw_service, self.task.gw_method
-        written = f"{service.name}(...).{method.name}" if service.is_class else self.task.name
+        task = self._gw_task
+        service, method = task.gw_service, task.gw_method
+        written = f"{service.name}(...).{method.name}" if service.is_class else task.name
         raise errors.UsageError(
-            f"{self.task.name}.map(), .starmap() and .chunks() would call the body one by one in "
+            f"{task.name}.map(), .starmap() and .chunks() would call the body one by one in "
             f"a plain Celery task, where its model is not loaded: write group({written}.s(x) for x "
             f"in xs)"
         )
 
     map = starmap = chunks = _no_canvas
 
-    def _spawned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spawned:
-        self._require_result()
-        app = self.task.app
+    def _gw_spawned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spawned:
+        self._gw_require_result()
+        app = self._gw_task.app
         if app.conf.task_always_eager:
             sending: Future[Any] = Future()
             sending.set_result(self.apply_async(args, kwargs))
         else:
             send = functools.partial(self.apply_async, args, kwargs)
             sending = calls.watcher(app).submit(send)
-        return Spawned(self.task, sending, self._timeout)
+        return Spawned(self._gw_task, sending, self._gw_timeout)
 
-    def _merged(self, options: dict[str, Any]) -> dict[str, Any]:
-        merged = {**self._options, **options}
-        headers = {**self._options.get("headers", {}), **(options.get("headers") or {})}
+    def _gw_merged(self, options: dict[str, Any]) -> dict[str, Any]:
+        merged = {**self._gw_options, **options}
+        headers = {**self._gw_options.get("headers", {}), **(options.get("headers") or {})}
         if headers:
             merged["headers"] = headers
         return merged
 
-    def _require_result(self) -> None:
-        if self._options.get("ignore_result", self.task.ignore_result):
+    def _gw_require_result(self) -> None:
+        if self._gw_options.get("ignore_result", self._gw_task.ignore_result):
             raise errors.UsageError(
-                f"{self.task.name} ignores its result, so there is no answer to wait for: call "
+                f"{self._gw_task.name} ignores its result, so there is no answer to wait for: call "
                 f".delay(), or declare it with ignore_result=False"
             )
 
@@ -189,8 +193,8 @@ class BoundTask(CallMethods):
 
     def __init__(self, task: Any, options: Mapping[str, Any], timeout: float | None = None) -> None:
         self._task = task
-        self._options = options
-        self._timeout = timeout
+        self._gw_options = options
+        self._gw_timeout = timeout
 
     def __repr__(self) -> str:
         return f"<BoundTask {self._task.name}>"
@@ -200,15 +204,17 @@ class BoundTask(CallMethods):
         """The Celery task behind it."""
         return self._task
 
+    _gw_task = task
+
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Send the task with Celery's options and return its ``AsyncResult``."""
-        return self._task.apply_async(args, kwargs, **self._merged(options))
+        return self._task.apply_async(args, kwargs, **self._gw_merged(options))
 
     def signature(
         self, args: Any = None, kwargs: Any = None, *, immutable: bool = False, **options: Any
     ) -> Any:
         """Return Celery's signature of a call, for chains, groups and chords."""
-        return self._task.signature(args, kwargs, self._merged(options), immutable=immutable)
+        return self._task.signature(args, kwargs, self._gw_merged(options), immutable=immutable)
 
     # Celery's, which go by ``apply_async`` and ``signature``.
     delay, s, si = Task.delay, Task.s, Task.si
