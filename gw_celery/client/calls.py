@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from celery._state import get_current_task, task_join_will_block
 from celery.app import backends
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from gw_celery.client import result_sources
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 Meta = Mapping[str, Any]
 #: Sends a call with the options of ``apply_async`` that the watcher adds; its ``AsyncResult``.
@@ -178,7 +176,7 @@ def close_all() -> None:
         watch.close()
 
 
-def block(waits: Coroutine[Any, Any, T]) -> T:
+def block(waits: Coroutine[Any, Any, Any]) -> Any:
     """Run ``waits`` to its end on this thread; the caller has made sure that it may."""
     # With a factory, the runner leaves the thread's own event loop alone.
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:

@@ -109,18 +109,15 @@ def for_every_app(add: Callable[[Any], None]) -> None:
     ``shared_task`` does so, too, but would give the tasks of all apps the same base class.
     """
     for app in list(_state._get_active_apps()):  # a task may make its app now
-        if app.finalized:
-            _add_where_in_use(add, app)
+        if not app.finalized:
+            continue
+        try:
+            add(app)
+        except errors.DeclarationError:
+            # One that is not in use keeps the task that it has, as in Celery: it may be a test's.
+            if app is _state.get_current_app():
+                raise
     _state.connect_on_app_finalize(add)
-
-
-def _add_where_in_use(add: Callable[[Any], None], app: Any) -> None:
-    try:
-        add(app)
-    except errors.DeclarationError:
-        # One that is not in use keeps the task that it has, as in Celery: it may be a test's.
-        if app is _state.get_current_app():
-            raise
 
 
 def _base_class(celery_app: Any, base: type | None) -> type:
