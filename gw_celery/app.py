@@ -11,7 +11,7 @@ from celery import Celery
 from celery.local import Proxy
 
 from gw_celery import codec, errors, signals
-from gw_celery.client import beat_tasks, execution, handle, registration, results
+from gw_celery.client import beat_tasks, execution, handle, registration
 from gw_celery.declare import benchmark, check, gpu, markers, options, registry, services
 from gw_celery.types import AnyFunction
 
@@ -35,7 +35,7 @@ class App:
             self.registry.join(self._celery, beside=signals.registries())
         codec.register()
         signals.connect(self.registry)
-        beat_tasks.join(self._celery, signals.registries)
+        beat_tasks.join(self._celery)
 
     def __repr__(self) -> str:
         return f"<App {self.name}: {len(self.registry.services)} services>"
@@ -63,6 +63,10 @@ class App:
         The class has ``__aenter__`` and ``__aexit__`` (or ``__enter__`` and ``__exit__``). It is
         entered once per replica, in parallel with the others, before any input is taken.
 
+        Args:
+            args: arguments of its constructor.
+            kwargs: keyword arguments of its constructor.
+
         Raises:
             DeclarationError: for anything but such a class, one that is registered already, or
                 arguments that its constructor does not take.
@@ -73,7 +77,6 @@ class App:
             _require_context(cls)
             context = registry.Context(cls=cls, args=args, kwargs=kwargs)
             self.registry.add_context(context, beside=signals.registries())
-            results.know_module(cls.__module__)
             return cls
 
         return register
@@ -140,7 +143,9 @@ class App:
         Raises:
             DeclarationError: when an argument breaks its rule; the message names all three.
         """
-        where = self._placement(gpu, queue, min_workers, max_workers, timeout, max_queue_time)
+        where = services.placement(
+            self._known(gpu), queue, min_workers, max_workers, timeout, max_queue_time
+        )
         mark = markers.TaskMark(
             benchmark=benchmark.declare(
                 benchmark_dataset, benchmark_generator, benchmark_runs, benchmark_concurrency
@@ -150,10 +155,8 @@ class App:
         )
 
         def register(function: AnyFunction) -> Any:
-            service = services.from_function(function, where, mark)
-            self._add(service)
-            (method,) = service.methods.values()
-            return self._task(service, method)
+            (task,) = self._declare(services.from_function(function, where, mark)).values()
+            return task
 
         return register if fn is None else register(fn)
 
@@ -172,61 +175,44 @@ class App:
     ) -> Any:
         """Make Celery tasks of the methods of a class that is loaded once per replica.
 
-        The arguments are those of ``remote``; ``probes`` is a list of ``gw.Probe.on(...)``.
         ``Cls(...)`` then makes a light handle: ``Cls().method.delay(x)``, ``await
         Cls(threshold=0.7).method(x)``.
+
+        Args:
+            gpu: the device that a replica needs; what is not listed here is as in ``remote``.
+            probes: a list of ``gw.Probe.on(...)``.
 
         Raises:
             DeclarationError: when an argument breaks its rule; the message names all three.
         """
         options.refuse_unknown_of_class(unknown)
-        where = self._placement(gpu, queue, min_workers, max_workers, timeout, max_queue_time)
+        where = services.placement(
+            self._known(gpu), queue, min_workers, max_workers, timeout, max_queue_time
+        )
 
         def register(target: C) -> C:
             service = services.from_class(target, where, probes)
-            self._add(service)
-            tasks = {name: self._task(service, method) for name, method in service.methods.items()}
-            handle.install(service, tasks)
+            handle.install(service, self._declare(service))
             return target
 
         return register if cls is None else register(cls)
 
-    def _placement(
-        self,
-        device: Any,
-        queue: object,
-        min_workers: object,
-        max_workers: object,
-        timeout: object,
-        max_queue_time: object,
-    ) -> services.Placement:
-        return services.placement(
-            queue=queue,
-            min_workers=min_workers,
-            max_workers=max_workers,
-            timeout=timeout,
-            max_queue_time=max_queue_time,
-            device=gpu.require_known(device, self._added_kinds),
-        )
+    def _known(self, device: Any) -> gpu.Gpu | None:
+        return gpu.require_known(device, lambda: self.celery.conf.get("gw_gpu_kinds") or ())
 
-    def _added_kinds(self) -> tuple[str, ...]:
-        return tuple(self.celery.conf.get("gw_gpu_kinds") or ())
-
-    def _add(self, service: services.Service) -> None:
+    def _declare(self, service: services.Service) -> dict[str, Any]:
+        """Add a service and return the Celery tasks of its methods, by their names."""
         for method in service.methods.values():
             registration.require_options(method)
         self.registry.add_service(service, beside=signals.registries())
-        results.know_module(service.target.__module__)
-        for method in service.methods.values():
+        tasks = {}
+        for name, method in service.methods.items():
             codec.register_annotations(method.function)
-            results.know_exceptions(method.options)
-
-    def _task(self, service: services.Service, method: services.Method) -> Any:
-        task = registration.register(self._celery, self.registry, service, method)
+            tasks[name] = registration.register(self._celery, self.registry, service, method)
         for app in list(self.registry.celery_apps):
             if app.finalized:  # else it will be
-                beat_tasks.schedule(app, signals.registries())
-        return task
+                beat_tasks.schedule(app)
+        return tasks
 
 
 def _require_name(name: object) -> str:

@@ -6,14 +6,12 @@ Nothing depends on them: a worker runs its probes and benchmarks by its own cloc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
 from typing import Any
 
-import celery
-from celery import _state
+from celery import Celery, Task
 
-from gw_celery import conf, errors
-from gw_celery.declare import registry
+from gw_celery import conf, errors, signals
+from gw_celery.client import registration
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +23,7 @@ BENCHMARK = "gw_celery.benchmark_sweep"
 COMMANDS = {PROBE: "gw_probe_tick", BENCHMARK: "gw_benchmark_tick"}
 
 
-class Sweep(celery.Task):
+class Sweep(Task):
     """A task that beat sends; ``expires`` is its period, so that no tick is made up for.
 
     The options are here because django-celery-beat keeps no others of an entry than its own, and
@@ -41,48 +39,43 @@ def broadcast(task: Any) -> None:
     task.app.control.broadcast(COMMANDS[task.name], reply=False)
 
 
-def join(celery_app: Any, registries: Callable[[], Iterable[registry.Registry]]) -> None:
+def join(celery_app: Celery | None) -> None:
     """Give the tasks to a Celery app; without one to all of this process, as ``shared_task`` does.
 
-    Args:
-        celery_app: the app, or ``None``.
-        registries: returns the declarations of every App, once they are all made.
+    Each app gets its entries of ``beat_schedule`` once every App is made.
     """
-
-    def add(app: Any) -> None:
-        for name in COMMANDS:
-            app.task(name=name, base=Sweep, bind=True, shared=False)(broadcast)
-        app.on_after_finalize.connect(
-            lambda sender, **_: schedule(sender, registries()),
-            weak=False,
-            dispatch_uid="gw_celery.beat_tasks",
-        )
-
     if celery_app is not None:
-        add(celery_app)
-        return
-    for app in list(_state._get_active_apps()):
-        if app.finalized:
-            add(app)
-    _state.connect_on_app_finalize(add)
+        _add_tasks(celery_app)
+    else:
+        registration.for_every_app(_add_tasks)
 
 
-def schedule(app: Any, registries: Iterable[registry.Registry]) -> None:
-    """Give ``beat_schedule`` of a finalized app the entries that it needs."""
-    declared = [one for one in registries if app in one.celery_apps]
-    services = [service for one in declared for service in one.services.values()]
+def _add_tasks(app: Celery) -> None:
+    for name in COMMANDS:
+        app.task(name=name, base=Sweep, bind=True, shared=False)(broadcast)
+    app.on_after_finalize.connect(schedule, dispatch_uid="gw_celery.beat_tasks")
+
+
+def schedule(sender: Any, **_: Any) -> None:
+    """Give ``beat_schedule`` of the finalized app ``sender`` the entries that it needs."""
+    services = [
+        service
+        for declared in signals.registries()
+        if sender in declared.celery_apps
+        for service in declared.services.values()
+    ]
     probes = [probe.period_s for service in services for probe in service.probes]
     methods = [method for service in services for method in service.methods.values()]
     try:
-        settings = conf.read(app.conf)
+        settings = conf.read(sender.conf)
     except errors.ConfigurationError as exc:
         # Raised here, Celery would swallow it; a worker refuses to start with it.
         logger.error("beat_schedule gets no entries of ours: %s", exc)
         return
     if settings.probe_period and probes:
-        _add_entry(app, PROBE, min(settings.probe_period, *probes))
+        _add_entry(sender, PROBE, min(settings.probe_period, *probes))
     if settings.benchmark_period and any(method.benchmark for method in methods):
-        _add_entry(app, BENCHMARK, settings.benchmark_period)
+        _add_entry(sender, BENCHMARK, settings.benchmark_period)
 
 
 def _add_entry(app: Any, name: str, period: float) -> None:

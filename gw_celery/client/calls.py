@@ -10,14 +10,12 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
-import contextlib
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any
 
-from celery import states
 from celery._state import get_current_task, task_join_will_block
 from celery.app import backends
 from celery.backends.base import DisabledBackend
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from gw_celery.client import result_sources
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 Meta = Mapping[str, Any]
 #: Sends a call with the options of ``apply_async`` that the watcher adds; its ``AsyncResult``.
@@ -47,7 +43,6 @@ class Watcher:
         _require_backend(app)
         self.settings = conf.read(app.conf)
         self.pid = os.getpid()
-        self._waiting: dict[str, list[concurrent.futures.Future[Meta]]] = {}
         # Celery makes it at the first use. Of threads that came at once each would make one, and
         # RabbitMQ may drop what was published over a connection that is dropped with its pool.
         _ = app.amqp.producer_pool
@@ -70,7 +65,7 @@ class Watcher:
         self._loop = asyncio.get_running_loop()
         try:
             # On this thread: Celery gives each thread a result backend of its own.
-            self._source = result_sources.of(app, self._resolve, self.settings)
+            self._source = result_sources.of(app, self.settings.poll_interval)
         except BaseException as exc:
             is_up.set_exception(exc)
             return
@@ -88,34 +83,44 @@ class Watcher:
         """Send a call off the caller's thread, so that its answer comes to this watcher."""
         if self._publisher.backlog >= self.settings.max_waiting:
             raise _too_many(self._publisher.backlog, "to be sent")
+        return self._publisher.submit(lambda: send(**self._source.prepare()))
 
-        def prepared() -> Any:
-            self._source.prepare()
-            return send(**self._source.sending)
+    def wait_sent(
+        self, sending: concurrent.futures.Future[Any], task_name: str, timeout: float | None
+    ) -> None:
+        """Block until a call is sent; one that is late is given up.
 
-        return self._publisher.submit(prepared)
+        Raises:
+            CallTimeout: when it could not be sent in ``timeout`` seconds.
+        """
+        if not concurrent.futures.wait([sending], timeout).done:
+            self._give_up(sending)
+            raise errors.CallTimeout(_too_late(task_name, None, timeout))
+        sending.result()
 
-    async def publish(self, send: Send) -> Any:
-        """Send a call and return its ``AsyncResult``; revoke it when that is not waited for."""
-        sending = self.submit(send)
+    async def answer(
+        self, sending: concurrent.futures.Future[Any], task_name: str, timeout: float | None
+    ) -> Meta:
+        """Wait until a call is sent and answered, and return its record.
+
+        A cancelled wait, or one over ``timeout`` seconds, gives the call up.
+
+        Raises:
+            CallTimeout: when no answer came in ``timeout`` seconds.
+        """
+        result = None
         try:
-            return await asyncio.wrap_future(sending)
+            async with asyncio.timeout(timeout) as bound:
+                result = await asyncio.wrap_future(sending)
+                return await self.meta(result.id)
         except asyncio.CancelledError:
-            self.give_up(sending)
+            self._give_up(sending)
             raise
-
-    def give_up(self, sending: concurrent.futures.Future[Any]) -> None:
-        """Do not send a call, or revoke it once it is sent."""
-        if not sending.cancel():
-            sending.add_done_callback(self._revoke_sent)
-
-    async def answered(self, result: Any) -> Meta:
-        """Wait for the record of a finished call; revoke the call when that is not waited for."""
-        try:
-            return await self.meta(result.id)
-        except asyncio.CancelledError:
-            self._revoke(result)
-            raise
+        except TimeoutError as exc:
+            if not bound.expired():  # a broker's client has time-outs, too
+                raise
+            self._give_up(sending)
+            raise errors.CallTimeout(_too_late(task_name, result, timeout)) from exc
 
     async def meta(self, task_id: str) -> Meta:
         """Wait for the record of the finished task ``task_id``."""
@@ -124,37 +129,24 @@ class Watcher:
         try:
             return await asyncio.wrap_future(waiter)
         finally:
-            self._loop.call_soon_threadsafe(self._remove, task_id, waiter)
+            self._loop.call_soon_threadsafe(self._source.remove, task_id, waiter)
 
-    def _revoke_sent(self, sending: concurrent.futures.Future[Any]) -> None:
+    def _give_up(self, sending: concurrent.futures.Future[Any]) -> None:
+        """Do not send a call, or revoke it once it is sent."""
+        if not sending.cancel():
+            sending.add_done_callback(self._revoke)
+
+    def _revoke(self, sending: concurrent.futures.Future[Any]) -> None:
+        """Revoke off the caller's thread; nothing waits for it."""
         if sending.exception() is None:
-            self._revoke(sending.result())
-
-    def _revoke(self, result: Any) -> None:
-        """Revoke off the caller's thread; nobody waits for it."""
-        self._publisher.submit(result.revoke).add_done_callback(_log_failure)
+            self._publisher.submit(sending.result().revoke).add_done_callback(_log_failure)
 
     def _add(self, task_id: str, waiter: concurrent.futures.Future[Meta]) -> None:
-        if len(self._waiting) >= self.settings.max_waiting:
-            _settle(waiter, _too_many(len(self._waiting), "for answers"))
-            return
-        self._waiting.setdefault(task_id, []).append(waiter)
-        self._source.watch(task_id)
-
-    def _remove(self, task_id: str, waiter: concurrent.futures.Future[Meta]) -> None:
-        waiters = self._waiting.get(task_id, [])
-        if waiter in waiters:
-            waiters.remove(waiter)
-        if not waiters and self._waiting.pop(task_id, None) is not None:
-            self._source.forget(task_id)
-
-    def _resolve(self, task_id: str, meta: Meta | Exception) -> None:
-        if not isinstance(meta, Exception) and meta["status"] not in states.READY_STATES:
-            return
-        if self._waiting.get(task_id):
-            self._source.forget(task_id)
-        for waiter in self._waiting.pop(task_id, []):
-            _settle(waiter, meta)
+        number = len(self._source.waiting)
+        if number < self.settings.max_waiting:
+            self._source.add(task_id, waiter)
+        elif waiter.set_running_or_notify_cancel():
+            waiter.set_exception(_too_many(number, "for answers"))
 
 
 _watchers: dict[int, Watcher] = {}
@@ -184,46 +176,7 @@ def close_all() -> None:
         watch.close()
 
 
-async def call(app: Any, send: Send, task_name: str, timeout: float | None) -> Meta:
-    """Send a call, wait for its answer, and return its record; ``timeout`` is for both.
-
-    Raises:
-        CallTimeout: when no answer came in ``timeout`` seconds.
-    """
-    watch, result = watcher(app), None
-    async with _in_time(timeout, lambda: _too_late(task_name, result, timeout)):
-        result = await watch.publish(send)
-        return await watch.answered(result)
-
-
-async def answer(result: Any, task_name: str, timeout: float | None) -> Meta:
-    """Wait for the answer of a call that was sent, and return its record.
-
-    A cancelled wait, or one over ``timeout`` seconds, revokes the task.
-
-    Raises:
-        CallTimeout: when no answer came in ``timeout`` seconds.
-    """
-    watch = watcher(result.app)
-    async with _in_time(timeout, lambda: _too_late(task_name, result, timeout)):
-        return await watch.answered(result)
-
-
-def send_now(app: Any, send: Send, task_name: str, timeout: float | None) -> Any:
-    """Send a call and return its ``AsyncResult``.
-
-    Raises:
-        CallTimeout: when it could not be sent in ``timeout`` seconds.
-    """
-    watch = watcher(app)
-    sending = watch.submit(send)
-    if not concurrent.futures.wait([sending], timeout).done:
-        watch.give_up(sending)
-        raise errors.CallTimeout(_too_late(task_name, None, timeout))
-    return sending.result()
-
-
-def block(waits: Coroutine[Any, Any, T]) -> T:
+def block(waits: Coroutine[Any, Any, Any]) -> Any:
     """Run ``waits`` to its end on this thread; the caller has made sure that it may."""
     # With a factory, the runner leaves the thread's own event loop alone.
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
@@ -245,18 +198,6 @@ def require_may_block(what: str) -> None:
             f"{what} inside a task would hold a worker while it waits for another one: chain the "
             f"tasks, or `await` it in an asynchronous task"
         )
-
-
-@contextlib.asynccontextmanager
-async def _in_time(timeout: float | None, too_late: Callable[[], str]) -> AsyncIterator[None]:
-    bound = asyncio.timeout(timeout)
-    try:
-        async with bound:
-            yield
-    except TimeoutError as exc:
-        if not bound.expired():  # a broker's client has time-outs, too
-            raise
-        raise errors.CallTimeout(too_late()) from exc
 
 
 def _too_late(task_name: str, result: Any, timeout: float | None) -> str:
@@ -282,19 +223,10 @@ def _require_backend(app: Any) -> None:
         )
 
 
-def _settle(waiter: concurrent.futures.Future[Meta], answer: Meta | Exception) -> None:
-    if not waiter.set_running_or_notify_cancel():
-        return  # the caller stopped waiting
-    if isinstance(answer, Exception):
-        waiter.set_exception(answer)
-    else:
-        waiter.set_result(answer)
-
-
 def _too_many(number: int, what: str) -> errors.UsageError:
     return errors.UsageError(f"{number} calls wait {what} already (setting gw_max_waiting)")
 
 
 def _log_failure(revoking: concurrent.futures.Future[Any]) -> None:
     if exc := revoking.exception():
-        logger.warning("a call that nobody waits for could not be revoked: %r", exc)
+        logger.warning("a call that was given up could not be revoked: %r", exc)

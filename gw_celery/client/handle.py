@@ -85,7 +85,7 @@ class MethodOfClass:
         )
 
 
-_CALLS = frozenset(name for name in vars(bound.BoundTask) if not name.startswith("_"))
+_CALLS = frozenset(name for name in dir(bound.BoundTask) if not name.startswith("_"))
 
 
 def install(service: services.Service, tasks: dict[str, Any]) -> None:

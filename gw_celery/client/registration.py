@@ -77,14 +77,14 @@ def register(
         to.task(base=_base_class(to, base), **task_options)(body)
         require_ours(to, service, method)
 
-    _for_every_app(add)
+    for_every_app(add)
     return Proxy(lambda: celery.current_app.tasks[method.task_name])
 
 
 def require_ours(celery_app: Any, service: services.Service, method: services.Method) -> None:
     """Check that the task of this name is ours: Celery keeps the first one that has a name.
 
-    Whoever declares it again gets the task that has it, and the other function would never run.
+    The second declaration would return the first task, and its own function would never run.
 
     Raises:
         DeclarationError: naming both.
@@ -103,21 +103,21 @@ def _dotted(task: Any) -> str:
     return f"{task.__module__}.{getattr(task, '__qualname__', type(task).__qualname__)}"
 
 
-def _for_every_app(add: Callable[[Any], None]) -> None:
-    """As ``shared_task`` does, which would give the tasks of all apps the same base class."""
+def for_every_app(add: Callable[[Any], None]) -> None:
+    """Call ``add`` with every Celery app of this process, those to come as they are finalized.
+
+    ``shared_task`` does so, too, but would give the tasks of all apps the same base class.
+    """
     for app in list(_state._get_active_apps()):  # a task may make its app now
-        if app.finalized:
-            _add_where_in_use(add, app)
+        if not app.finalized:
+            continue
+        try:
+            add(app)
+        except errors.DeclarationError:
+            # One that is not in use keeps the task that it has, as in Celery: it may be a test's.
+            if app is _state.get_current_app():
+                raise
     _state.connect_on_app_finalize(add)
-
-
-def _add_where_in_use(add: Callable[[Any], None], app: Any) -> None:
-    try:
-        add(app)
-    except errors.DeclarationError:
-        # One that is not in use keeps the task that it has, as in Celery: it may be a test's.
-        if app is _state.get_current_app():
-            raise
 
 
 def _base_class(celery_app: Any, base: type | None) -> type:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any, ClassVar
 
 import kombu.exceptions
 import redis.asyncio
 import redis.exceptions
+from celery import states
 from celery.backends.redis import RedisBackend, SentinelBackend
 from celery.backends.rpc import RPCBackend
 from kombu.common import maybe_declare
+from kombu.utils.encoding import bytes_to_str
 
-from gw_celery import conf, errors
+from gw_celery import errors
 from gw_celery.policy import backoff
 from gw_celery.transport import client as transport_client
 
@@ -25,14 +28,15 @@ FIRST_DELAY = 0.1
 LONGEST_DELAY = 5.0
 
 #: Options for sending a call whose answer a watcher looks for. Celery's backend would prepare for
-#: it, too, where nobody looks, and wait for a server that is away. It does not for a call without
+#: it, too, on another thread, and wait for a server that is away. It does not for a call without
 #: a result; the header tells the worker that there is one.
 UNPREPARED: Mapping[str, Any] = {
     "ignore_result": True,
     "headers": {"ignore_result": False},
 }
 
-Resolve = Callable[[str, Mapping[str, Any] | Exception], None]
+Record = Mapping[str, Any]
+Waiter = Future[Record]
 #: Seconds after which the records of all waiting calls are read again, in case a notification
 #: was lost with its connection.
 SWEEP = 5.0
@@ -42,51 +46,83 @@ ANSWER_TIMEOUT = 5.0
 _LOST = (OSError, redis.exceptions.RedisError)
 
 
-def of(app: Any, resolve: Resolve, settings: conf.Settings) -> Source:
-    """Return the source for ``app``; ``resolve(task_id, record)`` is called on its loop."""
-    # A replica of the GPU pool has a subclass. Sentinels would have to be asked for the server.
-    if isinstance(app.backend, RedisBackend) and not isinstance(app.backend, SentinelBackend):
-        return RedisSource(app.backend, resolve)
-    is_rpc = isinstance(app.backend, RPCBackend)
-    source = RpcSource if is_rpc else PolledSource
-    return source(app, resolve, settings.poll_interval)
+class Source:
+    """Has the records of finished tasks for those who wait for them, on one loop."""
+
+    def __init__(self, backend: Any) -> None:
+        self.waiting: dict[str, list[Waiter]] = {}
+        self._backend = backend
+        self._backoff = backoff.Backoff(FIRST_DELAY, LONGEST_DELAY)
+        self._life: asyncio.Task[None] | None = None
+
+    def prepare(self) -> Mapping[str, Any]:
+        """Return the options for sending a call; runs on the thread that sends it.
+
+        With none, Celery's backend prepares for the answer.
+        """
+        return {}
+
+    def add(self, task_id: str, waiter: Waiter) -> None:
+        """Let ``waiter`` have the record of the task once it has finished."""
+        self.waiting.setdefault(task_id, []).append(waiter)
+        self._watch(task_id)
+        if self._life is None:
+            self._life = asyncio.create_task(self._live())
+
+    def remove(self, task_id: str, waiter: Waiter) -> None:
+        """Forget ``waiter``, which may have its record."""
+        waiters = self.waiting.get(task_id, [])
+        if waiter in waiters:
+            waiters.remove(waiter)
+        if not waiters and self.waiting.pop(task_id, None) is not None:
+            self._forget(task_id)
+
+    def _resolve(self, task_id: str, record: Record | Exception) -> None:
+        if not isinstance(record, Exception) and record["status"] not in states.READY_STATES:
+            return
+        if waiters := self.waiting.pop(task_id, []):
+            self._forget(task_id)
+        for waiter in waiters:
+            if not waiter.set_running_or_notify_cancel():
+                continue  # the caller has stopped waiting
+            if isinstance(record, Exception):
+                waiter.set_exception(record)
+            else:
+                waiter.set_result(record)
+
+    def _watch(self, task_id: str) -> None: ...
+
+    def _forget(self, task_id: str) -> None: ...
+
+    async def _live(self) -> None:
+        raise NotImplementedError
 
 
-class RedisSource:
+class RedisSource(Source):
     """One subscription connection and one for reading, on the loop of the watcher."""
 
-    sending = UNPREPARED
-
-    def __init__(self, backend: Any, resolve: Resolve) -> None:
-        self._backend = backend
-        self._resolve = resolve
+    def __init__(self, backend: Any) -> None:
+        super().__init__(backend)
         self._ids: dict[str, str] = {}  # channel, which is the key, too -> task id
         self._added: set[str] = set()
         self._dropped: set[str] = set()
         self._changed = asyncio.Event()
         self._subscribed = asyncio.Event()
-        self._backoff = backoff.Backoff(FIRST_DELAY, LONGEST_DELAY)
-        self._life: asyncio.Task[None] | None = None
 
-    def prepare(self) -> None:
-        """Called before each sending, on the thread that sends."""
+    def prepare(self) -> Mapping[str, Any]:
+        return UNPREPARED
 
-    def watch(self, task_id: str) -> None:
-        channel = _text(self._backend.get_key_for_task(task_id))
+    def _watch(self, task_id: str) -> None:
+        channel = bytes_to_str(self._backend.get_key_for_task(task_id))
         self._ids[channel] = task_id
         self._added.add(channel)
-        self._wake()
+        self._changed.set()
 
-    def forget(self, task_id: str) -> None:
-        channel = _text(self._backend.get_key_for_task(task_id))
+    def _forget(self, task_id: str) -> None:
+        channel = bytes_to_str(self._backend.get_key_for_task(task_id))
         if self._ids.pop(channel, None) is not None:
             self._dropped.add(channel)
-            self._wake()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        if self._life is None:
-            self._life = asyncio.create_task(self._live())
+            self._changed.set()
 
     async def _live(self) -> None:
         """Hold the connections for as long as the process lives, making them anew when lost."""
@@ -95,16 +131,13 @@ class RedisSource:
                 async with transport_client.of(self._backend, socket_timeout=None) as client:
                     await self._follow(client)
             except* Exception as lost:
-                # Whatever it is: nobody else would answer those who wait.
-                await asyncio.sleep(self._logged(lost.exceptions[0]))
-
-    def _logged(self, exc: Exception) -> float:
-        delay = self._backoff.next()
-        traceback = None if isinstance(exc, _LOST) else exc
-        logger.warning(
-            "lost the result backend, again in %.1f s: %r", delay, exc, exc_info=traceback
-        )
-        return delay
+                # Whatever it is: nothing else would answer those who wait.
+                exc, delay = lost.exceptions[0], self._backoff.next()
+                traceback = None if isinstance(exc, _LOST) else exc
+                logger.warning(
+                    "lost the result backend, again in %.1f s: %r", delay, exc, exc_info=traceback
+                )
+                await asyncio.sleep(delay)
 
     async def _follow(self, client: redis.asyncio.Redis) -> None:
         async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
@@ -156,7 +189,7 @@ class RedisSource:
                 await self._subscribed.wait()
             message = await pubsub.get_message(timeout=None)
             if message is not None and message["type"] == "message":
-                self._report(_text(message["channel"]), message["data"])
+                self._report(bytes_to_str(message["channel"]), message["data"])
 
     def _report(self, channel: str, stored: Any) -> None:
         task_id = self._ids.get(channel)
@@ -172,7 +205,7 @@ class RedisSource:
             self._resolve(task_id, record)
 
 
-class PolledSource:
+class PolledSource(Source):
     """Asks the backend for each waiting task, ``interval`` seconds apart."""
 
     #: What reading raises for the one record that was asked for, so that asking again is no use.
@@ -181,34 +214,17 @@ class PolledSource:
         kombu.exceptions.ContentDisallowed,
     )
 
-    def __init__(self, app: Any, resolve: Resolve, interval: float) -> None:
+    def __init__(self, app: Any, interval: float) -> None:
+        super().__init__(app._get_backend())  # the app's own may be shared by all threads
+        # Celery rebuilds the errors of records as it reads, and what it cannot rebuild becomes an
+        # ``Exception`` that does not tell.
+        self._backend.exception_to_python = lambda stored: stored
         self._app = app
-        self._backend = _as_stored(app)
-        self._resolve = resolve
         self._interval = interval
-        self._backoff = backoff.Backoff(FIRST_DELAY, LONGEST_DELAY)
-        self._ids: dict[str, None] = {}
-        self._life: asyncio.Task[None] | None = None
-
-    @property
-    def sending(self) -> Mapping[str, Any]:
-        """Options for sending a call; here Celery's backend has to prepare for each answer."""
-        return {}
-
-    def prepare(self) -> None:
-        """Called before each sending, on the thread that sends."""
-
-    def watch(self, task_id: str) -> None:
-        self._ids[task_id] = None
-        if self._life is None:
-            self._life = asyncio.create_task(self._live())
-
-    def forget(self, task_id: str) -> None:
-        self._ids.pop(task_id, None)
 
     async def _live(self) -> None:
         # The thread is the watcher's own: a backend that blocks delays answers, nothing else.
-        while self._ids:
+        while self.waiting:
             delay = await self._ask_all()
             await asyncio.sleep(delay)
         self._life = None
@@ -219,21 +235,21 @@ class PolledSource:
         The first failure ends the round, for a backend that is away would fail them all. Its task
         is asked last from then on, for it may be that one's record alone that cannot be read.
         """
-        for task_id in list(self._ids):
+        for task_id in list(self.waiting):
             try:
                 self._ask(task_id)
             except Exception as exc:
                 delay = max(self._interval, self._backoff.next())
                 logger.warning("cannot read %s, again in %.1f s: %r", task_id, delay, exc)
-                if task_id in self._ids:
-                    self._ids[task_id] = self._ids.pop(task_id)
+                if task_id in self.waiting:
+                    self.waiting[task_id] = self.waiting.pop(task_id)
                 return delay
             await asyncio.sleep(0)
         self._backoff.reset()
         return self._interval
 
     def _ask(self, task_id: str) -> None:
-        record: Mapping[str, Any] | Exception
+        record: Record | Exception
         try:
             record = self._backend.get_task_meta(task_id)
         except self.unreadable as exc:
@@ -244,42 +260,30 @@ class PolledSource:
 class RpcSource(PolledSource):
     """Asks the reply queue of the watcher's thread, which each message that is sent names.
 
-    By itself Celery names the queue of the thread that sends, where nobody looks.
+    By itself Celery names the queue of the thread that sends, which is not read.
     """
 
     unreadable = ()  # reading the queue may fail at the answer of another task
 
-    @property
-    def sending(self) -> Mapping[str, Any]:
-        return {**UNPREPARED, "reply_to": self._backend.oid}
-
-    def prepare(self) -> None:
+    def prepare(self) -> Mapping[str, Any]:
         """Declare the queue, every time as Celery does: a broker that restarted forgot it."""
         policy = self._app.conf.task_publish_retry_policy
         with self._app.pool.acquire_channel(block=True) as (_, channel):
             maybe_declare(self._backend.binding(channel), retry=True, **policy)
+        return {**UNPREPARED, "reply_to": self._backend.oid}
 
 
-Source = RedisSource | PolledSource
-
-
-def _text(key: str | bytes) -> str:
-    return key.decode() if isinstance(key, bytes) else key
-
-
-def _as_stored(app: Any) -> Any:
-    """Return a result backend whose records have errors as they are stored.
-
-    Celery's rebuilds them as it reads, and what it cannot rebuild becomes an ``Exception`` that
-    does not tell. This one is nobody else's: the app's may be shared by all threads.
-    """
-    backend = app._get_backend()
-    backend.exception_to_python = lambda stored: stored
-    return backend
+def of(app: Any, interval: float) -> Source:
+    """Return the source for ``app``; ``interval`` is that of a backend that has to be asked."""
+    # A replica of the GPU pool has a subclass. Sentinels would have to be asked for the server.
+    if isinstance(app.backend, RedisBackend) and not isinstance(app.backend, SentinelBackend):
+        return RedisSource(app.backend)
+    source = RpcSource if isinstance(app.backend, RPCBackend) else PolledSource
+    return source(app, interval)
 
 
 def _unreadable(task_id: str, exc: Exception) -> errors.SerializationError:
-    """Return what whoever waits gets for a record that cannot be decoded: no better will come."""
+    """Return the answer in place of a record that cannot be decoded: no better will come."""
     error = errors.SerializationError(
         f"the answer of {task_id} cannot be read: {exc}; are its types registered here, too?"
     )

@@ -12,7 +12,7 @@ import builtins
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import billiard.exceptions
@@ -22,54 +22,25 @@ from celery import states
 from celery.result import AsyncResult
 from celery.utils.serialization import UnpickleableExceptionWrapper
 
-from gw_celery import codec, errors
+from gw_celery import codec, errors, signals
 
 #: Longest message and traceback that a caller is shown, in characters.
 _MOST = 20_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _LIBRARIES = (builtins, celery.exceptions, billiard.exceptions, kombu.exceptions, errors)
-#: Modules that declare services: the exceptions defined there are known.
-_modules: set[str] = set()
-#: Exceptions that task options name.
-_named: dict[str, type[Exception]] = {}
+#: Task options that name exceptions.
+_OPTIONS = ("throws", "autoretry_for", "dont_autoretry_for")
 
 
 class Result(AsyncResult):
     """Celery's ``AsyncResult`` whose errors are known classes or ``RemoteTaskError``."""
 
-    def maybe_throw(
-        self, propagate: bool = True, callback: Callable[[str, Any], Any] | None = None
-    ) -> Any:
-        meta = self._get_task_meta() if self._cache is None else self._cache
-        if propagate and meta["status"] in states.PROPAGATE_STATES:
-            value_of(meta)
-        if callback is not None:
-            callback(self.id, meta["result"])
-        return meta["result"]
-
-    maybe_reraise = maybe_throw
-
     def _set_cache(self, d: dict[str, Any]) -> Any:
-        """Keep a record whose error is safe to raise: a group raises it as it finds it here."""
-        stored = d["result"]
-        if d["status"] in states.PROPAGATE_STATES and isinstance(stored, BaseException):
-            d = {**d, "result": checked(stored, d.get("traceback"))}
+        """Keep a record whose error is safe to raise: Celery raises it as it finds it here."""
+        if d["status"] in states.PROPAGATE_STATES:
+            d = {**d, "result": restored(d["result"], d.get("traceback"))}
         return super()._set_cache(d)
-
-
-def know_module(name: str) -> None:
-    """Let callers get the exceptions that the module ``name`` defines."""
-    _modules.add(name)
-
-
-def know_exceptions(options: Mapping[str, Any]) -> None:
-    """Let callers get the exceptions that a task's options name."""
-    for option in ("throws", "autoretry_for", "dont_autoretry_for"):
-        for cls in options.get(option) or ():
-            # What a caller gets is an Exception, whatever a body may throw.
-            if issubclass(cls, Exception):
-                _named[f"{cls.__module__}.{cls.__qualname__}"] = cls
 
 
 def value_of(meta: Mapping[str, Any]) -> Any:
@@ -81,14 +52,25 @@ def value_of(meta: Mapping[str, Any]) -> Any:
     """
     if meta["status"] not in states.PROPAGATE_STATES:
         return meta["result"]
-    stored, text = meta["result"], meta.get("traceback")
-    if isinstance(stored, BaseException):
-        raise checked(stored, text)
-    raise restored(stored, text)
+    raise restored(meta["result"], meta.get("traceback"))
 
 
 def restored(stored: Any, traceback: str | None) -> Exception:
-    """Return the exception that the mapping ``stored`` describes."""
+    """Return the exception that a record has, or describes; of an unknown class a stand-in.
+
+    Args:
+        stored: Celery's mapping, or the exception that Celery made of it.
+        traceback: the remote one, which becomes the cause.
+    """
+    if isinstance(stored, BaseException):
+        cls = type(stored)
+        if isinstance(stored, Exception) and _class(f"{cls.__module__}.{cls.__qualname__}") is cls:
+            return _with_cause(stored, traceback)
+        stored = {
+            "exc_module": cls.__module__,
+            "exc_type": cls.__qualname__,
+            "exc_message": stored.args,
+        }
     if not isinstance(stored, Mapping) or "exc_type" not in stored:
         return _unknown("unknown error", (repr(stored),), traceback)
     module, name = str(stored.get("exc_module") or ""), str(stored["exc_type"])
@@ -97,24 +79,11 @@ def restored(stored: Any, traceback: str | None) -> Exception:
         # Celery's stand-in for a class that cannot be imported: (module, class, args, text).
         module, name, stored_arguments, _ = arguments
         return _unknown(f"{module}.{name}", _arguments(stored_arguments), traceback)
-    cls = _class(f"{module or 'builtins'}.{name}")
-    if cls is None:
-        return _unknown(f"{module}.{name}" if module else name, arguments, traceback)
-    made = _made(cls, arguments, traceback or "")
+    known = _class(f"{module or 'builtins'}.{name}")
+    made = None if known is None else _made(known, arguments, traceback or "")
     if made is None:
-        return _unknown(f"{module}.{name}", arguments, traceback)
+        return _unknown(f"{module}.{name}" if module else name, arguments, traceback)
     return _with_cause(made, traceback)
-
-
-def checked(exc: BaseException, traceback: str | None) -> Exception:
-    """Return ``exc``, which Celery restored, when its class is known, else ``RemoteTaskError``."""
-    if isinstance(exc, UnpickleableExceptionWrapper):
-        return _unknown(f"{exc.exc_module}.{exc.exc_cls_name}", tuple(exc.exc_args), traceback)
-    cls = type(exc)
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    if isinstance(exc, Exception) and _class(name) is cls:
-        return _with_cause(exc, traceback)
-    return _unknown(name, exc.args, traceback)
 
 
 def _made(cls: type[Exception], arguments: tuple[Any, ...], traceback: str) -> Exception | None:
@@ -158,16 +127,23 @@ def _class(name: str) -> type[Exception] | None:
 
 
 def _known_classes() -> dict[str, type[Exception]]:
-    modules = [sys.modules[name] for name in _modules if name in sys.modules]
-    return {**_exceptions_of([*_LIBRARIES, *modules]), **_named}
-
-
-def _exceptions_of(modules: Iterable[Any]) -> dict[str, type[Exception]]:
-    return {
-        f"{cls.__module__}.{cls.__qualname__}": cls
-        for module in modules
+    declared = signals.registries()
+    services = [service for owner in declared for service in owner.services.values()]
+    targets = [service.target for service in services]
+    targets += [context.cls for owner in declared for context in owner.contexts.values()]
+    names = {target.__module__ for target in targets} & sys.modules.keys()
+    classes = [
+        cls
+        for module in (*_LIBRARIES, *(sys.modules[name] for name in names))
         for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, Exception) and cls.__module__ in sys.modules
+        if isinstance(cls, type) and cls.__module__ in sys.modules
+    ]
+    for service in services:
+        for method in service.methods.values():
+            classes += [cls for option in _OPTIONS for cls in method.options.get(option) or ()]
+    # What a caller gets is an Exception, whatever a body may throw.
+    return {
+        f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes if issubclass(cls, Exception)
     }
 
 

@@ -24,7 +24,7 @@ _BEGUN = "gw_begun"
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
-class ServingTask(Task):
+class ServingTask(bound.CallMethods, Task):
     """A Celery task whose body runs on the loop, with the loaded state of its process."""
 
     abstract = True
@@ -53,7 +53,7 @@ class ServingTask(Task):
         """Run the body when Celery's tracer calls, else return an awaitable of the answer."""
         request = self.request_stack.top
         if request is None or request.called_directly or _BEGUN in vars(request):
-            return bound.BoundTask(self)(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
         setattr(request, _BEGUN, True)
         try:
             return self.run(*args, **kwargs)
@@ -106,31 +106,6 @@ class ServingTask(Task):
         return results.Result(
             task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs
         )
-
-    def options(self, *, timeout: float | None = None, **options: Any) -> bound.BoundTask:
-        """Return the task with a ``timeout`` for callers and any option of ``apply_async``."""
-        return bound.BoundTask(self).options(timeout=timeout, **options)
-
-    def remote(self, *args: Any, **kwargs: Any) -> Any:
-        """Send the task and block until it is answered; see ``BoundTask.remote``."""
-        return bound.BoundTask(self).remote(*args, **kwargs)
-
-    async def aremote(self, *args: Any, **kwargs: Any) -> Any:
-        """Send the task and wait for its answer on the event loop."""
-        return await bound.BoundTask(self).aremote(*args, **kwargs)
-
-    def spawn(self, *args: Any, **kwargs: Any) -> bound.Spawned:
-        """Send the task and return a handle to ``get``, ``await`` or ``cancel``."""
-        return bound.BoundTask(self).spawn(*args, **kwargs)
-
-    def local(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body in this process and return its answer."""
-        return bound.BoundTask(self).local(*args, **kwargs)
-
-    def _no_canvas(self, *_: Any, **__: Any) -> Any:
-        return bound.BoundTask(self).map()
-
-    map = starmap = chunks = _no_canvas
 
     def _is_routed(self, options: dict[str, Any], args: Any, kwargs: Any) -> bool:
         if _names_queue(options):

@@ -47,7 +47,7 @@ def identify() -> Any:
 def follow() -> Followed:
     """Bind the present identity to the context, for what will run in it elsewhere.
 
-    Whoever follows ends it with the call.
+    The caller ends it with the call.
     """
     followed = Followed(identify())
     _followed.set(followed)
@@ -57,7 +57,7 @@ def follow() -> Followed:
 def bind() -> Followed:
     """Bind an identity of its own to the context, for an input that runs in no thread of its own.
 
-    Whoever binds ends it with the input.
+    The caller ends it with the input.
     """
     followed = Followed(object())
     _followed.set(followed)

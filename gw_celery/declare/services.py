@@ -116,13 +116,12 @@ class Service:
 
 
 def placement(
-    *,
+    device: gpu.Gpu | None,
     queue: Any,
     min_workers: object,
     max_workers: object,
     timeout: object,
     max_queue_time: object,
-    device: gpu.Gpu | None,
 ) -> Placement:
     """Return the checked placement of a service.
 

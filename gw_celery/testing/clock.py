@@ -81,7 +81,13 @@ class FakeClock:
     def call_at(
         self, when: float, callback: Callable[[], object], context: contextvars.Context
     ) -> _Timer:
-        """Call ``callback`` on the running loop, in ``context``, once it is ``when``."""
+        """Call ``callback`` on the running loop, in ``context``, once it is ``when``.
+
+        Args:
+            when: time by this clock, in seconds.
+            callback: called without arguments.
+            context: what it runs in.
+        """
         loop = asyncio.get_running_loop()
         timer = _Timer(when, loop, lambda: loop.call_soon_threadsafe(run, context=context))
 

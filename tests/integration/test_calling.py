@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -221,8 +222,11 @@ def test_an_answer_that_cannot_be_read_ends_the_wait_with_its_reason() -> None:
     stored = '{"status": "SUCCESS", "result": {"~obj": ["other.Type@1", {}]}}'
     backend.set(backend.get_key_for_task(unread.id), stored)
 
+    sending: Future[Any] = Future()
+    sending.set_result(unread)
+
     async def awaited() -> None:
-        await calls.answer(unread, "served.echo", 5)
+        await calls.watcher(served.celery).answer(sending, "served.echo", 5)
 
     with pytest.raises(errors.SerializationError, match=r"other\.Type"):
         asyncio.run(awaited())

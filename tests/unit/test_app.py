@@ -102,6 +102,17 @@ def test_a_base_of_the_users_keeps_its_methods_and_runs_its_hooks(app, serve) ->
     assert seen == [f"{task.name} begins"]
 
 
+def test_a_base_keeps_private_attributes_whose_names_are_likely(app, serve) -> None:
+    class Own(celery.Task):
+        _options = _timeout = task = "the user's"
+
+    task = app.remote(base=Own)(square)
+
+    serve()
+    assert (task._options, task._timeout, task.task) == ("the user's",) * 3
+    assert task.remote(5) == 25
+
+
 def test_a_method_has_a_base_of_the_users_too(app, serve) -> None:
     @app.cls
     class Model:

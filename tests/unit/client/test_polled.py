@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import types
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import kombu.exceptions
@@ -22,16 +23,17 @@ class Source:
     def __init__(
         self, read: Callable[[str], Mapping[str, Any]], cls: type[PolledSource] = PolledSource
     ) -> None:
-        self.resolved: dict[str, Any] = {}
+        self._waiters: dict[str, Future[Mapping[str, Any]]] = {}
         self.asked: list[str] = []
         self._read = read
         backend = types.SimpleNamespace(get_task_meta=self._ask)
         app = types.SimpleNamespace(_get_backend=lambda: backend)
-        self.polled = cls(app, self._resolve, INTERVAL)
+        self.polled = cls(app, INTERVAL)
 
     async def wait_for(self, *task_ids: str) -> None:
         for task_id in task_ids:
-            self.polled.watch(task_id)
+            self._waiters[task_id] = Future()
+            self.polled.add(task_id, self._waiters[task_id])
         assert self.polled._life is not None
         await asyncio.wait_for(self.polled._life, LONG)
 
@@ -39,10 +41,10 @@ class Source:
         self.asked.append(task_id)
         return self._read(task_id)
 
-    def _resolve(self, task_id: str, meta: Any) -> None:
-        if isinstance(meta, Exception) or meta["status"] in states.READY_STATES:
-            self.resolved[task_id] = meta
-            self.polled.forget(task_id)
+    @property
+    def resolved(self) -> dict[str, Any]:
+        done = {task_id: waiter for task_id, waiter in self._waiters.items() if waiter.done()}
+        return {task_id: waiter.exception() or waiter.result() for task_id, waiter in done.items()}
 
 
 def success(task_id: str) -> Mapping[str, Any]:

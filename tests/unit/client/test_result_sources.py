@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 from celery import Celery
 
-from gw_celery import conf
 from gw_celery.client import result_sources
 from gw_celery.replica import result_backends
 from tests.processes import environment
@@ -18,7 +18,7 @@ from tests.unit.runtime.tracers import DEADLINE, Around, Reports
 
 
 def source_of(app: Celery) -> result_sources.Source:
-    return result_sources.of(app, lambda task_id, record: None, conf.read(app.conf))
+    return result_sources.of(app, 0.5)
 
 
 @pytest.mark.parametrize("is_replica", [False, True])
@@ -59,7 +59,7 @@ def test_a_server_that_accepts_and_never_answers_is_given_up(
             port = server.sockets[0].getsockname()[1]
             app = Celery("proj", backend=f"redis://127.0.0.1:{port}", set_as_current=False)
             source = source_of(app)
-            source.watch("1")
+            source.add("1", Future())
             assert source._life is not None
             try:
                 async with asyncio.timeout(DEADLINE):

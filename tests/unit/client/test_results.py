@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import celery.exceptions
 import pytest
@@ -10,7 +11,7 @@ from celery import states
 from celery.utils.serialization import UnpickleableExceptionWrapper
 
 import gw_celery as gw
-from gw_celery import errors
+from gw_celery import errors, signals
 from gw_celery.client import results
 
 
@@ -30,7 +31,20 @@ def module() -> Iterator[types.ModuleType]:
     sys.modules["users_tasks"] = made
     yield made
     del sys.modules["users_tasks"]
-    results._modules.discard("users_tasks")
+
+
+@pytest.fixture(autouse=True)
+def _what_is_declared_stays_in_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_registries", [])
+
+
+def declare(app: gw.App, **options: Any) -> None:
+    """Declare a service in the user's module."""
+
+    async def body(): ...
+
+    body.__module__ = "users_tasks"
+    app.remote(body, **options)
 
 
 def raised(meta: dict[str, object]) -> Exception:
@@ -67,23 +81,20 @@ def test_a_known_error_comes_back_as_its_class_with_its_arguments(mapping, expec
     assert "Traceback: here" in str(error.__cause__)
 
 
-def test_an_error_of_a_module_that_declares_services_is_known(module) -> None:
+def test_an_error_of_a_module_that_declares_services_is_known(app, module) -> None:
     mapping = stored("Full", "queue", module="users_tasks")
     assert type(results.restored(mapping, None)) is errors.RemoteTaskError
 
-    results.know_module("users_tasks")
+    declare(app)
     assert type(results.restored(mapping, None)) is module.Full
 
 
-def test_an_error_that_task_options_name_is_known() -> None:
+def test_an_error_that_task_options_name_is_known(app: gw.App) -> None:
     mapping = stored("Unheard", "x", module=__name__)
     assert type(results.restored(mapping, None)) is errors.RemoteTaskError
 
-    results.know_exceptions({"throws": (Unheard,)})
-    try:
-        assert type(results.restored(mapping, None)) is Unheard
-    finally:
-        results._named.clear()
+    declare(app, throws=(Unheard,))
+    assert type(results.restored(mapping, None)) is Unheard
 
 
 class Exit(SystemExit):
@@ -97,7 +108,7 @@ def test_an_exit_that_task_options_name_is_never_raised(app: gw.App, option: str
 
     for mapping in (stored("SystemExit", 3), stored("Exit", 3, module=__name__)):
         assert type(results.restored(mapping, None)) is errors.RemoteTaskError
-    assert type(results.checked(Exit(3), None)) is errors.RemoteTaskError
+    assert type(results.restored(Exit(3), None)) is errors.RemoteTaskError
 
 
 def test_declaring_makes_the_errors_of_the_options_known(app: gw.App) -> None:
@@ -108,7 +119,6 @@ def test_declaring_makes_the_errors_of_the_options_known(app: gw.App) -> None:
 
     name = f"{__name__}.{Mine.__qualname__}"
     assert results._class(name) is Mine
-    results._named.clear()
 
 
 CUSTOM = """
@@ -138,10 +148,10 @@ class Text(str): ...
     ],
 )
 def test_an_error_that_its_class_would_make_another_one_of_keeps_its_text(
-    module, mapping, traceback, message
+    app, module, mapping, traceback, message
 ) -> None:
     exec(CUSTOM, vars(module))  # noqa: S102
-    results.know_module("users_tasks")
+    declare(app)
 
     error = results.restored({**mapping, "exc_module": "users_tasks"}, traceback)
     assert isinstance(error, gw.RemoteTaskError)
@@ -158,9 +168,9 @@ def test_an_error_that_its_class_would_make_another_one_of_keeps_its_text(
         (stored("Plain", "ValueError('x')"), "users_tasks.Plain: x"),
     ],
 )
-def test_an_error_that_can_be_made_again_keeps_its_class(module, mapping, line) -> None:
+def test_an_error_that_can_be_made_again_keeps_its_class(app, module, mapping, line) -> None:
     exec(CUSTOM.replace("message, code", "message='', code"), vars(module))  # noqa: S102
-    results.know_module("users_tasks")
+    declare(app)
     if mapping["exc_type"] == "Coded":
         mapping = {**mapping, "exc_message": ()}
         vars(module)["Coded"].__init__ = lambda self: None
@@ -211,16 +221,16 @@ def test_what_ends_a_worker_is_never_raised(name: str) -> None:
     assert type(error) is errors.RemoteTaskError
 
 
-def test_an_exit_that_a_users_module_defines_is_never_raised(module) -> None:
-    results.know_module("users_tasks")
+def test_an_exit_that_a_users_module_defines_is_never_raised(app, module) -> None:
+    declare(app)
 
     error = results.restored(stored("Exit", 3, module="users_tasks"), None)
     assert type(error) is errors.RemoteTaskError
 
 
 @pytest.mark.parametrize("name", ["print", "int", "exec", "X", "__name__", "Full.__init__"])
-def test_what_is_no_error_is_never_called(module, name: str, capsys) -> None:
-    results.know_module("users_tasks")
+def test_what_is_no_error_is_never_called(app, module, name: str, capsys) -> None:
+    declare(app)
     for place in ("builtins", "users_tasks"):
         error = results.restored(stored(name, "1", module=place), None)
         assert type(error) is errors.RemoteTaskError
@@ -242,7 +252,7 @@ def test_a_known_error_that_celery_restored_keeps_its_identity() -> None:
 
 def test_a_class_that_celery_made_up_is_a_remote_task_error() -> None:
     made_up = type("Gone", (Exception,), {"__module__": "lost.module"})
-    error = results.checked(made_up("x"), None)
+    error = results.restored(made_up("x"), None)
 
     assert isinstance(error, gw.RemoteTaskError)
     assert error.type_name == "lost.module.Gone"
@@ -256,7 +266,7 @@ def test_celerys_stand_in_names_the_class_that_it_stands_for() -> None:
         module="celery.utils.serialization",
     )
 
-    for error in (results.checked(stand_in, None), results.restored(mapping, None)):
+    for error in (results.restored(stand_in, None), results.restored(mapping, None)):
         assert isinstance(error, gw.RemoteTaskError)
         assert (error.type_name, error.message) == ("lost.module.Gone", "x")
 

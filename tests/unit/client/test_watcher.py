@@ -13,7 +13,7 @@ from celery import Celery, signals, states
 from celery.backends import cache
 
 import gw_celery as gw
-from gw_celery.client import calls, results
+from gw_celery.client import calls
 from tests.processes import eventually
 
 LONG = 60.0
@@ -93,14 +93,10 @@ class CodeError(Exception):
 def test_an_error_that_celery_would_rebuild_wrongly_says_what_it_said(
     square, error: Exception, type_name: str, message: str
 ) -> None:
-    results.know_module(__name__)
     answer(square, "1", error, states.FAILURE)
 
-    try:
-        with pytest.raises(gw.RemoteTaskError) as caught:
-            square.options(task_id="1").remote(5)
-    finally:
-        results._modules.discard(__name__)
+    with pytest.raises(gw.RemoteTaskError) as caught:
+        square.options(task_id="1").remote(5)
     assert caught.value.type_name == type_name
     assert caught.value.message.startswith(message)
     assert caught.value.traceback == "the remote traceback"
@@ -158,16 +154,17 @@ def test_a_call_without_a_result_is_not_waited_for(app: gw.App, where: str) -> N
 
 
 def test_many_calls_wait_in_one_thread(square) -> None:
+    square.app.conf.gw_publish_threads = 1
     before = threading.active_count()
 
     async def main() -> list[Any]:
-        sent = [square.apply_async((n,), task_id=str(n)) for n in range(300)]
-        waits = [asyncio.ensure_future(calls.answer(one, "square", LONG)) for one in sent]
+        sent = [square.options(task_id=str(n)).spawn(n) for n in range(300)]
+        waits = [asyncio.ensure_future(spawned) for spawned in sent]
         await asyncio.sleep(0)
-        assert threading.active_count() == before + 1
+        assert threading.active_count() == before + 2  # the watcher's, and the one that publishes
         for n in range(300):
             answer(square, str(n), n * n)
-        return [meta["result"] for meta in await asyncio.gather(*waits)]
+        return await asyncio.gather(*waits)
 
     assert asyncio.run(main()) == [n * n for n in range(300)]
 
@@ -181,11 +178,11 @@ def test_the_threads_that_publish_share_one_pool_of_producers(square) -> None:
 
 def test_two_that_wait_for_one_answer_both_get_it(square) -> None:
     async def main() -> list[Any]:
-        sent = square.apply_async((5,), task_id="1")
-        waits = [asyncio.ensure_future(calls.answer(sent, "square", LONG)) for _ in range(2)]
+        sent = square.options(task_id="1").spawn(5)
+        waits = [asyncio.ensure_future(sent) for _ in range(2)]
         await asyncio.sleep(0)
         answer(square, "1", 25)
-        return [meta["result"] for meta in await asyncio.gather(*waits)]
+        return await asyncio.gather(*waits)
 
     assert asyncio.run(main()) == [25, 25]
 
@@ -207,8 +204,7 @@ def test_a_wait_that_is_cancelled_revokes_the_call(square, monkeypatch) -> None:
     ids = revoked(square, monkeypatch)
 
     async def main() -> None:
-        sent = square.apply_async((5,), task_id="1")
-        calling = asyncio.ensure_future(calls.answer(sent, "square", None))
+        calling = asyncio.ensure_future(square.options(task_id="1").spawn(5))
         await asyncio.sleep(0)
         calling.cancel()
         await asyncio.wait([calling])
