@@ -86,16 +86,12 @@ class Probes:
         self, service: services.Service, method: services.Method, run: Callable[[], Any]
     ) -> Any:
         if not method.is_async:
-            return await loop.in_thread(self._contained, run)
+            return await loop.in_thread(body_guard.call, self._around, run)
         with body_guard.Contained():
             probes = (probe for probe in service.probes if probe.method == method.name)
             limits = (probe.timeout_s for probe in probes)
             async with asyncio.timeout(max(limits, default=None)):
                 return await run()
-
-    def _contained(self, run: Callable[[], Any]) -> Any:
-        with body_guard.Contained():
-            return self._around(run)
 
 
 def judge(answer: Any) -> tuple[bool, str]:

@@ -281,7 +281,7 @@ class Batcher:
             return await greenlet_bridge.step(
                 lambda: greenlet_bridge.drive(self._body(fn, args, kwargs)), greenlet_bridge.NOBODY
             )
-        return await self._threads.run(self._sync_body, fn, args, kwargs)
+        return await self._threads.run(body_guard.call_for_future, fn, *args, **kwargs)
 
     async def _body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -293,13 +293,6 @@ class Batcher:
                 task.uncancel()
             reason = "the body cancelled its own task; raise an Exception to fail its inputs"
             raise errors.BodyExited(reason) from exc
-
-    def _sync_body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        try:
-            with body_guard.Contained():
-                return fn(*args, **kwargs)
-        except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
-            raise RuntimeError(f"the body raised {exc!r}") from exc
 
     # -- recovering --
 

@@ -145,7 +145,7 @@ def _run_sync(runtime: in_process.Process, call: Call) -> Any:
             _wait_within_limits(runtime, call, use.load())
         bound: Callable[..., Any] = getattr(use.view(), call.method.name)
         args, kwargs = batch_items.of_one_input(call.method, call.args, call.kwargs)
-        return batch_items.only_answer(call.method, _contained(runtime, bound, *args, **kwargs))
+        return batch_items.only_answer(call.method, body_guard.call(bound, *args, **kwargs))
     finally:
         use.end()
 
@@ -173,27 +173,11 @@ async def _answer(
         return await batcher.submit(fn, call.args, call.kwargs, key=key, using=using)
     args, kwargs = batch_items.of_one_input(call.method, call.args, call.kwargs)
     if call.method.is_async:
-        with body_guard.Contained(runtime.is_ending):
+        with body_guard.Contained():
             answer = await fn(*args, **kwargs)
     else:  # it must not stop the loop that it shares with the body that awaits it
-        answer = await asyncio.to_thread(_threaded, runtime, fn, *args, **kwargs)
+        answer = await asyncio.to_thread(body_guard.call_for_future, fn, *args, **kwargs)
     return batch_items.only_answer(call.method, answer)
-
-
-def _contained(
-    runtime: in_process.Process, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
-) -> Any:
-    with body_guard.Contained(runtime.is_ending):
-        return fn(*args, **kwargs)
-
-
-def _threaded(
-    runtime: in_process.Process, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
-) -> Any:
-    try:
-        return _contained(runtime, fn, *args, **kwargs)
-    except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
-        raise RuntimeError(f"the body raised {exc!r}") from exc
 
 
 def _values(call: Call) -> dict[str, Any]:

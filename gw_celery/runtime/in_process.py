@@ -43,15 +43,12 @@ class Process:
         settings: conf.Settings,
         *,
         enforces_limits: bool = True,
-        is_ending: Callable[[], bool] = lambda: False,
         host: loop.LoopThread | loop.MainLoop | None = None,
         batchers: batcher.Batchers | None = None,
     ) -> None:
         self.settings = settings
         #: False where the pool itself enforces time limits.
         self.enforces_limits = enforces_limits
-        #: Whether a signal has told this process to end: a body's exit is then the process's.
-        self.is_ending = is_ending
         #: Where the inputs of batched methods gather; ``None`` where each has a call of its own.
         self.batchers = batchers
         self.pid = os.getpid()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from billiard import common
 from celery import current_task
 from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown, WorkerTerminate
 
@@ -332,16 +333,12 @@ def test_what_ends_the_worker_or_comes_from_the_keyboard_is_not_the_bodys(app, r
     assert caught.value is exc
 
 
-def test_an_exit_in_a_process_that_was_told_to_end_ends_it(app) -> None:
+def test_an_exit_in_a_process_that_was_told_to_end_ends_it(app, run, monkeypatch) -> None:
     raising(app, SystemExit(-241))
-    runtime = in_process.Process(conf.Settings(), is_ending=lambda: True)
-    runtime.start()
-    execution.install(runtime)
-    (service,) = app.registry.services.values()
-    runtime.enter([app.registry], [service])
+    monkeypatch.setattr(common, "_should_have_exited", [True])  # as billiard's handler of signals
 
     with pytest.raises(SystemExit):
-        body.run(runtime, one_input(service, "leave", ()))
+        run("leave")
 
 
 def test_a_body_that_awaits_one_that_exits_gets_its_failure(app, run) -> None:
