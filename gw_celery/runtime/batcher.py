@@ -279,7 +279,7 @@ class Batcher:
         self._host.tell()
         if self._method.is_async:
             return await greenlet_bridge.step(
-                lambda: greenlet_bridge.drive(self._body(fn, args, kwargs)), greenlet_bridge.NOBODY
+                lambda: greenlet_bridge.drive(self._body(fn, args, kwargs))
             )
         return await self._threads.run(body_guard.call_for_future, fn, *args, **kwargs)
 

@@ -11,8 +11,6 @@ from collections.abc import Callable, Coroutine, Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from celery.exceptions import SoftTimeLimitExceeded
-
 from gw_celery.client import execution
 from gw_celery.declare import parameters, services
 from gw_celery.protocol import headers
@@ -77,14 +75,12 @@ class Running:
         """Run ``work`` of an input on the loop, for a thread that waits, within its limits."""
         loop_call = runtime.call(work)
         self._calls[call.task_id] = loop_call
-        has_limit = runtime.enforces_limits and (call.soft_limit or call.hard_limit)
-        limits = _Limits(runtime.loop, loop_call, call) if has_limit else None
+        has_limits = runtime.enforces_limits
+        soft, hard = (call.soft_limit, call.hard_limit) if has_limits else (None, None)
         try:
-            return loop_call.run(runtime.settings.cancel_timeout)
+            return loop_call.run(runtime.settings.cancel_timeout, soft_limit=soft, hard_limit=hard)
         finally:
             self._calls.pop(call.task_id, None)
-            if limits is not None:
-                limits.disarm()
 
     def interrupt(self, task_id: str, exc: BaseException | None) -> bool:
         """Raise ``exc`` in a running call, or stop it without one; return whether there was one."""
@@ -182,31 +178,3 @@ async def _answer(
 
 def _values(call: Call) -> dict[str, Any]:
     return parameters.complete(call.service.parameters, call.given)
-
-
-class _Limits:
-    """The time limits of one call, as timers that another thread sets and cancels."""
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, loop_call: greenlet_bridge.LoopCall[Any], call: Call
-    ) -> None:
-        self._loop = loop
-        self._loop_call = loop_call
-        self._handles: list[asyncio.TimerHandle] = []
-        loop.call_soon_threadsafe(self._arm, call)
-
-    def disarm(self) -> None:
-        self._loop.call_soon_threadsafe(self._cancel)
-
-    def _arm(self, call: Call) -> None:
-        later, loop_call = self._loop.call_later, self._loop_call
-        if call.soft_limit:
-            soft = SoftTimeLimitExceeded(call.soft_limit)
-            self._handles.append(later(call.soft_limit, loop_call.interrupt, soft))
-        if call.hard_limit:
-            hard = execution.HardLimit(call.hard_limit)
-            self._handles.append(later(call.hard_limit, loop_call.abandon, hard))
-
-    def _cancel(self) -> None:
-        for handle in self._handles:
-            handle.cancel()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextvars
 import logging
 import os
 import threading
@@ -165,9 +164,7 @@ class Process:
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> greenlet_bridge.LoopCall[T]:
         """Prepare ``coroutine`` to run on the loop, in the context of the caller."""
-        context = contextvars.copy_context()
-        followed = context.run(task_context.follow)
-        return greenlet_bridge.LoopCall(self.loop, coroutine, context, at_end=followed.end)
+        return greenlet_bridge.LoopCall(self.loop, coroutine)
 
     async def grow(
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]

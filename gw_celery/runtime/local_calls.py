@@ -76,7 +76,7 @@ async def call_eagerly(runtime: in_process.Process, task: Any, send: Callable[[]
     gathers = runtime.batchers is not None and task.gw_method.batched is not None
     if not (gathers and greenlet_bridge.runs_on_loop(task)):
         return await asyncio.to_thread(child)
-    stepped = greenlet_bridge.step(child, greenlet_bridge.NOBODY)
+    stepped = greenlet_bridge.step(child)
     return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(stepped, runtime.loop))
 
 

@@ -27,7 +27,7 @@ def thread() -> Iterator[loop.LoopThread]:
 def call(
     thread: loop.LoopThread, coroutine: Coroutine[Any, Any, Any]
 ) -> greenlet_bridge.LoopCall[Any]:
-    return greenlet_bridge.LoopCall(thread.loop, coroutine, contextvars.copy_context())
+    return greenlet_bridge.LoopCall(thread.loop, coroutine)
 
 
 def run(thread: loop.LoopThread, coroutine: Coroutine[Any, Any, Any]) -> Any:
