@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from gw_celery import conf, errors
@@ -56,7 +57,6 @@ class Process:
         self._contexts: dict[str, lifecycle.Entered] = {}
         self._served: set[str] = set()
         self._instances: dict[str, instances.Instances] = {}
-        self._lives: dict[str, lifecycle.Entered] = {}
         self._growing = asyncio.Lock()
         self._entering: list[lifecycle.Entered] = []
         self._is_blocked = False
@@ -191,64 +191,50 @@ class Process:
     async def _enter(
         self, contexts: Sequence[registry.Context], classes: Sequence[services.Service]
     ) -> None:
-        made = {service.key: self._instances_for(service) for service in classes}
-        defaults = [owner.default_unit() for owner in made.values()]
-        units = [_context_unit(context) for context in contexts]
-        entering = [
-            lifecycle.Entered(unit, self.settings.exit_timeout)
-            for unit in (*units, *filter(None, defaults))
-        ]
-        lives = {life.unit.name: life for life in entering}
-        self._contexts.update({unit.name: lives[unit.name] for unit in units})
-        self._entering.extend(entering)
+        made = {service.key: instances.Instances(service, self.settings) for service in classes}
+        bound = self.settings.exit_timeout
+        entered = {
+            context.key: lifecycle.Entered(context.key, _opened(context), bound)
+            for context in contexts
+        }
+        defaults = {key: life for key, owner in made.items() if (life := owner.enter_default())}
+        self._contexts.update(entered)
+        self._entering = [*entered.values(), *defaults.values()]
         try:
-            await lifecycle.settle_all(entering, self.settings.start_timeout)
+            await lifecycle.settle_all(self._entering, self.settings.start_timeout)
         except (errors.StartupError, asyncio.CancelledError):
-            for unit in units:
-                del self._contexts[unit.name]
+            for key in entered:
+                del self._contexts[key]
             raise
         finally:
-            self._entering.clear()
-        for key in made.keys() & lives.keys():
-            made[key].adopt(lives[key])
-        self._lives.update(lives)
+            self._entering = []
+        for key, life in defaults.items():
+            made[key].adopt(life)
         self._instances.update(made)
-
-    def _instances_for(self, service: services.Service) -> instances.Instances:
-        return instances.Instances(service, self.settings)
 
     async def leave(self) -> None:
         """Leave everything, in parallel, and cancel what is still entering."""
         for life in self._entering:
             life.abandon()
         async with self._growing:  # whoever grows leaves what it entered
-            await asyncio.gather(*(owner.leave() for owner in self._instances.values()))
-            await lifecycle.leave_all(list(self._lives.values()))
+            owners = self._instances.values()
+            contexts = lifecycle.leave_all(list(self._contexts.values()))
+            await asyncio.gather(contexts, *(owner.leave() for owner in owners))
             self._served.clear()
-            self._lives.clear()
             self._contexts.clear()
             self._instances.clear()
 
 
-def _context_unit(context: registry.Context) -> lifecycle.Unit:
-    """A unit that builds the object here, in the replica, and enters it."""
-    made: list[Any] = []
-
-    async def enter() -> Any:
-        manager = await loop.in_thread(lambda: context.cls(*context.args, **context.kwargs))
-        made.append(manager)
-        if hasattr(manager, "__aenter__"):
-            return await manager.__aenter__()
-        return await loop.in_thread(manager.__enter__)
-
-    async def leave() -> None:
-        manager = made[0]
-        if hasattr(manager, "__aexit__"):
-            await manager.__aexit__(None, None, None)
-        else:
-            await loop.in_thread(manager.__exit__, None, None, None)
-
-    return lifecycle.Unit(name=context.key, enter=enter, leave=leave)
+@contextlib.asynccontextmanager
+async def _opened(context: registry.Context) -> AsyncIterator[Any]:
+    """Build the object here, in the replica, enter it and leave it."""
+    manager = await loop.in_thread(lambda: context.cls(*context.args, **context.kwargs))
+    if hasattr(manager, "__aenter__"):
+        yield await manager.__aenter__()
+        await manager.__aexit__(None, None, None)
+    else:
+        yield await loop.in_thread(manager.__enter__)
+        await loop.in_thread(manager.__exit__, None, None, None)
 
 
 _starting = threading.Lock()

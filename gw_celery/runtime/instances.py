@@ -18,7 +18,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from gw_celery import conf, errors
@@ -77,14 +77,17 @@ class Instances:
         # Told that an instance may have become idle, while a build waits for that.
         self._on_idle: Callable[[], object] | None = None
 
-    def default_unit(self) -> lifecycle.Unit | None:
-        """The instance of the default parameters; none when a parameter has no default."""
+    def enter_default(self) -> lifecycle.Entered | None:
+        """Begin to enter the instance of the default parameters; ``None`` where one has none.
+
+        It is ours once ``adopt`` is called.
+        """
         if any(parameter.is_required for parameter in self._service.parameters.values()):
             return None
-        return _unit(self._service, self._view_class, self._defaults())
+        return self._life(self._defaults())
 
     def adopt(self, life: lifecycle.Entered) -> None:
-        """Take over the instance of the default parameters; whoever entered it leaves it."""
+        """Take over the instance of the default parameters."""
         self._add(life, self._defaults(), is_pinned=True)
 
     def take(self, values: ParameterValues) -> Loaded | None:
@@ -150,19 +153,16 @@ class Instances:
         return instance_views.view(loaded.instance, values)
 
     async def leave(self) -> None:
-        """Leave every instance that ``load`` built; the start-up's own are not among them.
-
-        A build under way is cancelled.
-        """
+        """Leave every instance, in parallel; a build under way is cancelled."""
         builds = list(self._builds.values())
         for build in builds:
             build.cancel()
         if builds:
             await asyncio.wait(builds)
         with self._lock:
-            built = [loaded for loaded in self._loaded if not loaded.is_pinned]
+            lives = [loaded.life for loaded in self._loaded]
             self._loaded.clear()
-        await asyncio.gather(*(loaded.life.leave() for loaded in built))
+        await lifecycle.leave_all(lives)
 
     # -- building --
 
@@ -191,13 +191,16 @@ class Instances:
 
     async def _enter(self, values: ParameterValues) -> None:
         """Enter one instance, and raise what it raised."""
-        unit = _unit(self._service, self._view_class, values)
-        life = lifecycle.Entered(unit, self._settings.exit_timeout)
+        life = self._life(values)
         try:
             await lifecycle.settle_all([life], self._settings.start_timeout)
         except errors.StartupError as failed:
-            raise _as_error(unit.name, failed.causes[unit.name]) from None
+            raise _as_error(life.name, failed.causes[life.name]) from None
         self._add(life, values, is_pinned=False)
+
+    def _life(self, values: ParameterValues) -> lifecycle.Entered:
+        manager = _entered(self._service, self._view_class, values)
+        return lifecycle.Entered(self._service.key, manager, self._settings.exit_timeout)
 
     def _add(self, life: lifecycle.Entered, values: ParameterValues, *, is_pinned: bool) -> None:
         instance = life.value.result()
@@ -319,24 +322,11 @@ class Use:
             self._owner.give_back(loaded)
 
 
-def _unit(service: services.Service, view_class: type, values: ParameterValues) -> lifecycle.Unit:
-    """Return what enters and leaves an instance with ``values``; its value is the instance."""
-    entered: list[Any] = []
-
-    async def enter() -> Any:
-        entered.append(await _entered(service, view_class, values))
-        return entered[0]
-
-    async def leave() -> None:
-        (instance,) = entered
-        object.__setattr__(instance, parameters.READS, None)
-        await _run_exit_hooks(instance, service.exit_hooks)
-
-    return lifecycle.Unit(name=service.key, enter=enter, leave=leave)
-
-
-async def _entered(service: services.Service, view_class: type, values: ParameterValues) -> Any:
-    """Return an instance whose ``on_enter`` hooks have run; it knows what its state depends on."""
+@contextlib.asynccontextmanager
+async def _entered(
+    service: services.Service, view_class: type, values: ParameterValues
+) -> AsyncIterator[Any]:
+    """Enter an instance, which then knows what its state depends on, and leave it."""
     reads: set[str] = set()
     # A copy: what a body does to a list that its caller gave is not done to the exit hooks' one.
     instance = instance_views.instance(view_class, copy.deepcopy(dict(values)))
@@ -349,7 +339,9 @@ async def _entered(service: services.Service, view_class: type, values: Paramete
         if parameter.scope == "load" or (name in reads and parameter.scope != "call")
     )
     object.__setattr__(instance, parameters.READS, shaping)
-    return instance
+    yield instance
+    object.__setattr__(instance, parameters.READS, None)
+    await _run_exit_hooks(instance, service.exit_hooks)
 
 
 async def _run_hooks(instance: Any, names: tuple[str, ...]) -> None:

@@ -62,17 +62,14 @@ class Owner:
         self.default: lifecycle.Entered | None = None
 
     async def start(self) -> Owner:
-        unit = self.instances.default_unit()
-        if unit is not None:
-            self.default = lifecycle.Entered(unit, LONG)
+        self.default = self.instances.enter_default()
+        if self.default is not None:
             await lifecycle.settle_all([self.default], LONG)
             self.instances.adopt(self.default)
         return self
 
     async def stop(self) -> None:
         await self.instances.leave()
-        if self.default is not None:
-            await self.default.leave()
 
     def values(self, **given: Any) -> dict[str, Any]:
         known = self.service.parameters
