@@ -163,7 +163,7 @@ async def _serve(channel: socket.socket, link: ParentLink, app: Any, setup: dict
     if has_entered:
         link.report(frames.Report.ENTERED)
         link.beat()
-        watchdog.Watchdog(loop.MainLoop(running), _in_flight).start()
+        watchdog.Watchdog(loop.Host(running), _in_flight).start()
         await link.leaving.wait()
         await services.leave()
     return 0
@@ -199,7 +199,7 @@ class Services:
         self._runtime = in_process.Process(
             settings,
             enforces_limits=False,
-            host=loop.MainLoop(asyncio.get_running_loop()),
+            host=loop.Host(asyncio.get_running_loop()),
             batchers=batchers,
         )
         threads = sum(service.max_inputs for service in self._served) + 1  # one for plain tasks

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
+import inspect
 import logging
 import os
 import threading
@@ -16,16 +18,19 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
+from celery import _state
+from celery.app.base import pydantic_wrapper
+
 from gw_celery import conf, errors
 from gw_celery.client import execution, task_context
 from gw_celery.declare import registry, services
 from gw_celery.runtime import (
+    batch_items,
     batcher,
     body,
     greenlet_bridge,
     instances,
     lifecycle,
-    local_calls,
     loop,
     watchdog,
 )
@@ -43,7 +48,7 @@ class Process:
         settings: conf.Settings,
         *,
         enforces_limits: bool = True,
-        host: loop.LoopThread | loop.MainLoop | None = None,
+        host: loop.Host | None = None,
         batchers: batcher.Batchers | None = None,
     ) -> None:
         self.settings = settings
@@ -149,18 +154,63 @@ class Process:
         return body.run(self, body.Call.of(task, task.request.headers, args, kwargs))
 
     def can_run(self, task: Any) -> bool:
-        """Whether a body that awaits ``task`` gets its answer here, without a message."""
-        return local_calls.can_run(self, task)
+        """Whether a body that awaits ``task`` gets its answer here, without a message.
+
+        Its service is loaded and not held by the caller. A batched method takes no slot: a body may
+        await one of its own service.
+
+        Raises:
+            UsageError: when a batch would wait for another one of its service, which waits for it.
+        """
+        key = task.gw_service.key
+        if not (self.is_on_loop() and self.serves(key)):
+            return False
+        if key not in batch_items.held.get():
+            return True
+        gathers = self._gathers(task)
+        if gathers and batch_items.is_in_batch.get():
+            raise errors.UsageError(
+                f"{task.name} is awaited in a batch of its own service, and would wait for that "
+                f"batch to end: call self.{task.gw_method.name}(...) with lists, or await it before"
+            )
+        return gathers
 
     async def run_async(
         self, task: Any, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run the body of ``task`` as part of the one that awaits it, and return its answer."""
-        return await local_calls.run(self, task, options, args, kwargs)
+        """Run the body of ``task`` as part of the one that awaits it, and return its answer.
+
+        Celery's wrappers around ``run`` are synchronous and belong to its tracer, which has no
+        share in such a call. Converting pydantic models is the one of them that changes what the
+        caller gets.
+        """
+        task.check_arguments(args, kwargs)
+        if task.gw_method.is_bound:
+            args = (task, *args)
+        sent = options.get("headers")
+        if not task.gw_method.options.get("pydantic"):
+            return await body.run_async(self, body.Call.of(task, sent, args, kwargs))
+        validate, dump = _pydantic(task)
+        args, kwargs = validate(*args, **kwargs)
+        return dump(await body.run_async(self, body.Call.of(task, sent, args, kwargs)))
 
     async def call_eagerly(self, task: Any, send: Callable[[], Any]) -> Any:
-        """Return ``send()``, an eager call of ``task``, without blocking the loop of its caller."""
-        return await local_calls.call_eagerly(self, task, send)
+        """Return ``send()``, an eager call of ``task``, without blocking the loop of its caller.
+
+        It is a caller of its own: bodies that run at once need stacks of their own. Inputs that
+        gather need each other, and there may be more of them than threads: these wait in greenlets
+        on the loop of the process, as in a replica.
+        """
+        parent = _state.get_current_task()
+        request = None if parent is None else parent.request_stack.top
+        child = functools.partial(_as_child, parent, request, send)
+        if not (self._gathers(task) and greenlet_bridge.runs_on_loop(task)):
+            return await asyncio.to_thread(child)
+        stepped = greenlet_bridge.step(child)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(stepped, self.loop))
+
+    def _gathers(self, task: Any) -> bool:
+        return task.gw_method.batched is not None and self.batchers is not None
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> greenlet_bridge.LoopCall[T]:
         """Prepare ``coroutine`` to run on the loop, in the context of the caller."""
@@ -235,6 +285,51 @@ async def _opened(context: registry.Context) -> AsyncIterator[Any]:
     else:
         yield await loop.in_thread(manager.__enter__)
         await loop.in_thread(manager.__exit__, None, None, None)
+
+
+def _as_child(parent: Any, request: Any, send: Callable[[], Any]) -> Any:
+    own = task_context.bind()
+    try:
+        if request is None:
+            return send()
+        # Celery takes the parent of an eager call from the stacks of whoever makes it.
+        _state._task_stack.push(parent)
+        parent.request_stack.push(request)
+        try:
+            return send()
+        finally:
+            parent.request_stack.pop()
+            _state._task_stack.pop()
+    finally:
+        own.end()
+
+
+@functools.cache
+def _pydantic(task: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
+    """Celery's own conversion of the arguments, and of the answer."""
+    method: services.Method = task.gw_method
+    signature = services.full_signature(method) if method.is_bound else method.signature
+    answer = inspect.Parameter("_gw_answer", inspect.Parameter.POSITIONAL_ONLY)
+    return (
+        _wrapped(task, lambda *args, **kwargs: (args, kwargs), signature),
+        _wrapped(task, lambda answer: answer, signature.replace(parameters=[answer])),
+    )
+
+
+def _wrapped(task: Any, fn: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
+    """Wrap ``fn`` as Celery wraps the body: the annotations are the body's."""
+    fn = functools.wraps(task.gw_method.function)(fn)
+    fn.__signature__ = signature  # type: ignore[attr-defined]
+    options = task.gw_method.options
+    wrapped: Callable[..., Any] = pydantic_wrapper(
+        task.app,
+        fn,
+        task.name,
+        options.get("pydantic_strict", False),
+        options.get("pydantic_context"),
+        options.get("pydantic_dump_kwargs"),
+    )
+    return wrapped
 
 
 _starting = threading.Lock()
