@@ -189,13 +189,12 @@ class Services:
         self._registries = gw_celery_signals.registries()
         self._served = list(registry.serving(self._registries, setup["queues"]))
         settings, around = conf.read(app.conf), django_connections.around(app)
-        host = batcher.Host(
+        batchers = batcher.Batchers(
             around=around,
             tell=link.flush,
             on_stuck=lambda name: link.report(frames.Report.STUCK, name),
             grace=settings.cancel_timeout,
         )
-        batchers = batcher.Batchers(host)
         self._runtime = in_process.Process(
             settings,
             enforces_limits=False,

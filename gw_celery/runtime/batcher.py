@@ -11,39 +11,55 @@ import gc
 import logging
 import operator
 import sys
+import time
 import traceback
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from celery import current_task
 from celery.exceptions import Retry
 
 from gw_celery import errors, types
 from gw_celery.client import execution
-from gw_celery.declare import markers, services
+from gw_celery.declare import services
 from gw_celery.policy import batching
-from gw_celery.runtime import (
-    batch_items,
-    body_guard,
-    clocks,
-    greenlet_bridge,
-    offload,
-)
+from gw_celery.runtime import batch_items, body_guard, greenlet_bridge, offload
 
 logger = logging.getLogger(__name__)
 
 
-def _as_it_is(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return fn(*args, **kwargs)
+class Clock(Protocol):
+    """The present time, in seconds since any point, and callbacks on the running loop."""
+
+    def now(self) -> float: ...
+
+    def call_at(
+        self, when: float, callback: Callable[[], object], context: contextvars.Context
+    ) -> Any:
+        """Call ``callback`` once it is ``when``, unless ``cancel()`` of what returns is called."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Host:
-    """The replica, as its batchers see it."""
+class Monotonic:
+    """The clock of this machine, as its loops have it."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def call_at(
+        self, when: float, callback: Callable[[], object], context: contextvars.Context
+    ) -> asyncio.TimerHandle:
+        # By the delay: a loop may count from another point than this clock.
+        delay = max(0.0, when - self.now())
+        return asyncio.get_running_loop().call_later(delay, callback, context=context)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Batchers:
+    """The batchers of a replica, each made when its method is first called."""
 
     #: Calls what it is given, with whatever must surround work in a thread.
-    around: Callable[..., Any] = _as_it_is
+    around: Callable[..., Any] = body_guard.call
     #: Sends what the inputs reported as they began, before the body can do any harm.
     tell: Callable[[], None] = lambda: None
     #: Told which task's call goes on though nobody waits for it any more, and cannot be ended.
@@ -51,9 +67,26 @@ class Host:
     #: Seconds that such a call has to end.
     grace: float = 5.0
     #: By which inputs wait.
-    clock: clocks.Clock = dataclasses.field(default_factory=clocks.Monotonic)
+    clock: Clock = dataclasses.field(default_factory=Monotonic)
     #: Of the calls: it belongs to no input.
     context: contextvars.Context = dataclasses.field(default_factory=contextvars.copy_context)
+    #: The replica takes nothing new: nothing waits for others.
+    is_draining: bool = False
+
+    def __post_init__(self) -> None:
+        self._batchers: dict[str, Batcher] = {}
+
+    def of(self, service: services.Service, method: services.Method) -> Batcher:
+        name = method.task_name
+        if name not in self._batchers:
+            self._batchers[name] = Batcher(service, method, self)
+        return self._batchers[name]
+
+    def drain(self) -> None:
+        """Wait for nobody any more: what is here runs as soon as its method is free."""
+        self.is_draining = True
+        for batcher in self._batchers.values():
+            batcher.form_soon()
 
 
 class Batcher:
@@ -62,11 +95,13 @@ class Batcher:
     Args:
         service: whose slots the body holds.
         method: the declaration, with the bounds of a batch.
-        host: the replica that calls it.
+        host: those of its replica.
     """
 
-    def __init__(self, service: services.Service, method: services.Method, host: Host) -> None:
-        declared = _declared(method)
+    def __init__(self, service: services.Service, method: services.Method, host: Batchers) -> None:
+        declared = method.batched
+        if declared is None:
+            raise ValueError(f"{method.task_name} is not batched")
         self._service = service
         self._method = method
         self._host = host
@@ -85,9 +120,8 @@ class Batcher:
         self._running: dict[asyncio.Task[None], list[batch_items.BatchItem]] = {}
         #: Those of them that nobody waits for.
         self._deserted: set[asyncio.Task[None]] = set()
-        self._timer: clocks.Timer | None = None
+        self._timer: Any = None
         self._is_forming = False
-        self._is_draining = False
 
     async def submit(
         self,
@@ -127,7 +161,7 @@ class Batcher:
             outcome=asyncio.get_running_loop().create_future(),
         )
         self._waiting.put(item)
-        self._form_soon()
+        self.form_soon()
         try:
             is_failure, value = await item.outcome
         except BaseException:  # stopped, or at its limit
@@ -139,11 +173,6 @@ class Batcher:
         if is_failure:
             raise value
         return value
-
-    def drain(self) -> None:
-        """Wait for nobody any more: what is here runs as soon as the method is free."""
-        self._is_draining = True
-        self._form_soon()
 
     def _key(self, key: Hashable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
         if self._declared.key is None:
@@ -176,7 +205,7 @@ class Batcher:
 
     # -- forming --
 
-    def _form_soon(self) -> None:
+    def form_soon(self) -> None:
         """Form batches behind what this turn of the loop still brings."""
         if not self._is_forming:
             self._is_forming = True
@@ -189,7 +218,7 @@ class Batcher:
             self._timer = None
         while len(self._running) < self._declared.max_running_batches:
             now = self._clock.now()
-            batch = self._waiting.next_batch(self._bounds, now, is_draining=self._is_draining)
+            batch = self._waiting.next_batch(self._bounds, now, is_draining=self._host.is_draining)
             if batch is None:
                 self._wait_until_due(now)
                 return
@@ -212,7 +241,7 @@ class Batcher:
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
         self._deserted.discard(task)
-        self._form_soon()
+        self.form_soon()
 
     def _give_up_deserted(self) -> None:
         """End the calls that nobody waits for any more: they keep others from being made."""
@@ -332,29 +361,6 @@ class Batcher:
         )
 
 
-class Batchers:
-    """The batchers of a replica, each made when its method is first called."""
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._batchers: dict[str, Batcher] = {}
-        self._is_draining = False
-
-    def of(self, service: services.Service, method: services.Method) -> Batcher:
-        name = method.task_name
-        if name not in self._batchers:
-            self._batchers[name] = Batcher(service, method, self._host)
-            if self._is_draining:
-                self._batchers[name].drain()
-        return self._batchers[name]
-
-    def drain(self) -> None:
-        """Wait for nobody any more: the replica takes nothing new."""
-        self._is_draining = True
-        for batcher in self._batchers.values():
-            batcher.drain()
-
-
 def _try_again(asked: Retry) -> None:
     """Send the input again, for a body that has no request to call ``retry()`` of."""
     when = {"countdown" if isinstance(asked.when, int | float) else "eta": asked.when}
@@ -363,12 +369,6 @@ def _try_again(asked: Retry) -> None:
 
 def _cut(items: list[batch_items.BatchItem], size: int) -> list[list[batch_items.BatchItem]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _declared(method: services.Method) -> markers.Batched:
-    if method.batched is None:
-        raise ValueError(f"{method.task_name} is not batched")
-    return method.batched
 
 
 def _is_out_of_memory(exc: Exception) -> bool:
