@@ -27,7 +27,6 @@ T = TypeVar("T")
 class Call:
     """One call of one method, with the limits of its task in seconds."""
 
-    task_id: str
     service: services.Service
     method: services.Method
     given: ParameterValues
@@ -54,7 +53,6 @@ class Call:
         text = (sent or {}).get(headers.PARAMETERS)
         values = json.loads(text) if text else {}
         return cls(
-            task_id=request.id or "",
             service=service,
             method=task.gw_method,
             given=parameters.bind(service.name, service.parameters, values),
@@ -65,44 +63,10 @@ class Call:
         )
 
 
-class Running:
-    """The calls that run in this process, by task id."""
-
-    def __init__(self) -> None:
-        self._calls: dict[str, greenlet_bridge.LoopCall[Any]] = {}
-
-    def run(self, runtime: in_process.Process, call: Call, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` of an input on the loop, for a thread that waits, within its limits."""
-        loop_call = runtime.call(work)
-        self._calls[call.task_id] = loop_call
-        has_limits = runtime.enforces_limits
-        soft, hard = (call.soft_limit, call.hard_limit) if has_limits else (None, None)
-        try:
-            return loop_call.run(runtime.settings.cancel_timeout, soft_limit=soft, hard_limit=hard)
-        finally:
-            self._calls.pop(call.task_id, None)
-
-    def interrupt(self, task_id: str, exc: BaseException | None) -> bool:
-        """Raise ``exc`` in a running call, or stop it without one; return whether there was one."""
-        loop_call = self._calls.get(task_id)
-        if loop_call is None or loop_call.is_over:
-            return False
-        if exc is None:
-            loop_call.abandon(execution.Revoked())
-        else:
-            loop_call.interrupt(exc)
-        return True
-
-
-running = Running()
-
-
 def run(runtime: in_process.Process, call: Call) -> Any:
     """Run ``call`` to its end and return its answer, from Celery's tracer."""
     if call.method.is_async or (call.method.batched and runtime.batchers):
-        if runtime.is_on_loop():
-            return greenlet_bridge.drive(run_async(runtime, call))
-        return running.run(runtime, call, run_async(runtime, call))
+        return _wait_within_limits(runtime, call, run_async(runtime, call))
     return _run_sync(runtime, call)
 
 
@@ -146,14 +110,14 @@ def _run_sync(runtime: in_process.Process, call: Call) -> Any:
         use.end()
 
 
-def _wait_within_limits(
-    runtime: in_process.Process, call: Call, work: Coroutine[Any, Any, None]
-) -> None:
+def _wait_within_limits(runtime: in_process.Process, call: Call, work: Coroutine[Any, Any, T]) -> T:
     """Wait for the loop as part of the input: what stops the input ends the wait."""
     if runtime.is_on_loop():
-        greenlet_bridge.drive(work)
-    else:
-        running.run(runtime, call, work)
+        return greenlet_bridge.drive(work)
+    has_limits = runtime.enforces_limits
+    soft, hard = (call.soft_limit, call.hard_limit) if has_limits else (None, None)
+    grace = runtime.settings.cancel_timeout
+    return runtime.call(work).run(grace, soft_limit=soft, hard_limit=hard)
 
 
 async def _answer(

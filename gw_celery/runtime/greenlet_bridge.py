@@ -30,7 +30,7 @@ from gw_celery.runtime import body_guard
 
 T = TypeVar("T")
 
-#: Seconds between two questions of a thread that waits whether it still should.
+#: Seconds after which a thread that waits looks at whether it still should.
 _INTERVAL = 0.2
 _HOOKS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
 _RECEIVERS = (
@@ -148,15 +148,10 @@ class LoopCall(Generic[T]):
         self._abandoned: BaseException | None = None
         self._over = threading.Event()
 
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing can be raised in the coroutine any more."""
-        return self._over.is_set()
-
     def run(
         self,
         cancel_timeout: float,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
         soft_limit: float | None = None,
         hard_limit: float | None = None,
     ) -> T:
@@ -164,7 +159,7 @@ class LoopCall(Generic[T]):
 
         A ``SoftTimeLimitExceeded`` that interrupts the wait is raised *in the coroutine*, as a
         sync task would get it; anything else cancels it and is raised here, once the coroutine
-        has ended or ``cancel_timeout`` seconds have passed.
+        has ended or ``cancel_timeout`` seconds have passed: at once for what stops the input.
 
         Args:
             cancel_timeout: seconds that the coroutine has to end once it is cancelled.
@@ -172,8 +167,8 @@ class LoopCall(Generic[T]):
             soft_limit: seconds until a ``SoftTimeLimitExceeded`` is raised in the coroutine.
             hard_limit: seconds until the coroutine is cancelled, and ``HardLimit`` raised here.
         """
-        self._loop.call_soon_threadsafe(self._start, soft_limit, hard_limit)
         try:
+            self._loop.call_soon_threadsafe(self._start, soft_limit, hard_limit)
             self._wait(cancel_timeout, meanwhile)
             return self._outcome()
         finally:
@@ -183,10 +178,6 @@ class LoopCall(Generic[T]):
         """Raise ``exc`` in the coroutine at its next (or present) wait; from any thread."""
         self._loop.call_soon_threadsafe(self._cancel, exc)
 
-    def abandon(self, exc: BaseException) -> None:
-        """Answer the waiting thread with ``exc`` at once and cancel the coroutine."""
-        self._loop.call_soon_threadsafe(self._abandon, exc)
-
     def take_interrupt(self) -> BaseException | None:
         """Return the exception that stands in for a cancellation, once."""
         exc, self._interrupt = self._interrupt, None
@@ -194,26 +185,22 @@ class LoopCall(Generic[T]):
             self._task.uncancel()
         return exc
 
-    def _wait(self, cancel_timeout: float, meanwhile: Callable[[], None] | None) -> None:
+    def _wait(self, cancel_timeout: float, meanwhile: Callable[[], None]) -> None:
         while True:
             try:
-                if meanwhile is None:
-                    self._over.wait()
-                else:
-                    while not self._over.wait(_INTERVAL):
-                        meanwhile()
+                # In turns: what another thread raises in this one does not end a wait.
+                while not self._over.wait(_INTERVAL):
+                    meanwhile()
                 return
             except SoftTimeLimitExceeded as limit:
                 self.interrupt(limit)
-            except BaseException:
+            except BaseException as exc:
                 self._loop.call_soon_threadsafe(self._cancel)
-                self._over.wait(cancel_timeout)
+                if not isinstance(exc, execution.Stopped):
+                    self._over.wait(cancel_timeout)
                 raise
 
     def _start(self, soft_limit: float | None, hard_limit: float | None) -> None:
-        if self._abandoned is not None:
-            self._coroutine.close()
-            return
         self._task = self._loop.create_task(self._await(), context=self._context)
         self._task.add_done_callback(self._finish)
         if soft_limit:
