@@ -75,7 +75,7 @@ class Probes:
         if loaded is None:
             return _NOTHING_LOADED
         try:
-            bound = getattr(owner.view(loaded, loaded.values), name)
+            bound = getattr(loaded.view(loaded.values), name)
             args, kwargs = batch_items.of_one_input(method, (), {})
             answer = await self._run(service, method, lambda: bound(*args, **kwargs))
         finally:

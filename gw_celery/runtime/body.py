@@ -29,7 +29,8 @@ class Call:
 
     service: services.Service
     method: services.Method
-    given: ParameterValues
+    #: Of every parameter of its service.
+    values: ParameterValues
     soft_limit: float | None = None
     hard_limit: float | None = None
     #: The user's arguments, behind the task itself where it is declared with ``bind=True``.
@@ -51,11 +52,11 @@ class Call:
         request, service = task.request, task.gw_service
         hard, soft = request.timelimit or (None, None)
         text = (sent or {}).get(headers.PARAMETERS)
-        values = json.loads(text) if text else {}
+        given = parameters.bind(service.name, service.parameters, json.loads(text) if text else {})
         return cls(
             service=service,
             method=task.gw_method,
-            given=parameters.bind(service.name, service.parameters, values),
+            values=parameters.complete(service.parameters, given),
             soft_limit=soft or task.soft_time_limit,
             hard_limit=hard or task.time_limit,
             args=args,
@@ -77,10 +78,15 @@ async def run_async(runtime: in_process.Process, call: Call) -> Any:
     try:
         if not call.service.is_class:
             return await _answer(runtime, call, call.method.function)
-        values, owner = _values(call), runtime.instances_of(call.service)
-        loaded = owner.take(values) or await _loaded(owner, values)
+        values, owner = call.values, runtime.instances_of(call.service)
+        loaded = owner.take(values)
+        if loaded is None:
+            if (joining := batch_items.joining.get()) is not None:
+                # Before it joins a batch: limits bound the wait, and a load can kill the process.
+                joining.begin()
+            loaded = await owner.load(values)
         try:
-            bound: Callable[..., Any] = getattr(owner.view(loaded, values), call.method.name)
+            bound: Callable[..., Any] = getattr(loaded.view(values), call.method.name)
             key, using = loaded.batch_key(values), functools.partial(owner.using, loaded)
             return await _answer(runtime, call, bound, key=key, using=using)
         finally:
@@ -90,16 +96,8 @@ async def run_async(runtime: in_process.Process, call: Call) -> Any:
         batch_items.held.reset(held)
 
 
-async def _loaded(owner: instances.Instances, values: ParameterValues) -> instances.Loaded:
-    joining = batch_items.joining.get()
-    if joining is not None:
-        # Before it joins a batch: limits bound the wait, and a load can kill the process.
-        joining.begin()
-    return await owner.load(values)
-
-
 def _run_sync(runtime: in_process.Process, call: Call) -> Any:
-    use = instances.Use(runtime.instances_of(call.service), _values(call))
+    use = instances.Use(runtime.instances_of(call.service), call.values)
     try:
         if not use.take():
             _wait_within_limits(runtime, call, use.load())
@@ -138,7 +136,3 @@ async def _answer(
     else:  # it must not stop the loop that it shares with the body that awaits it
         answer = await asyncio.to_thread(body_guard.call_for_future, fn, *args, **kwargs)
     return batch_items.only_answer(call.method, answer)
-
-
-def _values(call: Call) -> dict[str, Any]:
-    return parameters.complete(call.service.parameters, call.given)

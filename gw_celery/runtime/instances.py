@@ -2,7 +2,8 @@
 
 Which parameters shape the loaded state is observed: those that ``on_enter`` read. An instance
 serves a call when each value that it read while loading is the call's value, too; all other
-parameters are given to the call by a view, a second object over the same state.
+parameters are given to the call by a view, a second object over the same state with parameter
+values of its own.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ import itertools
 import logging
 import os
 import threading
+import types
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from gw_celery import conf, errors
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import instance_views, lifecycle, loop
+from gw_celery.runtime import lifecycle, loop
 from gw_celery.types import ParameterValues
 
 logger = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
+#: Attribute of a view: the instance whose state it shares; ``None`` in that instance.
+_SHARED = "_gw_shared"
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -59,6 +63,15 @@ class Loaded:
         """
         return self.number, parameters.canonical(values)
 
+    def view(self, values: ParameterValues) -> Any:
+        """Return the object that a call with ``values`` sees: shared state, own parameters."""
+        view: Any = object.__new__(type(self.instance))
+        view.__dict__ = self.instance.__dict__
+        object.__setattr__(view, _SHARED, self.instance)
+        object.__setattr__(view, parameters.VALUES, values)
+        object.__setattr__(view, parameters.READS, None)
+        return view
+
 
 class Instances:
     """Builds, shares and drops the instances of one service in one process."""
@@ -66,7 +79,7 @@ class Instances:
     def __init__(self, service: services.Service, settings: conf.Settings) -> None:
         self._service = service
         self._settings = settings
-        self._view_class = instance_views.view_class(service.target)
+        self._view_class = _view_class(service.target)
         self._loaded: list[Loaded] = []  # least recently used first
         self._lock = threading.Lock()
         self._building = asyncio.Lock()
@@ -147,10 +160,6 @@ class Instances:
             del self._awaited[token]
             with self._lock:
                 self._tell_idle()
-
-    def view(self, loaded: Loaded, values: ParameterValues) -> Any:
-        """Return the object that a call with ``values`` sees: shared state, own parameters."""
-        return instance_views.view(loaded.instance, values)
 
     async def leave(self) -> None:
         """Leave every instance, in parallel; a build under way is cancelled."""
@@ -311,7 +320,7 @@ class Use:
         """The object that the call sees."""
         if self._loaded is None:
             raise RuntimeError("nothing was taken or loaded")
-        return self._owner.view(self._loaded, self._values)
+        return self._loaded.view(self._values)
 
     def end(self) -> None:
         """Give back what is used; from any thread."""
@@ -328,8 +337,11 @@ async def _entered(
 ) -> AsyncIterator[Any]:
     """Enter an instance, which then knows what its state depends on, and leave it."""
     reads: set[str] = set()
+    instance: Any = object.__new__(view_class)
+    # Not itself: a cycle would keep what was evicted in memory until a garbage collection.
+    object.__setattr__(instance, _SHARED, None)
     # A copy: what a body does to a list that its caller gave is not done to the exit hooks' one.
-    instance = instance_views.instance(view_class, copy.deepcopy(dict(values)))
+    object.__setattr__(instance, parameters.VALUES, copy.deepcopy(dict(values)))
     object.__setattr__(instance, parameters.READS, reads)
     await loop.in_thread(instance.__init__)  # a constructor that loads must not stop the loop
     await _run_hooks(instance, service.enter_hooks)
@@ -370,3 +382,45 @@ def _as_error(name: str, cause: BaseException) -> Exception:
     error = errors.BodyExited(f"an on_enter hook of {name} raised {cause!r}; raise an Exception")
     error.__cause__ = cause
     return error
+
+
+def _view_class(cls: type) -> type:
+    """A subclass with room for parameter values beside the shared state of ``cls``."""
+    body = {
+        **{name: _SharedSlot(slot) for name, slot in _slots(cls).items()},
+        "__slots__": (parameters.VALUES, parameters.READS, _SHARED),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        # The class's own __new__ makes handles for callers.
+        "__new__": lambda view_class, *args, **kwargs: object.__new__(view_class),
+    }
+    return type(cls.__name__, (cls,), body)
+
+
+class _SharedSlot:
+    """An attribute that the user's class keeps in ``__slots__``, outside the shared dict."""
+
+    def __init__(self, slot: types.MemberDescriptorType) -> None:
+        self._slot = slot
+
+    def __get__(self, view: Any, owner: type) -> Any:
+        return self._slot if view is None else self._slot.__get__(_state(view), owner)
+
+    def __set__(self, view: Any, value: object) -> None:
+        self._slot.__set__(_state(view), value)
+
+    def __delete__(self, view: Any) -> None:
+        self._slot.__delete__(_state(view))
+
+
+def _state(view: Any) -> Any:
+    shared = getattr(view, _SHARED)
+    return view if shared is None else shared
+
+
+def _slots(cls: type) -> dict[str, types.MemberDescriptorType]:
+    found = {name: inspect.getattr_static(cls, name) for base in cls.__mro__ for name in vars(base)}
+    return {
+        name: slot for name, slot in found.items() if isinstance(slot, types.MemberDescriptorType)
+    }

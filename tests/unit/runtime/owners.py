@@ -82,6 +82,6 @@ class Owner:
     async def call(self, **given: Any) -> Any:
         loaded = await self.taken(**given)
         try:
-            return self.instances.view(loaded, self.values(**given)).predict()
+            return loaded.view(self.values(**given)).predict()
         finally:
             self.instances.give_back(loaded)

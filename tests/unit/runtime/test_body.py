@@ -14,7 +14,7 @@ from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown, WorkerTermi
 import gw_celery as gw
 from gw_celery import conf, errors
 from gw_celery.client import execution
-from gw_celery.declare import services
+from gw_celery.declare import parameters, services
 from gw_celery.runtime import async_exception, body, in_process
 
 LONG = 60.0
@@ -39,7 +39,7 @@ def one_input(service: services.Service, method: str, args: tuple, **given: Any)
     known = {
         "service": service,
         "method": service.methods[method],
-        "given": {},
+        "values": parameters.complete(service.parameters, given.pop("given", {})),
         "args": args,
     }
     return body.Call(**{**known, **given})
