@@ -116,10 +116,8 @@ class Batcher:
             f"batch-{method.name}", declared.max_running_batches, host.around
         )
         self._waiting: batching.Buffers[batch_items.BatchItem] = batching.Buffers()
-        #: The calls that run, and the inputs that each was made for.
+        #: The calls that run, and the inputs that wait for each: none once it is given up.
         self._running: dict[asyncio.Task[None], list[batch_items.BatchItem]] = {}
-        #: Those of them that nobody waits for.
-        self._deserted: set[asyncio.Task[None]] = set()
         self._timer: Any = None
         self._is_forming = False
 
@@ -191,14 +189,14 @@ class Batcher:
     def _cost(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         if self._declared.size_fn is None:
             return 0
-        given = self._declared.size_fn(*args, **kwargs)
+        answer = self._declared.size_fn(*args, **kwargs)
         try:
-            cost = -1 if isinstance(given, bool) else operator.index(given)
+            cost = -1 if isinstance(answer, bool) else operator.index(answer)
         except TypeError:  # numpy's ints are ints, too; a float is none
             cost = -1
         if cost < 0:
             raise errors.UsageError(
-                f"size_fn of {self._method.task_name} returned {given!r:.100}: the cost of an "
+                f"size_fn of {self._method.task_name} returned {answer!r:.100}: the cost of an "
                 f"input is an int, 0 or more"
             )
         return cost
@@ -219,15 +217,13 @@ class Batcher:
         while len(self._running) < self._declared.max_running_batches:
             now = self._clock.now()
             batch = self._waiting.next_batch(self._bounds, now, is_draining=self._host.is_draining)
-            if batch is None:
-                self._wait_until_due(now)
-                return
-            self._start(batch)
-
-    def _wait_until_due(self, now: float) -> None:
-        wait = self._waiting.due_in(self._bounds, now)
-        if wait is not None:
-            self._timer = self._clock.call_at(now + wait, self._form, self._host.context)
+            if batch is not None:
+                self._start(batch)
+                continue
+            wait = self._waiting.due_in(self._bounds, now)
+            if wait is not None:
+                self._timer = self._clock.call_at(now + wait, self._form, self._host.context)
+            return
 
     def _start(self, batch: batching.Batch[batch_items.BatchItem]) -> None:
         task = asyncio.get_running_loop().create_task(
@@ -240,14 +236,13 @@ class Batcher:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
-        self._deserted.discard(task)
         self.form_soon()
 
     def _give_up_deserted(self) -> None:
         """End the calls that nobody waits for any more: they keep others from being made."""
         for task, items in self._running.items():
-            if task not in self._deserted and all(item.outcome.done() for item in items):
-                self._deserted.add(task)
+            if items and all(item.outcome.done() for item in items):
+                self._running[task] = []
                 if self._method.is_async:
                     task.cancel()
                 due = self._clock.now() + self._host.grace

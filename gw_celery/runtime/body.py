@@ -52,11 +52,11 @@ class Call:
         request, service = task.request, task.gw_service
         hard, soft = request.timelimit or (None, None)
         text = (sent or {}).get(headers.PARAMETERS)
-        given = parameters.bind(service.name, service.parameters, json.loads(text) if text else {})
+        bound = parameters.bind(service.name, service.parameters, json.loads(text) if text else {})
         return cls(
             service=service,
             method=task.gw_method,
-            values=parameters.complete(service.parameters, given),
+            values=parameters.complete(service.parameters, bound),
             soft_limit=soft or task.soft_time_limit,
             hard_limit=hard or task.time_limit,
             args=args,
@@ -115,7 +115,7 @@ def _wait_within_limits(runtime: in_process.Process, call: Call, work: Coroutine
     has_limits = runtime.enforces_limits
     soft, hard = (call.soft_limit, call.hard_limit) if has_limits else (None, None)
     grace = runtime.settings.cancel_timeout
-    return runtime.call(work).run(grace, soft_limit=soft, hard_limit=hard)
+    return greenlet_bridge.LoopCall(runtime.loop, work).run(grace, soft_limit=soft, hard_limit=hard)
 
 
 async def _answer(

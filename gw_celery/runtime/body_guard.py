@@ -47,9 +47,12 @@ class Contained:
             or self._is_from_outside(exc)
         ):
             return
+        consequence = "is no Exception, and would leave its task without an answer"
+        if isinstance(exc, SystemExit | KeyboardInterrupt):
+            consequence = "would end its process"
         raise errors.BodyExited(
-            f"the body raised {safe_repr(exc)}, which {_consequence(exc)}; raise an Exception to "
-            f"fail its task"
+            f"the body raised {safe_repr(exc)}, which {consequence}; raise an Exception to fail "
+            f"its task"
         ) from exc
 
     def _is_from_outside(self, exc: BaseException) -> bool:
@@ -83,12 +86,6 @@ def _current_task() -> asyncio.Task[Any] | None:
         return asyncio.current_task()
     except RuntimeError:  # no loop runs in this thread
         return None
-
-
-def _consequence(exc: BaseException) -> str:
-    if isinstance(exc, SystemExit | KeyboardInterrupt):
-        return "would end its process"
-    return "is no Exception, and would leave its task without an answer"
 
 
 def _ends_process(exc: BaseException) -> bool:

@@ -15,8 +15,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any
 
 from celery import _state
 from celery.app.base import pydantic_wrapper
@@ -34,8 +34,6 @@ from gw_celery.runtime import (
     loop,
     watchdog,
 )
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ class Process:
                 raise watchdog.blocked_load(self._loop, self._entering, self.settings.start_timeout)
 
         grace = self.settings.cancel_timeout
-        self.call(coroutine).run(grace, meanwhile=watch)
+        greenlet_bridge.LoopCall(self.loop, coroutine).run(grace, meanwhile=watch)
 
     def load(self, task: Any) -> None:
         """Enter what the service of ``task`` needs, at its first use.
@@ -138,7 +136,7 @@ class Process:
             KeyError: when it is not entered in this process.
         """
         life = self._contexts[key]
-        if not life.has_entered:
+        if not life.value.done() or life.failure is not None:
             raise KeyError(key)
         return life.value.result()
 
@@ -212,31 +210,22 @@ class Process:
     def _gathers(self, task: Any) -> bool:
         return task.gw_method.batched is not None and self.batchers is not None
 
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> greenlet_bridge.LoopCall[T]:
-        """Prepare ``coroutine`` to run on the loop, in the context of the caller."""
-        return greenlet_bridge.LoopCall(self.loop, coroutine)
-
     async def grow(
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
     ) -> None:
         """As ``enter``, for a caller on the loop: nothing watches for a load that blocks it."""
         async with self._growing:
-            contexts = self._missing_contexts(registries, served)
+            keys = {service.key for service in served}
+            contexts = [
+                context
+                for declared in registries
+                if keys & declared.services.keys()
+                for context in declared.contexts.values()
+                if context.key not in self._contexts
+            ]
             added = [service for service in served if service.key not in self._served]
             await self._enter(contexts, [service for service in added if service.is_class])
-            self._served.update(service.key for service in added)
-
-    def _missing_contexts(
-        self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
-    ) -> list[registry.Context]:
-        keys = {service.key for service in served}
-        return [
-            context
-            for declared in registries
-            if keys & declared.services.keys()
-            for context in declared.contexts.values()
-            if context.key not in self._contexts
-        ]
+            self._served |= keys
 
     async def _enter(
         self, contexts: Sequence[registry.Context], classes: Sequence[services.Service]

@@ -195,17 +195,14 @@ class Instances:
         async with self._building:
             if any(loaded.suits(values) for loaded in self._loaded):
                 return  # of other values, but of the same that shape the state
-            if await self._has_room_for(values):
-                await self._enter(values)
-
-    async def _enter(self, values: ParameterValues) -> None:
-        """Enter one instance, and raise what it raised."""
-        life = self._life(values)
-        try:
-            await lifecycle.settle_all([life], self._settings.start_timeout)
-        except errors.StartupError as failed:
-            raise _as_error(life.name, failed.causes[life.name]) from None
-        self._add(life, values, is_pinned=False)
+            if not await self._has_room_for(values):
+                return
+            life = self._life(values)
+            try:
+                await lifecycle.settle_all([life], self._settings.start_timeout)
+            except errors.StartupError as failed:
+                raise _as_error(life.name, failed.causes[life.name]) from None
+            self._add(life, values, is_pinned=False)
 
     def _life(self, values: ParameterValues) -> lifecycle.Entered:
         manager = _entered(self._service, self._view_class, values)
@@ -264,7 +261,11 @@ class Instances:
         with self._lock:
             unpinned = [loaded for loaded in self._loaded if not loaded.is_pinned]
             if not unpinned:
-                raise self._no_room()
+                raise errors.UsageError(
+                    f"gw_max_instances={self._settings.max_instances} leaves {self._service.name} "
+                    f"no room beside the instance of its default parameters, which is always kept: "
+                    f"set it to {self._settings.max_instances + 1} or more"
+                )
             spare = [loaded for loaded in unpinned if not self._is_awaited(loaded)]
             idle = next((loaded for loaded in spare if not loaded.in_use), None)
             if idle is not None:
@@ -276,13 +277,6 @@ class Instances:
     def _is_awaited(self, loaded: Loaded) -> bool:
         """Whether it was just built for a call that has not taken it yet."""
         return not loaded.is_drained and any(map(loaded.suits, self._awaited.values()))
-
-    def _no_room(self) -> errors.UsageError:
-        return errors.UsageError(
-            f"gw_max_instances={self._settings.max_instances} leaves {self._service.name} no room "
-            f"beside the instance of its default parameters, which is always kept: set it to "
-            f"{self._settings.max_instances + 1} or more"
-        )
 
     def _defaults(self) -> dict[str, Any]:
         return parameters.complete(self._service.parameters, {})
@@ -344,7 +338,8 @@ async def _entered(
     object.__setattr__(instance, parameters.VALUES, copy.deepcopy(dict(values)))
     object.__setattr__(instance, parameters.READS, reads)
     await loop.in_thread(instance.__init__)  # a constructor that loads must not stop the loop
-    await _run_hooks(instance, service.enter_hooks)
+    for name in service.enter_hooks:
+        await _run_hook(instance, name)
     shaping = frozenset(
         name
         for name, parameter in service.parameters.items()
@@ -353,22 +348,16 @@ async def _entered(
     object.__setattr__(instance, parameters.READS, shaping)
     yield instance
     object.__setattr__(instance, parameters.READS, None)
-    await _run_exit_hooks(instance, service.exit_hooks)
-
-
-async def _run_hooks(instance: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        hook: Callable[[], Any] = getattr(instance, name)
-        await (hook() if inspect.iscoroutinefunction(hook) else loop.in_thread(hook))
-
-
-async def _run_exit_hooks(instance: Any, names: tuple[str, ...]) -> None:
-    """Run every hook, also when one before it failed; each failure is logged."""
-    for name in names:
+    for name in service.exit_hooks:
         try:
-            await _run_hooks(instance, (name,))
-        except Exception:
+            await _run_hook(instance, name)
+        except Exception:  # the hooks behind it run all the same
             logger.exception("%s.%s failed", type(instance).__qualname__, name)
+
+
+async def _run_hook(instance: Any, name: str) -> None:
+    hook: Callable[[], Any] = getattr(instance, name)
+    await (hook() if inspect.iscoroutinefunction(hook) else loop.in_thread(hook))
 
 
 def _text(values: ParameterValues, names: frozenset[str]) -> str:
@@ -420,7 +409,8 @@ def _state(view: Any) -> Any:
 
 
 def _slots(cls: type) -> dict[str, types.MemberDescriptorType]:
-    found = {name: inspect.getattr_static(cls, name) for base in cls.__mro__ for name in vars(base)}
+    names = {name for base in cls.__mro__ for name in vars(base)}
+    static = {name: inspect.getattr_static(cls, name) for name in names}
     return {
-        name: slot for name, slot in found.items() if isinstance(slot, types.MemberDescriptorType)
+        name: slot for name, slot in static.items() if isinstance(slot, types.MemberDescriptorType)
     }

@@ -31,10 +31,6 @@ class Entered:
         self._life = asyncio.create_task(self._live(), name=f"gw-{name}")
 
     @property
-    def has_entered(self) -> bool:
-        return self.value.done() and self.failure is None
-
-    @property
     def failure(self) -> BaseException | None:
         """What ended the entering, if it is over and failed."""
         if not self.value.done():
@@ -103,7 +99,8 @@ async def settle_all(lives: Sequence[Entered], timeout: float) -> None:
     causes = {life.name: cause for life in lives if (cause := life.failure) is not None}
     late = [life.name for life in lives if not life.value.done()]
     if not causes and late:
-        causes = {name: _too_late(timeout) for name in late}
+        why = f"did not enter within {timeout:.0f} s (setting gw_start_timeout)"
+        causes = {name: TimeoutError(why) for name in late}
     if causes:
         await leave_all(lives)
         raise errors.StartupError(causes)
@@ -114,7 +111,3 @@ async def leave_all(lives: Sequence[Entered]) -> None:
     for life in lives:
         life.abandon()
     await asyncio.gather(*(life.leave() for life in lives))
-
-
-def _too_late(timeout: float) -> TimeoutError:
-    return TimeoutError(f"did not enter within {timeout:.0f} s (setting gw_start_timeout)")
