@@ -142,11 +142,16 @@ class LoopCall(Generic[T]):
         self._coroutine = coroutine
         self._context = contextvars.copy_context()
         self._followed = self._context.run(task_context.follow)
+        self._limits: tuple[float | None, float | None] = None, None
         self._timers: list[asyncio.TimerHandle] = []
         self._task: asyncio.Task[T] | None = None
         self._interrupt: BaseException | None = None
         self._abandoned: BaseException | None = None
-        self._over = threading.Event()
+        self._is_over = False
+        # No Event: an exception that is raised in its wait could leave the Event's own lock held,
+        # and the loop would wait for that for ever.
+        self._over = threading.Lock()
+        self._over.acquire()
 
     def run(
         self,
@@ -167,12 +172,17 @@ class LoopCall(Generic[T]):
             soft_limit: seconds until a ``SoftTimeLimitExceeded`` is raised in the coroutine.
             hard_limit: seconds until the coroutine is cancelled, and ``HardLimit`` raised here.
         """
+        self._limits = soft_limit, hard_limit
         try:
-            self._loop.call_soon_threadsafe(self._start, soft_limit, hard_limit)
-            self._wait(cancel_timeout, meanwhile)
-            return self._outcome()
+            self._wait(meanwhile)
+        except BaseException as exc:
+            self._loop.call_soon_threadsafe(self._cancel)
+            if not isinstance(exc, execution.Stopped):
+                self._ends_within(cancel_timeout)
+            raise
         finally:
             self._followed.end()
+        return self._outcome()
 
     def interrupt(self, exc: BaseException) -> None:
         """Raise ``exc`` in the coroutine at its next (or present) wait; from any thread."""
@@ -185,22 +195,30 @@ class LoopCall(Generic[T]):
             self._task.uncancel()
         return exc
 
-    def _wait(self, cancel_timeout: float, meanwhile: Callable[[], None]) -> None:
+    def _wait(self, meanwhile: Callable[[], None]) -> None:
         while True:
             try:
+                self._loop.call_soon_threadsafe(self._start)
                 # In turns: what another thread raises in this one does not end a wait.
-                while not self._over.wait(_INTERVAL):
+                while not self._ends_within(_INTERVAL):
                     meanwhile()
                 return
             except SoftTimeLimitExceeded as limit:
                 self.interrupt(limit)
-            except BaseException as exc:
-                self._loop.call_soon_threadsafe(self._cancel)
-                if not isinstance(exc, execution.Stopped):
-                    self._over.wait(cancel_timeout)
-                raise
 
-    def _start(self, soft_limit: float | None, hard_limit: float | None) -> None:
+    def _ends_within(self, seconds: float) -> bool:
+        return self._is_over or self._over.acquire(timeout=seconds)
+
+    def _end(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._over.release()
+
+    def _start(self) -> None:
+        """Start the coroutine, unless it has been: an exception may have come in between."""
+        if self._task is not None:
+            return
+        soft_limit, hard_limit = self._limits
         self._task = self._loop.create_task(self._await(), context=self._context)
         self._task.add_done_callback(self._finish)
         if soft_limit:
@@ -214,22 +232,23 @@ class LoopCall(Generic[T]):
         for timer in self._timers:
             timer.cancel()
         self._coroutine.close()  # it never began when it was cancelled before its first step
-        self._over.set()
+        self._end()
 
     async def _await(self) -> T:
         with body_guard.Contained():  # asyncio would end the loop with an exit
             return await step(lambda: drive(self._coroutine), self)
 
     def _cancel(self, instead: BaseException | None = None) -> None:
+        self._start()
         if self._task is not None and not self._task.done():
             self._interrupt = instead
             self._task.cancel()
 
     def _abandon(self, exc: BaseException) -> None:
-        if not self._over.is_set():
+        if not self._is_over:
             self._abandoned = exc
             self._cancel()
-            self._over.set()
+            self._end()
 
     def _outcome(self) -> T:
         if self._abandoned is not None:

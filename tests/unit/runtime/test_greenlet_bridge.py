@@ -155,17 +155,13 @@ def test_an_interruption_before_the_first_step_is_raised_as_itself(
     running = call(thread, body())
     limit = SoftTimeLimitExceeded(1)
 
-    class Waiting(threading.Event):
+    def interrupt() -> None:
         """The loop is busy until both the start and the interruption are in its queue."""
+        running.interrupt(limit)
+        release.set()
 
-        def wait(self, timeout: float | None = None) -> bool:
-            running.interrupt(limit)
-            release.set()
-            return super().wait(timeout)
-
-    running._over = Waiting()
     with pytest.raises(SoftTimeLimitExceeded) as caught:
-        running.run(LONG)
+        running.run(LONG, interrupt)
     assert caught.value is limit
 
 
@@ -215,24 +211,18 @@ def test_what_stops_the_input_does_not_wait_for_a_coroutine_that_goes_on(
         running.run(LONG, revoke)
     assert time.monotonic() - start < LONG / 2
     thread.loop.call_soon_threadsafe(may_end.set)
-    assert running._over.wait(LONG)
+    assert run(thread, asyncio.sleep(0, "alive")) == "alive"
 
 
 def test_a_soft_limit_in_the_waiting_thread_reaches_the_coroutine(thread: loop.LoopThread) -> None:
     body = Body(answers=True)
     running = call(thread, body.run())
 
-    class Limited(threading.Event):
-        is_over = False
+    def limit() -> None:
+        if "soft limit" not in body.saw and body.began.wait(LONG):
+            raise SoftTimeLimitExceeded
 
-        def wait(self, timeout: float | None = None) -> bool:
-            if not self.is_over:
-                self.is_over = body.began.wait(LONG)
-                raise SoftTimeLimitExceeded
-            return super().wait(timeout)
-
-    running._over = Limited()
-    assert running.run(LONG) == "partial"
+    assert running.run(LONG, limit) == "partial"
     assert body.saw == ["inner was cancelled", "soft limit"]
 
 
