@@ -43,7 +43,7 @@ APART = {("worker", "replica"), ("replica", "worker")}
 PURE = ("policy", "pool.child_state", "pool.counters", "pool.dispatch", "pool.time_limits")
 IMPURE = {"asyncio", "redis", "socket", "subprocess", "threading", "time"}
 #: Lines of gw_celery/. Raised only by name, in a commit that says why.
-BUDGET = 23_247
+BUDGET = 22_947
 #: Our modules behind `import gw_celery`, a declaration and one `.delay()`.
 WEB_MODULES = 45
 
