@@ -19,7 +19,7 @@ from gw_celery import errors
 from gw_celery.client import execution
 from gw_celery.protocol import frames
 from gw_celery.replica import queue_time
-from gw_celery.runtime import async_exception, body, body_guard
+from gw_celery.runtime import async_exception, body_guard
 
 if TYPE_CHECKING:
     from gw_celery.replica import early_ack_records
@@ -187,7 +187,7 @@ class Input:
         if self.task is not None:
             self._instead = exc
             self.task.cancel()
-        elif not body.running.interrupt(self.task_id, exc):
+        else:
             self._thrown = async_exception.Thrown(
                 self._thread, execution.Revoked if exc is None else type(exc)
             )

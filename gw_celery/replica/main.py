@@ -163,7 +163,7 @@ async def _serve(channel: socket.socket, link: ParentLink, app: Any, setup: dict
     if has_entered:
         link.report(frames.Report.ENTERED)
         link.beat()
-        watchdog.Watchdog(loop.MainLoop(running), _in_flight).start()
+        watchdog.Watchdog(loop.Host(running), _in_flight).start()
         await link.leaving.wait()
         await services.leave()
     return 0
@@ -189,17 +189,16 @@ class Services:
         self._registries = gw_celery_signals.registries()
         self._served = list(registry.serving(self._registries, setup["queues"]))
         settings, around = conf.read(app.conf), django_connections.around(app)
-        host = batcher.Host(
+        batchers = batcher.Batchers(
             around=around,
             tell=link.flush,
             on_stuck=lambda name: link.report(frames.Report.STUCK, name),
             grace=settings.cancel_timeout,
         )
-        batchers = batcher.Batchers(host)
         self._runtime = in_process.Process(
             settings,
             enforces_limits=False,
-            host=loop.MainLoop(asyncio.get_running_loop()),
+            host=loop.Host(asyncio.get_running_loop()),
             batchers=batchers,
         )
         threads = sum(service.max_inputs for service in self._served) + 1  # one for plain tasks

@@ -75,7 +75,7 @@ class Probes:
         if loaded is None:
             return _NOTHING_LOADED
         try:
-            bound = getattr(owner.view(loaded, loaded.values), name)
+            bound = getattr(loaded.view(loaded.values), name)
             args, kwargs = batch_items.of_one_input(method, (), {})
             answer = await self._run(service, method, lambda: bound(*args, **kwargs))
         finally:
@@ -86,16 +86,12 @@ class Probes:
         self, service: services.Service, method: services.Method, run: Callable[[], Any]
     ) -> Any:
         if not method.is_async:
-            return await loop.in_thread(self._contained, run)
+            return await loop.in_thread(body_guard.call, self._around, run)
         with body_guard.Contained():
             probes = (probe for probe in service.probes if probe.method == method.name)
             limits = (probe.timeout_s for probe in probes)
             async with asyncio.timeout(max(limits, default=None)):
                 return await run()
-
-    def _contained(self, run: Callable[[], Any]) -> Any:
-        with body_guard.Contained():
-            return self._around(run)
 
 
 def judge(answer: Any) -> tuple[bool, str]:

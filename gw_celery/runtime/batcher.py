@@ -11,39 +11,55 @@ import gc
 import logging
 import operator
 import sys
+import time
 import traceback
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from celery import current_task
 from celery.exceptions import Retry
 
 from gw_celery import errors, types
 from gw_celery.client import execution
-from gw_celery.declare import markers, services
+from gw_celery.declare import services
 from gw_celery.policy import batching
-from gw_celery.runtime import (
-    batch_items,
-    body_guard,
-    clocks,
-    greenlet_bridge,
-    offload,
-)
+from gw_celery.runtime import batch_items, body_guard, greenlet_bridge, offload
 
 logger = logging.getLogger(__name__)
 
 
-def _as_it_is(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return fn(*args, **kwargs)
+class Clock(Protocol):
+    """The present time, in seconds since any point, and callbacks on the running loop."""
+
+    def now(self) -> float: ...
+
+    def call_at(
+        self, when: float, callback: Callable[[], object], context: contextvars.Context
+    ) -> Any:
+        """Call ``callback`` once it is ``when``, unless ``cancel()`` of what returns is called."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Host:
-    """The replica, as its batchers see it."""
+class Monotonic:
+    """The clock of this machine, as its loops have it."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def call_at(
+        self, when: float, callback: Callable[[], object], context: contextvars.Context
+    ) -> asyncio.TimerHandle:
+        # By the delay: a loop may count from another point than this clock.
+        delay = max(0.0, when - self.now())
+        return asyncio.get_running_loop().call_later(delay, callback, context=context)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Batchers:
+    """The batchers of a replica, each made when its method is first called."""
 
     #: Calls what it is given, with whatever must surround work in a thread.
-    around: Callable[..., Any] = _as_it_is
+    around: Callable[..., Any] = body_guard.call
     #: Sends what the inputs reported as they began, before the body can do any harm.
     tell: Callable[[], None] = lambda: None
     #: Told which task's call goes on though nobody waits for it any more, and cannot be ended.
@@ -51,9 +67,26 @@ class Host:
     #: Seconds that such a call has to end.
     grace: float = 5.0
     #: By which inputs wait.
-    clock: clocks.Clock = dataclasses.field(default_factory=clocks.Monotonic)
+    clock: Clock = dataclasses.field(default_factory=Monotonic)
     #: Of the calls: it belongs to no input.
     context: contextvars.Context = dataclasses.field(default_factory=contextvars.copy_context)
+    #: The replica takes nothing new: nothing waits for others.
+    is_draining: bool = False
+
+    def __post_init__(self) -> None:
+        self._batchers: dict[str, Batcher] = {}
+
+    def of(self, service: services.Service, method: services.Method) -> Batcher:
+        name = method.task_name
+        if name not in self._batchers:
+            self._batchers[name] = Batcher(service, method, self)
+        return self._batchers[name]
+
+    def drain(self) -> None:
+        """Wait for nobody any more: what is here runs as soon as its method is free."""
+        self.is_draining = True
+        for batcher in self._batchers.values():
+            batcher.form_soon()
 
 
 class Batcher:
@@ -62,11 +95,13 @@ class Batcher:
     Args:
         service: whose slots the body holds.
         method: the declaration, with the bounds of a batch.
-        host: the replica that calls it.
+        host: those of its replica.
     """
 
-    def __init__(self, service: services.Service, method: services.Method, host: Host) -> None:
-        declared = _declared(method)
+    def __init__(self, service: services.Service, method: services.Method, host: Batchers) -> None:
+        declared = method.batched
+        if declared is None:
+            raise ValueError(f"{method.task_name} is not batched")
         self._service = service
         self._method = method
         self._host = host
@@ -81,13 +116,10 @@ class Batcher:
             f"batch-{method.name}", declared.max_running_batches, host.around
         )
         self._waiting: batching.Buffers[batch_items.BatchItem] = batching.Buffers()
-        #: The calls that run, and the inputs that each was made for.
+        #: The calls that run, and the inputs that wait for each: none once it is given up.
         self._running: dict[asyncio.Task[None], list[batch_items.BatchItem]] = {}
-        #: Those of them that nobody waits for.
-        self._deserted: set[asyncio.Task[None]] = set()
-        self._timer: clocks.Timer | None = None
+        self._timer: Any = None
         self._is_forming = False
-        self._is_draining = False
 
     async def submit(
         self,
@@ -127,7 +159,7 @@ class Batcher:
             outcome=asyncio.get_running_loop().create_future(),
         )
         self._waiting.put(item)
-        self._form_soon()
+        self.form_soon()
         try:
             is_failure, value = await item.outcome
         except BaseException:  # stopped, or at its limit
@@ -139,11 +171,6 @@ class Batcher:
         if is_failure:
             raise value
         return value
-
-    def drain(self) -> None:
-        """Wait for nobody any more: what is here runs as soon as the method is free."""
-        self._is_draining = True
-        self._form_soon()
 
     def _key(self, key: Hashable, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
         if self._declared.key is None:
@@ -162,21 +189,21 @@ class Batcher:
     def _cost(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         if self._declared.size_fn is None:
             return 0
-        given = self._declared.size_fn(*args, **kwargs)
+        answer = self._declared.size_fn(*args, **kwargs)
         try:
-            cost = -1 if isinstance(given, bool) else operator.index(given)
+            cost = -1 if isinstance(answer, bool) else operator.index(answer)
         except TypeError:  # numpy's ints are ints, too; a float is none
             cost = -1
         if cost < 0:
             raise errors.UsageError(
-                f"size_fn of {self._method.task_name} returned {given!r:.100}: the cost of an "
+                f"size_fn of {self._method.task_name} returned {answer!r:.100}: the cost of an "
                 f"input is an int, 0 or more"
             )
         return cost
 
     # -- forming --
 
-    def _form_soon(self) -> None:
+    def form_soon(self) -> None:
         """Form batches behind what this turn of the loop still brings."""
         if not self._is_forming:
             self._is_forming = True
@@ -189,16 +216,14 @@ class Batcher:
             self._timer = None
         while len(self._running) < self._declared.max_running_batches:
             now = self._clock.now()
-            batch = self._waiting.next_batch(self._bounds, now, is_draining=self._is_draining)
-            if batch is None:
-                self._wait_until_due(now)
-                return
-            self._start(batch)
-
-    def _wait_until_due(self, now: float) -> None:
-        wait = self._waiting.due_in(self._bounds, now)
-        if wait is not None:
-            self._timer = self._clock.call_at(now + wait, self._form, self._host.context)
+            batch = self._waiting.next_batch(self._bounds, now, is_draining=self._host.is_draining)
+            if batch is not None:
+                self._start(batch)
+                continue
+            wait = self._waiting.due_in(self._bounds, now)
+            if wait is not None:
+                self._timer = self._clock.call_at(now + wait, self._form, self._host.context)
+            return
 
     def _start(self, batch: batching.Batch[batch_items.BatchItem]) -> None:
         task = asyncio.get_running_loop().create_task(
@@ -211,14 +236,13 @@ class Batcher:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
-        self._deserted.discard(task)
-        self._form_soon()
+        self.form_soon()
 
     def _give_up_deserted(self) -> None:
         """End the calls that nobody waits for any more: they keep others from being made."""
         for task, items in self._running.items():
-            if task not in self._deserted and all(item.outcome.done() for item in items):
-                self._deserted.add(task)
+            if items and all(item.outcome.done() for item in items):
+                self._running[task] = []
                 if self._method.is_async:
                     task.cancel()
                 due = self._clock.now() + self._host.grace
@@ -279,9 +303,9 @@ class Batcher:
         self._host.tell()
         if self._method.is_async:
             return await greenlet_bridge.step(
-                lambda: greenlet_bridge.drive(self._body(fn, args, kwargs)), greenlet_bridge.NOBODY
+                lambda: greenlet_bridge.drive(self._body(fn, args, kwargs))
             )
-        return await self._threads.run(self._sync_body, fn, args, kwargs)
+        return await self._threads.run(body_guard.call_for_future, fn, *args, **kwargs)
 
     async def _body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -293,13 +317,6 @@ class Batcher:
                 task.uncancel()
             reason = "the body cancelled its own task; raise an Exception to fail its inputs"
             raise errors.BodyExited(reason) from exc
-
-    def _sync_body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        try:
-            with body_guard.Contained():
-                return fn(*args, **kwargs)
-        except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
-            raise RuntimeError(f"the body raised {exc!r}") from exc
 
     # -- recovering --
 
@@ -339,29 +356,6 @@ class Batcher:
         )
 
 
-class Batchers:
-    """The batchers of a replica, each made when its method is first called."""
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._batchers: dict[str, Batcher] = {}
-        self._is_draining = False
-
-    def of(self, service: services.Service, method: services.Method) -> Batcher:
-        name = method.task_name
-        if name not in self._batchers:
-            self._batchers[name] = Batcher(service, method, self._host)
-            if self._is_draining:
-                self._batchers[name].drain()
-        return self._batchers[name]
-
-    def drain(self) -> None:
-        """Wait for nobody any more: the replica takes nothing new."""
-        self._is_draining = True
-        for batcher in self._batchers.values():
-            batcher.drain()
-
-
 def _try_again(asked: Retry) -> None:
     """Send the input again, for a body that has no request to call ``retry()`` of."""
     when = {"countdown" if isinstance(asked.when, int | float) else "eta": asked.when}
@@ -370,12 +364,6 @@ def _try_again(asked: Retry) -> None:
 
 def _cut(items: list[batch_items.BatchItem], size: int) -> list[list[batch_items.BatchItem]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _declared(method: services.Method) -> markers.Batched:
-    if method.batched is None:
-        raise ValueError(f"{method.task_name} is not batched")
-    return method.batched
 
 
 def _is_out_of_memory(exc: Exception) -> bool:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Coroutine, Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from celery.exceptions import SoftTimeLimitExceeded
-
 from gw_celery.client import execution
 from gw_celery.declare import parameters, services
 from gw_celery.protocol import headers
@@ -29,10 +27,10 @@ T = TypeVar("T")
 class Call:
     """One call of one method, with the limits of its task in seconds."""
 
-    task_id: str
     service: services.Service
     method: services.Method
-    given: ParameterValues
+    #: Of every parameter of its service.
+    values: ParameterValues
     soft_limit: float | None = None
     hard_limit: float | None = None
     #: The user's arguments, behind the task itself where it is declared with ``bind=True``.
@@ -54,12 +52,11 @@ class Call:
         request, service = task.request, task.gw_service
         hard, soft = request.timelimit or (None, None)
         text = (sent or {}).get(headers.PARAMETERS)
-        values = json.loads(text) if text else {}
+        bound = parameters.bind(service.name, service.parameters, json.loads(text) if text else {})
         return cls(
-            task_id=request.id or "",
             service=service,
             method=task.gw_method,
-            given=parameters.bind(service.name, service.parameters, values),
+            values=parameters.complete(service.parameters, bound),
             soft_limit=soft or task.soft_time_limit,
             hard_limit=hard or task.time_limit,
             args=args,
@@ -67,46 +64,10 @@ class Call:
         )
 
 
-class Running:
-    """The calls that run in this process, by task id."""
-
-    def __init__(self) -> None:
-        self._calls: dict[str, greenlet_bridge.LoopCall[Any]] = {}
-
-    def run(self, runtime: in_process.Process, call: Call, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` of an input on the loop, for a thread that waits, within its limits."""
-        loop_call = runtime.call(work)
-        self._calls[call.task_id] = loop_call
-        has_limit = runtime.enforces_limits and (call.soft_limit or call.hard_limit)
-        limits = _Limits(runtime.loop, loop_call, call) if has_limit else None
-        try:
-            return loop_call.run(runtime.settings.cancel_timeout)
-        finally:
-            self._calls.pop(call.task_id, None)
-            if limits is not None:
-                limits.disarm()
-
-    def interrupt(self, task_id: str, exc: BaseException | None) -> bool:
-        """Raise ``exc`` in a running call, or stop it without one; return whether there was one."""
-        loop_call = self._calls.get(task_id)
-        if loop_call is None or loop_call.is_over:
-            return False
-        if exc is None:
-            loop_call.abandon(execution.Revoked())
-        else:
-            loop_call.interrupt(exc)
-        return True
-
-
-running = Running()
-
-
 def run(runtime: in_process.Process, call: Call) -> Any:
     """Run ``call`` to its end and return its answer, from Celery's tracer."""
     if call.method.is_async or (call.method.batched and runtime.batchers):
-        if runtime.is_on_loop():
-            return greenlet_bridge.drive(run_async(runtime, call))
-        return running.run(runtime, call, run_async(runtime, call))
+        return _wait_within_limits(runtime, call, run_async(runtime, call))
     return _run_sync(runtime, call)
 
 
@@ -117,10 +78,15 @@ async def run_async(runtime: in_process.Process, call: Call) -> Any:
     try:
         if not call.service.is_class:
             return await _answer(runtime, call, call.method.function)
-        values, owner = _values(call), runtime.instances_of(call.service)
-        loaded = owner.take(values) or await _loaded(owner, values)
+        values, owner = call.values, runtime.instances_of(call.service)
+        loaded = owner.take(values)
+        if loaded is None:
+            if (joining := batch_items.joining.get()) is not None:
+                # Before it joins a batch: limits bound the wait, and a load can kill the process.
+                joining.begin()
+            loaded = await owner.load(values)
         try:
-            bound: Callable[..., Any] = getattr(owner.view(loaded, values), call.method.name)
+            bound: Callable[..., Any] = getattr(loaded.view(values), call.method.name)
             key, using = loaded.batch_key(values), functools.partial(owner.using, loaded)
             return await _answer(runtime, call, bound, key=key, using=using)
         finally:
@@ -130,34 +96,26 @@ async def run_async(runtime: in_process.Process, call: Call) -> Any:
         batch_items.held.reset(held)
 
 
-async def _loaded(owner: instances.Instances, values: ParameterValues) -> instances.Loaded:
-    joining = batch_items.joining.get()
-    if joining is not None:
-        # Before it joins a batch: limits bound the wait, and a load can kill the process.
-        joining.begin()
-    return await owner.load(values)
-
-
 def _run_sync(runtime: in_process.Process, call: Call) -> Any:
-    use = instances.Use(runtime.instances_of(call.service), _values(call))
+    use = instances.Use(runtime.instances_of(call.service), call.values)
     try:
         if not use.take():
             _wait_within_limits(runtime, call, use.load())
         bound: Callable[..., Any] = getattr(use.view(), call.method.name)
         args, kwargs = batch_items.of_one_input(call.method, call.args, call.kwargs)
-        return batch_items.only_answer(call.method, _contained(runtime, bound, *args, **kwargs))
+        return batch_items.only_answer(call.method, body_guard.call(bound, *args, **kwargs))
     finally:
         use.end()
 
 
-def _wait_within_limits(
-    runtime: in_process.Process, call: Call, work: Coroutine[Any, Any, None]
-) -> None:
+def _wait_within_limits(runtime: in_process.Process, call: Call, work: Coroutine[Any, Any, T]) -> T:
     """Wait for the loop as part of the input: what stops the input ends the wait."""
     if runtime.is_on_loop():
-        greenlet_bridge.drive(work)
-    else:
-        running.run(runtime, call, work)
+        return greenlet_bridge.drive(work)
+    has_limits = runtime.enforces_limits
+    soft, hard = (call.soft_limit, call.hard_limit) if has_limits else (None, None)
+    grace = runtime.settings.cancel_timeout
+    return greenlet_bridge.LoopCall(runtime.loop, work).run(grace, soft_limit=soft, hard_limit=hard)
 
 
 async def _answer(
@@ -173,56 +131,8 @@ async def _answer(
         return await batcher.submit(fn, call.args, call.kwargs, key=key, using=using)
     args, kwargs = batch_items.of_one_input(call.method, call.args, call.kwargs)
     if call.method.is_async:
-        with body_guard.Contained(runtime.is_ending):
+        with body_guard.Contained():
             answer = await fn(*args, **kwargs)
     else:  # it must not stop the loop that it shares with the body that awaits it
-        answer = await asyncio.to_thread(_threaded, runtime, fn, *args, **kwargs)
+        answer = await asyncio.to_thread(body_guard.call_for_future, fn, *args, **kwargs)
     return batch_items.only_answer(call.method, answer)
-
-
-def _contained(
-    runtime: in_process.Process, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
-) -> Any:
-    with body_guard.Contained(runtime.is_ending):
-        return fn(*args, **kwargs)
-
-
-def _threaded(
-    runtime: in_process.Process, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
-) -> Any:
-    try:
-        return _contained(runtime, fn, *args, **kwargs)
-    except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
-        raise RuntimeError(f"the body raised {exc!r}") from exc
-
-
-def _values(call: Call) -> dict[str, Any]:
-    return parameters.complete(call.service.parameters, call.given)
-
-
-class _Limits:
-    """The time limits of one call, as timers that another thread sets and cancels."""
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, loop_call: greenlet_bridge.LoopCall[Any], call: Call
-    ) -> None:
-        self._loop = loop
-        self._loop_call = loop_call
-        self._handles: list[asyncio.TimerHandle] = []
-        loop.call_soon_threadsafe(self._arm, call)
-
-    def disarm(self) -> None:
-        self._loop.call_soon_threadsafe(self._cancel)
-
-    def _arm(self, call: Call) -> None:
-        later, loop_call = self._loop.call_later, self._loop_call
-        if call.soft_limit:
-            soft = SoftTimeLimitExceeded(call.soft_limit)
-            self._handles.append(later(call.soft_limit, loop_call.interrupt, soft))
-        if call.hard_limit:
-            hard = execution.HardLimit(call.hard_limit)
-            self._handles.append(later(call.hard_limit, loop_call.abandon, hard))
-
-    def _cancel(self) -> None:
-        for handle in self._handles:
-            handle.cancel()

@@ -13,28 +13,24 @@ import signal
 import threading
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import greenlet
+from billiard import common
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from kombu.utils.encoding import safe_repr
 
 from gw_celery import errors
 from gw_celery.client import execution
 
+T = TypeVar("T")
+
 
 class Contained:
     """Runs a body; what it raises that is no ``Exception`` becomes a ``BodyExited``.
 
     A class and no generator: the frames of contextlib would show in the traceback of the task.
-
-    Args:
-        is_ending: whether a signal has told this process to end; an exit is then the process's.
     """
-
-    def __init__(self, is_ending: Callable[[], bool] = lambda: False) -> None:
-        self._is_ending = is_ending
-        self._task: asyncio.Task[Any] | None = None
 
     def __enter__(self) -> None:
         self._task = _current_task()
@@ -51,15 +47,18 @@ class Contained:
             or self._is_from_outside(exc)
         ):
             return
+        consequence = "is no Exception, and would leave its task without an answer"
+        if isinstance(exc, SystemExit | KeyboardInterrupt):
+            consequence = "would end its process"
         raise errors.BodyExited(
-            f"the body raised {safe_repr(exc)}, which {_consequence(exc)}; raise an Exception to "
-            f"fail its task"
+            f"the body raised {safe_repr(exc)}, which {consequence}; raise an Exception to fail "
+            f"its task"
         ) from exc
 
     def _is_from_outside(self, exc: BaseException) -> bool:
         """Whether it was raised in the body, and not by it."""
         if isinstance(exc, SystemExit | KeyboardInterrupt):
-            return self._is_of_process(exc)
+            return _ends_process(exc)
         if isinstance(exc, asyncio.CancelledError):
             return self._task is not None and self._task.cancelling() > 0
         # What closes a coroutine or a greenlet that nobody steps any more does not do so from the
@@ -67,11 +66,19 @@ class Contained:
         is_closing = isinstance(exc, GeneratorExit | greenlet.GreenletExit)
         return is_closing and self._task is not _current_task()
 
-    def _is_of_process(self, exc: BaseException) -> bool:
-        # Celery raises the two classes from its handler of signals, which on solo interrupts a
-        # body.
-        is_celery = isinstance(exc, WorkerShutdown | WorkerTerminate)
-        return is_celery or self._is_ending() or _is_ctrl_c(exc)
+
+def call(fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    """Run a synchronous body, contained."""
+    with Contained():
+        return fn(*args, **kwargs)
+
+
+def call_for_future(fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    """Run a synchronous body, contained, in a thread that a coroutine waits for."""
+    try:
+        return call(fn, *args, **kwargs)
+    except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
+        raise RuntimeError(f"the body raised {exc!r}") from exc
 
 
 def _current_task() -> asyncio.Task[Any] | None:
@@ -81,16 +88,14 @@ def _current_task() -> asyncio.Task[Any] | None:
         return None
 
 
-def _consequence(exc: BaseException) -> str:
-    if isinstance(exc, SystemExit | KeyboardInterrupt):
-        return "would end its process"
-    return "is no Exception, and would leave its task without an answer"
-
-
-def _is_ctrl_c(exc: BaseException) -> bool:
-    """Whether it can be the user's own, who runs a body in a shell or in a test."""
-    return (
-        isinstance(exc, KeyboardInterrupt)
-        and threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
+def _ends_process(exc: BaseException) -> bool:
+    """Whether a handler of signals raised it, which interrupts what the main thread does."""
+    if isinstance(exc, WorkerShutdown | WorkerTerminate):  # Celery's, on solo
+        return True
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    if common._should_have_exited[0]:  # billiard's, in a child of prefork that is told to end
+        return True
+    # Ctrl-C of a user who runs a body in a shell or in a test.
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return isinstance(exc, KeyboardInterrupt) and is_default

@@ -15,6 +15,7 @@ import asyncio
 import contextvars
 import functools
 import threading
+import types
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -24,11 +25,12 @@ from celery.app import trace
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery import errors
+from gw_celery.client import execution, task_context
 from gw_celery.runtime import body_guard
 
 T = TypeVar("T")
 
-#: Seconds between two questions of a thread that waits whether it still should.
+#: Seconds after which a thread that waits looks at whether it still should.
 _INTERVAL = 0.2
 _HOOKS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
 _RECEIVERS = (
@@ -40,10 +42,16 @@ _RECEIVERS = (
 )
 
 
+class Interrupted(Protocol):
+    """Whose coroutine is interrupted by cancelling what it waits for."""
+
+    def take_interrupt(self) -> BaseException | None: ...
+
+
 class _Stepping(greenlet.greenlet):
     """A greenlet that steps one coroutine; ``call`` can replace a cancellation."""
 
-    call: Interrupted
+    call: Interrupted | None
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -59,22 +67,18 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
             "a task was called synchronously on the event loop; write `await task(...)`, or call "
             "it directly in the task's body instead of in a task that the body created"
         )
-    step, argument = coroutine.send, None
+    advance, argument = coroutine.send, None
     while True:
         try:
-            waited_for = step(argument)
+            waited_for = advance(argument)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
         try:
-            step, argument = coroutine.send, current.parent.switch(waited_for)
+            advance, argument = coroutine.send, current.parent.switch(waited_for)
         except BaseException as exc:
-            step, argument = coroutine.throw, _replaced(current, exc)
-
-
-def _replaced(current: _Stepping, exc: BaseException) -> Any:
-    if isinstance(exc, asyncio.CancelledError):
-        return current.call.take_interrupt() or exc
-    return exc
+            advance, argument = coroutine.throw, exc
+            if isinstance(exc, asyncio.CancelledError) and current.call is not None:
+                argument = current.call.take_interrupt() or exc
 
 
 def can_park() -> bool:
@@ -88,49 +92,32 @@ def would_block_loop() -> bool:
     return not can_park() and asyncio._get_running_loop() is not None
 
 
-async def step(fn: Callable[[], T], call: Interrupted) -> T:
-    """Run a synchronous ``fn`` in a greenlet of its own, which ``drive`` parks while it waits."""
-    return await _Stepped(fn, call)
+async def step(fn: Callable[[], T], call: Interrupted | None = None) -> T:
+    """Run a synchronous ``fn`` in a greenlet of its own, which ``drive`` parks while it waits.
+
+    Args:
+        fn: what is run; its answer is returned.
+        call: what a cancellation is asked for, as something else may stand behind it.
+    """
+    return await _stepped(fn, call)
 
 
-class Interrupted(Protocol):
-    """Whose coroutine is interrupted by cancelling what it waits for."""
-
-    def take_interrupt(self) -> BaseException | None: ...
-
-
-class _Nobody:
-    """One whose cancellation nothing stands in for."""
-
-    def take_interrupt(self) -> None:
-        return None
-
-
-NOBODY: Interrupted = _Nobody()
-
-
-class _Stepped(Generic[T]):
-    """Awaits a function that is run in a greenlet of its own."""
-
-    def __init__(self, fn: Callable[[], T], call: Interrupted) -> None:
-        self._fn = fn
-        self._call = call
-
-    def __await__(self) -> Generator[Any, Any, T]:
-        stepping = _Stepping(self._fn)
-        stepping.call = self._call
-        # The greenlet shares the context of the task, so that context variables set in the
-        # body are seen by what it awaits.
-        stepping.gr_context = greenlet.getcurrent().gr_context
-        waited_for = stepping.switch()
-        while not stepping.dead:
-            try:
-                sent = yield waited_for
-            except BaseException as exc:
-                waited_for = stepping.throw(exc)
-            else:
-                waited_for = stepping.switch(sent)
-        return waited_for  # type: ignore[no-any-return]
+@types.coroutine
+def _stepped(fn: Callable[[], T], call: Interrupted | None) -> Generator[Any, Any, T]:
+    stepping = _Stepping(fn)
+    stepping.call = call
+    # The greenlet shares the context of the task, so that context variables set in the body are
+    # seen by what it awaits.
+    stepping.gr_context = greenlet.getcurrent().gr_context
+    waited_for = stepping.switch()
+    while not stepping.dead:
+        try:
+            sent = yield waited_for
+        except BaseException as exc:
+            waited_for = stepping.throw(exc)
+        else:
+            waited_for = stepping.switch(sent)
+    return waited_for  # type: ignore[no-any-return]
 
 
 def runs_on_loop(task: Any) -> bool:
@@ -148,51 +135,58 @@ def _never_blocks(task: Any) -> bool:
 
 
 class LoopCall(Generic[T]):
-    """One coroutine that runs on a loop for a thread that waits."""
+    """One coroutine that runs on a loop, in the caller's context, for a thread that waits."""
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        coroutine: Coroutine[Any, Any, T],
-        context: contextvars.Context,
-        at_end: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
         self._loop = loop
         self._coroutine = coroutine
-        self._context = context
-        self._at_end = at_end
+        self._context = contextvars.copy_context()
+        self._followed = self._context.run(task_context.follow)
+        self._limits: tuple[float | None, float | None] = None, None
+        self._timers: list[asyncio.TimerHandle] = []
         self._task: asyncio.Task[T] | None = None
         self._interrupt: BaseException | None = None
         self._abandoned: BaseException | None = None
-        self._over = threading.Event()
+        self._is_over = False
+        # No Event: an exception that is raised in its wait could leave the Event's own lock held,
+        # and the loop would wait for that for ever.
+        self._over = threading.Lock()
+        self._over.acquire()
 
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing can be raised in the coroutine any more."""
-        return self._over.is_set()
-
-    def run(self, cancel_timeout: float, meanwhile: Callable[[], None] | None = None) -> T:
+    def run(
+        self,
+        cancel_timeout: float,
+        meanwhile: Callable[[], None] = lambda: None,
+        soft_limit: float | None = None,
+        hard_limit: float | None = None,
+    ) -> T:
         """Start the coroutine, wait for it, and return or raise its outcome.
 
         A ``SoftTimeLimitExceeded`` that interrupts the wait is raised *in the coroutine*, as a
         sync task would get it; anything else cancels it and is raised here, once the coroutine
-        has ended or ``cancel_timeout`` seconds have passed. ``meanwhile`` is called a few times a
-        second during the wait: what it raises interrupts the wait, too.
+        has ended or ``cancel_timeout`` seconds have passed: at once for what stops the input.
+
+        Args:
+            cancel_timeout: seconds that the coroutine has to end once it is cancelled.
+            meanwhile: called a few times a second; what it raises interrupts the wait, too.
+            soft_limit: seconds until a ``SoftTimeLimitExceeded`` is raised in the coroutine.
+            hard_limit: seconds until the coroutine is cancelled, and ``HardLimit`` raised here.
         """
-        self._loop.call_soon_threadsafe(self._start)
+        self._limits = soft_limit, hard_limit
         try:
-            self._wait(cancel_timeout, meanwhile)
-            return self._outcome()
+            self._wait(meanwhile)
+        except BaseException as exc:
+            self._loop.call_soon_threadsafe(self._cancel)
+            if not isinstance(exc, execution.Stopped):
+                self._ends_within(cancel_timeout)
+            raise
         finally:
-            self._at_end()
+            self._followed.end()
+        return self._outcome()
 
     def interrupt(self, exc: BaseException) -> None:
         """Raise ``exc`` in the coroutine at its next (or present) wait; from any thread."""
         self._loop.call_soon_threadsafe(self._cancel, exc)
-
-    def abandon(self, exc: BaseException) -> None:
-        """Answer the waiting thread with ``exc`` at once and cancel the coroutine."""
-        self._loop.call_soon_threadsafe(self._abandon, exc)
 
     def take_interrupt(self) -> BaseException | None:
         """Return the exception that stands in for a cancellation, once."""
@@ -201,50 +195,60 @@ class LoopCall(Generic[T]):
             self._task.uncancel()
         return exc
 
-    def _wait(self, cancel_timeout: float, meanwhile: Callable[[], None] | None) -> None:
+    def _wait(self, meanwhile: Callable[[], None]) -> None:
         while True:
             try:
-                self._wait_asking(meanwhile)
+                self._loop.call_soon_threadsafe(self._start)
+                # In turns: what another thread raises in this one does not end a wait.
+                while not self._ends_within(_INTERVAL):
+                    meanwhile()
                 return
             except SoftTimeLimitExceeded as limit:
                 self.interrupt(limit)
-            except BaseException:
-                self._loop.call_soon_threadsafe(self._cancel)
-                self._over.wait(cancel_timeout)
-                raise
 
-    def _wait_asking(self, meanwhile: Callable[[], None] | None) -> None:
-        if meanwhile is None:
-            self._over.wait()
-            return
-        while not self._over.wait(_INTERVAL):
-            meanwhile()
+    def _ends_within(self, seconds: float) -> bool:
+        return self._is_over or self._over.acquire(timeout=seconds)
+
+    def _end(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._over.release()
 
     def _start(self) -> None:
-        if self._abandoned is not None:
-            self._coroutine.close()
+        """Start the coroutine, unless it has been: an exception may have come in between."""
+        if self._task is not None:
             return
+        soft_limit, hard_limit = self._limits
         self._task = self._loop.create_task(self._await(), context=self._context)
         self._task.add_done_callback(self._finish)
+        if soft_limit:
+            soft = SoftTimeLimitExceeded(soft_limit)
+            self._timers.append(self._loop.call_later(soft_limit, self._cancel, soft))
+        if hard_limit:
+            hard = execution.HardLimit(hard_limit)
+            self._timers.append(self._loop.call_later(hard_limit, self._abandon, hard))
 
     def _finish(self, _: asyncio.Task[T]) -> None:
+        for timer in self._timers:
+            timer.cancel()
         self._coroutine.close()  # it never began when it was cancelled before its first step
-        self._over.set()
+        self._end()
 
     async def _await(self) -> T:
         with body_guard.Contained():  # asyncio would end the loop with an exit
-            return await _Stepped(lambda: drive(self._coroutine), self)
+            return await step(lambda: drive(self._coroutine), self)
 
     def _cancel(self, instead: BaseException | None = None) -> None:
+        self._start()
         if self._task is not None and not self._task.done():
             self._interrupt = instead
             self._task.cancel()
 
     def _abandon(self, exc: BaseException) -> None:
-        if not self._over.is_set():
+        if not self._is_over:
             self._abandoned = exc
             self._cancel()
-            self._over.set()
+            self._end()
 
     def _outcome(self) -> T:
         if self._abandoned is not None:

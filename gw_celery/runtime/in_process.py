@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import contextvars
+import contextlib
+import functools
+import inspect
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any
+
+from celery import _state
+from celery.app.base import pydantic_wrapper
 
 from gw_celery import conf, errors
 from gw_celery.client import execution, task_context
 from gw_celery.declare import registry, services
 from gw_celery.runtime import (
+    batch_items,
     batcher,
     body,
     greenlet_bridge,
     instances,
     lifecycle,
-    local_calls,
     loop,
     watchdog,
 )
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +46,12 @@ class Process:
         settings: conf.Settings,
         *,
         enforces_limits: bool = True,
-        is_ending: Callable[[], bool] = lambda: False,
-        host: loop.LoopThread | loop.MainLoop | None = None,
+        host: loop.Host | None = None,
         batchers: batcher.Batchers | None = None,
     ) -> None:
         self.settings = settings
         #: False where the pool itself enforces time limits.
         self.enforces_limits = enforces_limits
-        #: Whether a signal has told this process to end: a body's exit is then the process's.
-        self.is_ending = is_ending
         #: Where the inputs of batched methods gather; ``None`` where each has a call of its own.
         self.batchers = batchers
         self.pid = os.getpid()
@@ -60,7 +60,6 @@ class Process:
         self._contexts: dict[str, lifecycle.Entered] = {}
         self._served: set[str] = set()
         self._instances: dict[str, instances.Instances] = {}
-        self._lives: dict[str, lifecycle.Entered] = {}
         self._growing = asyncio.Lock()
         self._entering: list[lifecycle.Entered] = []
         self._is_blocked = False
@@ -99,7 +98,7 @@ class Process:
                 raise watchdog.blocked_load(self._loop, self._entering, self.settings.start_timeout)
 
         grace = self.settings.cancel_timeout
-        self.call(coroutine).run(grace, meanwhile=watch)
+        greenlet_bridge.LoopCall(self.loop, coroutine).run(grace, meanwhile=watch)
 
     def load(self, task: Any) -> None:
         """Enter what the service of ``task`` needs, at its first use.
@@ -137,7 +136,7 @@ class Process:
             KeyError: when it is not entered in this process.
         """
         life = self._contexts[key]
-        if not life.has_entered:
+        if not life.value.done() or life.failure is not None:
             raise KeyError(key)
         return life.value.result()
 
@@ -153,108 +152,173 @@ class Process:
         return body.run(self, body.Call.of(task, task.request.headers, args, kwargs))
 
     def can_run(self, task: Any) -> bool:
-        """Whether a body that awaits ``task`` gets its answer here, without a message."""
-        return local_calls.can_run(self, task)
+        """Whether a body that awaits ``task`` gets its answer here, without a message.
+
+        Its service is loaded and not held by the caller. A batched method takes no slot: a body may
+        await one of its own service.
+
+        Raises:
+            UsageError: when a batch would wait for another one of its service, which waits for it.
+        """
+        key = task.gw_service.key
+        if not (self.is_on_loop() and self.serves(key)):
+            return False
+        if key not in batch_items.held.get():
+            return True
+        gathers = self._gathers(task)
+        if gathers and batch_items.is_in_batch.get():
+            raise errors.UsageError(
+                f"{task.name} is awaited in a batch of its own service, and would wait for that "
+                f"batch to end: call self.{task.gw_method.name}(...) with lists, or await it before"
+            )
+        return gathers
 
     async def run_async(
         self, task: Any, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run the body of ``task`` as part of the one that awaits it, and return its answer."""
-        return await local_calls.run(self, task, options, args, kwargs)
+        """Run the body of ``task`` as part of the one that awaits it, and return its answer.
+
+        Celery's wrappers around ``run`` are synchronous and belong to its tracer, which has no
+        share in such a call. Converting pydantic models is the one of them that changes what the
+        caller gets.
+        """
+        task.check_arguments(args, kwargs)
+        if task.gw_method.is_bound:
+            args = (task, *args)
+        sent = options.get("headers")
+        if not task.gw_method.options.get("pydantic"):
+            return await body.run_async(self, body.Call.of(task, sent, args, kwargs))
+        validate, dump = _pydantic(task)
+        args, kwargs = validate(*args, **kwargs)
+        return dump(await body.run_async(self, body.Call.of(task, sent, args, kwargs)))
 
     async def call_eagerly(self, task: Any, send: Callable[[], Any]) -> Any:
-        """Return ``send()``, an eager call of ``task``, without blocking the loop of its caller."""
-        return await local_calls.call_eagerly(self, task, send)
+        """Return ``send()``, an eager call of ``task``, without blocking the loop of its caller.
 
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> greenlet_bridge.LoopCall[T]:
-        """Prepare ``coroutine`` to run on the loop, in the context of the caller."""
-        context = contextvars.copy_context()
-        followed = context.run(task_context.follow)
-        return greenlet_bridge.LoopCall(self.loop, coroutine, context, at_end=followed.end)
+        It is a caller of its own: bodies that run at once need stacks of their own. Inputs that
+        gather need each other, and there may be more of them than threads: these wait in greenlets
+        on the loop of the process, as in a replica.
+        """
+        parent = _state.get_current_task()
+        request = None if parent is None else parent.request_stack.top
+        child = functools.partial(_as_child, parent, request, send)
+        if not (self._gathers(task) and greenlet_bridge.runs_on_loop(task)):
+            return await asyncio.to_thread(child)
+        stepped = greenlet_bridge.step(child)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(stepped, self.loop))
+
+    def _gathers(self, task: Any) -> bool:
+        return task.gw_method.batched is not None and self.batchers is not None
 
     async def grow(
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
     ) -> None:
         """As ``enter``, for a caller on the loop: nothing watches for a load that blocks it."""
         async with self._growing:
-            contexts = self._missing_contexts(registries, served)
+            keys = {service.key for service in served}
+            contexts = [
+                context
+                for declared in registries
+                if keys & declared.services.keys()
+                for context in declared.contexts.values()
+                if context.key not in self._contexts
+            ]
             added = [service for service in served if service.key not in self._served]
             await self._enter(contexts, [service for service in added if service.is_class])
-            self._served.update(service.key for service in added)
-
-    def _missing_contexts(
-        self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
-    ) -> list[registry.Context]:
-        keys = {service.key for service in served}
-        return [
-            context
-            for declared in registries
-            if keys & declared.services.keys()
-            for context in declared.contexts.values()
-            if context.key not in self._contexts
-        ]
+            self._served |= keys
 
     async def _enter(
         self, contexts: Sequence[registry.Context], classes: Sequence[services.Service]
     ) -> None:
-        made = {service.key: self._instances_for(service) for service in classes}
-        defaults = [owner.default_unit() for owner in made.values()]
-        units = [_context_unit(context) for context in contexts]
-        entering = [
-            lifecycle.Entered(unit, self.settings.exit_timeout)
-            for unit in (*units, *filter(None, defaults))
-        ]
-        lives = {life.unit.name: life for life in entering}
-        self._contexts.update({unit.name: lives[unit.name] for unit in units})
-        self._entering.extend(entering)
+        made = {service.key: instances.Instances(service, self.settings) for service in classes}
+        bound = self.settings.exit_timeout
+        entered = {
+            context.key: lifecycle.Entered(context.key, _opened(context), bound)
+            for context in contexts
+        }
+        defaults = {key: life for key, owner in made.items() if (life := owner.enter_default())}
+        self._contexts.update(entered)
+        self._entering = [*entered.values(), *defaults.values()]
         try:
-            await lifecycle.settle_all(entering, self.settings.start_timeout)
+            await lifecycle.settle_all(self._entering, self.settings.start_timeout)
         except (errors.StartupError, asyncio.CancelledError):
-            for unit in units:
-                del self._contexts[unit.name]
+            for key in entered:
+                del self._contexts[key]
             raise
         finally:
-            self._entering.clear()
-        for key in made.keys() & lives.keys():
-            made[key].adopt(lives[key])
-        self._lives.update(lives)
+            self._entering = []
+        for key, life in defaults.items():
+            made[key].adopt(life)
         self._instances.update(made)
-
-    def _instances_for(self, service: services.Service) -> instances.Instances:
-        return instances.Instances(service, self.settings)
 
     async def leave(self) -> None:
         """Leave everything, in parallel, and cancel what is still entering."""
         for life in self._entering:
             life.abandon()
         async with self._growing:  # whoever grows leaves what it entered
-            await asyncio.gather(*(owner.leave() for owner in self._instances.values()))
-            await lifecycle.leave_all(list(self._lives.values()))
+            owners = self._instances.values()
+            contexts = lifecycle.leave_all(list(self._contexts.values()))
+            await asyncio.gather(contexts, *(owner.leave() for owner in owners))
             self._served.clear()
-            self._lives.clear()
             self._contexts.clear()
             self._instances.clear()
 
 
-def _context_unit(context: registry.Context) -> lifecycle.Unit:
-    """A unit that builds the object here, in the replica, and enters it."""
-    made: list[Any] = []
+@contextlib.asynccontextmanager
+async def _opened(context: registry.Context) -> AsyncIterator[Any]:
+    """Build the object here, in the replica, enter it and leave it."""
+    manager = await loop.in_thread(lambda: context.cls(*context.args, **context.kwargs))
+    if hasattr(manager, "__aenter__"):
+        yield await manager.__aenter__()
+        await manager.__aexit__(None, None, None)
+    else:
+        yield await loop.in_thread(manager.__enter__)
+        await loop.in_thread(manager.__exit__, None, None, None)
 
-    async def enter() -> Any:
-        manager = await loop.in_thread(lambda: context.cls(*context.args, **context.kwargs))
-        made.append(manager)
-        if hasattr(manager, "__aenter__"):
-            return await manager.__aenter__()
-        return await loop.in_thread(manager.__enter__)
 
-    async def leave() -> None:
-        manager = made[0]
-        if hasattr(manager, "__aexit__"):
-            await manager.__aexit__(None, None, None)
-        else:
-            await loop.in_thread(manager.__exit__, None, None, None)
+def _as_child(parent: Any, request: Any, send: Callable[[], Any]) -> Any:
+    own = task_context.bind()
+    try:
+        if request is None:
+            return send()
+        # Celery takes the parent of an eager call from the stacks of whoever makes it.
+        _state._task_stack.push(parent)
+        parent.request_stack.push(request)
+        try:
+            return send()
+        finally:
+            parent.request_stack.pop()
+            _state._task_stack.pop()
+    finally:
+        own.end()
 
-    return lifecycle.Unit(name=context.key, enter=enter, leave=leave)
+
+@functools.cache
+def _pydantic(task: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
+    """Celery's own conversion of the arguments, and of the answer."""
+    method: services.Method = task.gw_method
+    signature = services.full_signature(method) if method.is_bound else method.signature
+    answer = inspect.Parameter("_gw_answer", inspect.Parameter.POSITIONAL_ONLY)
+    return (
+        _wrapped(task, lambda *args, **kwargs: (args, kwargs), signature),
+        _wrapped(task, lambda answer: answer, signature.replace(parameters=[answer])),
+    )
+
+
+def _wrapped(task: Any, fn: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
+    """Wrap ``fn`` as Celery wraps the body: the annotations are the body's."""
+    fn = functools.wraps(task.gw_method.function)(fn)
+    fn.__signature__ = signature  # type: ignore[attr-defined]
+    options = task.gw_method.options
+    wrapped: Callable[..., Any] = pydantic_wrapper(
+        task.app,
+        fn,
+        task.name,
+        options.get("pydantic_strict", False),
+        options.get("pydantic_context"),
+        options.get("pydantic_dump_kwargs"),
+    )
+    return wrapped
 
 
 _starting = threading.Lock()

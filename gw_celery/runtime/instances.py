@@ -2,7 +2,8 @@
 
 Which parameters shape the loaded state is observed: those that ``on_enter`` read. An instance
 serves a call when each value that it read while loading is the call's value, too; all other
-parameters are given to the call by a view, a second object over the same state.
+parameters are given to the call by a view, a second object over the same state with parameter
+values of its own.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from gw_celery import conf, errors
 from gw_celery.declare import parameters, services
-from gw_celery.runtime import instance_views, lifecycle, loop
+from gw_celery.runtime import lifecycle, loop
 from gw_celery.types import ParameterValues
 
 logger = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
+#: Attribute of a view: the instance whose state it shares; ``None`` in that instance.
+_SHARED = "_gw_shared"
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -59,6 +63,15 @@ class Loaded:
         """
         return self.number, parameters.canonical(values)
 
+    def view(self, values: ParameterValues) -> Any:
+        """Return the object that a call with ``values`` sees: shared state, own parameters."""
+        view: Any = object.__new__(type(self.instance))
+        view.__dict__ = self.instance.__dict__
+        object.__setattr__(view, _SHARED, self.instance)
+        object.__setattr__(view, parameters.VALUES, values)
+        object.__setattr__(view, parameters.READS, None)
+        return view
+
 
 class Instances:
     """Builds, shares and drops the instances of one service in one process."""
@@ -66,7 +79,7 @@ class Instances:
     def __init__(self, service: services.Service, settings: conf.Settings) -> None:
         self._service = service
         self._settings = settings
-        self._view_class = instance_views.view_class(service.target)
+        self._view_class = _view_class(service.target)
         self._loaded: list[Loaded] = []  # least recently used first
         self._lock = threading.Lock()
         self._building = asyncio.Lock()
@@ -77,14 +90,17 @@ class Instances:
         # Told that an instance may have become idle, while a build waits for that.
         self._on_idle: Callable[[], object] | None = None
 
-    def default_unit(self) -> lifecycle.Unit | None:
-        """The instance of the default parameters; none when a parameter has no default."""
+    def enter_default(self) -> lifecycle.Entered | None:
+        """Begin to enter the instance of the default parameters; ``None`` where one has none.
+
+        It is ours once ``adopt`` is called.
+        """
         if any(parameter.is_required for parameter in self._service.parameters.values()):
             return None
-        return _unit(self._service, self._view_class, self._defaults())
+        return self._life(self._defaults())
 
     def adopt(self, life: lifecycle.Entered) -> None:
-        """Take over the instance of the default parameters; whoever entered it leaves it."""
+        """Take over the instance of the default parameters."""
         self._add(life, self._defaults(), is_pinned=True)
 
     def take(self, values: ParameterValues) -> Loaded | None:
@@ -145,24 +161,17 @@ class Instances:
             with self._lock:
                 self._tell_idle()
 
-    def view(self, loaded: Loaded, values: ParameterValues) -> Any:
-        """Return the object that a call with ``values`` sees: shared state, own parameters."""
-        return instance_views.view(loaded.instance, values)
-
     async def leave(self) -> None:
-        """Leave every instance that ``load`` built; the start-up's own are not among them.
-
-        A build under way is cancelled.
-        """
+        """Leave every instance, in parallel; a build under way is cancelled."""
         builds = list(self._builds.values())
         for build in builds:
             build.cancel()
         if builds:
             await asyncio.wait(builds)
         with self._lock:
-            built = [loaded for loaded in self._loaded if not loaded.is_pinned]
+            lives = [loaded.life for loaded in self._loaded]
             self._loaded.clear()
-        await asyncio.gather(*(loaded.life.leave() for loaded in built))
+        await lifecycle.leave_all(lives)
 
     # -- building --
 
@@ -186,18 +195,18 @@ class Instances:
         async with self._building:
             if any(loaded.suits(values) for loaded in self._loaded):
                 return  # of other values, but of the same that shape the state
-            if await self._has_room_for(values):
-                await self._enter(values)
+            if not await self._has_room_for(values):
+                return
+            life = self._life(values)
+            try:
+                await lifecycle.settle_all([life], self._settings.start_timeout)
+            except errors.StartupError as failed:
+                raise _as_error(life.name, failed.causes[life.name]) from None
+            self._add(life, values, is_pinned=False)
 
-    async def _enter(self, values: ParameterValues) -> None:
-        """Enter one instance, and raise what it raised."""
-        unit = _unit(self._service, self._view_class, values)
-        life = lifecycle.Entered(unit, self._settings.exit_timeout)
-        try:
-            await lifecycle.settle_all([life], self._settings.start_timeout)
-        except errors.StartupError as failed:
-            raise _as_error(unit.name, failed.causes[unit.name]) from None
-        self._add(life, values, is_pinned=False)
+    def _life(self, values: ParameterValues) -> lifecycle.Entered:
+        manager = _entered(self._service, self._view_class, values)
+        return lifecycle.Entered(self._service.key, manager, self._settings.exit_timeout)
 
     def _add(self, life: lifecycle.Entered, values: ParameterValues, *, is_pinned: bool) -> None:
         instance = life.value.result()
@@ -252,7 +261,11 @@ class Instances:
         with self._lock:
             unpinned = [loaded for loaded in self._loaded if not loaded.is_pinned]
             if not unpinned:
-                raise self._no_room()
+                raise errors.UsageError(
+                    f"gw_max_instances={self._settings.max_instances} leaves {self._service.name} "
+                    f"no room beside the instance of its default parameters, which is always kept: "
+                    f"set it to {self._settings.max_instances + 1} or more"
+                )
             spare = [loaded for loaded in unpinned if not self._is_awaited(loaded)]
             idle = next((loaded for loaded in spare if not loaded.in_use), None)
             if idle is not None:
@@ -264,13 +277,6 @@ class Instances:
     def _is_awaited(self, loaded: Loaded) -> bool:
         """Whether it was just built for a call that has not taken it yet."""
         return not loaded.is_drained and any(map(loaded.suits, self._awaited.values()))
-
-    def _no_room(self) -> errors.UsageError:
-        return errors.UsageError(
-            f"gw_max_instances={self._settings.max_instances} leaves {self._service.name} no room "
-            f"beside the instance of its default parameters, which is always kept: set it to "
-            f"{self._settings.max_instances + 1} or more"
-        )
 
     def _defaults(self) -> dict[str, Any]:
         return parameters.complete(self._service.parameters, {})
@@ -308,7 +314,7 @@ class Use:
         """The object that the call sees."""
         if self._loaded is None:
             raise RuntimeError("nothing was taken or loaded")
-        return self._owner.view(self._loaded, self._values)
+        return self._loaded.view(self._values)
 
     def end(self) -> None:
         """Give back what is used; from any thread."""
@@ -319,52 +325,39 @@ class Use:
             self._owner.give_back(loaded)
 
 
-def _unit(service: services.Service, view_class: type, values: ParameterValues) -> lifecycle.Unit:
-    """Return what enters and leaves an instance with ``values``; its value is the instance."""
-    entered: list[Any] = []
-
-    async def enter() -> Any:
-        entered.append(await _entered(service, view_class, values))
-        return entered[0]
-
-    async def leave() -> None:
-        (instance,) = entered
-        object.__setattr__(instance, parameters.READS, None)
-        await _run_exit_hooks(instance, service.exit_hooks)
-
-    return lifecycle.Unit(name=service.key, enter=enter, leave=leave)
-
-
-async def _entered(service: services.Service, view_class: type, values: ParameterValues) -> Any:
-    """Return an instance whose ``on_enter`` hooks have run; it knows what its state depends on."""
+@contextlib.asynccontextmanager
+async def _entered(
+    service: services.Service, view_class: type, values: ParameterValues
+) -> AsyncIterator[Any]:
+    """Enter an instance, which then knows what its state depends on, and leave it."""
     reads: set[str] = set()
+    instance: Any = object.__new__(view_class)
+    # Not itself: a cycle would keep what was evicted in memory until a garbage collection.
+    object.__setattr__(instance, _SHARED, None)
     # A copy: what a body does to a list that its caller gave is not done to the exit hooks' one.
-    instance = instance_views.instance(view_class, copy.deepcopy(dict(values)))
+    object.__setattr__(instance, parameters.VALUES, copy.deepcopy(dict(values)))
     object.__setattr__(instance, parameters.READS, reads)
     await loop.in_thread(instance.__init__)  # a constructor that loads must not stop the loop
-    await _run_hooks(instance, service.enter_hooks)
+    for name in service.enter_hooks:
+        await _run_hook(instance, name)
     shaping = frozenset(
         name
         for name, parameter in service.parameters.items()
         if parameter.scope == "load" or (name in reads and parameter.scope != "call")
     )
     object.__setattr__(instance, parameters.READS, shaping)
-    return instance
-
-
-async def _run_hooks(instance: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        hook: Callable[[], Any] = getattr(instance, name)
-        await (hook() if inspect.iscoroutinefunction(hook) else loop.in_thread(hook))
-
-
-async def _run_exit_hooks(instance: Any, names: tuple[str, ...]) -> None:
-    """Run every hook, also when one before it failed; each failure is logged."""
-    for name in names:
+    yield instance
+    object.__setattr__(instance, parameters.READS, None)
+    for name in service.exit_hooks:
         try:
-            await _run_hooks(instance, (name,))
-        except Exception:
+            await _run_hook(instance, name)
+        except Exception:  # the hooks behind it run all the same
             logger.exception("%s.%s failed", type(instance).__qualname__, name)
+
+
+async def _run_hook(instance: Any, name: str) -> None:
+    hook: Callable[[], Any] = getattr(instance, name)
+    await (hook() if inspect.iscoroutinefunction(hook) else loop.in_thread(hook))
 
 
 def _text(values: ParameterValues, names: frozenset[str]) -> str:
@@ -378,3 +371,46 @@ def _as_error(name: str, cause: BaseException) -> Exception:
     error = errors.BodyExited(f"an on_enter hook of {name} raised {cause!r}; raise an Exception")
     error.__cause__ = cause
     return error
+
+
+def _view_class(cls: type) -> type:
+    """A subclass with room for parameter values beside the shared state of ``cls``."""
+    body = {
+        **{name: _SharedSlot(slot) for name, slot in _slots(cls).items()},
+        "__slots__": (parameters.VALUES, parameters.READS, _SHARED),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        # The class's own __new__ makes handles for callers.
+        "__new__": lambda view_class, *args, **kwargs: object.__new__(view_class),
+    }
+    return type(cls.__name__, (cls,), body)
+
+
+class _SharedSlot:
+    """An attribute that the user's class keeps in ``__slots__``, outside the shared dict."""
+
+    def __init__(self, slot: types.MemberDescriptorType) -> None:
+        self._slot = slot
+
+    def __get__(self, view: Any, owner: type) -> Any:
+        return self._slot if view is None else self._slot.__get__(_state(view), owner)
+
+    def __set__(self, view: Any, value: object) -> None:
+        self._slot.__set__(_state(view), value)
+
+    def __delete__(self, view: Any) -> None:
+        self._slot.__delete__(_state(view))
+
+
+def _state(view: Any) -> Any:
+    shared = getattr(view, _SHARED)
+    return view if shared is None else shared
+
+
+def _slots(cls: type) -> dict[str, types.MemberDescriptorType]:
+    names = {name for base in cls.__mro__ for name in vars(base)}
+    static = {name: inspect.getattr_static(cls, name) for name in names}
+    return {
+        name: slot for name, slot in static.items() if isinstance(slot, types.MemberDescriptorType)
+    }

@@ -7,9 +7,9 @@ require that a cancel scope is left in the task that entered it.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from gw_celery import errors
@@ -17,28 +17,18 @@ from gw_celery import errors
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Unit:
-    """Something that is entered once and left once."""
-
-    name: str
-    enter: Callable[[], Awaitable[Any]]
-    leave: Callable[[], Awaitable[None]]
-
-
 class Entered:
-    """A unit that is being entered, is entered, or was left."""
+    """A unit that is being entered, is entered, or was left; ``value`` is what it entered as."""
 
-    def __init__(self, unit: Unit, exit_timeout: float) -> None:
-        self.unit = unit
+    def __init__(
+        self, name: str, manager: AbstractAsyncContextManager[Any], exit_timeout: float
+    ) -> None:
+        self.name = name
+        self._manager = manager
         self.value: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._leave = asyncio.Event()
         self._exit_timeout = exit_timeout
-        self._life = asyncio.create_task(self._live(), name=f"gw-{unit.name}")
-
-    @property
-    def has_entered(self) -> bool:
-        return self.value.done() and self.failure is None
+        self._life = asyncio.create_task(self._live(), name=f"gw-{name}")
 
     @property
     def failure(self) -> BaseException | None:
@@ -58,11 +48,6 @@ class Entered:
         if not self.value.done():
             self._life.cancel()
 
-    async def settle(self) -> BaseException | None:
-        """Wait until the entering is over and return what it raised."""
-        await asyncio.wait([self.value])
-        return self.failure
-
     async def leave(self) -> None:
         """Leave the unit when it is entered; errors and time-outs are logged, never raised."""
         self._leave.set()
@@ -72,29 +57,26 @@ class Entered:
             self._life.cancel()
             logger.error(
                 "%s did not leave within %.0f s and was left behind (setting gw_exit_timeout)",
-                self.unit.name,
+                self.name,
                 self._exit_timeout,
             )
 
     async def _live(self) -> None:
         try:
-            entered = await self.unit.enter()
+            entered = await self._manager.__aenter__()
         except asyncio.CancelledError:
             self.value.cancel()
             return
         except BaseException as exc:
             self.value.set_exception(exc)
-            self.value.exception()  # retrieved: `settle` reports it
+            self.value.exception()  # retrieved: `failure` reports it
             return
         self.value.set_result(entered)
         await self._leave.wait()
-        await self._exit()
-
-    async def _exit(self) -> None:
         try:
-            await self.unit.leave()
+            await self._manager.__aexit__(None, None, None)
         except Exception:
-            logger.exception("%s failed to leave", self.unit.name)
+            logger.exception("%s failed to leave", self.name)
 
 
 async def settle_all(lives: Sequence[Entered], timeout: float) -> None:
@@ -114,10 +96,11 @@ async def settle_all(lives: Sequence[Entered], timeout: float) -> None:
     except asyncio.CancelledError:
         await leave_all(lives)
         raise
-    causes = {life.unit.name: cause for life in lives if (cause := life.failure) is not None}
-    late = [life.unit.name for life in lives if not life.value.done()]
+    causes = {life.name: cause for life in lives if (cause := life.failure) is not None}
+    late = [life.name for life in lives if not life.value.done()]
     if not causes and late:
-        causes = {name: _too_late(timeout) for name in late}
+        why = f"did not enter within {timeout:.0f} s (setting gw_start_timeout)"
+        causes = {name: TimeoutError(why) for name in late}
     if causes:
         await leave_all(lives)
         raise errors.StartupError(causes)
@@ -128,7 +111,3 @@ async def leave_all(lives: Sequence[Entered]) -> None:
     for life in lives:
         life.abandon()
     await asyncio.gather(*(life.leave() for life in lives))
-
-
-def _too_late(timeout: float) -> TimeoutError:
-    return TimeoutError(f"did not enter within {timeout:.0f} s (setting gw_start_timeout)")

@@ -8,6 +8,7 @@ two tasks.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextvars
 import logging
 import sys
@@ -22,11 +23,19 @@ logger = logging.getLogger(__name__)
 
 
 class Host:
-    """A loop and the thread that runs it."""
+    """A loop and the thread that runs it, the caller's; whoever made the loop ends it."""
 
-    def __init__(self, hosted: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    def __init__(
+        self, hosted: asyncio.AbstractEventLoop, thread: threading.Thread | None = None
+    ) -> None:
         self.loop = hosted
-        self._thread = thread
+        self._thread = thread or threading.current_thread()
+
+    def start(self) -> None:
+        """Begin to run the loop, where it is ours."""
+
+    def stop(self, timeout: float) -> None:
+        """End the loop, where it is ours; waits ``timeout`` seconds at most."""
 
     def is_current(self) -> bool:
         """Whether the caller runs on this loop's thread."""
@@ -49,7 +58,7 @@ class Host:
 
 
 class LoopThread(Host):
-    """Owns the thread and its loop; ``stop`` ends both."""
+    """Owns the thread and its loop; ``stop`` cancels what is left on it, and ends both."""
 
     def __init__(self, name: str = "gw-loop") -> None:
         thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -60,7 +69,6 @@ class LoopThread(Host):
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """End the loop, cancelling what is left on it; waits ``timeout`` seconds at most."""
         self._is_stopping = True
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self.loop.stop)
@@ -92,19 +100,6 @@ class LoopThread(Host):
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
 
 
-class MainLoop(Host):
-    """The running loop of a process whose main thread it has; whoever made it ends it."""
-
-    def __init__(self, running: asyncio.AbstractEventLoop) -> None:
-        super().__init__(running, threading.current_thread())
-
-    def start(self) -> None:
-        """Do nothing: it runs."""
-
-    def stop(self, timeout: float) -> None:
-        """Do nothing."""
-
-
 class Tasks:
     """Tasks that nothing awaits: asyncio itself keeps only weak references to them."""
 
@@ -134,28 +129,17 @@ async def in_thread(fn: Callable[..., T], *args: Any) -> T:
 
     The default executor would keep a failed process from exiting until a slow load is over.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(setter: Callable[[Any], None], value: Any) -> None:
-        if not future.done():
-            setter(value)
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    # A wait that is given up must not cancel it: the thread goes on, and sets its outcome.
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
-        outcome: tuple[Callable[[Any], None], Any]
         try:
-            outcome = (future.set_result, fn(*args))
+            future.set_result(fn(*args))
+        except StopIteration as exc:  # cannot cross a future
+            future.set_exception(RuntimeError(repr(exc)))
         except BaseException as exc:
-            outcome = (future.set_exception, _raisable(exc))
-        try:
-            loop.call_soon_threadsafe(settle, *outcome)
-        except RuntimeError:
-            return  # the loop was closed: nobody waits for this hook any more
+            future.set_exception(exc)
 
     threading.Thread(target=run, name=f"gw-hook-{fn.__qualname__}", daemon=True).start()
-    return await future
-
-
-def _raisable(exc: BaseException) -> BaseException:
-    """A StopIteration cannot cross a future."""
-    return RuntimeError(repr(exc)) if isinstance(exc, StopIteration) else exc
+    return await asyncio.wrap_future(future)

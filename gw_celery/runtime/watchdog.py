@@ -94,7 +94,7 @@ def blocked_load(
     running, stack = host.running_task(), host.stack()
     late = [life for life in entering if not life.value.done()]
     named = [life for life in late if life.is_life(running)]  # none: a task that one of them made
-    names = [life.unit.name for life in named or late] or ["the event loop"]
+    names = [life.name for life in named or late] or ["the event loop"]
     why = (
         f"still blocks the event loop after gw_start_timeout={timeout:.0f} s, at {_place(stack)}: "
         f"load in `await asyncio.to_thread(...)`, or in a plain `def`"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gw_celery.client import execution
-from gw_celery.runtime import batcher, clocks
+from gw_celery.runtime import batcher
 from gw_celery.runtime import in_process as runtime_in_process
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def in_process(app: App, *, clock: clocks.Clock | None = None) -> Iterator[None]:
+def in_process(app: App, *, clock: batcher.Clock | None = None) -> Iterator[None]:
     """Serve everything that ``app`` declares in this process until the block ends.
 
     Contexts and ``on_enter`` hooks are entered now and left at the end, of the outermost block
@@ -34,7 +34,7 @@ def in_process(app: App, *, clock: clocks.Clock | None = None) -> Iterator[None]
     before = conf.task_always_eager, runtime.batchers
     conf.task_always_eager = True
     if runtime.batchers is None or clock is not None:
-        runtime.batchers = batcher.Batchers(batcher.Host(clock=clock or clocks.Monotonic()))
+        runtime.batchers = batcher.Batchers(clock=clock or batcher.Monotonic())
     try:
         runtime.enter([app.registry], list(app.registry.services.values()))
         yield

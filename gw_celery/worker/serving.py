@@ -7,8 +7,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from billiard import common
-
 from gw_celery import conf
 from gw_celery.client import execution
 from gw_celery.declare import probes, registry, services
@@ -84,9 +82,7 @@ def start(plan: Plan, check: Callable[[], None]) -> None:
     Raises:
         StartupError: naming each class that failed, and why.
     """
-    runtime = in_process.Process(
-        plan.settings, enforces_limits=plan.pool != "prefork", is_ending=_is_ending
-    )
+    runtime = in_process.Process(plan.settings, enforces_limits=plan.pool != "prefork")
     runtime.start()
     execution.install(runtime)
     logger.info("pid %d loads %s", runtime.pid, ", ".join(service.name for service in plan.served))
@@ -97,11 +93,3 @@ def start(plan: Plan, check: Callable[[], None]) -> None:
         execution.stop()
         raise
     logger.info("pid %d has loaded %d services", runtime.pid, len(plan.served))
-
-
-def _is_ending() -> bool:
-    """Whether a signal has told this child of prefork to end.
-
-    The handler of billiard then raises ``SystemExit`` in whatever body runs.
-    """
-    return bool(common._should_have_exited[0])

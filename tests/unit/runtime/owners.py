@@ -62,17 +62,14 @@ class Owner:
         self.default: lifecycle.Entered | None = None
 
     async def start(self) -> Owner:
-        unit = self.instances.default_unit()
-        if unit is not None:
-            self.default = lifecycle.Entered(unit, LONG)
+        self.default = self.instances.enter_default()
+        if self.default is not None:
             await lifecycle.settle_all([self.default], LONG)
             self.instances.adopt(self.default)
         return self
 
     async def stop(self) -> None:
         await self.instances.leave()
-        if self.default is not None:
-            await self.default.leave()
 
     def values(self, **given: Any) -> dict[str, Any]:
         known = self.service.parameters
@@ -85,6 +82,6 @@ class Owner:
     async def call(self, **given: Any) -> Any:
         loaded = await self.taken(**given)
         try:
-            return self.instances.view(loaded, self.values(**given)).predict()
+            return loaded.view(self.values(**given)).predict()
         finally:
             self.instances.give_back(loaded)

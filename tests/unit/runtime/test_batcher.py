@@ -18,7 +18,7 @@ Submit = Callable[..., Awaitable[Any]]
 
 
 def gathering(
-    test: Callable[[Submit, batcher.Batcher], Awaitable[None]],
+    test: Callable[[Submit, batcher.Batchers], Awaitable[None]],
     body: Callable[..., Any],
     *,
     using: Any = None,
@@ -32,13 +32,13 @@ def gathering(
     (method,) = service.methods.values()
 
     async def main() -> None:
-        batchers = batcher.Batchers(batcher.Host(**(host or {})))
+        batchers = batcher.Batchers(**(host or {}))
 
         def submit(*args: Any, key: Any = None, **kwargs: Any) -> Awaitable[Any]:
             given = {} if using is None else {"using": using}
             return batchers.of(service, method).submit(body, args, kwargs, key=key, **given)
 
-        await test(submit, batchers.of(service, method))
+        await test(submit, batchers)
 
     asyncio.run(main())
 
@@ -585,10 +585,10 @@ def test_a_suspect_waits_for_nobody() -> None:
 def test_a_drain_lets_what_is_here_run_at_once() -> None:
     calls = Calls()
 
-    async def test(submit: Submit, one: batcher.Batcher) -> None:
+    async def test(submit: Submit, batchers: batcher.Batchers) -> None:
         waiting = asyncio.ensure_future(submit(1))
         await asyncio.sleep(0)
-        one.drain()
+        batchers.drain()
         assert await asyncio.wait_for(waiting, 10) == 10
         assert await asyncio.wait_for(submit(2), 10) == 20
 
@@ -608,7 +608,7 @@ def test_what_began_is_told_before_the_body_can_end_the_process() -> None:
     (service,) = app.registry.services.values()
 
     async def main() -> None:
-        batchers = batcher.Batchers(batcher.Host(tell=lambda: told.append("told")))
+        batchers = batcher.Batchers(tell=lambda: told.append("told"))
         (method,) = service.methods.values()
         await batchers.of(service, method).submit(body, (1,), {})
 
@@ -638,7 +638,7 @@ def test_a_synchronous_body_runs_in_a_thread_of_its_own_and_knows_its_batch() ->
     (service,) = app.registry.services.values()
 
     async def main() -> list[int]:
-        batchers = batcher.Batchers(batcher.Host())
+        batchers = batcher.Batchers()
         one = batchers.of(service, service.methods["body"])
         return await asyncio.gather(*(one.submit(body, (x,), {}) for x in range(3)))
 
@@ -666,7 +666,7 @@ def test_a_stop_iteration_in_a_thread_fails_its_input_and_the_next_are_served() 
     (service,) = app.registry.services.values()
 
     async def main() -> int:
-        one = batcher.Batchers(batcher.Host()).of(service, service.methods["body"])
+        one = batcher.Batchers().of(service, service.methods["body"])
         with pytest.raises(RuntimeError, match="StopIteration"):
             await asyncio.wait_for(one.submit(body, (1,), {}), 10)
         return await asyncio.wait_for(one.submit(body, (2,), {}), 10)

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from billiard import common
 from celery import current_task
 from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown, WorkerTerminate
 
 import gw_celery as gw
 from gw_celery import conf, errors
 from gw_celery.client import execution
-from gw_celery.declare import services
-from gw_celery.runtime import body, in_process
+from gw_celery.declare import parameters, services
+from gw_celery.runtime import async_exception, body, in_process
 
 LONG = 60.0
 
@@ -35,10 +37,9 @@ def run(app: gw.App):
 
 def one_input(service: services.Service, method: str, args: tuple, **given: Any) -> body.Call:
     known = {
-        "task_id": "1",
         "service": service,
         "method": service.methods[method],
-        "given": {},
+        "values": parameters.complete(service.parameters, given.pop("given", {})),
         "args": args,
     }
     return body.Call(**{**known, **given})
@@ -230,18 +231,28 @@ def test_a_hard_limit_ends_the_wait_and_cancels_the_body(app, run) -> None:
     assert waiting.how == "CancelledError"
 
 
-def test_a_revoked_input_ends_the_wait_and_cancels_the_body(app, run) -> None:
-    waiting = Waiting(app)
+@contextlib.contextmanager
+def revoked_once(began: threading.Event) -> Iterator[None]:
+    """Raise in this thread what a child raises there in an input that is revoked."""
+    thread = threading.get_ident()
 
     def revoke() -> None:
-        waiting.began.wait(LONG)
-        assert body.running.interrupt("42", None)
+        began.wait(LONG)
+        async_exception.Thrown(thread, execution.Revoked)
 
     helper = threading.Thread(target=revoke)
     helper.start()
-    with pytest.raises(execution.Revoked):
-        run("wait", task_id="42")
-    helper.join()
+    try:
+        yield
+    finally:
+        helper.join()
+
+
+def test_a_revoked_input_ends_the_wait_and_cancels_the_body(app, run) -> None:
+    waiting = Waiting(app)
+
+    with revoked_once(waiting.began), pytest.raises(execution.Revoked):
+        run("wait")
     waiting.ended.wait(LONG)
     assert waiting.how == "CancelledError"
 
@@ -332,16 +343,12 @@ def test_what_ends_the_worker_or_comes_from_the_keyboard_is_not_the_bodys(app, r
     assert caught.value is exc
 
 
-def test_an_exit_in_a_process_that_was_told_to_end_ends_it(app) -> None:
+def test_an_exit_in_a_process_that_was_told_to_end_ends_it(app, run, monkeypatch) -> None:
     raising(app, SystemExit(-241))
-    runtime = in_process.Process(conf.Settings(), is_ending=lambda: True)
-    runtime.start()
-    execution.install(runtime)
-    (service,) = app.registry.services.values()
-    runtime.enter([app.registry], [service])
+    monkeypatch.setattr(common, "_should_have_exited", [True])  # as billiard's handler of signals
 
     with pytest.raises(SystemExit):
-        body.run(runtime, one_input(service, "leave", ()))
+        run("leave")
 
 
 def test_a_body_that_awaits_one_that_exits_gets_its_failure(app, run) -> None:
@@ -425,27 +432,8 @@ def test_a_limit_ends_the_wait_for_a_load_which_goes_on(app, run, method, limit,
 def test_a_revoked_input_does_not_wait_for_its_load(app, run, method: str) -> None:
     loading = Loading(app)
 
-    def revoke() -> None:
-        loading.began.wait(LONG)
-        assert body.running.interrupt("42", None)
-
-    helper = threading.Thread(target=revoke)
-    helper.start()
-    with pytest.raises(execution.Revoked):
-        run(method, task_id="42", given=LARGE)
-    helper.join()
+    with revoked_once(loading.began), pytest.raises(execution.Revoked):
+        run(method, given=LARGE)
     owner = loading.end(app)
     assert run(method, given=LARGE) == "large"
     assert [one.in_use for one in owner._loaded] == [0, 0]
-
-
-def test_what_comes_after_the_end_of_a_load_is_for_the_body(app, run) -> None:
-    async def nothing() -> None: ...
-
-    call = execution.current().call(nothing())
-    assert not call.is_over
-    call.run(LONG)
-    assert call.is_over
-    body.running._calls["42"] = call
-    assert not body.running.interrupt("42", SoftTimeLimitExceeded())
-    del body.running._calls["42"]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery import errors
+from gw_celery.client import execution
 from gw_celery.runtime import greenlet_bridge, loop
 
 LONG = 60.0
@@ -27,7 +30,7 @@ def thread() -> Iterator[loop.LoopThread]:
 def call(
     thread: loop.LoopThread, coroutine: Coroutine[Any, Any, Any]
 ) -> greenlet_bridge.LoopCall[Any]:
-    return greenlet_bridge.LoopCall(thread.loop, coroutine, contextvars.copy_context())
+    return greenlet_bridge.LoopCall(thread.loop, coroutine)
 
 
 def run(thread: loop.LoopThread, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -87,12 +90,12 @@ def test_an_error_comes_back_as_itself(thread: loop.LoopThread) -> None:
     assert caught.value is error
 
 
-def interrupted(thread: loop.LoopThread, body: Body, how: str, exc: BaseException) -> Any:
+def interrupted(thread: loop.LoopThread, body: Body, exc: BaseException) -> Any:
     running = call(thread, body.run())
 
     def interrupt() -> None:
         body.began.wait(LONG)
-        getattr(running, how)(exc)
+        running.interrupt(exc)
 
     helper = threading.Thread(target=interrupt)
     helper.start()
@@ -109,16 +112,14 @@ def test_a_soft_limit_is_raised_in_the_coroutine_and_cancels_what_it_awaits(
     limit = SoftTimeLimitExceeded(3)
 
     with pytest.raises(SoftTimeLimitExceeded) as caught:
-        interrupted(thread, body, "interrupt", limit)
+        interrupted(thread, body, limit)
 
     assert caught.value is limit
     assert body.saw == ["inner was cancelled", "soft limit"]
 
 
 def test_a_coroutine_may_answer_after_a_soft_limit(thread: loop.LoopThread) -> None:
-    assert interrupted(thread, Body(answers=True), "interrupt", SoftTimeLimitExceeded()) == (
-        "partial"
-    )
+    assert interrupted(thread, Body(answers=True), SoftTimeLimitExceeded()) == ("partial")
 
 
 def test_a_body_can_await_again_after_a_soft_limit(thread: loop.LoopThread) -> None:
@@ -154,26 +155,20 @@ def test_an_interruption_before_the_first_step_is_raised_as_itself(
     running = call(thread, body())
     limit = SoftTimeLimitExceeded(1)
 
-    class Waiting(threading.Event):
+    def interrupt() -> None:
         """The loop is busy until both the start and the interruption are in its queue."""
+        running.interrupt(limit)
+        release.set()
 
-        def wait(self, timeout: float | None = None) -> bool:
-            running.interrupt(limit)
-            release.set()
-            return super().wait(timeout)
-
-    running._over = Waiting()
     with pytest.raises(SoftTimeLimitExceeded) as caught:
-        running.run(LONG)
+        running.run(LONG, interrupt)
     assert caught.value is limit
 
 
 def test_a_hard_limit_answers_at_once_and_cancels_the_coroutine(thread: loop.LoopThread) -> None:
-    class Stop(BaseException): ...
-
     body = Body()
-    with pytest.raises(Stop):
-        interrupted(thread, body, "abandon", Stop())
+    with pytest.raises(execution.HardLimit):
+        call(thread, body.run()).run(LONG, hard_limit=0.05)
 
     assert run(thread, asyncio.sleep(0, body.saw)) == ["inner was cancelled", "cancelled"]
 
@@ -184,37 +179,50 @@ def test_what_interrupts_the_waiting_thread_cancels_the_coroutine(
     body = Body()
     running = call(thread, body.run())
 
-    class Interrupted(threading.Event):
-        """As a signal does: the first wait is interrupted once the body runs."""
+    def interrupt() -> None:
+        """As a signal does, once the body runs."""
+        body.began.wait(LONG)
+        raise KeyboardInterrupt
 
-        def wait(self, timeout: float | None = None) -> bool:
-            if timeout is None:
-                body.began.wait(LONG)
-                raise KeyboardInterrupt
-            return super().wait(timeout)
-
-    running._over = Interrupted()
     with pytest.raises(KeyboardInterrupt):
-        running.run(LONG)
+        running.run(LONG, interrupt)
 
     assert body.saw == ["inner was cancelled", "cancelled"]
+
+
+def test_what_stops_the_input_does_not_wait_for_a_coroutine_that_goes_on(
+    thread: loop.LoopThread,
+) -> None:
+    began, may_end = threading.Event(), asyncio.Event()
+
+    async def body() -> None:
+        while not may_end.is_set():
+            began.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await may_end.wait()
+
+    def revoke() -> None:
+        began.wait(LONG)
+        raise execution.Revoked
+
+    running = call(thread, body())
+    start = time.monotonic()
+    with pytest.raises(execution.Revoked):
+        running.run(LONG, revoke)
+    assert time.monotonic() - start < LONG / 2
+    thread.loop.call_soon_threadsafe(may_end.set)
+    assert run(thread, asyncio.sleep(0, "alive")) == "alive"
 
 
 def test_a_soft_limit_in_the_waiting_thread_reaches_the_coroutine(thread: loop.LoopThread) -> None:
     body = Body(answers=True)
     running = call(thread, body.run())
 
-    class Limited(threading.Event):
-        is_over = False
+    def limit() -> None:
+        if "soft limit" not in body.saw and body.began.wait(LONG):
+            raise SoftTimeLimitExceeded
 
-        def wait(self, timeout: float | None = None) -> bool:
-            if not self.is_over:
-                self.is_over = body.began.wait(LONG)
-                raise SoftTimeLimitExceeded
-            return super().wait(timeout)
-
-    running._over = Limited()
-    assert running.run(LONG) == "partial"
+    assert running.run(LONG, limit) == "partial"
     assert body.saw == ["inner was cancelled", "soft limit"]
 
 
@@ -367,16 +375,3 @@ def test_a_timeout_of_the_body_is_its_own(thread: loop.LoopThread) -> None:
         return "missed"
 
     assert run(thread, body()) == "timed out"
-
-
-def test_a_call_that_was_abandoned_before_it_began_never_starts(thread: loop.LoopThread) -> None:
-    started: list[str] = []
-
-    async def body() -> None:
-        started.append("started")
-
-    running = call(thread, body())
-    running.abandon(SystemExit(1))
-    with pytest.raises(SystemExit):
-        running.run(LONG)
-    assert run(thread, asyncio.sleep(0, started)) == []

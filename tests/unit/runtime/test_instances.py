@@ -359,7 +359,7 @@ def test_attributes_in_slots_are_shared_by_the_calls_as_those_in_the_dict_are() 
         await owner.call(threshold=0.1)
 
         assert await owner.call(threshold=0.2) == (["loaded", "0.1", "0.2"], 0.2, 2)
-        view = owner.instances.view(await owner.taken(), owner.values())
+        view = (await owner.taken()).view(owner.values())
         del view.weights
         with pytest.raises(AttributeError, match="weights"):
             await owner.call()

@@ -26,11 +26,9 @@ class Probe:
     async def _nothing(self) -> None: ...
 
     def life(self, exit_timeout: float = LONG) -> lifecycle.Entered:
-        return lifecycle.Entered(
-            lifecycle.Unit(name=self.name, enter=self._enter, leave=self._leave), exit_timeout
-        )
+        return lifecycle.Entered(self.name, self, exit_timeout)
 
-    async def _enter(self) -> str:
+    async def __aenter__(self) -> str:
         self.tasks.append(asyncio.current_task())
         try:
             await self.enter()
@@ -40,7 +38,7 @@ class Probe:
         self.log.append(f"enter {self.name}")
         return f"value of {self.name}"
 
-    async def _leave(self) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         self.tasks.append(asyncio.current_task())
         await self.leave()
         self.log.append(f"leave {self.name}")
@@ -261,7 +259,7 @@ def test_a_start_that_is_cancelled_leaves_those_that_entered() -> None:
         slow.enter = forever
         lives = [entered.life(), slow.life()]
         starting = asyncio.create_task(lifecycle.settle_all(lives, LONG))
-        await lives[0].settle()
+        await lives[0].value
 
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -299,8 +297,8 @@ class OnLoop(Recorded):
 
 async def lived(cls: type) -> list[str]:
     threads: list[str] = []
-    unit = in_process._context_unit(registry.Context(cls=cls, args=(threads,), kwargs={}))
-    life = lifecycle.Entered(unit, LONG)
+    opened = in_process._opened(registry.Context(cls=cls, args=(threads,), kwargs={}))
+    life = lifecycle.Entered("context", opened, LONG)
     await lifecycle.settle_all([life], LONG)
     assert life.value.result() == "entered"
     await lifecycle.leave_all([life])
