@@ -165,8 +165,7 @@ class TaskPool(BasePool):
         if self._plan is not None:
             queues = self._plan.service_queues
             self.ranking = ranking.of(app, hostname, queues.values())
-            priority = None if self.ranking is None else self.ranking.priority
-            self.gate = gate.Gate(app.amqp.queues, queues, self, priority)
+            self.gate = gate.Gate(app.amqp.queues, queues, self)
             self.gate.close_all()
             start_notices.log(app, self._plan)
             self._estimates = wait_estimates.of(app, self._plan, hostname, self)

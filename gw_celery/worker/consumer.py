@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -42,19 +41,21 @@ def _check_call(message: Any) -> None:
 
 
 class Consumer(CeleryConsumer):
-    """Rejects what Celery's strategy cannot read; the gate follows the control commands."""
+    """Rejects what Celery's strategy cannot read; the gate follows the control commands.
+
+    Only workers with the GPU pool have it.
+    """
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         connected = self.ensure_connected(transport.use(connection))
         # What ended while there was no broker is not given back to it.
-        self._poll_pool()
+        self.pool.poll()
         return connected
 
     def ensure_connected(self, conn: Any) -> Any:
         # It retries for as long as there is no broker, and the loop stands still meanwhile.
-        health = getattr(self.pool, "health", None)
-        with contextlib.nullcontext() if health is None else health.connecting():
+        with self.pool.health.connecting():
             return super().ensure_connected(conn)
 
     def _update_prefetch_count(self, index: int = 0) -> None:
@@ -124,21 +125,14 @@ class Consumer(CeleryConsumer):
 
         Nothing takes the slots that are free by then: it would be cut off as it starts.
         """
-        if hasattr(self.pool, "poll"):
-            self.pool.flush()
-        self._poll_pool()
+        self.pool.flush()
+        self.pool.poll()
         super().cancel_active_requests()
-
-    def _poll_pool(self) -> None:
-        if (poll := getattr(self.pool, "poll", None)) is not None:
-            poll()
 
     def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
         super().add_task_queue(queue, *args, **options)
-        if (gate := getattr(self.pool, "gate", None)) is not None:
-            gate.add(queue)
+        self.pool.gate.add(queue)
 
     def cancel_task_queue(self, queue: str) -> None:
         super().cancel_task_queue(queue)
-        if (gate := getattr(self.pool, "gate", None)) is not None:
-            gate.remove(queue)
+        self.pool.gate.remove(queue)

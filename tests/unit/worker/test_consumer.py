@@ -9,9 +9,9 @@ from celery import Celery
 from kombu import Message
 from kombu.common import QoS
 
-from gw_celery import errors
+from gw_celery import conf, errors
 from gw_celery.protocol.snapshot import Worker
-from gw_celery.worker import consumer, gate
+from gw_celery.worker import consumer, gate, health
 
 
 class Pool:
@@ -19,7 +19,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.gate: gate.Gate | None = None
-        self.control: Any = None
+        self.health = health.Health(conf.Settings())
         self.ready = {"embed": 0, "": 0}
         self.polls = 0
         self.asked: list[str] = []
@@ -283,14 +283,3 @@ def test_a_queue_that_is_added_before_anything_is_ready_is_not_consumed_yet(
 ) -> None:
     consuming.add_task_queue(queue)
     assert not consuming.task_consumer.consuming_from(queue)
-
-
-@pytest.mark.parametrize("pool_without", [None, object()])
-def test_a_pool_without_a_gate_is_as_in_celery(
-    consuming: consumer.Consumer, pool_without: Any
-) -> None:
-    consuming.pool = pool_without
-    consuming.add_task_queue("added")
-    assert consuming.task_consumer.consuming_from("added")
-    consuming.cancel_task_queue("added")
-    assert not consuming.task_consumer.consuming_from("added")
