@@ -27,7 +27,7 @@ from gw_celery.pool import (
     request,
     supervisor,
 )
-from gw_celery.protocol.snapshot import Worker
+from gw_celery.protocol.snapshot import Scaling, Worker
 from gw_celery.runtime import fatal_exit
 from gw_celery.transport.find import redis_of
 from gw_celery.worker import gate, health, start_notices
@@ -83,8 +83,10 @@ class TaskPool(BasePool):
         #: Where the broker prefers the quicker of several workers.
         self.ranking: ranking.Ranking | None = None
         self._driver: driver.Driver
-        #: What a platform's own probes ask; others add their paths to its ``routes``.
-        self.health = health.Health(settings)
+        #: What our autoscaler saw and decided last; ``None`` where there is none.
+        self.scaling: Scaling | None = None
+        #: What a platform's own probes ask.
+        self.health = health.Health(settings, plan.service_queues if plan else {})
 
     # -- size --
 

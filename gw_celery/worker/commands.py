@@ -6,7 +6,6 @@ Celery's answer "ok" and try later, so that a refusal must come before them.
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,18 +13,9 @@ from typing import TYPE_CHECKING, Any
 from celery.worker import control
 
 from gw_celery.declare import gpu, registry
-from gw_celery.protocol import snapshot
 
 if TYPE_CHECKING:
     from gw_celery.worker import serving
-
-
-def status(pool: Any, autoscaler: Any) -> snapshot.Worker:
-    """Return the snapshot of ``pool`` with what its autoscaler decided; Celery's own tells none."""
-    worker: snapshot.Worker = pool.snapshot()
-    if hasattr(autoscaler, "seen"):
-        worker = dataclasses.replace(worker, scaling=autoscaler.seen())
-    return worker
 
 
 def install() -> None:
@@ -55,8 +45,8 @@ def describe() -> None:
 
 def gw_status(state: Any) -> dict[str, Any]:
     """Show the replicas of a worker: state, pid, slots, in flight, restarts, last error."""
-    consumer = state.consumer
-    return status(consumer.pool, consumer.controller.autoscaler).as_json()
+    answer: dict[str, Any] = state.consumer.pool.snapshot().as_json()
+    return answer
 
 
 def gw_drain(state: Any, replica: int | None = None) -> Any:
@@ -105,7 +95,7 @@ def _listed(numbers: list[int]) -> str:
 
 
 def _applied(what: str, steer: Callable[[int | None], None], pool: Any, replica: int | None) -> Any:
-    numbers = [one.number for one in pool.snapshot().replicas]
+    numbers = [seen.number for seen in pool.snapshot().replicas]
     if replica is not None and replica not in numbers:
         return control.nok(f"there is no replica {replica!r}: this worker has {_listed(numbers)}")
     steer(replica)

@@ -23,7 +23,6 @@ from gw_celery.worker import (
     compression,
     forks,
     gate,
-    metrics,
     options,
     serving,
     start_notices,
@@ -145,7 +144,6 @@ def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: options.Asked | Non
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     commands.install()
-    metrics.install(worker, plan.service_queues)
     if not conf.is_set(worker.app.conf, "worker_autoscaler"):
         worker.autoscaler_cls = AUTOSCALER
     worker.app.steps["worker"].add(bootsteps.ScalingStep)

@@ -19,7 +19,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.gate: gate.Gate | None = None
-        self.health = health.Health(conf.Settings())
+        self.health = health.Health(conf.Settings(), {})
         self.ready = {"embed": 0, "": 0}
         self.polls = 0
         self.asked: list[str] = []
