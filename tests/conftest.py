@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: Files that would keep one process busy after the others have run out of files: they come first.
+LONGEST = ("tests/integration/test_stock_pools.py", "tests/integration/test_autoscaling.py")
+#: Files whose tests share one example project, which runs five processes, torch in one of them.
+PROJECT_TESTS = tuple(
+    f"tests/acceptance/test_{name}.py" for name in ("batches", "search_api", "search_page")
+)
+
 pytest_plugins = ["gw_celery.testing.fixtures"]
 
 
@@ -37,6 +44,23 @@ def missing(why: object) -> NoReturn:
 def pytest_configure() -> None:
     # The background job of a script ignores Ctrl-C, and so would every process started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one process, and those of the example project to the same."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return PROJECT_TESTS[0] if file in PROJECT_TESTS else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from gw_celery.pool import (
     request,
     supervisor,
 )
+from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Scaling, Worker
 from gw_celery.runtime import fatal_exit
 from gw_celery.transport.find import redis_of
@@ -147,6 +148,7 @@ class TaskPool(BasePool):
         app, hostname = self.options["initargs"]
         self._janitor = lost_workers.of(app, self._setup.settings, hostname)
         first = {
+            "version": frames.version(),
             "worker": self._janitor and self._janitor.worker,
             "app": origin.find(app),
             "changes": origin.changes(app),

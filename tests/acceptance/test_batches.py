@@ -35,6 +35,7 @@ from celery import group
 from search.tasks import embed
 
 answers = group(embed.s(text) for text in json.loads(sys.argv[1]))()
+print("sent", flush=True)
 for answer in answers:
     answer.get(timeout=60, propagate=False)
 said = [
@@ -111,7 +112,7 @@ def test_searches_that_come_at_once_share_a_call(project: Project) -> None:
 
 
 def test_searches_that_come_at_once_read_the_library_one_after_the_other(project: Project) -> None:
-    asked, known = _said(project, TWO_READERS)
+    asked, known = _said(_client(project, TWO_READERS))
 
     # Each asks for the version, and only the first has to read the texts as well.
     assert asked == 3
@@ -226,22 +227,34 @@ def _added(web: Web, name: str) -> str:
 
 
 def _embedded(project: Project, texts: list[str]) -> list[Any]:
-    """What a client of its own got for each text: an error's words, or batch size and length."""
-    return _said(project, CLIENT, json.dumps(texts))
+    """What a client of its own got for each text: an error's words, or batch size and length.
+
+    All texts wait before the model's worker sees the first, however slowly they are sent.
+    """
+    with suspended(project.model_worker):
+        client = _client(project, CLIENT, json.dumps(texts))
+        assert client.stdout is not None
+        assert client.stdout.readline() == "sent\n", client.communicate()
+    return _said(client)
 
 
-def _said(project: Project, script: str, *arguments: str) -> list[Any]:
-    """What a script in the project's folder printed."""
+def _client(project: Project, script: str, *arguments: str) -> subprocess.Popen[str]:
+    """Run a script in the project's folder."""
     settings = {"DJANGO_SETTINGS_MODULE": "example.settings"}
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", script, *arguments],
         cwd=HOME,
         env=processes.environment({**project.environment, **settings}),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=90,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    said: list[Any] = json.loads(done.stdout)
+
+
+def _said(client: subprocess.Popen[str]) -> list[Any]:
+    """What a script printed last."""
+    with client:
+        output, errors = client.communicate(timeout=90)
+    assert client.returncode == 0, errors
+    said: list[Any] = json.loads(output)
     return said

@@ -149,6 +149,7 @@ def test_an_early_input_is_acknowledged_when_its_record_is_written(
         worker.wait_for_log(f"{early.id}] received")
         late = send(client, "four", "late", 0.0)
         eventually(lambda: pooling.began(ledger_path, "late"), 20)
+        eventually(lambda: pooling.ask(worker, "active", client))
         assert [one["id"] for one in pooling.ask(worker, "active", client)] == [late.id]
         assert pooling.began(ledger_path, "early") == []
     finally:

@@ -52,7 +52,10 @@ def test_no_input_is_lost_when_a_child_is_killed_every_2_seconds(
     start_worker: StartWorker, ledger_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     env = {"LEDGER": str(ledger_path)}
-    worker = start_worker("served:celery", concurrency=2, env=env, extra_args=["-l", "WARNING"])
+    # Its log has no ready line.
+    quiet = {"extra_args": ["-l", "WARNING"], "wait_ready": False}
+    worker = start_worker("served:celery", concurrency=2, env=env, **quiet)
+    worker.wait_answer()
     kills: list[int] = []
     with killing(worker, kills):
         sent = [served.record.delay(f"n{number}") for number in range(TASKS)]

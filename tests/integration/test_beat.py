@@ -146,6 +146,7 @@ def test_a_queue_that_is_cancelled_stays_so_until_it_is_added(
     start: Start, redis_server: devserver.Server, ledger_path: Path
 ) -> None:
     worker = start()
+    pooling.wait_loaded(worker)
     eventually(lambda: beat_tasks.QUEUE in consumed(worker), 20)
     command = {"destination": [worker.node], "reply": True, "timeout": 15}
     ticked.celery.control.cancel_consumer(beat_tasks.QUEUE, **command)

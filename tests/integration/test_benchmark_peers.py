@@ -10,7 +10,7 @@ import pytest
 
 from tests.processes import ROOT, environment
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.one_celery]
 
 SMALLEST = ["--systems", "ours", "prefork", "--workloads", "fast", "--rounds", "1"]
 SMALLEST += ["--seconds", "0.5", "--warm-up", "1"]

@@ -12,7 +12,7 @@ import pytest
 from gw_celery import devserver
 from tests.processes import ROOT, environment
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.one_celery]
 
 APP = ROOT / "tests" / "integration" / "apps" / "golden_app.py"
 

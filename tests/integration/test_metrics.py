@@ -15,7 +15,7 @@ from tests import pooling
 from tests.pooling import StartPooled
 from tests.processes import WorkerProcess, environment, eventually
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.one_celery]
 
 SETTINGS = {"gw_health_port": 0}
 

@@ -15,7 +15,7 @@ from celery.exceptions import SoftTimeLimitExceeded, TimeLimitExceeded
 from tests import pooling
 from tests.processes import StartWorker, WorkerProcess, eventually
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.one_celery]
 
 POOLS = ["gpu", "prefork"]
 METHODS = ["classify", "classify_async", "classify_batched"]

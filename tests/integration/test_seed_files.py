@@ -12,7 +12,7 @@ import pytest
 from gw_celery import devserver
 from tests import processes
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.one_celery]
 
 DEPLOY = """
 import gw_celery as gw

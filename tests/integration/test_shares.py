@@ -12,7 +12,7 @@ from benchmarks import shares
 from tests import services
 from tests.conftest import needed
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.one_celery]
 
 #: Within 15 % of 1:4; over so many inputs that chance is a small part of that.
 LEAST, MOST, INPUTS = 3.4, 4.6, 960

@@ -79,7 +79,8 @@ def declare(celery: Celery) -> SimpleNamespace:
         def is_well(self) -> bool:
             return True
 
-    @celery.task(name="golden.plain")
+    # Not shared: it is declared for several apps of one process.
+    @celery.task(name="golden.plain", shared=False)
     def plain(x: int) -> int:
         return x
 

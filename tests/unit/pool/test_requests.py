@@ -5,7 +5,9 @@ After each of these tests the fixture checks that no input is held and that ever
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -486,3 +488,61 @@ def test_a_replica_between_two_children_is_starting_and_has_not_failed(
     (replica,) = harness.pool.snapshot().replicas
     assert (replica.state, replica.pid) == ("starting", None)
     refilled(harness)
+
+
+# -- children that must go, or are gone --
+
+
+def test_a_worn_child_is_replaced_by_one_that_has_loaded(harness: Harness) -> None:
+    supervisor = harness.pool.supervisor
+    supervisor.setup = dataclasses.replace(supervisor.setup, max_tasks=2)
+    worn = harness.child(0)
+    worn.done(harness.submit())
+    assert harness.child(0) is worn
+    last = harness.submit()
+    worn.done(last)
+    successor = harness.child(0)
+    assert (successor is worn, worn.is_draining) == (False, False)
+    successor.ready()
+    assert worn.is_leaving
+    worn.die(code=0)
+
+
+def test_where_no_second_copy_loads_a_child_that_must_go_drains_first(harness: Harness) -> None:
+    request = begun(harness)
+    child = harness.child(0)
+    child.error(request, type_name="builtins.MemoryError")
+    harness.child(0).fail_to_load("no memory for two copies")
+    assert not child.is_draining
+    harness.advance(1.0)
+    assert child.is_draining
+    child.die(code=0)
+    harness.advance(2.0)
+    harness.child(0).ready()
+
+
+def test_a_child_that_was_never_well_blames_no_input(start_pool: StartPool) -> None:
+    harness = start_pool(max_deaths=1)
+    for delivery in range(3):
+        request = begun(harness, task_id="innocent", is_redelivered=delivery > 0)
+        (unfit,) = harness.pool.supervisor.children()
+        unfit.is_unfit = True  # its liveness probe has never passed
+        child = harness.child(0)
+        child.die()
+        assert (request.heard[-1], child.alone) == ("WorkerLostError", [])
+        harness.advance(65.0)
+        harness.child(0).ready()
+
+
+def test_records_of_what_began_in_a_lost_child_are_removed_once_celery_has_answered(
+    harness: Harness,
+) -> None:
+    request, _ = begun(harness), harness.submit()
+    removed: list[tuple[list[int], list[str]]] = []
+    harness.pool.supervisor._janitor = SimpleNamespace(
+        forget=lambda numbers: removed.append((numbers, list(request.heard)))
+    )
+    harness.child(0).die()
+    assert removed == [([request.handle.number], ["accepted", "WorkerLostError"])]
+    refilled(harness)
+    harness.child(0).done(harness.requests[1])
