@@ -15,15 +15,14 @@ from gw_celery.transport import transport
 logger = logging.getLogger(__name__)
 
 
-def _check_size(message: Any, largest: int) -> None:
-    """Refuse a body that is too large for whatever would decode it, here or in a child."""
+def _check(message: Any, largest: int) -> None:
+    """Refuse a body that is too large to decode, or that no task can be called with.
+
+    In a child such a call would look like a lost worker.
+    """
     size = len(message.body or b"")
     if size > largest:
         raise errors.MessageTooLarge(size, largest)
-
-
-def _check_call(message: Any) -> None:
-    """Refuse entries that no task can be called with: in a child they look like a lost worker."""
     try:
         args, kwargs, embed = message.payload
     except Exception:
@@ -59,7 +58,7 @@ class Consumer(CeleryConsumer):
             return super().ensure_connected(conn)
 
     def _update_prefetch_count(self, index: int = 0) -> None:
-        """Do nothing: the gate counts the READY slots, whoever grows or shrinks the pool."""
+        """Do nothing: the gate counts the READY slots, whatever grows or shrinks the pool."""
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         handle = super().create_task_handler(*args, **kwargs)
@@ -67,8 +66,7 @@ class Consumer(CeleryConsumer):
 
         def guarded(message: Any) -> None:
             try:
-                _check_size(message, largest)
-                _check_call(message)
+                _check(message, largest)
                 handle(message)
             except (*self.connection_errors, MemoryError):
                 raise

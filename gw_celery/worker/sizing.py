@@ -66,7 +66,7 @@ def fit(worker: Any, plan: serving.Plan, typed: WorkerOptions | None) -> bool:
     """
     per_replica = sum(plan.slots.values())
     autoscale = worker.options.get("autoscale")
-    scale = autoscale or declared_bounds(plan, typed)
+    scale = autoscale or _declared_bounds(plan, typed)
     if scale and not isinstance(scale, str):  # text comes from programs only
         # Celery's own options count slots, those of ``gw worker`` and of services replicas.
         unit = 1 if typed is None else per_replica
@@ -74,7 +74,9 @@ def fit(worker: Any, plan: serving.Plan, typed: WorkerOptions | None) -> bool:
         _require_lengths(worker, min(scale))
         worker.options["autoscale"] = tuple(bound * unit for bound in scale)
         return not autoscale
-    replicas = _replicas(plan, typed)
+    replicas = (typed and typed.replicas) or plan.settings.replicas
+    if replicas is None and typed is not None:
+        replicas = plan.allotment.most if plan.allotment else 1
     if replicas is not None:
         _require_room(plan, replicas)
         worker.concurrency = replicas * per_replica
@@ -83,7 +85,7 @@ def fit(worker: Any, plan: serving.Plan, typed: WorkerOptions | None) -> bool:
     return False
 
 
-def declared_bounds(plan: serving.Plan, typed: WorkerOptions | None) -> tuple[int, int] | None:
+def _declared_bounds(plan: serving.Plan, typed: WorkerOptions | None) -> tuple[int, int] | None:
     """The most and the least replicas of a worker that ``gw worker`` started without a size.
 
     A replica holds every service: there are as many as the greediest wants, and as many stay as the
@@ -93,24 +95,15 @@ def declared_bounds(plan: serving.Plan, typed: WorkerOptions | None) -> tuple[in
     if typed is None or typed.replicas or settings.replicas or not placements:
         return None
     least = max(placement.min_workers for placement in placements)
-    limits = [placement.max_workers for placement in placements]
+    limits = (placement.max_workers for placement in placements)
     declared = [limit for limit in limits if limit is not None]
     if not (least or declared or settings.inactivity_timeout):
         return None
-    fitting = plan.allotment.most if plan.allotment else None
-    if fitting is not None and len(declared) < len(limits):
-        return fitting, min(least, fitting)
     most = max([1, least, *declared])
-    most = most if fitting is None else min(most, fitting)
+    if plan.allotment is not None:
+        fitting = plan.allotment.most
+        most = min(most, fitting) if len(declared) == len(placements) else fitting
     return most, min(least, most)
-
-
-def _replicas(plan: serving.Plan, typed: WorkerOptions | None) -> int | None:
-    """How many replicas were asked for; ``None`` where slots were."""
-    if typed is None:
-        return plan.settings.replicas
-    fitting = plan.allotment.most if plan.allotment else 1
-    return typed.replicas or plan.settings.replicas or fitting
 
 
 def _require_lengths(worker: Any, least: int) -> None:

@@ -197,7 +197,7 @@ def test_a_message_without_headers_ends_nothing(made: consumer.Consumer, channel
     without = message(channel, task="proj.embed")
     without.headers = None
     handle(without)
-    assert [one[0] for one in channel.settled] == ["rejected"] * 4
+    assert [verdict for verdict, *_ in channel.settled] == ["rejected"] * 4
 
 
 def test_an_unknown_task_whose_failure_cannot_be_stored_ends_nothing(

@@ -72,7 +72,7 @@ GENERATE, EMBED, CPU = "gpu.A100.generate", "gpu.L4.embed", "cpu.tokenize"
 def test_each_replica_gets_its_devices(declared: gw.App) -> None:
     given = plan_of(declared, GENERATE).allotment
     assert given is not None
-    assert [[one.token for one in share] for share in given.shares] == [
+    assert [[device.token for device in share] for share in given.shares] == [
         ["GPU-fake-0"],
         ["GPU-fake-1"],
         ["GPU-fake-2"],
@@ -112,7 +112,7 @@ def test_more_slots_than_fit_are_refused(declared: gw.App) -> None:
 
 
 @pytest.mark.parametrize("slots", [cpu_count(), "auto"])
-def test_slots_that_nobody_asked_for_are_cut_to_what_fits(
+def test_slots_that_no_user_asked_for_are_cut_to_what_fits(
     declared: gw.App, monkeypatch: pytest.MonkeyPatch, slots: Any
 ) -> None:
     monkeypatch.setattr(sizing, "cpu_count", lambda: 128)
@@ -246,7 +246,7 @@ def test_bounds_that_were_asked_for_win(app: gw.App) -> None:
 
 
 @pytest.mark.parametrize("broker", ["memory://", "filesystem://"])
-def test_zero_replicas_are_refused_where_nobody_learns_of_messages(
+def test_zero_replicas_are_refused_where_the_worker_learns_of_no_message(
     app: gw.App, broker: str
 ) -> None:
     queues = bounded(app, (0, 3))
