@@ -9,7 +9,6 @@ all commands. ``benchmarks.cluster`` says how often a real worker does each of t
 from __future__ import annotations
 
 import argparse
-import json
 import selectors
 import socket
 import tempfile
@@ -22,6 +21,9 @@ from pathlib import Path
 import redis
 
 from gw_celery import devserver
+from gw_celery.cluster import liveness
+from gw_celery.protocol import worker_record
+from gw_celery.protocol.worker_record import ServiceRecord, Size, WorkerRecord
 
 #: Seconds between two of Celery's heartbeats.
 HEARTBEAT = 2.0
@@ -29,8 +31,10 @@ HEARTBEAT = 2.0
 LISTS = 4
 #: Of one heartbeat, as ``benchmarks.cluster`` counts them.
 HEARTBEAT_BYTES = 690
-#: Workers that tell the others of themselves in a second, all together.
-TELLING = 100
+#: Workers that read the others' records in a second, all together.
+READING = 100
+#: Seconds without a beat after which a worker is lost.
+TTL = 15
 
 
 def main() -> None:
@@ -53,7 +57,8 @@ def main() -> None:
         cost = _cpu(client, 2000, lambda: client.publish("nobody", body))
         _print("heartbeats that nobody hears", cost, HEARTBEAT_BYTES, nodes / HEARTBEAT)
         _lengths(client, nodes, services)
-        _facts(client, nodes, services)
+        _beats(client, nodes, services)
+        _records(client, nodes, services)
         client.close()
 
 
@@ -69,52 +74,69 @@ def _lengths(client: redis.Redis, nodes: int, services: int) -> None:
     _print(f"lengths of {services} queues", _cpu(client, 1000, read), 6 * len(keys), nodes)
 
 
-def _facts(client: redis.Redis, nodes: int, services: int) -> None:
-    for one in range(services):
-        client.hset(f"facts{one}", mapping={f"gpu@node{n:04}": _fact(n) for n in range(nodes)})
-    parsing = 0.0
+def _beats(client: redis.Redis, nodes: int, services: int) -> None:
+    """Each worker beats and writes its record once a second; all of them are there."""
+    script = client.script_load(liveness.BEAT)
+    records = [_record(number, services).dumps() for number in range(nodes)]
+    turn = 0
 
-    def exchange() -> None:
-        nonlocal parsing
+    def beat() -> None:
+        nonlocal turn
+        name = _name(turn % nodes)
+        keys = ("alive", f"dead:{name}", "records")
+        client.evalsha(script, len(keys), *keys, name, TTL, records[turn % nodes])
+        turn += 1
+
+    for _ in range(nodes):
+        beat()
+    cost = _cpu(client, 2000, beat)
+    _print(f"beats, with records of {services} services", cost, 50, nodes)
+    print(f"  a record of {services} services is {len(records[0])} bytes")
+
+
+def _records(client: redis.Redis, nodes: int, services: int) -> None:
+    parsing = size = 0.0
+
+    def read() -> None:
+        nonlocal parsing, size
         with client.pipeline(transaction=False) as pipe:
-            for one in range(services):
-                pipe.hset(f"facts{one}", "gpu@node0007", _fact(7))
-                pipe.hgetall(f"facts{one}")
-            answers = pipe.execute()
+            pipe.hgetall("records")
+            pipe.zrange("alive", 0, -1)
+            written, alive = pipe.execute()
         began = time.thread_time()
-        for answer in answers[1::2]:
-            for written in answer.values():
-                json.loads(written)
+        for name, text in written.items():
+            worker_record.loads(text, name.decode())
         parsing += time.thread_time() - began
+        size = sum(len(name) + len(text) for name, text in written.items())
+        size += sum(map(len, alive))
 
-    size = sum(len(name) + len(text) for name, text in client.hgetall("facts0").items())
-    cost = _cpu(client, 50, exchange)
-    _print(f"facts of {services} services", cost, services * size, min(nodes, TELLING))
-    period = max(1.0, nodes / TELLING)
-    print(
-        f"  {size / nodes:.0f} bytes of facts for each worker and service; reading them costs each "
-        f"worker {1000 * parsing / 50:.0f} ms CPU every {period:.0f} s"
-    )
+    cost = _cpu(client, 50, read)
+    _print(f"reading the records of {nodes:,} workers", cost, size, min(nodes, READING))
+    period = max(1.0, nodes / READING)
+    print(f"  it costs each worker {1000 * parsing / 50:.0f} ms CPU every {period:.0f} s")
 
 
-def _fact(number: int) -> str:
-    """As long as what a worker tells the others about one service."""
+def _name(number: int) -> str:
+    return f"gpu@node{number:04}:7f3a9c1e7f3a9c1e.0"
+
+
+def _record(number: int, services: int) -> WorkerRecord:
+    """As long as that of a busy worker."""
     told = {
-        "worker": f"gpu@node{number:04}",
-        "serves": "shop.models.Embedder,shop.models.Reranker",
-        "capacity": 8,
-        "least": 0,
-        "replicas": 4,
-        "score": 2000.1234567,
-        "taken": 123456789.25,
-        "life": "7f3a9c1e",
-        "waiting": 12345.5,
-        "waiting_inputs": 40,
-        "running_inputs": 32,
-        "mean": 308.625,
-        "at": 1790000000.123,
+        f"shop.models.Service{each}": ServiceRecord(
+            queues=f"gpu.A100.shop.models.Service{each}",
+            slots=256,
+            score=2000.1234567,
+            taken=123456789.25,
+            waiting=12345.5,
+            waiting_inputs=40,
+            running_inputs=32,
+            mean=308.625,
+        )
+        for each in range(services)
     }
-    return json.dumps(told, separators=(",", ":"))
+    size = Size(least=1, capacity=8, replicas=4)
+    return WorkerRecord(worker=f"gpu@node{number:04}", size=size, services=told)
 
 
 def _print(title: str, cost: float, sent: float, a_second: float) -> None:

@@ -39,7 +39,7 @@ def _asks_workers(function: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document for programs.")
 @_asks_workers
 @click.pass_context
-def status(ctx: click.Context, as_json: bool, **reach: Any) -> None:
+def status(ctx: click.Context, /, as_json: bool, **reach: Any) -> None:
     """Show each worker's replicas: state, pid, in flight, restarts, devices, last error."""
     answers = _answers(ctx, "gw_status", {}, **reach)
     if as_json:
@@ -58,7 +58,7 @@ def status(ctx: click.Context, as_json: bool, **reach: Any) -> None:
 @click.argument("replica", type=int, required=False)
 @_asks_workers
 @click.pass_context
-def drain(ctx: click.Context, replica: int | None, **reach: Any) -> None:
+def drain(ctx: click.Context, /, replica: int | None, **reach: Any) -> None:
     """Let REPLICA, or all of them, finish and stay stopped until a restart."""
     _steer(ctx, "gw_drain", replica, **reach)
 
@@ -67,7 +67,7 @@ def drain(ctx: click.Context, replica: int | None, **reach: Any) -> None:
 @click.argument("replica", type=int, required=False)
 @_asks_workers
 @click.pass_context
-def restart(ctx: click.Context, replica: int | None, **reach: Any) -> None:
+def restart(ctx: click.Context, /, replica: int | None, **reach: Any) -> None:
     """Replace the process of REPLICA, or of all one by one; inputs in flight finish."""
     _steer(ctx, "gw_restart", replica, **reach)
 

@@ -28,6 +28,12 @@ class Share(float):
     """A part of something: over 0, and 1 at most."""
 
 
+class Ttl(float):
+    """Seconds after which a worker is lost: workers beat once a second."""
+
+    LEAST = 5.0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every setting with its default. Durations are seconds, sizes are bytes."""
@@ -60,9 +66,9 @@ class Settings:
     dead_letter_queue: str | None = "gw.dead"
     #: Messages that it keeps at most.
     max_dead_letters: int = 1000
-    #: Time without a sign of life after which a worker with the GPU pool may count as lost;
-    #: ``None``: never.
-    worker_ttl: float | None = 60.0
+    #: Time without a sign of life after which a worker with the GPU pool is declared lost, 5 at
+    #: least; ``None``: never.
+    worker_ttl: Ttl | None = dataclasses.field(default=Ttl(15.0))
     #: Replicas of a worker with the GPU pool; without it, as many as its slots need.
     replicas: int | None = None
     #: Workload a second of each service that the autoscaler is ready for, whatever comes.
@@ -224,6 +230,8 @@ def _described(option: Any) -> str:
         return "int from 0 to 65535"
     if option is Share:
         return "float over 0, 1 at most"
+    if option is Ttl:
+        return f"float, {Ttl.LEAST:g} at least"
     name = str(getattr(option, "__name__", option))
     return f"{name} over 0" if option in (int, float) else name
 
@@ -233,17 +241,18 @@ def _fits(value: Any, option: Any) -> bool:
         return value is None
     if option is Port:
         return type(value) is int and 0 <= value < 65536
-    if option in (int, float, Share):
+    if option in (int, float, Share, Ttl):
         base = int if option is int else float
         is_number = isinstance(value, int | base) and not isinstance(value, bool)
+        least = Ttl.LEAST if option is Ttl else 0.0
         most = 1.0 if option is Share else math.inf
-        return is_number and math.isfinite(value) and 0 < value <= most
+        return is_number and math.isfinite(value) and value > 0 and least <= value <= most
     if typing.get_origin(option) is tuple:
         return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
     return isinstance(value, option)
 
 
 def _converted(value: Any, option: Any) -> Any:
-    if option in (float, Share):
+    if option in (float, Share, Ttl):
         return option(value)
     return tuple(value) if typing.get_origin(option) is tuple else value

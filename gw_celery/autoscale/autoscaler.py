@@ -1,7 +1,7 @@
 """Celery's autoscaler for the GPU pool: sizes it once a second, in whole replicas.
 
 Everything here runs in the thread of the worker's loop, or in Celery's autoscaler thread where the
-transport has no loop; what waits for the broker is in ``demand``.
+transport has no loop; what waits for Redis and the broker is in ``cluster.membership``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import math
 import threading
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,13 +18,13 @@ from celery.worker import autoscale
 from kombu.asynchronous import get_event_loop
 
 from gw_celery import conf, signals
-from gw_celery.cluster import poller, records
+from gw_celery.cluster import membership, queue_lengths
 from gw_celery.declare import services
 from gw_celery.policy import demand as policy_demand
 from gw_celery.policy import scaling, startup_time
 from gw_celery.pool import taskpool
 from gw_celery.protocol import snapshot
-from gw_celery.worker import serving
+from gw_celery.protocol.worker_record import WorkerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -69,29 +68,24 @@ class Autoscaler(autoscale.Autoscaler):
         self._start_up = startup_time.StartUp()
         self._services: dict[str, policy_demand.Service] = {}
         self._seats = policy_demand.Seats()
-        self._life = uuid.uuid4().hex[:12]
-        self._demand = poller.Demand(
-            worker.app, _queues(worker.app, plan), worker.hostname, self._on_read
-        )
         self._seen = snapshot.Scaling(least=self._least, most=self._most)
         self._hub: Any = None
         pool.scaling = self._seen
         self._asked = threading.Event()
-        self._judged: poller.Reading | None = None
+        self._judged: membership.Reading | None = None
         self._is_over = False
 
     # -- the life of the worker --
 
     def begin(self) -> None:
         """Start to look at the broker, known to the other workers before the first decision."""
-        self._demand.tell(self._facts(self.pool.snapshot()))
-        self._demand.start()
+        self._tell(self.pool.snapshot())
+        self.pool.cluster.follow(self._on_read)
 
     def end(self) -> None:
         """The worker stops: its size is its pool's own business from now on."""
         self._is_over = True
         self._asked.set()
-        self._demand.close()
 
     def body(self) -> None:
         """One turn of Celery's thread, where the transport has no event loop."""
@@ -105,7 +99,7 @@ class Autoscaler(autoscale.Autoscaler):
         if req is not None or self._is_over:
             return
         self._hub = get_event_loop()
-        reading = self._demand.latest()
+        reading = self.pool.cluster.latest()
         if reading is None:
             self._hold()
         elif reading is not self._judged:
@@ -171,31 +165,50 @@ class Autoscaler(autoscale.Autoscaler):
 
     # -- deciding --
 
-    def _judge(self, reading: poller.Reading) -> None:
-        if reading.lengths is not None:  # by which the pool knows that its replicas are full
-            queued = {key: at.messages for key, at in reading.lengths.items()}
-            self.pool.supervisor.note_queued(queued)
-        self._decide(reading, time.monotonic())
+    def _judge(self, reading: membership.Reading) -> None:
+        lengths = None
+        if reading.lengths is not None:
+            lengths = {
+                service: queue_lengths.total(reading.lengths, queues)
+                for service, queues in self.pool.cluster.queues.items()
+                if queues
+            }
+            # By which the pool knows that its replicas are full.
+            self.pool.supervisor.note_queued(
+                {key: length.messages for key, length in lengths.items()}
+            )
+        self._decide(lengths, reading.others, time.monotonic())
 
-    def _decide(self, reading: poller.Reading, now: float) -> None:
+    def _decide(
+        self,
+        lengths: Mapping[str, queue_lengths.Length] | None,
+        others: Sequence[WorkerRecord] | None,
+        now: float,
+    ) -> None:
         worker = self.pool.snapshot()
         self._learn(worker)
         # Seen together with the queues: what has moved from there since would be counted twice.
-        mine = self._facts(worker)
-        self._demand.tell(mine)
-        seen = {
-            key: self._outlook(key, told, reading, worker.ready_slots.get(key, 0), now)
-            for key, told in mine.items()
-        }
-        group = policy_demand.group_of(mine, reading.peers)
+        mine = self._tell(worker)
+        seen = {}
+        for key in mine.services:
+            length = None if lengths is None else lengths.get(key)
+            sharing = policy_demand.sharing(mine, others, key)
+            seen[key] = self._outlook(key, mine, sharing, length, now)
+        group = policy_demand.group_of(mine, others)
         total = self._total(seen, group, now)
         part = self._share.kept(now, self._part(group, total), total)
         target = self._clamped(part)
-        if reading.lengths is None:
+        if lengths is None:
             target = max(1, target)  # with none, nobody would learn of the next message
         why = self._idle(now) or _why(seen, total, len(group))
         self._see(target, why, seen, total, len(group))
         self._resize(target, why)
+
+    def _tell(self, worker: snapshot.Worker) -> WorkerRecord:
+        """Have the other workers know this one, and return what they know."""
+        size = policy_demand.size_of(worker, self._least, self._most)
+        mine: WorkerRecord = self.pool.cluster.tell(worker, size)
+        return mine
 
     def _hold(self) -> None:
         """What waits is not known: keep the size, within its bounds."""
@@ -221,19 +234,20 @@ class Autoscaler(autoscale.Autoscaler):
         self._share.follow(self._rules)
 
     def _total(
-        self, seen: Mapping[str, snapshot.Outlook], group: Sequence[records.Facts], now: float
+        self, seen: Mapping[str, snapshot.Outlook], group: Sequence[WorkerRecord], now: float
     ) -> int:
         """Replicas that the group of workers should have together."""
-        least = sum(one.least for one in group)
+        sizes = [worker.size for worker in group if worker.size is not None]
+        least = sum(size.least for size in sizes)
         if self._rules.inactivity_timeout is None:
             least = max(1, least)
         # One's own replicas that fail are not given up: others would start with no patience.
-        self._decider.update(least, self._most + sum(one.capacity for one in group[1:]))
+        self._decider.update(least, self._most + sum(size.capacity for size in sizes[1:]))
         # What was ordered a second ago others have not told yet: that does not take it back.
         self._ordered = self._decider.decide(
             now,
             sum(one.need for one in seen.values()),
-            max(self._ordered, sum(one.replicas for one in group)),
+            max(self._ordered, sum(size.replicas for size in sizes)),
             sum(one.keep for one in seen.values()),
             self._start_up.is_loading or any(one.is_active for one in seen.values()),
         )
@@ -246,63 +260,39 @@ class Autoscaler(autoscale.Autoscaler):
         # Rates are means over some time and not yet 0: they are no reason for what is done.
         return f"no input came, waited or ran for {self._rules.inactivity_timeout:g} s"
 
-    def _part(self, group: Sequence[records.Facts], total: int) -> int:
+    def _part(self, group: Sequence[WorkerRecord], total: int) -> int:
         """This worker's replicas of those of the group.
 
         One that fails to start is taken over by others, and is tried here all the same.
         """
         me, *others = group
-        whole = dataclasses.replace(me, capacity=self._most)
-        return max(self._seats.part([one, *others], me.worker, total) for one in {me, whole})
-
-    def _facts(self, worker: snapshot.Worker) -> dict[str, records.Facts]:
-        replicas = worker.replicas
-        missing = sum(one.state == "failed" and one.restarts > 0 for one in replicas)
-        held = sum(one.state == "stopped" for one in replicas)
-        # Of a worker that an operator has drained, others have to do the work.
-        missing += self._most if held and held == len(replicas) else held
-        serves = ",".join(sorted(self._slots))
-        found = {}
-        for key in self._slots:
-            counters = worker.tallies.get(key, snapshot.Counters())
-            found[key] = records.Facts(
-                worker=self.worker.hostname,
-                serves=serves,
-                capacity=max(0, self._most - missing),
-                least=self._least,
-                replicas=max(len(replicas), worker.desired),
-                score=worker.scores.get(key, snapshot.Score()).value,
-                # What was given back to its queue comes again from there.
-                taken=counters.arrived - counters.given_back,
-                life=self._life,
-                waiting=counters.waiting,
-                waiting_inputs=counters.waiting_inputs,
-                running_inputs=counters.running_inputs,
-                mean=counters.mean,
-            )
-        return found
+        parts = [self._seats.part(group, me.worker, total)]
+        if me.size is not None and me.size.capacity < self._most:
+            size = dataclasses.replace(me.size, capacity=self._most)
+            whole = dataclasses.replace(me, size=size)
+            parts.append(self._seats.part([whole, *others], me.worker, total))
+        return max(parts)
 
     def _outlook(
-        self, key: str, mine: records.Facts, reading: poller.Reading, ready_slots: int, now: float
+        self,
+        key: str,
+        mine: WorkerRecord,
+        others: Sequence[WorkerRecord] | None,
+        length: queue_lengths.Length | None,
+        now: float,
     ) -> snapshot.Outlook:
         if (service := self._services.get(key)) is None:
-            service = policy_demand.Service(self._targets.get(key, 1), self._rules, now)
+            service = policy_demand.Service(key, self._targets.get(key, 1), self._rules, now)
             self._services[key] = service
-        length = None if reading.lengths is None else reading.lengths.get(key)
         consumers = None if length is None else length.consumers
-        if consumers is not None and not ready_slots:
+        if consumers is not None and not mine.services[key].slots:
             consumers += 1  # it would be one, and its queue is closed
-        return service.see(
-            now,
-            mine,
-            None if reading.peers is None else reading.peers.get(key, ()),
-            queued=None if length is None else length.messages,
-            consumers=consumers,
-        )
+        queued = None if length is None else length.messages
+        return service.see(now, mine, others, queued=queued, consumers=consumers)
 
     def _resize(self, replicas: int, why: str) -> None:
         worker = self.pool.snapshot()
-        self._demand.at_zero(is_at_zero=replicas == 0)
+        self.pool.cluster.at_zero(is_at_zero=replicas == 0)
         if replicas == worker.desired:
             return
         logger.info("from %d to %d replicas: %s", worker.desired, replicas, why)
@@ -368,16 +358,6 @@ def _rules(settings: conf.Settings) -> scaling.Rules:
         min_load=settings.min_load or 0.0,
         window=settings.scale_window,
     )
-
-
-def _queues(app: Any, plan: serving.Plan | None) -> dict[str, list[str]]:
-    """The queues of each service; those of plain tasks are together."""
-    found: dict[str, list[str]] = {}
-    names = app.amqp.queues.consume_from if plan is None else plan.queues
-    known = {} if plan is None else plan.service_queues
-    for name in names:
-        found.setdefault(known.get(name, services.PLAIN), []).append(name)
-    return found
 
 
 def _figure(value: float) -> str:

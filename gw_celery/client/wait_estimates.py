@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from gw_celery.client import publisher
-from gw_celery.cluster import redis
+from gw_celery.protocol import untrusted
+from gw_celery.transport import find
 
 #: Seconds that Redis has to answer a caller, who then goes without an estimate.
 _PATIENCE = 0.25
 #: Seconds that an estimate, or that there is none, is good for.
 _FRESH = 1.0
-#: Seconds that it may be used for by who cannot wait for a newer one.
+#: Maximum age in seconds of an estimate on an event loop, where it is refreshed by a thread.
 _USABLE = 5.0
 #: Seconds that the exit of a process waits for what is being read.
 _FAREWELL = 2 * _PATIENCE
@@ -28,9 +29,9 @@ class Waits:
     """The estimates of one app's queues in this process."""
 
     def __init__(
-        self, where: redis.Board | None, now: Callable[[], float] = time.monotonic
+        self, shared: find.SharedRedis | None, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self._board = where
+        self._shared = shared
         self._now = now
         self._known: dict[str, tuple[float | None, float]] = {}
         #: Held by who reads; others go by what is known meanwhile.
@@ -44,7 +45,7 @@ class Waits:
 
         On an event loop it goes by what is known, and has it read anew by a thread.
         """
-        if self._board is None:
+        if self._shared is None:
             return None
         found, at = self._known.get(queue, (None, -_USABLE))
         age = self._now() - at
@@ -62,12 +63,13 @@ class Waits:
             self._reader.close(_FAREWELL)
 
     def _read(self, queue: str) -> float | None:
-        if self._board is None or not self._reading.acquire(blocking=False):
+        if self._shared is None or not self._reading.acquire(blocking=False):
             return self._known.get(queue, (None, 0.0))[0]
         try:
-            text = self._board.client.get(self._board.key("wait", queue))
-            found = None if text is None else float(text)
+            text = self._shared.client().get(self._shared.key("wait", queue))
+            found = None if text is None else untrusted.amount(float(text))
         except Exception:  # Redis is away, or somebody wrote something else there: it admits
+            self._shared.close()
             found = None
         finally:
             self._reading.release()
@@ -91,7 +93,7 @@ def of(app: Any) -> Waits:
     found = _of_apps.get(app)
     if found is None or found.pid != os.getpid():  # a fork does not copy threads
         with _finding:
-            found = _of_apps[app] = Waits(redis.of(app, _PATIENCE))
+            found = _of_apps[app] = Waits(find.redis_of(app, _PATIENCE))
     return found
 
 

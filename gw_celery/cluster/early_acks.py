@@ -6,13 +6,11 @@ it STARTED for ever. Its replica records it in Redis; a living worker finds the 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from kombu.utils.encoding import bytes_to_str
-
 from gw_celery.codec import envelope
+from gw_celery.transport import find
 
 #: What Celery reads of a request when it stores a failure and tells those who wait for it.
 _OF_REQUEST = (
@@ -34,38 +32,19 @@ _OF_BODY = ("errbacks", "chord", "chain")
 _OF = "/"
 
 
-@dataclasses.dataclass(frozen=True)
-class Keys:
-    """The keys in Redis; ``prefix`` is the result backend's own.
-
-    A worker's name here is its node name and a number of its own, so that a worker that is started
-    again under the same name is another one.
-    """
-
-    prefix: str
-
-    @classmethod
-    def of(cls, backend: Any) -> Keys:
-        """Return those beside the results of a Redis backend."""
-        return cls(bytes_to_str(backend.task_keyprefix).removesuffix(type(backend).task_keyprefix))
-
-    @property
-    def workers(self) -> str:
-        """A set of the workers that may have records."""
-        return f"{self.prefix}gw:workers"
-
-    def beat(self, worker: str) -> str:
-        """A key that is there while the worker lives."""
-        return f"{self.prefix}gw:beat:{worker}"
-
-    def records(self, worker: str) -> str:
-        """A hash of what the worker acknowledged early and has not answered, by number."""
-        return f"{self.prefix}gw:early:{worker}"
+def records_key(backend: Any, start: str) -> str:
+    """Return the key of a hash beside the results: what a worker acknowledged early, by number."""
+    return f"{find.results_prefix(backend)}gw:early:{start}"
 
 
-def node(worker: str) -> str:
+def start_of(incarnation: str) -> str:
+    """Return the start of a worker, which has more incarnations when it was taken for lost."""
+    return incarnation.rpartition(".")[0]
+
+
+def node(start: str) -> str:
     """Return the node name of a worker."""
-    return worker.rpartition(":")[0]
+    return start.rpartition(":")[0]
 
 
 def write(request: Mapping[str, Any], embed: Any) -> bytes:
@@ -100,29 +79,3 @@ def taken_over(worker: str, number: str) -> str:
 def lost_worker(number: str) -> str | None:
     """Return whose input was taken over under this number; None for one's own."""
     return number.rpartition(_OF)[0] or None
-
-
-class Watch:
-    """Decides which workers are lost: those without a sign of life for long enough.
-
-    A key that expired is not enough: after Redis itself was away all of them have.
-
-    Args:
-        patience: seconds without a sign of life, while Redis answers, after which a worker is lost.
-    """
-
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
-        self._silent_since: dict[str, float] = {}
-        self._seen_at: float | None = None
-
-    def lost(self, workers: Iterable[str], beating: Iterable[str], now: float) -> list[str]:
-        """Return the lost ones among ``workers``, which is all that there are."""
-        if self._seen_at is not None and now - self._seen_at > self._patience:
-            self._silent_since.clear()  # nobody has looked for so long: begin anew
-        self._seen_at = now
-        silent = set(workers) - set(beating)
-        self._silent_since = {one: self._silent_since.get(one, now) for one in silent}
-        return sorted(
-            one for one, since in self._silent_since.items() if now - since >= self._patience
-        )

@@ -1,16 +1,16 @@
 """How many replicas the work of a service needs, and which part of it is this worker's; pure.
 
 Workers that serve the same are a group: each computes what the whole group needs from the same
-facts, and takes its part. Work that several groups share is divided by their capacity.
+records, and takes its part. Work that several groups share is divided by their capacity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from gw_celery.cluster import records
 from gw_celery.policy import apportionment, scaling
 from gw_celery.protocol import snapshot
+from gw_celery.protocol.worker_record import ServiceRecord, Size, WorkerRecord
 
 #: Groups whose order is remembered: this worker as it is and as it would be whole, in turns.
 _MOST_KNOWN = 4
@@ -20,21 +20,23 @@ class Service:
     """One service, as the group of this worker sees it.
 
     Args:
+        key: of the service.
         target: inputs of it that a replica is meant to hold at a time.
     """
 
-    def __init__(self, target: int, rules: scaling.Rules, now: float) -> None:
+    def __init__(self, key: str, target: int, rules: scaling.Rules, now: float) -> None:
+        self._key = key
         self._target = target
         self._rules = rules
         self._meter = scaling.Meter(rules, now)
-        self._taken: dict[tuple[str, str], float] = {}
+        self._taken: dict[str, float] = {}
         self._queued: int | None = None
 
     def see(
         self,
         now: float,
-        mine: records.Facts,
-        others: Sequence[records.Facts] | None,
+        mine: WorkerRecord,
+        others: Sequence[WorkerRecord] | None,
         *,
         queued: int | None = None,
         consumers: int | None = None,
@@ -47,21 +49,22 @@ class Service:
             consumers: workers that take from there, where no more than their number is known.
         """
         workers = [mine, *(others or ())]
+        parts = [worker.services[self._key] for worker in workers]
         # What is in other workers is known with them; what is in the queue always.
         inside = share = _part(mine, workers)
         if others is None:
             share = 1.0 / max(1, consumers or 1)
-        mean = _mean(workers)
+        mean = _mean(parts)
         came = inside * self._came(workers) + share * mean * self._grown(queued)
         self._meter.add(now, came)
-        waits = inside * sum(one.waiting for one in workers) + share * mean * (queued or 0)
-        inputs = inside * sum(one.waiting_inputs for one in workers) + share * (queued or 0)
-        running = inside * sum(one.running_inputs for one in workers)
-        score = _score(workers)
+        waits = inside * sum(part.waiting for part in parts) + share * mean * (queued or 0)
+        inputs = inside * sum(part.waiting_inputs for part in parts) + share * (queued or 0)
+        running = inside * sum(part.running_inputs for part in parts)
+        score = _score(workers, parts)
         need, keep = self._needs(waits, inputs, running, score)
-        if queued is None and self._is_full(inputs + running, mine.replicas):
+        if queued is None and self._is_full(inputs + running, _size(mine).replicas):
             # No more is taken than there are slots for: what else waits nobody can tell.
-            need = max(need, mine.replicas + 1.0)
+            need = max(need, _size(mine).replicas + 1.0)
         return snapshot.Outlook(
             queued=queued,
             share=share,
@@ -88,10 +91,10 @@ class Service:
     def _is_full(self, inputs: float, replicas: int) -> bool:
         return replicas > 0 and inputs >= self._target * replicas
 
-    def _came(self, workers: Sequence[records.Facts]) -> float:
+    def _came(self, workers: Sequence[WorkerRecord]) -> float:
         """Workload that workers have taken since the last look: of those that were there then."""
         before = self._taken
-        self._taken = {(one.worker, one.life): one.taken for one in workers}
+        self._taken = {one.incarnation: one.services[self._key].taken for one in workers}
         return sum(taken - before[one] for one, taken in self._taken.items() if one in before)
 
     def _grown(self, queued: int | None) -> int:
@@ -99,13 +102,46 @@ class Service:
         return 0 if before is None or queued is None else queued - before
 
 
-def group_of(
-    mine: Mapping[str, records.Facts], peers: Mapping[str, Sequence[records.Facts]] | None
-) -> list[records.Facts]:
+def size_of(worker: snapshot.Worker, least: int, most: int) -> Size:
+    """Return the replicas of a worker as the others are told them.
+
+    Args:
+        least: replicas that it keeps whatever the load.
+        most: replicas that it may have.
+    """
+    replicas = worker.replicas
+    missing = sum(replica.state == "failed" and replica.restarts > 0 for replica in replicas)
+    held = sum(replica.state == "stopped" for replica in replicas)
+    # Of a worker that an operator has drained, others have to do the work.
+    missing += most if held and held == len(replicas) else held
+    return Size(
+        least=least,
+        capacity=max(0, most - missing),
+        replicas=max(len(replicas), worker.desired),
+    )
+
+
+def sharing(
+    mine: WorkerRecord, others: Sequence[WorkerRecord] | None, key: str
+) -> list[WorkerRecord] | None:
+    """Return those of the others that follow the load and consume the same queues of a service."""
+    if others is None:
+        return None
+    queues = mine.services[key].queues
+    return [
+        other
+        for other in others
+        if other.size is not None
+        and (service := other.services.get(key)) is not None
+        and service.queues == queues
+    ]
+
+
+def group_of(mine: WorkerRecord, others: Sequence[WorkerRecord] | None) -> list[WorkerRecord]:
     """Return the workers that serve the same as this one, which comes first."""
-    any_service, me = next(iter(mine.items()))
-    others = () if peers is None else peers.get(any_service, ())
-    return [me, *(one for one in others if one.serves == me.serves)]
+    first = next(iter(mine.services))
+    alike = sharing(mine, others, first) or []
+    return [mine, *(other for other in alike if other.serves == mine.serves)]
 
 
 class Seats:
@@ -114,7 +150,7 @@ class Seats:
     def __init__(self) -> None:
         self._known: dict[tuple[apportionment.Peer, ...], list[int]] = {}
 
-    def part(self, group: Sequence[records.Facts], me: str, total: int) -> int:
+    def part(self, group: Sequence[WorkerRecord], me: str, total: int) -> int:
         """Return how many of ``total`` replicas are those of ``me``."""
         peers = _peers(group)
         if (positions := self._known.get(peers)) is None:
@@ -124,38 +160,48 @@ class Seats:
         return apportionment.part(positions, total)
 
 
-def _peers(group: Sequence[records.Facts]) -> tuple[apportionment.Peer, ...]:
+def _size(worker: WorkerRecord) -> Size:
+    return worker.size or Size()
+
+
+def _peers(group: Sequence[WorkerRecord]) -> tuple[apportionment.Peer, ...]:
     """Weighed by their scores where these differ; what differs little must not move a replica."""
-    scores = [one.score for one in group if one.score]
-    slowest = min(scores) if len(scores) == len(group) else None
+    first = next(iter(group[0].services))
+    scores = [worker.services[first].score for worker in group]
+    known = [score for score in scores if score]
+    slowest = min(known) if len(known) == len(group) else None
     return tuple(
         apportionment.Peer(
-            one.worker,
-            one.capacity,
-            one.least,
-            1.0 if slowest is None or not one.score else float(round(2 * one.score / slowest)) / 2,
+            worker.worker,
+            _size(worker).capacity,
+            _size(worker).least,
+            1.0 if slowest is None or not score else float(round(2 * score / slowest)) / 2,
         )
-        for one in group
+        for worker, score in zip(group, scores, strict=True)
     )
 
 
-def _part(mine: records.Facts, workers: Sequence[records.Facts]) -> float:
+def _part(mine: WorkerRecord, workers: Sequence[WorkerRecord]) -> float:
     """The part of the work that falls to the workers that serve what this one serves."""
-    group = [one for one in workers if one.serves == mine.serves]
-    capacity = sum(one.capacity for one in workers)
+    group = [worker for worker in workers if worker.serves == mine.serves]
+    capacity = sum(_size(worker).capacity for worker in workers)
     if not capacity:
         return len(group) / len(workers)
-    return sum(one.capacity for one in group) / capacity
+    return sum(_size(worker).capacity for worker in group) / capacity
 
 
-def _mean(workers: Sequence[records.Facts]) -> float:
+def _mean(parts: Sequence[ServiceRecord]) -> float:
     """The workload of one input, as those know who have taken most."""
-    weight = sum(one.taken + 1.0 for one in workers)
-    return sum(one.mean * (one.taken + 1.0) for one in workers) / weight
+    weight = sum(part.taken + 1.0 for part in parts)
+    return sum(part.mean * (part.taken + 1.0) for part in parts) / weight
 
 
-def _score(workers: Sequence[records.Facts]) -> float | None:
-    known = [(one.score, max(1, one.capacity)) for one in workers if one.score]
+def _score(workers: Sequence[WorkerRecord], parts: Sequence[ServiceRecord]) -> float | None:
+    known = [
+        (part.score, max(1, _size(worker).capacity))
+        for worker, part in zip(workers, parts, strict=True)
+        if part.score
+    ]
     if not known:
         return None
     return sum(score * weight for score, weight in known) / sum(weight for _, weight in known)

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterable, Mapping
+
+from gw_celery.protocol import snapshot
+from gw_celery.protocol.worker_record import QueueLoad
 
 #: How much of what is known of a service's speed a second leaves: the last minute counts most.
 _KEPT = 0.98
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Load:
-    """What one worker has of a service, and does of it in a second; in workload."""
-
-    waiting: float = 0.0
-    #: ``None`` before it is known.
-    rate: float | None = None
 
 
 def estimate(queued: float, waiting: float, rate: float | None) -> float | None:
@@ -36,11 +28,11 @@ def estimate(queued: float, waiting: float, rate: float | None) -> float | None:
     return ahead / rate if rate else None
 
 
-def together(loads: Iterable[Load]) -> Load:
+def together(loads: Iterable[QueueLoad]) -> QueueLoad:
     """Return the load of several workers as that of one; a rate that is not known adds nothing."""
     listed = list(loads)
     rates = [one.rate for one in listed if one.rate is not None]
-    return Load(
+    return QueueLoad(
         waiting=sum(one.waiting for one in listed),
         rate=sum(rates) if rates else None,
     )
@@ -97,46 +89,38 @@ class Pace:
         return self._served / self._busy if self._busy > 0 else None
 
 
-def write(load: Load, turn: int) -> str:
-    """Return what a worker tells the others; no two turns read the same."""
-    return json.dumps([turn, load.waiting, load.rate])
-
-
-def read(text: str) -> Load | None:
-    """Return what another worker told; ``None`` for what it cannot have meant."""
-    try:
-        _, waiting, rate = json.loads(text)
-        return Load(waiting=float(waiting), rate=None if rate is None else float(rate))
-    except (TypeError, ValueError):
-        return None
-
-
-class Told:
-    """What workers tell each other of one queue, until they fall silent.
-
-    By the reader's own clock: those of the machines need not agree.
+class Loads:
+    """What one worker tells of queues, from its counters.
 
     Args:
-        lifetime: seconds after which one that has told nothing new is not counted.
+        queues: of each queue its services, and the slots that a replica has for each.
     """
 
-    def __init__(self, lifetime: float) -> None:
-        self.lifetime = lifetime
-        self._heard: dict[str, tuple[str, float]] = {}
+    def __init__(self, queues: Mapping[str, Mapping[str, int]]) -> None:
+        self._queues = queues
+        self._paces = {service: Pace() for slots in queues.values() for service in slots}
+        self._parts = {service: Part() for slots in queues.values() for service in slots}
 
-    def hear(self, told: Mapping[str, str], now: float) -> list[Load]:
-        """Take in what stands there now; returns the loads of the workers that live."""
-        before = self._heard
-        self._heard = {
-            worker: known
-            if (known := before.get(worker)) is not None and known[0] == text
-            else (text, now)
-            for worker, text in told.items()
-        }
-        alive = (text for text, since in self._heard.values() if now - since <= self.lifetime)
-        return [load for text in alive if (load := read(text)) is not None]
+    def observe(self, worker: snapshot.Worker) -> dict[str, QueueLoad]:
+        """Return the load of each queue; called once a second."""
+        return {queue: self._load(slots, worker) for queue, slots in self._queues.items()}
 
-    def silent(self, now: float) -> list[str]:
-        """The workers that are gone for good."""
-        long_ago = now - 10 * self.lifetime
-        return [worker for worker, (_, since) in self._heard.items() if since < long_ago]
+    def _load(self, slots: Mapping[str, int], worker: snapshot.Worker) -> QueueLoad:
+        tallies = {key: worker.tallies[key] for key in slots if key in worker.tallies}
+        return QueueLoad(
+            waiting=sum(counters.waiting for counters in tallies.values()),
+            rate=shared(
+                {service: self._rate(service, slots[service], worker) for service in slots},
+                {key: self._parts[key].observe(one.arrived) for key, one in tallies.items()},
+            ),
+            mean=snapshot.mean_workload(tallies.values()),
+        )
+
+    def _rate(self, service: str, slots: int, worker: snapshot.Worker) -> float | None:
+        """What the READY replicas do in a second: by their score, else by what slots have done."""
+        counters = worker.tallies.get(service, snapshot.Counters())
+        pace = self._paces[service].observe(counters.served, counters.busy)
+        score = worker.scores.get(service, snapshot.Score()).value
+        if score is not None:
+            pace = score / slots
+        return None if pace is None else pace * worker.ready_slots.get(service, 0)

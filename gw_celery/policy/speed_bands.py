@@ -7,7 +7,13 @@ free slot. Bands are coarse and sticky, because a change is a new subscription.
 from __future__ import annotations
 
 import enum
+import logging
 import math
+from collections.abc import Iterable, Mapping
+
+from gw_celery.protocol.worker_record import WorkerRecord
+
+logger = logging.getLogger(__name__)
 
 #: Part of the best score from which on a worker is QUICK, and below which it is SLOW.
 _QUICK = 0.7
@@ -56,7 +62,7 @@ def _by_borders(part: float, slow: float, quick: float) -> Band:
 class Place:
     """The band of one worker for one service, as time goes by.
 
-    It is MIDDLE until the worker knows its score and has heard of, or claimed, the best one.
+    It is MIDDLE until the worker knows its score.
     """
 
     def __init__(self) -> None:
@@ -68,7 +74,7 @@ class Place:
         """Look at the scores again; whether the band is another one now.
 
         A score that is not known any more, because no replica is there, changes nothing. The first
-        band is not kept for long: it may come from a claim that others contradict.
+        band is not kept for long: the others may not have told their scores yet.
         """
         if score is None or best is None or now - self._since < _RESIDENCE:
             return False
@@ -78,3 +84,37 @@ class Place:
             self._since = now
         self.band, self._is_known = band, True
         return is_other
+
+
+class Bands:
+    """The bands of one worker.
+
+    Args:
+        services: the keys of its services.
+    """
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._places = {service: Place() for service in services}
+
+    def follow(
+        self, scores: Mapping[str, float | None], others: Iterable[WorkerRecord], now: float
+    ) -> bool:
+        """Look at this worker's scores and those of the others; whether a band has changed."""
+        best = {service: scores.get(service) for service in self._places}
+        for other in others:
+            for service, record in other.services.items():
+                if service in best and (record.score or 0.0) > (best[service] or 0.0):
+                    best[service] = record.score
+        changed = [
+            service
+            for service, place in self._places.items()
+            if place.follow(scores.get(service), best[service], now)
+        ]
+        for service in changed:
+            band = self._places[service].band.name.lower()
+            logger.info("%s: this worker is %s beside the others", service, band)
+        return bool(changed)
+
+    def names(self) -> dict[str, str]:
+        """The band of each service, by its name."""
+        return {service: place.band.name.lower() for service, place in self._places.items()}

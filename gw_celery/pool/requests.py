@@ -271,9 +271,6 @@ class Requests:
         sent.losses += 1
         return sent.losses > self._settings.max_deaths and not is_closing
 
-    def close(self) -> None:
-        self._poison.close()
-
     # -- inside --
 
     def _gathering(self) -> list[PoolRequest]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gw_celery.pool import (
@@ -28,9 +28,7 @@ from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Worker
 
 if TYPE_CHECKING:
-    from redis import Redis
-
-    from gw_celery.cluster import lost_workers
+    from gw_celery.cluster import lost_inputs, poison_counts
     from gw_celery.pool import dead_letters, taskpool
 
 logger = logging.getLogger(__name__)
@@ -52,25 +50,25 @@ class Supervisor:
     Args:
         setup: what every child gets.
         pool: hears when slots become free, or are taken.
-        connect_redis: returns the Redis that counts poison; ``None`` where there is none.
+        poison_counts: of all workers; ``None`` without Redis.
         dead_letters: keeps the messages that are given up; ``None`` where the settings say so.
-        janitor: keeps records of early acknowledged inputs; ``None`` without Redis.
+        lost_inputs: keeps records of early acknowledged inputs; ``None`` without Redis.
     """
 
     def __init__(
         self,
         setup: replica.Setup,
         pool: taskpool.TaskPool,
-        connect_redis: Callable[[], Redis] | None = None,
+        poison_counts: poison_counts.Shared | None = None,
         dead_letters: dead_letters.DeadLetters | None = None,
-        janitor: lost_workers.Janitor | None = None,
+        lost_inputs: lost_inputs.LostInputs | None = None,
     ) -> None:
         self.setup = setup
         #: What Celery knows: its gate follows the slots.
         self.pool = pool
-        self._janitor = janitor
+        self._lost_inputs = lost_inputs
         self._sockets = child_process.Sockets()
-        counter = poison.PoisonCounter(setup.settings.max_deaths, self._sockets, connect_redis)
+        counter = poison.PoisonCounter(setup.settings.max_deaths, poison_counts)
         self.requests = requests.Requests(self, counter, dead_letters)
         self._scores = scores.ReplicaScores(setup)
         self._probes = probes.ChildProbes(setup, self)
@@ -231,7 +229,7 @@ class Supervisor:
                 desired_slots=pool.limit,
                 open_queues=pool.gate.open_queues() if pool.gate else (),
                 closed_queues=pool.gate.closed_queues() if pool.gate else (),
-                bands=pool.ranking.bands() if pool.ranking else {},
+                bands=pool.bands.names() if pool.bands else {},
                 is_stopping=pool.is_stopping,
                 replicas=tuple(
                     one.as_snapshot(self.setup.slots_per_replica, now) for one in self._replicas
@@ -417,7 +415,7 @@ class Supervisor:
             )
             return None
         self._children[child] = filled
-        child.send((self.setup.first | {"number": filled.number, "version": frames.version()},))
+        child.send((self.setup.first | {"number": filled.number},))
         return child
 
     def replace(self, child: ChildProcess) -> None:
@@ -498,8 +496,8 @@ class Supervisor:
         self._scores.forget(child)
         begun = [held.number for held in child.requests.values() if held.accepted_at is not None]
         self.requests.lose(child, why, is_closing=self._is_closing)
-        if begun and self._janitor is not None:
-            self._janitor.forget(begun)
+        if begun and self._lost_inputs is not None:
+            self._lost_inputs.forget(begun)
         self.pool.slots_changed()
         self.wake()
 
@@ -544,7 +542,6 @@ class Supervisor:
 
     def release(self) -> None:
         """Close what this object holds open; nothing may be called after it."""
-        self.requests.close()
         self._sockets.close()
 
 

@@ -10,15 +10,18 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Iterable
 from typing import Unpack
 
+from celery import Celery
 from celery.concurrency.base import BasePool
 from celery.worker import state
 from kombu.asynchronous import Hub
 
 from gw_celery import conf, signals
-from gw_celery.cluster import lost_workers, ranking, wait_estimates
+from gw_celery.cluster import membership
 from gw_celery.declare import services
+from gw_celery.policy import speed_bands
 from gw_celery.pool import (
     dead_letters,
     driver,
@@ -30,8 +33,8 @@ from gw_celery.pool import (
 from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Scaling, Worker
 from gw_celery.runtime import fatal_exit
-from gw_celery.transport.find import redis_of
-from gw_celery.worker import gate, health, start_notices
+from gw_celery.transport import broker
+from gw_celery.worker import gate, health, serving, start_notices
 
 signals.listen()
 
@@ -79,10 +82,10 @@ class TaskPool(BasePool):
         )
         self.supervisor: supervisor.Supervisor
         self._dead: dead_letters.DeadLetters | None = None
-        self._janitor: lost_workers.Janitor | None = None
-        self._estimates: wait_estimates.Estimates | None = None
+        #: What the worker tells the others, and learns of them.
+        self.cluster: membership.Membership
         #: Where the broker prefers the quicker of several workers.
-        self.ranking: ranking.Ranking | None = None
+        self.bands: speed_bands.Bands | None = None
         self._driver: driver.Driver
         #: What our autoscaler saw and decided last; ``None`` where there is none.
         self.scaling: Scaling | None = None
@@ -146,10 +149,17 @@ class TaskPool(BasePool):
         with fatal_exit.fatal_errors():
             self.health.start()
         app, hostname = self.options["initargs"]
-        self._janitor = lost_workers.of(app, self._setup.settings, hostname)
+        self.cluster = membership.Membership(
+            app,
+            hostname,
+            _queues(app, self._plan),
+            _limited(self._plan),
+            self._setup.settings.worker_ttl,
+            self.wake,
+        )
         first = {
             "version": frames.version(),
-            "worker": self._janitor and self._janitor.worker,
+            "worker": self.cluster.start_id if self.cluster.lost else None,
             "app": origin.find(app),
             "changes": origin.changes(app),
             "hostname": hostname,
@@ -161,23 +171,19 @@ class TaskPool(BasePool):
         if setup.settings.dead_letter_queue:
             self._dead = dead_letters.DeadLetters(app, setup.settings, hostname)
         self.supervisor = supervisor.Supervisor(
-            setup, self, redis_of(app), self._dead, self._janitor
+            setup, self, self.cluster.counts, self._dead, self.cluster.lost
         )
         self._driver = driver.Driver(self)
-        if self._janitor is not None:
-            self._janitor.start()
         if self._plan is not None:
             queues = self._plan.service_queues
-            self.ranking = ranking.of(app, hostname, queues.values())
+            self.bands = _bands(app, self.cluster, queues.values())
             self.gate = gate.Gate(app.amqp.queues, queues, self)
             self.gate.close_all()
             start_notices.log(app, self._plan)
-            self._estimates = wait_estimates.of(app, self._plan, hostname, self)
         self._resize(self.limit)
         self.supervisor.tick()
         self.observe()
-        if self._estimates is not None:
-            self._estimates.start()
+        self.cluster.begin()
         self._driver.start()
 
     def register_with_event_loop(self, hub: Hub) -> None:
@@ -292,7 +298,7 @@ class TaskPool(BasePool):
         self._driver.detach()
         self.supervisor.release()
         self.health.close()
-        for thread in (self._dead, self._janitor, self._estimates, self.ranking):
+        for thread in (self._dead, self.cluster):
             if thread is not None:
                 thread.close()
 
@@ -314,7 +320,43 @@ class TaskPool(BasePool):
         """Once a second: look at what there is, and let others see it."""
         self.supervisor.observe()
         worker = self.snapshot()
+        self.cluster.observe(worker)
         scores = {service: score.value for service, score in worker.scores.items()}
-        if self.ranking is not None and self.ranking.tick(scores):
+        if self.bands is not None and self.bands.follow(scores, self.cluster.others, request.now()):
             self.slots_changed()
         self.health.beat(worker)
+
+
+def _queues(app: Celery, plan: serving.Plan | None) -> dict[str, list[str]]:
+    """The queues of each service; those of plain tasks are together."""
+    keys = [services.PLAIN] if plan is None else plan.slots
+    queues: dict[str, list[str]] = {key: [] for key in keys}
+    names = app.amqp.queues.consume_from if plan is None else plan.queues
+    of_services = {} if plan is None else plan.service_queues
+    for name in names:
+        queues[of_services.get(name, services.PLAIN)].append(name)
+    return queues
+
+
+def _limited(plan: serving.Plan | None) -> dict[str, dict[str, int]]:
+    """The queues whose callers are told how long an input would wait: services and their slots."""
+    if plan is None:
+        return {}
+    queues = {service.queue for service in plan.served if service.key in plan.queue_times}
+    return {
+        queue: {
+            service.key: service.max_inputs for service in plan.served if service.queue == queue
+        }
+        for queue in queues
+    }
+
+
+def _bands(
+    app: Celery, cluster: membership.Membership, keys: Iterable[str]
+) -> speed_bands.Bands | None:
+    """The bands of a worker; ``None`` where the broker has no priorities, or others are unknown."""
+    with app.connection_for_read() as connection:
+        if cluster.is_alone or not broker.is_rabbitmq(connection):
+            return None
+    cluster.read_others()
+    return speed_bands.Bands(keys)

@@ -1,9 +1,13 @@
-"""Numbers that somebody else wrote: into a message, a file, or a Redis that others may write to."""
+"""Validate untrusted numbers: of a message, a file, or a Redis that others may write to."""
 
 from __future__ import annotations
 
 import math
 import numbers
+
+#: Larger ones cannot be true: whoever writes them must not hold up those who count with them.
+_LARGEST = 1e18
+_MOST = 1_000_000
 
 
 def finite(value: object) -> float | None:
@@ -19,3 +23,26 @@ def finite(value: object) -> float | None:
     except (OverflowError, ValueError):
         return None
     return number if math.isfinite(number) else None
+
+
+def amount(value: object) -> float:
+    """Return ``value`` as a float.
+
+    Raises:
+        ValueError: for anything but a number that can be true.
+    """
+    number = finite(value)
+    if number is None or abs(number) > _LARGEST:
+        raise ValueError(f"not a number that can be true: {value!r:.100}")
+    return number
+
+
+def count(value: object) -> int:
+    """Return ``value`` as a number of things.
+
+    Raises:
+        ValueError: for anything else, or more than there can be.
+    """
+    if (number := amount(value)) > _MOST:
+        raise ValueError(f"more than there can be: {number:.0f}")
+    return int(number)

@@ -21,12 +21,12 @@ class Records:
 
     Args:
         app: the Celery app, whose backend groups what it writes.
-        worker: the worker's name in Redis.
+        worker: the start of the worker, by which its records are kept.
     """
 
     def __init__(self, app: Any, worker: str) -> None:
         self._app = app
-        self._key = early_acks.Keys.of(app.backend).records(worker)
+        self._key = early_acks.records_key(app.backend, worker)
         self._held: set[int] = set()
         self._tasks = loop.Tasks()
 

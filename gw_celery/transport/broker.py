@@ -14,8 +14,8 @@ def redis_transport(connection: Any) -> Any | None:
     return transport if transport.driver_type == "redis" else None
 
 
-def has_priorities(connection: Any) -> bool:
-    """Whether the broker prefers some consumers of a queue to others: RabbitMQ does."""
+def is_rabbitmq(connection: Any) -> bool:
+    """Whether it can prefer some consumers of a queue to others, and tells a queue's length."""
     return bool(connection.get_transport_cls().driver_type == "amqp")
 
 

@@ -12,19 +12,18 @@ import importlib
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from gw_celery import conf, errors
+from gw_celery.background_thread import BackgroundThread
 from gw_celery.declare import services
 from gw_celery.protocol import snapshot
 from gw_celery.worker import http
 
 logger = logging.getLogger(__name__)
 
-_INTERVAL = 1.0
 #: The file is touched while the loop has turned within so many seconds.
 _FRESH = 3.0
 #: Named, as Celery names a worker's parts: the first scrape loads it.
@@ -67,8 +66,8 @@ def why_not(replica: snapshot.Replica) -> str:
     return "; ".join([f"{replica.state} for {replica.seconds_in_state:.0f} s", *reasons])
 
 
-class Health:
-    """The signs of life of a worker, and the thread that gives them.
+class Health(BackgroundThread):
+    """The signs of life of a worker; its thread touches the file.
 
     Args:
         settings: those of the worker.
@@ -76,6 +75,8 @@ class Health:
     """
 
     def __init__(self, settings: conf.Settings, service_queues: Mapping[str, str]) -> None:
+        self._file = settings.heartbeat_file
+        super().__init__("gw-health", f"gw_heartbeat_file={self._file!r} cannot be touched")
         self._settings = settings
         self._queues = {service: queue for queue, service in service_queues.items()}
         self._seen = snapshot.Worker(hostname="", desired=1)
@@ -84,9 +85,6 @@ class Health:
         #: Since when the loop waits for the broker, and cannot turn.
         self._connecting_since: float | None = None
         self._endpoint: http.Endpoint | None = None
-        self._thread: threading.Thread | None = None
-        self._is_over = threading.Event()
-        self._is_touching = True
 
     @property
     def address(self) -> str:
@@ -112,10 +110,9 @@ class Health:
             )
             self._endpoint.start()
             logger.info("the worker's health is at %s/livez /readyz /startupz", self.address)
-        if self._settings.heartbeat_file is not None:
-            self._require_file(self._settings.heartbeat_file)
-            self._thread = threading.Thread(target=self._run, name="gw-health", daemon=True)
-            self._thread.start()
+        if self._file is not None:
+            self._require_file(self._file)
+            super().start()
 
     def beat(self, worker: snapshot.Worker) -> None:
         """The loop turns, and sees this; from its thread."""
@@ -134,17 +131,16 @@ class Health:
             self._beat_at = time.monotonic()
             self._connecting_since = None
 
-    def close(self) -> None:
+    def close(self, timeout: float = 2.0) -> bool:
         """The worker stops as it should: no sign of life is left."""
-        self._is_over.set()
-        if self._thread is not None:
-            self._thread.join(2 * _INTERVAL)
+        is_over = super().close(timeout)
         if self._endpoint is not None:
             self._endpoint.close()
             self._endpoint = None
-        if self._settings.heartbeat_file is not None:
+        if self._file is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._settings.heartbeat_file)
+                os.unlink(self._file)
+        return is_over
 
     def is_alive(self) -> Verdict:
         """Whether the loop turns, or waits for the broker."""
@@ -161,21 +157,10 @@ class Health:
         why = () if self._has_started else ("no replica has been ready yet",)
         return Verdict(is_ok=self._has_started, why=why)
 
-    def _run(self) -> None:
-        while not self._is_over.wait(_INTERVAL):
-            self._touch_if_alive()
-
-    def _touch_if_alive(self) -> None:
-        file, silence = self._settings.heartbeat_file, time.monotonic() - self._beat_at
-        if file is None or (self._connecting_since is None and silence > _FRESH):
-            return
-        try:
-            _touch(file)
-            self._is_touching = True
-        except OSError as exc:
-            if self._is_touching:  # once, and not every second
-                logger.error("gw_heartbeat_file=%r cannot be touched: %s", file, exc)
-            self._is_touching = False
+    def run_round(self) -> None:
+        silence = time.monotonic() - self._beat_at
+        if self._file is not None and (self._connecting_since is not None or silence <= _FRESH):
+            _touch(self._file)
 
     def _require_file(self, path: str) -> None:
         try:

@@ -14,6 +14,7 @@ from celery import Celery
 
 from gw_celery import conf, errors
 from gw_celery.pool import dead_letters
+from gw_celery.transport import find
 from tests import pooling
 from tests.processes import StartWorker, WorkerProcess, environment, eventually
 
@@ -95,7 +96,11 @@ def test_what_is_given_up_is_listed_and_can_be_sent_again(
         assert "gw_max_deaths" in one["reason"]
     assert f"{sent.id}  pooled.misbehave  queue cpu.misbehave  1 deaths" in dead(worker).stdout
     before = len(pooling.began(ledger_path, "first"))
-    client.backend.client.set(f"gw:deaths:{sent.id}", 1)  # as another worker may have left it
+    # As another worker may have left it.
+    shared = find.redis_of(client, 5.0)
+    assert shared is not None
+    shared.client().set(shared.key("deaths", sent.id), 1)
+    shared.close()
     done = dead(worker, "--requeue", sent.id)
     assert done.returncode == 0, done.stderr
     # The body is what it was, and it is tried as often as a new one: it is not a suspect.

@@ -142,3 +142,9 @@ def test_what_the_user_set_is_told_from_a_default_in_any_namespace() -> None:
     assert conf.is_set(app.conf, "accept_content")
     assert conf.is_set(app.conf, "task_acks_late")
     assert not conf.is_set(app.conf, "result_serializer")
+
+
+@pytest.mark.parametrize("ttl", [5, 15.0, None])
+def test_a_worker_is_lost_after_five_seconds_at_the_earliest(ttl: float | None) -> None:
+    assert conf.from_mapping({"worker_ttl": ttl}).worker_ttl == ttl
+    assert "must be float, 5 at least or None" in refused({"worker_ttl": 4.9})

@@ -11,18 +11,22 @@ from celery import Celery
 
 from gw_celery import signals
 from gw_celery.autoscale import autoscaler
-from gw_celery.cluster import poller, queue_lengths, records
+from gw_celery.cluster import membership, queue_lengths
 from gw_celery.pool import taskpool
 from gw_celery.protocol import snapshot
 from gw_celery.protocol.snapshot import Worker
+from gw_celery.protocol.worker_record import ServiceRecord, Size, WorkerRecord
 
 SLOTS = {"model": 4, "": 1}
+QUEUES = {"model": ["cpu.model"], "": []}
 
 
 class Pool(taskpool.TaskPool):
     """Only its size, and what it says of its work."""
 
-    def __init__(self, limit: int = 5) -> None:
+    def __init__(self, app: Celery, name: str, limit: int = 5) -> None:
+        self.options = {"initargs": (app, name)}
+        self.cluster = membership.Membership(app, name, QUEUES, {}, None)
         self.limit = limit
         self.supervisor: Any = self
         self.held: dict[str, snapshot.Counters] = {}
@@ -60,7 +64,7 @@ class Pool(taskpool.TaskPool):
 
     def snapshot(self) -> Worker:
         return Worker(
-            hostname="gpu@host",
+            hostname=self.hostname,
             replicas=self.replicas(),
             desired=self.desired,
             desired_slots=self.limit,
@@ -94,7 +98,7 @@ class Scaled:
     ) -> None:
         self.app = Celery("scaled", broker="memory://", set_as_current=False)
         self.app.conf.update(settings)
-        self.pool = Pool()
+        self.pool = Pool(self.app, name)
         served = [types.SimpleNamespace(key="model", target_inputs=target)]
         plan = types.SimpleNamespace(
             slots=SLOTS, served=served, queues=["cpu.model"], service_queues={"cpu.model": "model"}
@@ -104,16 +108,21 @@ class Scaled:
         self.scaler = autoscaler.Autoscaler(self.pool, 5 * most, 5 * least, worker=worker)
         self.now = 1000.0
         self.queued: int | None = 0
-        self.peers: tuple[records.Facts, ...] | None = None
-        monkeypatch.setattr(self.scaler._demand, "latest", self.latest)
+        self.peers: tuple[WorkerRecord, ...] | None = None
+        monkeypatch.setattr(self.pool.cluster, "latest", self.latest)
         monkeypatch.setattr(autoscaler, "time", types.SimpleNamespace(monotonic=lambda: self.now))
 
-    def latest(self) -> poller.Reading | None:
+    def latest(self) -> membership.Reading | None:
         if self.queued is None:
             return None
-        counted = {"model": queue_lengths.Length(self.queued)}
-        others = None if self.peers is None else {"model": self.peers, "": self.peers}
-        return poller.Reading(at=self.now, lengths=counted, peers=others)
+        lengths = {"cpu.model": queue_lengths.Length(self.queued)}
+        return membership.Reading(at=self.now, lengths=lengths, others=self.peers)
+
+    @property
+    def told(self) -> Size:
+        """What the other workers are told of its size."""
+        assert self.pool.cluster._record.size is not None
+        return self.pool.cluster._record.size
 
     def after(self, seconds: int = 1) -> int:
         for _ in range(seconds):
@@ -122,6 +131,12 @@ class Scaled:
         return self.pool.desired
 
 
-def other(name: str, **given: Any) -> records.Facts:
-    told: dict[str, Any] = {"capacity": 4, "score": 10.0, "serves": ",model"}
-    return records.Facts(worker=name, **(told | given))
+def other(
+    name: str, *, score: float | None = 10.0, capacity: int = 4, least: int = 0, replicas: int = 0
+) -> WorkerRecord:
+    """Another worker of the same services."""
+    size = Size(capacity=capacity, least=least, replicas=replicas)
+    services = {
+        key: ServiceRecord(queues=",".join(names), score=score) for key, names in QUEUES.items()
+    }
+    return WorkerRecord(worker=name, incarnation=name, size=size, services=services)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import types
 from typing import Any
@@ -13,7 +12,7 @@ from celery.worker import autoscale as celerys
 
 import gw_celery.autoscale
 from gw_celery.autoscale import autoscaler
-from gw_celery.cluster import poller, queue_lengths
+from gw_celery.cluster import membership
 from gw_celery.policy import scaling
 from gw_celery.protocol import snapshot
 from tests.unit.autoscale.handmade import Scaled
@@ -68,12 +67,12 @@ def test_what_was_read_is_judged_once_however_many_timers_there_are(
     scaled: Scaled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decided: list[Any] = []
-    monkeypatch.setattr(scaled.scaler, "_decide", lambda *given: decided.append(given))
+    monkeypatch.setattr(scaled.scaler, "_decide", lambda *given: decided.append(given[-1]))
     reading = scaled.latest()
-    monkeypatch.setattr(scaled.scaler._demand, "latest", lambda: reading)
+    monkeypatch.setattr(scaled.pool.cluster, "latest", lambda: reading)
     for _ in range(3):
         scaled.scaler.maybe_scale()
-    assert decided == [(reading, scaled.now)]
+    assert decided == [scaled.now]
 
 
 def test_a_worker_that_stops_is_left_alone(scaled: Scaled) -> None:
@@ -108,7 +107,7 @@ def test_to_zero_only_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch) -> No
         scaled.scaler.update(min=0)
         assert scaled.after(50) == 1
         assert scaled.after(3000) == expected
-        assert scaled.scaler._demand._is_at_zero is (expected == 0)
+        assert (scaled.pool.cluster.period < 1.0) is (expected == 0)
         scaled.queued = 1
         assert scaled.after(1) == 1
         scaled.app.close()
@@ -160,10 +159,10 @@ def test_where_queues_cannot_be_read_no_operator_gets_to_zero(
 ) -> None:
     scaled = Scaled(monkeypatch, gw_inactivity_timeout=2.0)
 
-    def blind() -> poller.Reading:
-        return poller.Reading(at=scaled.now, lengths=None, peers=None)
+    def blind() -> membership.Reading:
+        return membership.Reading(at=scaled.now, lengths=None, others=None)
 
-    monkeypatch.setattr(scaled.scaler._demand, "latest", blind)
+    monkeypatch.setattr(scaled.pool.cluster, "latest", blind)
     scaled.scaler.update(min=0)
     assert scaled.after(60) == 1
     scaled.scaler.force_scale_down(5)
@@ -270,50 +269,12 @@ def test_celerys_thread_decides_where_there_is_no_loop(
     assert scaled.pool.desired == 3
 
 
-class Frozen:
-    """A broker that answers once, and from then on no more: stands in for ``demand.Source``."""
-
-    def __init__(self) -> None:
-        self.is_asked_in_vain, self.is_over = threading.Event(), threading.Event()
-        self.answers = [poller.Reading(at=time.monotonic(), lengths=_LENGTHS, peers=None)]
-
-    def __call__(self, *_: Any) -> Frozen:
-        return self
-
-    def read(self, mine: Any) -> poller.Reading:
-        if threading.current_thread() is threading.main_thread():
-            pytest.fail("the worker's loop waits for the broker")
-        if not self.answers:
-            self.is_asked_in_vain.set()
-            self.is_over.wait(30)
-            raise ConnectionResetError("gone")
-        return self.answers.pop()
-
-    def leave(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-_LENGTHS = {"model": queue_lengths.Length(290)}
-
-
-def test_a_broker_that_is_frozen_holds_no_decision_up(
-    scaled: Scaled, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frozen = Frozen()
-    monkeypatch.setattr(poller, "Source", frozen)
-    monkeypatch.setattr(poller, "_ROUND", 0.01)
-    monkeypatch.delattr(scaled.scaler._demand, "latest")  # it is the real one's
-    scaled.scaler.begin()
-    assert frozen.is_asked_in_vain.wait(10)
-    scaled.scaler.maybe_scale()
-    assert scaled.pool.desired == 3, "by what was read before"
-    monkeypatch.setattr(poller, "_STALE", 0.0)
-    scaled.scaler.maybe_scale()
-    assert scaled.pool.desired == 3
+def test_without_a_reading_the_size_is_kept_and_its_reason_told(scaled: Scaled) -> None:
+    scaled.queued = 290
+    assert scaled.after(1) == 3
+    scaled.queued = None
+    assert scaled.after(1) == 3
     assert "nothing is known of the broker" in scaled.scaler.seen().why
-    frozen.is_over.set()
-    scaled.scaler.end()
 
 
 def test_what_was_read_is_judged_in_the_thread_of_the_loop_at_once(scaled: Scaled) -> None:

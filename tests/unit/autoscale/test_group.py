@@ -11,7 +11,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gw_celery.autoscale import autoscaler
-from gw_celery.cluster import records
 from tests.unit.autoscale.handmade import Scaled
 
 #: Replicas that each of ten workers may have.
@@ -28,24 +27,17 @@ class Group:
         ]
         self.now = 1000.0
         monkeypatch.setattr(autoscaler, "time", types.SimpleNamespace(monotonic=lambda: self.now))
-        self._told: dict[str, records.Facts] = {}
         for one in self.workers:
-            monkeypatch.setattr(one.scaler._demand, "tell", self._tell)
-            monkeypatch.setattr(one.scaler._demand, "start", lambda: None)
-            one.scaler.begin()
-
-    def _tell(self, mine: dict[str, records.Facts]) -> None:
-        self._told[mine["model"].worker] = mine["model"]
+            one.scaler._tell(one.pool.snapshot())
 
     def after(self, seconds: int, queued: int) -> list[int]:
         """The replicas of each while so much waits, and all know what the others told."""
         for _ in range(seconds):
             self.now += 1.0
-            known = dict(self._told)
+            known = [one.pool.cluster._record for one in self.workers]
             for one in self.workers:
-                name = one.scaler.worker.hostname
                 one.queued = queued
-                one.peers = tuple(told for other, told in known.items() if other != name)
+                one.peers = tuple(told for told in known if told.worker != one.pool.hostname)
                 one.scaler.maybe_scale()
         return [one.pool.desired for one in self.workers]
 

@@ -11,8 +11,8 @@ import redis
 from celery import Celery
 
 from gw_celery.client import wait_estimates
-from gw_celery.cluster import redis as cluster_redis
 from gw_celery.testing import eventually
+from gw_celery.transport import find
 
 
 class Client:
@@ -32,6 +32,16 @@ class Client:
         return self.text
 
 
+class Shared(find.SharedRedis):
+    """The Redis of such a client."""
+
+    def __init__(self, client: Client, prefix: str = "") -> None:
+        super().__init__(None, prefix, 0.25)
+        self._client = client
+
+    def close(self) -> None: ...
+
+
 class Clock:
     """Stands still until a test moves it."""
 
@@ -48,7 +58,7 @@ def clock() -> Clock:
 
 def test_an_estimate_is_read_once_a_second(clock: Clock) -> None:
     client = Client("12.5")
-    found = wait_estimates.Waits(cluster_redis.Board(client=client, prefix="p:"), clock)
+    found = wait_estimates.Waits(Shared(client, "p:"), clock)
     assert [found.estimate("q") for _ in range(5)] == [12.5] * 5
     assert client.asked == ["p:gw:wait:q"]
     clock.now += 1.1
@@ -58,10 +68,10 @@ def test_an_estimate_is_read_once_a_second(clock: Clock) -> None:
     assert len(client.asked) == 3
 
 
-@pytest.mark.parametrize("text", [None, "soon"])
+@pytest.mark.parametrize("text", [None, "soon", "nan", "1e300"])
 def test_that_nobody_tells_is_good_for_a_second_too(clock: Clock, text: str | None) -> None:
     client = Client(text)
-    found = wait_estimates.Waits(cluster_redis.Board(client=client), clock)
+    found = wait_estimates.Waits(Shared(client), clock)
     assert [found.estimate("q") for _ in range(5)] == [None] * 5
     assert len(client.asked) == 1
 
@@ -69,7 +79,7 @@ def test_that_nobody_tells_is_good_for_a_second_too(clock: Clock, text: str | No
 def test_a_redis_that_is_away_admits(clock: Clock) -> None:
     client = Client("99")
     client.is_away = True
-    found = wait_estimates.Waits(cluster_redis.Board(client=client), clock)
+    found = wait_estimates.Waits(Shared(client), clock)
     assert [found.estimate("q") for _ in range(5)] == [None] * 5
     assert len(client.asked) == 1
     clock.now += 1.1
@@ -79,7 +89,7 @@ def test_a_redis_that_is_away_admits(clock: Clock) -> None:
 
 def test_an_event_loop_reads_nothing_and_learns_from_a_thread() -> None:
     client = Client("12.5")
-    found = wait_estimates.Waits(cluster_redis.Board(client=client))
+    found = wait_estimates.Waits(Shared(client))
 
     async def ask() -> None:
         assert found.estimate("q") is None, "nobody has told yet"
@@ -95,7 +105,7 @@ def test_an_event_loop_reads_nothing_and_learns_from_a_thread() -> None:
 
 def test_who_reads_keeps_nobody_else_waiting(clock: Clock) -> None:
     client, reading, go_on = Client("7"), threading.Event(), threading.Event()
-    found = wait_estimates.Waits(cluster_redis.Board(client=client), clock)
+    found = wait_estimates.Waits(Shared(client), clock)
     assert found.estimate("q") == 7.0
     clock.now += 1.1
     get = client.get

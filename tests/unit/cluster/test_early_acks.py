@@ -54,38 +54,9 @@ def test_keys_have_the_prefix_of_the_results() -> None:
 
     backend = Backend()
     backend.task_keyprefix = b"mine_celery-task-meta-"  # type: ignore[assignment]
-    assert early_acks.Keys.of(backend).workers == "mine_gw:workers"
-    assert early_acks.Keys("").records("w") != early_acks.Keys("").beat("w")
+    assert early_acks.records_key(backend, "w@h:1") == "mine_gw:early:w@h:1"
 
 
-# -- who is lost --
-
-
-def test_a_silent_worker_is_lost_after_the_patience_and_not_before() -> None:
-    watch = early_acks.Watch(patience=2.0)
-    assert watch.lost(["a", "b"], ["b"], now=10.0) == []
-    assert watch.lost(["a", "b"], ["b"], now=11.9) == []
-    assert watch.lost(["a", "b"], ["b"], now=12.0) == ["a"]
-
-
-def test_a_sign_of_life_begins_the_patience_anew() -> None:
-    watch = early_acks.Watch(patience=2.0)
-    watch.lost(["a"], [], now=10.0)
-    watch.lost(["a"], ["a"], now=11.0)
-    assert watch.lost(["a"], [], now=12.0) == []
-    assert watch.lost(["a"], [], now=14.0) == ["a"]
-
-
-def test_nobody_is_lost_because_nobody_looked() -> None:
-    """Redis was away, and every key in it has expired: all have time to show themselves."""
-    watch = early_acks.Watch(patience=2.0)
-    watch.lost(["a"], [], now=10.0)
-    assert watch.lost(["a"], [], now=100.0) == []
-    assert watch.lost(["a"], [], now=102.0) == ["a"]
-
-
-def test_a_worker_that_is_struck_off_is_forgotten() -> None:
-    watch = early_acks.Watch(patience=2.0)
-    watch.lost(["a"], [], now=10.0)
-    watch.lost([], [], now=11.0)
-    assert watch.lost(["a"], [], now=12.0) == []
+def test_a_worker_that_was_taken_for_lost_keeps_its_records() -> None:
+    assert early_acks.start_of("w@my.host:1.0") == early_acks.start_of("w@my.host:1.17")
+    assert early_acks.start_of("w@my.host:1.0") == "w@my.host:1"

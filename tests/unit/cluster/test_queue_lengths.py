@@ -1,89 +1,31 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from amqp.exceptions import ChannelError, NotFound, PreconditionFailed
-from celery import Celery
 
-from gw_celery import devserver
 from gw_celery.cluster import queue_lengths
+from gw_celery.cluster.queue_lengths import Length
 
-QUEUES = {"model": ["gpu.A100.model"], "": ["celery", "mail"]}
-
-
-@pytest.fixture(params=["", "tenant:"])
-def connection(request: pytest.FixtureRequest, gw_broker: devserver.Server) -> Iterator[Any]:
-    with Celery("lengths", broker=gw_broker.broker_url, set_as_current=False) as app:
-        app.conf.broker_transport_options = {"global_keyprefix": request.param}
-        with app.connection_for_write() as connection:
-            yield connection
+QUEUES = ["gpu.A100.model", "celery", "mail"]
 
 
-def send(connection: Any, queue: str, count: int, priority: int = 0) -> None:
-    with connection.Producer() as producer:
-        for number in range(count):
-            producer.publish(number, routing_key=queue, priority=priority)
-
-
-def test_every_priority_of_a_queue_counts_on_redis(connection: Any) -> None:
-    for queue in ("gpu.A100.model", "celery", "mail"):
-        connection.SimpleQueue(queue).close()
-    send(connection, "gpu.A100.model", 2)
-    send(connection, "gpu.A100.model", 3, priority=9)
-    send(connection, "mail", 1)
-    read = queue_lengths.of(connection, QUEUES).read
-    assert read() == {"model": queue_lengths.Length(5), "": queue_lengths.Length(1)}
-
-
-def test_the_lists_of_a_queue_are_those_that_the_app_names(gw_broker: devserver.Server) -> None:
-    with Celery("lengths", broker=gw_broker.broker_url, set_as_current=False) as app:
-        app.conf.broker_transport_options = {"priority_steps": [0, 5], "sep": ":"}
-        with app.connection_for_write() as connection:
-            connection.SimpleQueue("mail").close()
-            send(connection, "mail", 1, priority=5)
-            keys = set(queue_lengths.plain_client(connection.default_channel).keys("mail*"))
-        reader = queue_lengths.Reader(app, {"mail": ["mail"]})
-        assert (keys, reader.read()) == ({b"mail:5"}, {"mail": queue_lengths.Length(1)})
-        reader.close()
-
-
-def test_a_reader_connects_anew_after_a_failure(
-    gw_broker: devserver.Server, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("lengths", "total"),
+    [
+        ({}, Length(0)),
+        ({"a": Length(2)}, Length(2)),
+        ({"a": Length(2), "b": Length(3)}, Length(5)),
+        ({"a": Length(2, 3), "b": Length(3, 1), "c": Length(100, 100)}, Length(5, 3)),
+        ({"a": Length(0, 0), "b": Length(0, 0)}, Length(0, 0)),
+    ],
+)
+def test_the_queues_of_a_service_are_as_long_as_all_of_them(
+    lengths: dict[str, Length], total: Length
 ) -> None:
-    with Celery("lengths", broker=gw_broker.broker_url, set_as_current=False) as app:
-        connections: list[Any] = []
-
-        def failing_once(connection: Any, queues: Any) -> Any:
-            connections.append(connection)
-            if len(connections) == 1:
-                raise ConnectionResetError("gone")
-            return queue_lengths.Unreadable()
-
-        monkeypatch.setattr(queue_lengths, "of", failing_once)
-        reader = queue_lengths.Reader(app, QUEUES)
-        with pytest.raises(ConnectionResetError):
-            reader.read()
-        assert reader.read() is None
-        first, second = connections
-        assert (first.connected, second.connected) == (False, True)
-        reader.close()
-        assert not second.connected
-
-
-def test_a_queue_that_nobody_has_sent_to_is_empty_on_redis(connection: Any) -> None:
-    assert queue_lengths.of(connection, QUEUES).read()["model"].messages == 0
-
-
-def test_a_transport_that_does_not_tell_has_no_lengths() -> None:
-    with (
-        Celery("lengths", broker="memory://", set_as_current=False) as app,
-        app.connection_for_read() as connection,
-    ):
-        connection.connect()
-        assert queue_lengths.of(connection, QUEUES).read() is None
+    assert queue_lengths.total(lengths, ["a", "b"]) == total
 
 
 class Rabbit:
@@ -91,10 +33,21 @@ class Rabbit:
 
     channel_errors = (ChannelError,)
 
-    def __init__(self, counts: dict[str, tuple[int, int]]) -> None:
-        self.counts = counts
+    def __init__(self, **counts: tuple[int, int]) -> None:
+        self.counts = {"gpu.A100.model": (7, 3)} | counts
         self.error: type[ChannelError] = NotFound
-        self.opened = 0
+        self.is_away = False
+        self.opened = self.connected = self.released = 0
+        self.connect_timeout = 4.0
+        self.transport_options: dict[str, Any] = {}
+
+    def ensure_connection(self, **_: Any) -> None:
+        self.connected += 1
+        if self.is_away:
+            raise ConnectionRefusedError("away")
+
+    def release(self) -> None:
+        self.released += 1
 
     def channel(self) -> Any:
         self.opened += 1
@@ -103,6 +56,8 @@ class Rabbit:
         def declare(queue: str, passive: bool) -> Any:
             assert passive
             assert channel.is_open
+            if self.is_away:
+                raise TimeoutError("silent")
             if queue not in self.counts:
                 channel.is_open = False
                 raise self.error
@@ -114,24 +69,68 @@ class Rabbit:
         return channel
 
 
-def test_rabbitmq_tells_messages_and_consumers() -> None:
-    rabbit = Rabbit({"gpu.A100.model": (7, 3), "celery": (1, 2), "mail": (2, 1)})
-    read = queue_lengths.DeclaredLengths(rabbit, QUEUES).read
-    assert [read(), read()][1] == {
-        "model": queue_lengths.Length(7, 3),
-        "": queue_lengths.Length(3, 2),
-    }
-    assert rabbit.opened == 1
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        clock = types.SimpleNamespace(monotonic=lambda: self.now)
+        monkeypatch.setattr(queue_lengths, "time", clock)
+
+
+def reader(rabbit: Rabbit) -> queue_lengths.DeclaredLengths:
+    app = types.SimpleNamespace(connection_for_read=lambda: rabbit)
+    return queue_lengths.DeclaredLengths(app, 2.5)
+
+
+def test_rabbitmq_tells_messages_and_consumers_within_its_time() -> None:
+    rabbit = Rabbit(celery=(1, 2), mail=(2, 1))
+    reading = reader(rabbit)
+    expected = {"gpu.A100.model": Length(7, 3), "celery": Length(1, 2), "mail": Length(2, 1)}
+    assert [reading.read(QUEUES), reading.read(QUEUES)] == [expected, expected]
+    assert (rabbit.connected, rabbit.opened) == (1, 1)
+    assert (rabbit.connect_timeout, rabbit.transport_options["read_timeout"]) == (2.5, 2.5)
 
 
 def test_a_queue_that_is_not_declared_yet_is_empty_and_hides_no_other() -> None:
-    rabbit = Rabbit({"mail": (2, 1)})
-    found = queue_lengths.DeclaredLengths(rabbit, QUEUES).read()
-    assert found == {"model": queue_lengths.Length(0, 0), "": queue_lengths.Length(2, 1)}
+    lengths = reader(Rabbit(mail=(2, 1))).read(QUEUES)
+    assert lengths == {
+        "gpu.A100.model": Length(7, 3),
+        "celery": Length(0, 0),
+        "mail": Length(2, 1),
+    }
 
 
-def test_any_other_error_is_no_length() -> None:
-    rabbit = Rabbit({})
+def test_any_other_error_is_no_length_and_ends_the_connection() -> None:
+    rabbit = Rabbit()
     rabbit.error = PreconditionFailed
-    with pytest.raises(PreconditionFailed):
-        queue_lengths.DeclaredLengths(rabbit, QUEUES).read()
+    assert reader(rabbit).read(QUEUES) is None
+    assert rabbit.released == 1
+
+
+@pytest.mark.parametrize("was_connected", [False, True])
+def test_a_broker_that_is_away_is_told_once_and_asked_ever_more_rarely(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, was_connected: bool
+) -> None:
+    clock, rabbit = Clock(monkeypatch), Rabbit()
+    reading = reader(rabbit)
+    if was_connected:
+        assert reading.read(QUEUES)
+    rabbit.is_away, tries = True, []
+    for second in range(64):
+        before = rabbit.released
+        assert reading.read(QUEUES) is None
+        if rabbit.released > before:
+            tries.append(second)
+        clock.now += 1.0
+    assert tries == [0, 1, 3, 7, 15, 31, 47, 63]
+    rabbit.is_away = False
+    clock.now += 16.0
+    assert reading.read(QUEUES)
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "the lengths of the queues cannot be read, so that the pool keeps its size",
+        "over after " + caplog.messages[1].split()[2] + " s",
+    ]
+    rabbit.is_away = True
+    reading.read(QUEUES)
+    rabbit.is_away = False
+    clock.now += 1.0
+    assert reading.read(QUEUES), "the waits begin anew"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gw_celery.policy import queue_time
-from gw_celery.policy.queue_time import Load
+from gw_celery.protocol import snapshot
+from gw_celery.protocol.snapshot import Counters
+from gw_celery.protocol.worker_record import QueueLoad
 
 
 def test_the_wait_is_what_is_ahead_over_what_is_done_in_a_second() -> None:
@@ -23,10 +25,14 @@ def test_nobody_can_tell_while_nothing_serves(rate: float | None) -> None:
 
 
 def test_the_loads_of_workers_add_up_and_one_that_has_served_nothing_adds_no_rate() -> None:
-    loads = [Load(waiting=3.0, rate=2.0), Load(waiting=1.0, rate=None), Load(rate=1.0)]
-    assert queue_time.together(loads) == Load(waiting=4.0, rate=3.0)
-    assert queue_time.together([Load(waiting=1.0)]) == Load(waiting=1.0, rate=None)
-    assert queue_time.together([]) == Load()
+    loads = [
+        QueueLoad(waiting=3.0, rate=2.0),
+        QueueLoad(waiting=1.0, rate=None),
+        QueueLoad(rate=1.0),
+    ]
+    assert queue_time.together(loads) == QueueLoad(waiting=4.0, rate=3.0)
+    assert queue_time.together([QueueLoad(waiting=1.0)]) == QueueLoad(waiting=1.0, rate=None)
+    assert queue_time.together([]) == QueueLoad()
 
 
 @pytest.mark.parametrize(
@@ -79,25 +85,42 @@ def test_a_service_that_becomes_slower_is_found_out_within_minutes() -> None:
     assert found < 2.0
 
 
-def test_what_a_worker_writes_others_read() -> None:
-    for load in (Load(waiting=2.5, rate=None), Load(waiting=0.0, rate=4.0)):
-        assert queue_time.read(queue_time.write(load, 7)) == load
+# -- what one worker tells --
 
 
-@pytest.mark.parametrize("text", ["", "x", "[1, 2]", '[1, "a", 2]', "{}", "[1, null, null]", "3"])
-def test_what_another_version_wrote_is_left_out(text: str) -> None:
-    assert queue_time.read(text) is None
+def worker(
+    counters: Counters, *, slots: int = 2, score: float | None = None, key: str = "embed"
+) -> snapshot.Worker:
+    return snapshot.Worker(
+        hostname="w1",
+        tallies={key: counters},
+        ready_slots={key: slots},
+        scores={key: snapshot.Score(value=score)},
+    )
 
 
-def test_a_worker_that_falls_silent_is_not_counted_and_then_struck_off() -> None:
-    told = queue_time.Told(lifetime=5.0)
-    for turn in range(20):
-        here = {
-            "a": queue_time.write(Load(rate=1.0), turn),
-            "b": queue_time.write(Load(rate=2.0), 0),
-        }
-        loads = told.hear(here, float(turn))
-        assert loads == ([Load(rate=1.0), Load(rate=2.0)] if turn <= 5 else [Load(rate=1.0)])
-    assert told.silent(19.0) == []
-    told.hear({"a": queue_time.write(Load(), 99), "b": here["b"]}, 60.0)
-    assert told.silent(60.0) == ["b"]
+def test_a_load_is_at_the_pace_of_the_slots_until_there_is_a_score() -> None:
+    loads = queue_time.Loads({"q": {"embed": 2}})
+    assert loads.observe(worker(Counters(waiting=4.0))) == {"q": QueueLoad(waiting=4.0)}
+    served = Counters(waiting=4.0, served=10.0, busy=20.0)
+    assert loads.observe(worker(served)) == {"q": QueueLoad(waiting=4.0, rate=2 * 0.5)}
+    # A replica of two slots does 10 a second, and there is one.
+    assert loads.observe(worker(served, score=10.0))["q"].rate == 10.0
+    assert loads.observe(worker(served, score=10.0, slots=0))["q"].rate is None
+
+
+def test_the_mean_of_a_queue_is_that_of_its_services() -> None:
+    loads = queue_time.Loads({"q": {"embed": 1, "rank": 1}})
+    assert loads.observe(worker(Counters()))["q"].mean == 1.0
+    assert loads.observe(worker(Counters(arrived_inputs=7, mean=2.0)))["q"].mean == 2.0
+
+
+def test_a_quick_service_on_the_same_queue_makes_the_slow_one_no_quicker() -> None:
+    loads = queue_time.Loads({"q": {"slow": 1, "quick": 1}})
+    both = snapshot.Worker(
+        hostname="w1",
+        tallies={"slow": Counters(arrived=98.0), "quick": Counters(arrived=2.0)},
+        ready_slots={"slow": 1, "quick": 1},
+        scores={"slow": snapshot.Score(value=2.0), "quick": snapshot.Score(value=900.0)},
+    )
+    assert loads.observe(both)["q"].rate == pytest.approx(2.0 / 0.98)

@@ -4,6 +4,7 @@ import pytest
 
 from gw_celery.policy import speed_bands
 from gw_celery.policy.speed_bands import Band
+from gw_celery.protocol.worker_record import ServiceRecord, WorkerRecord
 
 
 @pytest.mark.parametrize(
@@ -80,3 +81,28 @@ def test_scores_that_are_not_known_any_more_change_nothing() -> None:
     assert not place.follow(None, 100.0, 200.0)
     assert not place.follow(20.0, None, 200.0)
     assert place.band is Band.SLOW
+
+
+def other(**scores: float | None) -> WorkerRecord:
+    services = {key: ServiceRecord(score=score) for key, score in scores.items()}
+    return WorkerRecord(worker="other@host", services=services)
+
+
+@pytest.mark.parametrize(
+    ("score", "others", "band"),
+    [
+        (40.0, [], "quick"),
+        (None, [], "middle"),
+        (None, [100.0], "middle"),
+        (40.0, [None], "quick"),
+        (25.0, [100.0, 50.0], "slow"),
+        (50.0, [100.0, None], "middle"),
+    ],
+)
+def test_the_best_score_is_that_of_all_workers_records(
+    score: float | None, others: list[float | None], band: str
+) -> None:
+    bands = speed_bands.Bands(["embed"])
+    records = [other(embed=each, unknown=1000.0) for each in others]
+    assert bands.follow({"embed": score}, records, 100.0) is (band != "middle")
+    assert bands.names() == {"embed": band}

@@ -2,45 +2,97 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from gw_celery.pool import taskpool
+from gw_celery import background_thread
+from gw_celery.cluster import membership, poison_counts
 from gw_celery.protocol import headers
 from tests.pool_harness import Harness, Request
 from tests.processes import eventually
-from tests.unit.pool.test_poison import Redis
 from tests.unit.pool.test_requests import begun, counts, refilled
 
 StartPool = Callable[..., Harness]
 
 
-class SlowRedis(Redis):
-    """A Redis that answers once it is let."""
+class SlowRedis:
+    """A client of a server with counts, which answers once it is let."""
 
-    def __init__(self, **counts: int) -> None:
-        super().__init__(**counts)
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
         self.is_let = threading.Event()
         self.asked: list[str] = []
 
     def get(self, key: str) -> bytes | None:
         self.asked.append(key)
         assert self.is_let.wait(30)
-        return super().get(key)
+        return str(self.counts[key]).encode() if key in self.counts else None
+
+    def incrby(self, key: str, by: int) -> None:
+        self.counts[key] = self.counts.get(key, 0) + by
+
+    def expire(self, key: str, seconds: int) -> None: ...
+
+    def delete(self, key: str) -> None:
+        self.counts.pop(key, None)
+
+
+class Pipe:
+    """A pipeline of such a client that asks at once."""
+
+    def __init__(self, redis: SlowRedis) -> None:
+        self._redis = redis
+        self.answers: list[Any] = []
+
+    def get(self, key: str) -> None:
+        self.answers.append(self._redis.get(key))
+
+    def delete(self, key: str) -> None:
+        self.answers.append(self._redis.delete(key))
+
+    def eval(self, script: str, keys: int, key: str, deaths: int, seconds: int) -> None:
+        self._redis.incrby(key, deaths)
+        self.answers.append(self._redis.expire(key, seconds))
+
+
+class Counting(background_thread.BackgroundThread):
+    """Answers the pool from such a client, as the thread of the cluster does."""
+
+    def __init__(self, redis: SlowRedis, wake: Callable[[], None]) -> None:
+        super().__init__("gw-test-counts", "nothing is counted", period=math.inf)
+        self._redis = redis
+        self.counts = poison_counts.Shared(self, wake)
+
+    def run_round(self) -> None:
+        pipe = Pipe(self._redis)
+        self.counts.ask_redis(pipe, "gw:deaths:")
+        self.counts.answer(iter(pipe.answers))
 
 
 @pytest.fixture
-def redis(monkeypatch: pytest.MonkeyPatch) -> SlowRedis:
+def redis(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowRedis]:
     """The Redis of the pools that are started from now on."""
-    redis = SlowRedis()
-    monkeypatch.setattr(taskpool, "redis_of", lambda app: lambda: redis)
-    return redis
+    redis, threads = SlowRedis(), list[Counting]()
+
+    class WithCounts(membership.Membership):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            threads.append(Counting(redis, args[-1]))
+            threads[-1].start()
+            self.counts = threads[-1].counts
+
+    monkeypatch.setattr(membership, "Membership", WithCounts)
+    yield redis
+    redis.is_let.set()
+    for thread in threads:
+        assert thread.close()
 
 
-def poison(redis: Redis, task_id: str, deaths: int) -> None:
+def poison(redis: SlowRedis, task_id: str, deaths: int) -> None:
     redis.counts[f"gw:deaths:{task_id}"] = deaths
 
 

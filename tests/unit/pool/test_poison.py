@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import redis
+from celery import Celery
 
+from gw_celery import devserver
+from gw_celery.cluster import membership, poison_counts
 from gw_celery.pool import poison
+from gw_celery.transport import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,13 +23,8 @@ class Job:
     runs_alone: bool = False
 
 
-class Reader:
-    def wake(self) -> None:
-        raise AssertionError("nothing was asked")
-
-
 def counter(most: int) -> poison.PoisonCounter:
-    return poison.PoisonCounter(most, Reader())
+    return poison.PoisonCounter(most)
 
 
 def test_whatever_was_in_flight_at_a_death_is_suspect() -> None:
@@ -87,53 +90,22 @@ def test_inputs_that_never_come_back_are_forgotten_oldest_first(
 # -- counts that workers share --
 
 
-class Redis:
-    """A client of a server with counts, which can be away."""
-
-    def __init__(self, **counts: int) -> None:
-        self.counts = {"gw:deaths:" + name: count for name, count in counts.items()}
-        self.lifetimes: dict[str, int] = {}
-        self.is_away = False
-
-    def pipeline(self) -> Redis:
-        return self
-
-    def __enter__(self) -> Redis:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def execute(self) -> None: ...
-
-    def incrby(self, key: str, by: int) -> None:
-        if self.is_away:
-            raise ConnectionError
-        self.counts[key] = self.counts.get(key, 0) + by
-
-    def expire(self, key: str, seconds: int) -> None:
-        self.lifetimes[key] = seconds
-
-    def delete(self, key: str) -> None:
-        self.counts.pop(key, None)
-
-    def get(self, key: str) -> bytes | None:
-        if self.is_away:
-            raise ConnectionError
-        return str(self.counts[key]).encode() if key in self.counts else None
+@pytest.fixture
+def server(gw_broker: devserver.Server) -> Iterator[redis.Redis]:
+    with redis.Redis(unix_socket_path=str(gw_broker.socket)) as client:
+        yield client
 
 
 class Worker:
     """A worker's counts, with Redis behind them."""
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, app: Celery) -> None:
         self.woken = threading.Semaphore(0)
-        client: Any = redis
-        self.seen = poison.PoisonCounter(3, self, lambda: client)
+        self.cluster = membership.Membership(app, "w@h", {}, {}, 15.0, self.woken.release)
+        self.cluster.begin()
+        self.seen = poison.PoisonCounter(3, self.cluster.counts)
         self.known: list[str] = []
         self.asked: list[str] = []
-
-    def wake(self) -> None:
-        self.woken.release()
 
     def ask(self, task_id: str) -> bool:
         self.asked.append(task_id)
@@ -147,75 +119,123 @@ class Worker:
     def take_in(self) -> None:
         self.known += [self.asked[number] for number in self.seen.answers()]
 
+    def close(self) -> None:
+        assert self.cluster.close()
 
-def test_what_other_workers_saw_makes_a_redelivered_input_suspect_or_poison() -> None:
-    worker = Worker(Redis(suspect=0, poison=3))
-    for one in ("suspect", "poison", "innocent"):
+
+Start = Callable[[], Worker]
+
+
+@pytest.fixture
+def start(server: redis.Redis) -> Iterator[Callable[[], Worker]]:
+    with Celery("poison", set_as_current=False) as app, contextlib.ExitStack() as stack:
+
+        def start_one() -> Worker:
+            worker = Worker(app)
+            stack.callback(worker.close)
+            return worker
+
+        yield start_one
+
+
+def test_what_other_workers_saw_makes_a_redelivered_input_suspect_or_poison(
+    start: Start, server: redis.Redis
+) -> None:
+    server.mset({"gw:deaths:suspect": 0, "gw:deaths:poison": 3, "gw:deaths:odd": "no number"})
+    worker = start()
+    for one in ("suspect", "poison", "innocent", "odd"):
         assert worker.ask(one)
         worker.settle()
-    assert worker.known == ["suspect", "poison", "innocent"]
-    assert [worker.seen.is_suspect(one) for one in worker.known] == [True, True, False]
-    assert [worker.seen.is_poison(one) for one in worker.known] == [False, True, False]
-    worker.seen.close()
+    assert worker.known == ["suspect", "poison", "innocent", "odd"]
+    assert [worker.seen.is_suspect(one) for one in worker.known] == [True, True, False, False]
+    assert [worker.seen.is_poison(one) for one in worker.known] == [False, True, False, False]
 
 
-def test_deaths_in_several_workers_add_up_and_are_forgotten_after_a_day() -> None:
-    redis = Redis()
+def test_deaths_in_several_workers_add_up_and_are_forgotten_after_a_day(
+    start: Start, server: redis.Redis
+) -> None:
     for _ in range(3):
-        worker = Worker(redis)
+        worker = start()
         worker.seen.record([Job("a", runs_alone=True), Job("b")])
-        worker.seen.close()
-    assert redis.counts == {"gw:deaths:a": 3, "gw:deaths:b": 0}
-    assert set(redis.lifetimes.values()) == {86_400}
-    worker = Worker(redis)
+        worker.close()
+    assert server.mget("gw:deaths:a", "gw:deaths:b") == [b"3", b"0"]
+    assert 86_000 < server.ttl("gw:deaths:a") <= 86_400
+    worker = start()
     worker.ask("a")
     worker.settle()
     assert worker.seen.is_poison("a")
     worker.seen.forget("a")
-    worker.seen.close()
-    assert "gw:deaths:a" not in redis.counts
+    worker.close()
+    assert not server.exists("gw:deaths:a"), "also what was ordered last"
 
 
-def test_an_answer_arrives_in_the_pools_own_thread_only() -> None:
-    worker = Worker(Redis(a=1))
+def test_an_answer_arrives_soon_and_in_the_pools_own_thread_only(
+    start: Start, server: redis.Redis
+) -> None:
+    server.set("gw:deaths:a", 1)
+    worker = start()
     worker.ask("a")
+    began = time.monotonic()
     assert worker.woken.acquire(timeout=30)
+    assert time.monotonic() - began < 0.9, "or it waits for the next round"
     assert worker.known == []
     worker.take_in()
     worker.take_in()
     assert worker.known == ["a"]
-    worker.seen.close()
 
 
-def test_a_redis_that_is_away_makes_each_worker_count_for_itself() -> None:
-    redis = Redis()
-    redis.is_away = True
-    worker = Worker(redis)
-    worker.seen.record([Job("a", runs_alone=True)] * 3)
-    assert worker.seen.is_poison("a")
-    assert worker.ask("b")
+def test_a_redis_that_is_away_makes_each_worker_count_for_itself(
+    start: Start, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> Any:
+        raise ConnectionError("away")
+
+    server.set("gw:deaths:b", 3)
+    worker = start()
+    worker.ask("its first round is over")
     worker.settle()
-    assert worker.known == ["b"]
-    assert not worker.seen.is_suspect("b")
-    redis.is_away = False
+    worker.known.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(find.SharedRedis, "client", refuse)
+        worker.seen.record([Job("a", runs_alone=True)] * 3)
+        assert worker.seen.is_poison("a")
+        assert worker.ask("b")
+        worker.settle()
+        assert worker.known == ["b"]
+        assert not worker.seen.is_suspect("b")
     assert worker.ask("c")
     worker.settle()
     assert worker.known == ["b", "c"]
-    worker.seen.close()
 
 
-def test_an_answer_that_comes_late_takes_back_no_death_that_was_seen_here() -> None:
-    worker = Worker(Redis(a=0))
+def test_an_answer_that_comes_late_takes_back_no_death_that_was_seen_here(start: Start) -> None:
+    worker = start()
     worker.ask("a")
     assert worker.woken.acquire(timeout=30)
     worker.seen.record([Job("a", runs_alone=True)] * 3)
     worker.take_in()
     assert worker.seen.is_poison("a")
-    worker.seen.close()
+
+
+def test_with_more_questions_than_may_wait_the_next_is_refused(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poison_counts, "_MOST", 2)
+    worker = start()
+    monkeypatch.setattr(worker.cluster, "wake", lambda: None)
+    assert [worker.ask(one) for one in "abc"] == [True, True, False]
+    worker.settle()
+    worker.settle()
+    assert worker.known == ["a", "b"]
+
+
+def test_a_worker_that_ends_has_no_more_questions(start: Start) -> None:
+    worker = start()
+    worker.cluster.close()
+    assert not worker.ask("a")
 
 
 def test_without_a_redis_there_is_nobody_to_ask() -> None:
     seen = counter(most=3)
     assert not seen.ask(1, "a")
     assert list(seen.answers()) == []
-    seen.close()

@@ -539,7 +539,7 @@ def test_records_of_what_began_in_a_lost_child_are_removed_once_celery_has_answe
 ) -> None:
     request, _ = begun(harness), harness.submit()
     removed: list[tuple[list[int], list[str]]] = []
-    harness.pool.supervisor._janitor = SimpleNamespace(
+    harness.pool.supervisor._lost_inputs = SimpleNamespace(
         forget=lambda numbers: removed.append((numbers, list(request.heard)))
     )
     harness.child(0).die()

@@ -65,7 +65,7 @@ def test_a_record_is_there_while_its_input_runs() -> None:
 
     asyncio.run(live())
     (put, key, number, record), removed = backend.said
-    assert (put, key, number) == ("hset", early_acks.Keys("").records("w@h:1"), "7")
+    assert (put, key, number) == ("hset", "gw:early:w@h:1", "7")
     assert early_acks.read(record)["errbacks"] == [{"task": "note"}]
     assert removed == ("hdel", key, "7")
 

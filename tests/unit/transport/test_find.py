@@ -1,3 +1,5 @@
+"""Where the workers and clients of a project meet."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,16 +9,20 @@ from typing import Any
 import pytest
 import redis
 from celery import Celery
+from kombu.exceptions import OperationalError
 
 from gw_celery import devserver
-from gw_celery.transport.find import redis_of
+from gw_celery.transport import find
 
 #: Nobody listens there, and nothing connects to it.
 NOBODY = "redis://127.0.0.1:1/0"
+NONE = "cache+memory://"
 
 
-def app_of(broker: str, backend: str) -> Celery:
-    return Celery("unit", broker=broker, backend=backend, set_as_current=False)
+@pytest.fixture(autouse=True)
+def _no_servers_of_the_test_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -25,51 +31,107 @@ def closing() -> Iterator[ExitStack]:
         yield stack
 
 
-@pytest.mark.parametrize("broker", ["memory://", "amqp://guest@127.0.0.1:1//"])
-def test_without_a_redis_there_is_none(broker: str) -> None:
-    assert redis_of(app_of(broker, "cache+memory://")) is None
+def found(broker: str, backend: str = NONE, **settings: Any) -> find.SharedRedis | None:
+    app = Celery("unit", broker=broker, backend=backend, set_as_current=False)
+    app.conf.update(settings)
+    return find.redis_of(app, 0.25)
 
 
 @pytest.mark.parametrize(
     ("broker", "backend"),
     [
-        ("memory://", NOBODY),
-        (NOBODY, "cache+memory://"),
-        (NOBODY, NOBODY),
-        ("sentinel://127.0.0.1:1", "cache+memory://"),
+        ("memory://", NONE),
+        ("amqp://guest@127.0.0.1:1//", NONE),
+        ("amqp://guest@127.0.0.1:1//", "rpc://"),
     ],
 )
-def test_finding_it_connects_to_nothing(broker: str, backend: str) -> None:
-    assert redis_of(app_of(broker, backend)) is not None
+def test_without_a_redis_there_is_none(broker: str, backend: str) -> None:
+    assert found(broker, backend) is None
 
 
-def test_a_redis_that_is_away_is_an_error_of_who_connects() -> None:
-    connect: Any = redis_of(app_of("memory://", NOBODY))
-    with pytest.raises(redis.ConnectionError):
-        connect().get("a")
-
-
-def test_the_result_backend_comes_before_the_broker(
-    redis_server: devserver.Server, redis_url: str, result_url: str, closing: ExitStack
+@pytest.mark.parametrize(
+    ("broker", "backend", "kind"),
+    [
+        (NOBODY, NONE, find.BrokerRedis),
+        (NOBODY, NOBODY, find.BrokerRedis),
+        ("rediss://127.0.0.1:1/0", NOBODY, find.BrokerRedis),
+        ("redis+socket:///run/nobody.sock", NONE, find.BrokerRedis),
+        ("sentinel://127.0.0.1:1", NONE, find.BrokerRedis),
+        ("memory://", NOBODY, find.ResultsRedis),
+        ("amqp://guest@127.0.0.1:1//", "sentinel://127.0.0.1:1", find.ResultsRedis),
+    ],
+)
+def test_the_broker_comes_before_the_results_and_nothing_connects(
+    broker: str, backend: str, kind: type
 ) -> None:
-    app = app_of(redis_url, result_url)
-    connect: Any = redis_of(app)
-    client = closing.enter_context(connect())
-    closing.callback(app.backend.result_consumer.stop)
-    client.set("where", "results")
-    assert client.connection_pool.connection_kwargs["db"] == 1
+    assert type(found(broker, backend)) is kind
 
 
-def test_the_brokers_redis_serves_after_its_connection_was_closed(
-    redis_url: str, closing: ExitStack
+@pytest.mark.parametrize(
+    ("broker", "backend"),
+    [(NOBODY, NONE), ("memory://", NOBODY), ("memory://", "redis+socket:///no")],
+)
+def test_a_redis_that_is_away_is_an_error_of_who_asks_it(broker: str, backend: str) -> None:
+    shared = found(broker, backend)
+    assert shared is not None
+    with pytest.raises((redis.ConnectionError, OperationalError)):
+        shared.client().get("a")
+
+
+def test_it_is_the_database_of_the_broker_or_that_of_the_results(
+    redis_server: devserver.Server, closing: ExitStack
 ) -> None:
-    # One of its own, undone before the broker's: the shared one would set it again at the end.
-    closing.enter_context(pytest.MonkeyPatch.context()).delenv("CELERY_RESULT_BACKEND")
-    connect: Any = redis_of(app_of(redis_url, "cache+memory://"))
-    client = connect()
-    closing.callback(client.connection_pool.disconnect)
-    with client.pipeline() as pipe:
-        pipe.incrby("deaths", 2)
-        pipe.expire("deaths", 60)
-        pipe.execute()
-    assert int(client.get("deaths")) == 2
+    for broker, database in ((redis_server.broker_url, 0), ("memory://", 1)):
+        shared = found(broker, redis_server.result_url)
+        assert shared is not None
+        closing.callback(shared.close)
+        shared.client().set(f"where{database}", "here")
+        with redis.Redis(unix_socket_path=str(redis_server.socket), db=database) as client:
+            assert client.get(f"where{database}") == b"here"
+
+
+def test_it_answers_within_its_time_and_connects_anew_when_it_was_closed(
+    redis_server: devserver.Server, closing: ExitStack
+) -> None:
+    shared = found(redis_server.broker_url)
+    assert isinstance(shared, find.BrokerRedis)
+    closing.callback(shared.close)
+    client = shared.client()
+    assert shared.client() is client
+    assert client.connection_pool.connection_kwargs["socket_timeout"] == 0.25
+    shared.close()
+    assert shared.client().ping()
+    assert shared.client() is not client
+
+
+def test_keys_begin_as_the_brokers_or_the_results_do_and_no_prefix_is_put_twice(
+    redis_server: devserver.Server, closing: ExitStack
+) -> None:
+    options = {
+        "broker_transport_options": {"global_keyprefix": "p:"},
+        "result_backend_transport_options": {"global_keyprefix": "r"},
+    }
+    keys = ((redis_server.broker_url, 0, "p:gw:wait:q"), ("memory://", 1, "r_gw:wait:q"))
+    for broker, database, key in keys:
+        shared = found(broker, redis_server.result_url, **options)
+        assert shared is not None
+        closing.callback(shared.close)
+        assert shared.key("wait", "q") == key
+        shared.client().set(key, "1")
+        with redis.Redis(unix_socket_path=str(redis_server.socket), db=database) as client:
+            assert client.get(key) == b"1"
+
+
+@pytest.mark.parametrize("prefix", ["", "tenant:"])
+def test_the_lists_of_a_queue_are_those_that_kombu_writes(
+    redis_server: devserver.Server, prefix: str, closing: ExitStack
+) -> None:
+    options = {"priority_steps": [0, 5], "sep": ":", "global_keyprefix": prefix}
+    shared = found(redis_server.broker_url, broker_transport_options=options)
+    assert isinstance(shared, find.BrokerRedis)
+    closing.callback(shared.close)
+    shared.client()
+    assert shared.lists("mail") == [f"{prefix}mail", f"{prefix}mail:5"]
+    with shared._app.connection_for_write() as connection:
+        connection.SimpleQueue("mail").put(1, priority=5)
+    assert shared.client().llen(f"{prefix}mail:5") == 1

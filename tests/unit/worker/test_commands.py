@@ -26,20 +26,11 @@ NAMES = (
 )
 
 
-class Ranking:
-    def __init__(self) -> None:
-        self.heard: list[tuple[str, dict[str, float]]] = []
-
-    def hear(self, worker: str, scores: dict[str, float]) -> None:
-        self.heard.append((worker, scores))
-
-
 class Pool:
     """A pool with replicas 0 and 2, which notes what it is told."""
 
     def __init__(self) -> None:
         self.numbers: tuple[int, ...] = (0, 2)
-        self.ranking: Ranking | None = None
         self.told: list[tuple[str, int | None]] = []
 
     def snapshot(self) -> Worker:
@@ -202,15 +193,7 @@ def test_a_tick_reaches_the_gpu_pool_and_means_nothing_elsewhere(
     assert command(state) == {"ok": "nothing to do: no GPU pool"}
 
 
-def test_what_another_worker_tells_reaches_the_ranking(state: Any, pool: Pool) -> None:
-    pool.ranking = ranking = Ranking()
+def test_what_an_older_worker_tells_is_heard_without_complaint(state: Any) -> None:
     commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
-    commands.gw_best_score(state, worker="odd@host", scores="none")
-    assert ranking.heard == [("other@host", {"embed": 4.0})]
-
-
-def test_a_worker_without_a_ranking_hears_it_without_complaint(state: Any) -> None:
-    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
-    assert commands.gw_status(state)["bands"] == {}
     state.consumer.pool = object()
     commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
