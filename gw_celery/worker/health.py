@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
 
 
 def is_ready(worker: snapshot.Worker) -> Verdict:
-    """Whether some replica takes inputs of each service that the worker serves.
+    """Judge whether some replica takes inputs of each service that the worker serves.
 
     A worker that should have no replicas is ready: it starts one as soon as there is work.
     """
@@ -143,7 +143,7 @@ class Health(BackgroundThread):
         return is_over
 
     def is_alive(self) -> Verdict:
-        """Whether the loop turns, or waits for the broker."""
+        """Judge whether the loop turns, or waits for the broker."""
         since, now = self._connecting_since, time.monotonic()
         if since is not None:
             return Verdict(is_ok=True, why=(f"connects to the broker for {now - since:.0f} s",))
@@ -153,7 +153,7 @@ class Health(BackgroundThread):
         return Verdict(is_ok=False, why=(f"the worker's loop has not turned for {silence:.0f} s",))
 
     def has_started(self) -> Verdict:
-        """Whether a replica has been ready since the worker's start."""
+        """Judge whether a replica has been ready since the worker's start."""
         why = () if self._has_started else ("no replica has been ready yet",)
         return Verdict(is_ok=self._has_started, why=why)
 

@@ -105,7 +105,7 @@ def start(plan: Plan, check: Callable[[], None]) -> None:
 
 
 def _is_ending() -> bool:
-    """Whether a signal has told this child of prefork to end.
+    """Tell whether a signal has told this child of prefork to end.
 
     The handler of billiard then raises ``SystemExit`` in whatever body runs.
     """
