@@ -25,7 +25,7 @@ gw.add_command(worker_command.worker)
 
 
 def _asks_workers(function: Any) -> Any:
-    """Add the options of a command that workers answer."""
+    """Add the options of a command that workers answer: whom it reaches, and for how long."""
     destination = click.option(
         "-d", "--destination", multiple=True, help="Node name; all without it."
     )
@@ -39,9 +39,9 @@ def _asks_workers(function: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document for programs.")
 @_asks_workers
 @click.pass_context
-def status(ctx: click.Context, as_json: bool, destination: tuple[str, ...], timeout: float) -> None:
+def status(ctx: click.Context, /, as_json: bool, **reach: Any) -> None:
     """Show each worker's replicas: state, pid, in flight, restarts, devices, last error."""
-    answers = _answers(ctx, "gw_status", {}, destination, timeout)
+    answers = _answers(ctx, "gw_status", {}, **reach)
     if as_json:
         click.echo(json.dumps(answers, indent=2, sort_keys=True))
     else:
@@ -49,8 +49,8 @@ def status(ctx: click.Context, as_json: bool, destination: tuple[str, ...], time
             click.echo(_table(worker, answers[worker]))
     if not answers:
         raise click.ClickException(
-            f"no worker with the GPU pool answered within {timeout:g} s: is one started, and does "
-            f"-A name its app?"
+            f"no worker with the GPU pool answered within {reach['timeout']:g} s: is one started, "
+            f"and does -A name its app?"
         )
 
 
@@ -58,22 +58,18 @@ def status(ctx: click.Context, as_json: bool, destination: tuple[str, ...], time
 @click.argument("replica", type=int, required=False)
 @_asks_workers
 @click.pass_context
-def drain(
-    ctx: click.Context, replica: int | None, destination: tuple[str, ...], timeout: float
-) -> None:
+def drain(ctx: click.Context, /, replica: int | None, **reach: Any) -> None:
     """Let REPLICA, or all of them, finish and stay stopped until a restart."""
-    _command(ctx, "gw_drain", replica, destination, timeout)
+    _steer(ctx, "gw_drain", replica, **reach)
 
 
 @gw.command()
 @click.argument("replica", type=int, required=False)
 @_asks_workers
 @click.pass_context
-def restart(
-    ctx: click.Context, replica: int | None, destination: tuple[str, ...], timeout: float
-) -> None:
+def restart(ctx: click.Context, /, replica: int | None, **reach: Any) -> None:
     """Replace the process of REPLICA, or of all one by one; inputs in flight finish."""
-    _command(ctx, "gw_restart", replica, destination, timeout)
+    _steer(ctx, "gw_restart", replica, **reach)
 
 
 @gw.command()
@@ -93,14 +89,14 @@ def dead(ctx: click.Context, requeue: str | None, as_json: bool) -> None:
             _requeue(queue, name, requeue)
         else:
             _show_dead(
-                [dead_letters.summary(letter) for letter in queue.read()], name, as_json=as_json
+                [dead_letters.summary(message) for message in queue.read()], name, as_json=as_json
             )
 
 
 def _requeue(queue: dead_letters.DeadLetterQueue, name: str, task_id: str) -> None:
-    if (letter := queue.requeue(task_id)) is None:
+    if (message := queue.requeue(task_id)) is None:
         raise click.ClickException(f"no message of task {task_id} lies in the queue {name}")
-    click.echo(f"{letter.headers.get('task')}[{task_id}] is in its queue again, with no deaths")
+    click.echo(f"{message.headers.get('task')}[{task_id}] is in its queue again, with no deaths")
 
 
 def _show_dead(summaries: list[dict[str, Any]], name: str, *, as_json: bool) -> None:
@@ -115,14 +111,8 @@ def _show_dead(summaries: list[dict[str, Any]], name: str, *, as_json: bool) -> 
         )
 
 
-def _command(
-    ctx: click.Context,
-    name: str,
-    replica: int | None,
-    destination: tuple[str, ...],
-    timeout: float,
-) -> None:
-    answers = _answers(ctx, name, {"replica": replica}, destination, timeout)
+def _steer(ctx: click.Context, command: str, replica: int | None, **reach: Any) -> None:
+    answers = _answers(ctx, command, {"replica": replica}, **reach)
     for worker, answer in sorted(answers.items()):
         click.echo(f"{worker}: {answer.get('ok') or answer.get('error')}")
     if not answers or any("error" in answer for answer in answers.values()):
@@ -130,11 +120,7 @@ def _command(
 
 
 def _answers(
-    ctx: click.Context,
-    command: str,
-    arguments: dict[str, Any],
-    destination: tuple[str, ...],
-    timeout: float,
+    ctx: click.Context, command: str, arguments: dict[str, Any], destination: Any, timeout: float
 ) -> dict[str, Any]:
     """Return the answer of each worker by its name."""
     replies = ctx.obj.app.control.broadcast(

@@ -70,6 +70,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._seats = policy_demand.Seats()
         self._seen = snapshot.Scaling(least=self._least, most=self._most)
         self._hub: Any = None
+        pool.scaling = self._seen
         self._asked = threading.Event()
         self._judged: membership.Reading | None = None
         self._is_over = False
@@ -310,7 +311,7 @@ class Autoscaler(autoscale.Autoscaler):
         total: int,
         workers: int,
     ) -> None:
-        self._seen = snapshot.Scaling(
+        self._seen = self.pool.scaling = snapshot.Scaling(
             least=self._least,
             most=self._most,
             desired=target,

@@ -7,11 +7,9 @@ nothing. Figures that are not known yet are left out, for 0 would be a claim.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from gw_celery import errors
-from gw_celery.contrib import loads
 from gw_celery.pool import child_state
 from gw_celery.protocol import snapshot
 
@@ -27,38 +25,26 @@ except ImportError as exc:
 PLAIN = "plain"
 
 _SERVICE = ("service", "queue")
-#: The values of the labels, and the load that they name.
-_Labelled = tuple[tuple[str, str], loads.Load]
-#: Metrics of each service: name, description, and the figure in its load.
-_GAUGES: tuple[tuple[str, str, Callable[[loads.Load], float | None]], ...] = (
-    (
-        "gw_queue_length",
-        "Messages in the service's queue; every worker reports the same queue: take the max.",
-        lambda load: load.queued,
+#: The values of the labels, by the key of the service.
+_Labels = Mapping[str, tuple[str, str]]
+#: Gauges of each service. Workload is in the unit of its ``workload_calculator``.
+_GAUGES = {
+    "gw_queue_length": (
+        "Messages in the service's queue; every worker reports the same queue: take the max."
     ),
-    (
-        "gw_backlog_workload",
-        "Workload that waits, in the queue and in workers: this worker's part of it.",
-        lambda load: load.backlog,
+    "gw_backlog_workload": (
+        "Workload that waits, in the queue and in workers: this worker's part of it."
     ),
-    (
-        "gw_wanted_replicas",
-        "Replicas that the demand asks for: this worker's part, even beyond what it could have.",
-        lambda load: load.wanted,
+    "gw_wanted_replicas": (
+        "Replicas that the demand asks for: this worker's part, even beyond what it could have."
     ),
-    ("gw_score", "Workload per second of one replica.", lambda load: load.score),
-    (
-        "gw_score_drift_ratio",
-        "By what share the served score is over the one of the benchmark, or under.",
-        lambda load: load.drift,
+    "gw_score": "Workload per second of one replica.",
+    "gw_score_drift_ratio": (
+        "By what share the served score is over the one of the benchmark, or under."
     ),
-    (
-        "gw_capacity",
-        "Workload per second of all replicas that are READY for the service.",
-        lambda load: load.capacity,
-    ),
-    ("gw_ready_slots", "Inputs that READY replicas can run.", lambda load: load.ready_slots),
-)
+    "gw_capacity": "Workload per second of all replicas that are READY for the service.",
+    "gw_ready_slots": "Inputs that READY replicas can run.",
+}
 #: Metrics of each service: name, key in its counters, and description; gauges of this moment, and
 #: counters since the worker started.
 _TALLIED_NOW = (
@@ -91,12 +77,11 @@ class Collector(registry.Collector):
         worker = self._read()
         yield from _of_worker(worker)
         yield from _of_replicas(worker.replicas)
-        labelled = [
-            ((load.service or PLAIN, self._queues.get(load.service, "")), load)
-            for load in loads.of(worker)
-        ]
-        yield from _of_services(labelled)
-        yield from _of_tallies(labelled)
+        outlooks = {} if worker.scaling is None else worker.scaling.services
+        keys = sorted({*worker.ready_slots, *worker.tallies, *worker.scores, *outlooks})
+        labels = {key: (key or PLAIN, self._queues.get(key, "")) for key in keys}
+        yield from _of_services(worker, labels)
+        yield from _of_tallies(worker.tallies, labels)
         if worker.scaling is not None:
             yield from _of_scaling(worker.scaling)
 
@@ -173,27 +158,47 @@ def _of_replicas(replicas: Iterable[snapshot.Replica]) -> Iterator[core.Metric]:
     yield from (restarts, lag, resident)
 
 
-def _of_services(labelled: Sequence[_Labelled]) -> Iterator[core.Metric]:
-    for name, text, figure in _GAUGES:
+def _of_services(worker: snapshot.Worker, labels: _Labels) -> Iterator[core.Metric]:
+    figures = {key: _figures(worker, key) for key in labels}
+    for name, text in _GAUGES.items():
         gauge = core.GaugeMetricFamily(name, text, labels=_SERVICE)
-        for labels, load in labelled:
-            if (value := figure(load)) is not None:
-                gauge.add_metric(labels, value)
+        for key, values in labels.items():
+            if (figure := figures[key].get(name)) is not None:
+                gauge.add_metric(values, figure)
         yield gauge
 
 
-def _of_tallies(labelled: Sequence[_Labelled]) -> Iterator[core.Metric]:
+def _figures(worker: snapshot.Worker, service: str) -> dict[str, float | None]:
+    """The gauges of a service by their names; ``None`` for what is not known."""
+    score = worker.scores.get(service, snapshot.Score())
+    ready = [replica for replica in worker.replicas if replica.state == "ready"]
+    replicas = sum(service not in replica.unready for replica in ready)
+    figures: dict[str, float | None] = {
+        "gw_score": score.value,
+        "gw_score_drift_ratio": score.drift,
+        "gw_capacity": None if score.value is None else score.value * replicas,
+        "gw_ready_slots": worker.ready_slots.get(service, 0),
+    }
+    scaling = worker.scaling
+    if scaling is not None and (outlook := scaling.services.get(service)) is not None:
+        # All workers of a group see the same: divided, so that their sum is right.
+        figures |= {
+            "gw_queue_length": outlook.queued,
+            "gw_backlog_workload": outlook.waiting / scaling.workers,
+            "gw_wanted_replicas": max(outlook.need, outlook.keep) / scaling.workers,
+        }
+    return figures
+
+
+def _of_tallies(
+    counters: Mapping[str, snapshot.Counters], labels: _Labels
+) -> Iterator[core.Metric]:
     kinds = ((core.GaugeMetricFamily, _TALLIED_NOW), (core.CounterMetricFamily, _TALLIED_EVER))
     for kind, tallied in kinds:
         for name, key, text in tallied:
-            workload = kind(f"{name}_workload", f"Workload {text}.", labels=_SERVICE)
-            yield _tallied(workload, labelled, key)
-            inputs = kind(f"{name}_inputs", f"Inputs {text}.", labels=_SERVICE)
-            yield _tallied(inputs, labelled, f"{key}_inputs")
-
-
-def _tallied(family: Any, labelled: Sequence[_Labelled], key: str) -> core.Metric:
-    for labels, load in labelled:
-        family.add_metric(labels, getattr(load.counters, key))
-    metric: core.Metric = family
-    return metric
+            for unit, figure in (("workload", key), ("inputs", f"{key}_inputs")):
+                family = kind(f"{name}_{unit}", f"{unit.capitalize()} {text}.", labels=_SERVICE)
+                for service, values in labels.items():
+                    counted = counters.get(service, snapshot.Counters())
+                    family.add_metric(values, getattr(counted, figure))
+                yield family

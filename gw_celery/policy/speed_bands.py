@@ -115,11 +115,6 @@ class Bands:
             logger.info("%s: this worker is %s beside the others", service, band)
         return bool(changed)
 
-    def priority(self, service: str) -> int:
-        """The priority with which its queue is consumed; 0, that of all others, without a band."""
-        place = self._places.get(service)
-        return 0 if place is None else int(place.band)
-
     def names(self) -> dict[str, str]:
         """The band of each service, by its name."""
         return {service: place.band.name.lower() for service, place in self._places.items()}

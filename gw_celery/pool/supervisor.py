@@ -240,6 +240,7 @@ class Supervisor:
                 tallies=table.counters.as_snapshot(),
                 outage=self.outage(),
                 scores=self._scores.as_snapshot(now),
+                scaling=pool.scaling,
             )
 
     def outage(self) -> str:

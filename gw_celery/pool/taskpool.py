@@ -31,7 +31,7 @@ from gw_celery.pool import (
     supervisor,
 )
 from gw_celery.protocol import frames
-from gw_celery.protocol.snapshot import Worker
+from gw_celery.protocol.snapshot import Scaling, Worker
 from gw_celery.runtime import fatal_exit
 from gw_celery.transport import broker
 from gw_celery.worker import gate, health, serving, start_notices
@@ -87,8 +87,10 @@ class TaskPool(BasePool):
         #: Where the broker prefers the quicker of several workers.
         self.bands: speed_bands.Bands | None = None
         self._driver: driver.Driver
-        #: What a platform's own probes ask; others add their paths to its ``routes``.
-        self.health = health.Health(settings)
+        #: What our autoscaler saw and decided last; ``None`` where there is none.
+        self.scaling: Scaling | None = None
+        #: What a platform's own probes ask.
+        self.health = health.Health(settings, plan.service_queues if plan else {})
 
     # -- size --
 
@@ -175,8 +177,7 @@ class TaskPool(BasePool):
         if self._plan is not None:
             queues = self._plan.service_queues
             self.bands = _bands(app, self.cluster, queues.values())
-            priority = None if self.bands is None else self.bands.priority
-            self.gate = gate.Gate(app.amqp.queues, queues, self, priority)
+            self.gate = gate.Gate(app.amqp.queues, queues, self)
             self.gate.close_all()
             start_notices.log(app, self._plan)
         self._resize(self.limit)

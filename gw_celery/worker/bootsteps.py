@@ -1,18 +1,15 @@
-"""Steps of the worker.
-
-On stock pools one says what is served, and one ends a worker that cannot load; with the GPU pool
-one starts and ends what the autoscaler looks around with.
-"""
+"""Steps of the worker: on stock pools for what is served and loaded, else for the autoscaler."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
+from typing import Any, cast
 
 from celery import bootsteps
 from celery.worker import state
 
+from gw_celery import signals
 from gw_celery.runtime import fatal_exit
 from gw_celery.worker import serving, start_notices
 from gw_celery.worker.pipes import Pipes
@@ -25,24 +22,27 @@ class ServingStep(bootsteps.StartStopStep):
 
     requires = ("celery.worker.components:Hub", "celery.worker.components:Pool")
 
-    plan: serving.Plan
-
     def start(self, worker: Any) -> None:
         # Not earlier: Celery sets up logging after ``worker_init``.
-        start_notices.log(worker.app, self.plan)
+        start_notices.log(worker.app, _plan())
 
     def info(self, worker: Any) -> dict[str, Any]:
-        served = {service.name: service.queue for service in self.plan.served}
-        return {"gw_celery": {"pool": self.plan.pool, "serves": served}}
+        served = {service.name: service.queue for service in _plan().served}
+        return {"gw_celery": {"pool": _plan().pool, "serves": served}}
 
 
-class ChildrenStep(ServingStep):
+class ChildrenStep(bootsteps.StartStopStep):
     """Tells children that load when their worker stops, and stops it when one cannot load."""
 
+    requires = ServingStep.requires
     pipes: Pipes
 
+    def include_if(self, worker: Any) -> bool:
+        if (pipes := _plan().pipes) is not None:
+            self.pipes = pipes
+        return pipes is not None
+
     def start(self, worker: Any) -> None:
-        super().start(worker)
         if not worker.use_eventloop:
             threading.Thread(
                 target=self._read, args=(worker,), name="gw-failures", daemon=True
@@ -88,8 +88,6 @@ class ScalingStep(bootsteps.StartStopStep):
     terminate = stop
 
 
-def install(worker: Any, plan: serving.Plan) -> None:
-    """Add the step that ``plan`` needs to ``worker``, before its blueprint is made."""
-    base = ServingStep if plan.pipes is None else ChildrenStep
-    step = type(base.__name__, (base,), {"plan": plan, "pipes": plan.pipes})
-    worker.app.steps["worker"].add(step)
+def _plan() -> serving.Plan:
+    """What this worker serves: ``worker_init`` comes before its steps are made."""
+    return cast(serving.Plan, signals.plan())

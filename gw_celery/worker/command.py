@@ -70,7 +70,7 @@ def worker(ctx: click.Context, /, gpu: str | None, replicas: int | None, **optio
     """
     _require_consistent(ctx)
     options["pool"] = _POOL
-    options[worker_options.OPTION] = worker_options.Asked(
+    options[worker_options.KEY] = worker_options.WorkerOptions(
         gpu=gpu, replicas=replicas, names_queues=bool(options.get("queues"))
     )
     # Its callback, not the command: what was parsed, and what was left over, is in this context.

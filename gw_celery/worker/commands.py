@@ -6,26 +6,16 @@ Celery's answer "ok" and try later, so that a refusal must come before them.
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from celery.worker import control
 
-from gw_celery.declare import gpu, registry
-from gw_celery.protocol import snapshot
+from gw_celery.declare import gpu
 
 if TYPE_CHECKING:
     from gw_celery.worker import serving
-
-
-def status(pool: Any, autoscaler: Any) -> snapshot.Worker:
-    """Return the snapshot of ``pool`` with what its autoscaler decided; Celery's own tells none."""
-    worker: snapshot.Worker = pool.snapshot()
-    if hasattr(autoscaler, "seen"):
-        worker = dataclasses.replace(worker, scaling=autoscaler.seen())
-    return worker
 
 
 def install() -> None:
@@ -55,36 +45,34 @@ def describe() -> None:
 
 def gw_status(state: Any) -> dict[str, Any]:
     """Show the replicas of a worker: state, pid, slots, in flight, restarts, last error."""
-    consumer = state.consumer
-    return status(consumer.pool, consumer.controller.autoscaler).as_json()
+    answer: dict[str, Any] = state.consumer.pool.snapshot().as_json()
+    return answer
 
 
 def gw_drain(state: Any, replica: int | None = None) -> Any:
     """Let one replica, or all, finish and stay stopped until gw_restart."""
-    pool = state.consumer.pool
-    return _applied("drain", pool.hold, pool, replica)
+    return _applied("drain", state.consumer.pool.hold, state, replica)
 
 
 def gw_restart(state: Any, replica: int | None = None) -> Any:
     """Replace the child of one replica, or of all one by one, by draining."""
-    pool = state.consumer.pool
-    return _applied("restart", pool.restart, pool, replica)
+    return _applied("restart", state.consumer.pool.restart, state, replica)
 
 
 def gw_probe_tick(state: Any) -> Any:
     """Run the probes that are due, as beat has them run."""
-    return _ticked(getattr(state.consumer.pool, "probe_tick", None))
+    return _ticked(state, "probe_tick")
 
 
 def gw_benchmark_tick(state: Any) -> Any:
     """Measure the replicas again that are due, as beat has them measured."""
-    return _ticked(getattr(state.consumer.pool, "benchmark_tick", None))
+    return _ticked(state, "benchmark_tick")
 
 
-def _ticked(tick: Callable[[], None] | None) -> Any:
-    if tick is None:
+def _ticked(state: Any, tick: str) -> Any:
+    if not hasattr(state.consumer.pool, tick):
         return control.ok("nothing to do: no GPU pool")
-    tick()
+    getattr(state.consumer.pool, tick)()
     return control.ok("tick")
 
 
@@ -101,8 +89,10 @@ def _listed(numbers: list[int]) -> str:
     return f"replicas {', '.join(map(str, numbers))}"
 
 
-def _applied(what: str, steer: Callable[[int | None], None], pool: Any, replica: int | None) -> Any:
-    numbers = [one.number for one in pool.snapshot().replicas]
+def _applied(
+    what: str, steer: Callable[[int | None], None], state: Any, replica: int | None
+) -> Any:
+    numbers = [seen.number for seen in state.consumer.pool.snapshot().replicas]
     if replica is not None and replica not in numbers:
         return control.nok(f"there is no replica {replica!r}: this worker has {_listed(numbers)}")
     steer(replica)
@@ -111,13 +101,13 @@ def _applied(what: str, steer: Callable[[int | None], None], pool: Any, replica:
 
 def guard_queues(plan: serving.Plan) -> None:
     """Let ``add_consumer`` refuse what ``plan`` has not loaded: Celery would answer "ok"."""
-    known = {queue for queues in registry.families(plan.registries).values() for queue in queues}
+    declared = {queue for queues in plan.families.values() for queue in queues}
     loaded = {service.queue for service in plan.served}
     original = control.add_consumer
 
     @functools.wraps(original)
     def add_consumer(state: Any, queue: str, *args: Any, **options: Any) -> Any:
-        if queue not in loaded and (queue in known or gpu.is_family(queue)):
+        if queue not in loaded and (queue in declared or gpu.is_family(queue)):
             return control.nok(
                 f"{queue}: this worker has not loaded its service; it serves "
                 f"{', '.join(sorted(loaded))}. Start a worker with -Q {queue}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +15,14 @@ from gw_celery.transport import transport
 logger = logging.getLogger(__name__)
 
 
-def _check_size(message: Any, largest: int) -> None:
-    """Refuse a body that is too large for whatever would decode it, here or in a child."""
+def _check(message: Any, largest: int) -> None:
+    """Refuse a body that is too large to decode, or that no task can be called with.
+
+    In a child such a call would look like a lost worker.
+    """
     size = len(message.body or b"")
     if size > largest:
         raise errors.MessageTooLarge(size, largest)
-
-
-def _check_call(message: Any) -> None:
-    """Refuse entries that no task can be called with: in a child they look like a lost worker."""
     try:
         args, kwargs, embed = message.payload
     except Exception:
@@ -42,23 +40,25 @@ def _check_call(message: Any) -> None:
 
 
 class Consumer(CeleryConsumer):
-    """Rejects what Celery's strategy cannot read; the gate follows the control commands."""
+    """Rejects what Celery's strategy cannot read; the gate follows the control commands.
+
+    Only workers with the GPU pool have it.
+    """
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         connected = self.ensure_connected(transport.use(connection))
         # What ended while there was no broker is not given back to it.
-        self._poll_pool()
+        self.pool.poll()
         return connected
 
     def ensure_connected(self, conn: Any) -> Any:
         # It retries for as long as there is no broker, and the loop stands still meanwhile.
-        health = getattr(self.pool, "health", None)
-        with contextlib.nullcontext() if health is None else health.connecting():
+        with self.pool.health.connecting():
             return super().ensure_connected(conn)
 
     def _update_prefetch_count(self, index: int = 0) -> None:
-        """Do nothing: the gate counts the READY slots, whoever grows or shrinks the pool."""
+        """Do nothing: the gate counts the READY slots, whatever grows or shrinks the pool."""
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         handle = super().create_task_handler(*args, **kwargs)
@@ -66,8 +66,7 @@ class Consumer(CeleryConsumer):
 
         def guarded(message: Any) -> None:
             try:
-                _check_size(message, largest)
-                _check_call(message)
+                _check(message, largest)
                 handle(message)
             except (*self.connection_errors, MemoryError):
                 raise
@@ -124,21 +123,14 @@ class Consumer(CeleryConsumer):
 
         Nothing takes the slots that are free by then: it would be cut off as it starts.
         """
-        if hasattr(self.pool, "poll"):
-            self.pool.flush()
-        self._poll_pool()
+        self.pool.flush()
+        self.pool.poll()
         super().cancel_active_requests()
-
-    def _poll_pool(self) -> None:
-        if (poll := getattr(self.pool, "poll", None)) is not None:
-            poll()
 
     def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
         super().add_task_queue(queue, *args, **options)
-        if (gate := getattr(self.pool, "gate", None)) is not None:
-            gate.add(queue)
+        self.pool.gate.add(queue)
 
     def cancel_task_queue(self, queue: str) -> None:
         super().cancel_task_queue(queue)
-        if (gate := getattr(self.pool, "gate", None)) is not None:
-            gate.remove(queue)
+        self.pool.gate.remove(queue)

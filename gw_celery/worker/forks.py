@@ -22,13 +22,13 @@ _QUESTIONS = ("is_initialized", "_is_in_bad_fork")
 
 
 def open_files() -> list[str]:
-    """Return what the descriptors of this process stand for; nothing where the kernel is silent."""
-    found = []
+    """Return what the descriptors of this process stand for, where the kernel tells it."""
+    files = []
     with contextlib.suppress(OSError):
         for number in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):  # it is closed by now
-                found.append(os.readlink(f"/proc/self/fd/{number}"))
-    return found
+                files.append(os.readlink(f"/proc/self/fd/{number}"))
+    return files
 
 
 def refuse_cuda(
@@ -55,5 +55,5 @@ def _sign(files: Iterable[str], modules: Mapping[str, Any]) -> str:
         ask = getattr(cuda, question, None)
         if ask is not None and ask():
             return f"torch.cuda.{question}() is true"
-    device = next((one for one in files if one.startswith(_CUDA_DEVICE)), None)
+    device = next((file for file in files if file.startswith(_CUDA_DEVICE)), None)
     return f"{device} is open" if device else ""

@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import bootsteps
 from celery.utils.quorum_queues import detect_quorum_queues
 
 from gw_celery.client import beat_tasks
 from gw_celery.declare import services
+from gw_celery.policy import speed_bands
 from gw_celery.protocol import snapshot
 
 logger = logging.getLogger(__name__)
 
 #: RabbitMQ's argument of a consumer.
 _PRIORITY = "x-priority"
+
+
+class _Terms(NamedTuple):
+    """How a queue is consumed: with a prefetch count of its own, and beside other workers."""
+
+    prefetch: int | None
+    priority: int
+
+
+#: The terms of a queue that Celery consumes by itself.
+_STOCK = _Terms(prefetch=None, priority=0)
 
 
 class Gate:
@@ -31,36 +42,26 @@ class Gate:
         queues: Celery's ``app.amqp.queues``.
         service_queues: the service of each service queue.
         pool: the pool, of which only the snapshot is read.
-        priority: the priority of this worker for a service, beside others; ``None`` where the
-            broker prefers no consumer.
     """
 
-    def __init__(
-        self,
-        queues: Any,
-        service_queues: dict[str, str],
-        pool: snapshot.Source,
-        priority: Callable[[str], int] | None = None,
-    ) -> None:
+    def __init__(self, queues: Any, service_queues: dict[str, str], pool: snapshot.Source) -> None:
         self._queues = queues
-        self._priority = priority
         self._pool = pool
         self._services = dict.fromkeys(queues.consume_from, services.PLAIN) | service_queues
         #: What is consumed when its service is ready; commands add and take away.
         self._wanted = set(self._services)
         self._open = set(self._wanted)
-        #: Closed for a reason that is no news: their service is full, or consuming is paused.
+        #: Closed as a matter of course: their service is full, or no result can be stored.
         self._quiet: set[str] = set()
-        #: Results cannot be stored, so that nothing is consumed.
-        self._is_paused = False
+        #: Why results cannot be stored, so that nothing is consumed.
+        self._outage = ""
         self._consumer: Any = None
         self._is_requested = False
         self._prefetch = 0
         self._is_per_queue = False
-        #: The prefetch counts with which queues are consumed, where each has its own.
-        self._credit: dict[str, int] = {}
-        #: The priority with which each queue is consumed.
-        self._priorities: dict[str, int] = {}
+        #: How each queue is consumed now; `_STOCK` where Celery began it, ``None`` where nothing
+        #: did yet.
+        self._terms: dict[str, _Terms | None] = {}
 
     def attach(self, consumer: Any, *, is_per_queue: bool = False) -> None:
         """A consumer starts: its queues and prefetch count are made to fit.
@@ -73,8 +74,7 @@ class Gate:
         self._is_requested = False
         self._prefetch = consumer.qos.value
         self._is_per_queue = is_per_queue
-        self._credit.clear()
-        self._priorities.clear()
+        self._terms.clear()
         if is_per_queue:
             # Else the first that is consumed with its count would take all others along.
             for name in self._open:
@@ -103,42 +103,14 @@ class Gate:
             self._consumer.call_soon(self.apply)
 
     def apply(self) -> None:
-        """Open and close queues as the slots are now.
-
-        A full service closes its queue only where others share the prefetch count with it. While
-        results cannot be stored all are closed.
-        """
+        """Open and close queues as the slots are now; all are closed in an outage."""
         self._is_requested = False
         worker = self._pool.snapshot()
-        self._pause_or_resume(worker.outage)
-        if self._is_paused:
-            for name in sorted(self._open & self._wanted):
-                self._set_closed(name, is_quiet=True)
-        else:
-            self._follow(worker)
-        self._fit_priorities()
-        if self._is_per_queue:
-            self._fit_each(worker.ready_slots)
-        self._fit_prefetch(worker)
-
-    def _pause_or_resume(self, outage: str) -> None:
-        if outage and not self._is_paused:
-            logger.warning("no queue is consumed until results can be stored again: %s", outage)
-        elif self._is_paused and not outage:
-            logger.warning("queues are consumed again: results can be stored")
-        self._is_paused = bool(outage)
-
-    def _follow(self, worker: snapshot.Worker) -> None:
+        self._log_outage(worker.outage)
         for name in sorted(self._wanted):
-            service = self._services[name]
-            slots = worker.ready_slots.get(service, 0)
-            waiting = worker.waiting_inputs.get(service, 0)
-            if name not in self._open and slots and not waiting:
-                self._set_open(name)
-            elif name in self._open and not slots:
-                self._set_closed(name, is_quiet=False)
-            elif name in self._open and waiting > slots and self._shares_prefetch():
-                self._set_closed(name, is_quiet=True)
+            self._open_or_close(name, worker)
+        self._fit_consumers(worker)
+        self._fit_prefetch(worker)
 
     def add(self, name: str) -> None:
         """A queue that ``add_consumer`` opened is the gate's from now on."""
@@ -153,7 +125,7 @@ class Gate:
         """A queue that ``cancel_consumer`` closed stays closed."""
         self._wanted.discard(name)
         self._open.discard(name)
-        self._forget(name)
+        self._terms.pop(name, None)
 
     def open_queues(self) -> tuple[str, ...]:
         return tuple(sorted(self._open))
@@ -161,83 +133,83 @@ class Gate:
     def closed_queues(self) -> tuple[str, ...]:
         return tuple(sorted(self._wanted - self._open))
 
+    def _log_outage(self, outage: str) -> None:
+        if outage and not self._outage:
+            logger.warning("no queue is consumed until results can be stored again: %s", outage)
+        elif self._outage and not outage:
+            logger.warning("queues are consumed again: results can be stored")
+        self._outage = outage
+
+    def _open_or_close(self, name: str, worker: snapshot.Worker) -> None:
+        """A full service closes its queue only where others share the prefetch count with it."""
+        service = self._services[name]
+        slots = worker.ready_slots.get(service, 0)
+        waiting = worker.waiting_inputs.get(service, 0)
+        if name not in self._open:
+            if slots and not waiting and not worker.outage:
+                self._set_open(name)
+        elif worker.outage or (waiting > slots > 0 and self._shares_prefetch()):
+            self._set_closed(name, is_quiet=True)
+        elif not slots:
+            self._set_closed(name, is_quiet=False)
+
+    def _set_open(self, name: str) -> None:
+        self._open.add(name)
+        self._terms[name] = None
+        self._queues.select_add(self._queues[name])
+        level = logging.DEBUG if name in self._quiet else logging.INFO
+        self._quiet.discard(name)
+        logger.log(level, "the queue %s is consumed: a replica is ready for it", name)
+
+    def _set_closed(self, name: str, *, is_quiet: bool) -> None:
+        self._open.discard(name)
+        self._terms.pop(name, None)
+        self._queues.deselect(name)
+        if (task_consumer := self._task_consumer()) is not None:
+            task_consumer.cancel_by_queue(self._queues[name].name)
+        if is_quiet:
+            self._quiet.add(name)
+            logger.debug("the queue %s is not consumed: its inputs wait here, or all do", name)
+        else:
+            logger.info("the queue %s is not consumed: no replica is ready for it", name)
+
+    def _task_consumer(self) -> Any:
+        return None if self._consumer is None else self._consumer.task_consumer
+
     def _followed(self) -> set[str]:
         """The services whose slots are the prefetch count.
 
         Beat's tasks take the place of an input for some milliseconds. With a count of their own a
-        worker that has no slot left would take inputs that another one could run.
+        worker that has no slot left would take inputs that another worker could run.
         """
         return {self._services[name] for name in self._wanted if name != beat_tasks.QUEUE}
 
     def _shares_prefetch(self) -> bool:
         return not self._is_per_queue and len(self._followed()) > 1
 
-    def _set_open(self, name: str) -> None:
-        self._open.add(name)
-        self._queues.select_add(self._queues[name])
-        if not self._is_per_queue:
-            self._consume(name)
-        level = logging.DEBUG if name in self._quiet else logging.INFO
-        self._quiet.discard(name)
-        logger.log(level, "the queue %s is consumed: a replica is ready for it", name)
-
-    def _consume(self, name: str) -> None:
-        if (task_consumer := self._task_consumer()) is not None:
-            priority = self._priorities[name] = self._priority_of(name)
-            task_consumer.add_queue(_preferred(self._queues[name], priority))
-            task_consumer.consume()
-
-    def _priority_of(self, name: str) -> int:
-        """Of a consumer of this queue; 0, which all others have, where the user has decided it."""
-        is_given = _PRIORITY in (self._queues[name].consumer_arguments or {})
-        return 0 if self._priority is None or is_given else self._priority(self._services[name])
-
-    def _fit_priorities(self) -> None:
-        """Consume those open queues anew whose priority has changed."""
+    def _fit_consumers(self, worker: snapshot.Worker) -> None:
+        """Consume the open queues that are not consumed yet, or on other terms."""
         if (task_consumer := self._task_consumer()) is None:
             return
         for name in sorted(self._open):
-            if self._priorities.get(name, 0) == self._priority_of(name):
+            terms = self._terms_of(name, worker)
+            if self._terms.get(name, _STOCK) == terms:
                 continue
-            if self._is_per_queue:
-                self._credit.pop(name, None)  # it is consumed anew with its count
-            else:
-                task_consumer.cancel_by_queue(self._queues[name].name)
-                self._consume(name)
-
-    def _fit_each(self, ready: dict[str, int]) -> None:
-        """Consume each open queue with the slots of its service, anew when they have changed."""
-        consumer, task_consumer = self._consumer, self._task_consumer()
-        if task_consumer is None:
-            return
-        unit = consumer.prefetch_multiplier if consumer.initial_prefetch_count else 0
-        for name in sorted(self._open):
-            wanted = max(1, ready.get(self._services[name], 0)) * unit
-            if self._credit.get(name) != wanted:
-                self._credit[name] = wanted
-                task_consumer.cancel_by_queue(self._queues[name].name)
-                task_consumer.qos(prefetch_count=wanted, apply_global=False)
-                self._consume(name)
-
-    def _set_closed(self, name: str, *, is_quiet: bool) -> None:
-        self._forget(name)
-        if is_quiet:
-            self._quiet.add(name)
-        self._open.discard(name)
-        self._queues.deselect(name)
-        if (task_consumer := self._task_consumer()) is not None:
             task_consumer.cancel_by_queue(self._queues[name].name)
-        if is_quiet:
-            logger.debug("the queue %s is not consumed: its inputs wait here, or all do", name)
-        else:
-            logger.info("the queue %s is not consumed: no replica is ready for it", name)
+            if terms.prefetch is not None:
+                task_consumer.qos(prefetch_count=terms.prefetch, apply_global=False)
+            task_consumer.add_queue(_preferred(self._queues[name], terms.priority))
+            task_consumer.consume()
+            self._terms[name] = terms
 
-    def _forget(self, name: str) -> None:
-        self._credit.pop(name, None)
-        self._priorities.pop(name, None)
-
-    def _task_consumer(self) -> Any:
-        return None if self._consumer is None else self._consumer.task_consumer
+    def _terms_of(self, name: str, worker: snapshot.Worker) -> _Terms:
+        service, consumer, prefetch = self._services[name], self._consumer, None
+        if self._is_per_queue:
+            unit = consumer.prefetch_multiplier if consumer.initial_prefetch_count else 0
+            prefetch = max(1, worker.ready_slots.get(service, 0)) * unit
+        is_users = _PRIORITY in (self._queues[name].consumer_arguments or {})
+        band = None if is_users else worker.bands.get(service)
+        return _Terms(prefetch, speed_bands.Band[band.upper()] if band else 0)
 
     def _fit_prefetch(self, worker: snapshot.Worker) -> None:
         """Ask for as many messages as there are slots, and those that wait for one besides.
@@ -248,11 +220,10 @@ class Gate:
         if consumer is None or not consumer.qos or not consumer.initial_prefetch_count:
             return  # 0 is a project's choice: no limit
         followed = self._followed()
-        slots = sum(worker.ready_slots.get(service, 0) for service in followed)
-        waiting = 0
+        messages = sum(worker.ready_slots.get(service, 0) for service in followed)
         if self._shares_prefetch():
-            waiting = sum(worker.waiting_inputs.get(service, 0) for service in followed)
-        wanted = max(1, slots + waiting) * consumer.prefetch_multiplier
+            messages += sum(worker.waiting_inputs.get(service, 0) for service in followed)
+        wanted = max(1, messages) * consumer.prefetch_multiplier
         if wanted > self._prefetch:
             consumer.qos.increment_eventually(wanted - self._prefetch)
         elif wanted < self._prefetch:
@@ -278,13 +249,9 @@ class GateStep(bootsteps.StartStopStep):
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, consumer: Any) -> None:
-        gate = consumer.pool.gate
-        if gate is not None:
-            driver = consumer.connection.transport.driver_type
-            is_quorum, _ = detect_quorum_queues(consumer.app, driver)
-            gate.attach(consumer, is_per_queue=is_quorum)
+        driver = consumer.connection.transport.driver_type
+        is_quorum, _ = detect_quorum_queues(consumer.app, driver)
+        consumer.pool.gate.attach(consumer, is_per_queue=is_quorum)
 
     def stop(self, consumer: Any) -> None:
-        gate = consumer.pool.gate
-        if gate is not None:
-            gate.detach()
+        consumer.pool.gate.detach()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-#: The name of `Asked` among the options that Celery gives to its worker.
-OPTION = "gw_asked"
+#: The name of `WorkerOptions` among the options that Celery gives to its worker.
+KEY = "gw_options"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class WorkerOptions:
     """The options that Celery's own worker command does not have."""
 
     #: Kind of GPU whose families are served; ``None`` for all that the machine can serve.

@@ -71,7 +71,7 @@ class Pipes:
             signal.signal(signal.SIGTERM, lambda number, frame: has_signal.set())
 
         def check() -> None:
-            # Nobody reads the byte: it is there for all children.
+            # The byte is never read: it is there for all children.
             poll = select.poll()
             poll.register(self._stop_reader, select.POLLIN)
             if has_signal.is_set() or poll.poll(0):

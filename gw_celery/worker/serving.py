@@ -42,6 +42,11 @@ class Plan:
     has_declared_bounds: bool = False
 
     @property
+    def families(self) -> dict[str, list[str]]:
+        """The service queues of each family that is declared here."""
+        return registry.families(self.registries)
+
+    @property
     def slots(self) -> dict[str, int]:
         """Inputs in flight of each service in one replica of our pool; ``""`` for other tasks."""
         return {service.key: service.max_inputs for service in self.served} | {services.PLAIN: 1}

@@ -17,28 +17,31 @@ from gw_celery.declare import gpu, registry
 from gw_celery.gpus import allocation, devices, discovery
 from gw_celery.transport import broker
 from gw_celery.worker import serving
-from gw_celery.worker.options import Asked
+from gw_celery.worker.options import WorkerOptions
 
 logger = logging.getLogger(__name__)
 
 
 def select_families(
-    worker: Any, asked: Asked, registries: Sequence[registry.Registry], settings: conf.Settings
+    worker: Any,
+    typed: WorkerOptions,
+    registries: Sequence[registry.Registry],
+    settings: conf.Settings,
 ) -> None:
     """Have ``worker`` consume the families that ``gw worker`` takes on this machine.
 
     Raises:
         ConfigurationError: when it can serve none of them, with what there is.
     """
-    if asked.names_queues:
+    if typed.names_queues:
         return
     declared: dict[str, list[gpu.Gpu | None]] = {}
-    for one in registries:
-        for service in one.services.values():
+    for declarations in registries:
+        for service in declarations.services.values():
             declared.setdefault(service.family, []).append(service.placement.gpu)
     # The CPU needs no look at the GPUs.
-    there = devices.NONE if asked.gpu == "CPU" else discovery.look(settings.gpu_kinds)
-    worker.app.amqp.queues.select(allocation.families_for(asked.gpu, declared, there))
+    there = devices.NONE if typed.gpu == "CPU" else discovery.look(settings.gpu_kinds)
+    worker.app.amqp.queues.select(allocation.families_for(typed.gpu, declared, there))
 
 
 def allot(plan: serving.Plan) -> allocation.Allotment | None:
@@ -49,11 +52,11 @@ def allot(plan: serving.Plan) -> allocation.Allotment | None:
     Raises:
         ConfigurationError: when not even one replica fits on this machine.
     """
-    needs = allocation.needs_of(one.placement.gpu for one in plan.served)
+    needs = allocation.needs_of(service.placement.gpu for service in plan.served)
     return allocation.allot(needs, discovery.look(plan.settings.gpu_kinds)) if needs else None
 
 
-def fit(worker: Any, plan: serving.Plan, asked: Asked | None) -> bool:
+def fit(worker: Any, plan: serving.Plan, typed: WorkerOptions | None) -> bool:
     """Set the slots of ``worker``, which Celery calls its concurrency, or their bounds.
 
     Returns whether the bounds are those that its services declare.
@@ -62,16 +65,18 @@ def fit(worker: Any, plan: serving.Plan, asked: Asked | None) -> bool:
         ConfigurationError: when more replicas are asked for than fit.
     """
     per_replica = sum(plan.slots.values())
-    given = worker.options.get("autoscale")
-    scale = given or declared_bounds(plan, asked)
+    autoscale = worker.options.get("autoscale")
+    scale = autoscale or _declared_bounds(plan, typed)
     if scale and not isinstance(scale, str):  # text comes from programs only
         # Celery's own options count slots, those of ``gw worker`` and of services replicas.
-        unit = 1 if asked is None else per_replica
+        unit = 1 if typed is None else per_replica
         _require_room(plan, math.ceil(max(scale) * unit / per_replica))
         _require_lengths(worker, min(scale))
         worker.options["autoscale"] = tuple(bound * unit for bound in scale)
-        return not given
-    replicas = _replicas(plan, asked)
+        return not autoscale
+    replicas = (typed and typed.replicas) or plan.settings.replicas
+    if replicas is None and typed is not None:
+        replicas = plan.allotment.most if plan.allotment else 1
     if replicas is not None:
         _require_room(plan, replicas)
         worker.concurrency = replicas * per_replica
@@ -80,37 +85,29 @@ def fit(worker: Any, plan: serving.Plan, asked: Asked | None) -> bool:
     return False
 
 
-def declared_bounds(plan: serving.Plan, asked: Asked | None) -> tuple[int, int] | None:
+def _declared_bounds(plan: serving.Plan, typed: WorkerOptions | None) -> tuple[int, int] | None:
     """The most and the least replicas of a worker that ``gw worker`` started without a size.
 
     A replica holds every service: there are as many as the greediest wants, and as many stay as the
     neediest does. ``None`` where no service, and no setting, says anything about it.
     """
-    settings, where = plan.settings, [one.placement for one in plan.served]
-    if asked is None or asked.replicas or settings.replicas or not where:
+    settings, placements = plan.settings, [service.placement for service in plan.served]
+    if typed is None or typed.replicas or settings.replicas or not placements:
         return None
-    least = max(one.min_workers for one in where)
-    declared = [one.max_workers for one in where if one.max_workers is not None]
+    least = max(placement.min_workers for placement in placements)
+    limits = (placement.max_workers for placement in placements)
+    declared = [limit for limit in limits if limit is not None]
     if not (least or declared or settings.inactivity_timeout):
         return None
-    fitting = plan.allotment.most if plan.allotment else None
-    if fitting is not None and len(declared) < len(where):
-        return fitting, min(least, fitting)
     most = max([1, least, *declared])
-    most = most if fitting is None else min(most, fitting)
+    if plan.allotment is not None:
+        fitting = plan.allotment.most
+        most = min(most, fitting) if len(declared) == len(placements) else fitting
     return most, min(least, most)
 
 
-def _replicas(plan: serving.Plan, asked: Asked | None) -> int | None:
-    """How many replicas were asked for; ``None`` where slots were."""
-    if asked is None:
-        return plan.settings.replicas
-    fitting = plan.allotment.most if plan.allotment else 1
-    return asked.replicas or plan.settings.replicas or fitting
-
-
 def _require_lengths(worker: Any, least: int) -> None:
-    """Refuse to go to zero where nobody would learn of the next message."""
+    """Refuse to go to zero where the worker would not learn of the next message."""
     if least:
         return
     with worker.app.connection_for_read() as connection:
@@ -127,12 +124,12 @@ def _require_room(plan: serving.Plan, replicas: int) -> None:
         raise errors.ConfigurationError(why)
 
 
-def _slots_that_fit(slots: Any, given: allocation.Allotment, per_replica: int) -> int:
-    """Return ``slots``; what nobody asked for, Celery's default, is cut to what fits."""
-    most = given.most * per_replica
+def _slots_that_fit(slots: Any, allotment: allocation.Allotment, per_replica: int) -> int:
+    """Return ``slots``; Celery's default, which no user asked for, is cut to what fits."""
+    most = allotment.most * per_replica
     is_default = slots in ("auto", cpu_count())
     wanted = most if slots == "auto" else int(slots)
-    why = given.refusal(math.ceil(wanted / per_replica))
+    why = allotment.refusal(math.ceil(wanted / per_replica))
     if why is None:
         return wanted
     if not is_default:

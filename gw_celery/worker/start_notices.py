@@ -5,24 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from gw_celery.declare import gpu, registry
+from gw_celery.declare import gpu
 from gw_celery.transport import broker
 from gw_celery.worker import serving
 
 logger = logging.getLogger(__name__)
 
-#: What is declared of services and acts on the GPU pool, as ``Service.pool_features`` names it.
-_OF_GPU_POOL = frozenset(
-    {
-        "concurrent",
-        "batched",
-        "benchmark",
-        "memory_gb",
-        "probes",
-        "workload_calculator",
-        "max_queue_time",
-    }
-)
+#: What is declared of services and acts only on a worker that was given no size.
+_BOUNDS = {"min_workers", "max_workers"}
 
 
 def log(app: Any, plan: serving.Plan) -> None:
@@ -37,8 +27,8 @@ def strays(plan: serving.Plan) -> list[str]:
 
     Each may be a queue of the project's own; more often a family such as ``gpu.A100`` was meant.
     """
-    known = registry.families(plan.registries)
-    return [one for one in plan.queues if gpu.is_bare(one) and one not in known] if known else []
+    families = plan.families
+    return [name for name in plan.queues if families and gpu.is_bare(name) and name not in families]
 
 
 def _log_strays(plan: serving.Plan) -> None:
@@ -47,28 +37,28 @@ def _log_strays(plan: serving.Plan) -> None:
             "-Q %s: no service belongs to this family, so it is an ordinary queue of this worker; "
             "families here: %s",
             name,
-            ", ".join(sorted(registry.families(plan.registries))),
+            ", ".join(sorted(plan.families)),
         )
 
 
 def _log_what_waits(plan: serving.Plan) -> None:
     """Say once what is declared but does not act on the pool in use."""
-    acting = set(_OF_GPU_POOL) if plan.pool == serving.GPU_POOL else set()
-    acting |= {"min_workers", "max_workers"} if plan.has_declared_bounds else set()
-    waiting = [
-        f"{service.name}: {', '.join(named)}"
+    is_ours = plan.pool == serving.GPU_POOL
+    idle = set() if plan.has_declared_bounds else _BOUNDS
+    features = [
+        f"{service.name}: {', '.join(names)}"
         for service in plan.served
-        if (named := [one for one in service.pool_features() if one not in acting])
+        if (names := [name for name in service.pool_features() if not is_ours or name in idle])
     ]
-    if waiting and plan.pool == serving.GPU_POOL:
+    if features and is_ours:
         logger.warning(
             "declared, but without effect on this worker, which was given its size "
             "(--replicas, --autoscale, -c, gw_replicas): %s",
-            "; ".join(waiting),
+            "; ".join(features),
         )
-    elif waiting:
+    elif features:
         logger.warning(
-            "declared, but without effect on the %s pool: %s", plan.pool, "; ".join(waiting)
+            "declared, but without effect on the %s pool: %s", plan.pool, "; ".join(features)
         )
 
 
@@ -76,7 +66,7 @@ def _log_unlimited(app: Any, plan: serving.Plan) -> None:
     """Say which tasks Redis may deliver twice: the unlimited ones, which it cannot wait for."""
     methods = [method for service in plan.served for method in service.methods.values()]
     tasks = [app.tasks[method.task_name] for method in methods]
-    unlimited = sorted(one.name for one in tasks if one.acks_late and not one.time_limit)
+    unlimited = sorted(task.name for task in tasks if task.acks_late and not task.time_limit)
     with app.connection_for_read() as connection:
         transport = broker.redis_transport(connection)
     if unlimited and transport is not None:

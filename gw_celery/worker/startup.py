@@ -23,9 +23,9 @@ from gw_celery.worker import (
     compression,
     forks,
     gate,
-    metrics,
     options,
     serving,
+    sizing,
     start_notices,
 )
 from gw_celery.worker.pipes import Pipes
@@ -84,72 +84,56 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
             needed and not there, and where CUDA is up in a process that the pool would fork.
         DeclarationError: for a service and a plain task of the same name.
     """
-    settings = conf.read(worker.app.conf)
+    app, queues = worker.app, worker.app.amqp.queues
+    settings = conf.read(app.conf)
     preset.configure_codec(settings)
-    known = [declared for declared in registries if _belongs(declared, worker.app)]
-    _require_names(worker.app, known)
-    preset.require_visibility(worker.app, known)
-    wish: options.Asked | None = worker.options.pop(options.OPTION, None)
-    if wish is not None:
-        _select_families(worker, wish, known, settings)
-    expand_families(worker.app.amqp.queues, known)
+    registries = [declared for declared in registries if _belongs(declared, app)]
+    preset.require_visibility(app, registries)
+    typed: options.WorkerOptions | None = worker.options.pop(options.KEY, None)
+    if typed is not None:
+        sizing.select_families(worker, typed, registries, settings)
+    expand_families(queues, registries)
     commands.install_ticks()
-    served = list(registry.serving(known, worker.app.amqp.queues.consume_from))
+    served = list(registry.serving(registries, queues.consume_from))
     pool = _pool_name(worker.pool_cls)
-    loads_by_signal = bool(served) and pool in _SERVING
     plan = serving.Plan(
-        registries=known,
+        registries=registries,
         served=served,
         settings=settings,
         pool=pool,
-        queues=tuple(
-            name for name in worker.app.amqp.queues.consume_from if name != beat_tasks.QUEUE
-        ),
-        pipes=Pipes() if loads_by_signal else None,
+        queues=tuple(name for name in queues.consume_from if name != beat_tasks.QUEUE),
+        pipes=Pipes() if served and pool in _SERVING else None,
     )
     if served:
         _require_supported(pool, served)
         # A process that is spawned shares nothing with this one.
         if pool == "prefork" and getattr(worker, "pool_start_method", "fork") == "fork":
             forks.refuse_cuda()
-        preset.require_content(worker.app)
+        preset.require_content(app)
         tune_worker(worker, settings)
         commands.guard_queues(plan)
     if served or pool == serving.GPU_POOL:
         compression.bound(settings.max_payload_bytes)
     if pool == serving.GPU_POOL:
-        return _prepare_gpu_pool(worker, plan, wish)
+        return _prepare_gpu_pool(worker, plan, typed)
     if served or start_notices.strays(plan):
-        bootsteps.install(worker, plan)
+        app.steps["worker"].update((bootsteps.ServingStep, bootsteps.ChildrenStep))
     return plan
 
 
-def _select_families(
-    worker: Any,
-    wish: options.Asked,
-    registries: Sequence[registry.Registry],
-    settings: conf.Settings,
-) -> None:
-    from gw_celery.worker import sizing  # it imports the pool, which stock workers do not need
-
-    sizing.select_families(worker, wish, registries, settings)
-
-
-def _prepare_gpu_pool(worker: Any, plan: serving.Plan, wish: options.Asked | None) -> serving.Plan:
-    from gw_celery.worker import sizing
-
+def _prepare_gpu_pool(
+    worker: Any, plan: serving.Plan, typed: options.WorkerOptions | None
+) -> serving.Plan:
     plan = dataclasses.replace(plan, allotment=sizing.allot(plan))
-    is_declared = sizing.fit(worker, plan, wish)
-    plan = dataclasses.replace(plan, has_declared_bounds=is_declared)
+    plan = dataclasses.replace(plan, has_declared_bounds=sizing.fit(worker, plan, typed))
     commands.guard_size()
+    commands.install()
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
-    commands.install()
-    metrics.install(worker, plan.service_queues)
     if not conf.is_set(worker.app.conf, "worker_autoscaler"):
         worker.autoscaler_cls = AUTOSCALER
-    worker.app.steps["worker"].add(bootsteps.ScalingStep)
     worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
+    worker.app.steps["worker"].add(bootsteps.ScalingStep)
     worker.app.steps["consumer"].add(gate.GateStep)
     if plan.probes or any(plan.benchmarked.values()):
         _consume_ticks(worker.app.amqp.queues)
@@ -176,15 +160,10 @@ def tune_worker(worker: Any, settings: conf.Settings) -> None:
         app.conf.worker_proc_alive_timeout, settings.start_timeout + 30
     )
     app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
-    if _has_default_prefetch(worker):
+    # ``--prefetch-multiplier`` with the default looks like none.
+    is_default = worker.prefetch_multiplier == app.conf.worker_prefetch_multiplier
+    if is_default and not conf.is_set(app.conf, "worker_prefetch_multiplier"):
         worker.prefetch_multiplier = 1
-
-
-def _has_default_prefetch(worker: Any) -> bool:
-    """Whether no other was chosen; ``--prefetch-multiplier`` with the default looks like that."""
-    default = worker.app.conf.worker_prefetch_multiplier
-    is_set = conf.is_set(worker.app.conf, "worker_prefetch_multiplier")
-    return not is_set and worker.prefetch_multiplier == default
 
 
 def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> None:
@@ -203,27 +182,24 @@ def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> Non
                 # The queue that a client makes of this name, with its type and priorities.
                 queues.select_add(queues[queue])
         elif "." in name and gpu.is_family(name):  # a project's own may be named just "cpu"
-            known = ", ".join(sorted(families)) or "none: is the module that declares them imported"
+            here = ", ".join(sorted(families)) or "none: is the module that declares them imported"
             raise errors.ConfigurationError(
-                f"-Q {name}: no service belongs to this family or queue; families here: {known}"
+                f"-Q {name}: no service belongs to this family or queue; families here: {here}"
             )
 
 
-def _require_names(app: Any, registries: Sequence[registry.Registry]) -> None:
-    """Judge what has been declared since the app was finalized, too."""
-    for declared in registries:
-        for service in declared.services.values():
-            for method in service.methods.values():
-                registration.require_ours(app, service, method)
-
-
 def _belongs(declared: registry.Registry, app: Any) -> bool:
-    """By the names of its tasks: a spawned child has copies of both."""
-    return any(
-        method.task_name in app.tasks
-        for service in declared.services.values()
-        for method in service.methods.values()
-    )
+    """By the names of its tasks: a spawned child has copies of both.
+
+    Raises:
+        DeclarationError: for a name, declared since the app was finalized, too, that is not ours.
+    """
+    names = set()
+    for service in declared.services.values():
+        for method in service.methods.values():
+            registration.require_ours(app, service, method)
+            names.add(method.task_name)
+    return not names.isdisjoint(app.tasks)
 
 
 def _pool_name(pool_cls: Any) -> str:

@@ -67,8 +67,8 @@ def test_a_replica_is_shown_with_the_last_answers_of_its_probes(typed: Typed) ->
         ),
         snapshot.Probe(name="Model.health", kind="liveness"),
     )
-    one = snapshot.Replica(number=0, state="unready", pid=4711, slots=8, probes=probes)
-    worker = snapshot.Worker(hostname="gpu@host", replicas=(one,)).as_json()
+    replica = snapshot.Replica(number=0, state="unready", pid=4711, slots=8, probes=probes)
+    worker = snapshot.Worker(hostname="gpu@host", replicas=(replica,)).as_json()
     assert typed("status", {"gpu@host": worker}).output.splitlines()[2:] == [
         "    startup probe Model.starts passed, in 0.25 s",
         "    readiness probe Model.health failed, 2 in a row, in 3 s: returned False",

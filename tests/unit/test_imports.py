@@ -77,9 +77,12 @@ del sys.modules["pytest"]
 
 def test_metrics_load_no_library_before_a_scrape() -> None:
     code = """
-from gw_celery import contrib
+from gw_celery import conf, contrib
 from gw_celery.protocol import snapshot
-from gw_celery.worker import metrics
-metrics.Metrics(lambda: snapshot.Worker(hostname="w"), {}).look()
+from gw_celery.worker import health
+signs = health.Health(conf.Settings(health_port=0), {})
+signs.start()
+signs.beat(snapshot.Worker(hostname="w"))
+signs.close()
 """
     assert "prometheus_client" not in loaded_by(code)

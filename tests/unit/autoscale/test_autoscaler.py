@@ -225,6 +225,14 @@ def test_it_says_what_it_saw_and_decided(scaled: Scaled, caplog: pytest.LogCaptu
     assert info["gw"]["services"]["model"]["queued"] == 290
 
 
+def test_the_pool_has_the_last_decision_for_its_snapshot(scaled: Scaled) -> None:
+    assert scaled.pool.scaling == snapshot.Scaling(least=1, most=4)
+    scaled.queued = 290
+    scaled.after(1)
+    assert scaled.pool.scaling is not None
+    assert (scaled.pool.scaling.desired, scaled.pool.scaling.least) == (3, 1)
+
+
 def test_a_start_takes_as_long_as_it_has_taken(scaled: Scaled, monkeypatch: Any) -> None:
     ready = snapshot.Replica(number=0, state="ready", pid=7, start_up=100.0)
     monkeypatch.setattr(scaled.pool, "replicas", lambda: (ready,))

@@ -106,9 +106,3 @@ def test_the_best_score_is_that_of_all_workers_records(
     records = [other(embed=each, unknown=1000.0) for each in others]
     assert bands.follow({"embed": score}, records, 100.0) is (band != "middle")
     assert bands.names() == {"embed": band}
-    assert bands.priority("embed") == Band[band.upper()]
-
-
-def test_what_it_does_not_serve_has_no_priority_of_its_own() -> None:
-    bands = speed_bands.Bands(["embed"])
-    assert bands.priority("") == bands.priority("classify") == 0

@@ -10,6 +10,7 @@ import gw_celery as gw
 from gw_celery import conf, signals
 from gw_celery.gpus import allocation, discovery
 from gw_celery.pool import taskpool
+from gw_celery.protocol import snapshot
 from gw_celery.worker import serving
 from tests.pool_harness import Harness
 
@@ -90,3 +91,12 @@ def test_a_tick_is_passed_on_and_remembered_with_its_time(pool: taskpool.TaskPoo
     pool.benchmark_tick()
     assert passed_on == ["probe", "benchmark"]
     assert list(pool._ticked) == ["probe", "benchmark"]
+
+
+def test_the_snapshot_has_what_the_autoscaler_decided_last(
+    start_pool: Callable[..., Harness],
+) -> None:
+    harness = start_pool({"work": 2})
+    assert harness.pool.snapshot().scaling is None
+    harness.pool.scaling = snapshot.Scaling(least=1, most=4, why="7 inputs wait")
+    assert harness.pool.snapshot().scaling == harness.pool.scaling

@@ -64,7 +64,7 @@ def reading(url: str, *queues: Queue | str, **options: Any) -> Iterator[Reader]:
     # A channel that closes waits for what it has asked: a second, by default.
     given = {"polling_interval": 0.05, **options.pop("transport_options", {})}
     connection = transport.use(Connection(url, transport_options=given))
-    named = [Queue(one) if isinstance(one, str) else one for one in queues or ("q",)]
+    named = [Queue(name) if isinstance(name, str) else name for name in queues or ("q",)]
     reader = Reader(connection, named, **options)
     try:
         yield reader

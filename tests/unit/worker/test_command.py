@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from gw_celery import cli
 from gw_celery.worker import options as worker_options
-from gw_celery.worker.options import Asked
+from gw_celery.worker.options import WorkerOptions
 
 
 class App(Celery):
@@ -37,25 +37,25 @@ def typed(made: App, line: str) -> Result:
     return CliRunner().invoke(cli.gw, ["worker", *line.split()], obj=obj)
 
 
-def wish(made: App) -> Asked:
+def typed_options(made: App) -> WorkerOptions:
     assert made.options is not None
-    found: Asked = made.options[worker_options.OPTION]
-    return found
+    options: WorkerOptions = made.options[worker_options.KEY]
+    return options
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", Asked()),
-        ("--gpu A100", Asked(gpu="A100")),
-        ("--gpu CPU --replicas 2", Asked(gpu="CPU", replicas=2)),
-        ("-Q gpu.A100.embed,celery -X celery", Asked(names_queues=True)),
+        ("", WorkerOptions()),
+        ("--gpu A100", WorkerOptions(gpu="A100")),
+        ("--gpu CPU --replicas 2", WorkerOptions(gpu="CPU", replicas=2)),
+        ("-Q gpu.A100.embed,celery -X celery", WorkerOptions(names_queues=True)),
     ],
 )
-def test_what_was_typed_reaches_the_worker(made: App, line: str, expected: Asked) -> None:
+def test_what_was_typed_reaches_the_worker(made: App, line: str, expected: WorkerOptions) -> None:
     result = typed(made, line)
     assert result.exit_code == 0, result.output
-    assert wish(made) == expected
+    assert typed_options(made) == expected
 
 
 def test_the_pool_is_ours_for_this_worker_only(made: App) -> None:
@@ -135,4 +135,4 @@ def test_options_that_contradict_each_other_are_a_usage_error(
 def test_a_kind_of_the_setting_is_known(made: App) -> None:
     made.conf.gw_gpu_kinds = ("B200",)
     assert typed(made, "--gpu B200").exit_code == 0
-    assert wish(made).gpu == "B200"
+    assert typed_options(made).gpu == "B200"

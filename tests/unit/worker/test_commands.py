@@ -15,6 +15,7 @@ from gw_celery.protocol.snapshot import Worker
 from gw_celery.worker import commands
 
 TALLY = snapshot.Counters(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
+SCALING = snapshot.Scaling(least=1, most=4, services={"embed": snapshot.Outlook(queued=7)})
 NAMES = (
     "gw_status",
     "gw_drain",
@@ -34,7 +35,8 @@ class Pool:
 
     def snapshot(self) -> Worker:
         replicas = [
-            snapshot.Replica(number=one, state="ready", pid=100 + one) for one in self.numbers
+            snapshot.Replica(number=number, state="ready", pid=100 + number)
+            for number in self.numbers
         ]
         return Worker(
             hostname="gpu@host",
@@ -45,6 +47,7 @@ class Pool:
             open_queues=("cpu.embed",),
             closed_queues=("cpu.classify",),
             outage="gone",
+            scaling=SCALING,
             scores={"embed": snapshot.Score(value=9.0)},
         )
 
@@ -69,13 +72,15 @@ def pool() -> Pool:
 @pytest.fixture
 def state(pool: Pool) -> Any:
     """What Celery gives to every remote-control command."""
-    consumer = SimpleNamespace(pool=pool, controller=SimpleNamespace(autoscaler=None))
-    return SimpleNamespace(consumer=consumer, hostname="gpu@host")
+    return SimpleNamespace(consumer=SimpleNamespace(pool=pool), hostname="gpu@host")
 
 
 def test_the_status_is_the_snapshot_of_the_pool_and_travels_as_json(state: Any) -> None:
     status = json.loads(json.dumps(commands.gw_status(state)))
-    assert [(one["number"], one["pid"]) for one in status.pop("replicas")] == [(0, 100), (2, 102)]
+    assert [(seen["number"], seen["pid"]) for seen in status.pop("replicas")] == [
+        (0, 100),
+        (2, 102),
+    ]
     assert status == {
         "hostname": "gpu@host",
         "desired": 0,
@@ -89,21 +94,9 @@ def test_the_status_is_the_snapshot_of_the_pool_and_travels_as_json(state: Any) 
         "closed_queues": ["cpu.classify"],
         "bands": {},
         "outage": "gone",
-        "scaling": None,
+        "scaling": dataclasses.asdict(SCALING),
         "scores": {"embed": dataclasses.asdict(snapshot.Score(value=9.0)) | {"benchmarks": []}},
     }
-
-
-def test_the_status_tells_what_our_autoscaler_decided_and_celerys_has_nothing_to_tell(
-    state: Any,
-) -> None:
-    outlook = snapshot.Outlook(queued=7, need=1.5)
-    seen = snapshot.Scaling(least=1, most=4, desired=2, services={"embed": outlook})
-    state.consumer.controller.autoscaler = SimpleNamespace(seen=lambda: seen)
-    told = json.loads(json.dumps(commands.gw_status(state)))["scaling"]
-    assert (told["desired"], told["services"]["embed"]["need"]) == (2, 1.5)
-    state.consumer.controller.autoscaler = SimpleNamespace(info=dict)
-    assert commands.gw_status(state)["scaling"] is None
 
 
 @pytest.mark.parametrize("what", ["drain", "restart"])

@@ -9,9 +9,9 @@ from celery import Celery
 from kombu import Message
 from kombu.common import QoS
 
-from gw_celery import errors
+from gw_celery import conf, errors
 from gw_celery.protocol.snapshot import Worker
-from gw_celery.worker import consumer, gate
+from gw_celery.worker import consumer, gate, health
 
 
 class Pool:
@@ -19,7 +19,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.gate: gate.Gate | None = None
-        self.control: Any = None
+        self.health = health.Health(conf.Settings(), {})
         self.ready = {"embed": 0, "": 0}
         self.polls = 0
         self.asked: list[str] = []
@@ -197,7 +197,7 @@ def test_a_message_without_headers_ends_nothing(made: consumer.Consumer, channel
     without = message(channel, task="proj.embed")
     without.headers = None
     handle(without)
-    assert [one[0] for one in channel.settled] == ["rejected"] * 4
+    assert [verdict for verdict, *_ in channel.settled] == ["rejected"] * 4
 
 
 def test_an_unknown_task_whose_failure_cannot_be_stored_ends_nothing(
@@ -283,14 +283,3 @@ def test_a_queue_that_is_added_before_anything_is_ready_is_not_consumed_yet(
 ) -> None:
     consuming.add_task_queue(queue)
     assert not consuming.task_consumer.consuming_from(queue)
-
-
-@pytest.mark.parametrize("pool_without", [None, object()])
-def test_a_pool_without_a_gate_is_as_in_celery(
-    consuming: consumer.Consumer, pool_without: Any
-) -> None:
-    consuming.pool = pool_without
-    consuming.add_task_queue("added")
-    assert consuming.task_consumer.consuming_from("added")
-    consuming.cancel_task_queue("added")
-    assert not consuming.task_consumer.consuming_from("added")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +21,7 @@ class Pool:
     def __init__(self) -> None:
         self.ready: dict[str, int] = {"embed": 0, "classify": 0, "": 0}
         self.waiting: Counter[str] = Counter()
-        self.priorities: Counter[str] = Counter()
+        self.bands: dict[str, str] = {}
         self.lost = ""
         self.gate: gate.Gate | None = None
 
@@ -32,10 +31,8 @@ class Pool:
             ready_slots=dict(self.ready),
             waiting_inputs=dict(self.waiting),
             outage=self.lost,
+            bands=dict(self.bands),
         )
-
-    def priority(self, service: str) -> int:
-        return self.priorities[service]
 
 
 class Consumer:
@@ -91,7 +88,7 @@ def pool() -> Pool:
 
 @pytest.fixture
 def closed(queues: Any, pool: Pool) -> gate.Gate:
-    made = gate.Gate(queues, SERVICES, pool, pool.priority)
+    made = gate.Gate(queues, SERVICES, pool)
     made.close_all()
     pool.gate = made
     return made
@@ -316,16 +313,6 @@ def test_the_step_attaches_the_gate_and_detaches_it(
     pool.ready["embed"] = 0
     closed.apply()
     assert consumer.consumed == {EMBED}, "a lost connection is spoken to no more"
-
-
-def test_the_step_leaves_a_worker_without_a_gate_alone() -> None:
-    consumer = types.SimpleNamespace(pool=types.SimpleNamespace(gate=None), steps=[])
-    step = gate.GateStep(consumer)
-    before = {**vars(consumer)}
-    step.start(consumer)
-    step.stop(consumer)
-    assert vars(consumer) == before
-    assert vars(consumer.pool) == {"gate": None}
 
 
 # -- add_consumer and cancel_consumer --
@@ -605,7 +592,7 @@ def test_a_queue_is_consumed_with_the_priority_of_its_service(
     preferring: Counting, closed: gate.Gate, pool: Pool
 ) -> None:
     assert preferring.arguments == {EMBED: None, CLASSIFY: None, PLAIN: None}
-    pool.priorities.update({"embed": 1, "classify": -1})
+    pool.bands = {"embed": "quick", "classify": "slow"}
     closed.apply()
     assert preferring.arguments == {
         EMBED: {"x-priority": 1},
@@ -618,11 +605,11 @@ def test_a_queue_is_consumed_anew_when_its_priority_changes_and_no_other(
     preferring: Counting, closed: gate.Gate, pool: Pool
 ) -> None:
     preferring.consumed.clear()
-    pool.priorities["embed"] = -1
+    pool.bands["embed"] = "slow"
     closed.apply()
     closed.apply()
     assert preferring.consumed == [EMBED]
-    pool.priorities["embed"] = 0
+    pool.bands["embed"] = "middle"
     closed.apply()
     assert preferring.consumed == [EMBED, EMBED]
     assert preferring.arguments[EMBED] is None
@@ -634,28 +621,17 @@ def test_a_queue_that_opens_again_has_its_priority(
     pool.ready["embed"] = 0
     closed.apply()
     preferring.consumed.clear()
-    pool.priorities["embed"] = 1
+    pool.bands["embed"] = "quick"
     pool.ready["embed"] = 2
     closed.apply()
     assert preferring.consumed == [EMBED]
     assert preferring.arguments[EMBED] == {"x-priority": 1}
 
 
-def test_a_broker_without_priorities_is_told_of_none(
-    celery_app: Celery, connection: Any, queues: Any, pool: Pool
-) -> None:
-    everything_is_ready(pool)
-    pool.priorities["embed"] = 1
-    made = Consumer(celery_app, connection)
-    made.task_consumer = Counting(made.task_consumer)
-    gate.Gate(queues, SERVICES, pool).attach(made)
-    assert made.task_consumer.arguments.get(EMBED) is None
-
-
 def test_the_next_connection_has_the_priorities_too(
     preferring: Counting, closed: gate.Gate, pool: Pool, celery_app: Celery, connection: Any
 ) -> None:
-    pool.priorities["embed"] = 1
+    pool.bands["embed"] = "quick"
     closed.apply()
     closed.detach()
     following = Consumer(celery_app, connection)
@@ -670,7 +646,7 @@ def test_a_queue_that_add_consumer_opens_has_its_priority(
 ) -> None:
     closed.remove(EMBED)
     preferring.cancel_by_queue(EMBED)
-    pool.priorities["embed"] = 1
+    pool.bands["embed"] = "quick"
     preferring.add_queue(queues[EMBED])
     preferring.consume()
     closed.add(EMBED)
@@ -683,7 +659,7 @@ def test_what_the_user_says_of_a_consumer_is_kept(
     queues[EMBED].consumer_arguments = {"x-cancel-on-ha-failover": True}
     queues[CLASSIFY].consumer_arguments = {"x-priority": 7}
     preferring.consumed.clear()
-    pool.priorities.update({"embed": 1, "classify": 1})
+    pool.bands = {"embed": "quick", "classify": "quick"}
     closed.apply()
     assert preferring.consumed == [EMBED]
     assert preferring.arguments[EMBED] == {"x-cancel-on-ha-failover": True, "x-priority": 1}
@@ -694,7 +670,7 @@ def test_a_quorum_queue_is_consumed_anew_with_its_count_and_its_priority(
     counting: Counting, closed: gate.Gate, pool: Pool
 ) -> None:
     counting.consumed.clear()
-    pool.priorities["embed"] = -1
+    pool.bands["embed"] = "slow"
     closed.apply()
     closed.apply()
     assert counting.consumed == [EMBED]

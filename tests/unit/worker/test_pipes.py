@@ -23,7 +23,7 @@ def test_a_reason_without_end_does_not_block_the_child_that_gives_it() -> None:
     made = pipes.Pipes()
     for _ in range(4):
         made.report("é" * 1_000_000)
-    assert [len(one.reason) for one in made.failures()] == [2000] * 4
+    assert [len(failure.reason) for failure in made.failures()] == [2000] * 4
 
 
 def test_a_worker_that_stops_does_not_wait_for_failures() -> None:
@@ -39,7 +39,7 @@ def test_a_worker_without_an_event_loop_waits_for_them() -> None:
     thread.start()
     made.report("late")
     thread.join(30)
-    assert [one.reason for one in heard] == ["late"]
+    assert [failure.reason for failure in heard] == ["late"]
 
 
 def test_sigterm_during_a_load_is_kept_for_the_check_and_given_back() -> None:

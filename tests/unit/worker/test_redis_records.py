@@ -56,7 +56,7 @@ def test_what_came_through_an_exchange_goes_back_to_the_queue_it_was_in(
                     {"n": number}, exchange=exchange, routing_key="sport.chess", declare=both
                 )
         taken = reader.read(5)
-        assert {one.delivery_info["exchange"] for one in taken} == {"news"}
+        assert {message.delivery_info["exchange"] for message in taken} == {"news"}
         tag = taken[-1].delivery_tag
         with stock(redis_url) as channel:
             channel.qos.restore_by_tag(tag)
@@ -100,7 +100,7 @@ def test_where_redis_does_not_tell_the_time_this_machine_does(
         assert all(abs(score - time.time()) < 60 for score in scores(server))
 
 
-def test_what_nobody_reads_any_more_is_recorded(server: redis.Redis, redis_url: str) -> None:
+def test_what_is_not_read_any_more_is_recorded(server: redis.Redis, redis_url: str) -> None:
     send(redis_url, range(30))
     with reading(redis_url) as reader:
         reader.read(1)
@@ -110,7 +110,7 @@ def test_what_nobody_reads_any_more_is_recorded(server: redis.Redis, redis_url: 
         reader.channel.client.connection.disconnect()
         assert len(unacknowledged(server)) == 30
         found = take_with_kombu(redis_url)
-        assert sorted(json.loads(one.body)["n"] for one in found) == list(range(30))
+        assert sorted(json.loads(message.body)["n"] for message in found) == list(range(30))
 
 
 def test_a_huge_message_is_taken_and_given_back(server: redis.Redis, redis_url: str) -> None:
@@ -120,7 +120,7 @@ def test_a_huge_message_is_taken_and_given_back(server: redis.Redis, redis_url: 
         reader.read(3)
         assert reader.numbers() == ["small", huge, "small"]
         assert unacknowledged(server) == tags(reader)
-        (found,) = (one for one in take_with_kombu(redis_url) if len(one.body) > 1000)
+        (found,) = (large for large in take_with_kombu(redis_url) if len(large.body) > 1000)
         assert json.loads(found.body)["n"] == huge
 
 

@@ -11,7 +11,7 @@ import gw_celery as gw
 from gw_celery import conf, errors
 from gw_celery.declare import registry
 from gw_celery.worker import serving, sizing
-from gw_celery.worker.options import Asked
+from gw_celery.worker.options import WorkerOptions
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def plan_of(declared: gw.App, *queues: str, **settings: Any) -> serving.Plan:
 
 def fitted(
     plan: serving.Plan,
-    asked: Asked | None = None,
+    asked: WorkerOptions | None = None,
     slots: Any = 5,
     broker: str = "redis://",
     **options: Any,
@@ -72,7 +72,7 @@ GENERATE, EMBED, CPU = "gpu.A100.generate", "gpu.L4.embed", "cpu.tokenize"
 def test_each_replica_gets_its_devices(declared: gw.App) -> None:
     given = plan_of(declared, GENERATE).allotment
     assert given is not None
-    assert [[one.token for one in share] for share in given.shares] == [
+    assert [[device.token for device in share] for share in given.shares] == [
         ["GPU-fake-0"],
         ["GPU-fake-1"],
         ["GPU-fake-2"],
@@ -112,7 +112,7 @@ def test_more_slots_than_fit_are_refused(declared: gw.App) -> None:
 
 
 @pytest.mark.parametrize("slots", [cpu_count(), "auto"])
-def test_slots_that_nobody_asked_for_are_cut_to_what_fits(
+def test_slots_that_no_user_asked_for_are_cut_to_what_fits(
     declared: gw.App, monkeypatch: pytest.MonkeyPatch, slots: Any
 ) -> None:
     monkeypatch.setattr(sizing, "cpu_count", lambda: 128)
@@ -145,31 +145,31 @@ def test_celerys_autoscale_counts_slots(declared: gw.App) -> None:
 @pytest.mark.parametrize(
     ("queue", "asked", "settings", "slots"),
     [
-        (GENERATE, Asked(), {}, 15),
-        (GENERATE, Asked(replicas=2), {}, 10),
-        (GENERATE, Asked(), {"replicas": 1}, 5),
-        (GENERATE, Asked(replicas=3), {"replicas": 1}, 15),
-        (EMBED, Asked(), {}, 4),
-        (CPU, Asked(), {}, 2),
-        (CPU, Asked(replicas=3), {}, 6),
+        (GENERATE, WorkerOptions(), {}, 15),
+        (GENERATE, WorkerOptions(replicas=2), {}, 10),
+        (GENERATE, WorkerOptions(), {"replicas": 1}, 5),
+        (GENERATE, WorkerOptions(replicas=3), {"replicas": 1}, 15),
+        (EMBED, WorkerOptions(), {}, 4),
+        (CPU, WorkerOptions(), {}, 2),
+        (CPU, WorkerOptions(replicas=3), {}, 6),
     ],
 )
 def test_replicas_are_those_that_were_asked_for_or_as_many_as_fit(
-    declared: gw.App, queue: str, asked: Asked, settings: dict[str, Any], slots: int
+    declared: gw.App, queue: str, asked: WorkerOptions, settings: dict[str, Any], slots: int
 ) -> None:
     assert fitted(plan_of(declared, queue, **settings), asked).concurrency == slots
 
 
 def test_more_replicas_than_fit_are_refused(declared: gw.App) -> None:
     with pytest.raises(errors.ConfigurationError, match="4 replicas were asked for, and 3 fit"):
-        fitted(plan_of(declared, GENERATE), Asked(replicas=4))
+        fitted(plan_of(declared, GENERATE), WorkerOptions(replicas=4))
 
 
 def test_autoscale_counts_replicas(declared: gw.App) -> None:
-    worker = fitted(plan_of(declared, GENERATE), Asked(), autoscale=(3, 1))
+    worker = fitted(plan_of(declared, GENERATE), WorkerOptions(), autoscale=(3, 1))
     assert worker.options["autoscale"] == (15, 5)
     with pytest.raises(errors.ConfigurationError, match="4 replicas were asked for"):
-        fitted(plan_of(declared, GENERATE), Asked(), autoscale=(4, 1))
+        fitted(plan_of(declared, GENERATE), WorkerOptions(), autoscale=(4, 1))
 
 
 # -- gw worker: bounds --
@@ -204,7 +204,7 @@ def bounded(app: gw.App, *bounds: tuple[int, int | None], gpu: str = "A100") -> 
 def test_replicas_are_as_many_as_the_greediest_service_wants_and_the_neediest_keeps(
     app: gw.App, bounds: list[tuple[int, int | None]], expected: tuple[int, int]
 ) -> None:
-    worker = fitted(plan_of(app, *bounded(app, *bounds)), Asked())
+    worker = fitted(plan_of(app, *bounded(app, *bounds)), WorkerOptions())
     slots = len(bounds) + 1
     assert worker.options["autoscale"] == tuple(slots * bound for bound in expected)
     assert worker.is_declared
@@ -216,22 +216,22 @@ def test_replicas_are_as_many_as_the_greediest_service_wants_and_the_neediest_ke
 def test_without_devices_bounds_are_those_that_are_declared(
     app: gw.App, bounds: list[tuple[int, int | None]], expected: tuple[int, int]
 ) -> None:
-    worker = fitted(plan_of(app, *bounded(app, *bounds, gpu="CPU")), Asked())
+    worker = fitted(plan_of(app, *bounded(app, *bounds, gpu="CPU")), WorkerOptions())
     slots = len(bounds) + 1
     assert worker.options["autoscale"] == tuple(slots * bound for bound in expected)
 
 
 def test_a_worker_that_may_go_to_zero_is_scaled_without_bounds(declared: gw.App) -> None:
     plan = plan_of(declared, GENERATE, inactivity_timeout=60.0)
-    assert fitted(plan, Asked()).options["autoscale"] == (15, 0)
+    assert fitted(plan, WorkerOptions()).options["autoscale"] == (15, 0)
 
 
 @pytest.mark.parametrize(
     ("asked", "settings"),
-    [(None, {}), (Asked(replicas=2), {}), (Asked(), {"replicas": 2})],
+    [(None, {}), (WorkerOptions(replicas=2), {}), (WorkerOptions(), {"replicas": 2})],
 )
 def test_a_size_that_was_asked_for_stays(
-    app: gw.App, asked: Asked | None, settings: dict[str, Any]
+    app: gw.App, asked: WorkerOptions | None, settings: dict[str, Any]
 ) -> None:
     plan = plan_of(app, *bounded(app, (1, 3)), **settings)
     worker = fitted(plan, asked, slots=4)
@@ -240,20 +240,22 @@ def test_a_size_that_was_asked_for_stays(
 
 
 def test_bounds_that_were_asked_for_win(app: gw.App) -> None:
-    worker = fitted(plan_of(app, *bounded(app, (1, 3))), Asked(), autoscale=(2, 2))
+    worker = fitted(plan_of(app, *bounded(app, (1, 3))), WorkerOptions(), autoscale=(2, 2))
     assert worker.options["autoscale"] == (4, 4)
     assert not worker.is_declared
 
 
 @pytest.mark.parametrize("broker", ["memory://", "filesystem://"])
-def test_zero_replicas_are_refused_where_nobody_learns_of_messages(
+def test_zero_replicas_are_refused_where_the_worker_learns_of_no_message(
     app: gw.App, broker: str
 ) -> None:
     queues = bounded(app, (0, 3))
     with pytest.raises(errors.ConfigurationError, match="does not tell: let one stay"):
-        fitted(plan_of(app, *queues), Asked(), broker=broker)
-    assert fitted(plan_of(app, *queues), Asked(), broker="amqp://").options["autoscale"] == (6, 0)
-    kept = fitted(plan_of(app, *queues), Asked(), broker=broker, autoscale=(3, 1))
+        fitted(plan_of(app, *queues), WorkerOptions(), broker=broker)
+    assert fitted(plan_of(app, *queues), WorkerOptions(), broker="amqp://").options[
+        "autoscale"
+    ] == (6, 0)
+    kept = fitted(plan_of(app, *queues), WorkerOptions(), broker=broker, autoscale=(3, 1))
     assert kept.options["autoscale"] == (6, 2)
 
 
@@ -263,14 +265,14 @@ def test_zero_replicas_are_refused_where_nobody_learns_of_messages(
 @pytest.mark.parametrize(
     ("asked", "families"),
     [
-        (Asked(gpu="A100"), ["gpu.A100"]),
-        (Asked(gpu="CPU"), ["cpu"]),
-        (Asked(), ["gpu", "gpu.A100", "gpu.L4"]),
-        (Asked(names_queues=True), ["celery"]),
+        (WorkerOptions(gpu="A100"), ["gpu.A100"]),
+        (WorkerOptions(gpu="CPU"), ["cpu"]),
+        (WorkerOptions(), ["gpu", "gpu.A100", "gpu.L4"]),
+        (WorkerOptions(names_queues=True), ["celery"]),
     ],
 )
 def test_a_worker_consumes_the_families_that_it_takes(
-    declared: gw.App, asked: Asked, families: list[str]
+    declared: gw.App, asked: WorkerOptions, families: list[str]
 ) -> None:
     worker = types.SimpleNamespace(app=declared.celery)
     declared.celery.amqp.queues.select(["celery"])
@@ -283,5 +285,5 @@ def test_a_worker_for_the_cpu_does_not_look_at_the_gpus(
 ) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "nonsense")
     worker = types.SimpleNamespace(app=declared.celery)
-    sizing.select_families(worker, Asked(gpu="CPU"), [declared.registry], conf.Settings())
+    sizing.select_families(worker, WorkerOptions(gpu="CPU"), [declared.registry], conf.Settings())
     assert list(declared.celery.amqp.queues.consume_from) == ["cpu"]

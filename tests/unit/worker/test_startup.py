@@ -11,7 +11,7 @@ from celery.worker import control
 
 import gw_celery as gw
 from gw_celery import errors
-from gw_celery.worker import options, serving, start_notices, startup
+from gw_celery.worker import bootsteps, options, serving, start_notices, startup
 
 
 @pytest.fixture
@@ -187,8 +187,7 @@ def test_a_bare_family_that_no_service_belongs_to_is_said_with_those_that_are(
     assert "-Q cpu: no service belongs to this family" in caplog.text
     assert caplog.text.rstrip().endswith("families here: gpu, gpu.A100, gpu.H100x2")
     if pool != "gw_celery.pool:TaskPool":  # which logs by itself
-        (step,) = (one for one in declared.celery.steps["worker"] if one.__name__ == "ServingStep")
-        assert step.plan is plan
+        assert bootsteps.ServingStep in declared.celery.steps["worker"]
 
 
 def test_a_worker_of_families_that_are_there_is_told_nothing(declared, caplog) -> None:
@@ -268,7 +267,7 @@ def test_only_our_pool_gives_devices_to_its_processes(declared, monkeypatch) -> 
 def test_a_worker_of_our_command_serves_the_families_of_its_machine(declared, monkeypatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "A100:2")
     worker = worker_of(declared.celery, "celery", pool=OURS)
-    worker.options["gw_asked"] = options.Asked()
+    worker.options[options.KEY] = options.WorkerOptions()
     plan = startup.prepare(worker, [declared.registry])
 
     assert sorted(plan.queues) == ["gpu.A100.Ranker", "gpu.A100.embed", "gpu.anywhere"]
