@@ -148,7 +148,11 @@ class Child:
     # -- orders --
 
     def send(self, *order: Any) -> None:
-        self._ours.sendall(frames.pack_orders([order]))
+        self.send_together(order)
+
+    def send_together(self, *orders: tuple[Any, ...]) -> None:
+        """Send orders in one frame: nothing happens in the child between them."""
+        self._ours.sendall(frames.pack_orders(orders))
 
     def run(self, name: str, *args: Any, alone: bool = False, **request: Any) -> int:
         """Send an input of the task ``name``; what else is given are headers of its message."""

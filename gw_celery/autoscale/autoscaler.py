@@ -68,9 +68,8 @@ class Autoscaler(autoscale.Autoscaler):
         self._start_up = startup_time.StartUp()
         self._services: dict[str, policy_demand.Service] = {}
         self._seats = policy_demand.Seats()
-        self._seen = snapshot.Scaling(least=self._least, most=self._most)
+        pool.scaling = snapshot.Scaling(least=self._least, most=self._most)
         self._hub: Any = None
-        pool.scaling = self._seen
         self._asked = threading.Event()
         self._judged: membership.Reading | None = None
         self._is_over = False
@@ -157,11 +156,7 @@ class Autoscaler(autoscale.Autoscaler):
 
     def info(self) -> dict[str, Any]:
         """Celery's figures, in slots, and ours, in replicas, under ``gw``."""
-        return {**super().info(), "gw": self._seen.as_json()}
-
-    def seen(self) -> snapshot.Scaling:
-        """The picture of the last decision."""
-        return self._seen
+        return {**super().info(), "gw": self.pool.scaling.as_json()}
 
     # -- deciding --
 
@@ -220,7 +215,7 @@ class Autoscaler(autoscale.Autoscaler):
             target,
             1,
         )
-        self._resize(target, self._seen.why)
+        self._resize(target, self.pool.scaling.why)
 
     def _learn(self, worker: snapshot.Worker) -> None:
         """Follow how long a start takes; what depends on it begins anew when that has changed."""
@@ -311,7 +306,7 @@ class Autoscaler(autoscale.Autoscaler):
         total: int,
         workers: int,
     ) -> None:
-        self._seen = self.pool.scaling = snapshot.Scaling(
+        self.pool.scaling = snapshot.Scaling(
             least=self._least,
             most=self._most,
             desired=target,

@@ -86,7 +86,7 @@ def test_a_broker_that_cannot_be_read_holds_the_size(scaled: Scaled) -> None:
     scaled.after(1)
     scaled.queued = None
     assert scaled.after(3000) == 3
-    assert "kept" in scaled.scaler.seen().why
+    assert "kept" in scaled.pool.scaling.why
 
 
 def test_what_the_worker_holds_counts_with_what_waits(scaled: Scaled) -> None:
@@ -237,7 +237,7 @@ def test_a_start_takes_as_long_as_it_has_taken(scaled: Scaled, monkeypatch: Any)
     ready = snapshot.Replica(number=0, state="ready", pid=7, start_up=100.0)
     monkeypatch.setattr(scaled.pool, "replicas", lambda: (ready,))
     scaled.after(1)
-    assert scaled.scaler.seen().start_up == pytest.approx(100.0)
+    assert scaled.pool.scaling.start_up == pytest.approx(100.0)
     assert scaled.scaler._rules.start_up == pytest.approx(100.0)
 
 
@@ -274,7 +274,7 @@ def test_without_a_reading_the_size_is_kept_and_its_reason_told(scaled: Scaled) 
     assert scaled.after(1) == 3
     scaled.queued = None
     assert scaled.after(1) == 3
-    assert "nothing is known of the broker" in scaled.scaler.seen().why
+    assert "nothing is known of the broker" in scaled.pool.scaling.why
 
 
 def test_what_was_read_is_judged_in_the_thread_of_the_loop_at_once(scaled: Scaled) -> None:

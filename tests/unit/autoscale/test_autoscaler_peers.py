@@ -12,7 +12,7 @@ def test_two_workers_do_not_each_scale_for_the_whole_queue(scaled: Scaled) -> No
     scaled.peers = (other("gpu@two", replicas=1, least=1),)
     scaled.queued = 390
     assert scaled.after(1) == 2
-    assert (scaled.scaler.seen().total, scaled.scaler.seen().workers) == (4, 2)
+    assert (scaled.pool.scaling.total, scaled.pool.scaling.workers) == (4, 2)
 
 
 def test_a_worker_that_is_gone_leaves_its_part_to_the_others(scaled: Scaled) -> None:

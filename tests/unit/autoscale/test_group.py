@@ -44,7 +44,7 @@ class Group:
     @property
     def totals(self) -> set[int]:
         """What each of them says that they need together."""
-        return {one.scaler.seen().total for one in self.workers}
+        return {one.pool.scaling.total for one in self.workers}
 
 
 @contextmanager

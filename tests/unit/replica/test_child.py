@@ -14,7 +14,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 import gw_celery as gw
 from tests import child_harness
-from tests.child_harness import DEADLINE, Child, Outcome, Report
+from tests.child_harness import DEADLINE, Child, Order, Outcome, Report
 
 #: Its tracer stores nothing.
 UNANSWERED = (Report.ERROR, Outcome.IGNORE, "Ignore")
@@ -143,8 +143,7 @@ def test_a_stop_after_a_soft_limit_of_the_same_moment_wins(
 ) -> None:
     job = child.run(task)
     assert body.waits.wait(DEADLINE)
-    child.soft(job)
-    child.stop(job)
+    child.send_together((Order.SOFT, job, 5.0), (Order.STOP, job))
     assert child.outcome(job) == UNANSWERED
 
 
