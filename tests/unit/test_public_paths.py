@@ -130,12 +130,19 @@ def test_the_entry_point_of_the_command_line_is_installed_as_setup_cfg_says() ->
     assert set(entry.load().commands) >= {"status", "drain", "restart", "worker"}
 
 
-@pytest.mark.parametrize("module", ["gw_celery.devserver", "gw_celery.autoscale.simulate"])
-def test_a_module_that_is_run_says_how(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "shown"),
+    [
+        ("gw_celery.devserver", "gw_celery.devserver"),
+        ("gw_celery.simulate", "gw_celery.simulate"),
+        ("gw_celery.autoscale.simulate", "gw_celery.simulate"),  # an alias
+    ],
+)
+def test_a_module_that_is_run_says_how(module: str, shown: str) -> None:
     command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"usage: python -m {module} " in done.stdout
+    assert f"usage: python -m {shown} " in done.stdout
 
 
 def test_errors_have_their_names_and_are_what_callers_catch() -> None:
