@@ -1,4 +1,4 @@
-"""``python -m gw_celery.autoscale.simulate``: the path under which the simulator is documented."""
+"""``python -m gw_celery.autoscale.simulate``: an alias of ``python -m gw_celery.simulate``."""
 
 from __future__ import annotations
 

@@ -45,9 +45,7 @@ _FROM_ONE = _number(
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 2 is the code of an option or a file that cannot be used."""
-    command = argparse.ArgumentParser(
-        prog="python -m gw_celery.simulate", description=__doc__
-    )
+    command = argparse.ArgumentParser(prog="python -m gw_celery.simulate", description=__doc__)
     add_options(command)
     options = command.parse_args(argv)
     try:
