@@ -124,7 +124,7 @@ def _worker(
         log = Path(folder) / "worker.log"
         process = Process([*command, *started], log, env=env, cwd=Path(os.curdir).resolve())
         try:
-            # Told by its log: whoever asks it would be counted.
+            # Told by its log: a question to it would be counted.
             eventually(lambda: process.exit_code is not None or "is ready\n" in log.read_text(), 60)
             if process.exit_code is not None:
                 raise SystemExit(f"a worker ended: {log.read_text()[-2000:]}")

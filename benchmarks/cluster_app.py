@@ -1,4 +1,4 @@
-"""What the workers of ``benchmarks.cluster`` serve: one service that nobody calls."""
+"""What the workers of ``benchmarks.cluster`` serve: one service that is never called."""
 
 from __future__ import annotations
 

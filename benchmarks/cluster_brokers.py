@@ -41,7 +41,7 @@ class Broker(Protocol):
 
 
 class Redis:
-    """A Redis of one's own, and nobody else's traffic on it."""
+    """A Redis of one's own, and no other traffic on it."""
 
     def __init__(self, server: devserver.Server) -> None:
         self.url, self.results = server.broker_url, server.result_url

@@ -23,7 +23,7 @@ from gw_celery import devserver, errors
 DATA = HERE.parent / ".run"
 START_TIMEOUT = 180.0
 ANSWER_TIMEOUT = 60.0
-#: A worker that still loads its model would finish that first; nobody waits for it.
+#: A worker that still loads its model would finish that first; no caller waits for it.
 STOP_TIMEOUT = 8.0
 NODES = ("model@demo", "tasks@demo")
 #: What a developer's shell may say of another project: the demo is this one and its own server's.

@@ -73,7 +73,7 @@ def _measured(options: argparse.Namespace) -> report.Result:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """What repeats this run; where its files went is nobody else's business."""
+    """The command that repeats this run, without the paths of its files."""
     parts = ["python", "-m", "benchmarks.peers"]
     for name, every in (("systems", systems.SYSTEMS), ("workloads", workloads.WORKLOADS)):
         if (chosen := getattr(options, name)) != list(every):

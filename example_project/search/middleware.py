@@ -64,7 +64,7 @@ class BrowserCsrfMiddleware(CsrfViewMiddleware):
     """Django's check for every browser; programs call the JSON API without a token.
 
     Forging a request takes a visitor's browser, and a browser says so: it sends ``Origin`` with
-    each POST. curl and other programs send none of these headers, and nobody can forge through
+    each POST. curl and other programs send none of these headers, and no site can forge through
     them. The API takes ``application/json`` only, which no HTML form of another site can send.
     """
 

@@ -74,12 +74,12 @@ STARTERS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Blue ice",
-        "Snow buried for centuries is pressed until its air bubbles vanish. The dense crystal "
+        "Snow covered for centuries is pressed until its air bubbles vanish. The dense crystal "
         "swallows red light, and the glacier glows turquoise in its crevasses.",
     ),
     (
         "How the bicycle stays up",
-        "Nobody falls while rolling fast enough, because the rider, or the machine by itself, "
+        "No rider falls while rolling fast enough, for the rider, or the machine by itself, "
         "keeps steering into the fall and so brings the wheels back under the weight.",
     ),
     (
@@ -104,7 +104,7 @@ STARTERS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Heirloom tomatoes",
-        "Plant the seedling deep, up to its first leaves: the buried stem grows roots. Water the "
+        "Plant the seedling deep, up to its first leaves: the covered stem grows roots. Water the "
         "soil, never the foliage, and pick the fruit when it is warm.",
     ),
     (
@@ -115,7 +115,7 @@ STARTERS: tuple[tuple[str, str], ...] = (
     (
         "The queue at the bank",
         "One line that feeds all counters is fairer than a line for each. The average wait is "
-        "shorter, and nobody is stuck behind the customer with a bag of coins.",
+        "shorter, and no customer is stuck behind another one with a bag of coins.",
     ),
     (
         "Writing without a margin",

@@ -64,12 +64,12 @@ class Embedding:
     """The meaning of a text as 384 numbers, and what it took."""
 
     call: ModelCall
-    # Celery logs what a task returned, and nobody wants to read 384 numbers.
+    # Celery logs what a task returned, and 384 numbers are not worth reading.
     vector: list[float] = field(repr=False)
 
 
 @app.remote(gpu=gw.Gpu("CPU"), benchmark_dataset=[{"texts": "hello"}])
-# Whoever searches does not notice 10 ms, and what comes within them shares a call of the model.
+# A user who searches does not notice 10 ms, and what comes within them shares a call of the model.
 @gw.batched(max_batch_size=32, wait_ms=10)
 async def embed(texts: list[str]) -> list[Embedding | ValueError]:
     """Return the meaning of a text; texts that come together share a call."""

@@ -57,7 +57,9 @@ class Autoscaler(autoscale.Autoscaler):
         super().__init__(pool, max_concurrency, min_concurrency, worker, keepalive, mutex)
         plan = signals.plan()
         self._slots = plan.slots if plan else {services.PLAIN: 1}
-        self._targets = {one.key: one.target_inputs for one in plan.served} if plan else {}
+        self._targets = (
+            {service.key: service.target_inputs for service in plan.served} if plan else {}
+        )
         self._unit = sum(self._slots.values())
         settings = conf.read(worker.app.conf)
         self._rules = _rules(settings)
@@ -67,7 +69,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._decider = scaling.Decider(self._rules, self._least, self._most)
         self._start_up = startup_time.StartUp()
         self._services: dict[str, policy_demand.Service] = {}
-        self._seats = policy_demand.Seats()
+        self._apportionment = policy_demand.Apportionment()
         pool.scaling = snapshot.Scaling(least=self._least, most=self._most)
         self._hub: Any = None
         self._asked = threading.Event()
@@ -194,7 +196,7 @@ class Autoscaler(autoscale.Autoscaler):
         part = self._share.kept(now, self._part(group, total), total)
         target = self._clamped(part)
         if lengths is None:
-            target = max(1, target)  # with none, nobody would learn of the next message
+            target = max(1, target)  # with none, the next message would not be noticed
         why = self._idle(now) or _why(seen, total, len(group))
         self._see(target, why, seen, total, len(group))
         self._resize(target, why)
@@ -229,7 +231,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._share.follow(self._rules)
 
     def _total(
-        self, seen: Mapping[str, snapshot.Outlook], group: Sequence[WorkerRecord], now: float
+        self, seen: Mapping[str, snapshot.ServiceDemand], group: Sequence[WorkerRecord], now: float
     ) -> int:
         """Replicas that the group of workers should have together."""
         sizes = [worker.size for worker in group if worker.size is not None]
@@ -241,10 +243,10 @@ class Autoscaler(autoscale.Autoscaler):
         # What was ordered a second ago others have not told yet: that does not take it back.
         self._ordered = self._decider.decide(
             now,
-            sum(one.need for one in seen.values()),
+            sum(demand.need for demand in seen.values()),
             max(self._ordered, sum(size.replicas for size in sizes)),
-            sum(one.keep for one in seen.values()),
-            self._start_up.is_loading or any(one.is_active for one in seen.values()),
+            sum(demand.keep for demand in seen.values()),
+            self._start_up.is_loading or any(demand.is_active for demand in seen.values()),
         )
         return self._ordered
 
@@ -261,11 +263,11 @@ class Autoscaler(autoscale.Autoscaler):
         One that fails to start is taken over by others, and is tried here all the same.
         """
         me, *others = group
-        parts = [self._seats.part(group, me.worker, total)]
+        parts = [self._apportionment.part(group, me.worker, total)]
         if me.size is not None and me.size.capacity < self._most:
             size = dataclasses.replace(me.size, capacity=self._most)
             whole = dataclasses.replace(me, size=size)
-            parts.append(self._seats.part([whole, *others], me.worker, total))
+            parts.append(self._apportionment.part([whole, *others], me.worker, total))
         return max(parts)
 
     def _outlook(
@@ -275,7 +277,7 @@ class Autoscaler(autoscale.Autoscaler):
         others: Sequence[WorkerRecord] | None,
         length: queue_lengths.Length | None,
         now: float,
-    ) -> snapshot.Outlook:
+    ) -> snapshot.ServiceDemand:
         if (service := self._services.get(key)) is None:
             service = policy_demand.Service(key, self._targets.get(key, 1), self._rules, now)
             self._services[key] = service
@@ -302,7 +304,7 @@ class Autoscaler(autoscale.Autoscaler):
         self,
         target: int,
         why: str,
-        seen: Mapping[str, snapshot.Outlook],
+        seen: Mapping[str, snapshot.ServiceDemand],
         total: int,
         workers: int,
     ) -> None:
@@ -362,14 +364,14 @@ def _figure(value: float) -> str:
     return format(value, ".0f" if value >= 100 else ".3g")
 
 
-def _why(seen: Mapping[str, snapshot.Outlook], total: int, workers: int) -> str:
+def _why(seen: Mapping[str, snapshot.ServiceDemand], total: int, workers: int) -> str:
     """Say what the services need, those that need nothing left out."""
     told = [
-        f"{key or 'plain tasks'} needs {_figure(one.need)} ({_figure(one.rate)}/s come, "
-        f"{_figure(one.waiting)} wait, a replica does "
-        f"{'?' if one.score is None else _figure(one.score)}/s)"
-        for key, one in seen.items()
-        if one.need > 0
+        f"{key or 'plain tasks'} needs {_figure(demand.need)} ({_figure(demand.rate)}/s come, "
+        f"{_figure(demand.waiting)} wait, a replica does "
+        f"{'?' if demand.score is None else _figure(demand.score)}/s)"
+        for key, demand in seen.items()
+        if demand.need > 0
     ]
     among = f"; {total} in all among {workers} workers" if workers > 1 else ""
     return ("; ".join(told) or "nothing waits or comes") + among

@@ -41,7 +41,7 @@ class Waits:
         self.pid = os.getpid()
 
     def estimate(self, queue: str) -> float | None:
-        """Return the seconds that an input sent now would wait; ``None`` where nobody tells.
+        """Return the seconds that an input sent now would wait; ``None`` where none is known.
 
         On an event loop it goes by what is known, and has it read anew by a thread.
         """

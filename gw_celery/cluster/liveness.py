@@ -52,7 +52,7 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def now() -> float:
-    """Return the seconds of a clock that nobody sets."""
+    """Return the seconds of a clock that is never set."""
     return time.clock_gettime(_CLOCK)
 
 

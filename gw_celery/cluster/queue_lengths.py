@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 #: Seconds after which a broker that did not answer is asked again, at first and at most.
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 16.0
-#: What AMQP answers about a queue that nobody has declared.
+#: What AMQP answers about a queue that is not declared.
 _NOT_FOUND = 404
 
 

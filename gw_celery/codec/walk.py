@@ -28,7 +28,7 @@ _SCALAR_OF = {scalar.marker: scalar for scalar in scalars.SCALARS}
 _PAIRS = "~dict"
 #: How many members of a set, or keys of a dict, may have the same hash.
 _MOST_OF_ONE_HASH = 128
-#: Python salts the hashes of these, so that nobody can choose many of one hash.
+#: Python salts the hashes of these, so that a sender cannot choose many of one hash.
 _SALTED: frozenset[type] = frozenset({str, bytes})
 _OBJECT = "~obj"
 

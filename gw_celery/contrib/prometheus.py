@@ -77,8 +77,8 @@ class Collector(registry.Collector):
         worker = self._read()
         yield from _of_worker(worker)
         yield from _of_replicas(worker.replicas)
-        outlooks = {} if worker.scaling is None else worker.scaling.services
-        keys = sorted({*worker.ready_slots, *worker.tallies, *worker.scores, *outlooks})
+        demands = {} if worker.scaling is None else worker.scaling.services
+        keys = sorted({*worker.ready_slots, *worker.tallies, *worker.scores, *demands})
         labels = {key: (key or PLAIN, self._queues.get(key, "")) for key in keys}
         yield from _of_services(worker, labels)
         yield from _of_tallies(worker.tallies, labels)
@@ -180,12 +180,12 @@ def _figures(worker: snapshot.Worker, service: str) -> dict[str, float | None]:
         "gw_ready_slots": worker.ready_slots.get(service, 0),
     }
     scaling = worker.scaling
-    if scaling is not None and (outlook := scaling.services.get(service)) is not None:
+    if scaling is not None and (demand := scaling.services.get(service)) is not None:
         # All workers of a group see the same: divided, so that their sum is right.
         figures |= {
-            "gw_queue_length": outlook.queued,
-            "gw_backlog_workload": outlook.waiting / scaling.workers,
-            "gw_wanted_replicas": max(outlook.need, outlook.keep) / scaling.workers,
+            "gw_queue_length": demand.queued,
+            "gw_backlog_workload": demand.waiting / scaling.workers,
+            "gw_wanted_replicas": max(demand.need, demand.keep) / scaling.workers,
         }
     return figures
 

@@ -1,9 +1,9 @@
-"""Which of a cluster's replicas are this worker's: pure, the same for everybody who has the facts.
+"""Which of a cluster's replicas are this worker's: pure, and the same in all that have the facts.
 
 Each worker that serves a queue computes the same number of desired replicas from the same facts.
-The replicas are seats, as of a parliament, and workers are given them in Webster's order: the k-th
-seat of a worker has the value ``(k - 1/2) / capacity``, and the lowest values are taken first.
-Nobody has to be asked, and one seat more never moves another: growing by one starts one replica on
+The replicas are given to workers in Webster's order, as a parliament is apportioned: the k-th
+replica of a worker has the value ``(k - 1/2) / capacity``, and the lowest values are taken first.
+Workers need not agree, and one replica more never moves another: growing by one starts one on
 one worker.
 """
 
@@ -30,7 +30,7 @@ class Peer:
 
 
 def own_positions(peers: Iterable[Peer], me: str) -> list[int]:
-    """Where my seats come in the order of all seats, ascending; positions count from 1."""
+    """Where my replicas come in the order of all, ascending; positions count from 1."""
     return [position for position, name in enumerate(order(peers), start=1) if name == me]
 
 
@@ -40,7 +40,7 @@ def part(positions: list[int], desired: int) -> int:
 
 
 def order(peers: Iterable[Peer]) -> Iterator[str]:
-    """Whose the first seat is, whose the second, and so on: the minimums, then by value."""
+    """Name the worker of the first replica, of the second, and so on: minimums, then by value."""
     known = sorted(peers, key=lambda peer: peer.name)
     for peer in known:
         for _ in range(min(peer.least, peer.capacity)):

@@ -40,8 +40,8 @@ class Service:
         *,
         queued: int | None = None,
         consumers: int | None = None,
-    ) -> snapshot.Outlook:
-        """Return the outlook as of ``now``; called once a second.
+    ) -> snapshot.ServiceDemand:
+        """Return the demand as of ``now``; called once a second.
 
         Args:
             others: the other workers that serve it; ``None`` when they cannot be known.
@@ -63,9 +63,9 @@ class Service:
         score = _score(workers, parts)
         need, keep = self._needs(waits, inputs, running, score)
         if queued is None and self._is_full(inputs + running, _size(mine).replicas):
-            # No more is taken than there are slots for: what else waits nobody can tell.
+            # No more is taken than there are slots for: what else waits is not known.
             need = max(need, _size(mine).replicas + 1.0)
-        return snapshot.Outlook(
+        return snapshot.ServiceDemand(
             queued=queued,
             share=share,
             rate=self._meter.rate,
@@ -94,8 +94,12 @@ class Service:
     def _came(self, workers: Sequence[WorkerRecord]) -> float:
         """Workload that workers have taken since the last look: of those that were there then."""
         before = self._taken
-        self._taken = {one.incarnation: one.services[self._key].taken for one in workers}
-        return sum(taken - before[one] for one, taken in self._taken.items() if one in before)
+        self._taken = {worker.incarnation: worker.services[self._key].taken for worker in workers}
+        return sum(
+            taken - before[incarnation]
+            for incarnation, taken in self._taken.items()
+            if incarnation in before
+        )
 
     def _grown(self, queued: int | None) -> int:
         before, self._queued = self._queued, queued
@@ -144,7 +148,7 @@ def group_of(mine: WorkerRecord, others: Sequence[WorkerRecord] | None) -> list[
     return [mine, *(other for other in alike if other.serves == mine.serves)]
 
 
-class Seats:
+class Apportionment:
     """This worker's part of the replicas of its group, worked out anew when the group changes."""
 
     def __init__(self) -> None:

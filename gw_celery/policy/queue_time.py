@@ -12,7 +12,7 @@ _KEPT = 0.98
 
 
 def estimate(queued: float, waiting: float, rate: float | None) -> float | None:
-    """Return the seconds that an input waits which comes now; ``None`` where nobody can tell.
+    """Return the seconds that an input waits which comes now; ``None`` where that is not known.
 
     What runs counts on neither side: on average it is half done as the input comes, and what runs
     beside the input is half done as that starts.
@@ -31,9 +31,9 @@ def estimate(queued: float, waiting: float, rate: float | None) -> float | None:
 def together(loads: Iterable[QueueLoad]) -> QueueLoad:
     """Return the load of several workers as that of one; a rate that is not known adds nothing."""
     listed = list(loads)
-    rates = [one.rate for one in listed if one.rate is not None]
+    rates = [load.rate for load in listed if load.rate is not None]
     return QueueLoad(
-        waiting=sum(one.waiting for one in listed),
+        waiting=sum(load.waiting for load in listed),
         rate=sum(rates) if rates else None,
     )
 
@@ -45,7 +45,7 @@ def shared(rates: Mapping[str, float | None], parts: Mapping[str, float]) -> flo
     that is quick, and seldom called, makes the others no quicker.
 
     Args:
-        rates: workload that each does in a second; ``None`` while nobody knows.
+        rates: workload that each does in a second; ``None`` while that is not known.
         parts: of the workload that comes, each one's.
     """
     # One that is not ready now says nothing of the others.
@@ -111,7 +111,10 @@ class Loads:
             waiting=sum(counters.waiting for counters in tallies.values()),
             rate=shared(
                 {service: self._rate(service, slots[service], worker) for service in slots},
-                {key: self._parts[key].observe(one.arrived) for key, one in tallies.items()},
+                {
+                    key: self._parts[key].observe(counters.arrived)
+                    for key, counters in tallies.items()
+                },
             ),
             mean=snapshot.mean_workload(tallies.values()),
         )

@@ -57,7 +57,11 @@ class ChildProbes:
             return
         for child in self._supervisor.children():
             self._call_due_of(child, now)
-        dues = (one.checks.next_at for one in self._supervisor.children() if one.checks is not None)
+        dues = (
+            child.checks.next_at
+            for child in self._supervisor.children()
+            if child.checks is not None
+        )
         self._next_at = min(dues, default=math.inf)
 
     def have_started(self, child: ChildProcess, now: float) -> bool:
@@ -77,7 +81,7 @@ class ChildProbes:
 
     def unready(self) -> set[str]:
         """The services that no child wants inputs of, though some could run them."""
-        up = [one.slots.unready for one in self._supervisor.children() if one.state.is_up]
+        up = [child.slots.unready for child in self._supervisor.children() if child.state.is_up]
         return set.intersection(*up) if up else set()
 
     def _call_due_of(self, child: ChildProcess, now: float) -> None:

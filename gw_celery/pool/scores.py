@@ -30,7 +30,7 @@ _OF_TIME = 0.9
 
 #: Seconds for which it is believed what waits in the broker.
 _RECENT = 5.0
-#: Rounds of a benchmark that operators see: what they see travels to whoever asks.
+#: Rounds of a benchmark that operators see: what they see travels with each answer.
 _MOST_SHOWN = 100
 
 
@@ -161,12 +161,12 @@ class ReplicaScores:
 
     def ask_again(self) -> None:
         """Have every replica measured again, once it has nothing to do."""
-        for one in self._progress.values():
-            one.is_asked = one.was_ready
+        for progress in self._progress.values():
+            progress.is_asked = progress.was_ready
 
     def due_again(self, idle: Iterable[ChildProcess], now: float) -> ChildProcess | None:
         """Return a child of ``idle`` to measure again now, told to be; one at a time."""
-        if not self._benchmarked or any(one.call for one in self._progress.values()):
+        if not self._benchmarked or any(progress.call for progress in self._progress.values()):
             return None
         for child in idle:
             progress = self._progress.get(child)
@@ -179,7 +179,7 @@ class ReplicaScores:
     def _is_old(self, progress: _Progress, now: float) -> bool:
         if self._period is None or now < self._patient_until:
             return False
-        return any(now - one.since >= self._period for one in progress.scores.values())
+        return any(now - measured.since >= self._period for measured in progress.scores.values())
 
     # -- scores --
 
@@ -196,20 +196,20 @@ class ReplicaScores:
             ready: replicas that take inputs, by service.
         """
         at, queued = self._queued
-        for key, one in self._live.items():
+        for key, live in self._live.items():
             has_more = now - at < _RECENT and queued.get(key, 0) > 0
             if key not in tallies:
                 continue
-            if one.observe(now, tallies[key], ready.get(key, 0), has_more=has_more):
+            if live.observe(now, tallies[key], ready.get(key, 0), has_more=has_more):
                 logger.warning(
                     "by what the full replicas of this worker serve, the score of %s is %.4g/s, "
                     "%+.0f %% from the benchmark's %.4g/s; the worker goes by what is served. Have "
                     "the benchmark's inputs resemble the traffic, and benchmark_concurrency its "
                     "load",
                     key or "plain tasks",
-                    one.served,
-                    100 * (one.drift or 0.0),
-                    one.measured,
+                    live.served,
+                    100 * (live.drift or 0.0),
+                    live.measured,
                 )
 
     def as_snapshot(self, now: float) -> dict[str, snapshot.Score]:
@@ -219,21 +219,25 @@ class ReplicaScores:
             self._listed = {key: tuple(self._latest(key, now)) for key in self._live}
         return {
             key: snapshot.Score(
-                value=one.value,
-                measured=one.measured,
-                served=one.served,
-                drift=one.drift,
+                value=live.value,
+                measured=live.measured,
+                served=live.served,
+                drift=live.drift,
                 benchmarks=self._listed[key],
             )
-            for key, one in self._live.items()
+            for key, live in self._live.items()
         }
 
     def _latest(self, service: str, now: float) -> Iterator[snapshot.Benchmark]:
         """The latest figures of each task, of whichever replica."""
         for name in self._benchmarked.get(service, ()):
-            found = [one.scores[name] for one in self._progress.values() if name in one.scores]
+            found = [
+                progress.scores[name]
+                for progress in self._progress.values()
+                if name in progress.scores
+            ]
             if found:
-                latest = max(found, key=lambda one: one.since)
+                latest = max(found, key=lambda measured: measured.since)
                 figures = policy_scores.to_json(latest.score)
                 figures["rounds"] = figures["rounds"][:_MOST_SHOWN]
                 age = now - latest.since
@@ -243,9 +247,9 @@ class ReplicaScores:
         self._listed_at = -math.inf
         for service, names in self._benchmarked.items():
             each = [
-                policy_scores.combined(one.scores[name].score.value for name in names)
-                for one in self._progress.values()
-                if one.scores.keys() >= set(names)
+                policy_scores.combined(progress.scores[name].score.value for name in names)
+                for progress in self._progress.values()
+                if progress.scores.keys() >= set(names)
             ]
             values = [value for value in each if value is not None]
             # Without a replica the last score is the best guess of what the next will do.

@@ -232,7 +232,8 @@ class Supervisor:
                 bands=pool.bands.names() if pool.bands else {},
                 is_stopping=pool.is_stopping,
                 replicas=tuple(
-                    one.as_snapshot(self.setup.slots_per_replica, now) for one in self._replicas
+                    filled.as_snapshot(self.setup.slots_per_replica, now)
+                    for filled in self._replicas
                 ),
                 ready_slots={service: ready[service] * slots[service] for service in slots},
                 waiting=len(table.queue),

@@ -268,7 +268,7 @@ class TaskPool(BasePool):
         return {
             **super()._get_info(),
             "max-concurrency": self.limit,
-            "processes": [one["pid"] for one in worker["replicas"] if one["pid"]],
+            "processes": [replica["pid"] for replica in worker["replicas"] if replica["pid"]],
             "max-tasks-per-child": self._setup.max_tasks or "N/A",
             "put-guarded-by-semaphore": False,
             "timeouts": (options.get("soft_timeout") or 0, options.get("timeout") or 0),

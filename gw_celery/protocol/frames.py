@@ -69,7 +69,7 @@ class Report(enum.StrEnum):
     DONE = "done"
     #: (job, outcome, class name, text, message, traceback, requeue).
     ERROR = "error"
-    #: (task name,): a call of it goes on that nobody waits for, and cannot be ended.
+    #: (task name,): a call of it goes on that no input waits for, and cannot be ended.
     STUCK = "stuck"
     #: (job,): it expired while it gathered with others; what ends it, without an answer, follows.
     EXPIRED = "expired"

@@ -16,7 +16,7 @@ ENQUEUED = "gw-enqueued"
 #: Carried by a dead letter that was sent again: the deaths that it has caused do not count.
 REQUEUED = "gw-requeued"
 
-#: The cost of an input that nobody knows more of.
+#: The cost of an input of which no more is known.
 DEFAULT_WORKLOAD = 1.0
 #: A larger one counts as unknown: beside it, a sum would lose all others, or overflow.
 MOST_WORKLOAD = 1e12

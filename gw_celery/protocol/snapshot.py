@@ -52,7 +52,7 @@ class Replica:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outlook:
+class ServiceDemand:
     """The work of one service, as far as it is this worker's and that of those like it."""
 
     #: Messages in its queues; ``None`` where the broker does not tell.
@@ -65,7 +65,7 @@ class Outlook:
     waiting: float = 0.0
     #: Inputs that run, of that part.
     running_inputs: float = 0.0
-    #: Workload a second of one replica; ``None`` when nobody knows.
+    #: Workload a second of one replica; ``None`` while it is not known.
     score: float | None = None
     #: Replicas that this needs now.
     need: float = 0.0
@@ -92,7 +92,7 @@ class Scaling:
     #: Seconds from the start of a replica until it is ready, from experience.
     start_up: float | None = None
     #: By service; ``""`` for plain tasks. Empty while the broker cannot be read.
-    services: Mapping[str, Outlook] = dataclasses.field(default_factory=dict)
+    services: Mapping[str, ServiceDemand] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

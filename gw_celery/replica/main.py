@@ -121,7 +121,7 @@ class ParentLink(asyncio.Protocol):
         self.flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        os._exit(1)  # the parent is gone, and with it whoever would take an answer
+        os._exit(1)  # the parent is gone, and with it the receiver of answers
 
     def report(self, kind: frames.Report, *content: Any) -> None:
         """Send a report, together with the others of this turn of the loop."""

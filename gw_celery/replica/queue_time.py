@@ -29,7 +29,7 @@ def has_expired(expires: dt.datetime | None) -> bool:
 def waited(request: Mapping[str, Any]) -> float:
     """Return for how many seconds an input has waited to start.
 
-    One that the broker delivers again may have run meanwhile, so that nobody can say.
+    One that the broker delivers again may have run meanwhile, so that it cannot be said.
     """
     delivery = request.get("delivery_info") or {}
     if delivery.get("redelivered") or request.get("x-delivery-count"):

@@ -62,7 +62,7 @@ class Batchers:
     around: Callable[..., Any] = body_guard.call
     #: Sends what the inputs reported as they began, before the body can do any harm.
     tell: Callable[[], None] = lambda: None
-    #: Told which task's call goes on though nobody waits for it any more, and cannot be ended.
+    #: Receives the task whose call goes on though no input waits for it, and cannot be ended.
     on_stuck: Callable[[str], None] = lambda name: None
     #: Seconds that such a call has to end.
     grace: float = 5.0
@@ -83,7 +83,7 @@ class Batchers:
         return self._batchers[name]
 
     def drain(self) -> None:
-        """Wait for nobody any more: what is here runs as soon as its method is free."""
+        """Wait for no more inputs: those that are here run as soon as their method is free."""
         self.is_draining = True
         for batcher in self._batchers.values():
             batcher.form_soon()
@@ -132,8 +132,8 @@ class Batcher:
     ) -> Any:
         """Return the answer to one input, from a call that it shares.
 
-        Whoever stops waiting takes the input out, or drops its part of the answer: a call that
-        runs is never interrupted for one of its inputs.
+        A caller that stops waiting takes the input out, or drops its part of the answer: a call
+        that runs is never interrupted for one of its inputs.
 
         Args:
             fn: the body, bound to the instance whose parameters the inputs share.
@@ -239,7 +239,7 @@ class Batcher:
         self.form_soon()
 
     def _give_up_deserted(self) -> None:
-        """End the calls that nobody waits for any more: they keep others from being made."""
+        """End the calls that no input waits for any more: they keep others from being made."""
         for task, items in self._running.items():
             if items and all(item.outcome.done() for item in items):
                 self._running[task] = []
@@ -269,7 +269,7 @@ class Batcher:
                         await asyncio.gather(*records)
                     part = [item for item in first if item.begin()]
                     parts = await self._answered(part, flush) + rest + parts[1:]
-        except Exception as exc:  # ours: nobody may wait for ever because of it
+        except Exception as exc:  # ours: no input may wait for ever because of it
             logger.exception("a batch of %s broke off", self._method.task_name)
             for item in items:
                 item.fail(exc)
@@ -312,7 +312,7 @@ class Batcher:
             with body_guard.Contained():
                 return await fn(*args, **kwargs)
         except asyncio.CancelledError as exc:
-            # Nobody else cancels a call that somebody waits for.
+            # Only the body itself cancels a call that an input waits for.
             if (task := asyncio.current_task()) is not None:
                 task.uncancel()
             reason = "the body cancelled its own task; raise an Exception to fail its inputs"

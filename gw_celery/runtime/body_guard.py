@@ -61,7 +61,7 @@ class Contained:
             return _ends_process(exc)
         if isinstance(exc, asyncio.CancelledError):
             return self._task is not None and self._task.cancelling() > 0
-        # What closes a coroutine or a greenlet that nobody steps any more does not do so from the
+        # What closes a coroutine or a greenlet that is stepped no more does not do so from the
         # task that stepped it.
         is_closing = isinstance(exc, GeneratorExit | greenlet.GreenletExit)
         return is_closing and self._task is not _current_task()

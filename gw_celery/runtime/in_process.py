@@ -255,7 +255,7 @@ class Process:
         """Leave everything, in parallel, and cancel what is still entering."""
         for life in self._entering:
             life.abandon()
-        async with self._growing:  # whoever grows leaves what it entered
+        async with self._growing:  # a growth that is interrupted leaves what it entered
             owners = self._instances.values()
             contexts = lifecycle.leave_all(list(self._contexts.values()))
             await asyncio.gather(contexts, *(owner.leave() for owner in owners))
@@ -281,7 +281,7 @@ def _as_child(parent: Any, request: Any, send: Callable[[], Any]) -> Any:
     try:
         if request is None:
             return send()
-        # Celery takes the parent of an eager call from the stacks of whoever makes it.
+        # Celery takes the parent of an eager call from the stacks of its caller.
         _state._task_stack.push(parent)
         parent.request_stack.push(request)
         try:

@@ -189,7 +189,7 @@ class Instances:
         if self._builds.get(key) is build:
             del self._builds[key]
         if not build.cancelled():
-            build.exception()  # retrieved: where its callers gave up, nobody else does
+            build.exception()  # retrieved: callers that gave up have not done so
 
     async def _build_missing(self, values: ParameterValues) -> None:
         async with self._building:
@@ -222,7 +222,7 @@ class Instances:
     # -- making room --
 
     async def _has_room_for(self, values: ParameterValues) -> bool:
-        """Leave others until one more may be alive; False once nobody waits for ``values``."""
+        """Leave others until one more may be alive; False once no call waits for ``values``."""
         freed = asyncio.Event()
         running = asyncio.get_running_loop()
         self._on_idle = functools.partial(running.call_soon_threadsafe, freed.set)
@@ -256,7 +256,7 @@ class Instances:
         """Return the least recently used idle instance, drained.
 
         Where all are busy the least recently used one is drained, for calls that overlap for ever
-        would let nobody else in.
+        would keep all others out.
         """
         with self._lock:
             unpinned = [loaded for loaded in self._loaded if not loaded.is_pinned]

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Host:
-    """A loop and the thread that runs it, the caller's; whoever made the loop ends it."""
+    """A loop and the thread that runs it, the caller's; the code that made the loop ends it."""
 
     def __init__(
         self, hosted: asyncio.AbstractEventLoop, thread: threading.Thread | None = None

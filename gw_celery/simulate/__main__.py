@@ -105,7 +105,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--window", type=_ABOVE_ZERO, default=rules.window, help="seconds bursts are kept for (600)"
     )
     add("--queue-limit", type=_COUNT, help="inputs that may wait; more are turned away")
-    add("--nodes", type=_FROM_ONE, default=1, help="workers that share --max by seats (1)")
+    add("--nodes", type=_FROM_ONE, default=1, help="workers that share --max by apportionment (1)")
     add("--seed", type=int, default=0, help="when in a second each node decides (0)")
     add("--generated-factor", type=_DURATION, default=10.0, help="a generated token's worth (10)")
     add("--json", action="store_true", help="print figures as JSON")

@@ -70,7 +70,7 @@ def play(
 
 
 def our_policy(scenario: cluster.Scenario) -> list[OurPolicy]:
-    """Return the policy of each node, with its seats.
+    """Return the policy of each node, with its part of the replicas.
 
     All nodes have the same room, and the first ones one more if need be.
     """

@@ -90,7 +90,7 @@ class PoppingChannel(redis.Channel):
     _may_watch = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        #: Consumers that do not acknowledge: nobody would free what the script records.
+        #: Consumers that do not acknowledge: what the script records would never be freed.
         self._careless: set[str] = set()
         super().__init__(*args, **kwargs)
 
@@ -106,7 +106,7 @@ class PoppingChannel(redis.Channel):
         return super().basic_cancel(consumer_tag)
 
     def _update_queue_cycle(self) -> None:
-        """Called when a queue comes or goes; nobody has looked into one that comes."""
+        """Called when a queue comes or goes; one that comes has not been looked into."""
         super()._update_queue_cycle()
         if self._watch is not None:
             self._watch.wake()
@@ -247,7 +247,7 @@ class PoppingChannel(redis.Channel):
 
     def _records(self) -> bool:
         """Whether messages can be recorded as they are taken."""
-        # Without `recorded`, nobody acknowledges.
+        # Without `recorded`, no record is acknowledged.
         if not hasattr(self.qos, "recorded") or self._careless or self.global_keyprefix:
             return False
         return self._has_script()

@@ -172,7 +172,7 @@ class Channel(pop.PoppingChannel):
         for tag in list(_left_behind):
             try:
                 self.qos.restore_by_tag(tag)
-            except ValueError as exc:  # its record is no message; nobody else could read it
+            except ValueError as exc:  # its record is no message, and no worker could read it
                 logger.error("the message %s of a lost connection cannot be read: %r", tag, exc)
                 self.qos.forget([tag])
             _left_behind.discard(tag)

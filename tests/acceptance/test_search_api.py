@@ -143,7 +143,7 @@ def test_a_browser_on_another_site_cannot_post(web: Web) -> None:
     assert answer.status == 403
 
 
-def test_a_task_that_nobody_knows_is_pending(web: Web) -> None:
+def test_an_unknown_task_is_pending(web: Web) -> None:
     answer = web.get(f"/api/tasks/{uuid4()}/")
 
     assert answer.body == {"state": "PENDING", "result": None, "error": None}
@@ -172,7 +172,7 @@ def test_torch_is_loaded_where_the_model_runs_and_nowhere_else(project: Project)
 
 @pytest.fixture(scope="module")
 def cut_off(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
-    """Django on the same library, with a broker that nobody started."""
+    """Django on the same library, with a broker that was never started."""
     home = tmp_path_factory.mktemp("cut-off")
     nowhere = f"redis+socket://{home}/no.sock?virtual_host="
     urls = {"EXAMPLE_BROKER_URL": f"{nowhere}0", "EXAMPLE_RESULT_URL": f"{nowhere}1"}

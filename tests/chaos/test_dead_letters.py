@@ -112,14 +112,14 @@ def test_what_is_given_up_is_listed_and_can_be_sent_again(
 
 
 def test_an_unknown_id_is_refused(worker: WorkerProcess) -> None:
-    done = dead(worker, "--requeue", "nobody")
+    done = dead(worker, "--requeue", "absent")
     assert done.returncode == 1
-    assert "no message of task nobody lies in the queue gw.dead" in done.stderr
+    assert "no message of task absent lies in the queue gw.dead" in done.stderr
     assert lying(worker) == []
 
 
 def test_the_queue_never_grows_beyond_its_bound(client: Celery, empty: None) -> None:
-    client.send_task("nobody.serves", queue="unserved", compression="gzip", priority=3)
+    client.send_task("unserved.task", queue="unserved", compression="gzip", priority=3)
     with dead_letters.connect(client) as connection:
         queue = client.amqp.queues["unserved"](connection.default_channel)
         message = eventually(queue.get)

@@ -131,7 +131,7 @@ def test_a_replica_that_drains_runs_what_gathered_at_once(
     assert flush == "drain"
 
 
-def test_a_killed_child_has_each_input_of_its_batch_run_again_once_and_waiting_for_nobody(
+def test_a_killed_child_has_each_input_of_its_batch_run_again_once_without_waiting_for_others(
     start_pooled: StartPooled, ledger_path: Path
 ) -> None:
     """They run alone: the wait for others, ten minutes here, would be for nothing."""

@@ -1,4 +1,4 @@
-"""Messages that nobody can run reach a worker on the GPU pool: it rejects them and goes on."""
+"""Messages that no worker can run reach a worker on the GPU pool: it rejects them and goes on."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_message_in_a_content_that_is_not_accepted_is_rejected(
         pytest.param(lambda put: put(b"[[1, 2, 3, 4], {}, {}]"), id="arguments"),
     ],
 )
-def test_whoever_waits_for_a_message_that_cannot_run_gets_a_failure(
+def test_a_caller_that_waits_for_a_message_that_cannot_run_gets_a_failure(
     send: Callable[[Publish], str], publish: Publish
 ) -> None:
     result = pooled.celery.AsyncResult(send(publish))

@@ -137,7 +137,7 @@ def test_an_input_whose_result_cannot_be_stored_is_given_back_and_runs_after_the
     sent = send(app, 0.5, ["kept"])
     eventually(lambda: pooling.began(ledger_path, "kept"))
     results.stop()
-    # It is with the broker again, nothing is in flight, and nobody takes it.
+    # It is with the broker again, nothing is in flight, and it is not taken.
     eventually(lambda: queued(app) == 1, 60)
     paused(worker, app)
     assert len(pooling.began(ledger_path, "kept")) == 1

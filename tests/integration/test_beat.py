@@ -97,7 +97,7 @@ def test_every_worker_hears_every_tick_and_a_replica_sends_it(
         assert "raised" not in worker.log_text()
 
 
-def test_ticks_that_expired_while_nobody_listened_are_not_run(
+def test_ticks_that_expired_while_no_worker_listened_are_not_run(
     start: Start, redis_server: devserver.Server, ledger_path: Path
 ) -> None:
     past = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
@@ -194,7 +194,7 @@ def test_a_real_beat_has_the_entries_however_early_the_app_was_in_use(
     assert "gw_celery" not in beat.log_text().partition("Current schedule")[2]
 
 
-def test_rabbitmq_brings_ticks_and_drops_what_nobody_took(
+def test_rabbitmq_brings_ticks_and_drops_those_that_were_not_taken(
     start: Start,
     start_beat: StartBeat,
     ledger_path: Path,

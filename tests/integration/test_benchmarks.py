@@ -1,4 +1,4 @@
-"""Benchmarks in real workers: nothing is READY without a score, and nobody sees how it is made."""
+"""Benchmarks in real workers: nothing is READY without a score, and its making is not seen."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def test_a_system_exit_of_a_body_never_reaches_the_caller() -> None:
 
 
 def test_what_a_stranger_wrote_into_the_backend_is_not_raised() -> None:
-    sent = served.echo.apply_async((1,), queue="nobody")
+    sent = served.echo.apply_async((1,), queue="unread")
     record = {
         "status": "FAILURE",
         "result": {"exc_type": "SystemExit", "exc_module": "builtins", "exc_message": [3]},
@@ -198,7 +198,7 @@ def test_what_a_stranger_wrote_into_the_backend_is_not_raised() -> None:
 
 
 def test_what_a_stranger_wrote_into_the_backend_is_not_raised_by_a_group() -> None:
-    sent = group(served.echo.s(x).set(queue="nobody") for x in range(2))()
+    sent = group(served.echo.s(x).set(queue="unread") for x in range(2))()
     backend = served.celery.backend
     for one in sent.results:
         record = {
@@ -287,10 +287,10 @@ def test_a_cancelled_await_revokes_the_task(
 
 def test_a_call_without_a_worker_times_out_and_says_what_to_do() -> None:
     with pytest.raises(errors.CallTimeout, match="is a worker consuming its queue"):
-        served.square.options(timeout=0.3, queue="nobody").remote(1)
+        served.square.options(timeout=0.3, queue="unread").remote(1)
 
     async def awaited() -> None:
-        await served.square.options(timeout=0.3, queue="nobody")(1)
+        await served.square.options(timeout=0.3, queue="unread")(1)
 
     with pytest.raises(errors.CallTimeout, match=r"not answered within 0\.3 s"):
         asyncio.run(awaited())

@@ -80,7 +80,7 @@ def sent(task: Any, send: Callable[[], Any]) -> dict[str, Any]:
 
 
 def awaited(call: Callable[[], Any]) -> None:
-    """Await a call that nobody answers for long enough to have sent it."""
+    """Await a call that is not answered for long enough to have sent it."""
 
     async def give_up() -> None:
         with contextlib.suppress(gw.CallTimeout):

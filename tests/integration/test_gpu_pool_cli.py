@@ -96,6 +96,6 @@ def test_celerys_own_commands_do_the_same(worker: WorkerProcess) -> None:
 
 
 def test_no_worker_is_an_error_that_says_what_to_check(worker: WorkerProcess) -> None:
-    done = gw(worker, "status", "-d", "nobody@nowhere", "-t", "0.5")
+    done = gw(worker, "status", "-d", "absent@nowhere", "-t", "0.5")
     assert done.returncode == 1
     assert "no worker with the GPU pool answered within 0.5 s" in done.stderr

@@ -53,7 +53,7 @@ BODIES = [
     pytest.param(pooled.plain_rest, id="plain"),
 ]
 SERVED = BODIES[:2]
-#: Celery 5.6 tells nobody of a task that its time-out callback fails: no event, no signal.
+#: Celery 5.6 does not report a task that its time-out callback fails: no event, no signal.
 FAILURE_EVENTS = int(celery.VERSION[:2] >= (5, 7))
 
 
@@ -67,7 +67,7 @@ def test_a_soft_limit_is_raised_in_the_body(
     assert pooling.wrote(ledger_path, "softly", name) == 1
 
 
-def test_a_soft_limit_that_nobody_catches_fails_the_input(neighbours: None) -> None:
+def test_a_soft_limit_that_is_not_caught_fails_the_input(neighbours: None) -> None:
     sent = pooled.plain_rest.apply_async(("plain soft", 3.0), soft_time_limit=0.5)
     with pytest.raises(SoftTimeLimitExceeded):
         sent.get(timeout=20)

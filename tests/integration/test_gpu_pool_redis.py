@@ -96,7 +96,7 @@ def test_a_worker_that_is_killed_while_it_takes_messages_loses_none(
         worker = start_pooled(is_loaded=False, wait_ready=False)
         eventually(lambda most=left: server.llen("cpu.hold") < most, 40, 0.001)
         worker.kill()
-        # The child writes to the ledger for a moment longer, and nobody reads its answers.
+        # The child writes to the ledger for a moment longer, and its answers are not read.
         eventually(lambda dead=worker: not dead.children(), 20)
         assert server.hlen("unacked") > 0
         restore_all(redis_url)

@@ -136,7 +136,7 @@ def test_a_cold_shutdown_answers_what_was_acknowledged_early(
     wait_for_active(worker, 4)
     worker.signal(signal.SIGQUIT)
     worker.wait_exit(10)
-    # Nobody runs them again: a caller must not wait for ever.
+    # They are not run again: a caller must not wait for ever.
     assert [one.state for one in sent] == [states.FAILURE] * 4
 
 

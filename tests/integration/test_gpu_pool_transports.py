@@ -131,7 +131,7 @@ def _cut(url: str) -> None:
     """Close every connection of the test run's virtual host, as a restart of the broker would."""
     vhost = url.rpartition("/")[2]
     # This process's own would be cut, too, leave their sockets open, and fail the next test. A
-    # closed pool is of no use: whoever connects next makes another.
+    # closed pool is of no use: the next connection makes another.
     for key, pool in list(pools.connections.items()):
         if pool.connection.virtual_host == vhost:
             pools.producers.pop(key, None)

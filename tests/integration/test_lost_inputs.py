@@ -153,7 +153,7 @@ def test_a_worker_that_stops_while_inputs_of_it_are_on_record_will_be_answered_f
     broker.close()
 
 
-def test_nobody_answers_without_redis_or_where_none_is_declared_lost(client: Celery) -> None:
+def test_no_worker_answers_without_redis_or_where_none_is_declared_lost(client: Celery) -> None:
     assert membership.Membership(client, "w@h", {}, {}, None).lost is None
     assert lost_inputs.of(client, "w@h:1") is not None
     with Celery("files", backend="cache+memory://", set_as_current=False) as app:

@@ -92,7 +92,7 @@ def test_what_is_not_ready_gets_no_new_input_and_the_other_worker_has_its_traffi
     assert site.began(["back"]) == {"back": [pid]}
 
 
-def test_inputs_that_wait_where_nobody_is_ready_go_to_the_other_worker(site: Site) -> None:
+def test_inputs_that_wait_where_no_replica_is_ready_go_to_the_other_worker(site: Site) -> None:
     readiness = probe("is_ready", "readiness", failures=1)
     many = {"settings": {"worker_prefetch_multiplier": 8}}
     sick = site.start(readiness, node="sick", **many)

@@ -90,7 +90,7 @@ def test_a_worker_that_cannot_load_ends_and_leaves_its_messages_in_the_broker(
     assert worker.wait_exit(40) != 0
     assert reason in worker.log_text()
     assert ledger.words(ledger_path, "began") == []
-    # Whoever entered is left again before the process ends.
+    # Each context that was entered is left again before the process ends.
     entered = {line[2] for line in ledger.words(ledger_path, "entered")}
     assert entered == {line[2] for line in ledger.words(ledger_path, "left")}
     start_served(pool)

@@ -94,7 +94,7 @@ def test_a_notification_that_was_lost_is_made_good_however_many_calls_come(
     assert asyncio.run(answered()) == "there"
 
 
-def test_an_error_that_nobody_foresaw_is_logged_and_answers_still_come(
+def test_an_unforeseen_error_is_logged_and_answers_still_come(
     app: Celery,
     watcher: calls.Watcher,
     monkeypatch: pytest.MonkeyPatch,

@@ -64,7 +64,7 @@ async def _awaited_one(fn: Any) -> object:
 
 def _frozen() -> dict[str, tuple[str, float]]:
     """How calls with a time-out end while the broker accepts and never answers."""
-    fn = served.echo.options(timeout=0.5, queue="nobody")
+    fn = served.echo.options(timeout=0.5, queue="unread")
     fn.delay("connect")
     os.kill(int(os.environ["FREEZE"]), signal.SIGSTOP)
     return {

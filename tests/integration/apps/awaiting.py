@@ -22,7 +22,7 @@ CPU = gw.Gpu("CPU")
 @app.remote(gpu=CPU)
 @gw.concurrent(max_inputs=4)
 async def add(x: int, y: int) -> int:
-    # Whoever asks once at first finds nothing.
+    # A caller that asks only once, at first, finds nothing.
     await asyncio.sleep(0.3)
     return x + y
 

@@ -80,7 +80,7 @@ class Tokenizer:
     async def __aenter__(self) -> str:
         ledger.write("entering", "Tokenizer")
         await asyncio.sleep(float(os.environ.get("LOAD_TOKENIZER") or _load_time()))
-        # Written once this method has returned: whoever reads it may rely on it.
+        # Written once this method has returned: its reader may rely on it.
         asyncio.get_running_loop().call_soon(ledger.write, "entered", "Tokenizer")
         return "tokenizer"
 

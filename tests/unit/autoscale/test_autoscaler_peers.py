@@ -90,7 +90,7 @@ def test_what_others_have_ordered_and_not_told_is_not_taken_back(scaled: Scaled)
     scaled.peers = (other("gpu@a", replicas=1, least=1, score=None),)
     scaled.queued = 16
     assert scaled.after(1) == 2
-    scaled.queued = 11  # one is on its way into a worker, and seen by nobody
+    scaled.queued = 11  # one is on its way into a worker, and not seen yet
     assert scaled.after(1) == 2
 
 

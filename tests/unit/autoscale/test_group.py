@@ -57,7 +57,7 @@ def group(capacities: Sequence[int]) -> Iterator[Group]:
 
 
 def has_its_part(parts: Sequence[int], capacities: Sequence[int]) -> bool:
-    """Whether nobody has a replica that another, by capacity, should have (Webster's rule)."""
+    """Whether no worker has a replica that another, by capacity, should have (Webster's rule)."""
     last = [(part - 0.5) / most for part, most in zip(parts, capacities, strict=True) if part]
     following = [
         (part + 0.5) / most for part, most in zip(parts, capacities, strict=True) if part < most

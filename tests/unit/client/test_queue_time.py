@@ -278,7 +278,7 @@ def test_what_would_wait_for_too_long_is_not_sent(
     patient.delay()
     told.queues.clear()
     patient.delay()
-    assert len(sent) == 2, "as long as it may, or for as long as nobody knows"
+    assert len(sent) == 2, "as long as it may, or for as long as no estimate is known"
 
 
 def test_await_and_the_others_are_told_the_same(

@@ -69,7 +69,7 @@ def test_an_estimate_is_read_once_a_second(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "soon", "nan", "1e300"])
-def test_that_nobody_tells_is_good_for_a_second_too(clock: Clock, text: str | None) -> None:
+def test_that_there_is_no_estimate_is_good_for_a_second_too(clock: Clock, text: str | None) -> None:
     client = Client(text)
     found = wait_estimates.Waits(Shared(client), clock)
     assert [found.estimate("q") for _ in range(5)] == [None] * 5
@@ -92,7 +92,7 @@ def test_an_event_loop_reads_nothing_and_learns_from_a_thread() -> None:
     found = wait_estimates.Waits(Shared(client))
 
     async def ask() -> None:
-        assert found.estimate("q") is None, "nobody has told yet"
+        assert found.estimate("q") is None, "no estimate has been read yet"
 
     async def told() -> float | None:
         return found.estimate("q")
@@ -103,7 +103,7 @@ def test_an_event_loop_reads_nothing_and_learns_from_a_thread() -> None:
     found.close()
 
 
-def test_who_reads_keeps_nobody_else_waiting(clock: Clock) -> None:
+def test_a_thread_that_reads_keeps_no_other_waiting(clock: Clock) -> None:
     client, reading, go_on = Client("7"), threading.Event(), threading.Event()
     found = wait_estimates.Waits(Shared(client), clock)
     assert found.estimate("q") == 7.0
@@ -125,7 +125,7 @@ def test_who_reads_keeps_nobody_else_waiting(clock: Clock) -> None:
     eventually(lambda: len(client.asked) == 2)
 
 
-def test_without_a_redis_nobody_tells() -> None:
+def test_without_a_redis_there_is_no_estimate() -> None:
     assert wait_estimates.Waits(None).estimate("q") is None
     with Celery(broker="memory://", backend="cache+memory://", set_as_current=False) as app:
         assert wait_estimates.of(app).estimate("q") is None

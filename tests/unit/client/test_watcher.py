@@ -280,7 +280,7 @@ def test_a_timeout_bounds_the_sending_too(square, frozen, monkeypatch, way: str)
 
     with pytest.raises(gw.CallTimeout, match=r"square could not be sent within 0\.05 s"):
         WAYS[way](square.options(task_id="1", timeout=0.05))
-    frozen.set()  # what is sent at last has nobody that waits for it
+    frozen.set()  # no caller waits for what is sent at last
     assert eventually(lambda: ids) == ["1"]
 
 

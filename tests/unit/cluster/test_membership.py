@@ -77,7 +77,7 @@ def test_a_record_is_what_the_worker_told_last(project: Project) -> None:
     assert (seen.services["model"].score, seen.size) == (2.5, None)
 
 
-def test_what_cannot_be_read_harms_nobody_and_may_be_of_another_version(three: Project) -> None:
+def test_what_cannot_be_read_harms_no_worker_and_may_be_of_another_version(three: Project) -> None:
     newer = json.dumps({"version": 99, "worker": "new@h"})
     odd = {"odd": "{not json", "newer": newer}
     three.client.hset("gw:records", mapping=odd)
@@ -153,7 +153,7 @@ def test_keys_begin_as_those_of_the_broker(
 
 
 @pytest.mark.parametrize("seconds", [4, TTL + 1, 10 * TTL])
-def test_nobody_is_lost_because_redis_was_away(three: Project, seconds: int) -> None:
+def test_no_worker_is_lost_because_redis_was_away(three: Project, seconds: int) -> None:
     three.is_away = True
     three.after(seconds)
     three.is_away = False
@@ -163,7 +163,7 @@ def test_nobody_is_lost_because_redis_was_away(three: Project, seconds: int) -> 
 
 
 @pytest.mark.parametrize("shift", [3600.0, -3600.0, 20.0, -20.0])
-def test_nobody_is_lost_because_the_clock_of_redis_was_set(three: Project, shift: float) -> None:
+def test_no_worker_is_lost_because_the_clock_of_redis_was_set(three: Project, shift: float) -> None:
     three.shift = shift
     three.after(3 * TTL)
     assert three.tombstones() == set()
@@ -179,7 +179,7 @@ def test_a_clock_that_is_set_keeps_no_dead_worker_alive(three: Project, shift: f
     assert three.known("a@h") == ["c@h"]
 
 
-def test_nobody_is_lost_because_redis_lost_its_data(three: Project) -> None:
+def test_no_worker_is_lost_because_redis_lost_its_data(three: Project) -> None:
     three.client.flushall()
     three.after(1)
     assert len(three.alive()) == 3
@@ -249,7 +249,7 @@ def test_a_worker_that_is_merely_slow_is_left_alone(three: Project) -> None:
     assert three.tombstones() == set()
 
 
-def test_who_was_away_itself_declares_nobody_for_a_ttl(three: Project) -> None:
+def test_a_worker_that_was_away_itself_declares_none_lost_for_a_ttl(three: Project) -> None:
     killed = three.workers.pop("b@h").incarnation
     three.after(TTL + 1, frozen=["a@h", "c@h"])
     three.after(TTL)
@@ -326,7 +326,7 @@ def test_callers_are_told_what_is_ahead_over_what_all_workers_do(
     assert float(str(client.get(WAIT), "utf-8")) == 5.0
 
 
-def test_a_worker_that_serves_nothing_now_refuses_nobody(
+def test_a_worker_that_serves_nothing_now_refuses_no_input(
     project: Project, client: redis.Redis
 ) -> None:
     one = project.add("a@h", LIMITED, **busy(10.0))

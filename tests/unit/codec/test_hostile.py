@@ -13,7 +13,7 @@ from gw_celery import errors
 from tests.unit.codec import models
 
 DOCUMENTS = 10_000
-#: Modules of the standard library that nobody imports, so that an import would show.
+#: Modules of the standard library that are never imported, so that an import would show.
 NEVER_IMPORTED = ["this", "antigravity", "turtledemo", "idlelib.idle"]
 MARKERS = [
     "~tuple", "~set", "~frozenset", "~dict", "~obj", "~bytes", "~str", "~int", "~float",

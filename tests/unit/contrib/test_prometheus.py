@@ -25,7 +25,7 @@ TALLY = snapshot.Counters(
     running_inputs=3,
     mean=100.0,
 )
-OUTLOOK = snapshot.Outlook(queued=40, waiting=4000.0, score=250.0, need=18.0, keep=20.0)
+DEMAND = snapshot.ServiceDemand(queued=40, waiting=4000.0, score=250.0, need=18.0, keep=20.0)
 WORKER = snapshot.Worker(
     hostname="gpu@node1",
     replicas=(
@@ -39,7 +39,7 @@ WORKER = snapshot.Worker(
     closed_queues=("gpu.A100.Rerank",),
     tallies={SERVICE: TALLY, "": snapshot.Counters(arrived_inputs=3)},
     scores={SERVICE: snapshot.Score(value=250.0, drift=-0.1), "": snapshot.Score()},
-    scaling=snapshot.Scaling(least=1, most=8, desired=3, workers=4, services={SERVICE: OUTLOOK}),
+    scaling=snapshot.Scaling(least=1, most=8, desired=3, workers=4, services={SERVICE: DEMAND}),
 )
 
 
@@ -94,8 +94,8 @@ def test_what_is_not_known_is_left_out_and_not_zero() -> None:
 
 
 def test_a_length_that_the_broker_does_not_tell_is_left_out() -> None:
-    outlook = dataclasses.replace(OUTLOOK, queued=None)
-    scaling = snapshot.Scaling(least=1, most=8, services={SERVICE: outlook})
+    demand = dataclasses.replace(DEMAND, queued=None)
+    scaling = snapshot.Scaling(least=1, most=8, services={SERVICE: demand})
     names = {key[0] for key in samples(dataclasses.replace(WORKER, scaling=scaling))}
     assert "gw_queue_length" not in names
     assert "gw_backlog_workload" in names
@@ -103,7 +103,7 @@ def test_a_length_that_the_broker_does_not_tell_is_left_out() -> None:
 
 @pytest.mark.parametrize("workers", [1, 3, 1000])
 def test_what_all_workers_want_is_what_the_demand_needs_however_many_they_are(workers: int) -> None:
-    scaling = snapshot.Scaling(least=0, most=1, workers=workers, services={SERVICE: OUTLOOK})
+    scaling = snapshot.Scaling(least=0, most=1, workers=workers, services={SERVICE: DEMAND})
     one = samples(dataclasses.replace(WORKER, scaling=scaling))
     assert workers * one["gw_wanted_replicas", QUEUE, SERVICE] == pytest.approx(20)
 

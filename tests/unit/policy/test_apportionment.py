@@ -39,7 +39,9 @@ def test_the_parts_are_all_that_is_desired_or_all_that_there_can_be(
 
 
 @given(clusters, st.integers(0, 80))
-def test_nobody_has_more_than_it_can_have(peers: list[apportionment.Peer], desired: int) -> None:
+def test_no_worker_has_more_than_its_capacity(
+    peers: list[apportionment.Peer], desired: int
+) -> None:
     found = parts(peers, desired)
     assert all(found[peer.name] <= peer.capacity for peer in peers)
 
@@ -87,10 +89,10 @@ def test_own_positions_are_ascending_and_count_from_one() -> None:
     assert bisect.bisect_right(positions[0], 2) == apportionment.part(positions[0], 2) == 1
 
 
-def test_a_worker_that_nobody_knows_has_no_seat() -> None:
+def test_an_unknown_worker_has_no_replica() -> None:
     assert apportionment.own_positions([apportionment.Peer("a", 3)], "me") == []
 
 
-def test_a_thousand_workers_find_their_seats() -> None:
+def test_a_thousand_workers_find_their_parts() -> None:
     peers = [apportionment.Peer(f"{number:04}", 8) for number in range(1_000)]
     assert Counter(Counter(apportionment.order(peers)).values()) == {8: 1_000}

@@ -29,8 +29,8 @@ ME = record()
 
 def seen(
     *looks: dict[str, Any], mine: WorkerRecord = ME, others: Any = None, slots: int = 2
-) -> list[snapshot.Outlook]:
-    """The outlooks of looks a second apart; each may say ``mine`` and ``others`` itself."""
+) -> list[snapshot.ServiceDemand]:
+    """The demands of one service, a second apart; each may say ``mine`` and ``others`` itself."""
     service = demand.Service("model", slots, RULES, 0.0)
     return [
         service.see(float(now), look.pop("mine", mine), look.pop("others", others), **look)
@@ -174,9 +174,9 @@ def test_what_fails_or_is_held_is_no_capacity(states: str, size: Size) -> None:
 
 
 def parts(*group: WorkerRecord, total: int) -> dict[str, int]:
-    seats = demand.Seats()
-    return {one.worker: seats.part(group, one.worker, total) for one in group[:1]} | {
-        one.worker: demand.Seats().part(group, one.worker, total) for one in group[1:]
+    apportioned = demand.Apportionment()
+    return {one.worker: apportioned.part(group, one.worker, total) for one in group[:1]} | {
+        one.worker: demand.Apportionment().part(group, one.worker, total) for one in group[1:]
     }
 
 
@@ -194,8 +194,8 @@ def test_a_faster_worker_has_more_and_a_little_faster_is_as_fast() -> None:
 
 
 def test_a_group_that_changes_is_worked_out_anew() -> None:
-    kept = demand.Seats()
+    kept = demand.Apportionment()
     for number in [*range(10), 3, 0]:
         group = [ME, record("gpu@two", capacity=number)]
         found = kept.part(group, ME.worker, 5)
-        assert found == demand.Seats().part(group, ME.worker, 5)
+        assert found == demand.Apportionment().part(group, ME.worker, 5)

@@ -20,7 +20,7 @@ def test_an_empty_queue_is_no_wait_however_slow_the_service() -> None:
 
 
 @pytest.mark.parametrize("rate", [None, 0.0])
-def test_nobody_can_tell_while_nothing_serves(rate: float | None) -> None:
+def test_there_is_no_estimate_while_nothing_serves(rate: float | None) -> None:
     assert queue_time.estimate(10.0, 0.0, rate) is None
 
 

@@ -165,7 +165,7 @@ def test_an_input_that_is_revoked_while_it_waits_is_celerys_to_answer(
     assert celery_app.AsyncResult(ID).state == "REVOKED"
 
 
-def test_an_input_that_nobody_revoked_runs(request_of: Any) -> None:
+def test_an_input_that_is_not_revoked_runs(request_of: Any) -> None:
     request, happened = request_of()
     job = job_of(request)
     assert not job.was_withdrawn()

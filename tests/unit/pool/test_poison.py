@@ -53,7 +53,7 @@ def test_an_input_that_kills_alone_as_often_as_it_may_is_poison() -> None:
     assert not seen.is_poison("b")
 
 
-def test_a_death_in_company_in_between_clears_nobody() -> None:
+def test_a_death_in_company_in_between_clears_no_suspect() -> None:
     seen = counter(most=2)
     seen.record([Job("a", runs_alone=True)])
     seen.record([Job("a")])
@@ -71,7 +71,7 @@ def test_an_input_that_survives_alone_is_cleared() -> None:
     seen.forget("never seen")
 
 
-def test_a_death_with_nothing_in_flight_suspects_nobody() -> None:
+def test_a_death_with_nothing_in_flight_makes_no_suspect() -> None:
     seen = counter(most=1)
     seen.record([])
     assert not seen.is_suspect("a")
@@ -235,7 +235,7 @@ def test_a_worker_that_ends_has_no_more_questions(start: Start) -> None:
     assert not worker.ask("a")
 
 
-def test_without_a_redis_there_is_nobody_to_ask() -> None:
+def test_without_a_redis_no_count_is_asked_for() -> None:
     seen = counter(most=3)
     assert not seen.ask(1, "a")
     assert list(seen.answers()) == []

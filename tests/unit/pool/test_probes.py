@@ -139,7 +139,7 @@ def test_a_startup_probe_that_fails_too_often_ends_its_child(
     assert site.child.reason in reason
 
 
-def test_liveness_is_asked_on_its_own_period_whoever_ticks() -> None:
+def test_liveness_is_asked_on_its_own_period_at_any_rate_of_ticks() -> None:
     site = Site(on("liveness")).enter()
     first = site.probing.next_in(0.0)
     assert first is not None
@@ -235,7 +235,7 @@ def test_a_child_that_leaves_is_asked_no_more() -> None:
     assert site.probing.next_in(15.0) is None
 
 
-def test_an_answer_that_nobody_asked_for_is_ignored() -> None:
+def test_an_answer_that_was_not_asked_for_is_ignored() -> None:
     site = Site(on("liveness", failures=1)).enter()
     child: Any = site.child
     site.probing.follow(child, [frames.Report.PROBED, 12345, False, "", 0.0], 1.0)

@@ -182,7 +182,7 @@ def test_a_replica_that_loads_is_restarted_when_it_is_ready() -> None:
     assert made.next_to_restart() is at(made, 0)
 
 
-def test_a_replica_that_is_not_ready_is_restarted_at_once_for_nobody_misses_it() -> None:
+def test_a_replica_that_is_not_ready_is_restarted_at_once() -> None:
     made = replicas_of(3)
     unready: Any = at(made, 1).child
     unready.state.wants_inputs(3.0, False)
@@ -213,7 +213,7 @@ def test_a_replica_whose_child_has_died_meanwhile_needs_no_restart() -> None:
 
 
 @pytest.mark.parametrize("others", ["held", "unwanted"])
-def test_a_replica_that_nobody_wants_to_run_holds_up_no_restart(others: str) -> None:
+def test_a_replica_that_should_not_run_holds_up_no_restart(others: str) -> None:
     made = replicas_of(2)
     at(made, 0).child.requests = {1: None}
     if others == "held":

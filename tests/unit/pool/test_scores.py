@@ -147,7 +147,7 @@ def test_a_child_that_writes_something_else_writes_garbage(text: str) -> None:
         pool.answer(child, text)
 
 
-def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
+def test_an_answer_that_is_not_waited_for_is_ignored() -> None:
     pool, child = Pool(), Child()
     pool.answer(child, "garbage", call=1)
     pool.advance(child)

@@ -1,4 +1,4 @@
-"""What a message says of its input, whoever wrote it."""
+"""What a message says of its input, also when a stranger wrote it."""
 
 from __future__ import annotations
 

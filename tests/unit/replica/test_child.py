@@ -114,7 +114,7 @@ def test_a_soft_limit_is_raised_in_the_body_where_it_waits(
     assert child.outcome(job) == FAILED_SOFT
     assert body.saw == ["SoftTimeLimitExceeded"]
     assert child.store.states == ["STARTED", "FAILURE"]
-    assert type(child.result(job)) is SoftTimeLimitExceeded, "Celery's own, to whoever reads it"
+    assert type(child.result(job)) is SoftTimeLimitExceeded, "Celery's own, to its readers"
 
 
 def test_a_body_may_answer_after_its_soft_limit(child: Child, task: str, body: Body) -> None:

@@ -94,6 +94,6 @@ def test_callbacks_that_cannot_be_written_cost_their_record_only(
     assert "has callbacks that cannot be recorded" in caplog.text
 
 
-def test_nobody_records_what_nobody_would_look_for() -> None:
+def test_nothing_is_recorded_that_would_not_be_looked_for() -> None:
     assert early_ack_records.of(app(Backend()), None) is None
     assert early_ack_records.of(app(SimpleNamespace()), "w@h:1") is None

@@ -76,7 +76,7 @@ outcomes = pytest.mark.parametrize(
 
 
 def test_a_profiler_works_after_a_body_that_ran_in_a_thread() -> None:
-    """Python 3.11 hangs in it once an exception that nobody raised was taken back."""
+    """Python 3.11 hangs in it once an exception that was not raised was taken back."""
     program = """if True:
         import faulthandler, sys
         from gw_celery.replica import input

@@ -58,7 +58,7 @@ def test_a_broker_that_does_not_answer_is_not_waited_for(
     assert "did not answer" in caplog.text
 
 
-def test_a_connection_that_is_lost_stops_nobody(
+def test_a_connection_that_is_lost_stops_no_other(
     pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (used,) = connected(pool, 1)

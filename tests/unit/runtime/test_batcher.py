@@ -409,7 +409,7 @@ def test_a_body_that_cancels_its_own_task_fails_its_inputs_and_the_next_are_serv
     gathering(test, body, max_batch_size=8)
 
 
-# -- inputs that nobody wants any more --
+# -- inputs whose callers have given up --
 
 
 def test_one_that_gives_up_before_the_call_is_not_in_it() -> None:
@@ -478,7 +478,7 @@ def test_an_instance_is_in_use_until_its_call_is_over_though_no_input_waits_any_
     gathering(test, body, using=using, max_batch_size=8)
 
 
-def test_a_call_that_nobody_waits_for_any_more_is_cancelled_and_the_next_are_served() -> None:
+def test_a_call_that_no_input_waits_for_is_cancelled_and_the_next_are_served() -> None:
     calls = Calls()
 
     async def test(submit: Submit, _: Any) -> None:
@@ -574,7 +574,7 @@ def test_an_input_begins_when_its_batch_does_and_one_that_was_withdrawn_does_not
     assert wanted.told == ["announced", "begun"]
 
 
-def test_a_suspect_waits_for_nobody() -> None:
+def test_a_suspect_does_not_wait_for_others() -> None:
     async def test(submit: Submit, _: Any) -> None:
         batch_items.joining.set(Joining(runs_alone=True))
         assert await asyncio.wait_for(submit(1), 10) == 10

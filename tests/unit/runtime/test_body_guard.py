@@ -108,7 +108,7 @@ def test_a_body_that_is_closed_at_its_wait_ends_without_a_word() -> None:
     assert seen == ["GeneratorExit"]
 
 
-def test_a_greenlet_that_nobody_steps_any_more_ends_without_a_word() -> None:
+def test_a_greenlet_that_is_stepped_no_more_ends_without_a_log_line() -> None:
     seen: list[str] = []
 
     def body() -> None:

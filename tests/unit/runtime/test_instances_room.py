@@ -24,7 +24,7 @@ def _forgotten() -> None:
 
 
 async def everything_else() -> None:
-    """Let whoever can go on do so, until all wait for something that this test has to do."""
+    """Let each task that can go on do so, until all wait for something that this test has to do."""
     for _ in range(50):
         await asyncio.sleep(0)
 
@@ -91,7 +91,7 @@ def test_calls_that_overlap_for_ever_let_another_in() -> None:
     assert Model.most == 3
 
 
-def test_what_nobody_waits_for_any_more_drains_nothing() -> None:
+def test_a_build_that_no_call_waits_for_drains_nothing() -> None:
     async def main() -> None:
         of = await shelf()
         a, _ = await of.taking("a"), await of.taking("b")
@@ -204,7 +204,7 @@ def test_the_log_tells_what_is_loaded_and_what_goes(caplog) -> None:
     ]
 
 
-def test_an_exit_hook_that_fails_harms_nobody(caplog) -> None:
+def test_an_exit_hook_that_fails_harms_no_other(caplog) -> None:
     assert swapped("failing") == ["enter small", "enter a", "enter b"]
     assert "Tidy.unload failed" in caplog.text
 
@@ -268,7 +268,7 @@ def _unstuck() -> None:
     Stuck.began, Stuck.left = [], []
 
 
-def test_a_load_that_hangs_ends_at_its_limit_and_holds_up_nobody_for_ever() -> None:
+def test_a_load_that_hangs_ends_at_its_limit_and_holds_up_no_other_for_ever() -> None:
     async def main() -> None:
         owner = await Owner(Stuck, start_timeout=0.05).start()
         answers = await asyncio.gather(
@@ -340,7 +340,7 @@ def test_the_callers_of_a_failed_load_each_see_the_same_short_traceback() -> Non
 
 
 def test_a_load_belongs_to_no_call_in_particular() -> None:
-    caller = contextvars.ContextVar("caller", default="nobody")
+    caller = contextvars.ContextVar("caller", default="none")
     seen: list[str] = []
 
     class Aware:
@@ -360,7 +360,7 @@ def test_a_load_belongs_to_no_call_in_particular() -> None:
         await owner.stop()
 
     asyncio.run(main())
-    assert seen == ["small nobody", "large nobody"]
+    assert seen == ["small none", "large none"]
 
 
 def test_what_was_evicted_is_gone_without_a_garbage_collection() -> None:

@@ -57,7 +57,7 @@ def failing(exc: BaseException) -> Callable[[], Awaitable[object]]:
 
 
 def swallowing(release: asyncio.Event, log: list[str]) -> Callable[[], Awaitable[object]]:
-    """Wait for ``release``, whoever cancels it."""
+    """Wait for ``release``, and ignore cancellation."""
 
     async def wait() -> None:
         while not release.is_set():
@@ -222,7 +222,7 @@ def test_one_that_does_not_leave_skips_no_other(leave, limit, said, caplog) -> N
     assert [one for one in said if one not in caplog.text] == []
 
 
-def test_one_that_ignores_its_limit_holds_nobody_up(caplog) -> None:
+def test_one_that_ignores_its_limit_holds_no_other_up(caplog) -> None:
     async def main() -> None:
         (stubborn, other), log = probes("stubborn", "other")
         release = asyncio.Event()

@@ -14,7 +14,7 @@ DEADLINE = 30.0
 
 
 class Free:
-    """An input that nobody interrupts."""
+    """An input that is never interrupted."""
 
     def take_interrupt(self) -> None:
         return None

@@ -14,8 +14,8 @@ from kombu.exceptions import OperationalError
 from gw_celery import devserver
 from gw_celery.transport import find
 
-#: Nobody listens there, and nothing connects to it.
-NOBODY = "redis://127.0.0.1:1/0"
+#: No server listens there, and nothing connects to it.
+UNREACHABLE = "redis://127.0.0.1:1/0"
 NONE = "cache+memory://"
 
 
@@ -52,12 +52,12 @@ def test_without_a_redis_there_is_none(broker: str, backend: str) -> None:
 @pytest.mark.parametrize(
     ("broker", "backend", "kind"),
     [
-        (NOBODY, NONE, find.BrokerRedis),
-        (NOBODY, NOBODY, find.BrokerRedis),
-        ("rediss://127.0.0.1:1/0", NOBODY, find.BrokerRedis),
-        ("redis+socket:///run/nobody.sock", NONE, find.BrokerRedis),
+        (UNREACHABLE, NONE, find.BrokerRedis),
+        (UNREACHABLE, UNREACHABLE, find.BrokerRedis),
+        ("rediss://127.0.0.1:1/0", UNREACHABLE, find.BrokerRedis),
+        ("redis+socket:///run/absent.sock", NONE, find.BrokerRedis),
         ("sentinel://127.0.0.1:1", NONE, find.BrokerRedis),
-        ("memory://", NOBODY, find.ResultsRedis),
+        ("memory://", UNREACHABLE, find.ResultsRedis),
         ("amqp://guest@127.0.0.1:1//", "sentinel://127.0.0.1:1", find.ResultsRedis),
     ],
 )
@@ -69,7 +69,7 @@ def test_the_broker_comes_before_the_results_and_nothing_connects(
 
 @pytest.mark.parametrize(
     ("broker", "backend"),
-    [(NOBODY, NONE), ("memory://", NOBODY), ("memory://", "redis+socket:///no")],
+    [(UNREACHABLE, NONE), ("memory://", UNREACHABLE), ("memory://", "redis+socket:///no")],
 )
 def test_a_redis_that_is_away_is_an_error_of_who_asks_it(broker: str, backend: str) -> None:
     shared = found(broker, backend)

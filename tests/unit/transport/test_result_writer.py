@@ -317,7 +317,7 @@ def test_what_comes_in_an_outage_is_written_and_ends_it() -> None:
     assert told == ["ConnectionError: gone", ""]
 
 
-def test_one_that_waits_no_more_disturbs_nobody() -> None:
+def test_a_caller_that_waits_no_more_disturbs_no_other() -> None:
     async def act() -> list[Any]:
         server = Server(is_open=False)
         writer = result_writer.Writer(server, 5)

@@ -172,7 +172,7 @@ def test_a_queue_that_joins_before_the_answer_is_read_is_looked_into(
     assert worker.read(1) == [1]
 
 
-def test_a_full_window_wakes_nobody_and_loses_nothing(start: Any, redis_url: str) -> None:
+def test_a_full_window_wakes_no_worker_and_loses_nothing(start: Any, redis_url: str) -> None:
     worker = start(prefetch=1)
     worker.fall_idle()
     send(redis_url, range(3))

@@ -15,7 +15,7 @@ from gw_celery.protocol.snapshot import Worker
 from gw_celery.worker import commands
 
 TALLY = snapshot.Counters(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
-SCALING = snapshot.Scaling(least=1, most=4, services={"embed": snapshot.Outlook(queued=7)})
+SCALING = snapshot.Scaling(least=1, most=4, services={"embed": snapshot.ServiceDemand(queued=7)})
 NAMES = (
     "gw_status",
     "gw_drain",
