@@ -4,14 +4,14 @@ What serves is the child's own code from the socket on, with Celery's tracer and
 that can be held. The test writes the parent's orders and reads the child's reports::
 
     def test_an_answer_is_reported(child):
-        job = child.run(task.name, 1)
-        assert child.outcome(job) == (Report.DONE, "1")
+        number = child.run(task.name, 1)
+        assert child.outcome(number) == (Report.DONE, "1")
 
 - ``Child(app, **settings)`` is a context manager; it serves all that ``app`` has declared so far.
-- ``child.run(name, *args, **headers)`` sends an input and returns its job number; ``child.soft``,
+- ``child.run(name, *args, **headers)`` sends an input and returns its number; ``child.soft``,
   ``child.stop``, ``child.send`` are other orders.
-- ``child.outcome(job)`` waits for the report that ends an input, and ``child.told(job)`` returns
-  the kinds of all reports about it so far.
+- ``child.outcome(number)`` waits for the report that ends an input, and ``child.told(number)``
+  returns the kinds of all reports about it so far.
 - ``child.store`` holds what is written to the result backend while ``child.store.go`` is clear.
 """
 
@@ -89,7 +89,7 @@ class Child:
         self._ours.settimeout(0.02)
         self._unpacker = frames.Unpacker(frames.MAX_CHILD_FRAME_BYTES)
         self._entered = threading.Event()
-        self._jobs = itertools.count(1)
+        self._numbers = itertools.count(1)
         self._name = uuid.uuid4()
         self._failure: BaseException | None = None
         self.reports: list[list[Any]] = []
@@ -156,21 +156,21 @@ class Child:
 
     def run(self, name: str, *args: Any, alone: bool = False, **request: Any) -> int:
         """Send an input of the task ``name``; what else is given are headers of its message."""
-        job = next(self._jobs)
-        sent = {"id": self._id(job), "task": name, "delivery_info": {}, **request}
+        number = next(self._numbers)
+        sent = {"id": self._id(number), "task": name, "delivery_info": {}, **request}
         body = (args, {}, {})
         order = Order.RUN_ALONE if alone else Order.RUN
-        self.send(order, job, name, sent["id"], sent, body, None, None)
-        return job
+        self.send(order, number, name, sent["id"], sent, body, None, None)
+        return number
 
-    def _id(self, job: int) -> str:
-        return f"{self._name}-{job}"  # the memory of the backend is one for all tests
+    def _id(self, number: int) -> str:
+        return f"{self._name}-{number}"  # the memory of the backend is one for all tests
 
-    def soft(self, job: int, seconds: float = 5.0) -> None:
-        self.send(Order.SOFT, job, seconds)
+    def soft(self, number: int, seconds: float = 5.0) -> None:
+        self.send(Order.SOFT, number, seconds)
 
-    def stop(self, job: int) -> None:
-        self.send(Order.STOP, job)
+    def stop(self, number: int) -> None:
+        self.send(Order.STOP, number)
 
     def settle(self) -> None:
         """Return when the child has carried out all orders so far, and its loop has turned."""
@@ -184,9 +184,9 @@ class Child:
 
     # -- reports --
 
-    def outcome(self, job: int) -> tuple[Any, ...]:
+    def outcome(self, number: int) -> tuple[Any, ...]:
         """The report that ends an input: its kind, and what matters of the rest."""
-        kind, _, *content = eventually(lambda: self._about(job, _ENDS))
+        kind, _, *content = eventually(lambda: self._about(number, _ENDS))
         if kind == Report.GONE:
             return (kind,)
         if kind == Report.DONE:
@@ -194,14 +194,14 @@ class Child:
         outcome, name, *_ = content
         return kind, outcome, name.rpartition(".")[2]
 
-    def told(self, job: int) -> list[str]:
+    def told(self, number: int) -> list[str]:
         """The kinds of all reports about an input so far."""
         self._receive()
-        return [report[0] for report in self.reports if report[1:2] == [job]]
+        return [report[0] for report in self.reports if report[1:2] == [number]]
 
-    def result(self, job: int) -> Any:
+    def result(self, number: int) -> Any:
         """What the result backend has for an input."""
-        return self._app.AsyncResult(self._id(job)).result
+        return self._app.AsyncResult(self._id(number)).result
 
     def answer(self, kind: Report, number: int) -> list[Any]:
         """What a probe or a benchmark reported under its number."""

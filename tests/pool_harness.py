@@ -63,7 +63,7 @@ def _keep_plan(patch: pytest.MonkeyPatch) -> None:
 
 
 def _is_run(order: tuple[Any, ...]) -> bool:
-    """Whether an order is (what, job, task name, task id, request, body, type, encoding)."""
+    """Whether an order is (what, number, task name, task id, request, body, type, encoding)."""
     return order[0] in (Order.RUN, Order.RUN_ALONE)
 
 
@@ -73,11 +73,11 @@ def _setup_of(first: tuple[Any, ...]) -> dict[str, Any]:
     return dict(setup)
 
 
-def _failure(job: int, outcome: str, type_name: str, text: str, *, requeue: bool) -> list[Any]:
+def _failure(number: int, outcome: str, type_name: str, text: str, *, requeue: bool) -> list[Any]:
     traceback = f"Traceback: {text}"
     return [
         Report.ERROR,
-        job,
+        number,
         outcome,
         type_name,
         f"{type_name}({text!r})",
@@ -205,7 +205,7 @@ class Child:
         self._orders: list[tuple[Any, ...]] = []
         self._setup: dict[str, Any] | None = None
         #: The pool's number of each input, by its id and how often it was retried.
-        self._jobs: dict[tuple[str, int], int] = {}
+        self._numbers: dict[tuple[str, int], int] = {}
         process.before_end = self._read
         #: While time passes, it beats, and while a worker stops, it ends when it is told to leave.
         self.hangs = False
@@ -279,10 +279,10 @@ class Child:
 
     def accept(self, request: Request) -> None:
         """Report that the body of an input starts."""
-        self.report([Report.ACCEPT, self._job(request), time.monotonic()])
+        self.report([Report.ACCEPT, self._number(request), time.monotonic()])
 
     def done(self, request: Request, text: str = "'text'") -> None:
-        self.report([Report.DONE, self._job(request), text, 0.5])
+        self.report([Report.DONE, self._number(request), text, 0.5])
 
     def error(
         self,
@@ -293,12 +293,12 @@ class Child:
         outcome: str = Outcome.FAILURE,
         requeue: bool = False,
     ) -> None:
-        job = self._job(request)
-        self.report(_failure(job, outcome, type_name, text, requeue=requeue))
+        number = self._number(request)
+        self.report(_failure(number, outcome, type_name, text, requeue=requeue))
 
     def gone(self, request: Request) -> None:
         """Report that it no longer holds an input, and has no answer."""
-        self.report([Report.GONE, self._job(request)])
+        self.report([Report.GONE, self._number(request)])
 
     def fail_to_load(self, reason: str) -> None:
         self.report([Report.FAILED, reason])
@@ -330,14 +330,14 @@ class Child:
     # -- inside --
 
     def _of(self, what: Any) -> list[str]:
-        ids = {job: task_id for (task_id, _), job in self._jobs.items()}
+        ids = {number: task_id for (task_id, _), number in self._numbers.items()}
         return [ids[order[1]] for order in self.orders if order[0] == what]
 
-    def _job(self, request: Request) -> int:
+    def _number(self, request: Request) -> int:
         self._read()
         key = (request.id, request.retries)
-        assert key in self._jobs, f"{self} was not given {request}, but {self.runs}"
-        return self._jobs[key]
+        assert key in self._numbers, f"{self} was not given {request}, but {self.runs}"
+        return self._numbers[key]
 
     def _read(self) -> None:
         if not self.is_alive:
@@ -355,7 +355,7 @@ class Child:
             self._setup, orders = _setup_of(orders[0]), orders[1:]
         self._orders += orders
         runs = [order for order in orders if _is_run(order)]
-        self._jobs |= {(order[3], order[4]["retries"]): order[1] for order in runs}
+        self._numbers |= {(order[3], order[4]["retries"]): order[1] for order in runs}
 
 
 class _Timer:
@@ -641,10 +641,10 @@ class Harness:
         """
         info = self.info()
         assert [one["in_flight"] for one in info["gw_replicas"] if one["in_flight"]] == []
-        for service, tally in info["gw_tallies"].items():
-            assert (tally["waiting_inputs"], tally["running_inputs"]) == (0, 0), service
-            settled = tally["served_inputs"] + tally["given_back_inputs"]
-            assert tally["arrived_inputs"] == settled, service
+        for service, counters in info["gw_tallies"].items():
+            assert (counters["waiting_inputs"], counters["running_inputs"]) == (0, 0), service
+            settled = counters["served_inputs"] + counters["given_back_inputs"]
+            assert counters["arrived_inputs"] == settled, service
         ready = [
             self.child(one["number"]) for one in info["gw_replicas"] if one["state"] == "ready"
         ]

@@ -198,7 +198,7 @@ class Autoscaler(autoscale.Autoscaler):
         if lengths is None:
             target = max(1, target)  # with none, the next message would not be noticed
         why = self._idle(now) or _why(seen, total, len(group))
-        self._see(target, why, seen, total, len(group))
+        self._publish(target, why, seen, total, len(group))
         self._resize(target, why)
 
     def _tell(self, worker: snapshot.Worker) -> WorkerRecord:
@@ -210,7 +210,7 @@ class Autoscaler(autoscale.Autoscaler):
     def _hold(self) -> None:
         """What waits is not known: keep the size, within its bounds."""
         target = self._clamped(self.pool.snapshot().desired)
-        self._see(
+        self._publish(
             target,
             "nothing is known of the broker or the other workers: the size is kept",
             {},
@@ -221,7 +221,7 @@ class Autoscaler(autoscale.Autoscaler):
 
     def _learn(self, worker: snapshot.Worker) -> None:
         """Follow how long a start takes; what depends on it begins anew when that has changed."""
-        self._start_up.see(worker.replicas)
+        self._start_up.observe(worker.replicas)
         seconds = self._start_up.seconds
         if seconds is None or _is_near(seconds, self._rules.start_up):
             return
@@ -285,7 +285,7 @@ class Autoscaler(autoscale.Autoscaler):
         if consumers is not None and not mine.services[key].slots:
             consumers += 1  # it would be one, and its queue is closed
         queued = None if length is None else length.messages
-        return service.see(now, mine, others, queued=queued, consumers=consumers)
+        return service.observe(now, mine, others, queued=queued, consumers=consumers)
 
     def _resize(self, replicas: int, why: str) -> None:
         worker = self.pool.snapshot()
@@ -300,7 +300,7 @@ class Autoscaler(autoscale.Autoscaler):
             self.pool.shrink(-slots)
         self.pool.maintain_pool()
 
-    def _see(
+    def _publish(
         self,
         target: int,
         why: str,

@@ -32,7 +32,7 @@ class Service:
         self._taken: dict[str, float] = {}
         self._queued: int | None = None
 
-    def see(
+    def observe(
         self,
         now: float,
         mine: WorkerRecord,

@@ -153,7 +153,7 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-class Tally(Protocol):
+class ServiceCounters(Protocol):
     """Counters of the inputs of one service since its worker started; it does not change."""
 
     @property
@@ -191,7 +191,7 @@ class _Span:
     began: float
     ready: int
     #: The counters when it began.
-    first: Tally
+    first: ServiceCounters
     #: Sum of the shares of the slots that were taken, and how often they were looked at.
     taken: float = 0.0
     looks: int = 0
@@ -199,14 +199,14 @@ class _Span:
     def is_full(self, slack: float = 0.0) -> bool:
         return self.taken >= _FULL * self.looks - slack
 
-    def is_marred(self, tally: Tally, slot_seconds: float) -> bool:
+    def is_marred(self, counters: ServiceCounters, slot_seconds: float) -> bool:
         """Whether something other than work may have filled its slots."""
         # What waits may be refused faster than work comes, and what most inputs fail of more
         # replicas do not mend.
         first = self.first
-        is_refusing = tally.refused > first.refused
-        is_failing = _failed(tally) - _failed(first) > _succeeded(tally) - _succeeded(first)
-        return is_failing or (is_refusing and tally.busy - first.busy < _FULL * slot_seconds)
+        is_refusing = counters.refused > first.refused
+        is_failing = _failed(counters) - _failed(first) > _succeeded(counters) - _succeeded(first)
+        return is_failing or (is_refusing and counters.busy - first.busy < _FULL * slot_seconds)
 
 
 class LiveScore:
@@ -244,12 +244,14 @@ class LiveScore:
         if before and value and abs(value / before - 1.0) > DRIFT:
             self.served, self._has_warned = None, False
 
-    def observe(self, now: float, tally: Tally, ready: int, *, has_more: bool = False) -> bool:
+    def observe(
+        self, now: float, counters: ServiceCounters, ready: int, *, has_more: bool = False
+    ) -> bool:
         """Learn from the traffic; to be called about once a second.
 
         Args:
             now: seconds of a monotonic clock.
-            tally: the counters of the service.
+            counters: those of the service.
             ready: replicas that take inputs.
             has_more: messages are known to wait in the broker.
 
@@ -258,32 +260,32 @@ class LiveScore:
         """
         span = self._span
         if span is None or span.ready != ready or not ready:
-            self._begin(now, tally, ready)
+            self._begin(now, counters, ready)
             return False
         slots = self._slots * ready
         # What waits has found no slot, whatever the count of a moment says: short inputs are on
         # their way to or from the broker for a good part of their time.
-        is_full = has_more or tally.waiting_inputs > 0 or tally.running_inputs >= slots
-        span.taken += 1.0 if is_full else tally.running_inputs / slots
+        is_full = has_more or counters.waiting_inputs > 0 or counters.running_inputs >= slots
+        span.taken += 1.0 if is_full else counters.running_inputs / slots
         span.looks += 1
         elapsed = now - span.began
-        has_enough = tally.served_inputs - span.first.served_inputs >= _INPUTS_PER_SLOT * slots
+        has_enough = counters.served_inputs - span.first.served_inputs >= _INPUTS_PER_SLOT * slots
         if elapsed < _SPAN or (not has_enough and elapsed < _LONGEST):
             if not span.is_full(slack=0.5 * _SPAN):
-                self._begin(now, tally, ready)  # it cannot become full any more
+                self._begin(now, counters, ready)  # it cannot become full any more
             return False
         was_full = has_enough and span.is_full()
-        teaches = was_full and not span.is_marred(tally, slots * elapsed)
+        teaches = was_full and not span.is_marred(counters, slots * elapsed)
         if teaches:
-            self._learn((_succeeded(tally) - _succeeded(span.first)) / elapsed / ready, now)
-        self._begin(now, tally, ready)
+            self._learn((_succeeded(counters) - _succeeded(span.first)) / elapsed / ready, now)
+        self._begin(now, counters, ready)
         return teaches and self._is_warning_due()
 
-    def _begin(self, now: float, tally: Tally, ready: int) -> None:
+    def _begin(self, now: float, counters: ServiceCounters, ready: int) -> None:
         # Not within a span, which may be full and last for longer: it is about to say more.
         if now - self._learnt_at > _TRUSTED:
             self.served = None
-        self._span = _Span(began=now, ready=ready, first=tally)
+        self._span = _Span(began=now, ready=ready, first=counters)
 
     def _learn(self, rate: float, now: float) -> None:
         if rate > 0:
@@ -298,11 +300,11 @@ class LiveScore:
         return True
 
 
-def _failed(tally: Tally) -> float:
+def _failed(counters: ServiceCounters) -> float:
     """Workload of what ran and gave no value."""
-    return tally.failed - tally.refused
+    return counters.failed - counters.refused
 
 
-def _succeeded(tally: Tally) -> float:
+def _succeeded(counters: ServiceCounters) -> float:
     """Workload of what gave a value: what raises at once is not quick."""
-    return tally.served - tally.failed
+    return counters.served - counters.failed

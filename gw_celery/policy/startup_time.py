@@ -20,7 +20,7 @@ class StartUp:
         self.is_loading = False
         self._pids: set[int] = set()
 
-    def see(self, replicas: Iterable[snapshot.Replica]) -> None:
+    def observe(self, replicas: Iterable[snapshot.Replica]) -> None:
         """Learn from the replicas; each child counts once, when it has been READY."""
         start_ups: dict[int, float] = {}
         self.is_loading = False

@@ -140,7 +140,7 @@ class Requests:
         kind = report[0]
         held = child.requests.get(report[1])
         if held is None:
-            raise frames.Garbage(f"a {kind} report of job {report[1]}, which it does not hold")
+            raise frames.Garbage(f"a {kind} report of input {report[1]}, which it does not hold")
         if kind == frames.Report.ACCEPT:
             self._begin(held, child, min(report[2], now), now)
         elif kind == frames.Report.EXPIRED:

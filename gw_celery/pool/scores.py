@@ -188,7 +188,10 @@ class ReplicaScores:
         self._queued = (now, queued)
 
     def observe(
-        self, now: float, tallies: Mapping[str, policy_scores.Tally], ready: Mapping[str, int]
+        self,
+        now: float,
+        tallies: Mapping[str, policy_scores.ServiceCounters],
+        ready: Mapping[str, int],
     ) -> None:
         """Let the traffic correct the scores; about once a second.
 

@@ -63,17 +63,17 @@ class Report(enum.StrEnum):
     PROBED = "probed"
     #: (call, score or failure as JSON).
     MEASURED = "measured"
-    #: (job, monotonic seconds): the input starts, or the batch that it waited for.
+    #: (number, monotonic seconds): the input starts, or the batch that it waited for.
     ACCEPT = "accept"
-    #: (job, text of the result, seconds).
+    #: (number, text of the result, seconds).
     DONE = "done"
-    #: (job, outcome, class name, text, message, traceback, requeue).
+    #: (number, outcome, class name, text, message, traceback, requeue).
     ERROR = "error"
     #: (task name,): a call of it goes on that no input waits for, and cannot be ended.
     STUCK = "stuck"
-    #: (job,): it expired while it gathered with others; what ends it, without an answer, follows.
+    #: (number,): it expired while it gathered with others; its end, without an answer, follows.
     EXPIRED = "expired"
-    #: (job,): it is no longer here, and has no answer.
+    #: (number,): it is no longer here, and has no answer.
     GONE = "gone"
     #: (lag in seconds, resident bytes).
     BEAT = "beat"

@@ -1,4 +1,4 @@
-"""The one picture of a worker that operators see: frozen, cached, JSON-able."""
+"""The one snapshot of a worker that operators see: frozen, cached, JSON-able."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Benchmarks:
         link: the way to the parent.
     """
 
-    def __init__(self, app: Any, inputs: tracer.Inputs, link: replica_input.Link) -> None:
+    def __init__(self, app: Any, inputs: tracer.ReplicaInputs, link: replica_input.Link) -> None:
         self._app = app
         self._grace = conf.read(app.conf).cancel_timeout
         self._inputs = inputs
@@ -113,7 +113,7 @@ class Measurement:
         grace: seconds that an input has to end that was stopped.
     """
 
-    def __init__(self, task: Any, inputs: tracer.Inputs, grace: float) -> None:
+    def __init__(self, task: Any, inputs: tracer.ReplicaInputs, grace: float) -> None:
         self._task = task
         self._inputs = inputs
         self._grace = grace

@@ -38,9 +38,9 @@ class Records:
     async def begin(self, input: replica_input.Input, request: Any, arguments: Any) -> None:
         """Record an input that is about to start; without Redis it starts all the same."""
         record = self._written(input, request, arguments)
-        self._held.add(input.job)
+        self._held.add(input.number)
         try:
-            await self._app.backend.command("hset", self._key, str(input.job), record)
+            await self._app.backend.command("hset", self._key, str(input.number), record)
         except Exception as exc:
             logger.warning(
                 "task %s[%s] starts without a record: if its worker is killed it stays unanswered: "
@@ -50,11 +50,11 @@ class Records:
                 exc,
             )
 
-    def end(self, job: int) -> None:
+    def end(self, number: int) -> None:
         """Have the record of an input removed soon, if it has one."""
-        if job in self._held:
-            self._held.discard(job)
-            self._tasks.start(self._remove(str(job)), f"record of input {job}")
+        if number in self._held:
+            self._held.discard(number)
+            self._tasks.start(self._remove(str(number)), f"record of input {number}")
 
     async def _remove(self, number: str) -> None:
         try:

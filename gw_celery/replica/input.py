@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: The input whose tracer runs in this context.
 current: contextvars.ContextVar[Input | None] = contextvars.ContextVar("gw_input", default=None)
 
-#: The inputs that this process holds, by job number.
+#: The inputs that this process holds, by their number.
 in_flight: dict[int, Input] = {}
 
 
@@ -56,7 +56,7 @@ class Input:
     Celery's tracer stores a result.
     """
 
-    job: int
+    number: int
     name: str
     task_id: str
     #: ``None`` for the input of a benchmark, of which nothing outside this process may learn.
@@ -115,11 +115,11 @@ class Input:
         if self.has_begun or self._is_stopped:
             return not self._is_stopped
         if queue_time.has_expired(self.expires):
-            self._report(frames.Report.EXPIRED, self.job)
+            self._report(frames.Report.EXPIRED, self.number)
             self.stop()
             return False
         self.has_begun = True
-        self._report(frames.Report.ACCEPT, self.job, time.monotonic())
+        self._report(frames.Report.ACCEPT, self.number, time.monotonic())
         # Celery's tracer stores a rejection as any failure: callbacks and chords learn of it, and
         # nothing that waits for the result backend is in the worker's loop.
         self.rejection = self._check_queue_time()

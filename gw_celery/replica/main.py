@@ -203,7 +203,7 @@ class Services:
         )
         threads = sum(service.max_inputs for service in self._served) + 1  # one for plain tasks
         records = early_ack_records.of(app, setup["worker"])
-        inputs = tracer.Inputs(app, link, threads, around, records)
+        inputs = tracer.ReplicaInputs(app, link, threads, around, records)
         self._benchmarks = benchmark.Benchmarks(app, inputs, link)
         self._probes = probe.Probes(self._runtime, self._served, link, around)
         link.orders |= {

@@ -48,7 +48,7 @@ _OUTCOMES: dict[type[Exception], frames.Outcome] = {
 }
 
 
-class Inputs:
+class ReplicaInputs:
     """The inputs that this replica holds, in the order of their way; on its loop.
 
     Args:
@@ -77,7 +77,7 @@ class Inputs:
 
     def start(
         self,
-        job: int,
+        number: int,
         name: str,
         task_id: str,
         request: Any,
@@ -90,7 +90,7 @@ class Inputs:
         when that is there.
 
         Args:
-            job: its number on the way to the parent.
+            number: of the input in the frames between parent and child.
             request: the headers of its message.
             content: the body of its message, its content type and its encoding.
             runs_alone: it may kill this process, and shares no call.
@@ -99,7 +99,7 @@ class Inputs:
         service, method = getattr(task, "gw_service", None), getattr(task, "gw_method", None)
         gathers = method is not None and method.batched is not None
         input = replica_input.Input(
-            job,
+            number,
             name,
             task_id,
             self._link,
@@ -110,7 +110,7 @@ class Inputs:
             max_queue_time=service and service.max_queue_time(self._max_queue_time),
             records=self._records if self._records and self._records.has(name) else None,
         )
-        replica_input.in_flight[job] = input
+        replica_input.in_flight[number] = input
         if not gathers and input.records is None:
             input.begin()
         self._tasks.start(self._run(input, *content), f"{name}[{task_id}]")
@@ -125,11 +125,11 @@ class Inputs:
             report = _escaped(input, exc)
         finally:
             followed.end()
-            replica_input.in_flight.pop(input.job, None)
+            replica_input.in_flight.pop(input.number, None)
             # A task that the body left behind keeps its context, but not the arguments in here.
             input.request = {}
         if self._records is not None:
-            self._records.end(input.job)
+            self._records.end(input.number)
         if report[0] != frames.Report.GONE:
             input.begin()  # unless it has: an error of what could not be read is no start
         self._link.report(*report)
@@ -148,9 +148,9 @@ class Inputs:
         run = functools.partial(trace.fast_trace_task, *message, None, None)
         failed, answer, runtime = await self.call(input, run)
         if failed:
-            return failure(input.job, _unwrapped(answer.exception), safe_str(answer.traceback))
+            return failure(input.number, _unwrapped(answer.exception), safe_str(answer.traceback))
         text = frames.cut(str(answer), _LONGEST_TEXT)
-        return frames.Report.DONE, input.job, text, float(runtime or 0.0)
+        return frames.Report.DONE, input.number, text, float(runtime or 0.0)
 
     async def _decoded(self, body: Any, content_type: Any, content_encoding: Any) -> Any:
         if not content_type:
@@ -165,18 +165,18 @@ class Inputs:
         """Return ``run()`` from where the tracer of an input runs: on the loop, or in a thread."""
         if not greenlet_bridge.runs_on_loop(self._app.tasks.get(input.name)):
             return await self._threads.run(run)
-        await self._connections.look()
+        await self._connections.close_outdated()
         input.task = asyncio.current_task()
         return await greenlet_bridge.step(run, input)
 
-    def limit(self, job: int, seconds: float) -> None:
+    def limit(self, number: int, seconds: float) -> None:
         """Raise a soft time limit in one input."""
-        if (input := replica_input.in_flight.get(job)) is not None:
+        if (input := replica_input.in_flight.get(number)) is not None:
             input.limit(seconds)
 
-    def stop(self, job: int) -> None:
+    def stop(self, number: int) -> None:
         """Stop one input; its answer is not wanted any more."""
-        if (input := replica_input.in_flight.get(job)) is not None:
+        if (input := replica_input.in_flight.get(number)) is not None:
             input.stop()
 
 
@@ -191,12 +191,12 @@ def prepare(app: Any, hostname: str) -> None:
 # -- what is reported of an input without a result --
 
 
-def failure(job: int, exc: BaseException, traceback: str) -> Report:
+def failure(number: int, exc: BaseException, traceback: str) -> Report:
     """Return the report of an outcome that Celery's tracer has stored, or left to the worker."""
     outcomes = (outcome for kind, outcome in _OUTCOMES.items() if isinstance(exc, kind))
     shown = exc.exc if isinstance(exc, Retry) and exc.exc is not None else exc
     outcome = next(outcomes, frames.Outcome.FAILURE)
-    return _error(job, outcome, exc, safe_repr(shown), traceback)
+    return _error(number, outcome, exc, safe_repr(shown), traceback)
 
 
 def _escaped(input: replica_input.Input, exc: BaseException) -> Report:
@@ -205,15 +205,15 @@ def _escaped(input: replica_input.Input, exc: BaseException) -> Report:
     The tracer stores whatever a body raises, so that what comes out of it is a failed store.
     """
     if isinstance(exc, execution.Stopped | asyncio.CancelledError):
-        return frames.Report.GONE, input.job
+        return frames.Report.GONE, input.number
     if isinstance(exc, SystemExit | KeyboardInterrupt):
         text = f"exitcode {exc.code}" if isinstance(exc, SystemExit) else repr(exc)
-        return _error(input.job, frames.Outcome.EXIT, exc, text)
+        return _error(input.number, frames.Outcome.EXIT, exc, text)
     if isinstance(exc, Reject):
-        return failure(input.job, exc, "")
+        return failure(input.number, exc, "")
     outcome = frames.Outcome.UNSTORED if input.is_traced else frames.Outcome.INTERNAL
     logger.error("task %s[%s]: %s", input.name, input.task_id, outcome.value, exc_info=exc)
-    return _error(input.job, outcome, exc, safe_repr(exc))
+    return _error(input.number, outcome, exc, safe_repr(exc))
 
 
 def _unwrapped(exc: BaseException) -> BaseException:
@@ -222,13 +222,13 @@ def _unwrapped(exc: BaseException) -> BaseException:
 
 
 def _error(
-    job: int, outcome: frames.Outcome, exc: BaseException, text: str, traceback: str = ""
+    number: int, outcome: frames.Outcome, exc: BaseException, text: str, traceback: str = ""
 ) -> Report:
     # Subclasses, such as numpy's, mean the same: the process is out of memory.
     kind = MemoryError if isinstance(exc, MemoryError) else type(exc)
     return (
         frames.Report.ERROR,
-        job,
+        number,
         outcome,
         f"{kind.__module__}.{kind.__qualname__}",
         frames.cut(text, _LONGEST_TEXT),

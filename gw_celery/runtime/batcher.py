@@ -246,10 +246,10 @@ class Batcher:
                 if self._method.is_async:
                     task.cancel()
                 due = self._clock.now() + self._host.grace
-                look = functools.partial(self._look, task)
-                self._clock.call_at(due, look, self._host.context)
+                report = functools.partial(self._report_stuck, task)
+                self._clock.call_at(due, report, self._host.context)
 
-    def _look(self, task: asyncio.Task[None]) -> None:
+    def _report_stuck(self, task: asyncio.Task[None]) -> None:
         if task in self._running:
             self._host.on_stuck(self._method.task_name)
 

@@ -50,7 +50,7 @@ class Shared:
             close_old = symbol_by_name("django.db:close_old_connections")
             self._clean = sync_to_async(close_old)
 
-    async def look(self) -> None:
+    async def close_outdated(self) -> None:
         """Close connections that are too old or broken, when it is time."""
         now = time.monotonic()
         if self._clean is not None and now - self._last >= _PERIOD:

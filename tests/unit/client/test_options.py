@@ -29,11 +29,11 @@ def test_every_option_of_celery_and_of_its_publisher_is_taken(app: gw.App) -> No
     taken = {name for one in takes for name in inspect.signature(one).parameters}
     taken |= {name for name, _ in amqp.basic_message.Message.PROPERTIES}
 
-    class Asked:
+    class AllOptions:
         def __getattr__(self, name: str) -> str:
             return name
 
-    taken |= {*extract_exec_options(Asked())}
+    taken |= {*extract_exec_options(AllOptions())}
     for name in taken - NOT_OPTIONS:
         assert square.options(**{name: None}).task.name == square.name
 

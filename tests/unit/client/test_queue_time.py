@@ -245,7 +245,7 @@ def test_a_repeated_message_waits_anew(patient: Any, sent: list[dict[str, Any]])
 # -- refused before it is sent --
 
 
-class Told:
+class Estimates:
     """Estimates that a test has written."""
 
     def __init__(self, **queues: float) -> None:
@@ -258,14 +258,14 @@ class Told:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    found = Told(patient=40.0)
+def estimates(monkeypatch: pytest.MonkeyPatch) -> Estimates:
+    found = Estimates(patient=40.0)
     monkeypatch.setattr(wait_estimates, "of", lambda app: found)
     return found
 
 
 def test_what_would_wait_for_too_long_is_not_sent(
-    patient: Any, told: Told, sent: list[dict[str, Any]]
+    patient: Any, estimates: Estimates, sent: list[dict[str, Any]]
 ) -> None:
     with pytest.raises(gw.QueueTimeExceeded) as raised:
         patient.delay()
@@ -274,15 +274,15 @@ def test_what_would_wait_for_too_long_is_not_sent(
     assert raised.value.queue == "gpu.patient"
     assert raised.value.task.endswith(".patient")
     assert not raised.value.was_sent
-    told.queues["patient"] = LIMIT
+    estimates.queues["patient"] = LIMIT
     patient.delay()
-    told.queues.clear()
+    estimates.queues.clear()
     patient.delay()
     assert len(sent) == 2, "as long as it may, or for as long as no estimate is known"
 
 
 def test_await_and_the_others_are_told_the_same(
-    app: gw.App, celery_app: Celery, patient: Any, told: Told, sent: list[dict[str, Any]]
+    app: gw.App, celery_app: Celery, patient: Any, estimates: Estimates, sent: list[dict[str, Any]]
 ) -> None:
     async def awaited() -> None:
         with pytest.raises(gw.QueueTimeExceeded):
@@ -296,10 +296,10 @@ def test_await_and_the_others_are_told_the_same(
 
 
 def test_the_projects_limit_is_for_services_that_have_none(
-    weigh: Any, patient: Any, celery_app: Celery, told: Told
+    weigh: Any, patient: Any, celery_app: Celery, estimates: Estimates
 ) -> None:
     celery_app.conf.gw_max_queue_time = LIMIT + 5
-    told.queues["weigh"] = told.queues["patient"]
+    estimates.queues["weigh"] = estimates.queues["patient"]
     with pytest.raises(gw.QueueTimeExceeded) as the_projects:
         weigh.delay("a")
     with pytest.raises(gw.QueueTimeExceeded) as its_own:
@@ -307,30 +307,30 @@ def test_the_projects_limit_is_for_services_that_have_none(
     assert (the_projects.value.limit, its_own.value.limit) == (LIMIT + 5, LIMIT)
 
 
-def test_a_task_without_a_limit_asks_for_no_estimate(weigh: Any, told: Told) -> None:
+def test_a_task_without_a_limit_asks_for_no_estimate(weigh: Any, estimates: Estimates) -> None:
     weigh.delay("a")
-    assert told.asked == []
+    assert estimates.asked == []
 
 
-def test_what_is_for_later_is_judged_later(patient: Any, told: Told) -> None:
+def test_what_is_for_later_is_judged_later(patient: Any, estimates: Estimates) -> None:
     patient.apply_async(countdown=60)
     patient.apply_async(eta=dt.datetime.now(dt.UTC) + dt.timedelta(hours=1))
-    assert told.asked == []
+    assert estimates.asked == []
 
 
-def test_another_queue_has_an_estimate_of_its_own(patient: Any, told: Told) -> None:
+def test_another_queue_has_an_estimate_of_its_own(patient: Any, estimates: Estimates) -> None:
     patient.apply_async(queue="elsewhere")
-    assert told.asked == ["elsewhere"]
+    assert estimates.asked == ["elsewhere"]
 
 
 def test_no_canvas_is_sent_in_part_and_no_retry_is_lost(
-    patient: Any, weigh: Any, told: Told, sent: list[dict[str, Any]]
+    patient: Any, weigh: Any, estimates: Estimates, sent: list[dict[str, Any]]
 ) -> None:
     group(patient.s(), patient.s()).delay()
     chord([weigh.s("a")], patient.si())
     patient.apply_async(retries=1)
     patient.apply_async(parent_id="the one before it in a chain")
-    assert told.asked == []
+    assert estimates.asked == []
     assert len(sent) == 4
     with pytest.raises(gw.QueueTimeExceeded):
         chain(patient.si(), weigh.si("a")).delay()

@@ -33,7 +33,7 @@ def seen(
     """The demands of one service, a second apart; each may say ``mine`` and ``others`` itself."""
     service = demand.Service("model", slots, RULES, 0.0)
     return [
-        service.see(float(now), look.pop("mine", mine), look.pop("others", others), **look)
+        service.observe(float(now), look.pop("mine", mine), look.pop("others", others), **look)
         for now, look in enumerate(looks, start=1)
     ]
 

@@ -14,7 +14,7 @@ class Traffic:
     def __init__(self, slots: int, *, measured: float | None = None) -> None:
         self.live = scores.LiveScore(slots)
         self.slots = slots
-        self.tally = snapshot.Counters()
+        self.counters = snapshot.Counters()
         self.now = 1000.0
         self.warnings = 0
         self.has_more = False
@@ -26,16 +26,18 @@ class Traffic:
         """Serve ``rate`` workload a second, in inputs of ``each``, with a share of slots taken."""
         for _ in range(seconds):
             self.now += 1.0
-            served = self.tally.served + rate
+            served = self.counters.served + rate
             self.count(
                 served=served,
                 served_inputs=round(served / each),
                 running_inputs=round(taken * self.slots * ready),
             )
-            self.warnings += self.live.observe(self.now, self.tally, ready, has_more=self.has_more)
+            self.warnings += self.live.observe(
+                self.now, self.counters, ready, has_more=self.has_more
+            )
 
     def count(self, **changed: float) -> None:
-        self.tally = dataclasses.replace(self.tally, **changed)  # type: ignore[arg-type]
+        self.counters = dataclasses.replace(self.counters, **changed)  # type: ignore[arg-type]
 
 
 def test_a_service_without_a_benchmark_has_no_score_until_it_is_full_for_a_while() -> None:
@@ -138,12 +140,12 @@ def test_nothing_served_teaches_nothing() -> None:
 def test_inputs_that_raise_at_once_make_no_replica_quick() -> None:
     traffic = Traffic(10, measured=100.0)
     for _ in range(60):
-        traffic.count(failed=traffic.tally.failed + 40.0)
+        traffic.count(failed=traffic.counters.failed + 40.0)
         traffic.flow(1, 90.0)
     assert traffic.live.value == pytest.approx(50.0, rel=0.2)
     for failed in (900.0, 850.0):
         for _ in range(60):
-            traffic.count(failed=traffic.tally.failed + failed)
+            traffic.count(failed=traffic.counters.failed + failed)
             traffic.flow(1, 900.0)
         assert traffic.live.value == pytest.approx(50.0, rel=0.2), "most fail: that teaches nothing"
 
@@ -165,7 +167,7 @@ def test_inputs_that_are_refused_make_no_replica_slow() -> None:
     for second in range(1, 61):
         is_late = second % 30 > 12  # after a burst all that waits is late for a while
         served = 40 if is_late else 20
-        tallied = traffic.tally
+        tallied = traffic.counters
         traffic.count(
             refused=tallied.refused + (40.0 if is_late else 0.0),
             failed=tallied.failed + (40.0 if is_late else 0.0),
@@ -179,7 +181,7 @@ def test_inputs_that_are_refused_make_no_replica_slow() -> None:
 def test_slots_that_are_at_work_teach_also_while_others_are_refused() -> None:
     traffic = Traffic(4, measured=20.0)
     for _ in range(300):
-        tallied = traffic.tally
+        tallied = traffic.counters
         traffic.count(
             refused=tallied.refused + 3.0,
             failed=tallied.failed + 3.0,
@@ -193,7 +195,7 @@ def test_slots_that_are_at_work_teach_also_while_others_are_refused() -> None:
 def test_a_score_that_is_too_high_comes_down_also_where_most_is_refused() -> None:
     traffic = Traffic(4, measured=300.0)
     for _ in range(300):
-        tallied = traffic.tally
+        tallied = traffic.counters
         traffic.count(
             refused=tallied.refused + 200.0,
             failed=tallied.failed + 200.0,

@@ -33,7 +33,7 @@ def test_the_duration_of_a_start_up(
 ) -> None:
     start_up = startup_time.StartUp()
     for replicas in looks:
-        start_up.see(replicas)
+        start_up.observe(replicas)
     assert start_up.seconds == seconds
 
 
@@ -58,6 +58,6 @@ def test_a_child_that_was_not_ready_yet_is_loading(
     replicas: list[snapshot.Replica], is_loading: bool
 ) -> None:
     start_up = startup_time.StartUp()
-    start_up.see([replica("starting")])
-    start_up.see(replicas)
+    start_up.observe([replica("starting")])
+    start_up.observe(replicas)
     assert start_up.is_loading is is_loading

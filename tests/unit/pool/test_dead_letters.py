@@ -75,7 +75,7 @@ def message(**changes: Any) -> SimpleNamespace:
     )
 
 
-def job(task_id: str) -> Any:
+def request(task_id: str) -> Any:
     sent = message(headers={"id": task_id, "task": "proj.embed"})
     return SimpleNamespace(message=sent, name="proj.embed", task_id=task_id)
 
@@ -147,7 +147,7 @@ def test_a_long_reason_is_cut_for_headers_have_a_limit() -> None:
 def test_a_dead_letter_has_the_worker_the_reason_and_the_deaths(
     writer: dead_letters.DeadLetters, queue: Queue
 ) -> None:
-    writer.keep(job("a"), "it killed", 3)
+    writer.keep(request("a"), "it killed", 3)
     eventually(lambda: queue.held)
     added = queue.held[0]["headers"]
     assert (added["gw-dead-worker"], added["gw-dead-reason"], added["gw-dead-deaths"]) == (
@@ -162,7 +162,7 @@ def test_keeping_never_waits_for_a_broker_that_hangs(
 ) -> None:
     queue.is_free.clear()
     for number in range(dead_letters._MAX_WAITING + 1):
-        writer.keep(job(f"n{number}"), "", 3)
+        writer.keep(request(f"n{number}"), "", 3)
     assert "[n100] has no dead letter: 100 others wait for the broker" in caplog.text
     writer.close()
     for number in range(dead_letters._MAX_WAITING):
@@ -173,7 +173,7 @@ def test_the_end_of_a_worker_waits_for_what_can_be_written(
     writer: dead_letters.DeadLetters, queue: Queue
 ) -> None:
     for name in "ab":
-        writer.keep(job(name), "", 3)
+        writer.keep(request(name), "", 3)
     writer.close()
     assert [letter["headers"]["id"] for letter in queue.held] == ["a", "b"]
 
@@ -182,7 +182,7 @@ def test_a_dead_letter_is_tried_again_while_the_broker_is_away(
     writer: dead_letters.DeadLetters, queue: Queue
 ) -> None:
     queue.is_away = True
-    writer.keep(job("a"), "", 3)
+    writer.keep(request("a"), "", 3)
     eventually(lambda: queue.tries > 2)
     queue.is_away = False
     eventually(lambda: queue.held)
@@ -192,7 +192,7 @@ def test_a_full_queue_is_one_line_with_the_task_and_the_remedy(
     writer: dead_letters.DeadLetters, queue: Queue, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in "abc":
-        writer.keep(job(name), "", 3)
+        writer.keep(request(name), "", 3)
     eventually(lambda: "is full" in caplog.text)
     (line,) = [text for text in caplog.messages if "is full" in text]
     assert "proj.embed[c]" in line
@@ -203,7 +203,7 @@ def test_a_full_queue_is_one_line_with_the_task_and_the_remedy(
 def test_a_message_that_cannot_be_read_costs_only_its_dead_letter(
     writer: dead_letters.DeadLetters, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = job("a")
+    broken = request("a")
     broken.message.headers = {"compression": "no such"}
     writer.keep(broken, "", 3)
     assert "task proj.embed[a] has no dead letter" in caplog.text

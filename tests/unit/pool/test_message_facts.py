@@ -1,4 +1,4 @@
-"""What Celery's own request makes of the callbacks of a job."""
+"""What Celery's own request makes of the callbacks of an input."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def request_of(celery_app: Celery) -> Callable[..., tuple[Any, list[Any]]]:
 
 
 def report(
-    job: pool_request.PoolRequest, outcome: frames.Outcome, *, requeue: bool = False
+    handle: pool_request.PoolRequest, outcome: frames.Outcome, *, requeue: bool = False
 ) -> None:
-    """Answer ``job`` as a child's report of an exception does."""
+    """Answer ``handle`` as a child's report of an exception does."""
     texts = ["proj.Oops", "Oops('x')", "x", "Traceback: x"]
-    job.tell_report([frames.Report.ERROR, 7, outcome, *texts, requeue])
+    handle.tell_report([frames.Report.ERROR, 7, outcome, *texts, requeue])
 
 
-def job_of(request: Any) -> pool_request.PoolRequest:
+def handle_of(request: Any) -> pool_request.PoolRequest:
     callbacks = (request.on_accepted, request.on_success, request.on_failure, request.on_timeout)
     names = ("accept_callback", "callback", "error_callback", "timeout_callback")
     options = dict(zip(names, callbacks, strict=True)) | {"timeout": 3.0}
@@ -81,20 +81,20 @@ def job_of(request: Any) -> pool_request.PoolRequest:
     ("answer", "expected"),
     [
         (
-            lambda job: job.tell_report([frames.Report.DONE, 7, "'text'", 0.5]),
+            lambda handle: handle.tell_report([frames.Report.DONE, 7, "'text'", 0.5]),
             ["acked", ("task-succeeded", "'text'")],
         ),
         (
-            lambda job: report(job, frames.Outcome.FAILURE),
+            lambda handle: report(handle, frames.Outcome.FAILURE),
             ["acked", ("task-failed", "Oops('x')")],
         ),
         (
-            lambda job: report(job, frames.Outcome.RETRY),
+            lambda handle: report(handle, frames.Outcome.RETRY),
             ["acked", ("task-retried", "Oops('x')")],
         ),
-        (lambda job: report(job, frames.Outcome.IGNORE), ["acked"]),
+        (lambda handle: report(handle, frames.Outcome.IGNORE), ["acked"]),
         (
-            lambda job: report(job, frames.Outcome.REJECT, requeue=True),
+            lambda handle: report(handle, frames.Outcome.REJECT, requeue=True),
             [("rejected", True), ("task-rejected", None)],
         ),
     ],
@@ -107,18 +107,18 @@ def test_celery_settles_the_message_as_for_its_own_pools(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     request, happened = request_of()
-    job = job_of(request)
-    job.tell_accepted(123, pool_request.now())
-    answer(job)
+    handle = handle_of(request)
+    handle.tell_accepted(123, pool_request.now())
+    answer(handle)
     assert happened == [("task-started", None), *expected]
     assert "raised; the worker goes on" not in caplog.text
 
 
 def test_celery_gives_a_lost_input_back_to_the_broker(request_of: Any) -> None:
     request, happened = request_of()
-    job = job_of(request)
-    job.tell_accepted(123, pool_request.now())
-    job.tell_lost("Worker exited prematurely: signal 9 (SIGKILL)")
+    handle = handle_of(request)
+    handle.tell_accepted(123, pool_request.now())
+    handle.tell_lost("Worker exited prematurely: signal 9 (SIGKILL)")
     assert ("rejected", True) in happened
     assert "acked" not in happened
 
@@ -129,18 +129,18 @@ def test_an_input_that_has_not_begun_is_given_to_another_worker(
 ) -> None:
     request, happened = request_of(acks_late=acks_late)
     state.task_reserved(request)
-    job = job_of(request)
-    assert job.can_be_rejected
-    job.reject()
+    handle = handle_of(request)
+    assert handle.can_be_rejected
+    handle.reject()
     assert happened == [("rejected", True), ("task-rejected", None)]
     assert request not in state.reserved_requests
 
 
 def test_celery_fails_an_input_at_its_hard_limit_once(request_of: Any, celery_app: Celery) -> None:
     request, happened = request_of()
-    job = job_of(request)
-    job.tell_accepted(123, pool_request.now())
-    job.tell_hard_limit()
+    handle = handle_of(request)
+    handle.tell_accepted(123, pool_request.now())
+    handle.tell_hard_limit()
     assert happened.count("acked") == 1
     assert [one[0] for one in happened if one != "acked"] == ["task-started", "task-failed"]
     assert celery_app.AsyncResult(ID).state == "FAILURE"
@@ -159,24 +159,24 @@ def test_an_input_that_is_revoked_while_it_waits_is_celerys_to_answer(
     request_of: Any, celery_app: Celery
 ) -> None:
     request, happened = request_of()
-    job = job_of(request)
-    assert job.was_withdrawn()
+    handle = handle_of(request)
+    assert handle.was_withdrawn()
     assert happened.count("acked") == 1
     assert celery_app.AsyncResult(ID).state == "REVOKED"
 
 
 def test_an_input_that_is_not_revoked_runs(request_of: Any) -> None:
     request, happened = request_of()
-    job = job_of(request)
-    assert not job.was_withdrawn()
+    handle = handle_of(request)
+    assert not handle.was_withdrawn()
     assert happened == []
 
 
 def test_an_input_that_cannot_be_checked_runs(request_of: Any, caplog: Any) -> None:
     request, _ = request_of()
     request.revoked = raising(ConnectionError("backend"))
-    job = job_of(request)
-    assert not job.was_withdrawn()
+    handle = handle_of(request)
+    assert not handle.was_withdrawn()
     assert f"task proj.embed[{ID}] could not be checked" in caplog.text
 
 
@@ -186,7 +186,7 @@ def test_what_a_cold_shutdown_stops_fails_where_no_broker_has_it(
 ) -> None:
     request, _ = request_of(acks_late=acks_late)
     request._already_cancelled = True
-    job_of(request).fail_when_acknowledged_early()
+    handle_of(request).fail_when_acknowledged_early()
     assert celery_app.AsyncResult(ID).state == state_
 
 
@@ -199,7 +199,7 @@ def test_a_result_backend_that_is_away_holds_up_no_cold_shutdown(
     request, _ = request_of(acks_late=False)
     request._already_cancelled = True
     monkeypatch.setattr(request.task.backend, "mark_as_failure", raising(ConnectionError("gone")))
-    job_of(request).fail_when_acknowledged_early()
+    handle_of(request).fail_when_acknowledged_early()
     assert celery_app.AsyncResult(ID).state == "PENDING"
     assert f"proj.embed[{ID}] was running when its worker was shut down" in caplog.text
 

@@ -18,7 +18,7 @@ from gw_celery.transport import find
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Request:
     task_id: str
     runs_alone: bool = False
 
@@ -29,7 +29,7 @@ def counter(most: int) -> poison.PoisonCounter:
 
 def test_whatever_was_in_flight_at_a_death_is_suspect() -> None:
     seen = counter(most=3)
-    seen.record([Job("a"), Job("b")])
+    seen.record([Request("a"), Request("b")])
     assert seen.is_suspect("a")
     assert seen.is_suspect("b")
     assert not seen.is_suspect("c")
@@ -38,35 +38,35 @@ def test_whatever_was_in_flight_at_a_death_is_suspect() -> None:
 def test_a_death_in_company_is_never_blamed_on_one() -> None:
     seen = counter(most=1)
     for _ in range(10):
-        seen.record([Job("a"), Job("b")])
+        seen.record([Request("a"), Request("b")])
     assert not seen.is_poison("a")
 
 
 def test_an_input_that_kills_alone_as_often_as_it_may_is_poison() -> None:
     seen = counter(most=3)
-    seen.record([Job("a"), Job("b")])
+    seen.record([Request("a"), Request("b")])
     for _ in range(2):
-        seen.record([Job("a", runs_alone=True)])
+        seen.record([Request("a", runs_alone=True)])
         assert not seen.is_poison("a")
-    seen.record([Job("a", runs_alone=True)])
+    seen.record([Request("a", runs_alone=True)])
     assert seen.is_poison("a")
     assert not seen.is_poison("b")
 
 
 def test_a_death_in_company_in_between_clears_no_suspect() -> None:
     seen = counter(most=2)
-    seen.record([Job("a", runs_alone=True)])
-    seen.record([Job("a")])
-    seen.record([Job("a", runs_alone=True)])
+    seen.record([Request("a", runs_alone=True)])
+    seen.record([Request("a")])
+    seen.record([Request("a", runs_alone=True)])
     assert seen.is_poison("a")
 
 
 def test_an_input_that_survives_alone_is_cleared() -> None:
     seen = counter(most=2)
-    seen.record([Job("a", runs_alone=True)])
+    seen.record([Request("a", runs_alone=True)])
     seen.forget("a")
     assert not seen.is_suspect("a")
-    seen.record([Job("a", runs_alone=True)])
+    seen.record([Request("a", runs_alone=True)])
     assert not seen.is_poison("a")
     seen.forget("never seen")
 
@@ -83,7 +83,7 @@ def test_inputs_that_never_come_back_are_forgotten_oldest_first(
     monkeypatch.setattr(poison, "_MOST", 2)
     seen = counter(most=3)
     for one in "abac":
-        seen.record([Job(one)])
+        seen.record([Request(one)])
     assert [seen.is_suspect(one) for one in "abc"] == [True, False, True]
 
 
@@ -156,7 +156,7 @@ def test_deaths_in_several_workers_add_up_and_are_forgotten_after_a_day(
 ) -> None:
     for _ in range(3):
         worker = start()
-        worker.seen.record([Job("a", runs_alone=True), Job("b")])
+        worker.seen.record([Request("a", runs_alone=True), Request("b")])
         worker.close()
     assert server.mget("gw:deaths:a", "gw:deaths:b") == [b"3", b"0"]
     assert 86_000 < server.ttl("gw:deaths:a") <= 86_400
@@ -197,7 +197,7 @@ def test_a_redis_that_is_away_makes_each_worker_count_for_itself(
     worker.known.clear()
     with monkeypatch.context() as patch:
         patch.setattr(find.SharedRedis, "client", refuse)
-        worker.seen.record([Job("a", runs_alone=True)] * 3)
+        worker.seen.record([Request("a", runs_alone=True)] * 3)
         assert worker.seen.is_poison("a")
         assert worker.ask("b")
         worker.settle()
@@ -212,7 +212,7 @@ def test_an_answer_that_comes_late_takes_back_no_death_that_was_seen_here(start:
     worker = start()
     worker.ask("a")
     assert worker.woken.acquire(timeout=30)
-    worker.seen.record([Job("a", runs_alone=True)] * 3)
+    worker.seen.record([Request("a", runs_alone=True)] * 3)
     worker.take_in()
     assert worker.seen.is_poison("a")
 

@@ -62,28 +62,28 @@ def error(outcome: frames.Outcome, *, requeue: bool = False) -> list[Any]:
 
 
 ANSWERS: dict[str, Callable[[request.PoolRequest], None]] = {
-    "done": lambda job: job.tell_report([frames.Report.DONE, 7, "'text'", 0.5]),
-    "error": lambda job: job.tell_report(error(frames.Outcome.FAILURE)),
-    "internal error": lambda job: job.tell_report(error(frames.Outcome.INTERNAL)),
-    "exit": lambda job: job.tell_report(error(frames.Outcome.EXIT)),
-    "lost": lambda job: job.tell_lost("it died."),
-    "terminated": lambda job: job.tell_broken(Terminated(15)),
-    "hard limit": lambda job: job.tell_hard_limit(),
+    "done": lambda handle: handle.tell_report([frames.Report.DONE, 7, "'text'", 0.5]),
+    "error": lambda handle: handle.tell_report(error(frames.Outcome.FAILURE)),
+    "internal error": lambda handle: handle.tell_report(error(frames.Outcome.INTERNAL)),
+    "exit": lambda handle: handle.tell_report(error(frames.Outcome.EXIT)),
+    "lost": lambda handle: handle.tell_lost("it died."),
+    "terminated": lambda handle: handle.tell_broken(Terminated(15)),
+    "hard limit": lambda handle: handle.tell_hard_limit(),
 }
 answers = pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 
 
 def test_a_job_says_what_celerys_tracer_will_get() -> None:
-    job = made(Celerys())
-    assert (job.name, job.task_id, job.request) == ("proj.embed", "id-1", {"retries": 0})
-    assert job.args is ARGS
+    handle = made(Celerys())
+    assert (handle.name, handle.task_id, handle.request) == ("proj.embed", "id-1", {"retries": 0})
+    assert handle.args is ARGS
 
 
 def test_an_answer_is_a_text_and_a_runtime() -> None:
     celerys = Celerys()
-    job = made(celerys)
-    job.tell_accepted(123, 4.5)
-    job.tell_report([frames.Report.DONE, 7, "'text'", 0.5])
+    handle = made(celerys)
+    handle.tell_accepted(123, 4.5)
+    handle.tell_report([frames.Report.DONE, 7, "'text'", 0.5])
     assert celerys.calls[1:] == [("callback", ((0, "'text'", 0.5),))]
 
 
@@ -95,10 +95,10 @@ def test_a_callback_that_raises_is_logged_and_called_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     celerys = Celerys(raises=raised)
-    job = made(celerys, soft_timeout=1.0, timeout=3.0)
-    job.tell_accepted(123, 4.5)
-    job.tell_soft_limit()
-    answer(job)
+    handle = made(celerys, soft_timeout=1.0, timeout=3.0)
+    handle.tell_accepted(123, 4.5)
+    handle.tell_soft_limit()
+    answer(handle)
     assert celerys.names[:2] == ["accept_callback", "timeout_callback"]
     assert len(celerys.calls) == 3
     assert [record.message for record in caplog.records] == [
@@ -107,48 +107,48 @@ def test_a_callback_that_raises_is_logged_and_called_once(
 
 
 def test_a_shutdown_that_a_signal_raises_in_a_callback_reaches_the_worker() -> None:
-    job = made(Celerys(raises=WorkerShutdown(0)))
+    handle = made(Celerys(raises=WorkerShutdown(0)))
     with pytest.raises(WorkerShutdown):
-        job.tell_accepted(123, 4.5)
+        handle.tell_accepted(123, 4.5)
 
 
 def test_a_job_without_callbacks_can_be_answered() -> None:
-    job = request.PoolRequest(7, ARGS, "embed", {}, None)
-    job.tell_accepted(1, 2.0)
-    job.tell_soft_limit()
-    job.tell_hard_limit()
-    assert (job.soft_limit, job.hard_limit) == (None, None)
+    handle = request.PoolRequest(7, ARGS, "embed", {}, None)
+    handle.tell_accepted(1, 2.0)
+    handle.tell_soft_limit()
+    handle.tell_hard_limit()
+    assert (handle.soft_limit, handle.hard_limit) == (None, None)
 
 
 def test_a_hard_limit_calls_the_time_out_callback_and_nothing_else() -> None:
     celerys = Celerys()
-    job = made(celerys, timeout=3.0)
-    job.tell_accepted(123, 4.5)
-    job.tell_hard_limit()
+    handle = made(celerys, timeout=3.0)
+    handle.tell_accepted(123, 4.5)
+    handle.tell_hard_limit()
     assert celerys.calls[1:] == [("timeout_callback", (False, 3.0))]
 
 
 def test_a_soft_limit_is_told_and_the_input_goes_on() -> None:
     celerys = Celerys()
-    job = made(celerys, soft_timeout=1.5, timeout=3.0)
-    job.tell_accepted(123, 4.5)
-    job.tell_soft_limit()
-    job.tell_report([frames.Report.DONE, 7, "'partial'", 2.0])
+    handle = made(celerys, soft_timeout=1.5, timeout=3.0)
+    handle.tell_accepted(123, 4.5)
+    handle.tell_soft_limit()
+    handle.tell_report([frames.Report.DONE, 7, "'partial'", 2.0])
     assert celerys.names == ["accept_callback", "timeout_callback", "callback"]
     assert celerys.calls[1][1] == (True, 1.5)
 
 
 def test_terminate_stops_this_job_and_no_other() -> None:
     pool = Pool()
-    job = made(Celerys(), pool)
-    job.terminate(15)
-    assert pool.stopped == [(job, 15)]
+    handle = made(Celerys(), pool)
+    handle.terminate(15)
+    assert pool.stopped == [(handle, 15)]
 
 
 def answered_error(act: Callable[[request.PoolRequest], None]) -> Any:
     celerys = Celerys()
-    job = made(celerys)
-    act(job)
+    handle = made(celerys)
+    act(handle)
     ((name, (einfo,)),) = celerys.calls
     assert name == "error_callback"
     return einfo
@@ -156,7 +156,7 @@ def answered_error(act: Callable[[request.PoolRequest], None]) -> Any:
 
 def test_a_lost_input_is_told_in_billiards_words_with_its_number() -> None:
     einfo = answered_error(
-        lambda job: job.tell_lost("Worker exited prematurely: signal 9 (SIGKILL)")
+        lambda handle: handle.tell_lost("Worker exited prematurely: signal 9 (SIGKILL)")
     )
     assert isinstance(einfo.exception.exc, WorkerLostError)
     assert str(einfo.exception.exc) == ("Worker exited prematurely: signal 9 (SIGKILL) Job: 7.")
@@ -176,13 +176,13 @@ def test_what_the_pool_itself_answers_has_a_traceback_and_can_be_pickled(
 
 
 def test_an_exit_in_a_body_loses_its_input_only() -> None:
-    einfo = answered_error(lambda job: job.tell_report(error(frames.Outcome.EXIT)))
+    einfo = answered_error(lambda handle: handle.tell_report(error(frames.Outcome.EXIT)))
     assert isinstance(einfo.exception.exc, WorkerLostError)
     assert "Worker exited prematurely: Oops('x') Job: 7." in str(einfo.exception.exc)
 
 
 def test_an_error_of_the_tracer_itself_is_no_answer_of_the_task() -> None:
-    einfo = answered_error(lambda job: job.tell_report(error(frames.Outcome.INTERNAL)))
+    einfo = answered_error(lambda handle: handle.tell_report(error(frames.Outcome.INTERNAL)))
     assert einfo.type is request.Reported
     assert "Oops('x')" in repr(einfo.exception.exc)
 
@@ -289,8 +289,8 @@ def test_a_twin_joins_an_input_that_runs_as_accepted_and_is_stopped_with_it() ->
 def test_a_broker_says_that_it_delivers_again(
     request_: dict[str, Any], is_redelivered: bool
 ) -> None:
-    job = request.PoolRequest(7, ("n", "id-1", request_), "embed", {}, None)
-    assert job.is_redelivered is is_redelivered
+    handle = request.PoolRequest(7, ("n", "id-1", request_), "embed", {}, None)
+    assert handle.is_redelivered is is_redelivered
 
 
 # -- both sides --

@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from gw_celery.protocol import frames as protocol_frames
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=20)
-jobs = st.integers(1, 2**63)
+numbers = st.integers(1, 2**63)
 seconds = st.floats(allow_nan=False, allow_infinity=False)
 reports = st.one_of(
     st.just([protocol_frames.Report.LOADED]),
     st.just([protocol_frames.Report.ENTERED]),
     st.tuples(st.just(protocol_frames.Report.FAILED), any_text),
-    st.tuples(st.just(protocol_frames.Report.ACCEPT), jobs, seconds),
-    st.tuples(st.just(protocol_frames.Report.DONE), jobs, any_text, seconds),
+    st.tuples(st.just(protocol_frames.Report.ACCEPT), numbers, seconds),
+    st.tuples(st.just(protocol_frames.Report.DONE), numbers, any_text, seconds),
     st.tuples(
         st.just(protocol_frames.Report.ERROR),
-        jobs,
+        numbers,
         st.sampled_from(protocol_frames.Outcome),
         any_text,
         any_text,
@@ -31,11 +31,11 @@ reports = st.one_of(
         any_text,
         st.booleans(),
     ),
-    st.tuples(st.just(protocol_frames.Report.GONE), jobs),
+    st.tuples(st.just(protocol_frames.Report.GONE), numbers),
     st.tuples(st.just(protocol_frames.Report.BEAT), seconds, st.integers(0)),
     st.tuples(st.just(protocol_frames.Report.OUTAGE), any_text),
-    st.tuples(st.just(protocol_frames.Report.PROBED), jobs, st.booleans(), any_text, seconds),
-    st.tuples(st.just(protocol_frames.Report.MEASURED), jobs, any_text),
+    st.tuples(st.just(protocol_frames.Report.PROBED), numbers, st.booleans(), any_text, seconds),
+    st.tuples(st.just(protocol_frames.Report.MEASURED), numbers, any_text),
 ).map(list)
 orders = st.tuples(st.sampled_from(protocol_frames.Order), st.integers(), st.binary(max_size=50))
 anything = st.recursive(

@@ -88,8 +88,8 @@ def child(app: gw.App, task: str, body: Body) -> Iterator[Child]:
         body.go.set()
 
 
-def interrupt(child: Child, job: int, how: str) -> None:
-    child.soft(job) if how == "soft" else child.stop(job)
+def interrupt(child: Child, number: int, how: str) -> None:
+    child.soft(number) if how == "soft" else child.stop(number)
 
 
 hows = pytest.mark.parametrize("how", ["soft", "stop"])
@@ -98,31 +98,31 @@ hows = pytest.mark.parametrize("how", ["soft", "stop"])
 def test_an_input_is_reported_as_it_begins_and_its_answer_when_it_is_stored(
     child: Child, task: str, body: Body
 ) -> None:
-    job = child.run(task)
+    number = child.run(task)
     body.go.set()
-    assert child.outcome(job) == (Report.DONE, "'answer'")
-    assert child.told(job) == [Report.ACCEPT, Report.DONE]
+    assert child.outcome(number) == (Report.DONE, "'answer'")
+    assert child.told(number) == [Report.ACCEPT, Report.DONE]
     assert child.store.states == ["STARTED", "SUCCESS"]
 
 
 def test_a_soft_limit_is_raised_in_the_body_where_it_waits(
     child: Child, task: str, body: Body
 ) -> None:
-    job = child.run(task)
+    number = child.run(task)
     assert body.waits.wait(DEADLINE)
-    child.soft(job)
-    assert child.outcome(job) == FAILED_SOFT
+    child.soft(number)
+    assert child.outcome(number) == FAILED_SOFT
     assert body.saw == ["SoftTimeLimitExceeded"]
     assert child.store.states == ["STARTED", "FAILURE"]
-    assert type(child.result(job)) is SoftTimeLimitExceeded, "Celery's own, to its readers"
+    assert type(child.result(number)) is SoftTimeLimitExceeded, "Celery's own, to its readers"
 
 
 def test_a_body_may_answer_after_its_soft_limit(child: Child, task: str, body: Body) -> None:
     body.instead = "partial"
-    job = child.run(task)
+    number = child.run(task)
     assert body.waits.wait(DEADLINE)
-    child.soft(job)
-    assert child.outcome(job) == (Report.DONE, "'partial'")
+    child.soft(number)
+    assert child.outcome(number) == (Report.DONE, "'partial'")
 
 
 @pytest.mark.parametrize("instead", [None, "it goes on"])
@@ -130,10 +130,10 @@ def test_a_stopped_input_has_no_answer_whatever_its_body_makes_of_it(
     child: Child, task: str, body: Body, instead: Any
 ) -> None:
     body.instead = instead
-    job = child.run(task)
+    number = child.run(task)
     assert body.waits.wait(DEADLINE)
-    child.stop(job)
-    assert child.outcome(job) == UNANSWERED
+    child.stop(number)
+    assert child.outcome(number) == UNANSWERED
     assert body.saw in (["CancelledError"], ["Revoked"])
     assert child.store.states == ["STARTED"]
 
@@ -141,10 +141,10 @@ def test_a_stopped_input_has_no_answer_whatever_its_body_makes_of_it(
 def test_a_stop_after_a_soft_limit_of_the_same_moment_wins(
     child: Child, task: str, body: Body
 ) -> None:
-    job = child.run(task)
+    number = child.run(task)
     assert body.waits.wait(DEADLINE)
-    child.send_together((Order.SOFT, job, 5.0), (Order.STOP, job))
-    assert child.outcome(job) == UNANSWERED
+    child.send_together((Order.SOFT, number, 5.0), (Order.STOP, number))
+    assert child.outcome(number) == UNANSWERED
 
 
 @hows
@@ -152,12 +152,12 @@ def test_what_comes_before_the_body_waits_for_it(
     child: Child, task: str, body: Body, how: str
 ) -> None:
     child.store.go.clear()
-    job = child.run(task)
+    number = child.run(task)
     assert child.store.is_held.wait(DEADLINE), "the tracer stores that it has started"
-    interrupt(child, job, how)
+    interrupt(child, number, how)
     child.settle()
     child.store.go.set()
-    assert child.outcome(job) == (FAILED_SOFT if how == "soft" else UNANSWERED)
+    assert child.outcome(number) == (FAILED_SOFT if how == "soft" else UNANSWERED)
     assert not body.waits.is_set()
     assert child.store.states[0] == "STARTED"
 
@@ -166,15 +166,15 @@ def test_what_comes_before_the_body_waits_for_it(
 def test_nothing_interrupts_the_storing_of_a_result(
     child: Child, task: str, body: Body, how: str
 ) -> None:
-    job = child.run(task)
+    number = child.run(task)
     assert body.waits.wait(DEADLINE)
     child.store.go.clear()
     body.go.set()
     assert child.store.is_held.wait(DEADLINE)
-    interrupt(child, job, how)
+    interrupt(child, number, how)
     child.settle()
     child.store.go.set()
-    assert child.outcome(job) == (Report.DONE, "'answer'")
+    assert child.outcome(number) == (Report.DONE, "'answer'")
     assert body.saw == []
     assert child.store.states == ["STARTED", "SUCCESS"]
 
@@ -182,15 +182,15 @@ def test_nothing_interrupts_the_storing_of_a_result(
 def test_the_storing_after_a_handled_soft_limit_is_not_interrupted_either(
     child: Child, task: str, body: Body
 ) -> None:
-    job = child.run(task)
+    number = child.run(task)
     assert body.waits.wait(DEADLINE)
     child.store.go.clear()
-    child.soft(job)
+    child.soft(number)
     assert child.store.is_held.wait(DEADLINE)
-    child.soft(job)
+    child.soft(number)
     child.settle()
     child.store.go.set()
-    assert child.outcome(job) == FAILED_SOFT
+    assert child.outcome(number) == FAILED_SOFT
     assert child.store.states == ["STARTED", "FAILURE"]
 
 
@@ -242,9 +242,9 @@ def test_an_input_that_waited_too_long_is_accepted_and_fails_in_place_of_its_bod
     app: gw.App, task: str, body: Body
 ) -> None:
     with child_harness.child_of(app, gw_max_queue_time=30.0) as child:
-        job = child.run(task, **asked(31))
-        assert child.outcome(job) == (Report.ERROR, Outcome.FAILURE, "QueueTimeExceeded")
-        assert child.told(job) == [Report.ACCEPT, Report.ERROR]
+        number = child.run(task, **asked(31))
+        assert child.outcome(number) == (Report.ERROR, Outcome.FAILURE, "QueueTimeExceeded")
+        assert child.told(number) == [Report.ACCEPT, Report.ERROR]
         assert child.store.states == ["FAILURE"]
         body.go.set()
         assert child.outcome(child.run(task, **asked(20)))[0] == Report.DONE

@@ -200,8 +200,8 @@ def test_a_class_without_a_default_instance_is_well_until_one_is_loaded(serve: A
     replica = serve(Model)
     assert replica.answer("health") == (True, "{'ok': True, 'loaded': 0}")
     name = replica.service.methods["health"].task_name
-    job = replica.child.run(name, headers={"gw_params": json.dumps({"threshold": 0.7})})
-    assert replica.child.outcome(job)[0] == Report.DONE
+    number = replica.child.run(name, headers={"gw_params": json.dumps({"threshold": 0.7})})
+    assert replica.child.outcome(number)[0] == Report.DONE
     assert replica.answer("health") == (False, "{'ok': False, 'threshold': 0.7}")
 
 

@@ -76,11 +76,11 @@ def shared(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> django_connection
 def test_connections_of_asynchronous_bodies_are_looked_at_once_a_second(
     shared: django_connections.Shared, log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asyncio.run(shared.look())
-    asyncio.run(shared.look())
+    asyncio.run(shared.close_outdated())
+    asyncio.run(shared.close_outdated())
     assert log == ["old connections"]
     monkeypatch.setattr(django_connections.time, "monotonic", lambda: 101.0)
-    asyncio.run(shared.look())
+    asyncio.run(shared.close_outdated())
     assert log == ["old connections"] * 2
 
 
@@ -89,5 +89,5 @@ def test_without_django_asynchronous_bodies_have_no_connections_to_look_at(
 ) -> None:
     imported: list[str] = []
     monkeypatch.setattr(django_connections, "symbol_by_name", imported.append)
-    asyncio.run(django_connections.Shared(types.SimpleNamespace(_fixups=[])).look())
+    asyncio.run(django_connections.Shared(types.SimpleNamespace(_fixups=[])).close_outdated())
     assert imported == []

@@ -168,7 +168,7 @@ def test_without_a_default_nothing_is_loaded_before_a_call() -> None:
 def test_a_scope_overrides_what_was_observed() -> None:
     loads: list[str] = []
 
-    class Told:
+    class Scoped:
         unread: str = gw.parameter(default="a", scope="load")
         read: str = gw.parameter(default="a", scope="call")
 
@@ -181,7 +181,7 @@ def test_a_scope_overrides_what_was_observed() -> None:
             return self.unread + self.read
 
     async def main() -> None:
-        owner = await Owner(Told).start()
+        owner = await Owner(Scoped).start()
         assert await owner.call(read="b") == "ab"
         assert loads == ["a"]
         assert await owner.call(unread="c", read="d") == "cd"
