@@ -152,7 +152,7 @@ class Autoscaler(autoscale.Autoscaler):
         with self.mutex:
             wanted = max(0, self.pool.snapshot().desired - self._replicas(n))
             self._set_bounds(self._most, min(self._least, wanted))
-            # What was needed of late is no reason to start again what is still draining.
+            # What was needed until now is no reason to start again what is still draining.
             self._decider = scaling.Decider(self._rules, self._least, self._most)
             self._resize(wanted, "an operator asked for less")
 

@@ -53,7 +53,7 @@ def prepared(task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> dict
         _require_room(task, options, limit)
     sent = options.get("headers") or {}
     ours = _ours(task, args, kwargs, options, limit)
-    # A retry has the headers of the input that it repeats, and somebody else's may be passed on.
+    # A retry has the headers of the input that it repeats; those of another one may be passed on.
     kept = {key: sent[key] for key in sent if key not in _WRITTEN}
     if ours or len(kept) != len(sent):
         return {**options, "headers": {**kept, **ours}}

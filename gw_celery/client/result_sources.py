@@ -47,13 +47,13 @@ _LOST = (OSError, redis.exceptions.RedisError)
 
 
 class Source:
-    """Has the records of finished tasks for those who wait for them, on one loop."""
+    """Has the records of finished tasks for the callers that wait for them, on one loop."""
 
     def __init__(self, backend: Any) -> None:
         self.waiting: dict[str, list[Waiter]] = {}
         self._backend = backend
         self._backoff = backoff.Backoff(FIRST_DELAY, LONGEST_DELAY)
-        self._life: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     def prepare(self) -> Mapping[str, Any]:
         """Return the options for sending a call; runs on the thread that sends it.
@@ -66,8 +66,8 @@ class Source:
         """Let ``waiter`` have the record of the task once it has finished."""
         self.waiting.setdefault(task_id, []).append(waiter)
         self._watch(task_id)
-        if self._life is None:
-            self._life = asyncio.create_task(self._live())
+        if self._task is None:
+            self._task = asyncio.create_task(self._live())
 
     def remove(self, task_id: str, waiter: Waiter) -> None:
         """Forget ``waiter``, which may have its record."""
@@ -131,7 +131,7 @@ class RedisSource(Source):
                 async with transport_client.of(self._backend, socket_timeout=None) as client:
                     await self._follow(client)
             except* Exception as lost:
-                # Whatever it is: nothing else would answer those who wait.
+                # Whatever it is: nothing else would answer the callers that wait.
                 exc, delay = lost.exceptions[0], self._backoff.next()
                 traceback = None if isinstance(exc, _LOST) else exc
                 logger.warning(
@@ -227,7 +227,7 @@ class PolledSource(Source):
         while self.waiting:
             delay = await self._ask_all()
             await asyncio.sleep(delay)
-        self._life = None
+        self._task = None
 
     async def _ask_all(self) -> float:
         """Ask for each waiting task and return the seconds until the next time.

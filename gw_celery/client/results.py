@@ -1,7 +1,7 @@
 """Turn what a result backend stored into a value or an exception that is safe to raise.
 
 A stored error names a class. Celery looks the name up among all loaded modules and would raise a
-``SystemExit`` that somebody wrote into the backend. Here only classes that are known beforehand
+``SystemExit`` that was written into the backend. Here only classes that are known beforehand
 come back: built-in ones, Celery's, ours, registered ones, and those defined in a module that
 declares a service. Everything else is a ``RemoteTaskError``.
 """

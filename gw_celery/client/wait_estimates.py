@@ -34,7 +34,7 @@ class Waits:
         self._shared = shared
         self._now = now
         self._known: dict[str, tuple[float | None, float]] = {}
-        #: Held by who reads; others go by what is known meanwhile.
+        #: Held by the thread that reads; others go by what is known meanwhile.
         self._reading = threading.Lock()
         self._making = threading.Lock()
         self._reader: publisher.Publisher | None = None
@@ -68,7 +68,7 @@ class Waits:
         try:
             text = self._shared.client().get(self._shared.key("wait", queue))
             found = None if text is None else untrusted.amount(float(text))
-        except Exception:  # Redis is away, or somebody wrote something else there: it admits
+        except Exception:  # Redis is away, or the value is no estimate: the call is admitted
             self._shared.close()
             found = None
         finally:

@@ -12,7 +12,7 @@ from typing import Any
 from gw_celery.codec import envelope
 from gw_celery.transport import find
 
-#: What Celery reads of a request when it stores a failure and tells those who wait for it.
+#: What Celery reads of a request when it stores a failure and tells the callers that wait for it.
 _OF_REQUEST = (
     "id",
     "task",

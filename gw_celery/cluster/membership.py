@@ -106,7 +106,7 @@ class Membership(background_thread.BackgroundThread):
         self._lists: queue_lengths.RedisLengths | None = None
         #: By which Redis knows the script of a beat, on this connection.
         self._script = ""
-        #: Queues whose lengths somebody goes by.
+        #: Queues whose lengths are used.
         self._followed = set(limited)
         self._loads = queue_time.Loads(limited)
         self._own_loads: dict[str, worker_record.QueueLoad] = {}

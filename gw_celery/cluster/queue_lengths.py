@@ -40,7 +40,7 @@ def total(lengths: Mapping[str, Length], queues: Iterable[str]) -> Length:
 
 
 class RedisLengths:
-    """The lists of each queue, one for each priority, asked in a pipeline of somebody else."""
+    """The lists of each queue, one for each priority, asked in the caller's pipeline."""
 
     def __init__(self, broker: find.BrokerRedis, queues: Iterable[str]) -> None:
         self._lists = {queue: broker.lists(queue) for queue in sorted(queues)}

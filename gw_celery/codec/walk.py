@@ -213,8 +213,8 @@ def _ask(cls: type, function: Callable[[Any], object], argument: object) -> obje
 def _check_hashes(cls: type, keys: Collection[object]) -> None:
     """Refuse a set or dict of which many keys have one hash: each is compared with all before it.
 
-    Anybody can write such numbers, and tuples and objects that hold them; 64 MB of them would take
-    a day. So that is counted before the container is built.
+    Any sender can write such numbers, and tuples and objects that hold them; 64 MB of them would
+    take a day. So that is counted before the container is built.
     """
     if len(keys) <= _MOST_OF_ONE_HASH or cls is tuple or _SALTED.issuperset(map(type, keys)):
         return

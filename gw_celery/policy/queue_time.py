@@ -57,7 +57,7 @@ def shared(rates: Mapping[str, float | None], parts: Mapping[str, float]) -> flo
 
 
 class Part:
-    """How much workload came for one service of late."""
+    """Recent workload that came for one service."""
 
     def __init__(self) -> None:
         self._came = self._last = 0.0

@@ -59,7 +59,7 @@ def _by_borders(part: float, slow: float, quick: float) -> Band:
     return Band.MIDDLE if part >= slow else Band.SLOW
 
 
-class Place:
+class ServiceBand:
     """The band of one worker for one service, as time goes by.
 
     It is MIDDLE until the worker knows its score.
@@ -94,27 +94,29 @@ class Bands:
     """
 
     def __init__(self, services: Iterable[str]) -> None:
-        self._places = {service: Place() for service in services}
+        self._bands = {service: ServiceBand() for service in services}
 
     def follow(
         self, scores: Mapping[str, float | None], others: Iterable[WorkerRecord], now: float
     ) -> bool:
         """Look at this worker's scores and those of the others; whether a band has changed."""
-        best = {service: scores.get(service) for service in self._places}
+        best = {service: scores.get(service) for service in self._bands}
         for other in others:
             for service, record in other.services.items():
                 if service in best and (record.score or 0.0) > (best[service] or 0.0):
                     best[service] = record.score
         changed = [
             service
-            for service, place in self._places.items()
-            if place.follow(scores.get(service), best[service], now)
+            for service, service_band in self._bands.items()
+            if service_band.follow(scores.get(service), best[service], now)
         ]
         for service in changed:
-            band = self._places[service].band.name.lower()
+            band = self._bands[service].band.name.lower()
             logger.info("%s: this worker is %s beside the others", service, band)
         return bool(changed)
 
     def names(self) -> dict[str, str]:
         """The band of each service, by its name."""
-        return {service: place.band.name.lower() for service, place in self._places.items()}
+        return {
+            service: service_band.band.name.lower() for service, service_band in self._bands.items()
+        }

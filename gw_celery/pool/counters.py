@@ -10,7 +10,7 @@ from gw_celery.protocol import headers, snapshot
 _NEWEST = 0.05
 
 
-class Place(enum.IntEnum):
+class Stage(enum.IntEnum):
     """Where an input counts, as an index: a dict by enum would cost several times as much."""
 
     WAITING = 0
@@ -36,8 +36,8 @@ class _Sums:
     """The running sums of one service."""
 
     def __init__(self) -> None:
-        self.workload = [0.0] * len(Place)
-        self.inputs = [0] * len(Place)
+        self.workload = [0.0] * len(Stage)
+        self.inputs = [0] * len(Stage)
         self.arrived = 0.0
         self.mean = headers.DEFAULT_WORKLOAD
         self.arrived_inputs = 0
@@ -46,29 +46,29 @@ class _Sums:
         self.refused = 0.0
         self.refused_inputs = 0
 
-    def move(self, workload: float, before: Place, place: Place) -> None:
+    def move(self, workload: float, before: Stage, stage: Stage) -> None:
         self.inputs[before] -= 1
         # What rounding left must not add up for as long as the worker lives.
         self.workload[before] = self.workload[before] - workload if self.inputs[before] else 0.0
-        self.workload[place] += workload
-        self.inputs[place] += 1
+        self.workload[stage] += workload
+        self.inputs[stage] += 1
 
     def as_snapshot(self) -> snapshot.Counters:
         workload = [max(0.0, value) for value in self.workload]
         return snapshot.Counters(
             arrived=self.arrived,
-            served=workload[Place.SERVED],
+            served=workload[Stage.SERVED],
             failed=self.failed,
             refused=self.refused,
             refused_inputs=self.refused_inputs,
-            waiting=workload[Place.WAITING],
-            running=workload[Place.RUNNING],
-            given_back=workload[Place.GIVEN_BACK],
+            waiting=workload[Stage.WAITING],
+            running=workload[Stage.RUNNING],
+            given_back=workload[Stage.GIVEN_BACK],
             arrived_inputs=self.arrived_inputs,
-            served_inputs=self.inputs[Place.SERVED],
-            waiting_inputs=self.inputs[Place.WAITING],
-            running_inputs=self.inputs[Place.RUNNING],
-            given_back_inputs=self.inputs[Place.GIVEN_BACK],
+            served_inputs=self.inputs[Stage.SERVED],
+            waiting_inputs=self.inputs[Stage.WAITING],
+            running_inputs=self.inputs[Stage.RUNNING],
+            given_back_inputs=self.inputs[Stage.GIVEN_BACK],
             mean=self.mean,
             busy=self.busy,
         )
@@ -86,15 +86,15 @@ class Counters:
         sums.mean += (_NEWEST if sums.arrived_inputs else 1.0) * (workload - sums.mean)
         sums.arrived += workload
         sums.arrived_inputs += 1
-        sums.workload[Place.WAITING] += workload
-        sums.inputs[Place.WAITING] += 1
+        sums.workload[Stage.WAITING] += workload
+        sums.inputs[Stage.WAITING] += 1
 
-    def move(self, service: str, workload: float, before: Place, place: Place) -> None:
+    def move(self, service: str, workload: float, before: Stage, stage: Stage) -> None:
         """Count an input that has a slot, or lost it before it began."""
-        self._sums[service].move(workload, before, place)
+        self._sums[service].move(workload, before, stage)
 
     def settle(
-        self, service: str, workload: float, before: Place, result: Result, busy: float = 0.0
+        self, service: str, workload: float, before: Stage, result: Result, busy: float = 0.0
     ) -> None:
         """Count an input that is answered, or given back.
 
@@ -103,9 +103,9 @@ class Counters:
         """
         sums = self._sums[service]
         if result is Result.GIVEN_BACK:
-            sums.move(workload, before, Place.GIVEN_BACK)
+            sums.move(workload, before, Stage.GIVEN_BACK)
             return
-        sums.move(workload, before, Place.SERVED)
+        sums.move(workload, before, Stage.SERVED)
         sums.busy += busy
         if result is not Result.VALUE:
             sums.failed += workload

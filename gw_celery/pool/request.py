@@ -18,7 +18,7 @@ from kombu.message import Message
 from gw_celery import errors
 from gw_celery.client import beat_tasks
 from gw_celery.pool import counters, dispatch, time_limits
-from gw_celery.pool.counters import Place, Result
+from gw_celery.pool.counters import Result, Stage
 from gw_celery.protocol import frames, headers, untrusted
 
 if TYPE_CHECKING:
@@ -419,15 +419,15 @@ class RequestTable:
             if state is not State.ENDED:  # what cannot run has not arrived
                 self.counters.arrive(service, workload)
             return
-        place = Place.RUNNING if before in _IN_A_CHILD else Place.WAITING
+        stage = Stage.RUNNING if before in _IN_A_CHILD else Stage.WAITING
         if result is not None:
-            busy = at - request.sent_at if place is Place.RUNNING else 0.0
-            self.counters.settle(service, workload, place, result, busy)
+            busy = at - request.sent_at if stage is Stage.RUNNING else 0.0
+            self.counters.settle(service, workload, stage, result, busy)
         elif state is State.SENT:
             request.sent_at = at
-            self.counters.move(service, workload, place, Place.RUNNING)
-        elif state is State.WAITING and place is Place.RUNNING:
-            self.counters.move(service, workload, place, Place.WAITING)
+            self.counters.move(service, workload, stage, Stage.RUNNING)
+        elif state is State.WAITING and stage is Stage.RUNNING:
+            self.counters.move(service, workload, stage, Stage.WAITING)
 
     def _move_in_queue(self, request: PoolRequest, before: State | None) -> None:
         if before is State.WAITING:

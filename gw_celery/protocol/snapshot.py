@@ -53,7 +53,7 @@ class Replica:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServiceDemand:
-    """The work of one service, as far as it is this worker's and that of those like it."""
+    """Demand of one service attributed to this worker's group."""
 
     #: Messages in its queues; ``None`` where the broker does not tell.
     queued: int | None = None

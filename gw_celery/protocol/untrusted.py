@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 
-#: Larger ones cannot be true: their sender must not hold up those who count with them.
+#: Larger ones cannot be true: their sender must not hold up the code that counts with them.
 _LARGEST = 1e18
 _MOST = 1_000_000
 

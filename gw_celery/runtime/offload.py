@@ -67,8 +67,8 @@ class _Producers:
 def publishing(base: type[amqp.AMQP], around: Callable[..., Any]) -> type[amqp.AMQP]:
     """Return ``base`` with its publishing taken off the loop.
 
-    Taking a producer and using it have threads of their own: those who hold one must not wait
-    behind those who want one.
+    Taking a producer and using it have threads of their own: threads that hold one must not
+    wait behind threads that want one.
     """
     taking, sending = Offload("producers", 8, around), Offload("publish", 8, around)
 

@@ -31,7 +31,7 @@ redis: Any = kombu_redis
 #: Answer: queue, tag and message for each; the tag is "" for one that has none to be found.
 #: The record of a message is what kombu's restoring reads: message, exchange, routing key.
 #: A tag is searched in the end of the message, where kombu writes it: parsing megabytes would keep
-#: everybody waiting. A quote inside of a string is escaped, so that no text can look like one.
+#: all clients waiting. A quote inside of a string is escaped, so that no text can look like one.
 SCRIPT = """
 local most, largest, width = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local now = redis.call('TIME')[1]
@@ -269,7 +269,7 @@ class PoppingChannel(redis.Channel):
             return None
         try:
             if self._watch is None:
-                self._watch = Watch(self._connparams(), hub, self._look)
+                self._watch = Watch(self._connparams(), hub, self._note_backlog)
             self._watch.follow(self.client.connection)
         except ResponseError as exc:
             self._may_watch = False
@@ -281,7 +281,7 @@ class PoppingChannel(redis.Channel):
             )
         return self._watch
 
-    def _look(self) -> None:
+    def _note_backlog(self) -> None:
         self._has_backlog = True
 
     def _close_watch(self) -> None:

@@ -54,7 +54,7 @@ class Writer:
         self._on_outage = on_outage
         self._is_away = False
         self._pending: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
-        self._life: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     async def run(self, *command: Any) -> Any:
         """Return the answer to ``("get", key)`` or ``("set", key, value, lifetime)``.
@@ -66,23 +66,23 @@ class Writer:
         """
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending.append((command, answer))
-        if self._life is None:
-            self._life = asyncio.create_task(self._write_all())
+        if self._task is None:
+            self._task = asyncio.create_task(self._write_all())
         return await answer
 
     async def _write_all(self) -> None:
         try:
             while self._pending or self._is_away:
                 if not self._pending:
-                    await self._look()
+                    await self._ping()
                     continue
                 await self._linger()
                 group, self._pending = self._pending, []
                 await self._write(group)
         finally:
-            self._life = None
+            self._task = None
 
-    async def _look(self) -> None:
+    async def _ping(self) -> None:
         """Ask the server for a sign of life: nothing is left that would show that it is back."""
         await asyncio.sleep(_PAUSE)
         try:

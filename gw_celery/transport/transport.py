@@ -138,7 +138,7 @@ def _now(client: Any) -> float:
 
 
 #: Tags of messages that a closing connection could not give back. Redis would keep them from
-#: everybody until the visibility timeout.
+#: all workers until the visibility timeout.
 _left_behind: set[str] = set()
 #: Those of them whose inputs have ended since.
 _done_behind: set[str] = set()

@@ -2,7 +2,7 @@
 
 Redis tells a client that a key which it has read was changed ("client-side caching", Redis 6). An
 idle worker reads that its lists are empty, and is told of the first message. BRPOP, kombu's way to
-wait, takes the message before anybody can record it: a worker killed in between has lost it. It
+wait, takes the message before it can be recorded: a worker killed in between has lost it. It
 also waits a second for the lists that it was sent with, even when others are to be read by then.
 
 Design: https://redis.io/docs/latest/develop/reference/client-side-caching/ (two connections).

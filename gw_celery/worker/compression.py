@@ -1,6 +1,6 @@
 """Decompress no more of a message than its limit: what a sender compressed is untrusted, too.
 
-kombu decompresses while it makes the message, before anybody could look at it, with the decoders of
+kombu decompresses while it makes the message, before it can be looked at, with the decoders of
 one registry; here that registry gets bounded ones.
 """
 

@@ -104,7 +104,7 @@ class Consumer(CeleryConsumer):
         self._fail(message, exc)
 
     def _fail(self, message: Any, exc: Exception) -> None:
-        """Store why a message cannot run, where its headers say for whom: somebody waits for it."""
+        """Store why a message cannot run, where its headers have an id: a caller may wait."""
         headers = message.headers
         if not isinstance(headers, dict) or not isinstance(headers.get("id"), str):
             return

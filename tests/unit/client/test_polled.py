@@ -34,8 +34,8 @@ class Source:
         for task_id in task_ids:
             self._waiters[task_id] = Future()
             self.polled.add(task_id, self._waiters[task_id])
-        assert self.polled._life is not None
-        await asyncio.wait_for(self.polled._life, LONG)
+        assert self.polled._task is not None
+        await asyncio.wait_for(self.polled._task, LONG)
 
     def _ask(self, task_id: str) -> Mapping[str, Any]:
         self.asked.append(task_id)

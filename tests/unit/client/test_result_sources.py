@@ -60,13 +60,13 @@ def test_a_server_that_accepts_and_never_answers_is_given_up(
             app = Celery("proj", backend=f"redis://127.0.0.1:{port}", set_as_current=False)
             source = source_of(app)
             source.add("1", Future())
-            assert source._life is not None
+            assert source._task is not None
             try:
                 async with asyncio.timeout(DEADLINE):
                     await again.wait()
             finally:
-                source._life.cancel()
-                await asyncio.wait([source._life])
+                source._task.cancel()
+                await asyncio.wait([source._task])
                 for one in connections:
                     one.close()
                     await one.wait_closed()

@@ -50,37 +50,37 @@ def test_what_is_clear_changes_a_band() -> None:
 
 
 def test_a_worker_is_in_the_middle_until_it_knows_its_score_and_the_best() -> None:
-    place = speed_bands.Place()
-    assert not place.follow(None, 100.0, 1.0)
-    assert not place.follow(20.0, None, 1.0)
-    assert place.band is Band.MIDDLE
-    assert place.follow(20.0, 100.0, 1.5)
-    assert place.band is Band.SLOW
+    service_band = speed_bands.ServiceBand()
+    assert not service_band.follow(None, 100.0, 1.0)
+    assert not service_band.follow(20.0, None, 1.0)
+    assert service_band.band is Band.MIDDLE
+    assert service_band.follow(20.0, 100.0, 1.5)
+    assert service_band.band is Band.SLOW
 
 
 def test_a_band_is_kept_for_a_while_but_for_the_first() -> None:
-    place = speed_bands.Place()
-    assert place.follow(20.0, 20.0, 100.0)
-    assert place.band is Band.QUICK
-    assert place.follow(20.0, 100.0, 101.0)
-    assert place.band is Band.SLOW
-    assert not place.follow(20.0, 20.0, 110.0)
-    assert place.follow(20.0, 20.0, 111.0)
-    assert place.band is Band.QUICK
+    service_band = speed_bands.ServiceBand()
+    assert service_band.follow(20.0, 20.0, 100.0)
+    assert service_band.band is Band.QUICK
+    assert service_band.follow(20.0, 100.0, 101.0)
+    assert service_band.band is Band.SLOW
+    assert not service_band.follow(20.0, 20.0, 110.0)
+    assert service_band.follow(20.0, 20.0, 111.0)
+    assert service_band.band is Band.QUICK
 
 
 def test_a_first_score_in_the_middle_is_no_change() -> None:
-    place = speed_bands.Place()
-    assert not place.follow(50.0, 100.0, 100.0)
-    assert not place.follow(72.0, 100.0, 101.0)  # sticky from the first on
+    service_band = speed_bands.ServiceBand()
+    assert not service_band.follow(50.0, 100.0, 100.0)
+    assert not service_band.follow(72.0, 100.0, 101.0)  # sticky from the first on
 
 
 def test_scores_that_are_not_known_any_more_change_nothing() -> None:
-    place = speed_bands.Place()
-    place.follow(20.0, 100.0, 100.0)
-    assert not place.follow(None, 100.0, 200.0)
-    assert not place.follow(20.0, None, 200.0)
-    assert place.band is Band.SLOW
+    service_band = speed_bands.ServiceBand()
+    service_band.follow(20.0, 100.0, 100.0)
+    assert not service_band.follow(None, 100.0, 200.0)
+    assert not service_band.follow(20.0, None, 200.0)
+    assert service_band.band is Band.SLOW
 
 
 def other(**scores: float | None) -> WorkerRecord:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gw_celery.pool.counters import Counters, Place, Result
+from gw_celery.pool.counters import Counters, Result, Stage
 from gw_celery.protocol import snapshot
 
 SERVED = [Result.VALUE, Result.NO_VALUE, Result.REFUSED]
@@ -38,16 +38,16 @@ def test_services_are_told_apart_and_the_newest_inputs_count_most_in_the_mean() 
 def test_the_seconds_of_a_slot_are_those_of_what_was_served() -> None:
     counters = counters_of(1.0, 1.0)
     for _ in range(2):
-        counters.move("embed", 1.0, Place.WAITING, Place.RUNNING)
-    counters.settle("embed", 1.0, Place.RUNNING, Result.VALUE, busy=2.5)
-    counters.settle("embed", 1.0, Place.RUNNING, Result.GIVEN_BACK, busy=9.0)
+        counters.move("embed", 1.0, Stage.WAITING, Stage.RUNNING)
+    counters.settle("embed", 1.0, Stage.RUNNING, Result.VALUE, busy=2.5)
+    counters.settle("embed", 1.0, Stage.RUNNING, Result.GIVEN_BACK, busy=9.0)
     assert counters.as_snapshot()["embed"].busy == 2.5
 
 
 def test_what_gave_no_value_is_served_and_failed_and_what_is_refused_counts_apart() -> None:
     counters = counters_of(2.0, 2.0, 2.0)
     for result in SERVED:
-        counters.settle("embed", 2.0, Place.WAITING, result)
+        counters.settle("embed", 2.0, Stage.WAITING, result)
     seen = counters.as_snapshot()["embed"]
     assert (seen.served, seen.failed, seen.refused, seen.refused_inputs) == (6.0, 4.0, 2.0, 1)
 
@@ -56,7 +56,7 @@ def test_rounding_leaves_nothing_behind() -> None:
     workloads = [0.1 * (number % 7) for number in range(1000)]
     counters = counters_of(*workloads)
     for workload in workloads:
-        counters.move("embed", workload, Place.WAITING, Place.RUNNING)
+        counters.move("embed", workload, Stage.WAITING, Stage.RUNNING)
     assert counters.as_snapshot()["embed"].waiting == 0.0
 
 
@@ -70,20 +70,20 @@ def test_whatever_happens_the_sums_are_conserved(
     workloads: list[float], events: list[tuple[str | Result, int]]
 ) -> None:
     counters = counters_of(*workloads)
-    places = dict.fromkeys(range(len(workloads)), Place.WAITING)
+    stages = dict.fromkeys(range(len(workloads)), Stage.WAITING)
     for what, number in events:
-        if number not in places:
+        if number not in stages:
             continue
         if isinstance(what, Result):
-            counters.settle("embed", workloads[number], places.pop(number), what)
+            counters.settle("embed", workloads[number], stages.pop(number), what)
         else:
-            place = Place.RUNNING if what == "start" else Place.WAITING
-            counters.move("embed", workloads[number], places[number], place)
-            places[number] = place
+            stage = Stage.RUNNING if what == "start" else Stage.WAITING
+            counters.move("embed", workloads[number], stages[number], stage)
+            stages[number] = stage
     (one,) = counters.as_snapshot().values()
     total = one.waiting + one.running + one.served + one.given_back
     assert total == pytest.approx(one.arrived, rel=1e-9, abs=1e-2)
     counted = one.waiting_inputs + one.running_inputs + one.served_inputs
     assert counted + one.given_back_inputs == one.arrived_inputs
     assert min(dataclasses.astuple(one)) >= 0
-    assert one.waiting_inputs + one.running_inputs == len(places)
+    assert one.waiting_inputs + one.running_inputs == len(stages)
