@@ -57,9 +57,8 @@ class Autoscaler(autoscale.Autoscaler):
         super().__init__(pool, max_concurrency, min_concurrency, worker, keepalive, mutex)
         plan = signals.plan()
         self._slots = plan.slots if plan else {services.PLAIN: 1}
-        self._targets = (
-            {service.key: service.target_inputs for service in plan.served} if plan else {}
-        )
+        served = plan.served if plan else ()
+        self._targets = {service.key: service.target_inputs for service in served}
         self._unit = sum(self._slots.values())
         settings = conf.read(worker.app.conf)
         self._rules = _rules(settings)
@@ -202,7 +201,6 @@ class Autoscaler(autoscale.Autoscaler):
         self._resize(target, why)
 
     def _tell(self, worker: snapshot.Worker) -> WorkerRecord:
-        """Have the other workers know this one, and return what they know."""
         size = policy_demand.size_of(worker, self._least, self._most)
         mine: WorkerRecord = self.pool.cluster.tell(worker, size)
         return mine

@@ -311,9 +311,7 @@ class Membership(background_thread.BackgroundThread):
 
     def _tell_apart(self) -> None:
         """Those that are silent are counted no more, declared or not."""
-        self.others = tuple(
-            record for record in self._known if record.incarnation not in self._silent
-        )
+        self.others = tuple(other for other in self._known if other.incarnation not in self._silent)
 
     def _begin_anew(self, declarer: str) -> None:
         self._life += 1

@@ -28,7 +28,7 @@ _SIZES = {
 _FAKE = re.compile(r"(?P<kind>[A-Z][A-Z0-9_]*)(/(?P<size>\d+(\.\d+)?))?(:(?P<count>[1-9]\d{0,2}))?")
 
 
-def find_devices(added: Collection[str] = ()) -> devices.Machine:
+def find(added: Collection[str] = ()) -> devices.Machine:
     """Return the devices that this process may use; none where there is no NVIDIA driver.
 
     Args:

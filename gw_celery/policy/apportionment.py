@@ -3,8 +3,7 @@
 Each worker that serves a queue computes the same number of desired replicas from the same facts.
 The replicas are given to workers in Webster's order, as a parliament is apportioned: the k-th
 replica of a worker has the value ``(k - 1/2) / capacity``, and the lowest values are taken first.
-Workers need not agree, and one replica more never moves another: growing by one starts one on
-one worker.
+Workers need not agree, and one replica more never moves another: growth by one starts just one.
 """
 
 from __future__ import annotations

@@ -95,11 +95,7 @@ class Service:
         """Workload that workers have taken since the last look: of those that were there then."""
         before = self._taken
         self._taken = {worker.incarnation: worker.services[self._key].taken for worker in workers}
-        return sum(
-            taken - before[incarnation]
-            for incarnation, taken in self._taken.items()
-            if incarnation in before
-        )
+        return sum(taken - before[name] for name, taken in self._taken.items() if name in before)
 
     def _grown(self, queued: int | None) -> int:
         before, self._queued = self._queued, queued
@@ -195,7 +191,7 @@ def _part(mine: WorkerRecord, workers: Sequence[WorkerRecord]) -> float:
 
 
 def _mean(parts: Sequence[ServiceRecord]) -> float:
-    """The workload of one input, as those know who have taken most."""
+    """The workload of one input: the mean of the workers, by how much each has taken."""
     weight = sum(part.taken + 1.0 for part in parts)
     return sum(part.mean * (part.taken + 1.0) for part in parts) / weight
 

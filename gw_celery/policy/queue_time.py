@@ -111,10 +111,7 @@ class Loads:
             waiting=sum(counters.waiting for counters in tallies.values()),
             rate=shared(
                 {service: self._rate(service, slots[service], worker) for service in slots},
-                {
-                    key: self._parts[key].observe(counters.arrived)
-                    for key, counters in tallies.items()
-                },
+                {key: self._parts[key].observe(sums.arrived) for key, sums in tallies.items()},
             ),
             mean=snapshot.mean_workload(tallies.values()),
         )

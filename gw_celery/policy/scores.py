@@ -153,7 +153,7 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-class ServiceCounters(Protocol):
+class Counters(Protocol):
     """Counters of the inputs of one service since its worker started; it does not change."""
 
     @property
@@ -191,7 +191,7 @@ class _Span:
     began: float
     ready: int
     #: The counters when it began.
-    first: ServiceCounters
+    first: Counters
     #: Sum of the shares of the slots that were taken, and how often they were looked at.
     taken: float = 0.0
     looks: int = 0
@@ -199,7 +199,7 @@ class _Span:
     def is_full(self, slack: float = 0.0) -> bool:
         return self.taken >= _FULL * self.looks - slack
 
-    def is_marred(self, counters: ServiceCounters, slot_seconds: float) -> bool:
+    def is_marred(self, counters: Counters, slot_seconds: float) -> bool:
         """Whether something other than work may have filled its slots."""
         # What waits may be refused faster than work comes, and what most inputs fail of more
         # replicas do not mend.
@@ -245,7 +245,7 @@ class LiveScore:
             self.served, self._has_warned = None, False
 
     def observe(
-        self, now: float, counters: ServiceCounters, ready: int, *, has_more: bool = False
+        self, now: float, counters: Counters, ready: int, *, has_more: bool = False
     ) -> bool:
         """Learn from the traffic; to be called about once a second.
 
@@ -281,7 +281,7 @@ class LiveScore:
         self._begin(now, counters, ready)
         return teaches and self._is_warning_due()
 
-    def _begin(self, now: float, counters: ServiceCounters, ready: int) -> None:
+    def _begin(self, now: float, counters: Counters, ready: int) -> None:
         # Not within a span, which may be full and last for longer: it is about to say more.
         if now - self._learnt_at > _TRUSTED:
             self.served = None
@@ -300,11 +300,10 @@ class LiveScore:
         return True
 
 
-def _failed(counters: ServiceCounters) -> float:
-    """Workload of what ran and gave no value."""
+def _failed(counters: Counters) -> float:
     return counters.failed - counters.refused
 
 
-def _succeeded(counters: ServiceCounters) -> float:
+def _succeeded(counters: Counters) -> float:
     """Workload of what gave a value: what raises at once is not quick."""
     return counters.served - counters.failed

@@ -107,8 +107,8 @@ class Bands:
                     best[service] = record.score
         changed = [
             service
-            for service, service_band in self._bands.items()
-            if service_band.follow(scores.get(service), best[service], now)
+            for service, current in self._bands.items()
+            if current.follow(scores.get(service), best[service], now)
         ]
         for service in changed:
             band = self._bands[service].band.name.lower()
@@ -117,6 +117,4 @@ class Bands:
 
     def names(self) -> dict[str, str]:
         """The band of each service, by its name."""
-        return {
-            service: service_band.band.name.lower() for service, service_band in self._bands.items()
-        }
+        return {service: current.band.name.lower() for service, current in self._bands.items()}

@@ -57,11 +57,8 @@ class ChildProbes:
             return
         for child in self._supervisor.children():
             self._call_due_of(child, now)
-        dues = (
-            child.checks.next_at
-            for child in self._supervisor.children()
-            if child.checks is not None
-        )
+        all_checks = (child.checks for child in self._supervisor.children())
+        dues = (checks.next_at for checks in all_checks if checks is not None)
         self._next_at = min(dues, default=math.inf)
 
     def have_started(self, child: ChildProcess, now: float) -> bool:

@@ -188,10 +188,7 @@ class ReplicaScores:
         self._queued = (now, queued)
 
     def observe(
-        self,
-        now: float,
-        tallies: Mapping[str, policy_scores.ServiceCounters],
-        ready: Mapping[str, int],
+        self, now: float, tallies: Mapping[str, policy_scores.Counters], ready: Mapping[str, int]
     ) -> None:
         """Let the traffic correct the scores; about once a second.
 
@@ -234,11 +231,8 @@ class ReplicaScores:
     def _latest(self, service: str, now: float) -> Iterator[snapshot.Benchmark]:
         """The latest figures of each task, of whichever replica."""
         for name in self._benchmarked.get(service, ()):
-            found = [
-                progress.scores[name]
-                for progress in self._progress.values()
-                if name in progress.scores
-            ]
+            by_child = [progress.scores for progress in self._progress.values()]
+            found = [scores[name] for scores in by_child if name in scores]
             if found:
                 latest = max(found, key=lambda measured: measured.since)
                 figures = policy_scores.to_json(latest.score)

@@ -205,7 +205,7 @@ class Supervisor:
         """Let the traffic correct the scores; about once a second."""
         with self._lock:
             # While results cannot be stored nothing is consumed, however much there is.
-            ready = {} if self.outage() else self._ready_by_service()
+            ready = {} if self.outage() else self._ready_replicas_by_service()
             counters = self.requests.table.counters.as_snapshot()
             self._scores.observe(request.now(), counters, ready)
 
@@ -221,7 +221,7 @@ class Supervisor:
         """Return the worker as it is now; from any thread."""
         with self._lock:
             slots, now = self.setup.slots, request.now()
-            ready = self._ready_by_service()
+            ready = self._ready_replicas_by_service()
             pool, table = self.pool, self.requests.table
             return Worker(
                 hostname=pool.hostname,
@@ -252,8 +252,7 @@ class Supervisor:
         """Return every live child; they may start and end meanwhile."""
         return list(self._children)
 
-    def _ready_by_service(self) -> dict[str, int]:
-        """READY replicas that take inputs of each service."""
+    def _ready_replicas_by_service(self) -> dict[str, int]:
         ready = [child for child in self._children if child.state.is_ready]
         return {
             service: sum(child.slots.serves(service) for child in ready)

@@ -40,7 +40,7 @@ def select_families(
         for service in declarations.services.values():
             declared.setdefault(service.family, []).append(service.placement.gpu)
     # The CPU needs no look at the GPUs.
-    there = devices.NONE if typed.gpu == "CPU" else discovery.find_devices(settings.gpu_kinds)
+    there = devices.NONE if typed.gpu == "CPU" else discovery.find(settings.gpu_kinds)
     worker.app.amqp.queues.select(allocation.families_for(typed.gpu, declared, there))
 
 
@@ -53,9 +53,7 @@ def allot(plan: serving.Plan) -> allocation.Allotment | None:
         ConfigurationError: when not even one replica fits on this machine.
     """
     needs = allocation.needs_of(service.placement.gpu for service in plan.served)
-    return (
-        allocation.allot(needs, discovery.find_devices(plan.settings.gpu_kinds)) if needs else None
-    )
+    return allocation.allot(needs, discovery.find(plan.settings.gpu_kinds)) if needs else None
 
 
 def fit(worker: Any, plan: serving.Plan, typed: WorkerOptions | None) -> bool:

@@ -50,9 +50,9 @@ def test_a_wrong_value_is_an_error_that_says_what_to_write(value: str) -> None:
 def test_a_kind_of_the_setting_must_say_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "B200")
     with pytest.raises(errors.ConfigurationError, match="say the GB of B200, over 0"):
-        discovery.find_devices(("B200",))
+        discovery.find(("B200",))
     monkeypatch.setenv("GW_FAKE_GPUS", "B200/192")
-    assert discovery.find_devices(("B200",)).has("B200")
+    assert discovery.find(("B200",)).has("B200")
 
 
 def test_fake_gpus_stand_in_for_nvml_and_are_made_visible_as_real_ones(
@@ -60,13 +60,13 @@ def test_fake_gpus_stand_in_for_nvml_and_are_made_visible_as_real_ones(
 ) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "L4:3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-fake-0")
-    assert [device.index for device in discovery.find_devices().devices] == [2, 0]
+    assert [device.index for device in discovery.find().devices] == [2, 0]
 
 
 def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "")
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "NVML" in discovery.find_devices().source
+    assert "NVML" in discovery.find().source
 
 
 # -- NVML --
@@ -132,7 +132,7 @@ def told(handle: Mapping[str, Any], name: str, otherwise: Any = None) -> Any:
 
 def looked(monkeypatch: pytest.MonkeyPatch, nvml: Any) -> devices.Machine:
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    machine = discovery.find_devices()
+    machine = discovery.find()
     assert nvml is None or not nvml.is_open, "it was left open"
     return machine
 

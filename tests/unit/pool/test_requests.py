@@ -64,7 +64,7 @@ def test_a_report_of_what_the_child_does_not_hold_is_garbage(harness: Harness, k
     child = harness.child(0)
     child.done(request)
     rest = {Report.ACCEPT: [0.0], Report.DONE: ["'again'", 0.5], Report.GONE: []}[Report(kind)]
-    child.report([kind, child._job(request), *rest])
+    child.report([kind, child._number(request), *rest])
     assert (child.exit_code, request.heard) == (-9, ["accepted", "done"])
     refilled(harness)
 
@@ -241,7 +241,7 @@ def test_what_expires_while_it_gathers_is_celerys_to_answer(start_pool: StartPoo
 
     child = harness.child(0)
     state.revoked.add(expired.id)  # as Celery finds that it has expired
-    child.report([Report.EXPIRED, child._job(expired)])
+    child.report([Report.EXPIRED, child._number(expired)])
     assert expired.heard == ["revoked"]
     child.gone(expired)
     assert expired.heard == ["revoked"]
