@@ -137,7 +137,7 @@ class PoppingChannel(redis.Channel):
         width = len(queues) if self.queue_order_strategy == "round_robin" else 1
         keys = [self.unacked_key, self.unacked_index_key]
         keys += [self._q_for_pri(queue, pri) for queue, pri in lists]
-        self._asked_for = self._room()
+        self._asked_for = self._most_to_take()
         limits = (self._asked_for, LARGEST, width)
         self._ask(
             "EVALSHA", self._script, len(keys), *keys, *limits, *(queue for queue, _ in lists)
@@ -252,7 +252,7 @@ class PoppingChannel(redis.Channel):
             return False
         return self._has_script()
 
-    def _room(self) -> int:
+    def _most_to_take(self) -> int:
         """How many messages to take at once."""
         qos = self.qos
         if "can_consume" in vars(qos):  # Celery counts otherwise (worker_disable_prefetch)

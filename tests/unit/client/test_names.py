@@ -107,7 +107,7 @@ def test_a_name_that_celery_makes_is_known_too(app: gw.App) -> None:
     assert refused(app.remote(name=PLAIN), ours).value == PLAIN
 
 
-def test_a_plain_task_of_another_celery_app_is_in_nobodys_way(app: gw.App) -> None:
+def test_a_plain_task_of_another_celery_app_disturbs_no_service(app: gw.App) -> None:
     declare_plain(Celery("other", broker="memory://", set_as_current=False), "not shared")
 
     assert app.remote(name=NAME)(ours).name == NAME
