@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import threading
 import time
 
@@ -49,8 +51,9 @@ class BackgroundThread:
         self._name = name
         self._outage = Outage(logging.getLogger(type(self).__module__), outage)
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
-        self._woken = threading.Event()
+        # Both may be entered again by the handler of a signal, which ends the pool.
+        self._starting = threading.RLock()
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.is_closed = False
 
     def run_round(self) -> None:
@@ -69,7 +72,8 @@ class BackgroundThread:
 
     def wake(self) -> None:
         """Have the next round begin at once; from any thread."""
-        self._woken.set()
+        if self._wakes.empty():
+            self._wakes.put(None)
 
     def close(self, timeout: float = 2.0) -> bool:
         """End the thread after its round; whether it has ended.
@@ -80,8 +84,8 @@ class BackgroundThread:
         with self._starting:
             self.is_closed = True
         self.wake()
-        if self._thread is None:
-            return True
+        if self._thread is None or self._thread.ident is None:
+            return True  # it ends as soon as it begins
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -90,7 +94,6 @@ class BackgroundThread:
             began = time.monotonic()
             self._try_round()
             self._pause(began)
-            self._woken.clear()
         try:
             self.leave()
         except Exception as exc:
@@ -106,4 +109,7 @@ class BackgroundThread:
 
     def _pause(self, began: float) -> None:
         left = began + self.period - time.monotonic()
-        self._woken.wait(None if left > threading.TIMEOUT_MAX else max(0.0, left))
+        with contextlib.suppress(queue.Empty):
+            self._wakes.get(timeout=None if left > threading.TIMEOUT_MAX else max(0.0, left))
+            while True:
+                self._wakes.get_nowait()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import threading
 import time
 
@@ -95,3 +96,30 @@ def test_an_outage_that_never_was_is_no_news(caplog: pytest.LogCaptureFixture) -
     outage = Outage(logging.getLogger(__name__), "it cannot be read")
     outage.end()
     assert caplog.messages == []
+
+
+def test_the_handler_of_a_signal_may_end_a_thread_that_it_interrupts_the_start_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a cold shutdown: the pool ends in the handler, wherever its loop was."""
+    start = threading.Thread.start
+
+    work = Counting(period=60.0)
+
+    def end(*_: object) -> None:
+        work.start()
+        work.wake()
+        work.close(5.0)
+
+    def start_interrupted(thread: threading.Thread) -> None:
+        signal.raise_signal(signal.SIGQUIT)
+        start(thread)
+
+    before = signal.signal(signal.SIGQUIT, end)
+    try:
+        monkeypatch.setattr(threading.Thread, "start", start_interrupted)
+        work.start()
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+    assert work.is_closed
+    assert work.close(5.0)
