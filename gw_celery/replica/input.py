@@ -165,9 +165,10 @@ class Input:
         self._raise(SoftTimeLimitExceeded(seconds))
 
     def stop(self) -> None:
-        """Cancel the body; its answer is not wanted any more."""
-        self._is_stopped = True
-        self._raise(None)
+        """Cancel the body, once; its answer is not wanted any more."""
+        if not self._is_stopped:
+            self._is_stopped = True
+            self._raise(None)
 
     def take_interrupt(self) -> BaseException | None:
         """Return what stands in for a cancellation that reaches the body's coroutine, once."""

@@ -252,13 +252,13 @@ class Process:
         self._instances.update(made)
 
     async def leave(self) -> None:
-        """Leave everything, in parallel, and cancel what is still entering."""
+        """Leave all instances in parallel, then all contexts; cancel what is still entering."""
         for life in self._entering:
             life.abandon()
         async with self._growing:  # a growth that is interrupted leaves what it entered
-            owners = self._instances.values()
-            contexts = lifecycle.leave_all(list(self._contexts.values()))
-            await asyncio.gather(contexts, *(owner.leave() for owner in owners))
+            # An exit hook may use a context that it has kept.
+            await asyncio.gather(*(owner.leave() for owner in self._instances.values()))
+            await lifecycle.leave_all(list(self._contexts.values()))
             self._served.clear()
             self._contexts.clear()
             self._instances.clear()

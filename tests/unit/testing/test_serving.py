@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
@@ -79,3 +80,39 @@ def test_the_fixture_serves_several_apps(gw_in_process) -> None:
     assert log == ["enter first", "enter second"]
     assert first.celery.tasks["first.body"].remote() is None
     assert second.celery.tasks["second.body"].remote() is None
+
+
+def test_exit_hooks_of_class_tasks_may_use_contexts_which_leave_after_them(app: gw.App) -> None:
+    seen: list[bool] = []
+
+    @app.context()
+    class Engine:
+        is_open = False
+
+        async def __aenter__(self) -> Engine:
+            self.is_open = True
+            return self
+
+        async def __aexit__(self, *exc: object) -> None:
+            self.is_open = False
+
+    @app.cls
+    class Model:
+        size: int = gw.parameter(scope="load")
+
+        @gw.on_enter()
+        def load(self) -> None:
+            self.engine = app.get_context(Engine)
+
+        @gw.on_exit()
+        async def unload(self) -> None:
+            await asyncio.sleep(0.01)
+            seen.append(self.engine.is_open)
+
+        @gw.method()
+        def predict(self) -> int:
+            return self.size
+
+    with testing.in_process(app):
+        assert Model(size=2).predict.local() == 2
+    assert seen == [True]
