@@ -537,6 +537,14 @@ class Harness:
         if self._hub.error is not None:
             raise self._hub.error
 
+    def terminate(self) -> None:
+        """End the pool, as Celery does after the handler of a cold shutdown."""
+        self._hub.meanwhile = lambda: self._turn_while_stopping(None)
+        try:
+            self.pool.terminate()
+        finally:
+            self.is_stopped = True
+
     def poll(self) -> None:
         """Let the pool read what children wrote."""
         self._hub.poll()

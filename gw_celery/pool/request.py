@@ -261,7 +261,9 @@ class PoolRequest:
     # -- what Celery hears --
 
     def tell_accepted(self, pid: int, started: float) -> None:
-        """The input starts: an early acknowledgement happens here."""
+        """The input starts: an early acknowledgement happens here, once."""
+        if self.accepted_at is not None:
+            return
         self.accepted_at = started
         for delivery in (self, *self.deliveries):
             delivery._call("accept_callback", pid, started)

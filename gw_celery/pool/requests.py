@@ -155,7 +155,8 @@ class Requests:
             return
         self.table.move(sent, State.RUNNING, request.now())
         child.state.began(now, sent.hard_limit or math.inf)
-        sent.tell_accepted(child.pid, started)
+        if sent.settlement is None:  # the handler of a signal may have stopped it by now
+            sent.tell_accepted(child.pid, started)
 
     def _end(self, held: PoolRequest, child: ChildProcess, report: frames.ReportFields) -> None:
         """The child lets go of it, with an answer or without."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from gw_celery.pool import (
@@ -82,8 +82,8 @@ class Supervisor:
         self._is_closing = False
         # Reentrant: Celery's signal handlers call us in the middle of anything.
         self._lock = threading.RLock()
-        #: Stops that came in the middle of a move.
-        self._late_stops: list[tuple[request.PoolRequest, int]] = []
+        #: What the handler of a signal asked for in the middle of a move.
+        self._late: list[Callable[[], None]] = []
         #: Inputs that found no slot the last time.
         self._waiting = 0
 
@@ -132,16 +132,27 @@ class Supervisor:
     def stop(self, stopped: request.PoolRequest, signum: int) -> None:
         """Stop one input and answer it as terminated, before or after its start."""
         with self._lock:
-            if self.requests.table.is_moving:  # Celery's handler of a signal interrupts it
-                self._late_stops.append((stopped, signum))
-                self.wake()
-            else:
+            if not self._is_late(lambda: self.requests.stop(stopped, signum)):
                 self.requests.stop(stopped, signum)
 
     def forget_waiting(self) -> None:
         """Drop what has not started: the broker delivers it again."""
         with self._lock:
-            self.requests.forget_waiting()
+            if not self._is_late(self.requests.forget_waiting):
+                self.requests.forget_waiting()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the handler of a signal asks, in the middle of a move."""
+        with self._lock:
+            return self.requests.table.is_moving
+
+    def _is_late(self, act: Callable[[], None]) -> bool:
+        """Have ``act`` done by the next ``poll`` where a move is interrupted."""
+        if self.requests.table.is_moving:
+            self._late.append(act)
+            self.wake()
+        return self.requests.table.is_moving
 
     def withdraw(self) -> None:
         """Take out what was revoked or has expired while it gathered for a batch."""
@@ -168,12 +179,14 @@ class Supervisor:
 
     def poll(self, timeout: float = 0.0) -> None:
         """Handle what children reported, waiting ``timeout`` seconds at most for it."""
+        if self.is_interrupted:
+            return
         events = self._sockets.wait(timeout)
         with self._lock:
             for child in self._sockets.follow(events):
                 self._receive(child)
-            while self._late_stops:
-                self.requests.stop(*self._late_stops.pop())
+            while self._late:
+                self._late.pop(0)()
             now = request.now()
             self.requests.finish_checks(now)
             self._probes.call_due(now)
@@ -516,7 +529,7 @@ class Supervisor:
         """Take nothing new and start no child any more."""
         with self._lock:
             self._is_closing = True
-            self.requests.forget_waiting()
+            self.forget_waiting()
 
     def give_up_unbegun(self) -> None:
         """Give up what has not begun, unanswered, after a last look at what has."""

@@ -67,6 +67,8 @@ class TaskPool(BasePool):
         self._plan = plan
         #: Opens and closes the worker's queues; the consumer's step attaches itself.
         self.gate: gate.Gate | None = None
+        #: It was to stop in the middle of a move of a request.
+        self._stop_is_due = False
         #: When each tick of beat came last.
         self._ticked: dict[str, float] = {}
         self.limit = limit or 1
@@ -221,6 +223,9 @@ class TaskPool(BasePool):
         """Wait for every input in flight, then let the children leave."""
         if self._driver.is_over:
             return
+        if self.supervisor.is_interrupted:  # by Celery's handler of a cold shutdown
+            self._stop_is_due = True
+            return
         settings = self._setup.settings
         self.supervisor.close()
         if state.should_terminate:
@@ -243,6 +248,8 @@ class TaskPool(BasePool):
         self._finish()
 
     def on_terminate(self) -> None:
+        if self._stop_is_due:
+            self.on_stop()
         self._finish()
 
     # -- what beat has every worker do --
