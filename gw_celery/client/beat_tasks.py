@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from celery import Celery, Task
+from kombu.entity import Exchange, Queue
 
 from gw_celery import conf, errors, signals
 from gw_celery.client import registration
@@ -32,6 +33,24 @@ class Sweep(Task):
 
     queue = QUEUE
     ignore_result = True
+
+    def apply_async(self, *args: Any, **options: Any) -> Any:
+        """Send it, as any task, to the queue that workers consume."""
+        add_queue(self.app)
+        return super().apply_async(*args, **options)
+
+
+def add_queue(app: Celery) -> None:
+    """Add the queue of both to those of ``app``, unless the project names or must name it itself.
+
+    RabbitMQ refuses a queue that another process declared otherwise, so that no priorities or queue
+    types that an app gives to its missing queues are for this one.
+    """
+    queues, named = app.amqp.queues, app.conf.task_queues or ()
+    if queues.create_missing and QUEUE not in {getattr(entry, "name", entry) for entry in named}:
+        queue: Any = Queue(QUEUE, Exchange(QUEUE), routing_key=QUEUE)
+        queues[QUEUE] = queue
+        queue.queue_arguments = None  # it has just been given the app's
 
 
 def broadcast(task: Any) -> None:

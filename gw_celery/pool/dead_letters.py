@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from amqp.exceptions import MessageNacked
@@ -54,15 +53,19 @@ _CONFIRM_TIMEOUT = 10.0
 #: Dead letters that are read from Redis at a time.
 _PAGE = 20
 
-# Scripts, because kombu's client, which puts a prefix before keys, does not do so for all the
-# commands in them. The first is one decision.
+# Scripts, because adding and moving are one decision each, and because kombu's client, which puts a
+# prefix before keys, does not do so for all the commands in them.
 _ADD = """
 if redis.call('LLEN', KEYS[1]) >= tonumber(ARGV[1]) then return 0 end
 redis.call('LPUSH', KEYS[1], ARGV[2])
 return 1
 """
 _READ = "return redis.call('LRANGE', KEYS[1], ARGV[1], ARGV[2])"
-_REMOVE = "return redis.call('LREM', KEYS[1], -1, ARGV[1])"
+_MOVE = """
+if redis.call('LREM', KEYS[1], -1, ARGV[1]) == 0 then return 0 end
+for i = 2, #KEYS do redis.call('LPUSH', KEYS[i], ARGV[2]) end
+return 1
+"""
 
 
 def to_dead_letter(
@@ -169,30 +172,35 @@ class DeadLetterQueue:
         return (letter for letter, _ in self._stored())
 
     def requeue(self, task_id: str) -> Any | None:
-        """Send one to where it came from, then remove it; None when it is not there."""
-        for letter, remove in self._stored():
+        """Send one to where it came from and remove it; None when it is not there."""
+        for letter, stored in self._stored():
             if letter.headers.get("id") == task_id:
                 names = (f"{_ADDED}exchange", f"{_ADDED}routing-key")
                 exchange, key = (letter.headers.get(name) or "" for name in names)
-                with self._channel() as channel:
-                    if not exchange:  # as any sender does: the queue may have been deleted
-                        self._app.amqp.queues[key](channel).declare()
-                    self._publish(channel, to_message(letter), exchange, key)
-                remove()
-                return letter
+                if self._move(stored, to_message(letter), exchange, key):
+                    return letter
         return None
 
     def _channel(self) -> contextlib.closing[Any]:
         """A channel of its own: what it took and did not acknowledge goes back when it closes."""
         return contextlib.closing(self._connection.channel())
 
-    def _stored(self) -> Iterator[tuple[Any, Callable[[], Any]]]:
-        """Yield each dead letter, and what removes it."""
+    def _move(self, stored: Any, fields: dict[str, Any], exchange: str, key: str) -> bool:
+        """Send a message in place of a dead letter; False when another client has removed that."""
+        with self._channel() as channel:
+            if not exchange:  # as any sender does: the queue may have been deleted
+                self._app.amqp.queues[key](channel).declare()
+            self._publish(channel, fields, exchange, key)
+        stored.ack()
+        return True
+
+    def _stored(self) -> Iterator[tuple[Any, Any]]:
+        """Yield each dead letter, and what ``_move`` knows it by."""
         with self._channel() as channel:
             queue: Any = Queue(self._name, channel=channel)
             with contextlib.suppress(*self._connection.channel_errors):  # never was a dead letter
                 while (letter := queue.get(no_ack=False)) is not None:
-                    yield letter, letter.ack
+                    yield letter, letter
 
     def _publish(self, channel: Any, fields: dict[str, Any], exchange: str, key: str) -> None:
         is_amqp = self._connection.transport.driver_type == "amqp"
@@ -205,24 +213,35 @@ class RedisQueue(DeadLetterQueue):
     """One list, in kombu's format, whatever the priorities of its dead letters."""
 
     def add(self, letter: dict[str, Any]) -> bool:
-        channel = self._connection.default_channel
-        message = channel.prepare_message(**letter)
-        channel._inplace_augment_message(message, "", self._name)
-        return bool(self._run(_ADD, self._limit, json.dumps(message)))
+        _, stored = self._prepared(letter, "", self._name)
+        return bool(self._run(_ADD, [], self._limit, stored))
 
-    def _stored(self) -> Iterator[tuple[Any, Callable[[], Any]]]:
+    def _move(self, stored: Any, fields: dict[str, Any], exchange: str, key: str) -> bool:
+        channel = self._connection.default_channel
+        priority, message = self._prepared(fields, exchange, key)
+        lists = [channel._q_for_pri(name, priority) for name in channel._lookup(exchange, key)]
+        return bool(self._run(_MOVE, lists, stored, message))
+
+    def _stored(self) -> Iterator[tuple[Any, Any]]:
         channel = self._connection.default_channel
         for end in itertools.count(1, _PAGE):  # from the tail: what is added moves none of them
-            page = self._run(_READ, 1 - end - _PAGE, -end)
+            page = self._run(_READ, [], 1 - end - _PAGE, -end)
             for raw in reversed(page):
-                letter = channel.Message(json.loads(raw), channel=channel)
-                yield letter, functools.partial(self._run, _REMOVE, raw)
+                yield channel.Message(json.loads(raw), channel=channel), raw
             if len(page) < _PAGE:
                 return
 
-    def _run(self, script: str, *arguments: Any) -> Any:
+    def _prepared(self, fields: dict[str, Any], exchange: str, key: str) -> tuple[int, str]:
+        """Return the priority of a message, and the message as kombu stores it."""
         channel = self._connection.default_channel
-        return channel.client.eval(script, 1, channel.global_keyprefix + self._name, *arguments)
+        message = channel.prepare_message(**fields)
+        channel._inplace_augment_message(message, exchange, key)
+        return channel._get_message_priority(message), json.dumps(message)
+
+    def _run(self, script: str, lists: list[str], *arguments: Any) -> Any:
+        channel = self._connection.default_channel
+        keys = [channel.global_keyprefix + name for name in (self._name, *lists)]
+        return channel.client.eval(script, len(keys), *keys, *arguments)
 
 
 class DeadLetters:

@@ -93,6 +93,8 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     if typed is not None:
         sizing.select_families(worker, typed, registries, settings)
     expand_families(queues, registries)
+    if beat_tasks.QUEUE in queues.consume_from:
+        _consume_ticks(app)
     commands.install_ticks()
     served = list(registry.serving(registries, queues.consume_from))
     pool = _pool_name(worker.pool_cls)
@@ -136,14 +138,16 @@ def _prepare_gpu_pool(
     worker.app.steps["worker"].add(bootsteps.ScalingStep)
     worker.app.steps["consumer"].add(gate.GateStep)
     if plan.probes or any(plan.benchmarked.values()):
-        _consume_ticks(worker.app.amqp.queues)
+        _consume_ticks(worker.app)
     return plan
 
 
-def _consume_ticks(queues: Any) -> None:
-    """Add the queue of beat's tasks, whatever ``-Q`` names."""
+def _consume_ticks(app: Any) -> None:
+    """Consume the queue of beat's tasks, whatever ``-Q`` names."""
+    beat_tasks.add_queue(app)
+    queues = app.amqp.queues
     try:
-        queues.select_add(queues[beat_tasks.QUEUE])
+        queues.consume_from[beat_tasks.QUEUE] = queues[beat_tasks.QUEUE]
     except KeyError:
         logger.warning(
             "task_queues lacks %s and task_create_missing_queues is off: this worker runs none of "

@@ -4,8 +4,10 @@ import datetime as dt
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import kombu
 import pytest
 from celery import Celery, _state
+from celery.exceptions import QueueNotFound
 
 import gw_celery as gw
 from gw_celery.client import beat_tasks
@@ -218,3 +220,30 @@ def gw_task() -> type:
     from celery import Task
 
     return Task
+
+
+def test_the_queue_is_the_same_in_every_process_whatever_queues_the_app_makes(app: gw.App) -> None:
+    app.celery.conf.update(
+        task_queue_max_priority=10,
+        task_create_missing_queue_type="quorum",
+        task_create_missing_queue_exchange_type="topic",
+    )
+    queues = app.celery.amqp.queues
+    assert queues["other"].queue_arguments == {"x-queue-type": "quorum", "x-max-priority": 10}
+    app.celery.tasks[beat_tasks.PROBE].apply_async()
+    queue = queues["gw.control"]
+    assert (queue.queue_arguments, queue.durable, queue.routing_key) == (None, True, "gw.control")
+    assert (queue.exchange.name, queue.exchange.type) == ("gw.control", "direct")
+
+
+def test_a_queue_that_the_project_names_is_the_projects(app: gw.App) -> None:
+    named = kombu.Queue("gw.control", queue_arguments={"x-max-length": 9})
+    app.celery.conf.task_queues = [named]
+    app.celery.tasks[beat_tasks.PROBE].apply_async()
+    assert app.celery.amqp.queues["gw.control"].queue_arguments == {"x-max-length": 9}
+
+
+def test_a_project_that_makes_no_queues_by_itself_gets_none(app: gw.App) -> None:
+    app.celery.conf.update(task_create_missing_queues=False, task_queues=[kombu.Queue("other")])
+    with pytest.raises(QueueNotFound):
+        app.celery.tasks[beat_tasks.PROBE].apply_async()

@@ -207,3 +207,47 @@ def test_a_message_that_cannot_be_read_costs_only_its_dead_letter(
     broken.message.headers = {"compression": "no such"}
     writer.keep(broken, "", 3)
     assert "task proj.embed[a] has no dead letter" in caplog.text
+
+
+# -- sending again, on Redis --
+
+
+@pytest.fixture
+def redis_app(redis_url: str) -> Iterator[Celery]:
+    with Celery("dead", broker=redis_url, set_as_current=False) as app:
+        app.conf.update(task_create_missing_queues=False, task_queues=[])
+        yield app
+
+
+def test_of_two_that_send_one_again_only_one_does(
+    redis_app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dead_letters.connect(redis_app) as here, dead_letters.connect(redis_app) as there:
+        first, second = (dead_letters.queue_of(redis_app, each, SETTINGS) for each in (here, there))
+        first.add(dead_letters.to_dead_letter(message(), **FACTS))
+        read = first._stored
+
+        def stored() -> Iterator[Any]:
+            for letter in read():
+                assert second.requeue("a") is not None
+                yield letter
+
+        monkeypatch.setattr(first, "_stored", stored)
+        assert first.requeue("a") is None
+        assert sum(sizes(here)) == 1
+        assert list(second.read()) == []
+
+
+def test_what_is_sent_again_needs_no_queue_that_is_named(redis_app: Celery) -> None:
+    with dead_letters.connect(redis_app) as connection:
+        queue = dead_letters.queue_of(redis_app, connection, SETTINGS)
+        queue.add(dead_letters.to_dead_letter(message(), **FACTS))
+        assert queue.requeue("a") is not None
+        assert sizes(connection) == [0, 1, 0, 0], "by its priority"
+
+
+def sizes(connection: Any) -> list[int]:
+    """The messages in each list of ``gpu.embed``, by rising number of the priority."""
+    channel = connection.default_channel
+    lists = [channel._q_for_pri("gpu.embed", step) for step in channel.priority_steps]
+    return [channel.client.llen(name) for name in lists]

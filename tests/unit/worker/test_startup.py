@@ -341,6 +341,21 @@ def test_a_stock_worker_consumes_the_queue_of_beats_tasks_where_it_is_told_to(ap
     assert list(app.celery.amqp.queues.consume_from) == ["gw.control"]
 
 
+@pytest.mark.parametrize(
+    ("queues", "pool"), [(["cpu"], GPU_POOL), (["cpu", "gw.control"], "prefork")]
+)
+def test_every_worker_declares_the_queue_of_beats_tasks_alike(
+    app: gw.App, queues: list[str], pool: str
+) -> None:
+    app.celery.conf.update(task_queue_max_priority=10, task_create_missing_queue_type="quorum")
+    app.remote(gpu=gw.Gpu("CPU"), benchmark_dataset=[{"x": 1}])(measured)
+    prepared(app, *queues, pool=pool)
+    consumed = app.celery.amqp.queues.consume_from
+    assert consumed["gw.control"].queue_arguments is None
+    assert consumed["gw.control"] is app.celery.amqp.queues["gw.control"]
+    assert consumed["cpu.measured"].queue_arguments["x-max-priority"] == 10
+
+
 @pytest.mark.parametrize("pool", ["prefork", GPU_POOL])
 def test_every_worker_knows_the_commands_that_are_broadcast(app: gw.App, pool: str) -> None:
     app.remote(gpu=gw.Gpu("CPU"))(tidy)
