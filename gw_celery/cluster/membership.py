@@ -151,11 +151,12 @@ class Membership(background_thread.BackgroundThread):
     def follow(self, on_read: Callable[[], None]) -> None:
         """Read the lengths of all queues from now on; ``on_read`` is called in the thread."""
         self.read_others()
-        self._on_read = on_read
-        self._followed |= {queue for names in self.queues.values() for queue in names}
+        queues = {queue for names in self.queues.values() for queue in names}
+        self._followed = self._followed | queues  # the thread may run, and go through the old set
         self._lists = None
         self._meets_until = time.monotonic() + _MEETING
         self._next_look = 0.0
+        self._on_read = on_read  # last: a round in between decides nothing
         self.start()
         self.wake()
 

@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -380,6 +381,28 @@ def test_workers_that_come_together_meet_before_anything_is_decided(project: Pro
     assert one.latest() is None
     project.is_away = False
     assert 2 <= seconds_until_known() <= 4
+
+
+def test_nothing_is_decided_by_a_round_while_the_autoscaler_begins(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, read = project.add("a@h", LIMITED), []
+    project.after(2)
+    project.now += 1.0
+    is_inside = False
+
+    def monotonic() -> float:
+        nonlocal is_inside
+        if not is_inside:
+            is_inside = True
+            one.run_round()  # of the thread, which runs already
+        return project.now
+
+    for name in ("start", "wake"):
+        monkeypatch.setattr(one, name, lambda: None)
+    monkeypatch.setattr(membership, "time", types.SimpleNamespace(monotonic=monotonic))
+    one.follow(lambda: read.append(one.latest()))
+    assert (is_inside, read) == (True, [])
 
 
 def test_it_looks_more_often_while_nothing_is_loaded_and_at_once(app: Celery) -> None:
