@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gw_celery import background_thread
-from gw_celery.cluster import liveness, lost_inputs, poison_counts, queue_lengths
+from gw_celery.cluster import early_acks, liveness, lost_inputs, poison_counts, queue_lengths
 from gw_celery.policy import queue_time
 from gw_celery.protocol import snapshot, worker_record
 from gw_celery.transport import broker, find
@@ -303,12 +303,15 @@ class Membership(background_thread.BackgroundThread):
         listed = [*old, *ahead]
         self._silent = dict(zip(map(bytes.decode, listed[::2]), listed[1::2], strict=True))
         self._tell_apart()
+        # First, so that none is begun with again.
+        while self.lost is not None and self.lost.answered:
+            answered = self.lost.answered.popleft()
+            client.zrem(self._alive, answered)
+            self._silent.pop(answered, None)
         if is_trusted and self._may_declare:
             for incarnation, beat in self._silent.items():
                 is_late = abs(float(server) - float(beat)) > 2 * self._ttl
                 self._declare(client, incarnation, beat, is_late=is_late)
-        while self.lost is not None and self.lost.answered:
-            client.zrem(self._alive, self.lost.answered.popleft())
 
     def _tell_apart(self) -> None:
         """Those that are silent are counted no more, declared or not."""
@@ -343,8 +346,17 @@ class Membership(background_thread.BackgroundThread):
             logger.warning(
                 "worker %s is lost: it has not been seen for %.0f s", incarnation, self._ttl
             )
-        if result == liveness.DECLARED or (result == liveness.WAS_DECLARED and is_late):
             self._on_lost(client, incarnation)
+        elif result == liveness.WAS_DECLARED and is_late:
+            if self._goes_on(client, incarnation):
+                client.zrem(self._alive, incarnation)
+            else:
+                self._on_lost(client, incarnation)
+
+    def _goes_on(self, client: Any, incarnation: str) -> bool:
+        """Whether a worker that was declared lost woke up: what is on record it runs now."""
+        beating = {name.decode() for name in client.zrange(self._alive, 0, -1)} - set(self._silent)
+        return early_acks.start_of(incarnation) in map(early_acks.start_of, beating)
 
     def _on_lost(self, client: Any, incarnation: str) -> None:
         """Do what is due for a worker that was declared lost: later its messages are given back.

@@ -9,14 +9,14 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
 from celery import Celery
 
 from gw_celery import devserver
-from gw_celery.cluster import liveness, membership, queue_lengths
+from gw_celery.cluster import early_acks, liveness, membership, queue_lengths
 from gw_celery.protocol import snapshot, worker_record
 from gw_celery.testing import eventually
 from tests.unit.cluster.project import Project
@@ -267,6 +267,27 @@ def test_what_its_declarer_left_undone_is_done_by_another(three: Project) -> Non
     assert killed in three.alive()
     three.after(TTL)
     eventually(lambda: three.after(1) or killed not in three.alive())
+
+
+def test_nothing_is_taken_from_a_worker_that_woke_up_because_its_declarer_left_its_name(
+    three: Project,
+) -> None:
+    before = three.workers["b@h"].incarnation
+    three.after(TTL + 5, frozen=["b@h"])
+    three.after(3)
+    taken: list[str] = []
+    for name, worker in three.workers.items():
+        lost = types.SimpleNamespace(take=taken.append, answered=(), close=lambda: None)
+        lost.has_own = lambda: False
+        worker.lost = cast(Any, lost)
+        assert worker.incarnation != before, name
+    three.client.zadd("gw:alive", {before: 1e9 + three.now - 3 * TTL})
+    three.after(TTL)
+    assert taken == []
+    assert before not in three.alive()
+    three.workers.pop("b@h")
+    three.after(TTL + 5)
+    assert set(taken) == {early_acks.start_of(before) + ".1"}
 
 
 def test_without_a_ttl_none_is_declared_lost_and_the_silent_do_not_count(
