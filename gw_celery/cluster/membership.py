@@ -95,7 +95,10 @@ class Membership(background_thread.BackgroundThread):
         self._ttl = _TTL if ttl is None else ttl
         self._life = 0
         self._trust = liveness.Trust(self._ttl)
-        self._shared = find.redis_of(app, min(_LONGEST_WAIT, self._ttl * _REDIS_PART))
+        wait = min(_LONGEST_WAIT, self._ttl * _REDIS_PART)
+        #: An answer that does not come, and a connection that does not.
+        self._longest_hang = 2 * wait
+        self._shared = find.redis_of(app, wait)
         if self._shared is not None:
             self.counts = poison_counts.Shared(self, wake)
             #: Sorted set: incarnations by the times of their last beats.
@@ -121,6 +124,8 @@ class Membership(background_thread.BackgroundThread):
         self._reading: Reading | None = None
         self._on_read: Callable[[], None] | None = None
         self._meets_until = 0.0
+        #: The first round that failed, while none has succeeded since.
+        self._away_since: float | None = None
         self._next_look = self._next_beat = self._next_expiry = 0.0
         #: Of records, which are read where something depends on them.
         self._next_records = 0.0 if limited else math.inf
@@ -207,11 +212,12 @@ class Membership(background_thread.BackgroundThread):
             except BaseException:
                 self._shared.close()
                 self._lists, self._script = None, ""
-                # The others have been away as well.
-                self._meets_until = time.monotonic() + _MEETING
+                if self._away_since is None:
+                    self._away_since = now
                 if self.counts is not None:
                     self.counts.fail()
                 raise
+            self._meet_again()
         if not is_look:
             return
         self._next_look = now + _DUE * self.period
@@ -224,6 +230,13 @@ class Membership(background_thread.BackgroundThread):
             others = None if self._shared is None else self.others
             self._reading = Reading(at=time.monotonic(), lengths=self._lengths, others=others)
             self._on_read()
+
+    def _meet_again(self) -> None:
+        """The others have been away as well, and may hang in their waits for as long again."""
+        if self._away_since is not None:
+            now = time.monotonic()
+            self._meets_until = now + _MEETING + min(now - self._away_since, self._longest_hang)
+            self._away_since = None
 
     def leave(self) -> None:
         if self.lost is not None:

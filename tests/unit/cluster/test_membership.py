@@ -394,6 +394,7 @@ def test_workers_that_come_together_meet_before_anything_is_decided(project: Pro
             project.after(1)
         raise AssertionError
 
+    project.after(1)
     one.follow(lambda: None)
     one.close()  # its thread: the test drives it
     assert 2 <= seconds_until_known() <= 4
@@ -401,7 +402,29 @@ def test_workers_that_come_together_meet_before_anything_is_decided(project: Pro
     project.after(10)
     assert one.latest() is None
     project.is_away = False
-    assert 2 <= seconds_until_known() <= 4
+    assert 12 <= seconds_until_known() <= 14, "others may have hung for two more of their waits"
+    project.is_away = True
+    project.after(1)
+    project.now += 6.0
+    project.is_away = False
+    assert 9 <= seconds_until_known() <= 11, "no longer than the outage was"
+
+
+def test_who_is_back_first_after_an_outage_decides_nothing_alone(project: Project) -> None:
+    one, others = project.add("a@h"), []
+    project.add("b@h")
+    project.after(1)
+    one.follow(lambda: others.append([other.worker for other in one.others]))
+    one.close()  # its thread: the test drives it
+    project.after(5)
+    others.clear()
+    project.is_away = True
+    project.after(TTL + 5)
+    project.is_away = False
+    project.after(6, frozen=["b@h"])  # it hangs as it connects
+    project.after(15)
+    assert others
+    assert all(names == ["b@h"] for names in others)
 
 
 def test_nothing_is_decided_by_a_round_while_the_autoscaler_begins(
