@@ -109,6 +109,7 @@ class Membership(background_thread.BackgroundThread):
         self._lists: queue_lengths.RedisLengths | None = None
         #: By which Redis knows the script of a beat, on this connection.
         self._script = ""
+        self._has_scripts = True
         #: Queues whose lengths are used.
         self._followed = set(limited)
         self._loads = queue_time.Loads(limited)
@@ -261,8 +262,8 @@ class Membership(background_thread.BackgroundThread):
 
     def _exchange(self, shared: find.SharedRedis, now: float, *, is_look: bool) -> None:
         client = shared.client()
-        if not self._script:
-            self._script = client.script_load(liveness.BEAT)
+        if self._has_scripts and not self._script:
+            self._load_script(client)
         lists = self._lists_of(shared) if is_look else None
         is_beat = now >= self._next_beat
         has_records = is_beat and now >= self._next_records
@@ -272,7 +273,7 @@ class Membership(background_thread.BackgroundThread):
                 self.counts.ask_redis(pipe, shared.key("deaths", ""))
             if lists is not None:
                 lists.ask(pipe)
-            if is_beat:
+            if is_beat and self._has_scripts:
                 self._ask_beat(pipe)
             if has_records:
                 self._ask_records(pipe)
@@ -284,7 +285,7 @@ class Membership(background_thread.BackgroundThread):
             self._lengths = lists.read(_checked(answers))
         if is_beat:
             self._next_beat = now + _DUE * _BEAT
-            self._follow_beat(client, own, next(_checked(answers)))
+            self._follow_beat(client, own, self._answer_to_beat(client, answers))
         if has_records:
             checked = _checked(answers)
             self._follow_records(client, next(checked), next(checked))
@@ -306,6 +307,33 @@ class Membership(background_thread.BackgroundThread):
         keys = self._keys(self.incarnation)
         record = self._record.dumps()
         pipe.evalsha(self._script, len(keys), *keys, self.incarnation, self._ttl, record)
+
+    def _load_script(self, client: Any) -> None:
+        try:
+            self._script = client.script_load(liveness.BEAT)
+        except Exception as exc:
+            if not liveness.is_refusal(exc):
+                raise
+            self._do_without_scripts(exc)
+
+    def _answer_to_beat(self, client: Any, answers: Iterator[Any]) -> list[Any]:
+        if self._has_scripts:
+            answer: Any = next(answers)
+            if not isinstance(answer, Exception):
+                return list(answer)
+            if not liveness.is_refusal(answer):
+                raise answer
+            self._do_without_scripts(answer)
+        keys = self._keys(self.incarnation)
+        return liveness.beat(client, keys, self.incarnation, self._ttl, self._record.dumps())
+
+    def _do_without_scripts(self, exc: Exception) -> None:
+        self._has_scripts = self._may_declare = False
+        logger.warning(
+            "the shared Redis refuses scripts (%s): until it is started again this worker declares"
+            " no other lost",
+            exc,
+        )
 
     def _follow_beat(self, client: Any, own: float, answer: list[Any]) -> None:
         if answer[0] == b"dead":

@@ -317,6 +317,47 @@ def test_a_worker_of_the_version_before_is_neither_seen_nor_harmed(three: Projec
     assert three.client.hlen("gw:load:gpu.A100.model") == 1
 
 
+CROSSSLOT = "return redis.error_reply('CROSSSLOT Keys in request do not hash to the same slot')"
+
+
+@pytest.mark.parametrize("is_cluster", [False, True])
+def test_where_scripts_are_refused_workers_know_each_other_and_declare_none(
+    app: Celery,
+    client: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_cluster: bool,
+) -> None:
+    monkeypatch.setattr(liveness.Trust, "beat", lambda *_: True)
+    workers = [membership.Membership(app, name, {"": ["q"]}, {}, 15.0) for name in ("a@h", "b@h")]
+    one, two = workers
+    if is_cluster:
+        monkeypatch.setattr(liveness, "BEAT", CROSSSLOT)
+    else:
+        client.execute_command("ACL", "SETUSER", "default", "-@scripting")
+    try:
+        for worker in workers:
+            worker.read_others()
+        for worker in [*workers, *workers]:
+            worker._next_beat = worker._next_records = 0.0
+            worker.run_round()
+        assert [other.incarnation for other in one.others] == [two.incarnation]
+        client.zadd("gw:alive", {two.incarnation: 1.0})
+        one._next_beat = 0.0
+        one.run_round()
+        assert one.others == ()
+        assert not client.exists(f"gw:dead:{two.incarnation}")
+        assert len([line for line in caplog.messages if "refuses scripts" in line]) == 2
+        client.set(f"gw:dead:{two.incarnation}", "c@h:1.0")
+        two._next_beat = 0.0
+        two.run_round()
+        assert two.incarnation.endswith(".1")
+    finally:
+        client.execute_command("ACL", "SETUSER", "default", "+@scripting")
+        for worker in workers:
+            worker.leave()
+
+
 # -- what callers are told --
 
 LIMITED = {"gpu.A100.model": {"model": 2}}
