@@ -84,7 +84,10 @@ class Autoscaler(autoscale.Autoscaler):
 
     def end(self) -> None:
         """The worker stops: its size is its pool's own business from now on."""
-        self._is_over = True
+        with self.mutex:
+            self._is_over = True
+            # It starts no replica any more: others have its part, while its last inputs run.
+            self.pool.cluster.tell(self.pool.snapshot(), None)
         self._asked.set()
 
     def body(self) -> None:

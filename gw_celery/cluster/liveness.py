@@ -7,6 +7,7 @@ Nothing here depends on the lifetime of a key: after an outage longer than that,
 from __future__ import annotations
 
 import time
+from typing import Any
 
 #: Seconds that a tombstone is kept.
 TOMBSTONE = 7 * 86_400
@@ -49,6 +50,33 @@ _LARGEST_SHIFT = 1 / 10
 
 #: Linux's counts on while the machine sleeps.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def beat(
+    client: Any, keys: tuple[str, str, str], name: str, ttl: float, record: str | bytes
+) -> list[Any]:
+    """Do what ``BEAT`` does in single commands, where scripts are refused, and return the same."""
+    alive, tombstone, records = keys
+    if (declarer := client.get(tombstone)) is not None:
+        return [b"dead", declarer]
+    seconds, microseconds = client.time()
+    server = seconds + microseconds / 1e6
+    with client.pipeline(transaction=False) as pipe:
+        pipe.zadd(alive, {name: f"{server:.3f}"})
+        pipe.hset(records, name, record)
+        pipe.zrangebyscore(alive, "-inf", f"({server - ttl:.3f}", withscores=True)
+        pipe.zrangebyscore(alive, f"({server + ttl:.3f}", "+inf", withscores=True)
+        *_, old, ahead = pipe.execute()
+    flat = [[part for pair in listed for part in pair] for listed in (old, ahead)]
+    return [f"{server:.3f}", *flat]
+
+
+def is_refusal(exc: Exception) -> bool:
+    """Whether an access list, a cluster or a renamed command keeps a Redis from scripts."""
+    from redis import exceptions  # here: half of the package's import time
+
+    refused = (exceptions.NoPermissionError, exceptions.ClusterCrossSlotError)
+    return isinstance(exc, refused) or str(exc).startswith(("CROSSSLOT", "unknown command"))
 
 
 def now() -> float:

@@ -49,14 +49,15 @@ class LostInputs(background_thread.BackgroundThread):
         )
         self._app = app
         self._own = start
-        self._lost: dict[str, None] = {}
+        #: Whether its inputs were taken over. Once: it may wake up, and record others there.
+        self._lost: dict[str, bool] = {}
         self._ended: collections.deque[int] = collections.deque(maxlen=_MOST_ENDED)
         #: Lost workers that left nothing, or of whom nothing is left.
         self.answered: collections.deque[str] = collections.deque()
 
     def take(self, incarnation: str) -> None:
         """Answer for a lost worker, in the thread."""
-        self._lost[incarnation] = None
+        self._lost.setdefault(incarnation, False)
         self.start()
         self.wake()
 
@@ -77,7 +78,9 @@ class LostInputs(background_thread.BackgroundThread):
         self._remove_ended(backend)
         lost = list(self._lost)
         for incarnation in lost:
-            self._take_over(backend, incarnation)
+            if not self._lost[incarnation]:
+                self._take_over(backend, incarnation)
+                self._lost[incarnation] = True
         if lost and not self._answer_all(backend):
             return
         for incarnation in lost:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gw_celery import background_thread
-from gw_celery.cluster import liveness, lost_inputs, poison_counts, queue_lengths
+from gw_celery.cluster import early_acks, liveness, lost_inputs, poison_counts, queue_lengths
 from gw_celery.policy import queue_time
 from gw_celery.protocol import snapshot, worker_record
 from gw_celery.transport import broker, find
@@ -95,7 +95,10 @@ class Membership(background_thread.BackgroundThread):
         self._ttl = _TTL if ttl is None else ttl
         self._life = 0
         self._trust = liveness.Trust(self._ttl)
-        self._shared = find.redis_of(app, min(_LONGEST_WAIT, self._ttl * _REDIS_PART))
+        wait = min(_LONGEST_WAIT, self._ttl * _REDIS_PART)
+        #: An answer that does not come, and a connection that does not.
+        self._longest_hang = 2 * wait
+        self._shared = find.redis_of(app, wait)
         if self._shared is not None:
             self.counts = poison_counts.Shared(self, wake)
             #: Sorted set: incarnations by the times of their last beats.
@@ -106,6 +109,7 @@ class Membership(background_thread.BackgroundThread):
         self._lists: queue_lengths.RedisLengths | None = None
         #: By which Redis knows the script of a beat, on this connection.
         self._script = ""
+        self._has_scripts = True
         #: Queues whose lengths are used.
         self._followed = set(limited)
         self._loads = queue_time.Loads(limited)
@@ -121,6 +125,8 @@ class Membership(background_thread.BackgroundThread):
         self._reading: Reading | None = None
         self._on_read: Callable[[], None] | None = None
         self._meets_until = 0.0
+        #: The first round that failed, while none has succeeded since.
+        self._away_since: float | None = None
         self._next_look = self._next_beat = self._next_expiry = 0.0
         #: Of records, which are read where something depends on them.
         self._next_records = 0.0 if limited else math.inf
@@ -151,11 +157,12 @@ class Membership(background_thread.BackgroundThread):
     def follow(self, on_read: Callable[[], None]) -> None:
         """Read the lengths of all queues from now on; ``on_read`` is called in the thread."""
         self.read_others()
-        self._on_read = on_read
-        self._followed |= {queue for names in self.queues.values() for queue in names}
+        queues = {queue for names in self.queues.values() for queue in names}
+        self._followed = self._followed | queues  # the thread may run, and go through the old set
         self._lists = None
         self._meets_until = time.monotonic() + _MEETING
         self._next_look = 0.0
+        self._on_read = on_read  # last: a round in between decides nothing
         self.start()
         self.wake()
 
@@ -206,11 +213,12 @@ class Membership(background_thread.BackgroundThread):
             except BaseException:
                 self._shared.close()
                 self._lists, self._script = None, ""
-                # The others have been away as well.
-                self._meets_until = time.monotonic() + _MEETING
+                if self._away_since is None:
+                    self._away_since = now
                 if self.counts is not None:
                     self.counts.fail()
                 raise
+            self._meet_again()
         if not is_look:
             return
         self._next_look = now + _DUE * self.period
@@ -223,6 +231,13 @@ class Membership(background_thread.BackgroundThread):
             others = None if self._shared is None else self.others
             self._reading = Reading(at=time.monotonic(), lengths=self._lengths, others=others)
             self._on_read()
+
+    def _meet_again(self) -> None:
+        """The others have been away as well, and may hang in their waits for as long again."""
+        if self._away_since is not None:
+            now = time.monotonic()
+            self._meets_until = now + _MEETING + min(now - self._away_since, self._longest_hang)
+            self._away_since = None
 
     def leave(self) -> None:
         if self.lost is not None:
@@ -247,8 +262,8 @@ class Membership(background_thread.BackgroundThread):
 
     def _exchange(self, shared: find.SharedRedis, now: float, *, is_look: bool) -> None:
         client = shared.client()
-        if not self._script:
-            self._script = client.script_load(liveness.BEAT)
+        if self._has_scripts and not self._script:
+            self._load_script(client)
         lists = self._lists_of(shared) if is_look else None
         is_beat = now >= self._next_beat
         has_records = is_beat and now >= self._next_records
@@ -258,7 +273,7 @@ class Membership(background_thread.BackgroundThread):
                 self.counts.ask_redis(pipe, shared.key("deaths", ""))
             if lists is not None:
                 lists.ask(pipe)
-            if is_beat:
+            if is_beat and self._has_scripts:
                 self._ask_beat(pipe)
             if has_records:
                 self._ask_records(pipe)
@@ -270,7 +285,7 @@ class Membership(background_thread.BackgroundThread):
             self._lengths = lists.read(_checked(answers))
         if is_beat:
             self._next_beat = now + _DUE * _BEAT
-            self._follow_beat(client, own, next(_checked(answers)))
+            self._follow_beat(client, own, self._answer_to_beat(client, answers))
         if has_records:
             checked = _checked(answers)
             self._follow_records(client, next(checked), next(checked))
@@ -293,6 +308,33 @@ class Membership(background_thread.BackgroundThread):
         record = self._record.dumps()
         pipe.evalsha(self._script, len(keys), *keys, self.incarnation, self._ttl, record)
 
+    def _load_script(self, client: Any) -> None:
+        try:
+            self._script = client.script_load(liveness.BEAT)
+        except Exception as exc:
+            if not liveness.is_refusal(exc):
+                raise
+            self._do_without_scripts(exc)
+
+    def _answer_to_beat(self, client: Any, answers: Iterator[Any]) -> list[Any]:
+        if self._has_scripts:
+            answer: Any = next(answers)
+            if not isinstance(answer, Exception):
+                return list(answer)
+            if not liveness.is_refusal(answer):
+                raise answer
+            self._do_without_scripts(answer)
+        keys = self._keys(self.incarnation)
+        return liveness.beat(client, keys, self.incarnation, self._ttl, self._record.dumps())
+
+    def _do_without_scripts(self, exc: Exception) -> None:
+        self._has_scripts = self._may_declare = False
+        logger.warning(
+            "the shared Redis refuses scripts (%s): until it is started again this worker declares"
+            " no other lost",
+            exc,
+        )
+
     def _follow_beat(self, client: Any, own: float, answer: list[Any]) -> None:
         if answer[0] == b"dead":
             self._begin_anew(answer[1].decode())
@@ -302,12 +344,15 @@ class Membership(background_thread.BackgroundThread):
         listed = [*old, *ahead]
         self._silent = dict(zip(map(bytes.decode, listed[::2]), listed[1::2], strict=True))
         self._tell_apart()
+        # First, so that none is begun with again.
+        while self.lost is not None and self.lost.answered:
+            answered = self.lost.answered.popleft()
+            client.zrem(self._alive, answered)
+            self._silent.pop(answered, None)
         if is_trusted and self._may_declare:
             for incarnation, beat in self._silent.items():
                 is_late = abs(float(server) - float(beat)) > 2 * self._ttl
                 self._declare(client, incarnation, beat, is_late=is_late)
-        while self.lost is not None and self.lost.answered:
-            client.zrem(self._alive, self.lost.answered.popleft())
 
     def _tell_apart(self) -> None:
         """Those that are silent are counted no more, declared or not."""
@@ -342,8 +387,17 @@ class Membership(background_thread.BackgroundThread):
             logger.warning(
                 "worker %s is lost: it has not been seen for %.0f s", incarnation, self._ttl
             )
-        if result == liveness.DECLARED or (result == liveness.WAS_DECLARED and is_late):
             self._on_lost(client, incarnation)
+        elif result == liveness.WAS_DECLARED and is_late:
+            if self._goes_on(client, incarnation):
+                client.zrem(self._alive, incarnation)
+            else:
+                self._on_lost(client, incarnation)
+
+    def _goes_on(self, client: Any, incarnation: str) -> bool:
+        """Whether a worker that was declared lost woke up: what is on record it runs now."""
+        beating = {name.decode() for name in client.zrange(self._alive, 0, -1)} - set(self._silent)
+        return early_acks.start_of(incarnation) in map(early_acks.start_of, beating)
 
     def _on_lost(self, client: Any, incarnation: str) -> None:
         """Do what is due for a worker that was declared lost: later its messages are given back.

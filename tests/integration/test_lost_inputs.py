@@ -46,7 +46,7 @@ def other(client: Celery, start: str = "living@test:1") -> lost_inputs.LostInput
 
 def answer(one: lost_inputs.LostInputs, lost: str = INCARNATION) -> bool:
     """Have a worker answer for a lost one, in this thread; whether nothing is left."""
-    one._lost[lost] = None
+    one._lost.setdefault(lost, False)
     one.run_round()
     return list(one.answered) == [lost]
 

@@ -81,6 +81,15 @@ def test_a_worker_that_stops_is_left_alone(scaled: Scaled) -> None:
     assert scaled.after(3) == 1
 
 
+def test_a_worker_that_stops_has_no_part_of_the_replicas_while_its_last_input_runs(
+    scaled: Scaled,
+) -> None:
+    scaled.after(1)
+    scaled.scaler.end()
+    scaled.pool.cluster.observe(scaled.pool.snapshot())  # the driver does so until it has ended
+    assert scaled.pool.cluster._record.size is None
+
+
 def test_a_broker_that_cannot_be_read_holds_the_size(scaled: Scaled) -> None:
     scaled.queued = 290
     scaled.after(1)

@@ -7,15 +7,16 @@ import logging
 import math
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
 from celery import Celery
 
 from gw_celery import devserver
-from gw_celery.cluster import liveness, membership, queue_lengths
+from gw_celery.cluster import early_acks, liveness, membership, queue_lengths
 from gw_celery.protocol import snapshot, worker_record
 from gw_celery.testing import eventually
 from tests.unit.cluster.project import Project
@@ -268,6 +269,27 @@ def test_what_its_declarer_left_undone_is_done_by_another(three: Project) -> Non
     eventually(lambda: three.after(1) or killed not in three.alive())
 
 
+def test_nothing_is_taken_from_a_worker_that_woke_up_because_its_declarer_left_its_name(
+    three: Project,
+) -> None:
+    before = three.workers["b@h"].incarnation
+    three.after(TTL + 5, frozen=["b@h"])
+    three.after(3)
+    taken: list[str] = []
+    for name, worker in three.workers.items():
+        lost = types.SimpleNamespace(take=taken.append, answered=(), close=lambda: None)
+        lost.has_own = lambda: False
+        worker.lost = cast(Any, lost)
+        assert worker.incarnation != before, name
+    three.client.zadd("gw:alive", {before: 1e9 + three.now - 3 * TTL})
+    three.after(TTL)
+    assert taken == []
+    assert before not in three.alive()
+    three.workers.pop("b@h")
+    three.after(TTL + 5)
+    assert set(taken) == {early_acks.start_of(before) + ".1"}
+
+
 def test_without_a_ttl_none_is_declared_lost_and_the_silent_do_not_count(
     monkeypatch: pytest.MonkeyPatch, app: Celery, client: redis.Redis
 ) -> None:
@@ -293,6 +315,47 @@ def test_a_worker_of_the_version_before_is_neither_seen_nor_harmed(three: Projec
     assert three.known("a@h") == ["b@h", "c@h"]
     assert three.client.exists(*old, "gw:early:old@h:1", "gw:scale:gpu.A100.model") == 4
     assert three.client.hlen("gw:load:gpu.A100.model") == 1
+
+
+CROSSSLOT = "return redis.error_reply('CROSSSLOT Keys in request do not hash to the same slot')"
+
+
+@pytest.mark.parametrize("is_cluster", [False, True])
+def test_where_scripts_are_refused_workers_know_each_other_and_declare_none(
+    app: Celery,
+    client: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_cluster: bool,
+) -> None:
+    monkeypatch.setattr(liveness.Trust, "beat", lambda *_: True)
+    workers = [membership.Membership(app, name, {"": ["q"]}, {}, 15.0) for name in ("a@h", "b@h")]
+    one, two = workers
+    if is_cluster:
+        monkeypatch.setattr(liveness, "BEAT", CROSSSLOT)
+    else:
+        client.execute_command("ACL", "SETUSER", "default", "-@scripting")
+    try:
+        for worker in workers:
+            worker.read_others()
+        for worker in [*workers, *workers]:
+            worker._next_beat = worker._next_records = 0.0
+            worker.run_round()
+        assert [other.incarnation for other in one.others] == [two.incarnation]
+        client.zadd("gw:alive", {two.incarnation: 1.0})
+        one._next_beat = 0.0
+        one.run_round()
+        assert one.others == ()
+        assert not client.exists(f"gw:dead:{two.incarnation}")
+        assert len([line for line in caplog.messages if "refuses scripts" in line]) == 2
+        client.set(f"gw:dead:{two.incarnation}", "c@h:1.0")
+        two._next_beat = 0.0
+        two.run_round()
+        assert two.incarnation.endswith(".1")
+    finally:
+        client.execute_command("ACL", "SETUSER", "default", "+@scripting")
+        for worker in workers:
+            worker.leave()
 
 
 # -- what callers are told --
@@ -372,6 +435,7 @@ def test_workers_that_come_together_meet_before_anything_is_decided(project: Pro
             project.after(1)
         raise AssertionError
 
+    project.after(1)
     one.follow(lambda: None)
     one.close()  # its thread: the test drives it
     assert 2 <= seconds_until_known() <= 4
@@ -379,7 +443,51 @@ def test_workers_that_come_together_meet_before_anything_is_decided(project: Pro
     project.after(10)
     assert one.latest() is None
     project.is_away = False
-    assert 2 <= seconds_until_known() <= 4
+    assert 12 <= seconds_until_known() <= 14, "others may have hung for two more of their waits"
+    project.is_away = True
+    project.after(1)
+    project.now += 6.0
+    project.is_away = False
+    assert 9 <= seconds_until_known() <= 11, "no longer than the outage was"
+
+
+def test_who_is_back_first_after_an_outage_decides_nothing_alone(project: Project) -> None:
+    one, others = project.add("a@h"), []
+    project.add("b@h")
+    project.after(1)
+    one.follow(lambda: others.append([other.worker for other in one.others]))
+    one.close()  # its thread: the test drives it
+    project.after(5)
+    others.clear()
+    project.is_away = True
+    project.after(TTL + 5)
+    project.is_away = False
+    project.after(6, frozen=["b@h"])  # it hangs as it connects
+    project.after(15)
+    assert others
+    assert all(names == ["b@h"] for names in others)
+
+
+def test_nothing_is_decided_by_a_round_while_the_autoscaler_begins(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, read = project.add("a@h", LIMITED), []
+    project.after(2)
+    project.now += 1.0
+    is_inside = False
+
+    def monotonic() -> float:
+        nonlocal is_inside
+        if not is_inside:
+            is_inside = True
+            one.run_round()  # of the thread, which runs already
+        return project.now
+
+    for name in ("start", "wake"):
+        monkeypatch.setattr(one, name, lambda: None)
+    monkeypatch.setattr(membership, "time", types.SimpleNamespace(monotonic=monotonic))
+    one.follow(lambda: read.append(one.latest()))
+    assert (is_inside, read) == (True, [])
 
 
 def test_it_looks_more_often_while_nothing_is_loaded_and_at_once(app: Celery) -> None:
