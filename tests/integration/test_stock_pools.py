@@ -176,6 +176,9 @@ def test_a_cold_shutdown_gives_the_input_of_a_synchronous_body_to_the_next_worke
     worker = start_served("prefork")
     sent = served.Classifier().slow.delay(10.0)
     eventually(lambda: ledger.words(ledger_path, "began"))
+    # Celery cancels what its main process knows to run, and waits for the end of what it does not.
+    inspect = served.celery.control.inspect([worker.node])
+    eventually(lambda: (inspect.active() or {}).get(worker.node))
     worker.signal(signal.SIGQUIT)
     worker.wait_exit(30)
     assert ledger.words(ledger_path, "ended") == []
