@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gw_celery.codec import envelope
+from gw_celery import codec
 from gw_celery.transport import find
 
 #: What Celery reads of a request when it stores a failure and tells the callers that wait for it.
@@ -56,7 +56,7 @@ def write(request: Mapping[str, Any], embed: Any) -> bytes:
     embedded = embed if isinstance(embed, Mapping) else {}
     kept = {name: request.get(name) for name in _OF_REQUEST}
     kept |= {name: embedded.get(name) for name in _OF_BODY}
-    return envelope.dumps(kept).encode()
+    return codec.dumps(kept).encode()
 
 
 def read(record: bytes) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def read(record: bytes) -> dict[str, Any]:
     Raises:
         ValueError: for anything else.
     """
-    found = envelope.loads(record)
+    found = codec.loads(record)
     if not isinstance(found, dict) or not isinstance(found.get("id"), str):
         raise ValueError(f"not the record of an input: {record[:100]!r}")
     return found

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from gw_celery.codec.annotations import register_annotations
-from gw_celery.codec.envelope import (
+from gw_celery.codec.serializer import (
     CONTENT_TYPE,
     NAME,
     Codec,
@@ -13,7 +12,13 @@ from gw_celery.codec.envelope import (
     loads,
     register,
 )
-from gw_celery.codec.types import TypeRegistry, exception_class, register_type, registry
+from gw_celery.codec.types import (
+    TypeRegistry,
+    exception_class,
+    register_annotations,
+    register_type,
+    registry,
+)
 
 __all__ = [
     "CONTENT_TYPE",

@@ -90,16 +90,13 @@ def _read_timedelta(payload: object) -> dt.timedelta:
 
 def _write_moment(value: dt.datetime | dt.time) -> object:
     zone = _write_zone(value.tzinfo)
-    if value.fold == 0 and _iso_tells(zone):
-        return value.isoformat()
-    return [value.replace(tzinfo=None, fold=0).isoformat(), value.fold, zone]
-
-
-def _iso_tells(zone: object) -> bool:
     # fromisoformat takes an offset of some microseconds for UTC: only whole minutes are ISO's.
-    return zone is None or (
+    is_iso = zone is None or (
         isinstance(zone, list) and len(zone) == 1 and zone[0] % _MICROSECONDS_OF_A_MINUTE == 0
     )
+    if value.fold == 0 and is_iso:
+        return value.isoformat()
+    return [value.replace(tzinfo=None, fold=0).isoformat(), value.fold, zone]
 
 
 def _moment_reader(cls: type[Moment]) -> Callable[[object], Moment]:

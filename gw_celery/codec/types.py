@@ -1,13 +1,24 @@
-"""The classes whose instances may travel: the only map from a name in a message to a class."""
+"""The classes whose instances may travel, and how each is taken apart and built again.
+
+A registry is the only map from a name in a message to a class. A shape looks up no name that a
+message gives, except among those that its class itself declares: its fields, its members.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import enum
+import inspect
+import reprlib
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 from gw_celery import errors
-from gw_celery.codec import scalars, shapes
+from gw_celery.codec import scalars
 
 T = TypeVar("T")
 
@@ -15,6 +26,11 @@ T = TypeVar("T")
 BUILT_IN: frozenset[type] = frozenset(
     {bool, type(None), list, tuple, dict, set, frozenset, *(s.cls for s in scalars.SCALARS)}
 )
+
+#: Classes of these packages hold more than their attributes say: connections, device memory, rules.
+_FOREIGN = frozenset({"celery", "django", "gw_celery", "kombu", "numpy", "pydantic", "torch"})
+#: Of ``type.__flags__``: the class was made by a class statement. (Py_TPFLAGS_HEAPTYPE)
+_HEAP_TYPE = 1 << 9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,11 +40,10 @@ class Entry:
     cls: type
     name: str
     version: int
-    shape: shapes.Shape
+    shape: Shape
 
     @property
     def wire_name(self) -> str:
-        """What a message calls it."""
         return f"{self.name}@{self.version}"
 
 
@@ -89,8 +104,24 @@ class TypeRegistry:
         """
 
         def add(cls: type[T]) -> type[T]:
-            _check(cls, name, version)
-            shape = _shape(cls, encode, decode)
+            if not isinstance(cls, type):
+                raise errors.DeclarationError("cls", cls, "must be a class")
+            if cls in BUILT_IN:
+                raise errors.DeclarationError("cls", cls, "gw-json writes this type already")
+            if issubclass(cls, BaseException) and not issubclass(cls, Exception):
+                raise errors.DeclarationError(
+                    "cls", cls, "must not end a process: derive from Exception"
+                )
+            if name is not None and (type(name) is not str or not name or "@" in name):
+                raise errors.DeclarationError(
+                    "name", name, "must be a str, not empty and without '@'"
+                )
+            if type(version) is not int or version < 1:
+                raise errors.DeclarationError("version", version, "must be an int of 1 or more")
+            if (encode is None) != (decode is None):
+                missing = "encode" if encode is None else "decode"
+                raise errors.DeclarationError(missing, None, "encode and decode go together")
+            shape = Custom(encode, decode) if encode and decode else shape_of(cls)
             self._add(Entry(cls, _dotted(cls) if name is None else name, version, shape))
             return cls
 
@@ -138,32 +169,6 @@ class TypeRegistry:
             self._exceptions[_dotted(entry.cls)] = entry.cls
 
 
-def _check(cls: object, name: str | None, version: int) -> None:
-    if not isinstance(cls, type):
-        raise errors.DeclarationError("cls", cls, "must be a class")
-    if cls in BUILT_IN:
-        raise errors.DeclarationError("cls", cls, "gw-json writes this type already")
-    if issubclass(cls, BaseException) and not issubclass(cls, Exception):
-        raise errors.DeclarationError("cls", cls, "must not end a process: derive from Exception")
-    if name is not None and (type(name) is not str or not name or "@" in name):
-        raise errors.DeclarationError("name", name, "must be a str, not empty and without '@'")
-    if type(version) is not int or version < 1:
-        raise errors.DeclarationError("version", version, "must be an int of 1 or more")
-
-
-def _shape(
-    cls: type,
-    encode: Callable[[Any], object] | None,
-    decode: Callable[[Any], object] | None,
-) -> shapes.Shape:
-    if encode is None and decode is None:
-        return shapes.shape_of(cls)
-    if encode is None or decode is None:
-        missing = "encode" if encode is None else "decode"
-        raise errors.DeclarationError(missing, None, "encode and decode go together")
-    return shapes.Custom(encode, decode)
-
-
 def _dotted(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -173,3 +178,204 @@ registry = TypeRegistry()
 
 register_type = registry.register
 exception_class = registry.exception_class
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Custom:
+    """The two functions that the user gave."""
+
+    take: Callable[[Any], object]
+    build: Callable[[Any], object]
+
+
+class Members:
+    """An Enum, by the name of the member; a combination of flags that has no name, by its value."""
+
+    def __init__(self, cls: type[enum.Enum]) -> None:
+        self.cls = cls
+
+    def take(self, value: enum.Enum) -> object:
+        return value.name if value.name in self.cls.__members__ else value.value
+
+    def build(self, payload: object) -> object:
+        if issubclass(self.cls, enum.Flag) and type(payload) is int:
+            made = self.cls(payload)
+            # Some Pythons drop an unknown bit without a word; a class can ask for that, too.
+            if made.value != payload:
+                raise _misfit(self.cls, f"has no member for some of the bits {payload:#b}")
+            return made
+        name = scalars.expect(str, payload)
+        if name not in self.cls.__members__:
+            known = ", ".join(self.cls.__members__)
+            raise _misfit(self.cls, f"has no member {reprlib.repr(name)}, only {known}")
+        return self.cls.__members__[name]
+
+
+class Fields:
+    """A dataclass, by its fields: the constructor checks them, and no name more is accepted.
+
+    Fields with ``init=False`` are written when they are set, and set after the constructor.
+    """
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        self.fields = {field.name: field for field in dataclasses.fields(cls)}
+
+    def take(self, value: object) -> object:
+        return {
+            name: getattr(value, name)
+            for name, field in self.fields.items()
+            if field.init or hasattr(value, name)
+        }
+
+    def build(self, payload: object) -> object:
+        given = _attributes(payload)
+        for name in given:
+            if name not in self.fields:
+                raise _misfit(self.cls, f"has no field {reprlib.repr(name)}")
+        for name, field in self.fields.items():
+            absent = field.default is field.default_factory is dataclasses.MISSING
+            if name not in given and field.init and absent:
+                raise _misfit(self.cls, f"needs the field {name!r}, which is missing")
+        made: object = self.cls(**{k: v for k, v in given.items() if self.fields[k].init})
+        for name in given:
+            if not self.fields[name].init:
+                # A frozen dataclass sets its own fields in this way too.
+                object.__setattr__(made, name, given[name])
+        return made
+
+
+class Attributes:
+    """A plain object, by its ``__dict__``; its constructor is not called."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+
+    def take(self, value: object) -> object:
+        return vars(value)
+
+    def build(self, payload: object) -> object:
+        made: object = object.__new__(self.cls)
+        vars(made).update(_attributes(payload))
+        return made
+
+
+class Raised:
+    """An exception, by its ``args`` and its ``__dict__``; no ``__init__`` of a user's is called."""
+
+    def __init__(self, cls: type[Exception]) -> None:
+        self.cls = cls
+        self._native: Any = next(base for base in cls.__mro__ if _is_native(base))
+
+    def take(self, value: Exception) -> object:
+        # Not value.args: OSError keeps the name of the file elsewhere.
+        args: object = self._native.__reduce__(value)[1]
+        return [args, vars(value)]
+
+    def build(self, payload: object) -> object:
+        args, attributes = scalars.expect(list, payload)
+        made: Exception = self._native.__new__(self.cls, *scalars.expect(tuple, args))
+        # Some keep what str() shows beside args: UnicodeDecodeError, StopIteration.
+        self._native.__init__(made, *args)
+        vars(made).update(_attributes(attributes))
+        return made
+
+
+#: Both ways between an instance and a payload that gw-json can write: ``take`` returns the payload,
+#: ``build`` an instance, or it raises any exception when the payload does not fit.
+Shape = Custom | Members | Fields | Attributes | Raised
+
+
+def shape_of(cls: type) -> Shape:
+    """Choose how instances of ``cls`` are written when the user gives no functions for it.
+
+    Raises:
+        DeclarationError: its instances hold something that none of the shapes would keep.
+    """
+    if issubclass(cls, enum.Enum):
+        return Members(cls)
+    if issubclass(cls, Exception):
+        return Raised(cls)
+    if any(_is_native(base) for base in cls.__mro__ if base is not object):
+        rule = "is built on a class written in C, whose data would be lost"
+        raise errors.DeclarationError("cls", cls, f"{rule}; pass encode= and decode=")
+    # A subclass that is not decorated itself may hold more than the fields it inherits.
+    if "__dataclass_fields__" in vars(cls):
+        return Fields(cls)
+    has_slots = any(vars(base).get("__slots__") for base in cls.__mro__)
+    if has_slots or cls.__basicsize__ != _Empty.__basicsize__ or not cls.__dictoffset__:
+        rule = "keeps data outside of __dict__, which would be lost"
+        raise errors.DeclarationError("cls", cls, f"{rule}; pass encode= and decode=")
+    return Attributes(cls)
+
+
+class _Empty:
+    """The layout of an instance that has a ``__dict__`` and nothing else."""
+
+
+def _is_native(cls: type) -> bool:
+    return not cls.__flags__ & _HEAP_TYPE
+
+
+def _attributes(payload: object) -> dict[str, object]:
+    attributes = scalars.expect(dict, payload)
+    if any(type(name) is not str for name in attributes):
+        raise errors.SerializationError("a name of an attribute is not a str")
+    return attributes
+
+
+def _misfit(cls: type, fact: str) -> errors.SerializationError:
+    return errors.SerializationError(
+        f"{cls.__module__}.{cls.__qualname__} {fact}: sender and receiver run different "
+        "versions of the class; register it with version= and keep a decoder for the old one"
+    )
+
+
+def register_annotations(function: Callable[..., object], into: TypeRegistry = registry) -> None:
+    """Register the dataclasses, Enums and plain classes that ``function`` is annotated with.
+
+    Looks inside generics (``list[Doc]``, ``Doc | None``, ``Annotated[Doc, ...]``) and into the
+    annotated fields of the classes that it finds. An annotation that cannot be resolved, a class
+    of the standard library or of a framework, and a class that needs ``encode`` and ``decode`` are
+    left out silently: a call that sends one says so.
+    """
+    plain = inspect.unwrap(function)
+    scope = getattr(plain, "__globals__", {})
+    seen: set[type] = set()
+    for cls in _classes(getattr(plain, "__annotations__", {}), scope):
+        _register(cls, into, seen)
+
+
+def _register(cls: type, into: TypeRegistry, seen: set[type]) -> None:
+    packages = [base.__module__.partition(".")[0] for base in cls.__mro__]
+    is_data = packages[0] not in sys.stdlib_module_names and _FOREIGN.isdisjoint(packages)
+    if cls in seen or not (is_data or issubclass(cls, enum.Enum)):
+        return
+    seen.add(cls)
+    # A class that is known already keeps the name that it was given.
+    if into.written_as(cls) is None:
+        with contextlib.suppress(errors.DeclarationError):
+            into.register(cls)
+    for base in cls.__mro__:
+        scope = getattr(sys.modules.get(base.__module__), "__dict__", {})
+        for inner in _classes(vars(base).get("__annotations__", {}), scope):
+            _register(inner, into, seen)
+
+
+def _classes(annotations: Mapping[str, object], scope: dict[str, Any]) -> Iterator[type]:
+    for name, annotation in annotations.items():
+        # One at a time: a name that only a type checker sees must not hide the others.
+        holder: Any = SimpleNamespace(__annotations__={name: annotation})
+        try:
+            hint = typing.get_type_hints(holder, globalns=scope)[name]
+        except Exception:  # an annotation is any expression, and may raise anything
+            continue
+        yield from _inside(hint)
+
+
+def _inside(hint: object) -> Iterator[type]:
+    origin = typing.get_origin(hint)
+    if isinstance(origin or hint, type):
+        yield typing.cast("type", origin or hint)
+    for argument in typing.get_args(hint):
+        yield from _inside(argument)

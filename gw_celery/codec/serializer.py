@@ -1,4 +1,4 @@
-"""The two walks: from any value to plain JSON values with markers, and back.
+"""gw-json's documents: their text and limits, and the two walks between values and plain JSON.
 
 A value that JSON lacks becomes ``{"~marker": payload}``. A dict of the user's with one key that
 begins with ``~`` is written as ``{"~dict": [[key, value]]}``, so no data can be taken for a marker.
@@ -10,16 +10,24 @@ so what can be written can be read.
 from __future__ import annotations
 
 import collections
+import dataclasses
+import json
 import reprlib
-import typing
 from collections.abc import Callable, Collection
 from typing import Any
+
+from kombu import serialization
 
 from gw_celery import errors
 from gw_celery.codec import scalars, types
 
+#: What ``serializer=`` and ``accept_content`` call it.
+NAME = "gw-json"
+
+#: What a message calls it.
+CONTENT_TYPE = "application/x-gw-json"
+
 _ATOMS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
-_NEVER_CHANGED: frozenset[type] = frozenset({bool, type(None)})
 _STR: frozenset[type] = frozenset({str})
 _COLLECTIONS: dict[type, str] = {tuple: "~tuple", set: "~set", frozenset: "~frozenset"}
 _COLLECTION_OF: dict[str, type[Any]] = {marker: cls for cls, marker in _COLLECTIONS.items()}
@@ -41,6 +49,126 @@ _LOWERED: dict[str, Callable[[Any], object]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What is refused, both on writing and on reading.
+
+    Attributes:
+        depth: how many values may lie inside one another.
+        size: how many bytes the text may have; checked before it is parsed.
+    """
+
+    depth: int = 100
+    size: int = 64 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1:
+                raise errors.DeclarationError(field.name, value, "must be an int of 1 or more")
+
+
+class Codec:
+    """gw-json with one registry of types and one set of limits."""
+
+    def __init__(self, registry: types.TypeRegistry, limits: Limits) -> None:
+        self._size = limits.size
+        self._depth = limits.depth
+        self._writer = Writer(registry, limits.depth, is_careful=False)
+        self._careful_writer = Writer(registry, limits.depth, is_careful=True)
+        self._reader = Reader(registry, limits.depth)
+
+    def dumps(self, value: object) -> str:
+        """Return ``value`` as JSON text.
+
+        Raises:
+            SerializationError: a type is not registered, the value contains itself, or it is
+                deeper or longer than the limits.
+        """
+        try:
+            text, size = self._text(value)
+        except RecursionError:
+            raise errors.SerializationError(_BEYOND_THE_STACK) from None
+        self._check_size(size)
+        return text
+
+    def loads(self, data: str | bytes | bytearray | memoryview) -> object:
+        """Return the value that ``dumps`` was given.
+
+        Raises:
+            SerializationError: the text is not gw-json, names a type that is not registered here,
+                or is deeper or longer than the limits.
+        """
+        try:
+            if isinstance(data, str):
+                size = len(data) if data.isascii() else len(data.encode(errors="surrogatepass"))
+            else:
+                size = data.nbytes if isinstance(data, memoryview) else len(data)
+            self._check_size(size)
+            text = data if isinstance(data, str) else str(data, "utf-8")
+            node = _parse(text)
+            # The parsed value is the answer already when there is no marker (whose ``~`` may be an
+            # escape) and no room for so many brackets. Searching a long text is no quicker.
+            if len(text) > 2 * self._depth or '"~' in text or '"\\u007' in text:
+                return self._reader.read(node)
+            return node
+        except errors.SerializationError:
+            raise
+        except RecursionError:
+            raise errors.SerializationError(_BEYOND_THE_STACK) from None
+        except ValueError as error:
+            raise errors.SerializationError(
+                f"the text is not JSON ({error}): it was cut, or not written by gw-json"
+            ) from error
+
+    def _text(self, value: object) -> tuple[str, int]:
+        try:
+            return _sized(_render(self._writer.write(value)))
+        except errors.SerializationError:
+            raise
+        except ValueError:
+            # A nan, an int of thousands of digits or a lone surrogate: rare enough to start again.
+            return _sized(_render(self._careful_writer.write(value)))
+
+    def _check_size(self, size: int) -> None:
+        if size > self._size:
+            raise errors.SerializationError(
+                f"the document has {size} bytes where {self._size} are allowed: "
+                "send a reference to the data, or raise the limit on both sides"
+            )
+
+
+def configure(limits: Limits) -> None:
+    """Set the limits of this process."""
+    global _codec
+    _codec = Codec(types.registry, limits)
+
+
+def dumps(value: object) -> str:
+    """Return ``value`` as gw-json text, with the types and limits of this process.
+
+    Raises:
+        SerializationError: as ``Codec.dumps``.
+    """
+    return _codec.dumps(value)
+
+
+def loads(data: str | bytes | bytearray | memoryview) -> object:
+    """Return the value that ``dumps`` was given, with the types and limits of this process.
+
+    Raises:
+        SerializationError: as ``Codec.loads``.
+    """
+    return _codec.loads(data)
+
+
+def register() -> None:
+    """Make gw-json known to kombu, and so to Celery; calling it again changes nothing."""
+    # kombu declares no types, and the stubs for it only half of them.
+    serializers: Any = serialization.registry
+    serializers.register(NAME, dumps, loads, CONTENT_TYPE, "utf-8")
+
+
 class Writer:
     """Turns values into plain JSON values with markers.
 
@@ -48,13 +176,11 @@ class Writer:
     nearly always so, and far quicker; where the JSON encoder refuses one, a careful walk marks it.
     """
 
-    def __init__(
-        self, registry: types.TypeRegistry, depth: int, *, is_careful: bool = False
-    ) -> None:
+    def __init__(self, registry: types.TypeRegistry, depth: int, is_careful: bool) -> None:
         self._registry = registry
         self._depth = depth
         self._is_careful = is_careful
-        self._atoms = _NEVER_CHANGED if is_careful else _ATOMS
+        self._atoms = frozenset({bool, type(None)}) if is_careful else _ATOMS
 
     def write(self, value: object, depth: int = 1) -> object:
         """Return ``value`` as JSON values; raise ``SerializationError`` for what cannot be."""
@@ -103,7 +229,10 @@ class Writer:
         if entry is not None:
             payload = _ask(cls, entry.shape.take, value)
             return {_OBJECT: [entry.wire_name, self.write(payload, depth + 1)]}
-        lower = _lowering(cls)
+        names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+        lower = getattr(cls, "__json__", None) or next(
+            (_LOWERED[name] for name in names if name in _LOWERED), None
+        )
         if lower is None:
             raise errors.SerializationError(self._unregistered(cls))
         # One level more than is read, so that a ``__json__`` that returns itself ends.
@@ -169,7 +298,10 @@ class Reader:
                 _check_hashes(dict, [key for key, _ in pairs])
                 return dict(pairs)
             if marker == _OBJECT:
-                return self._object(payload, depth)
+                wire_name, content = scalars.expect(list, payload)
+                entry = self._registry.called(scalars.expect(str, wire_name))
+                value = self.read(content, depth)
+                return _ask(entry.cls, entry.shape.build, value)
         except (errors.SerializationError, RecursionError):
             raise
         except Exception as error:
@@ -181,20 +313,6 @@ class Reader:
         raise errors.SerializationError(
             f"the marker {marker[:80]!r} is not known here: update gw_celery in this process"
         )
-
-    def _object(self, payload: object, depth: int) -> object:
-        wire_name, content = scalars.expect(list, payload)
-        entry = self._registry.called(scalars.expect(str, wire_name))
-        value = self.read(content, depth)
-        return _ask(entry.cls, entry.shape.build, value)
-
-
-def _lowering(cls: type) -> Callable[[Any], object] | None:
-    """Return what turns an object that kombu's JSON knows into something plainer, if anything."""
-    if (reduce := getattr(cls, "__json__", None)) is not None:
-        return typing.cast("Callable[[Any], object]", reduce)
-    names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
-    return next((_LOWERED[name] for name in names if name in _LOWERED), None)
 
 
 def _ask(cls: type, function: Callable[[Any], object], argument: object) -> object:
@@ -230,3 +348,23 @@ def _check_hashes(cls: type, keys: Collection[object]) -> None:
 
 def _too_deep(limit: int, remedy: str) -> errors.SerializationError:
     return errors.SerializationError(f"the value is nested deeper than {limit} levels, {remedy}")
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _sized(text: str) -> tuple[str, int]:
+    return text, len(text) if text.isascii() else len(text.encode())
+
+
+# Made once: json.dumps and json.loads make new ones for each call that is not the plainest.
+# A cycle cannot reach the encoder, for the walk before it has an end.
+_render = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")
+).encode
+_parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_BEYOND_THE_STACK = (
+    "the value is nested deeper than the stack of this thread allows: send it flatter"
+)
+_codec = Codec(types.registry, Limits())
