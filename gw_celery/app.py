@@ -12,7 +12,7 @@ from celery.local import Proxy
 
 from gw_celery import codec, errors, signals
 from gw_celery.client import beat_tasks, execution, handle, registration
-from gw_celery.declare import benchmark, check, gpu, markers, options, registry, services
+from gw_celery.declare import check, gpu, markers, registry, services
 from gw_celery.types import AnyFunction
 
 C = TypeVar("C", bound=type)
@@ -143,15 +143,15 @@ class App:
         Raises:
             DeclarationError: when an argument breaks its rule; the message names all three.
         """
-        where = services.placement(
+        where = services.Placement(
             self._known(gpu), queue, min_workers, max_workers, timeout, max_queue_time
         )
         mark = markers.TaskMark(
-            benchmark=benchmark.declare(
+            benchmark=markers.benchmark(
                 benchmark_dataset, benchmark_generator, benchmark_runs, benchmark_concurrency
             ),
             workload_calculator=check.function("workload_calculator", workload_calculator),
-            options=options.of_remote(task_options),
+            options=check.options_of_remote(task_options),
         )
 
         def register(function: AnyFunction) -> Any:
@@ -185,8 +185,8 @@ class App:
         Raises:
             DeclarationError: when an argument breaks its rule; the message names all three.
         """
-        options.refuse_unknown_of_class(unknown)
-        where = services.placement(
+        check.unknown_of_class(unknown)
+        where = services.Placement(
             self._known(gpu), queue, min_workers, max_workers, timeout, max_queue_time
         )
 

@@ -12,10 +12,10 @@ from celery.local import PromiseProxy, Proxy
 
 from gw_celery import conf, errors, signals
 from gw_celery.client import task
-from gw_celery.declare import options, registry, services
+from gw_celery.declare import check, registry, services
 
 #: Not ``hasattr``: asking the class for its ``app`` would bind it to one.
-_TAKEN = {*dir(task.ServingTask), *task.ServingTask.__annotations__} - {*options.OF_CELERY}
+_TAKEN = {*dir(task.ServingTask), *task.ServingTask.__annotations__} - {*check.OF_CELERY}
 _DEFAULT_CLASS = "celery.app.task:Task"
 _DJANGO_CLASS = "celery.contrib.django.task:DjangoTask"
 
@@ -141,7 +141,5 @@ def _runner(method: services.Method) -> Callable[..., Any]:
             )
         return current.execute(args, kwargs)
 
-    run.__signature__ = (  # type: ignore[attr-defined]
-        services.full_signature(method) if method.is_bound else method.signature
-    )
+    run.__signature__ = method.task_signature  # type: ignore[attr-defined]
     return run

@@ -1,11 +1,47 @@
-"""The rules that several declarations share, each raising ``DeclarationError``."""
+"""The rules of what users give to our decorators: values in range, and keywords in their place.
+
+Each raises ``DeclarationError`` with the argument, the value and the rule that it breaks.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 from gw_celery import errors
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Keywords of a whole service: ``@app.remote`` and ``@app.cls`` take them.
+OF_A_SERVICE = ("gpu", "queue", "min_workers", "max_workers", "timeout", "max_queue_time")
+#: Keywords of one task: ``@app.remote`` and ``@gw.method`` take them.
+OF_A_TASK = (
+    "benchmark_dataset", "benchmark_generator", "benchmark_runs", "benchmark_concurrency",
+    "workload_calculator",
+)  # fmt: skip
+#: Celery's own, of a task or of one method; a test compares them with Celery.
+OF_CELERY = (
+    "acks_late", "acks_on_failure", "acks_on_failure_or_timeout", "acks_on_timeout",
+    "after_return", "autoretry_for", "backend", "base", "before_start", "bind", "compression",
+    "default_retry_delay", "delivery_mode", "dont_autoretry_for", "expires", "filter",
+    "ignore_result", "immediate", "lazy", "mandatory", "max_retries", "name", "on_failure",
+    "on_replace", "on_retry", "on_success", "priority", "pydantic", "pydantic_context",
+    "pydantic_dump_kwargs", "pydantic_strict", "rate_limit", "reject_on_worker_lost", "Request",
+    "resultrepr_maxsize", "retry_backoff", "retry_backoff_max", "retry_jitter", "retry_kwargs",
+    "retry_on_worker_lost", "send_events", "serializer", "shadow_name", "shared",
+    "soft_time_limit", "store_errors_even_if_ignored", "Strategy", "throws", "time_limit",
+    "track_started", "trail", "typing",
+)  # fmt: skip
+_OF_A_CLASS = (*OF_A_SERVICE, "probes")
+_KNOWN = (*_OF_A_CLASS, *OF_A_TASK, *OF_CELERY)
+#: Options that list classes of exceptions; Celery takes some of them without a tuple, too.
+_EXCEPTIONS = ("throws", "autoretry_for", "dont_autoretry_for")
+#: The serializers that workers read; pickle could run code, and yaml changes types.
+_SERIALIZERS = ("gw-json", "json")
 
 
 def integer(argument: str, value: object, low: int, high: int | None = None) -> int:
@@ -40,3 +76,102 @@ def function(argument: str, value: Any) -> Any:
     if value is not None and not callable(value):
         raise errors.DeclarationError(argument, value, "must be a function")
     return value
+
+
+def soft_before_hard(options: Mapping[str, Any], timeout: float | None) -> None:
+    """Check that a task's soft limit is not over its hard one, which is ``timeout`` by default."""
+    soft, hard = options.get("soft_time_limit"), options.get("time_limit", timeout)
+    if soft is not None and hard is not None and soft > hard:
+        name = "time_limit" if "time_limit" in options else "timeout"
+        raise errors.DeclarationError(
+            "soft_time_limit", soft, f"would never be reached: must not be over {name}={hard:g}"
+        )
+
+
+def knows_its_keywords(label: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function name the nearest keyword when it refuses a misspelt one; Python does not."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        parameters = inspect.signature(function).parameters.values()
+        known = [entry.name for entry in parameters if entry.kind is not entry.POSITIONAL_ONLY]
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **keywords: P.kwargs) -> R:
+            unknown(label, keywords, known)
+            return function(*args, **keywords)
+
+        return checked
+
+    return decorate
+
+
+def unknown(label: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse the first keyword in ``given`` that is not in ``known``, with the nearest, or all."""
+    for name, value in given.items():
+        if name not in known:
+            takes = f"{label} takes {', '.join(known) or 'none'}"
+            hint = errors.near_miss(name.lower(), known, "{}=") or takes
+            raise errors.DeclarationError(name, value, f"unknown argument; {hint}")
+
+
+def options_of_remote(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Celery options, and attributes of the user's own, of ``@app.remote``."""
+    _misplaced(keywords, ("probes",), "concerns a class: @app.cls takes it")
+    return _options(keywords, (*OF_A_SERVICE, *OF_A_TASK, *OF_CELERY))
+
+
+def options_of_method(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Celery options, and attributes of the user's own, of ``@gw.method``."""
+    _misplaced(keywords, _OF_A_CLASS, "concerns the whole class: give it to @app.cls")
+    return _options(keywords, _KNOWN)
+
+
+def unknown_of_class(keywords: Mapping[str, Any]) -> None:
+    """Refuse keywords that ``@app.cls`` does not take: a class is no task."""
+    _misplaced(keywords, (*OF_A_TASK, *OF_CELERY), "concerns one task: give it to @gw.method()")
+    _misspelt(keywords, _KNOWN)
+    takes = f"is no argument of @app.cls; it takes: {', '.join(_OF_A_CLASS)}"
+    _misplaced(keywords, keywords, takes)
+
+
+def _options(keywords: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    routed = "names no queue: a service is reached by its queue alone, which queue= names"
+    _misplaced(keywords, ("exchange", "routing_key"), routed)
+    _misspelt(keywords, known)
+    name = keywords.get("name")
+    if name is not None and (not isinstance(name, str) or not name.strip()):
+        raise errors.DeclarationError("name", name, "must be the name of a task")
+    for limit in ("time_limit", "soft_time_limit"):
+        optional(limit, keywords.get(limit))
+    serializer = keywords.get("serializer", _SERIALIZERS[0])
+    if serializer not in _SERIALIZERS:
+        raise errors.DeclarationError(
+            "serializer",
+            serializer,
+            f"must be {' or '.join(_SERIALIZERS)}; gw.register_type lets a class travel in gw-json",
+        )
+    listed = {name: _exceptions(name, keywords[name]) for name in _EXCEPTIONS if name in keywords}
+    return {**keywords, **listed}
+
+
+def _misplaced(keywords: Mapping[str, Any], names: Collection[str], rule: str) -> None:
+    for name, value in keywords.items():
+        if name in names:
+            raise errors.DeclarationError(name, value, rule)
+
+
+def _misspelt(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Celery lets tasks have any attribute; one that is nearly a known name is a mistake."""
+    for name, value in given.items():
+        hint = errors.near_miss(name.lower(), known, "{}=", cutoff=0.8)
+        if name not in known and hint:
+            raise errors.DeclarationError(name, value, f"unknown argument; {hint}")
+
+
+def _exceptions(option: str, value: Any) -> tuple[type[BaseException], ...]:
+    listed = (value,) if isinstance(value, type) else value
+    if not isinstance(listed, list | tuple | set | frozenset) or not all(
+        isinstance(cls, type) and issubclass(cls, BaseException) for cls in listed
+    ):
+        raise errors.DeclarationError(option, value, "must be a tuple of exception classes")
+    return tuple(listed)

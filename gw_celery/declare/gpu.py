@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any, Self
 
 from gw_celery import errors
-from gw_celery.declare import check, options
+from gw_celery.declare import check
 
 #: The kinds that are known without configuration; ``gw_gpu_kinds`` adds to them.
 KINDS = ("CPU", "T4", "A10G", "L4", "L40S", "A100", "A100_80", "H100", "H200")
@@ -17,7 +17,8 @@ KINDS = ("CPU", "T4", "A10G", "L4", "L40S", "A100", "A100_80", "H100", "H200")
 ANY = "gpu"
 
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*")
-_FAMILY = re.compile(rf"cpu|{ANY}(\.({'|'.join(KINDS[1:])})(x[2-8])?)?")
+#: The families of the built-in kinds: a queue of such a name would be meant by ``-Q`` as well.
+FAMILY = re.compile(rf"cpu|{ANY}(\.({'|'.join(KINDS[1:])})(x[2-8])?)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Gpu:
 
     def __new__(cls, *_: Any, **keywords: Any) -> Self:
         """Refuse a misspelt keyword before the ``__init__`` of the dataclass does."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        options.refuse_unknown("gw.Gpu", keywords, names)
+        check.unknown("gw.Gpu", keywords, [field.name for field in dataclasses.fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -60,11 +60,6 @@ class Gpu:
         return f"gpu.{self.kind}" if self.count == 1 else f"gpu.{self.kind}x{self.count}"
 
 
-def family_of(gpu: Gpu | None) -> str:
-    """Return the family of a service's queue; ``gpu`` where no kind is named."""
-    return ANY if gpu is None else gpu.family
-
-
 def is_family(queue: str) -> bool:
     """Whether ``queue`` is named as families and their service queues are."""
     return is_bare(queue) or queue.startswith((f"{ANY}.", "cpu."))
@@ -73,11 +68,6 @@ def is_family(queue: str) -> bool:
 def is_bare(queue: str) -> bool:
     """Whether ``queue`` is a family that a project may use for a queue of its own."""
     return queue in (ANY, "cpu")
-
-
-def is_name_of_family(queue: str) -> bool:
-    """Whether ``queue`` is the family of a built-in kind: ``-Q`` would mean both."""
-    return _FAMILY.fullmatch(queue) is not None
 
 
 def require_known(gpu: object, added: Callable[[], Collection[str]]) -> Gpu | None:

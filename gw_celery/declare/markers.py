@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 from gw_celery import errors
-from gw_celery.declare import benchmark, check, options
+from gw_celery.declare import check
 from gw_celery.types import AnyFunction
 
 F = TypeVar("F", bound=Callable[..., Any])
+Sample = Mapping[str, Any]
 
 METHOD = "__gw_method__"
 ENTER = "__gw_enter__"
@@ -50,10 +51,24 @@ class Batched:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """The source of benchmark inputs, and how often they are run.
+
+    ``dataset`` is a sequence of keyword arguments, ``generator`` a function that returns one such
+    mapping; one of the two is set. ``runs`` rounds of ``concurrency`` parallel inputs are timed.
+    """
+
+    dataset: tuple[Sample, ...] = ()
+    generator: Callable[[], Sample] | None = None
+    runs: int = 10
+    concurrency: int = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskMark:
     """The arguments of ``@gw.method`` or ``@app.remote`` for one callable."""
 
-    benchmark: benchmark.Benchmark | None
+    benchmark: Benchmark | None
     workload_calculator: AnyFunction | None
     options: dict[str, Any]
 
@@ -62,7 +77,7 @@ class TaskMark:
 def on_enter(fn: F, /) -> F: ...
 @overload
 def on_enter() -> Callable[[F], F]: ...
-@options.knows_its_keywords("gw.on_enter")
+@check.knows_its_keywords("gw.on_enter")
 def on_enter(fn: AnyFunction | None = None, /) -> Any:
     """Mark a method that loads: it runs once per replica, before the first input."""
     return _marked(ENTER, True, "gw.on_enter", fn)
@@ -72,7 +87,7 @@ def on_enter(fn: AnyFunction | None = None, /) -> Any:
 def on_exit(fn: F, /) -> F: ...
 @overload
 def on_exit() -> Callable[[F], F]: ...
-@options.knows_its_keywords("gw.on_exit")
+@check.knows_its_keywords("gw.on_exit")
 def on_exit(fn: AnyFunction | None = None, /) -> Any:
     """Mark a method that unloads: it runs when the replica stops or drops the instance."""
     return _marked(EXIT, True, "gw.on_exit", fn)
@@ -103,16 +118,46 @@ def method(
         DeclarationError: when an argument breaks its rule, is misspelt, or concerns the class.
     """
     mark = TaskMark(
-        benchmark=benchmark.declare(
+        benchmark=benchmark(
             benchmark_dataset, benchmark_generator, benchmark_runs, benchmark_concurrency
         ),
         workload_calculator=check.function("workload_calculator", workload_calculator),
-        options=options.of_method(task_options),
+        options=check.options_of_method(task_options),
     )
     return _marked(METHOD, mark, "gw.method", fn)
 
 
-@options.knows_its_keywords("gw.concurrent")
+def benchmark(
+    dataset: object, generator: Callable[[], Sample] | None, runs: int, concurrency: int
+) -> Benchmark | None:
+    """Return the benchmark that the arguments of a task describe, ``None`` when none is given.
+
+    Raises:
+        DeclarationError: for two sources, an empty dataset, or counts out of range.
+    """
+    check.integer("benchmark_runs", runs, 1, 10_000)
+    check.integer("benchmark_concurrency", concurrency, 1, 10_000)
+    check.function("benchmark_generator", generator)
+    if dataset is None:
+        made = Benchmark(generator=generator, runs=runs, concurrency=concurrency)
+        return made if generator is not None else None
+    if generator is not None:
+        raise errors.DeclarationError(
+            "benchmark_generator", generator, "give benchmark_dataset or this, not both"
+        )
+    if not isinstance(dataset, Sequence) or isinstance(dataset, str | bytes):
+        raise errors.DeclarationError("benchmark_dataset", dataset, "must be a list of dicts")
+    if not dataset:
+        raise errors.DeclarationError("benchmark_dataset", dataset, "must not be empty")
+    for sample in dataset:
+        if not isinstance(sample, Mapping) or not all(isinstance(key, str) for key in sample):
+            raise errors.DeclarationError(
+                "benchmark_dataset", sample, "each sample must be a dict of parameter names"
+            )
+    return Benchmark(dataset=tuple(map(dict, dataset)), runs=runs, concurrency=concurrency)
+
+
+@check.knows_its_keywords("gw.concurrent")
 def concurrent(*, max_inputs: int, target_inputs: int | None = None) -> Callable[[F], F]:
     """Let one replica take ``max_inputs`` inputs of the service at a time.
 
@@ -137,7 +182,7 @@ def concurrent(*, max_inputs: int, target_inputs: int | None = None) -> Callable
     return apply
 
 
-@options.knows_its_keywords("gw.batched")
+@check.knows_its_keywords("gw.batched")
 def batched(
     *,
     max_batch_size: int,
@@ -183,20 +228,15 @@ def batched(
     def apply(fn: F) -> F:
         if not inspect.isfunction(fn):
             raise _misplaced("gw.batched", fn)
-        _require_batchable(fn)
+        for parameter in inspect.signature(fn).parameters.values():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise errors.DeclarationError(
+                    "gw.batched", str(parameter), "a batched function takes named parameters only"
+                )
         setattr(fn, BATCHED, mark)
         return fn
 
     return apply
-
-
-def _require_batchable(fn: AnyFunction) -> None:
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    for parameter in inspect.signature(fn).parameters.values():
-        if parameter.kind in variadic:
-            raise errors.DeclarationError(
-                "gw.batched", str(parameter), "a batched function takes named parameters only"
-            )
 
 
 def _marked(attribute: str, mark: object, label: str, fn: AnyFunction | None) -> Any:

@@ -6,6 +6,7 @@ share loaded state only when they agree on the parameters that it was made from.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
@@ -15,7 +16,7 @@ import typing
 from typing import Any, Literal
 
 from gw_celery import errors
-from gw_celery.declare import options
+from gw_celery.declare import check
 from gw_celery.types import ParameterValues
 
 #: Attribute of an instance: parameter name -> value.
@@ -64,7 +65,12 @@ class Parameter:
         if isinstance(reads, set):
             reads.add(self.name)
         elif reads is not None and self.name not in reads:
-            raise self._read_too_late(owner)
+            # Many calls share what was loaded, and each has a value of its own.
+            raise errors.UsageError(
+                f"parameter {self.name!r} was read through the `self` that {owner.__name__} was "
+                f"loaded with, which has no caller: hand over `self.{self.name}` in the method "
+                f'that is called, or declare it with scope="load"'
+            )
         return values[self.name]
 
     def __set__(self, instance: object, value: object) -> None:
@@ -73,15 +79,6 @@ class Parameter:
         raise AttributeError(
             f"parameter {self.name!r} is read-only: pass {self.name}={value!r} at the call, "
             f"or keep state in another attribute"
-        )
-
-    def _read_too_late(self, owner: type) -> errors.UsageError:
-        """Many calls share what was loaded, and each has a value of its own."""
-        name = self.name
-        return errors.UsageError(
-            f"parameter {name!r} was read through the `self` that {owner.__name__} was loaded "
-            f"with, which has no caller: hand over `self.{name}` in the method that is called, or "
-            f'declare it with scope="load"'
         )
 
     @property
@@ -93,15 +90,24 @@ class Parameter:
 
         An int becomes a float where a float is declared; a bool is never taken for a number.
         """
-        plain = _as_json(self.name, value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise errors.DeclarationError(self.name, value, "must be a finite number")
         try:
-            return _fitted(plain, self.annotation)
+            arriving = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError):
+            arriving = REQUIRED
+        if arriving != value:  # it would arrive as another one
+            rule = "parameters travel as JSON: str, numbers, bool, None, list, dict of str"
+            raise errors.DeclarationError(self.name, value, rule)
+        try:
+            return _fitted(arriving, self.annotation)
         except _Misfit:
-            rule = f"must be {_readable(self.annotation)}"
-            raise errors.DeclarationError(self.name, value, rule) from None
+            kind = self.annotation
+            readable = kind.__name__ if isinstance(kind, type) else str(kind)
+            raise errors.DeclarationError(self.name, value, f"must be {readable}") from None
 
 
-@options.knows_its_keywords("gw.parameter")
+@check.knows_its_keywords("gw.parameter")
 def parameter(default: Any = REQUIRED, *, scope: Literal["load", "call"] | None = None) -> Any:
     """Declare a parameter that callers set: ``Cls(threshold=0.7).classify.delay(...)``.
 
@@ -127,17 +133,9 @@ def declared(cls: type) -> dict[str, Parameter]:
                 parameters[name] = value
             else:
                 parameters.pop(name, None)
-    _require_kept(cls, parameters)
-    for parameter in parameters.values():
-        if not parameter.is_required:
-            parameter.default = parameter.accept(parameter.default)
-    return parameters
-
-
-def _require_kept(cls: type, parameters: dict[str, Parameter]) -> None:
-    """Refuse a parameter that another decorator has replaced by an attribute of its own."""
-    signature = inspect.signature(inspect.getattr_static(cls, "__init__"))
-    for name, argument in signature.parameters.items():
+    for name, argument in inspect.signature(
+        inspect.getattr_static(cls, "__init__")
+    ).parameters.items():
         default = argument.default
         if isinstance(default, Parameter) and default is not parameters.get(name):
             raise errors.DeclarationError(
@@ -146,6 +144,10 @@ def _require_kept(cls: type, parameters: dict[str, Parameter]) -> None:
                 "is no attribute of the class any more: `slots=True` of its decorator takes it "
                 "away, so leave that out",
             )
+    for parameter in parameters.values():
+        if not parameter.is_required:
+            parameter.default = parameter.accept(parameter.default)
+    return parameters
 
 
 def bind(owner: str, parameters: dict[str, Parameter], values: ParameterValues) -> dict[str, Any]:
@@ -197,25 +199,6 @@ def _annotation(cls: type, name: str) -> Any:
         return Any
 
 
-def _readable(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
-
-
-def _as_json(name: str, value: Any) -> Any:
-    """Return ``value`` as it will arrive; refuse a value that would arrive as another one."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise errors.DeclarationError(name, value, "must be a finite number")
-    try:
-        arriving = json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError, RecursionError):
-        arriving = REQUIRED
-    if arriving != value:
-        raise errors.DeclarationError(
-            name, value, "parameters travel as JSON: str, numbers, bool, None, list, dict of str"
-        )
-    return arriving
-
-
 class _Misfit(Exception):
     """Raised for a value that is not of the annotated type."""
 
@@ -228,58 +211,36 @@ def _fitted(value: Any, annotation: Any) -> Any:
     Raises:
         _Misfit: for a value of another type.
     """
-    if annotation is Any:
-        return value
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return _option(value, arguments)
-    if origin is Literal:
-        _require(any(value == argument and type(value) is type(argument) for argument in arguments))
+        fits = []
+        for option in arguments:
+            with contextlib.suppress(_Misfit):
+                fits.append(_fitted(value, option))
+        if not fits:
+            raise _Misfit
+        # The first option that leaves its type, else the first that fits.
+        return next((fit for fit in fits if type(fit) is type(value)), fits[0])
+    expected = dict if typing.is_typeddict(annotation) else origin or annotation or types.NoneType
+    if expected is Any:
         return value
-    expected = dict if typing.is_typeddict(annotation) else origin or annotation
-    if expected is None:
-        expected = types.NoneType
-    if expected is float and type(value) is int:
-        return _float(value)
-    if isinstance(expected, type):
-        _require(_is_a(value, expected))
-    return _elements(value, arguments)
-
-
-def _option(value: Any, options: tuple[Any, ...]) -> Any:
-    """Return ``value`` as the first option that leaves its type, else as the first that fits."""
-    found = []
-    for option in options:
+    if expected is Literal:
+        is_fit = any(value == entry and type(value) is type(entry) for entry in arguments)
+    elif expected is float and type(value) is int:
         try:
-            found.append(_fitted(value, option))
-        except _Misfit:
-            continue
-    _require(bool(found))
-    return next((fit for fit in found if type(fit) is type(value)), found[0])
-
-
-def _float(value: int) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise _Misfit from None
-
-
-def _is_a(value: Any, expected: type) -> bool:
-    if isinstance(value, bool):
-        return expected in (bool, object)
-    return isinstance(value, expected)
-
-
-def _elements(value: Any, arguments: tuple[Any, ...]) -> Any:
+            return float(value)
+        except OverflowError:
+            raise _Misfit from None
+    elif not isinstance(expected, type):
+        is_fit = True
+    else:
+        is_bool = isinstance(value, bool)
+        is_fit = expected in (bool, object) if is_bool else isinstance(value, expected)
+    if not is_fit:
+        raise _Misfit
     if isinstance(value, list) and len(arguments) == 1:
         return [_fitted(entry, arguments[0]) for entry in value]
     if isinstance(value, dict) and len(arguments) == 2:
         keys, values = arguments
         return {_fitted(key, keys): _fitted(entry, values) for key, entry in value.items()}
     return value
-
-
-def _require(is_fit: bool) -> None:
-    if not is_fit:
-        raise _Misfit

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping
 
 from gw_celery import errors
-from gw_celery.declare import check, options
+from gw_celery.declare import check
 
 KINDS = ("startup", "liveness", "readiness")
 
@@ -27,7 +27,7 @@ class Probe:
     failures: int
 
     @classmethod
-    @options.knows_its_keywords("gw.Probe.on")
+    @check.knows_its_keywords("gw.Probe.on")
     def on(
         cls,
         /,
@@ -68,25 +68,21 @@ def require_methods(probes: object, methods: Mapping[str, inspect.Signature]) ->
         raise errors.DeclarationError("probes", probes, "must be a list of gw.Probe.on(...)")
     seen: set[tuple[str, str]] = set()
     for probe in listed:
-        _require_callable(probe, methods)
+        if probe.method not in methods:
+            raise errors.DeclarationError(
+                "probes",
+                probe.method,
+                f"names no @gw.method() of the class; it has: {', '.join(sorted(methods)) or '-'}",
+            )
+        try:
+            methods[probe.method].bind()
+        except TypeError as exc:
+            raise errors.DeclarationError(
+                "probes", probe.method, f"is called without arguments by the probe: {exc}"
+            ) from exc
         if (probe.method, probe.kind) in seen:
             raise errors.DeclarationError(
                 "probes", probe.method, f"is a {probe.kind} probe twice: keep one of the two"
             )
         seen.add((probe.method, probe.kind))
     return listed
-
-
-def _require_callable(probe: Probe, methods: Mapping[str, inspect.Signature]) -> None:
-    if probe.method not in methods:
-        raise errors.DeclarationError(
-            "probes",
-            probe.method,
-            f"names no @gw.method() of the class; it has: {', '.join(sorted(methods)) or '-'}",
-        )
-    try:
-        methods[probe.method].bind()
-    except TypeError as exc:
-        raise errors.DeclarationError(
-            "probes", probe.method, f"is called without arguments by the probe: {exc}"
-        ) from exc

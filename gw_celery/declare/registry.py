@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from gw_celery import errors
@@ -51,7 +52,15 @@ class Registry:
                 raise errors.DeclarationError(
                     "context", context.key, f"is registered already in App({owner.name!r})"
                 )
-        _require_makeable(context)
+        try:
+            with contextlib.suppress(ValueError):  # a class written in C has no signature
+                inspect.signature(context.cls).bind(*context.args, **context.kwargs)
+        except TypeError as exc:
+            raise errors.DeclarationError(
+                "context",
+                context.key,
+                f"cannot be made with the arguments of @app.context(): {exc}",
+            ) from exc
         self.contexts[context.key] = context
 
     def add_service(self, service: services.Service, beside: Iterable[Registry] = ()) -> None:
@@ -62,10 +71,25 @@ class Registry:
         """
         _require_no_family(service, service)
         for other in self.services.values():
-            _require_distinct(service, other)
+            if service.key == other.key:
+                raise errors.DeclarationError("service", service.key, "is declared twice")
+            is_shared = service.placement.queue and other.placement.queue
+            if service.queue == other.queue and not is_shared:
+                raise errors.DeclarationError(
+                    "queue",
+                    service.queue,
+                    f"is the queue of {other.key} too: rename one, or give both the same queue= on "
+                    f"purpose",
+                )
         for owner in (self, *self._neighbours(beside)):
             owner._require_free(service)
-        _require_free_inside(service)
+        names: dict[str, str] = {}
+        for method in service.methods.values():
+            first = names.setdefault(method.task_name, method.name)
+            if first != method.name:
+                raise errors.DeclarationError(
+                    "name", method.task_name, f"is the task of {service.key}.{first} already"
+                )
         self.services[service.key] = service
 
     def join(self, celery_app: Any, beside: Iterable[Registry]) -> None:
@@ -77,8 +101,14 @@ class Registry:
         if celery_app in self.celery_apps:
             return
         for other in beside:
-            if other is not self and celery_app in other.celery_apps:
-                self._require_apart(other)
+            if other is self or celery_app not in other.celery_apps:
+                continue
+            for key in self.contexts:
+                if key in other.contexts:
+                    apps = f"App({other.name!r}) and App({self.name!r})"
+                    raise errors.DeclarationError("context", key, f"is registered in {apps}")
+            for service in self.services.values():
+                other._require_free(service)
         self.celery_apps.add(celery_app)
 
     def _neighbours(self, others: Iterable[Registry]) -> list[Registry]:
@@ -88,15 +118,6 @@ class Registry:
             for other in others
             if other is not self and not mine.isdisjoint(other.celery_apps)
         ]
-
-    def _require_apart(self, other: Registry) -> None:
-        for key in self.contexts:
-            if key in other.contexts:
-                raise errors.DeclarationError(
-                    "context", key, f"is registered in App({other.name!r}) and App({self.name!r})"
-                )
-        for service in self.services.values():
-            other._require_free(service)
 
     def _require_free(self, service: services.Service) -> None:
         for owner in self.services.values():
@@ -113,13 +134,11 @@ class Registry:
                     )
 
 
-def serving(registries: Iterable[Registry], queues: Iterable[str]) -> Iterator[services.Service]:
-    """Yield the services whose queue is among ``queues``."""
+def serving(registries: Iterable[Registry], queues: Iterable[str]) -> list[services.Service]:
+    """Return the services whose queue is among ``queues``."""
+    declared = [service for registry in registries for service in registry.services.values()]
     consumed = set(queues)
-    for registry in registries:
-        for service in registry.services.values():
-            if service.queue in consumed:
-                yield service
+    return [service for service in declared if service.queue in consumed]
 
 
 def families(registries: Iterable[Registry]) -> dict[str, list[str]]:
@@ -131,46 +150,12 @@ def families(registries: Iterable[Registry]) -> dict[str, list[str]]:
     return {family: list(names) for family, names in queues.items()}
 
 
-def _require_makeable(context: Context) -> None:
-    try:
-        signature = inspect.signature(context.cls)
-    except ValueError:  # a class written in C has none
-        return
-    try:
-        signature.bind(*context.args, **context.kwargs)
-    except TypeError as exc:
-        raise errors.DeclarationError(
-            "context", context.key, f"cannot be made with the arguments of @app.context(): {exc}"
-        ) from exc
-
-
-def _require_distinct(service: services.Service, other: services.Service) -> None:
-    if service.key == other.key:
-        raise errors.DeclarationError("service", service.key, "is declared twice")
-    if service.queue == other.queue and not (service.placement.queue and other.placement.queue):
-        raise errors.DeclarationError(
-            "queue",
-            service.queue,
-            f"is the queue of {other.key} too: rename one, or give both the same queue= on purpose",
-        )
-
-
 def _require_no_family(service: services.Service, other: services.Service) -> None:
     """Refuse a queue that is named as a family: ``-Q`` with it would reach that queue alone."""
-    if gpu.is_name_of_family(service.queue) or service.queue == other.family:
+    if gpu.FAMILY.fullmatch(service.queue) or service.queue == other.family:
         raise errors.DeclarationError(
             "queue",
             service.queue,
             f"is the name of a family: `-Q {service.queue}` means every service of it, and would "
             f"reach {service.name} alone; give another queue=",
         )
-
-
-def _require_free_inside(service: services.Service) -> None:
-    owners: dict[str, str] = {}
-    for method in service.methods.values():
-        owner = owners.setdefault(method.task_name, method.name)
-        if owner != method.name:
-            raise errors.DeclarationError(
-                "name", method.task_name, f"is the task of {service.key}.{owner} already"
-            )

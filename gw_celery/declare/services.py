@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
 from gw_celery import errors
-from gw_celery.declare import benchmark, check, gpu, markers, members, options, parameters, probes
+from gw_celery.declare import check, gpu, markers, parameters, probes
 from gw_celery.types import AnyFunction
 
 #: The key of what belongs to no service: plain Celery tasks.
 PLAIN = ""
+_LABELS = {
+    markers.METHOD: "gw.method",
+    markers.ENTER: "gw.on_enter",
+    markers.EXIT: "gw.on_exit",
+    markers.BATCHED: "gw.batched",
+    markers.CONCURRENT: "gw.concurrent",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,20 +33,29 @@ class Method:
     signature: inspect.Signature
     is_async: bool
     batched: markers.Batched | None
-    benchmark: benchmark.Benchmark | None
+    benchmark: markers.Benchmark | None
     workload_calculator: AnyFunction | None
     #: Celery task options, as the user gave them.
     options: dict[str, Any]
 
-    @property
+    @functools.cached_property
     def is_bound(self) -> bool:
         """Whether the body takes the Celery task as its first argument."""
         return bool(self.options.get("bind"))
 
+    @functools.cached_property
+    def task_signature(self) -> inspect.Signature:
+        """As Celery sees it: with the task, where the body takes it."""
+        return inspect.signature(self.function) if self.is_bound else self.signature
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@dataclasses.dataclass
 class Placement:
-    """The devices, queue, replicas and time limits of a service."""
+    """The devices, queue, replicas and time limits of a service.
+
+    Raises:
+        DeclarationError: naming the argument that breaks its rule.
+    """
 
     gpu: gpu.Gpu | None = None
     queue: str | None = None
@@ -46,6 +63,22 @@ class Placement:
     max_workers: int | None = None
     timeout: float | None = 300.0
     max_queue_time: float | None = None
+
+    def __post_init__(self) -> None:
+        name: object = self.queue
+        # ``celery worker -Q`` divides at commas and takes spaces away: it could not name others.
+        is_name = isinstance(name, str) and name and "," not in name and name == name.strip()
+        if name is not None and not is_name:
+            rule = "must be the name of a queue, without a comma or a space at its ends"
+            raise errors.DeclarationError("queue", name, rule)
+        check.integer("min_workers", self.min_workers, 0)
+        if self.max_workers is not None:
+            check.integer("max_workers", self.max_workers, 1)
+            if self.max_workers < self.min_workers:
+                rule = f"must not be less than min_workers={self.min_workers}"
+                raise errors.DeclarationError("max_workers", self.max_workers, rule)
+        self.timeout = check.optional("timeout", self.timeout)
+        self.max_queue_time = check.optional("max_queue_time", self.max_queue_time)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,16 +96,36 @@ class Service:
     enter_hooks: tuple[str, ...] = ()
     exit_hooks: tuple[str, ...] = ()
 
-    @property
+    def __post_init__(self) -> None:
+        required = [name for name, value in self.parameters.items() if value.is_required]
+        for method in self.methods.values():
+            batched = method.batched
+            needed = batched.max_batch_size * batched.max_running_batches if batched else 0
+            if needed > self.max_inputs:
+                raise errors.DeclarationError(
+                    "max_inputs",
+                    self.max_inputs,
+                    f"must be at least max_batch_size x max_running_batches = {needed} for "
+                    f"{self.name}.{method.name}, or its batches never fill",
+                )
+            if required and method.benchmark is not None:
+                raise errors.DeclarationError(
+                    required[0],
+                    self.parameters[required[0]],
+                    f"needs a default, for the benchmark of {self.name}.{method.name} gives no "
+                    f"value",
+                )
+
+    @functools.cached_property
     def key(self) -> str:
         """The dotted name of the function or class: what tells two services apart."""
         return f"{self.target.__module__}.{self.target.__qualname__}"
 
-    @property
+    @functools.cached_property
     def family(self) -> str:
-        return gpu.family_of(self.placement.gpu)
+        return gpu.ANY if self.placement.gpu is None else self.placement.gpu.family
 
-    @property
+    @functools.cached_property
     def queue(self) -> str:
         return self.placement.queue or f"{self.family}.{self.name}"
 
@@ -81,7 +134,7 @@ class Service:
         own = self.placement.max_queue_time
         return default if own is None else own
 
-    @property
+    @functools.cached_property
     def is_class(self) -> bool:
         return inspect.isclass(self.target)
 
@@ -101,7 +154,7 @@ class Service:
         }
         return [name for name, is_declared in declared.items() if is_declared]
 
-    @property
+    @functools.cached_property
     def max_inputs(self) -> int:
         """Inputs in flight that one replica takes for this service."""
         if self.concurrent is not None:
@@ -109,40 +162,10 @@ class Service:
         sizes = [m.batched.max_batch_size for m in self.methods.values() if m.batched]
         return 2 * max(sizes) if sizes else 1
 
-    @property
+    @functools.cached_property
     def target_inputs(self) -> int:
         """Inputs in flight that one replica is meant to have."""
         return self.max_inputs if self.concurrent is None else self.concurrent.target_inputs
-
-
-def placement(
-    device: gpu.Gpu | None,
-    queue: Any,
-    min_workers: object,
-    max_workers: object,
-    timeout: object,
-    max_queue_time: object,
-) -> Placement:
-    """Return the checked placement of a service.
-
-    Raises:
-        DeclarationError: naming the argument that breaks its rule.
-    """
-    _require_queue(queue)
-    least = check.integer("min_workers", min_workers, 0)
-    most = None if max_workers is None else check.integer("max_workers", max_workers, 1)
-    if most is not None and most < least:
-        raise errors.DeclarationError(
-            "max_workers", most, f"must not be less than min_workers={least}"
-        )
-    return Placement(
-        gpu=device,
-        queue=queue,
-        min_workers=least,
-        max_workers=most,
-        timeout=check.optional("timeout", timeout),
-        max_queue_time=check.optional("max_queue_time", max_queue_time),
-    )
 
 
 def from_function(fn: AnyFunction, where: Placement, mark: markers.TaskMark) -> Service:
@@ -158,7 +181,7 @@ def from_function(fn: AnyFunction, where: Placement, mark: markers.TaskMark) -> 
     """
     if not inspect.isfunction(fn):
         raise errors.DeclarationError("fn", fn, "@app.remote decorates a function")
-    members.require_one_answer("fn", fn)
+    _require_one_answer("fn", fn)
     if not inspect.iscoroutinefunction(fn):
         raise errors.DeclarationError(
             "fn", fn.__qualname__, "a remote function is asynchronous: write `async def`"
@@ -166,17 +189,13 @@ def from_function(fn: AnyFunction, where: Placement, mark: markers.TaskMark) -> 
     is_bound = bool(mark.options.get("bind"))
     if is_bound and hasattr(fn, markers.BATCHED):
         raise errors.DeclarationError("bind", True, "a batched body serves many requests at once")
-    task_name = f"{fn.__module__}.{fn.__name__}"
-    method = _method(fn, fn.__name__, task_name, mark, where, drop_first=is_bound)
-    service = Service(
+    return Service(
         name=fn.__name__,
         target=fn,
         placement=where,
         concurrent=getattr(fn, markers.CONCURRENT, None),
-        methods={fn.__name__: method},
+        methods={fn.__name__: _method(fn, fn.__name__, fn, mark, where, drop_first=is_bound)},
     )
-    _require_room(service)
-    return service
 
 
 def from_class(cls: type, where: Placement, declared_probes: object) -> Service:
@@ -191,51 +210,59 @@ def from_class(cls: type, where: Placement, declared_probes: object) -> Service:
         DeclarationError: for a class without methods, one that cannot be made without arguments,
             a probe that names no method, or a benchmark that does not fit its method.
     """
-    members.require_instantiable(cls)
-    prefix = f"{cls.__module__}.{cls.__name__}"
+    _require_instantiable(cls)
     methods = {
-        name: _method(
-            fn, name, f"{prefix}.{name}", getattr(fn, markers.METHOD), where, drop_first=True
-        )
-        for name, fn in members.methods(cls).items()
+        name: _method(fn, name, cls, getattr(fn, markers.METHOD), where, drop_first=True)
+        for name, fn in _functions_of_tasks(cls).items()
     }
-    service = Service(
+    signatures = {name: method.signature for name, method in methods.items()}
+    return Service(
         name=cls.__name__,
         target=cls,
         placement=where,
         concurrent=getattr(cls, markers.CONCURRENT, None),
         methods=methods,
-        probes=probes.require_methods(
-            declared_probes, {name: method.signature for name, method in methods.items()}
-        ),
+        probes=probes.require_methods(declared_probes, signatures),
         parameters=parameters.declared(cls),
-        enter_hooks=members.hooks(cls, markers.ENTER),
-        exit_hooks=members.hooks(cls, markers.EXIT)[::-1],
+        enter_hooks=_hooks(cls, markers.ENTER),
+        exit_hooks=_hooks(cls, markers.EXIT)[::-1],
     )
-    _require_room(service)
-    _require_defaults(service)
-    return service
 
 
 def _method(
     fn: AnyFunction,
     name: str,
-    task_name: str,
+    target: Any,
     mark: markers.TaskMark,
     where: Placement,
     *,
     drop_first: bool,
 ) -> Method:
-    options.require_soft_before_hard(mark.options, where.timeout)
+    check.soft_before_hard(mark.options, where.timeout)
     if mark.options.get("pydantic") and hasattr(fn, markers.BATCHED):
         raise errors.DeclarationError(
             "pydantic", True, "a batched body takes lists: build the models in the body"
         )
-    signature = _caller_signature(fn, drop_first=drop_first)
-    benchmark.require_matching(mark.benchmark, signature)
+    signature = inspect.signature(fn)
+    if drop_first:
+        if not signature.parameters:
+            raise errors.DeclarationError(
+                fn.__qualname__, str(signature), "needs a `self` parameter"
+            )
+        signature = signature.replace(parameters=[*signature.parameters.values()][1:])
+    for position, sample in enumerate(mark.benchmark.dataset if mark.benchmark else ()):
+        try:
+            signature.bind(**sample)
+        except TypeError as exc:
+            raise errors.DeclarationError(
+                f"benchmark_dataset[{position}]",
+                dict(sample),
+                f"its keys must match the parameters {signature}: {exc}",
+            ) from exc
+    dotted = f"{target.__module__}.{target.__name__}"
     return Method(
         name=name,
-        task_name=mark.options.get("name") or task_name,
+        task_name=mark.options.get("name") or (dotted if target is fn else f"{dotted}.{name}"),
         function=fn,
         signature=signature,
         is_async=inspect.iscoroutinefunction(fn),
@@ -246,52 +273,96 @@ def _method(
     )
 
 
-def full_signature(method: Method) -> inspect.Signature:
-    """The signature with its first parameter, which callers do not give."""
-    return inspect.signature(method.function)
+def _require_one_answer(label: str, fn: AnyFunction) -> None:
+    if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
+        raise errors.DeclarationError(
+            label,
+            fn.__qualname__,
+            "yields, and its body would never run: return one value, or a list",
+        )
 
 
-def _caller_signature(fn: AnyFunction, *, drop_first: bool) -> inspect.Signature:
-    signature = inspect.signature(fn)
-    if not drop_first:
-        return signature
-    first, *rest = signature.parameters.values() or (None,)
-    if first is None:
-        raise errors.DeclarationError(fn.__qualname__, str(signature), "needs a `self` parameter")
-    return signature.replace(parameters=rest)
-
-
-def _require_queue(queue: object) -> None:
-    if queue is None:
+def _require_instantiable(cls: object) -> None:
+    """Refuse a class that a replica cannot instantiate without arguments."""
+    if not inspect.isclass(cls):
+        raise errors.DeclarationError("class", cls, "@app.cls decorates a class")
+    if markers.SERVICE in vars(cls):
+        raise errors.DeclarationError("class", cls.__qualname__, "is decorated twice")
+    if not cls.__dictoffset__:
+        raise errors.DeclarationError(
+            "class", cls.__qualname__, 'keeps no __dict__; add "__dict__" to its __slots__'
+        )
+    if cls.__init__ is object.__init__:
         return
-    # ``celery worker -Q`` divides at commas and takes spaces away: others could not be consumed.
-    if not isinstance(queue, str) or not queue or "," in queue or queue != queue.strip():
+    try:
+        inspect.signature(cls.__init__).bind(object())
+    except TypeError as exc:
         raise errors.DeclarationError(
-            "queue", queue, "must be the name of a queue, without a comma or a space at its ends"
-        )
+            "class",
+            cls.__qualname__,
+            f"is made without arguments in each replica ({exc}); use gw.parameter() for values "
+            f"that callers set, and @gw.on_enter() to load",
+        ) from exc
 
 
-def _require_defaults(service: Service) -> None:
-    """A benchmark calls its method with the default parameters."""
-    required = [name for name, parameter in service.parameters.items() if parameter.is_required]
-    measured = [method.name for method in service.methods.values() if method.benchmark is not None]
-    if required and measured:
+def _functions_of_tasks(cls: type) -> dict[str, AnyFunction]:
+    """Return what ``@gw.method`` marks, by name; refuse a mark where it has no effect."""
+    for name in dir(cls):
+        member = inspect.getattr_static(cls, name, None)
+        if isinstance(member, staticmethod | classmethod | property):
+            function = member.fget if isinstance(member, property) else member.__func__
+            for label in (label for mark, label in _LABELS.items() if hasattr(function, mark)):
+                wrapper = type(member).__name__
+                raise errors.DeclarationError(
+                    label, name, f"marks a method that takes `self`: take @{wrapper} away"
+                )
+    tasks = _marked(cls, markers.METHOD)
+    if not tasks:
         raise errors.DeclarationError(
-            required[0],
-            service.parameters[required[0]],
-            f"needs a default, for the benchmark of {service.name}.{measured[0]} gives no value",
+            "class", cls.__qualname__, "has no method marked with @gw.method()"
         )
-
-
-def _require_room(service: Service) -> None:
-    for method in service.methods.values():
-        if method.batched is None:
-            continue
-        needed = method.batched.max_batch_size * method.batched.max_running_batches
-        if needed > service.max_inputs:
+    for name in _marked(cls, markers.CONCURRENT):
+        raise errors.DeclarationError("gw.concurrent", name, "marks the class, not a method of it")
+    for name in _marked(cls, markers.BATCHED):
+        if name not in tasks:
+            raise errors.DeclarationError("gw.batched", name, "marks a task: add @gw.method()")
+    for name, fn in tasks.items():
+        if hasattr(fn, markers.ENTER) or hasattr(fn, markers.EXIT):
+            rule = "is a hook too, which only the worker calls: take one mark away"
+            raise errors.DeclarationError("gw.method", name, rule)
+        if getattr(fn, markers.METHOD).options.get("bind"):
             raise errors.DeclarationError(
-                "max_inputs",
-                service.max_inputs,
-                f"must be at least max_batch_size x max_running_batches = {needed} for "
-                f"{service.name}.{method.name}, or its batches never fill",
+                "bind", True, "`self` of a method is its instance: use celery.current_task"
             )
+        _require_one_answer("gw.method", fn)
+    return tasks
+
+
+def _hooks(cls: type, mark: str) -> tuple[str, ...]:
+    """Return the names of the methods with ``mark``, in definition order, base classes first."""
+    functions = _marked(cls, mark)
+    for name, fn in functions.items():
+        _require_one_answer(_LABELS[mark], fn)
+        try:
+            inspect.signature(fn).bind(object())
+        except TypeError as exc:
+            raise errors.DeclarationError(
+                _LABELS[mark], name, f"the worker calls a hook with `self` alone: {exc}"
+            ) from exc
+    return tuple(functions)
+
+
+def _marked(cls: type, mark: str) -> dict[str, AnyFunction]:
+    """Members with ``mark`` in definition order, base classes first, overrides in place."""
+    names: dict[str, None] = {}
+    for base in reversed(cls.__mro__):
+        for name, member in vars(base).items():
+            if hasattr(_plain(member), mark):
+                names.setdefault(name)
+    members = {name: _plain(inspect.getattr_static(cls, name)) for name in names}
+    return {name: fn for name, fn in members.items() if hasattr(fn, mark)}
+
+
+def _plain(member: Any) -> Any:
+    """Return the user's function behind what an earlier ``@app.cls`` put into a base class."""
+    return getattr(member, markers.FUNCTION, member)

@@ -21,7 +21,7 @@ from celery.app.task import Context
 
 from gw_celery import conf
 from gw_celery.client import execution, task_context
-from gw_celery.declare import benchmark, services
+from gw_celery.declare import markers, services
 from gw_celery.policy import scores
 from gw_celery.protocol import frames, headers, snapshot
 from gw_celery.replica import input as replica_input
@@ -293,7 +293,7 @@ def parallel(service: services.Service, method: services.Method) -> int:
     return min(-(-wanted // size), most // size) * size
 
 
-def _declared(method: services.Method) -> benchmark.Benchmark:
+def _declared(method: services.Method) -> markers.Benchmark:
     if method.benchmark is None:
         raise scores.NoScore(f"{method.task_name} declares no benchmark")
     return method.benchmark

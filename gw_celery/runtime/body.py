@@ -51,12 +51,16 @@ class Call:
         """
         request, service = task.request, task.gw_service
         hard, soft = request.timelimit or (None, None)
+        values: ParameterValues = {}
         text = (sent or {}).get(headers.PARAMETERS)
-        bound = parameters.bind(service.name, service.parameters, json.loads(text) if text else {})
+        if text or service.parameters:
+            given = json.loads(text) if text else {}
+            bound = parameters.bind(service.name, service.parameters, given)
+            values = parameters.complete(service.parameters, bound)
         return cls(
             service=service,
             method=task.gw_method,
-            values=parameters.complete(service.parameters, bound),
+            values=values,
             soft_limit=soft or task.soft_time_limit,
             hard_limit=hard or task.time_limit,
             args=args,

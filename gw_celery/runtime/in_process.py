@@ -296,8 +296,7 @@ def _as_child(parent: Any, request: Any, send: Callable[[], Any]) -> Any:
 @functools.cache
 def _pydantic(task: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
     """Celery's own conversion of the arguments, and of the answer."""
-    method: services.Method = task.gw_method
-    signature = services.full_signature(method) if method.is_bound else method.signature
+    signature: inspect.Signature = task.gw_method.task_signature
     answer = inspect.Parameter("_gw_answer", inspect.Parameter.POSITIONAL_ONLY)
     return (
         _wrapped(task, lambda *args, **kwargs: (args, kwargs), signature),

@@ -5,7 +5,7 @@ import random
 import pytest
 
 import gw_celery as gw
-from gw_celery.declare import benchmark
+from gw_celery.declare import markers
 from tests.unit.refusals import NOT_FINITE, NOT_NUMBERS, refused
 
 
@@ -14,24 +14,24 @@ def sample() -> dict[str, int]:
 
 
 def test_without_a_source_there_is_no_benchmark() -> None:
-    assert benchmark.declare(None, None, 10, 10) is None
+    assert markers.benchmark(None, None, 10, 10) is None
 
 
 def test_a_dataset_is_kept_as_it_was_declared() -> None:
     rows = [{"x": 2}, {"x": -5}]
-    declared = benchmark.declare(rows, None, 10, 10)
+    declared = markers.benchmark(rows, None, 10, 10)
     rows[0]["x"] = 99
 
-    assert declared == benchmark.Benchmark(dataset=({"x": 2}, {"x": -5}))
+    assert declared == markers.Benchmark(dataset=({"x": 2}, {"x": -5}))
 
 
 def test_a_generator_is_not_called_when_it_is_declared() -> None:
     def generate() -> dict[str, int]:
         raise AssertionError("called in the process of a client")
 
-    declared = benchmark.declare(None, generate, 20, 5)
+    declared = markers.benchmark(None, generate, 20, 5)
 
-    assert declared == benchmark.Benchmark(generator=generate, runs=20, concurrency=5)
+    assert declared == markers.Benchmark(generator=generate, runs=20, concurrency=5)
 
 
 def test_two_sources_are_refused(app: gw.App) -> None:
@@ -51,7 +51,7 @@ def test_an_empty_dataset_is_refused(app: gw.App, dataset: object) -> None:
 
 @pytest.mark.parametrize("dataset", [{"x": 2}, "x=2", b"x", 3, {1}])
 def test_a_dataset_that_is_no_list_is_refused(dataset: object) -> None:
-    error = refused(benchmark.declare, dataset, None, 10, 10)
+    error = refused(markers.benchmark, dataset, None, 10, 10)
 
     assert (error.argument, error.value) == ("benchmark_dataset", dataset)
     assert "list of dicts" in error.rule
@@ -59,7 +59,7 @@ def test_a_dataset_that_is_no_list_is_refused(dataset: object) -> None:
 
 @pytest.mark.parametrize("row", [1, [("x", 1)], {1: 2}, None])
 def test_a_sample_that_is_no_dict_of_names_is_refused(row: object) -> None:
-    error = refused(benchmark.declare, [{"x": 1}, row], None, 10, 10)
+    error = refused(markers.benchmark, [{"x": 1}, row], None, 10, 10)
 
     assert (error.argument, error.value) == ("benchmark_dataset", row)
     assert "dict of parameter names" in error.rule

@@ -17,9 +17,14 @@ from tests.unit.refusals import NOT_FINITE, NOT_NUMBERS, refused
     ],
 )
 def test_the_family_of_a_service_follows_from_its_devices(
-    device: gw.Gpu | None, family: str
+    app: gw.App, device: gw.Gpu | None, family: str
 ) -> None:
-    assert gpu.family_of(device) == family
+    async def embed(): ...
+
+    app.remote(gpu=device)(embed)
+    (service,) = app.registry.services.values()
+
+    assert (service.family, service.queue) == (family, f"{family}.embed")
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:

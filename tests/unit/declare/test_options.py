@@ -10,7 +10,7 @@ from celery import Celery
 
 import gw_celery as gw
 from gw_celery import codec, errors
-from gw_celery.declare import options
+from gw_celery.declare import check
 from tests.unit.refusals import NOT_FINITE, refused
 
 #: Attributes of a Task that are no options.
@@ -49,8 +49,8 @@ def test_every_option_of_celerys_tasks_is_known() -> None:
     }
     keywords = inspect.signature(Celery._task_from_fun).parameters.keys() - {"self", "fun"}
 
-    assert attributes - INNER - set(options.OF_CELERY) == set()
-    assert keywords - {"options"} - set(options.OF_CELERY) == set()
+    assert attributes - INNER - set(check.OF_CELERY) == set()
+    assert keywords - {"options"} - set(check.OF_CELERY) == set()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_an_attribute_that_every_task_has_is_refused(app: gw.App, kind: str, nam
     assert app.registry.services == {}
 
 
-@pytest.mark.parametrize("name", [*options.OF_A_SERVICE, "probes"])
+@pytest.mark.parametrize("name", [*check.OF_A_SERVICE, "probes"])
 def test_what_concerns_the_class_is_refused_on_a_method(name: str) -> None:
     error = refused(gw.method, **{name: 3})
 
