@@ -48,7 +48,7 @@ def prepared(task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> dict
     Raises:
         QueueTimeExceeded: when the input would wait for longer than it may.
     """
-    limit = task.gw_service.max_queue_time(_settings_of(task.app).max_queue_time)
+    limit = task.gw_service.placement.max_queue_time or _settings_of(task.app).max_queue_time
     if limit is not None:
         _require_room(task, options, limit)
     sent = options.get("headers") or {}

@@ -62,6 +62,7 @@ class Placement:
     min_workers: int = 0
     max_workers: int | None = None
     timeout: float | None = 300.0
+    #: Seconds that an input may wait in the queue; ``None`` for the project's setting.
     max_queue_time: float | None = None
 
     def __post_init__(self) -> None:
@@ -128,11 +129,6 @@ class Service:
     @functools.cached_property
     def queue(self) -> str:
         return self.placement.queue or f"{self.family}.{self.name}"
-
-    def max_queue_time(self, default: float | None) -> float | None:
-        """Seconds that an input may wait in the queue; ``default`` is the project's setting."""
-        own = self.placement.max_queue_time
-        return default if own is None else own
 
     @functools.cached_property
     def is_class(self) -> bool:

@@ -107,7 +107,7 @@ class ReplicaInputs:
             runs_alone=runs_alone,
             gathers=gathers,
             expires=queue_time.expiry(self._app, request) if gathers else None,
-            max_queue_time=service and service.max_queue_time(self._max_queue_time),
+            max_queue_time=service and (service.placement.max_queue_time or self._max_queue_time),
             records=self._records if self._records and self._records.has(name) else None,
         )
         replica_input.in_flight[number] = input

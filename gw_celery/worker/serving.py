@@ -55,7 +55,9 @@ class Plan:
     def queue_times(self) -> dict[str, float]:
         """Seconds that an input may wait until it begins, for each service with such a limit."""
         default = self.settings.max_queue_time
-        limits = {service.key: service.max_queue_time(default) for service in self.served}
+        limits = {
+            service.key: service.placement.max_queue_time or default for service in self.served
+        }
         return {key: limit for key, limit in limits.items() if limit is not None}
 
     @property
