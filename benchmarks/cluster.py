@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks import cluster_brokers
-from gw_celery.testing.processes import Process, eventually
+from gw_celery.testing import Process, eventually
 
 #: What a worker is started with.
 KINDS = {

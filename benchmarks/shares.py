@@ -24,7 +24,7 @@ from celery import Celery
 import gw_celery as gw
 from benchmarks import shares_app
 from gw_celery import conf, devserver, testing
-from gw_celery.testing import connections
+from gw_celery.testing.workers import close_results
 
 NAPS = {"quick": 0.5, "slow": 2.0}
 CAPACITY = sum(shares_app.SLOTS / nap for nap in NAPS.values())
@@ -80,7 +80,7 @@ def pair(
         stack.enter_context(conf.talking_to(broker, result))
         client = stack.enter_context(Celery("client", set_as_current=False))
         gw.preset(client)
-        stack.callback(connections.close_results, client)
+        stack.callback(close_results, client)
         if is_quorum:
             client.conf.task_create_missing_queue_type = "quorum"
         stack.callback(_delete_queue, client)

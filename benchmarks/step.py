@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks import step_app
 from gw_celery import devserver, testing
-from gw_celery.testing import connections
+from gw_celery.testing import workers
 from tests.processes import logged_at
 
 #: Seconds and times the rate.
@@ -70,7 +70,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         devserver.running(Path(folder) / "server") as server,
-        connections.talking_to(server),
+        workers.talking_to(server),
     ):
         os.environ["LEDGER"] = str(Path(folder) / "ledger")
         _step(options, server, Path(folder))

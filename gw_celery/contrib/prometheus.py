@@ -45,33 +45,40 @@ _GAUGES = {
     "gw_capacity": "Workload per second of all replicas that are READY for the service.",
     "gw_ready_slots": "Inputs that READY replicas can run.",
 }
-#: Metrics of each service: name, key in its counters, and description; gauges of this moment, and
-#: counters since the worker started.
-_TALLIED_NOW = (
-    ("gw_waiting", "waiting", "in this worker, without a slot"),
-    ("gw_in_flight", "running", "in its replicas"),
+#: Gauges of the autoscaler: name, description, and attribute of its snapshot.
+_SCALING = (
+    ("gw_desired_replicas", "Replicas that the autoscaler wants of this worker.", "desired"),
+    ("gw_capacity_replicas", "Replicas that this worker may have at most.", "most"),
 )
-_TALLIED_EVER = (
-    ("gw_arrived", "arrived", "that this worker has taken"),
-    ("gw_served", "served", "that its replicas have answered"),
+#: Metrics of each service: type, name, key in its counters, and description. Gauges are of this
+#: moment, counters since the worker started.
+_TALLIES = (
+    (core.GaugeMetricFamily, "gw_waiting", "waiting", "in this worker, without a slot"),
+    (core.GaugeMetricFamily, "gw_in_flight", "running", "in its replicas"),
+    (core.CounterMetricFamily, "gw_arrived", "arrived", "that this worker has taken"),
+    (core.CounterMetricFamily, "gw_served", "served", "that its replicas have answered"),
 )
 
 
-class Collector(registry.Collector):
-    """The metrics of one worker.
+class Page(registry.Collector):
+    """The metrics of one worker as a web page, on a registry that holds nothing else.
 
     Args:
         read: returns its last snapshot, at once, from any thread.
         queues: the queue of each service.
     """
 
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
     def __init__(self, read: Callable[[], snapshot.Worker], queues: Mapping[str, str]) -> None:
         self._read = read
         self._queues = queues
+        # Not described by itself: that would read a worker that does not run yet.
+        self._registry = registry.CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
 
-    def describe(self) -> Iterable[core.Metric]:
-        """Return nothing: registering must not read a worker that does not run yet."""
-        return ()
+    def __call__(self) -> bytes:
+        return exposition.generate_latest(self._registry)
 
     def collect(self) -> Iterator[core.Metric]:
         worker = self._read()
@@ -82,21 +89,8 @@ class Collector(registry.Collector):
         labels = {key: (key or PLAIN, self._queues.get(key, "")) for key in keys}
         yield from _of_services(worker, labels)
         yield from _of_tallies(worker.tallies, labels)
-        if worker.scaling is not None:
-            yield from _of_scaling(worker.scaling)
-
-
-class Page:
-    """The metrics as a web page, on a registry that holds nothing else of this process."""
-
-    content_type = "text/plain; version=0.0.4; charset=utf-8"
-
-    def __init__(self, read: Callable[[], snapshot.Worker], queues: Mapping[str, str]) -> None:
-        self._registry = registry.CollectorRegistry(auto_describe=False)
-        self._registry.register(Collector(read, queues))
-
-    def __call__(self) -> bytes:
-        return exposition.generate_latest(self._registry)
+        for name, text, figure in _SCALING if worker.scaling else ():
+            yield core.GaugeMetricFamily(name, text, value=getattr(worker.scaling, figure))
 
 
 def _of_worker(worker: snapshot.Worker) -> Iterator[core.Metric]:
@@ -111,28 +105,13 @@ def _of_worker(worker: snapshot.Worker) -> Iterator[core.Metric]:
     is_open = core.GaugeMetricFamily(
         "gw_queue_open", "Whether this worker consumes the queue now.", labels=("queue",)
     )
-    for queue in worker.open_queues:
-        is_open.add_metric((queue,), 1)
-    for queue in worker.closed_queues:
-        is_open.add_metric((queue,), 0)
+    for queue in (*worker.open_queues, *worker.closed_queues):
+        is_open.add_metric((queue,), queue in worker.open_queues)
     yield is_open
     yield core.GaugeMetricFamily(
         "gw_outage",
         "Whether nothing is consumed because results cannot be stored.",
         value=bool(worker.outage),
-    )
-
-
-def _of_scaling(scaling: snapshot.Scaling) -> Iterator[core.Metric]:
-    yield core.GaugeMetricFamily(
-        "gw_desired_replicas",
-        "Replicas that the autoscaler wants of this worker.",
-        value=scaling.desired,
-    )
-    yield core.GaugeMetricFamily(
-        "gw_capacity_replicas",
-        "Replicas that this worker may have at most.",
-        value=scaling.most,
     )
 
 
@@ -193,12 +172,10 @@ def _figures(worker: snapshot.Worker, service: str) -> dict[str, float | None]:
 def _of_tallies(
     counters: Mapping[str, snapshot.Counters], labels: _Labels
 ) -> Iterator[core.Metric]:
-    kinds = ((core.GaugeMetricFamily, _TALLIED_NOW), (core.CounterMetricFamily, _TALLIED_EVER))
-    for kind, tallied in kinds:
-        for name, key, text in tallied:
-            for unit, figure in (("workload", key), ("inputs", f"{key}_inputs")):
-                family = kind(f"{name}_{unit}", f"{unit.capitalize()} {text}.", labels=_SERVICE)
-                for service, values in labels.items():
-                    counted = counters.get(service, snapshot.Counters())
-                    family.add_metric(values, getattr(counted, figure))
-                yield family
+    for kind, name, key, text in _TALLIES:
+        for unit, figure in (("workload", key), ("inputs", f"{key}_inputs")):
+            family = kind(f"{name}_{unit}", f"{unit.capitalize()} {text}.", labels=_SERVICE)
+            for service, values in labels.items():
+                counted = counters.get(service, snapshot.Counters())
+                family.add_metric(values, getattr(counted, figure))
+            yield family

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from gw_celery.testing.clock import FakeClock
-from gw_celery.testing.processes import Process, eventually, is_alive
-from gw_celery.testing.serving import in_process
-from gw_celery.testing.workers import Worker, worker
+from gw_celery.testing.serving import FakeClock, in_process
+from gw_celery.testing.workers import Process, Worker, eventually, is_alive, worker
 
 __all__ = [
     "FakeClock",

@@ -18,10 +18,8 @@ import pytest
 import redis
 
 from gw_celery import devserver
-from gw_celery.testing import connections, processes
-from gw_celery.testing.clock import FakeClock
-from gw_celery.testing.serving import in_process
-from gw_celery.testing.workers import Worker, worker
+from gw_celery.testing import workers
+from gw_celery.testing.serving import FakeClock, in_process
 
 if TYPE_CHECKING:
     from gw_celery.app import App
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 def pytest_runtest_makereport() -> Generator[None, Any, Any]:
     report = yield
     if report.failed:
-        for process in processes.running:
+        for process in workers.running:
             report.sections.append((f"log of {process}", process.log_tail()))
     return report
 
@@ -64,7 +62,7 @@ def gw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[devserver.Se
     """An embedded server of this test run alone."""
     with devserver.running(tmp_path_factory.mktemp("gw_server")) as server:
         yield server
-        connections.close_all()
+        workers.close_all()
         # A result unsubscribes when it is collected: it needs the server once more.
         gc.collect()
 
@@ -77,13 +75,15 @@ def gw_broker(gw_server: devserver.Server) -> Iterator[devserver.Server]:
     """
     with redis.Redis(unix_socket_path=str(gw_server.socket)) as client:
         client.flushall()
-    with connections.talking_to(gw_server):
+    with workers.talking_to(gw_server):
         yield gw_server
 
 
 @pytest.fixture
-def gw_worker(gw_broker: devserver.Server, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+def gw_worker(
+    gw_broker: devserver.Server, tmp_path: Path
+) -> Iterator[Callable[..., workers.Worker]]:
     """Return a function that starts a worker, as ``gw_celery.testing.worker``, for this test."""
     with contextlib.ExitStack() as stack:
-        start = functools.partial(worker, server=gw_broker, log_dir=tmp_path)
+        start = functools.partial(workers.worker, server=gw_broker, log_dir=tmp_path)
         yield lambda *args, **kwargs: stack.enter_context(start(*args, **kwargs))

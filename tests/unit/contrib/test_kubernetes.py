@@ -26,7 +26,7 @@ def exported() -> set[str]:
     suffixes = {"counter": "_total", "info": "_info"}
     return {
         one.name + suffixes.get(one.type, "")
-        for one in prometheus.Collector(lambda: worker, {}).collect()
+        for one in prometheus.Page(lambda: worker, {}).collect()
     }
 
 
