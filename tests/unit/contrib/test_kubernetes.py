@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Any
 
 import pytest
 import yaml
 
-from gw_celery import conf
 from gw_celery.contrib import prometheus
 from gw_celery.protocol import snapshot
 from tests.processes import ROOT
@@ -28,6 +26,12 @@ def exported() -> set[str]:
         one.name + suffixes.get(one.type, "")
         for one in prometheus.Page(lambda: worker, {}).collect()
     }
+
+
+def settings() -> dict[str, str]:
+    """The default of each setting by its name, which tests/unit/test_docs.py compares with code."""
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    return dict(re.findall(r"^\| `(gw_\w+)` \| .+? \| `([^`]+)` \|", text, re.MULTILINE))
 
 
 def documents() -> list[dict[str, Any]]:
@@ -55,15 +59,13 @@ def test_the_examples_are_there_and_parse() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_names_only_metrics_and_settings_that_exist(path: Any) -> None:
-    settings = {f"gw_{field.name}" for field in dataclasses.fields(conf.Settings)}
-    assert mentioned(path.read_text()) <= exported() | settings
+    assert mentioned(path.read_text()) <= exported() | settings().keys()
 
 
 @pytest.mark.parametrize("page", ["cluster.md", "kubernetes.md"])
 def test_the_pages_name_only_what_exists(page: str) -> None:
-    settings = {f"gw_{field.name}" for field in dataclasses.fields(conf.Settings)}
     text = (ROOT / "docs" / page).read_text()
-    assert mentioned(text) <= exported() | settings | NAMES
+    assert mentioned(text) <= exported() | settings().keys() | NAMES
 
 
 def test_every_metric_is_documented() -> None:
@@ -105,14 +107,14 @@ def test_a_pod_is_given_the_time_that_its_worker_takes_to_stop() -> None:
     grace = found("Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     text = (ROOT / "docs" / "kubernetes" / "workers.yaml").read_text()
     said = {name: int(value) for name, value in re.findall(r"gw_(\w+_timeout) (\d+)", text)}
-    assert said["exit_timeout"] == conf.Settings().exit_timeout
+    assert said["exit_timeout"] == float(settings()["gw_exit_timeout"])
     assert said["shutdown_timeout"] + 2 * said["exit_timeout"] + 15 < grace
 
 
 def test_a_pod_is_given_the_time_that_its_first_replica_takes_to_be_ready() -> None:
     (container,) = found("Deployment")["spec"]["template"]["spec"]["containers"]
-    probe, set_ = container["startupProbe"], conf.Settings()
-    needed = set_.boot_timeout + set_.start_timeout + set_.benchmark_timeout
+    probe = container["startupProbe"]
+    needed = sum(float(settings()[f"gw_{name}_timeout"]) for name in ("boot", "start", "benchmark"))
     assert probe["periodSeconds"] * probe["failureThreshold"] > needed
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -9,9 +10,8 @@ from prometheus_client import parser
 from prometheus_client.core import Metric
 
 from gw_celery.contrib import prometheus
-from gw_celery.pool import child_state
 from gw_celery.protocol import snapshot
-from tests.processes import environment
+from tests.processes import ROOT, environment
 
 SERVICE, QUEUE = "shop.Embedder", "gpu.A100.Embedder"
 TALLY = snapshot.Counters(
@@ -59,7 +59,10 @@ def samples(worker: snapshot.Worker) -> dict[tuple[str, ...], float]:
 
 def test_replicas_are_counted_by_state_and_no_state_is_left_out() -> None:
     seen = samples(WORKER)
-    counts = {state.value: seen["gw_replicas", state.value] for state in child_state.State}
+    counts = {key[1]: value for key, value in seen.items() if key[0] == "gw_replicas"}
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    (documented,) = re.findall(r"`gw_replicas` .* replicas by state: ([a-z, ]+) \|", page)
+    assert sorted(counts) == sorted(documented.split(", "))
     assert counts.pop("ready") == 3
     assert counts.pop("failed") == 1
     assert set(counts.values()) == {0}

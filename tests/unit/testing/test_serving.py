@@ -8,7 +8,6 @@ from celery import Celery
 
 import gw_celery as gw
 from gw_celery import errors, testing
-from gw_celery.client import execution
 
 
 def app_with(name: str, log: list[str]) -> gw.App:
@@ -29,6 +28,13 @@ def app_with(name: str, log: list[str]) -> gw.App:
     return app
 
 
+def require_left(app: gw.App) -> None:
+    """Check that nothing serves the only context of ``app`` in this process any more."""
+    (context,) = app.registry.contexts.values()
+    with pytest.raises(errors.ContextLookupError, match="this is not a GPU worker"):
+        app.get_context(context.cls)
+
+
 def test_everything_is_entered_for_the_block_and_left_after_it() -> None:
     log: list[str] = []
     app = app_with("first", log)
@@ -40,7 +46,7 @@ def test_everything_is_entered_for_the_block_and_left_after_it() -> None:
         assert log == ["enter first", "leave first"]
         log.clear()
     assert not app.celery.conf.task_always_eager
-    assert execution.current() is None
+    require_left(app)
     assert not [one for one in threading.enumerate() if one.name == "gw-loop"]
 
 
@@ -65,9 +71,15 @@ def test_a_start_that_fails_raises_and_leaves_nothing_behind(app) -> None:
         @gw.method()
         def predict(self): ...
 
+    @app.context()
+    class Weights:
+        def __enter__(self): ...
+
+        def __exit__(self, *exc): ...
+
     with pytest.raises(errors.StartupError, match="no weights"), testing.in_process(app):
         pass
-    assert execution.current() is None
+    require_left(app)
     assert not app.celery.conf.task_always_eager
 
 
