@@ -115,6 +115,10 @@ def parameter(default: Any = REQUIRED, *, scope: Literal["load", "call"] | None 
         default: value when the caller gives none; without it the caller must.
         scope: ``"load"``: a new value is a new instance; ``"call"``: it never is; left out, a
             parameter that ``on_enter`` reads is a load parameter.
+
+    Raises:
+        DeclarationError: for another scope; by ``@app.cls``, for a default of another type than
+            the attribute is annotated with.
     """
     return Parameter(default, scope)
 
@@ -133,9 +137,8 @@ def declared(cls: type) -> dict[str, Parameter]:
                 parameters[name] = value
             else:
                 parameters.pop(name, None)
-    for name, argument in inspect.signature(
-        inspect.getattr_static(cls, "__init__")
-    ).parameters.items():
+    signature = inspect.signature(inspect.getattr_static(cls, "__init__"))
+    for name, argument in signature.parameters.items():
         default = argument.default
         if isinstance(default, Parameter) and default is not parameters.get(name):
             raise errors.DeclarationError(

@@ -37,9 +37,10 @@ class Probe:
         timeout_s: float = 5,
         failures: int = 3,
     ) -> Probe:
-        """Declare a probe on the method named ``method``.
+        """Declare a probe on a method of the class.
 
         Args:
+            method: name of a ``@gw.method()`` that can be called without arguments.
             kind: ``startup`` gates readiness, ``liveness`` restarts, ``readiness`` drains.
             period_s: seconds between two calls.
             timeout_s: seconds after which a call counts as failed.

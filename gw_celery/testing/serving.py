@@ -133,6 +133,9 @@ class FakeClock:
             when: time by this clock, in seconds.
             callback: called without arguments.
             context: what it runs in.
+
+        Returns:
+            The timer, which can be cancelled.
         """
         loop = asyncio.get_running_loop()
         timer = _Timer(when, loop, lambda: loop.call_soon_threadsafe(run, context=context))
