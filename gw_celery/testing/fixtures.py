@@ -12,17 +12,15 @@ import functools
 import gc
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import redis
 
 from gw_celery import devserver
+from gw_celery.app import App
 from gw_celery.testing import workers
 from gw_celery.testing.serving import FakeClock, in_process
-
-if TYPE_CHECKING:
-    from gw_celery.app import App
 
 
 @pytest.hookimpl(wrapper=True)

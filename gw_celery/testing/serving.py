@@ -9,14 +9,11 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
+from gw_celery.app import App
 from gw_celery.client import execution
 from gw_celery.runtime import batcher
 from gw_celery.runtime import in_process as runtime_in_process
-
-if TYPE_CHECKING:
-    from gw_celery.app import App
 
 #: Seconds: a sum of floats may miss the moment that it means by less than this.
 _TOLERANCE = 1e-9

@@ -253,25 +253,22 @@ class Worker(Process):
 
     def replicas(self) -> list[dict[str, Any]]:
         """Return the replicas in ``inspect stats``, up to a second old; none on other pools."""
-        with self._asking("stats") as ask:
-            stats = ask() or {}
+        stats = self._ask("stats") or {}
         replicas: list[dict[str, Any]] = stats.get("pool", {}).get("gw_replicas") or []
         return replicas
 
     def _wait(self, command: str, is_over: Callable[[Any], bool], timeout: float) -> None:
-        with self._asking(command) as ask:
-            eventually(lambda: self.exit_code is not None or is_over(ask()), timeout)
+        eventually(lambda: self.exit_code is not None or is_over(self._ask(command)), timeout)
         if self.exit_code is not None:
             raise AssertionError(f"{self} ended with {self.exit_code} and never was ready")
 
-    @contextlib.contextmanager
-    def _asking(self, command: str) -> Iterator[Callable[[], Any]]:
-        """A function that sends ``command`` to this worker; ``None`` where it does not answer."""
+    def _ask(self, command: str) -> Any:
+        """Inspect this worker alone; ``None`` where it does not answer."""
         # An app publishes commands by this process's variables, whichever URL it is given.
         urls = conf.talking_to(self.broker_url, self.result_url)
         with urls, Celery(set_as_current=False) as app:
             inspect = app.control.inspect([self.node], timeout=_ANSWER, limit=1)
-            yield lambda: (getattr(inspect, command)() or {}).get(self.node)
+            return (getattr(inspect, command)() or {}).get(self.node)
 
 
 @contextlib.contextmanager
