@@ -67,7 +67,8 @@ class Waits:
             return self._known.get(queue, (None, 0.0))[0]
         try:
             text = self._shared.client().get(self._shared.key("wait", queue))
-            found = None if text is None else headers.finite(float(text))
+            # One that cannot be true, as a workload could not, is none.
+            found = None if text is None else headers.workload(float(text))
         except Exception:  # Redis is away, or the value is no estimate: the call is admitted
             self._shared.close()
             found = None
