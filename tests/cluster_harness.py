@@ -36,6 +36,12 @@ def _stop_clocks(patch: pytest.MonkeyPatch, now: Callable[[], float]) -> None:
     patch.setattr(liveness, "BEAT", beat)
 
 
+def _refuse_scripts(patch: pytest.MonkeyPatch) -> None:
+    """Answer as a Redis Cluster, in which the keys of a script must lie together."""
+    why = "CROSSSLOT Keys in request do not hash to the same slot"
+    patch.setattr(liveness, "BEAT", f"return redis.error_reply('{why}')")
+
+
 def _break_connections(patch: pytest.MonkeyPatch, is_away: Callable[[], bool]) -> None:
     connect = find.SharedRedis.client
 
@@ -95,6 +101,12 @@ class Answerer:
         """Have records of one's own removed, and end; whether that worked."""
         self._inside.forget(numbers)
         return self._inside.close()
+
+
+def total(lengths: Mapping[str, tuple[int, int | None]], queues: list[str]) -> tuple[Any, Any]:
+    """The messages and the consumers of several queues together."""
+    made = {queue: queue_lengths.Length(*length) for queue, length in lengths.items()}
+    return dataclasses.astuple(queue_lengths.total(made, queues))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,11 +244,20 @@ class Project:
         return self.now
 
     @contextlib.contextmanager
-    def redis_clock(self) -> Iterator[None]:
-        """For a Redis that refuses the scripts in which the clock is replaced."""
+    def without_scripts(self, *, is_cluster: bool) -> Iterator[None]:
+        """Have Redis refuse scripts: an access list does, or it is a cluster."""
         with pytest.MonkeyPatch.context() as patch:
+            # The clock was replaced in the scripts.
             patch.setattr(redis.Redis, "time", lambda _: (int(1e9 + self.now + self.shift), 0))
-            yield
+            if is_cluster:
+                _refuse_scripts(patch)
+                yield
+                return
+            self.client.execute_command("ACL", "SETUSER", "default", "-@scripting")
+            try:
+                yield
+            finally:
+                self.client.execute_command("ACL", "SETUSER", "default", "+@scripting")
 
     def add(
         self,

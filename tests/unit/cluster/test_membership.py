@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -316,25 +315,20 @@ def test_a_worker_of_the_version_before_is_neither_seen_nor_harmed(three: Projec
     assert three.client.hlen("gw:load:gpu.A100.model") == 1
 
 
+@pytest.mark.parametrize("is_cluster", [False, True])
 def test_where_scripts_are_refused_workers_know_each_other_and_declare_none(
-    app: Celery, client: redis.Redis, caplog: pytest.LogCaptureFixture
+    project: Project, caplog: pytest.LogCaptureFixture, is_cluster: bool
 ) -> None:
-    with ExitStack() as stack:
-        client.execute_command("ACL", "SETUSER", "default", "-@scripting")
-        stack.callback(client.execute_command, "ACL", "SETUSER", "default", "+@scripting")
-        project = stack.enter_context(Project(app, client).running())
-        for name in ("a@h", "b@h"):
-            project.add(name)
-        stack.enter_context(project.redis_clock())
+    with project.without_scripts(is_cluster=is_cluster):
+        _, two = project.add("a@h"), project.add("b@h")
         project.after(TTL + 5)
         assert project.known("a@h") == ["b@h"]
         assert len([line for line in caplog.messages if "refuses scripts" in line]) == 2
-        two = project.workers["b@h"]
         project.after(2 * TTL, frozen=["b@h"])
         assert project.known("a@h") == []
         assert project.tombstones() == set()
         before = two.incarnation
-        client.set(f"gw:dead:{before}", "c@h:1.0")  # by one that has scripts
+        project.client.set(f"gw:dead:{before}", "c@h:1.0")  # by one that has scripts
         project.after(2)
         assert two.incarnation != before
 

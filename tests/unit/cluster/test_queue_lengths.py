@@ -10,9 +10,25 @@ import pytest
 from amqp.exceptions import ChannelError, NotFound, PreconditionFailed
 from celery import Celery
 
-from tests.cluster_harness import Member, Project
+from tests.cluster_harness import Member, Project, total
 
 Lengths = dict[str, tuple[int, int | None]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ({}, (0, None)),
+        ({"a": (2, None)}, (2, None)),
+        ({"a": (2, None), "b": (3, None)}, (5, None)),
+        ({"a": (2, 3), "b": (3, 1), "c": (100, 100)}, (5, 3)),
+        ({"a": (0, 0), "b": (0, 0)}, (0, 0)),
+    ],
+)
+def test_the_queues_of_a_service_are_as_long_as_all_of_them(
+    lengths: Lengths, expected: tuple[int, int | None]
+) -> None:
+    assert total(lengths, ["a", "b"]) == expected
 
 
 class Rabbit:
