@@ -24,18 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: What Celery reads of a request when it stores a failure and tells the callers that wait for it.
 _OF_REQUEST = (
-    "id",
-    "task",
-    "root_id",
-    "parent_id",
-    "group",
-    "group_index",
-    "ignore_result",
-    "correlation_id",
-    "reply_to",
-    "retries",
-    "stamps",
-    "stamped_headers",
+    *("id", "task", "root_id", "parent_id", "group", "group_index", "ignore_result"),
+    *("correlation_id", "reply_to", "retries", "stamps", "stamped_headers"),
 )
 _OF_BODY = ("errbacks", "chord", "chain")
 #: Ends of inputs that may wait for the thread.

@@ -76,7 +76,7 @@ def is_refusal(exc: Exception) -> bool:
     from redis import exceptions  # here: half of the package's import time
 
     refused = (exceptions.NoPermissionError, exceptions.ClusterCrossSlotError)
-    return isinstance(exc, refused) or str(exc).startswith(("CROSSSLOT", "unknown command"))
+    return isinstance(exc, refused) or str(exc).startswith("unknown command")
 
 
 def now() -> float:

@@ -123,7 +123,6 @@ class Membership(background_thread.BackgroundThread):
         self._followed = set(limited)
         self._loads = queue_time.Loads(limited)
         self._own_loads: dict[str, worker_record.QueueLoad] = {}
-        self._names = {service: ",".join(sorted(names)) for service, names in queues.items()}
         self._size: worker_record.Size | None = None
         self._record = worker_record.WorkerRecord(worker=hostname)
         self._known: tuple[worker_record.WorkerRecord, ...] = ()
@@ -202,7 +201,7 @@ class Membership(background_thread.BackgroundThread):
             size: as its autoscaler has it; ``None`` without one.
         """
         self._size = size
-        self._record = worker_record.of(worker, self._names, size, self._own_loads)
+        self._record = worker_record.of(worker, self.queues, size, self._own_loads)
         return self._record
 
     def latest(self) -> Reading | None:

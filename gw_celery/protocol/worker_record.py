@@ -7,7 +7,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gw_celery.protocol import headers, snapshot
@@ -94,7 +94,7 @@ class WorkerRecord:
 
 def of(
     worker: snapshot.Worker,
-    queues: Mapping[str, str],
+    queues: Mapping[str, Sequence[str]],
     size: Size | None,
     loads: Mapping[str, QueueLoad],
 ) -> WorkerRecord:
@@ -108,7 +108,7 @@ def of(
     for key, names in queues.items():
         counters = worker.tallies.get(key, snapshot.Counters())
         services[key] = ServiceRecord(
-            queues=names,
+            queues=",".join(sorted(names)),
             slots=worker.ready_slots.get(key, 0),
             score=worker.scores.get(key, snapshot.Score()).value,
             # What was given back to its queue comes again from there.

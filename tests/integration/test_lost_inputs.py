@@ -165,13 +165,14 @@ def test_a_worker_that_stops_while_inputs_of_it_are_on_record_will_be_answered_f
 
 
 def test_no_worker_answers_without_redis_or_where_none_is_declared_lost(
-    client: Celery, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    client: Celery, server: redis.Redis
 ) -> None:
     assert Project(client, server).add("w@h").answers_for_others
     assert not Project(client, server, ttl=None).add("w@h").answers_for_others
-    monkeypatch.delenv("CELERY_RESULT_BACKEND")
-    with Celery("files", backend="cache+memory://", set_as_current=False) as app:
-        assert not Project(app, server).add("w@h").answers_for_others
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CELERY_RESULT_BACKEND")
+        with Celery("files", backend="cache+memory://", set_as_current=False) as app:
+            assert not Project(app, server).add("w@h").answers_for_others
 
 
 def test_what_a_lost_worker_runs_after_it_woke_up_is_not_taken_from_it(

@@ -465,12 +465,12 @@ def test_it_looks_more_often_while_nothing_is_loaded_and_at_once(
 
 
 def test_without_a_redis_a_worker_stands_alone_and_says_so_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, client: redis.Redis
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"):
         monkeypatch.delenv(name, raising=False)
     with Celery(broker="memory://", backend="cache+memory://", set_as_current=False) as app:
-        one = Project(app, client).add("a@h")
+        one = Project(app, None).add("a@h")
         has_read = threading.Event()
         with caplog.at_level(logging.INFO):
             one.begin()
