@@ -133,7 +133,8 @@ class Member:
 
     @property
     def incarnation(self) -> str:
-        return self._inside.incarnation
+        assert self._inside._beats is not None
+        return self._inside._beats.incarnation
 
     @property
     def start(self) -> str:

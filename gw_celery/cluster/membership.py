@@ -95,30 +95,24 @@ class Membership(background_thread.BackgroundThread):
         # records of early inputs need.
         if ttl is not None and type(app.backend) is RedisBackend:
             self.lost = early_acks.LostInputs(app, self.start_id)
-        self._may_declare = ttl is not None
-        self._ttl = ttl or _TTL
-        self._life = 0
-        self._trust = liveness.Trust(self._ttl)
-        wait = min(_LONGEST_WAIT, self._ttl * _REDIS_PART)
+        may_declare, ttl = ttl is not None, ttl or _TTL
+        wait = min(_LONGEST_WAIT, ttl * _REDIS_PART)
         #: An answer that does not come, and a connection that does not.
         self._longest_hang = 2 * wait
+        self._beats: liveness.Beats | None = None
         self._shared = find.redis_of(app, wait)
         if self._shared is not None:
             self.counts = poison_counts.Shared(self, wake)
-            #: Sorted set: incarnations by the times of their last beats.
-            self._alive = self._shared.key("alive")
-            #: Hash: the record of each incarnation.
-            self._records = self._shared.key("records")
+            self._beats = liveness.Beats(
+                self._shared, self.start_id, ttl, self.lost, may_declare=may_declare
+            )
         self._declared: queue_lengths.DeclaredLengths | None = None
         with app.connection_for_read() as connection:
             if broker.is_rabbitmq(connection):
-                wait = min(_LONGEST_WAIT, self._ttl * _RABBITMQ_PART)
+                wait = min(_LONGEST_WAIT, ttl * _RABBITMQ_PART)
                 self._declared = queue_lengths.DeclaredLengths(app, wait)
         #: The lists of each queue in Redis, one for each priority; found anew on each connection.
         self._lists: dict[str, list[str]] | None = None
-        #: By which Redis knows the script of a beat, on this connection.
-        self._script = ""
-        self._has_scripts = True
         #: Queues whose lengths are used.
         self._followed = set(limited)
         self._loads = queue_time.Loads(limited)
@@ -126,8 +120,6 @@ class Membership(background_thread.BackgroundThread):
         self._size: worker_record.Size | None = None
         self._record = worker_record.WorkerRecord(worker=hostname)
         self._known: tuple[worker_record.WorkerRecord, ...] = ()
-        #: Those that have not beaten for a ttl, and their last beats.
-        self._silent: dict[str, bytes] = {}
         self._lengths: Mapping[str, queue_lengths.Length] | None = None
         self._waits: dict[str, float | None] = {}
         self._reading: Reading | None = None
@@ -146,17 +138,12 @@ class Membership(background_thread.BackgroundThread):
         return self._shared is None
 
     @property
-    def incarnation(self) -> str:
-        """This worker's name in Redis: another one after it was declared lost."""
-        return f"{self.start_id}.{self._life}"
-
-    @property
     def others(self) -> tuple[worker_record.WorkerRecord, ...]:
         """The other workers, as of the last round, but for those that are silent, declared or not.
 
         Empty without a Redis.
         """
-        silent = self._silent
+        silent = self._beats.silent if self._beats is not None else ()
         return tuple(other for other in self._known if other.incarnation not in silent)
 
     # -- in the thread of the worker's loop --
@@ -224,12 +211,13 @@ class Membership(background_thread.BackgroundThread):
     def run_round(self) -> None:
         now = time.monotonic()
         is_look = now >= self._next_look  # else there are only orders
-        if self._shared is not None:
+        if self._shared is not None and self._beats is not None:
             try:
-                self._exchange(self._shared, now, is_look=is_look)
+                self._exchange(self._shared, self._beats, now, is_look=is_look)
             except BaseException:
                 self._shared.close()
-                self._lists, self._script = None, ""
+                self._beats.script = ""
+                self._lists = None
                 self._away_since = self._away_since or now
                 if self.counts is not None:
                     self.counts.fail()
@@ -257,44 +245,42 @@ class Membership(background_thread.BackgroundThread):
             self.lost.close()
         if self._declared is not None:
             self._declared.close()
-        if self._shared is None:
+        if self._shared is None or self._beats is None:
             return
         try:
             with self._shared.client().pipeline(transaction=False) as pipe:
                 if self.counts is not None:
                     self.counts.ask_redis(pipe, self._shared.key("deaths", ""))
-                pipe.hdel(self._records, self.incarnation)
-                if self.lost is None or not self.lost.has_own():
-                    pipe.zrem(self._alive, self.incarnation)
+                self._beats.leave(pipe)
                 pipe.execute(raise_on_error=False)
         finally:
             self._shared.close()
 
-    def _exchange(self, shared: find.SharedRedis, now: float, *, is_look: bool) -> None:
+    def _exchange(
+        self, shared: find.SharedRedis, beats: liveness.Beats, now: float, *, is_look: bool
+    ) -> None:
         client = shared.client()
-        if self._has_scripts and not self._script:
-            try:
-                self._script = client.script_load(liveness.BEAT)
-            except Exception as exc:
-                self._do_without_scripts(exc)
         is_beat = now >= self._next_beat
         has_records = is_beat and now >= self._next_records
         if self._lists is None and isinstance(shared, find.BrokerRedis):
             self._lists = {queue: shared.lists(queue) for queue in sorted(self._followed)}
         lists = (self._lists or {}) if is_look else {}
-        keys, record = self._keys(self.incarnation), self._record.dumps()
-        own = liveness.now()
+        record = self._record.dumps()
         with client.pipeline(transaction=False) as pipe:
             if self.counts is not None:
                 self.counts.ask_redis(pipe, shared.key("deaths", ""))
             for key in itertools.chain.from_iterable(lists.values()):
                 pipe.llen(key)
-            if is_beat and self._has_scripts:
-                pipe.evalsha(self._script, len(keys), *keys, self.incarnation, self._ttl, record)
+            if is_beat:
+                beats.ask(client, pipe, record)
             if has_records:
-                pipe.hgetall(self._records)
-                pipe.zrange(self._alive, 0, -1)
-            self._write(pipe, shared, now)
+                pipe.hgetall(beats.records)
+                pipe.zrange(beats.alive, 0, -1)
+            self._write(pipe, shared)
+            if now >= self._next_expiry:
+                self._next_expiry = now + _EXPIRY
+                for key in (beats.records, beats.alive):
+                    pipe.expire(key, liveness.FORGET)
             answers = iter(pipe.execute(raise_on_error=False))
         if self.counts is not None:
             self.counts.answer(answers)
@@ -305,98 +291,19 @@ class Membership(background_thread.BackgroundThread):
             }
         if is_beat:
             self._next_beat = now + _DUE * _BEAT
-            try:
-                answer = _checked(answers) if self._has_scripts else None
-            except Exception as exc:
-                self._do_without_scripts(exc)
-                answer = None
-            if answer is None:
-                answer = liveness.beat(client, keys, self.incarnation, self._ttl, record)
-            self._follow_beat(client, own, answer)
+            if not beats.follow(client, answers, record):
+                self._next_beat = 0.0
+                self.wake()
         if has_records:
-            self._follow_records(client, _checked(answers), _checked(answers))
+            written, alive = _checked(answers), _checked(answers)
+            if gone := written.keys() - set(alive):
+                client.hdel(beats.records, *gone)
+            self._follow_records(written, alive)
             self._next_records = now + _DUE * self._records_period
-
-    # -- beats --
-
-    def _keys(self, incarnation: str) -> tuple[str, str, str]:
-        """The keys of the scripts of ``liveness``; the second is the tombstone."""
-        assert self._shared is not None
-        return (self._alive, self._shared.key("dead", incarnation), self._records)
-
-    def _do_without_scripts(self, exc: Exception) -> None:
-        """Go on, if it is why Redis runs no scripts; else raise it."""
-        if not liveness.is_refusal(exc):
-            raise exc
-        self._has_scripts = self._may_declare = False
-        logger.warning(
-            "the shared Redis refuses scripts (%s): until it is started again this worker declares"
-            " no other lost",
-            exc,
-        )
-
-    def _follow_beat(self, client: Any, own: float, answer: list[Any]) -> None:
-        if answer[0] == b"dead":
-            self._begin_anew(answer[1].decode())
-            return
-        server, listed = float(answer[0]), [*answer[1], *answer[2]]
-        is_trusted = self._trust.beat(own, server)
-        self._silent = dict(zip(map(bytes.decode, listed[::2]), listed[1::2], strict=True))
-        # First, so that none is begun with again.
-        while self.lost is not None and self.lost.answered:
-            answered = self.lost.answered.popleft()
-            client.zrem(self._alive, answered)
-            self._silent.pop(answered, None)
-        if is_trusted and self._may_declare:
-            for incarnation, beat in self._silent.items():
-                is_late = abs(server - float(beat)) > 2 * self._ttl
-                self._declare(client, incarnation, beat, is_late=is_late)
-
-    def _begin_anew(self, declarer: str) -> None:
-        self._life += 1
-        self._trust = liveness.Trust(self._ttl)
-        self._next_beat = 0.0
-        self.wake()
-        logger.error(
-            "%s has declared this worker lost, because it was frozen or could not reach Redis for "
-            "over %.0f s: what it had acknowledged early was answered as failed; it goes on as %s",
-            declarer,
-            self._ttl,
-            self.incarnation,
-        )
-
-    def _declare(self, client: Any, incarnation: str, beat: bytes, *, is_late: bool) -> None:
-        """Declare a worker lost, at most once; answer for it, or where its declarer has not.
-
-        Later its messages are given back. It stays among those that beat until that is done: should
-        this worker be lost meanwhile, another one does it.
-        """
-        keys = self._keys(incarnation)
-        arguments = (incarnation, beat, self.incarnation, liveness.TOMBSTONE)
-        result = client.eval(liveness.DECLARE, len(keys), *keys, *arguments)
-        if result == liveness.DECLARED:
-            logger.warning(
-                "worker %s is lost: it has not been seen for %.0f s", incarnation, self._ttl
-            )
-        elif result != liveness.WAS_DECLARED or not is_late:
-            return
-        if self.lost is None or (
-            result != liveness.DECLARED and self._goes_on(client, incarnation)
-        ):
-            client.zrem(self._alive, incarnation)
-        else:
-            self.lost.take(incarnation)
-
-    def _goes_on(self, client: Any, incarnation: str) -> bool:
-        """Whether a worker that was declared lost woke up: what is on record it runs now."""
-        beating = {name.decode() for name in client.zrange(self._alive, 0, -1)} - set(self._silent)
-        return early_acks.start_of(incarnation) in map(early_acks.start_of, beating)
 
     # -- records --
 
-    def _follow_records(
-        self, client: Any, written: Mapping[bytes, bytes], alive: Sequence[bytes]
-    ) -> None:
+    def _follow_records(self, written: Mapping[bytes, bytes], alive: Sequence[bytes]) -> None:
         # A worker that was started again under its name is in its own way for a ttl: the one that
         # beat last counts.
         newest = {}
@@ -413,8 +320,6 @@ class Membership(background_thread.BackgroundThread):
         self._records_period = max(_BEAT, len(alive) / _WORKERS_A_SECOND)
         if self._declared is None or self._lengths is not None:
             self._waits = {queue: self._wait(queue) for queue in self._own_loads}
-        if gone := written.keys() - set(alive):
-            client.hdel(self._records, *gone)
 
     # -- what callers are told --
 
@@ -426,7 +331,7 @@ class Membership(background_thread.BackgroundThread):
         length = (self._lengths or {}).get(queue, queue_lengths.Length(0))
         return queue_time.estimate(length.messages * own.mean, total.waiting, total.rate)
 
-    def _write(self, pipe: Any, shared: find.SharedRedis, now: float) -> None:
+    def _write(self, pipe: Any, shared: find.SharedRedis) -> None:
         """Write the estimates that the last records gave; a caller reads one small value."""
         lifetime = int(1000 * _ROUNDS * self._records_period)
         for queue, wait in self._waits.items():
@@ -436,10 +341,6 @@ class Membership(background_thread.BackgroundThread):
             else:
                 pipe.set(key, f"{wait:.3f}", px=lifetime)
         self._waits = {}
-        if now >= self._next_expiry:
-            self._next_expiry = now + _EXPIRY
-            for key in (self._records, self._alive):
-                pipe.expire(key, liveness.FORGET)
 
 
 def _checked(answers: Iterator[Any]) -> Any:
