@@ -216,16 +216,16 @@ class Membership(background_thread.BackgroundThread):
                 self._exchange(self._shared, self._beats, now, is_look=is_look)
             except BaseException:
                 self._shared.close()
-                self._beats.script = ""
-                self._lists = None
+                self._beats.script, self._lists = "", None
                 self._away_since = self._away_since or now
                 if self.counts is not None:
                     self.counts.fail()
                 raise
             if self._away_since is not None:
                 # The others have been away as well, and may hang in their waits for as long again.
-                now = time.monotonic()
-                self._meets_until = now + _MEETING + min(now - self._away_since, self._longest_hang)
+                back = time.monotonic()
+                hang = min(back - self._away_since, self._longest_hang)
+                self._meets_until = back + _MEETING + hang
                 self._away_since = None
         if not is_look:
             return
