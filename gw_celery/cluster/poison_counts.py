@@ -42,8 +42,7 @@ class Shared:
         #: With the task id, and the number that the pool asks by; ``None`` where it does not.
         self._orders: collections.deque[tuple[_Write, str, int | None]] = collections.deque()
         self._asked: list[tuple[str, int | None]] = []
-        #: What Redis has answered: number, task id, and the count; ``None``: not known.
-        self.answers: collections.deque[tuple[int, str, int | None]] = collections.deque()
+        self._answers: collections.deque[tuple[int, str, int | None]] = collections.deque()
 
     # -- in the pool's thread --
 
@@ -58,6 +57,11 @@ class Shared:
     def forget(self, task_id: str) -> None:
         """The input is answered, whatever killed children before."""
         self._order(lambda pipe, key: pipe.delete(key), task_id)
+
+    def answers(self) -> Iterator[tuple[int, str, int | None]]:
+        """Yield what Redis has answered: number, task id, and the count; ``None``: not known."""
+        while self._answers:
+            yield self._answers.popleft()
 
     def _order(self, write: _Write, task_id: str, number: int | None = None) -> bool:
         if len(self._orders) >= _MOST or self._thread.is_closed:
@@ -84,7 +88,7 @@ class Shared:
                 continue
             with contextlib.suppress(TypeError, ValueError):  # also what is there is no count
                 count = int(answer)
-            self.answers.append((number, task_id, count))
+            self._answers.append((number, task_id, count))
             self._wake()
 
     def fail(self) -> None:

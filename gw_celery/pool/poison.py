@@ -50,8 +50,7 @@ class PoisonCounter:
 
     def answers(self) -> Iterator[int]:
         """Take in what Redis has answered, and yield the numbers that were asked for."""
-        while self._shared is not None and self._shared.answers:
-            number, task_id, count = self._shared.answers.popleft()
+        for number, task_id, count in () if self._shared is None else self._shared.answers():
             if count is not None:
                 # A death that was seen here may not have reached Redis yet.
                 self._remember(task_id, max(count, self.count(task_id)))
