@@ -26,14 +26,13 @@ gw.add_command(worker_command.worker)
 
 def _asks_workers(function: Any) -> Any:
     """Add the options of a command that workers answer: whom it reaches, and for how long."""
-    for option in (
-        click.option(
-            "-t", "--timeout", default=2.0, show_default=True, help="Seconds to wait for answers."
-        ),
-        click.option("-d", "--destination", multiple=True, help="Node name; all without it."),
-    ):
-        function = option(function)
-    return function
+    destination = click.option(
+        "-d", "--destination", multiple=True, help="Node name; all without it."
+    )
+    timeout = click.option(
+        "-t", "--timeout", default=2.0, show_default=True, help="Seconds to wait for answers."
+    )
+    return destination(timeout(function))
 
 
 @gw.command()
