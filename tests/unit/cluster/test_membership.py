@@ -528,8 +528,14 @@ def test_an_outage_is_logged_when_it_begins_and_when_it_ends(
     ]
     assert one.close()
     assert client.keys("gw:*") == [], "it left"
+
+
+def test_what_is_closed_does_not_start(app: Celery, client: redis.Redis) -> None:
+    one = Project(app, client).add("a@h")
+    assert one.close()
     one.begin()
-    assert client.keys("gw:*") == [], "what is closed does not start again"
+    assert not one.has_thread
+    assert client.keys("gw:*") == []
 
 
 def test_the_handler_of_a_signal_may_end_a_thread_that_it_interrupts_the_start_of(
