@@ -59,13 +59,15 @@ if os.getppid() == int(sys.argv[1]):
 class Server:
     """A running server; ``start`` makes it."""
 
-    def __init__(self, data_dir: Path, process: subprocess.Popen[bytes], lock: IO[str]) -> None:
+    def __init__(
+        self, data_dir: Path, socket: Path, process: subprocess.Popen[bytes], lock: IO[str]
+    ) -> None:
         self.data_dir = data_dir
         self.log = data_dir / "server.log"
-        self.socket = socket_path(data_dir)
+        self.socket = socket
         #: Database 0, the only one that Flower reads.
-        self.broker_url = f"redis+socket://{self.socket}?virtual_host=0"
-        self.result_url = f"redis+socket://{self.socket}?virtual_host=1"
+        self.broker_url = f"redis+socket://{socket}?virtual_host=0"
+        self.result_url = f"redis+socket://{socket}?virtual_host=1"
         self.pid = process.pid
         self._process = process
         self._lock = lock
@@ -126,7 +128,20 @@ def start(
     folder = Path(data_dir).resolve()
     with contextlib.ExitStack() as on_error:
         lock = on_error.enter_context(_take(folder))
-        server = Server(folder, _launch(command, folder, lock), lock)
+        path = socket_path(folder)
+        path.unlink(missing_ok=True)  # it is in no use: the lock is ours
+        launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
+        with (folder / "server.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*launcher, command, *OPTIONS, "--unixsocket", str(path), "--dir", str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lock.fileno(),),
+                # A Ctrl-C in the terminal is for the owner, who stops the server last.
+                start_new_session=True,
+            )
+        server = Server(folder, path, process, lock)
         on_error.callback(server.stop, timeout=1.0)
         deadline = time.monotonic() + timeout
         while not server._answers():
@@ -221,23 +236,6 @@ def _take(data_dir: Path) -> IO[str]:
                 f"{holder} already uses {data_dir}: stop it first, or choose another data_dir"
             )
         time.sleep(0.02)
-
-
-def _launch(program: str, data_dir: Path, lock: IO[str]) -> subprocess.Popen[bytes]:
-    path = socket_path(data_dir)
-    # It is in no use: the lock is ours.
-    path.unlink(missing_ok=True)
-    launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
-    with (data_dir / "server.log").open("ab") as log:
-        return subprocess.Popen(
-            [*launcher, program, *OPTIONS, "--unixsocket", str(path), "--dir", str(data_dir)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lock.fileno(),),
-            # A Ctrl-C in the terminal is for the owner, who stops the server last.
-            start_new_session=True,
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
