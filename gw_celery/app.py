@@ -71,10 +71,24 @@ class App:
             DeclarationError: for anything but such a class, one that is registered already, or
                 arguments that its constructor does not take.
         """
-        _require_called(args, kwargs)
+        if len(args) == 1 and not kwargs and isinstance(args[0], type):
+            # A bare ``@app.context`` would put a function in the place of the class.
+            raise errors.DeclarationError(
+                "context",
+                args[0],
+                "write @app.context() above the class, with parentheses; a class that the "
+                "constructor takes is passed by its name: @app.context(model_class=...)",
+            )
 
         def register(cls: C) -> C:
-            _require_context(cls)
+            pairs = (("__aenter__", "__aexit__"), ("__enter__", "__exit__"))
+            is_context = any(all(hasattr(cls, name) for name in pair) for pair in pairs)
+            if not (isinstance(cls, type) and is_context):
+                raise errors.DeclarationError(
+                    "context",
+                    cls,
+                    "must be a class with __aenter__ and __aexit__ (or __enter__, __exit__)",
+                )
             context = registry.Context(cls=cls, args=args, kwargs=kwargs)
             self.registry.add_context(context, beside=signals.registries())
             return cls
@@ -231,25 +245,3 @@ def _require_celery(value: Any) -> Any:
     raise errors.DeclarationError(
         "celery", value, "must be a Celery app, or left out for the current one"
     )
-
-
-def _require_called(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a bare ``@app.context``, which would put a function in the place of the class."""
-    if len(args) == 1 and not kwargs and isinstance(args[0], type):
-        raise errors.DeclarationError(
-            "context",
-            args[0],
-            "write @app.context() above the class, with parentheses; a class that the constructor "
-            "takes is passed by its name: @app.context(model_class=...)",
-        )
-
-
-def _require_context(cls: object) -> None:
-    pairs = (("__aenter__", "__aexit__"), ("__enter__", "__exit__"))
-    is_context = isinstance(cls, type) and any(
-        all(hasattr(cls, name) for name in pair) for pair in pairs
-    )
-    if not is_context:
-        raise errors.DeclarationError(
-            "context", cls, "must be a class with __aenter__ and __aexit__ (or __enter__, __exit__)"
-        )

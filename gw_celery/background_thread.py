@@ -92,24 +92,18 @@ class BackgroundThread:
     def _run(self) -> None:
         while not self.is_closed:
             began = time.monotonic()
-            self._try_round()
-            self._pause(began)
+            try:
+                self.run_round()
+            except Exception as exc:
+                self._outage.begin(exc)
+            else:
+                self._outage.end()
+            left = began + self.period - time.monotonic()
+            with contextlib.suppress(queue.Empty):
+                self._wakes.get(timeout=None if left > threading.TIMEOUT_MAX else max(0.0, left))
+                while True:
+                    self._wakes.get_nowait()
         try:
             self.leave()
         except Exception as exc:
             self._outage.begin(exc)
-
-    def _try_round(self) -> None:
-        try:
-            self.run_round()
-        except Exception as exc:
-            self._outage.begin(exc)
-        else:
-            self._outage.end()
-
-    def _pause(self, began: float) -> None:
-        left = began + self.period - time.monotonic()
-        with contextlib.suppress(queue.Empty):
-            self._wakes.get(timeout=None if left > threading.TIMEOUT_MAX else max(0.0, left))
-            while True:
-                self._wakes.get_nowait()

@@ -86,25 +86,17 @@ def dead(ctx: click.Context, requeue: str | None, as_json: bool) -> None:
     with dead_letters.connect(app) as connection:
         queue = dead_letters.queue_of(app, connection, settings)
         if requeue is not None:
-            _requeue(queue, name, requeue)
-        else:
-            _show_dead(
-                [dead_letters.summary(message) for message in queue.read()], name, as_json=as_json
-            )
-
-
-def _requeue(queue: dead_letters.DeadLetterQueue, name: str, task_id: str) -> None:
-    if (message := queue.requeue(task_id)) is None:
-        raise click.ClickException(f"no message of task {task_id} lies in the queue {name}")
-    click.echo(f"{message.headers.get('task')}[{task_id}] is in its queue again, with no deaths")
-
-
-def _show_dead(summaries: list[dict[str, Any]], name: str, *, as_json: bool) -> None:
+            if (message := queue.requeue(requeue)) is None:
+                raise click.ClickException(f"no message of task {requeue} lies in the queue {name}")
+            sent = f"{message.headers.get('task')}[{requeue}]"
+            click.echo(f"{sent} is in its queue again, with no deaths")
+            return
+        rows = [dead_letters.summary(message) for message in queue.read()]
     if as_json:
-        click.echo(json.dumps(summaries, indent=2))
+        click.echo(json.dumps(rows, indent=2))
         return
-    click.echo(f"{name}: {len(summaries)} dead letters")
-    for row in summaries:
+    click.echo(f"{name}: {len(rows)} dead letters")
+    for row in rows:
         click.echo(
             f"  {row['id']}  {row['task']}  queue {row['queue']}  {row['deaths']} deaths  "
             f"since {row['since']}  by {row['worker']}"
@@ -139,10 +131,10 @@ def _answers(
 def _table(worker: str, answer: dict[str, Any]) -> str:
     if "error" in answer:
         return f"{worker}: {answer['error']}"
-    lines = [
-        f"{worker}: {answer['waiting']} waiting; consumes {_listed(answer['open_queues'])}; "
-        f"closed: {_listed(answer['closed_queues'])}"
-    ]
+    consumed, closed = (
+        ", ".join(answer[f"{state}_queues"]) or "nothing" for state in ("open", "closed")
+    )
+    lines = [f"{worker}: {answer['waiting']} waiting; consumes {consumed}; closed: {closed}"]
     if answer.get("outage"):  # workers of an older version have no such key
         lines.append(f"  consuming is paused, results cannot be stored: {answer['outage']}")
     if scaling := answer.get("scaling"):
@@ -162,11 +154,11 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
     for service, score in sorted(answer.get("scores", {}).items()):
         if score["value"] is not None:
             lines.append(f"  {service or 'plain tasks'}: {_scored(score)}")
+            lines += [f"    {_benchmarked(benchmark)}" for benchmark in score["benchmarks"]]
     return "\n".join(lines)
 
 
 def _probed(probe: dict[str, Any]) -> str:
-    """One line on the last answer of a probe."""
     line = f"{probe['kind']} probe {probe['name']}"
     if probe["is_ok"] is None:
         return f"{line} has not answered yet"
@@ -176,29 +168,21 @@ def _probed(probe: dict[str, Any]) -> str:
 
 
 def _scored(score: dict[str, Any]) -> str:
-    """One line on the score of a service, and one for each of its benchmarks."""
     line = f"{score['value']:.4g}/s a replica"
     if score["drift"] is not None:
         line += f", as served; {score['drift']:+.0%} from the benchmark's {score['measured']:.4g}/s"
     elif score["served"] is not None:
         line += ", as served; it has no benchmark"
-    return "\n    ".join([line, *map(_benchmarked, score["benchmarks"])])
+    return line
 
 
 def _benchmarked(score: dict[str, Any]) -> str:
+    age = score["age"]
+    ago = f"{age:.0f} s" if age < 120 else f"{age / 60:.0f} min"
     line = (
         f"{score['task']}: {score['value']:.4g}/s ({score['least']:.4g} to {score['most']:.4g}), "
         f"p50 {1000 * score['p50']:.3g} ms, p95 {1000 * score['p95']:.3g} ms, "
-        f"{score['success_rate']:.0%} succeeded, measured {_ago(score['age'])}"
+        f"{score['success_rate']:.0%} succeeded, "
+        f"measured {ago if age < 7200 else f'{age / 3600:.0f} h'} ago"
     )
     return f"{line}; first failure: {score['failure']}" if score["failure"] else line
-
-
-def _ago(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s ago"
-    return f"{seconds / 60:.0f} min ago" if seconds < 7200 else f"{seconds / 3600:.0f} h ago"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names) or "nothing"

@@ -12,7 +12,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gw_celery import errors
@@ -20,18 +20,13 @@ from gw_celery import errors
 PREFIX = "gw_"
 
 
-class Port(int):
-    """A TCP port; 0 for any that is free."""
-
-
-class Share(float):
-    """A part of something: over 0, and 1 at most."""
-
-
-class Ttl(float):
-    """Seconds after which a worker is lost: workers beat once a second."""
-
-    LEAST = 5.0
+#: Numbers that may not be anything over 0: the least and the most, and how that is said. Workers
+#: beat once a second, so that one is not lost within five.
+_BOUNDS = {
+    "health_port": (0, 65_535, "int from 0 to 65535"),
+    "target_util": (math.ulp(0.0), 1, "float over 0, 1 at most"),
+    "worker_ttl": (5, math.inf, "float, 5 at least"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +48,7 @@ class Settings:
     #: File that a worker with the GPU pool touches every second while its loop turns.
     heartbeat_file: str | None = None
     #: Port of ``/livez``, ``/readyz``, ``/startupz`` and ``/metrics``; 0 for any that is free.
-    health_port: Port | None = None
+    health_port: int | None = None
     #: Address that it is open on.
     health_host: str = "127.0.0.1"
     #: Time that a stopping worker waits for its inputs in flight.
@@ -68,13 +63,13 @@ class Settings:
     max_dead_letters: int = 1000
     #: Time without a sign of life after which a worker with the GPU pool is declared lost, 5 at
     #: least; ``None``: never.
-    worker_ttl: Ttl | None = dataclasses.field(default=Ttl(15.0))
+    worker_ttl: float | None = 15.0
     #: Replicas of a worker with the GPU pool; without it, as many as its slots need.
     replicas: int | None = None
     #: Workload a second of each service that the autoscaler is ready for, whatever comes.
     min_load: float | None = None
     #: Part of its score that a replica is meant to be used by, 1 at most.
-    target_util: Share = dataclasses.field(default=Share(0.9))
+    target_util: float = 0.9
     #: Time within which what waits for a service should have been begun.
     target_queue_time: float = 10.0
     #: Time for which the autoscaler keeps replicas for bursts that may come again.
@@ -199,60 +194,34 @@ def _checked(given: Mapping[str, Any], where: str, prefix: str) -> dict[str, Any
     checked: dict[str, Any] = {}
     for written, value in given.items():
         if written not in known:
-            raise errors.ConfigurationError(_unknown(where, prefix, written, known))
+            # In the form in which it must be written there.
+            spelt = written.upper() if prefix.isupper() else written.lower()
+            listed = ", ".join(f"{prefix}{name}" for name in known)
+            hint = errors.near_miss(spelt, known, f"'{prefix}{{}}'") or f"known: {listed}"
+            raise errors.ConfigurationError(f"unknown setting {where}{prefix}{written}; {hint}")
         name = known[written]
-        checked[name] = _typed(f"{where}{prefix}{written}", value, hints[name])
+        label = f"{where}{prefix}{written}={value!r}"
+        checked[name] = _typed(label, value, hints[name], _BOUNDS.get(name))
     return checked
 
 
-def _unknown(where: str, prefix: str, written: str, known: Collection[str]) -> str:
-    """Say what to write instead, in the form in which it must be written there."""
-    spelt = written.upper() if prefix.isupper() else written.lower()
-    listed = ", ".join(f"{prefix}{name}" for name in known)
-    hint = errors.near_miss(spelt, known, f"'{prefix}{{}}'") or f"known: {listed}"
-    return f"unknown setting {where}{prefix}{written}; {hint}"
-
-
-def _typed(label: str, value: Any, expected: Any) -> Any:
-    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
-    for option in options:
-        if _fits(value, option):
-            return _converted(value, option)
-    allowed = " or ".join(_described(option) for option in options)
-    raise errors.ConfigurationError(f"setting {label}={value!r}: must be {allowed}")
-
-
-def _described(option: Any) -> str:
-    """Name the type, and the bounds that `_fits` checks beside it."""
-    if option is type(None):
-        return "None"
-    if option is Port:
-        return "int from 0 to 65535"
-    if option is Share:
-        return "float over 0, 1 at most"
-    if option is Ttl:
-        return f"float, {Ttl.LEAST:g} at least"
-    name = str(getattr(option, "__name__", option))
-    return f"{name} over 0" if option in (int, float) else name
-
-
-def _fits(value: Any, option: Any) -> bool:
-    if option is type(None):
-        return value is None
-    if option is Port:
-        return type(value) is int and 0 <= value < 65536
-    if option in (int, float, Share, Ttl):
-        base = int if option is int else float
-        is_number = isinstance(value, int | base) and not isinstance(value, bool)
-        least = Ttl.LEAST if option is Ttl else 0.0
-        most = 1.0 if option is Share else math.inf
-        return is_number and math.isfinite(value) and value > 0 and least <= value <= most
-    if typing.get_origin(option) is tuple:
-        return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
-    return isinstance(value, option)
-
-
-def _converted(value: Any, option: Any) -> Any:
-    if option in (float, Share, Ttl):
-        return option(value)
-    return tuple(value) if typing.get_origin(option) is tuple else value
+def _typed(label: str, value: Any, expected: Any, bounds: tuple[float, float, str] | None) -> Any:
+    is_optional = isinstance(expected, types.UnionType)
+    kind = typing.get_args(expected)[0] if is_optional else expected
+    if value is None and is_optional:
+        return None
+    if kind in (int, float):
+        least, most, allowed = bounds or (math.ulp(0.0), math.inf, f"{kind.__name__} over 0")
+        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+        if is_number and math.isfinite(value) and least <= value <= most:
+            return kind(value)
+    elif kind is str:
+        allowed = "str"
+        if isinstance(value, str):
+            return value
+    else:
+        allowed = "tuple"
+        if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+            return tuple(value)
+    allowed += " or None" if is_optional else ""
+    raise errors.ConfigurationError(f"setting {label}: must be {allowed}")

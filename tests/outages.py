@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import redis
 
-from gw_celery import devserver
+from gw_celery import testing
 
 
 class Outage:
@@ -17,13 +17,14 @@ class Outage:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.server = devserver.start(directory)
+        self._running = ExitStack()
+        self.start()
 
     def stop(self) -> None:
-        self.server.stop()
+        self._running.close()
 
     def start(self) -> None:
-        self.server = devserver.start(self._directory)
+        self.server = self._running.enter_context(testing.server(self._directory))
 
     def states(self, sent: list[str]) -> set[str]:
         """What is stored; an ``AsyncResult`` would subscribe, and fail with its server."""

@@ -19,7 +19,7 @@ from celery import Celery
 from celery.backends.redis import RedisBackend
 
 import gw_celery as gw
-from gw_celery import devserver
+from gw_celery import testing
 from tests.processes import StartWorker, WorkerProcess, eventually, workers
 
 QUEUES = "cpu,celery"
@@ -52,7 +52,7 @@ def start(
 
 @contextmanager
 def module_worker(
-    server: devserver.Server, places: pytest.TempPathFactory, **given: Any
+    server: testing.Server, places: pytest.TempPathFactory, **given: Any
 ) -> Iterator[WorkerProcess]:
     """A worker that all tests of a module share; this process's apps talk to its server.
 
@@ -136,7 +136,7 @@ def pids_of_all(worker: WorkerProcess, count: int) -> list[int]:
     return eventually(lambda: found if len(found := ready_pids(worker)) == count else [], 20)
 
 
-def queued(server: devserver.Server, name: str) -> int:
+def queued(server: testing.Server, name: str) -> int:
     """How many messages of a queue no worker has taken."""
     with redis.Redis(unix_socket_path=str(server.socket)) as client:
         return int(client.llen(name))

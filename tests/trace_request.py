@@ -97,7 +97,7 @@ def _trace(folder: Path) -> dict[str, list[tuple[int, str]]]:
     )
     import redis
 
-    from gw_celery import devserver, testing
+    from gw_celery import testing
     from tests.processes import IMPORT_PATHS, environment, eventually
 
     sys.path[:0] = map(str, IMPORT_PATHS)
@@ -107,7 +107,7 @@ def _trace(folder: Path) -> dict[str, list[tuple[int, str]]]:
     paths = os.pathsep.join([str(folder), environment()["PYTHONPATH"]])
     env = {"PYTHONPATH": paths, FOLDER: str(folder), "SETTINGS": json.dumps({"gw_replicas": 1})}
     with (
-        devserver.running(folder / "server") as server,
+        testing.server(folder / "server") as server,
         testing.worker("golden_app:celery", "-Q", "cpu", server=server, env=env) as worker,
         redis.Redis(unix_socket_path=str(server.socket), db=1) as results,
         open(folder / STATE, "r+b") as shared,

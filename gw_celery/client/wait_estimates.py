@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gw_celery.client import publisher
-from gw_celery.protocol import untrusted
+from gw_celery.protocol import headers
 from gw_celery.transport import find
 
 #: Seconds that Redis has to answer a caller, who then goes without an estimate.
@@ -67,7 +67,8 @@ class Waits:
             return self._known.get(queue, (None, 0.0))[0]
         try:
             text = self._shared.client().get(self._shared.key("wait", queue))
-            found = None if text is None else untrusted.amount(float(text))
+            # One that cannot be true, as a workload could not, is none.
+            found = None if text is None else headers.workload(float(text))
         except Exception:  # Redis is away, or the value is no estimate: the call is admitted
             self._shared.close()
             found = None

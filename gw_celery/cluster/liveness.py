@@ -6,8 +6,17 @@ Nothing here depends on the lifetime of a key: after an outage longer than that,
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
 from typing import Any
+
+from redis import exceptions
+
+from gw_celery.cluster import early_acks
+from gw_celery.transport import find
+
+logger = logging.getLogger(__name__)
 
 #: Seconds that a tombstone is kept.
 TOMBSTONE = 7 * 86_400
@@ -42,7 +51,7 @@ redis.call('SET', KEYS[2], ARGV[3], 'EX', ARGV[4])
 redis.call('HDEL', KEYS[3], ARGV[1])
 return 1
 """
-DECLARED, WAS_DECLARED = 1, 2
+_DECLARED, _WAS_DECLARED = 1, 2
 
 #: Parts of a ttl: the longest time between two beats, and how far Redis's clock may run off.
 _LONGEST_GAP = 1 / 3
@@ -50,33 +59,6 @@ _LARGEST_SHIFT = 1 / 10
 
 #: Linux's counts on while the machine sleeps.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def beat(
-    client: Any, keys: tuple[str, str, str], name: str, ttl: float, record: str | bytes
-) -> list[Any]:
-    """Do what ``BEAT`` does in single commands, where scripts are refused, and return the same."""
-    alive, tombstone, records = keys
-    if (declarer := client.get(tombstone)) is not None:
-        return [b"dead", declarer]
-    seconds, microseconds = client.time()
-    server = seconds + microseconds / 1e6
-    with client.pipeline(transaction=False) as pipe:
-        pipe.zadd(alive, {name: f"{server:.3f}"})
-        pipe.hset(records, name, record)
-        pipe.zrangebyscore(alive, "-inf", f"({server - ttl:.3f}", withscores=True)
-        pipe.zrangebyscore(alive, f"({server + ttl:.3f}", "+inf", withscores=True)
-        *_, old, ahead = pipe.execute()
-    flat = [[part for pair in listed for part in pair] for listed in (old, ahead)]
-    return [f"{server:.3f}", *flat]
-
-
-def is_refusal(exc: Exception) -> bool:
-    """Whether an access list, a cluster or a renamed command keeps a Redis from scripts."""
-    from redis import exceptions  # here: half of the package's import time
-
-    refused = (exceptions.NoPermissionError, exceptions.ClusterCrossSlotError)
-    return isinstance(exc, refused) or str(exc).startswith(("CROSSSLOT", "unknown command"))
 
 
 def now() -> float:
@@ -108,3 +90,158 @@ class Trust:
             self._since, self._offset = own, server - own
         self._last = own
         return own - self._since > self._ttl
+
+
+class Beats:
+    """The beats of one worker, and what it does about workers that are silent.
+
+    Args:
+        shared: the Redis that all workers know.
+        start: this start of the worker.
+        ttl: seconds without a beat after which a worker is silent.
+        may_declare: whether such a worker is declared lost.
+        lost: answers for those; ``None`` where there is nothing to answer for.
+    """
+
+    def __init__(
+        self,
+        shared: find.SharedRedis,
+        start: str,
+        ttl: float,
+        lost: early_acks.LostInputs | None,
+        *,
+        may_declare: bool,
+    ) -> None:
+        #: Sorted set: incarnations by the times of their last beats.
+        self.alive = shared.key("alive")
+        #: Hash: the record of each incarnation.
+        self.records = shared.key("records")
+        #: Those that have not beaten for a ttl, and their last beats.
+        self.silent: dict[str, bytes] = {}
+        self._shared = shared
+        self._start = start
+        self._life = 0
+        self._ttl = ttl
+        self._lost = lost
+        self._may_declare = may_declare
+        self._trust = Trust(ttl)
+        #: By which Redis knows the script of a beat, on this connection.
+        self.script = ""
+        self._has_scripts = True
+        self._sent_at = 0.0
+
+    @property
+    def incarnation(self) -> str:
+        """This worker's name in Redis: another one after it was declared lost."""
+        return f"{self._start}.{self._life}"
+
+    def ask(self, client: Any, pipe: Any, record: str) -> None:
+        """Write a beat, with the worker's record, into a pipeline of ``client``."""
+        if self._has_scripts and not self.script:
+            try:
+                self.script = client.script_load(BEAT)
+            except Exception as exc:
+                self._do_without_scripts(exc)
+        self._sent_at = now()
+        if self._has_scripts:
+            keys = self._keys(self.incarnation)
+            pipe.evalsha(self.script, len(keys), *keys, self.incarnation, self._ttl, record)
+
+    def follow(self, client: Any, answers: Iterator[Any], record: str) -> bool:
+        """Take in the answer to a beat; False when another worker had declared this one lost."""
+        answer = next(answers) if self._has_scripts else None
+        if isinstance(answer, Exception):
+            self._do_without_scripts(answer)
+            answer = None
+        if answer is None:
+            answer = self._beat_without_script(client, record)
+        if answer[0] == b"dead":
+            self._begin_anew(answer[1].decode())
+            return False
+        server, listed = float(answer[0]), [*answer[1], *answer[2]]
+        is_trusted = self._trust.beat(self._sent_at, server)
+        self.silent = dict(zip(map(bytes.decode, listed[::2]), listed[1::2], strict=True))
+        # First, so that none is begun with again.
+        while self._lost is not None and self._lost.answered:
+            answered = self._lost.answered.popleft()
+            client.zrem(self.alive, answered)
+            self.silent.pop(answered, None)
+        if is_trusted and self._may_declare:
+            for incarnation, beat in self.silent.items():
+                is_late = abs(server - float(beat)) > 2 * self._ttl
+                self._declare(client, incarnation, beat, is_late=is_late)
+        return True
+
+    def leave(self, pipe: Any) -> None:
+        """The others do not count on this worker any more."""
+        pipe.hdel(self.records, self.incarnation)
+        if self._lost is None or not self._lost.has_own():
+            pipe.zrem(self.alive, self.incarnation)
+
+    def _keys(self, incarnation: str) -> tuple[str, str, str]:
+        """The keys of the scripts; the second is the tombstone."""
+        return (self.alive, self._shared.key("dead", incarnation), self.records)
+
+    def _beat_without_script(self, client: Any, record: str) -> list[Any]:
+        """Do what ``BEAT`` does in single commands, and return the same."""
+        alive, tombstone, records = self._keys(self.incarnation)
+        if (declarer := client.get(tombstone)) is not None:
+            return [b"dead", declarer]
+        seconds, microseconds = client.time()
+        server = seconds + microseconds / 1e6
+        with client.pipeline(transaction=False) as pipe:
+            pipe.zadd(alive, {self.incarnation: f"{server:.3f}"})
+            pipe.hset(records, self.incarnation, record)
+            pipe.zrangebyscore(alive, "-inf", f"({server - self._ttl:.3f}", withscores=True)
+            pipe.zrangebyscore(alive, f"({server + self._ttl:.3f}", "+inf", withscores=True)
+            *_, old, ahead = pipe.execute()
+        flat = [[part for pair in listed for part in pair] for listed in (old, ahead)]
+        return [f"{server:.3f}", *flat]
+
+    def _do_without_scripts(self, exc: Exception) -> None:
+        """Go on where an access list, a cluster or a renamed command keeps Redis from scripts."""
+        refused = (exceptions.NoPermissionError, exceptions.ClusterCrossSlotError)
+        if not isinstance(exc, refused) and not str(exc).startswith("unknown command"):
+            raise exc
+        self._has_scripts = self._may_declare = False
+        logger.warning(
+            "the shared Redis refuses scripts (%s): until it is started again this worker declares"
+            " no other lost",
+            exc,
+        )
+
+    def _begin_anew(self, declarer: str) -> None:
+        self._life += 1
+        self._trust = Trust(self._ttl)
+        logger.error(
+            "%s has declared this worker lost, because it was frozen or could not reach Redis for "
+            "over %.0f s: what it had acknowledged early was answered as failed; it goes on as %s",
+            declarer,
+            self._ttl,
+            self.incarnation,
+        )
+
+    def _declare(self, client: Any, incarnation: str, beat: bytes, *, is_late: bool) -> None:
+        """Declare a worker lost, at most once; answer for it, or where its declarer has not.
+
+        Later its messages are given back. It stays among those that beat until that is done: should
+        this worker be lost meanwhile, another one does it.
+        """
+        keys = self._keys(incarnation)
+        arguments = (incarnation, beat, self.incarnation, TOMBSTONE)
+        result = client.eval(DECLARE, len(keys), *keys, *arguments)
+        if result == _DECLARED:
+            logger.warning(
+                "worker %s is lost: it has not been seen for %.0f s", incarnation, self._ttl
+            )
+        elif result != _WAS_DECLARED or not is_late:
+            return
+        if self._lost is None or (result == _WAS_DECLARED and self._goes_on(client, incarnation)):
+            client.zrem(self.alive, incarnation)
+        else:
+            self._lost.take(incarnation)
+
+    def _goes_on(self, client: Any, incarnation: str) -> bool:
+        """Whether a worker that was declared lost woke up: what is on record it runs now."""
+        beating = {name.decode() for name in client.zrange(self.alive, 0, -1)} - set(self.silent)
+        return early_acks.start_of(incarnation) in map(early_acks.start_of, beating)

@@ -8,6 +8,7 @@ it makes of the records is decided elsewhere, by functions of them: ``policy.dem
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -15,8 +16,10 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from celery.backends.redis import RedisBackend
+
 from gw_celery import background_thread
-from gw_celery.cluster import early_acks, liveness, lost_inputs, poison_counts, queue_lengths
+from gw_celery.cluster import early_acks, liveness, poison_counts, queue_lengths
 from gw_celery.policy import queue_time
 from gw_celery.protocol import snapshot, worker_record
 from gw_celery.transport import broker, find
@@ -86,40 +89,37 @@ class Membership(background_thread.BackgroundThread):
         #: This start of the worker; what it acknowledged early is kept by it.
         self.start_id = f"{hostname}:{uuid.uuid4().hex[:16]}"
         self.queues = queues
-        #: The other workers, as of the last round; empty without a Redis.
-        self.others: tuple[worker_record.WorkerRecord, ...] = ()
         self.counts: poison_counts.Shared | None = None
-        self.lost = None if ttl is None else lost_inputs.of(app, self.start_id)
-        self._app = app
-        self._may_declare = ttl is not None
-        self._ttl = _TTL if ttl is None else ttl
-        self._life = 0
-        self._trust = liveness.Trust(self._ttl)
-        wait = min(_LONGEST_WAIT, self._ttl * _REDIS_PART)
+        self.lost: early_acks.LostInputs | None = None
+        # Backends derived from Redis (Sentinel) write results without the pipelines that the
+        # records of early inputs need.
+        if ttl is not None and type(app.backend) is RedisBackend:
+            self.lost = early_acks.LostInputs(app, self.start_id)
+        may_declare, ttl = ttl is not None, ttl or _TTL
+        wait = min(_LONGEST_WAIT, ttl * _REDIS_PART)
         #: An answer that does not come, and a connection that does not.
         self._longest_hang = 2 * wait
+        self._beats: liveness.Beats | None = None
         self._shared = find.redis_of(app, wait)
         if self._shared is not None:
             self.counts = poison_counts.Shared(self, wake)
-            #: Sorted set: incarnations by the times of their last beats.
-            self._alive = self._shared.key("alive")
-            #: Hash: the record of each incarnation.
-            self._records = self._shared.key("records")
-        self._declared = _declared_lengths(app, min(_LONGEST_WAIT, self._ttl * _RABBITMQ_PART))
-        self._lists: queue_lengths.RedisLengths | None = None
-        #: By which Redis knows the script of a beat, on this connection.
-        self._script = ""
-        self._has_scripts = True
+            self._beats = liveness.Beats(
+                self._shared, self.start_id, ttl, self.lost, may_declare=may_declare
+            )
+        self._declared: queue_lengths.DeclaredLengths | None = None
+        with app.connection_for_read() as connection:
+            if broker.is_rabbitmq(connection):
+                wait = min(_LONGEST_WAIT, ttl * _RABBITMQ_PART)
+                self._declared = queue_lengths.DeclaredLengths(app, wait)
+        #: The lists of each queue in Redis, one for each priority; found anew on each connection.
+        self._lists: dict[str, list[str]] | None = None
         #: Queues whose lengths are used.
         self._followed = set(limited)
         self._loads = queue_time.Loads(limited)
         self._own_loads: dict[str, worker_record.QueueLoad] = {}
-        self._names = {service: ",".join(sorted(names)) for service, names in queues.items()}
         self._size: worker_record.Size | None = None
         self._record = worker_record.WorkerRecord(worker=hostname)
         self._known: tuple[worker_record.WorkerRecord, ...] = ()
-        #: Those that have not beaten for a ttl, and their last beats.
-        self._silent: dict[str, bytes] = {}
         self._lengths: Mapping[str, queue_lengths.Length] | None = None
         self._waits: dict[str, float | None] = {}
         self._reading: Reading | None = None
@@ -138,9 +138,13 @@ class Membership(background_thread.BackgroundThread):
         return self._shared is None
 
     @property
-    def incarnation(self) -> str:
-        """This worker's name in Redis: another one after it was declared lost."""
-        return f"{self.start_id}.{self._life}"
+    def others(self) -> tuple[worker_record.WorkerRecord, ...]:
+        """The other workers, as of the last round, but for those that are silent, declared or not.
+
+        Empty without a Redis.
+        """
+        silent = self._beats.silent if self._beats is not None else ()
+        return tuple(other for other in self._known if other.incarnation not in silent)
 
     # -- in the thread of the worker's loop --
 
@@ -184,7 +188,7 @@ class Membership(background_thread.BackgroundThread):
             size: as its autoscaler has it; ``None`` without one.
         """
         self._size = size
-        self._record = worker_record.of(worker, self._names, size, self._own_loads)
+        self._record = worker_record.of(worker, self.queues, size, self._own_loads)
         return self._record
 
     def latest(self) -> Reading | None:
@@ -207,18 +211,22 @@ class Membership(background_thread.BackgroundThread):
     def run_round(self) -> None:
         now = time.monotonic()
         is_look = now >= self._next_look  # else there are only orders
-        if self._shared is not None:
+        if self._shared is not None and self._beats is not None:
             try:
-                self._exchange(self._shared, now, is_look=is_look)
+                self._exchange(self._shared, self._beats, now, is_look=is_look)
             except BaseException:
                 self._shared.close()
-                self._lists, self._script = None, ""
-                if self._away_since is None:
-                    self._away_since = now
+                self._beats.script, self._lists = "", None
+                self._away_since = self._away_since or now
                 if self.counts is not None:
                     self.counts.fail()
                 raise
-            self._meet_again()
+            if self._away_since is not None:
+                # The others have been away as well, and may hang in their waits for as long again.
+                back = time.monotonic()
+                hang = min(back - self._away_since, self._longest_hang)
+                self._meets_until = back + _MEETING + hang
+                self._away_since = None
         if not is_look:
             return
         self._next_look = now + _DUE * self.period
@@ -232,207 +240,86 @@ class Membership(background_thread.BackgroundThread):
             self._reading = Reading(at=time.monotonic(), lengths=self._lengths, others=others)
             self._on_read()
 
-    def _meet_again(self) -> None:
-        """The others have been away as well, and may hang in their waits for as long again."""
-        if self._away_since is not None:
-            now = time.monotonic()
-            self._meets_until = now + _MEETING + min(now - self._away_since, self._longest_hang)
-            self._away_since = None
-
     def leave(self) -> None:
         if self.lost is not None:
             self.lost.close()
         if self._declared is not None:
             self._declared.close()
-        if self._shared is not None:
-            try:
-                self._withdraw(self._shared)
-            finally:
-                self._shared.close()
+        if self._shared is None or self._beats is None:
+            return
+        try:
+            with self._shared.client().pipeline(transaction=False) as pipe:
+                if self.counts is not None:
+                    self.counts.ask_redis(pipe, self._shared.key("deaths", ""))
+                self._beats.leave(pipe)
+                pipe.execute(raise_on_error=False)
+        finally:
+            self._shared.close()
 
-    def _withdraw(self, shared: find.SharedRedis) -> None:
-        """The others do not count on this worker any more."""
-        with shared.client().pipeline(transaction=False) as pipe:
-            if self.counts is not None:
-                self.counts.ask_redis(pipe, shared.key("deaths", ""))
-            pipe.hdel(self._records, self.incarnation)
-            if self.lost is None or not self.lost.has_own():
-                pipe.zrem(self._alive, self.incarnation)
-            pipe.execute(raise_on_error=False)
-
-    def _exchange(self, shared: find.SharedRedis, now: float, *, is_look: bool) -> None:
+    def _exchange(
+        self, shared: find.SharedRedis, beats: liveness.Beats, now: float, *, is_look: bool
+    ) -> None:
         client = shared.client()
-        if self._has_scripts and not self._script:
-            self._load_script(client)
-        lists = self._lists_of(shared) if is_look else None
         is_beat = now >= self._next_beat
         has_records = is_beat and now >= self._next_records
-        own = liveness.now()
+        if self._lists is None and isinstance(shared, find.BrokerRedis):
+            self._lists = {queue: shared.lists(queue) for queue in sorted(self._followed)}
+        lists = (self._lists or {}) if is_look else {}
+        record = self._record.dumps()
         with client.pipeline(transaction=False) as pipe:
             if self.counts is not None:
                 self.counts.ask_redis(pipe, shared.key("deaths", ""))
-            if lists is not None:
-                lists.ask(pipe)
-            if is_beat and self._has_scripts:
-                self._ask_beat(pipe)
+            for key in itertools.chain.from_iterable(lists.values()):
+                pipe.llen(key)
+            if is_beat:
+                beats.ask(client, pipe, record)
             if has_records:
-                self._ask_records(pipe)
-            self._write(pipe, shared, now)
+                pipe.hgetall(beats.records)
+                pipe.zrange(beats.alive, 0, -1)
+            self._write(pipe, shared)
+            if now >= self._next_expiry:
+                self._next_expiry = now + _EXPIRY
+                for key in (beats.records, beats.alive):
+                    pipe.expire(key, liveness.FORGET)
             answers = iter(pipe.execute(raise_on_error=False))
         if self.counts is not None:
             self.counts.answer(answers)
-        if lists is not None:
-            self._lengths = lists.read(_checked(answers))
+        if lists:
+            self._lengths = {
+                queue: queue_lengths.Length(sum(int(_checked(answers)) for _ in keys))
+                for queue, keys in lists.items()
+            }
         if is_beat:
             self._next_beat = now + _DUE * _BEAT
-            self._follow_beat(client, own, self._answer_to_beat(client, answers))
+            if not beats.follow(client, answers, record):
+                self._next_beat = 0.0
+                self.wake()
         if has_records:
-            checked = _checked(answers)
-            self._follow_records(client, next(checked), next(checked))
+            written, alive = _checked(answers), _checked(answers)
+            if gone := written.keys() - set(alive):
+                client.hdel(beats.records, *gone)
+            self._follow_records(written, alive)
             self._next_records = now + _DUE * self._records_period
-
-    def _lists_of(self, shared: find.SharedRedis) -> queue_lengths.RedisLengths | None:
-        if self._lists is None and isinstance(shared, find.BrokerRedis) and self._followed:
-            self._lists = queue_lengths.RedisLengths(shared, self._followed)
-        return self._lists
-
-    # -- beats --
-
-    def _keys(self, incarnation: str) -> tuple[str, str, str]:
-        """The keys of the scripts of ``liveness``; the second is the tombstone."""
-        assert self._shared is not None
-        return (self._alive, self._shared.key("dead", incarnation), self._records)
-
-    def _ask_beat(self, pipe: Any) -> None:
-        keys = self._keys(self.incarnation)
-        record = self._record.dumps()
-        pipe.evalsha(self._script, len(keys), *keys, self.incarnation, self._ttl, record)
-
-    def _load_script(self, client: Any) -> None:
-        try:
-            self._script = client.script_load(liveness.BEAT)
-        except Exception as exc:
-            if not liveness.is_refusal(exc):
-                raise
-            self._do_without_scripts(exc)
-
-    def _answer_to_beat(self, client: Any, answers: Iterator[Any]) -> list[Any]:
-        if self._has_scripts:
-            answer: Any = next(answers)
-            if not isinstance(answer, Exception):
-                return list(answer)
-            if not liveness.is_refusal(answer):
-                raise answer
-            self._do_without_scripts(answer)
-        keys = self._keys(self.incarnation)
-        return liveness.beat(client, keys, self.incarnation, self._ttl, self._record.dumps())
-
-    def _do_without_scripts(self, exc: Exception) -> None:
-        self._has_scripts = self._may_declare = False
-        logger.warning(
-            "the shared Redis refuses scripts (%s): until it is started again this worker declares"
-            " no other lost",
-            exc,
-        )
-
-    def _follow_beat(self, client: Any, own: float, answer: list[Any]) -> None:
-        if answer[0] == b"dead":
-            self._begin_anew(answer[1].decode())
-            return
-        server, old, ahead = answer
-        is_trusted = self._trust.beat(own, float(server))
-        listed = [*old, *ahead]
-        self._silent = dict(zip(map(bytes.decode, listed[::2]), listed[1::2], strict=True))
-        self._tell_apart()
-        # First, so that none is begun with again.
-        while self.lost is not None and self.lost.answered:
-            answered = self.lost.answered.popleft()
-            client.zrem(self._alive, answered)
-            self._silent.pop(answered, None)
-        if is_trusted and self._may_declare:
-            for incarnation, beat in self._silent.items():
-                is_late = abs(float(server) - float(beat)) > 2 * self._ttl
-                self._declare(client, incarnation, beat, is_late=is_late)
-
-    def _tell_apart(self) -> None:
-        """Those that are silent are counted no more, declared or not."""
-        self.others = tuple(other for other in self._known if other.incarnation not in self._silent)
-
-    def _begin_anew(self, declarer: str) -> None:
-        self._life += 1
-        self._trust = liveness.Trust(self._ttl)
-        self._next_beat = 0.0
-        self.wake()
-        logger.error(
-            "%s has declared this worker lost, because it was frozen or could not reach Redis for "
-            "over %.0f s: what it had acknowledged early was answered as failed; it goes on as %s",
-            declarer,
-            self._ttl,
-            self.incarnation,
-        )
-
-    def _declare(self, client: Any, incarnation: str, beat: bytes, *, is_late: bool) -> None:
-        """Declare a worker lost, at most once; answer for it, or where its declarer has not."""
-        keys = self._keys(incarnation)
-        result = client.eval(
-            liveness.DECLARE,
-            len(keys),
-            *keys,
-            incarnation,
-            beat,
-            self.incarnation,
-            liveness.TOMBSTONE,
-        )
-        if result == liveness.DECLARED:
-            logger.warning(
-                "worker %s is lost: it has not been seen for %.0f s", incarnation, self._ttl
-            )
-            self._on_lost(client, incarnation)
-        elif result == liveness.WAS_DECLARED and is_late:
-            if self._goes_on(client, incarnation):
-                client.zrem(self._alive, incarnation)
-            else:
-                self._on_lost(client, incarnation)
-
-    def _goes_on(self, client: Any, incarnation: str) -> bool:
-        """Whether a worker that was declared lost woke up: what is on record it runs now."""
-        beating = {name.decode() for name in client.zrange(self._alive, 0, -1)} - set(self._silent)
-        return early_acks.start_of(incarnation) in map(early_acks.start_of, beating)
-
-    def _on_lost(self, client: Any, incarnation: str) -> None:
-        """Do what is due for a worker that was declared lost: later its messages are given back.
-
-        It stays among those that beat until that is done: should this worker be lost meanwhile,
-        another one does it.
-        """
-        if self.lost is not None:
-            self.lost.take(incarnation)
-        else:
-            client.zrem(self._alive, incarnation)
 
     # -- records --
 
-    def _ask_records(self, pipe: Any) -> None:
-        pipe.hgetall(self._records)
-        pipe.zrange(self._alive, 0, -1)
-
-    def _follow_records(
-        self, client: Any, written: Mapping[bytes, bytes], alive: Sequence[bytes]
-    ) -> None:
+    def _follow_records(self, written: Mapping[bytes, bytes], alive: Sequence[bytes]) -> None:
         # A worker that was started again under its name is in its own way for a ttl: the one that
         # beat last counts.
         newest = {}
         for name in alive:
-            if name in written and (record := _read(name, written[name])) is not None:
+            try:
+                record = worker_record.loads(written[name], name.decode())
                 newest[record.worker] = record
+            except KeyError:
+                continue  # it has only beaten
+            except (ValueError, TypeError, RecursionError) as exc:
+                logger.debug("the record of %r cannot be read: %s", name, exc)
         newest.pop(self._record.worker, None)
         self._known = tuple(newest.values())
-        self._tell_apart()
         self._records_period = max(_BEAT, len(alive) / _WORKERS_A_SECOND)
         if self._declared is None or self._lengths is not None:
             self._waits = {queue: self._wait(queue) for queue in self._own_loads}
-        if gone := written.keys() - set(alive):
-            client.hdel(self._records, *gone)
 
     # -- what callers are told --
 
@@ -444,7 +331,7 @@ class Membership(background_thread.BackgroundThread):
         length = (self._lengths or {}).get(queue, queue_lengths.Length(0))
         return queue_time.estimate(length.messages * own.mean, total.waiting, total.rate)
 
-    def _write(self, pipe: Any, shared: find.SharedRedis, now: float) -> None:
+    def _write(self, pipe: Any, shared: find.SharedRedis) -> None:
         """Write the estimates that the last records gave; a caller reads one small value."""
         lifetime = int(1000 * _ROUNDS * self._records_period)
         for queue, wait in self._waits.items():
@@ -454,29 +341,10 @@ class Membership(background_thread.BackgroundThread):
             else:
                 pipe.set(key, f"{wait:.3f}", px=lifetime)
         self._waits = {}
-        if now >= self._next_expiry:
-            self._next_expiry = now + _EXPIRY
-            for key in (self._records, self._alive):
-                pipe.expire(key, liveness.FORGET)
 
 
-def _read(name: bytes, written: bytes) -> worker_record.WorkerRecord | None:
-    try:
-        return worker_record.loads(written, name.decode())
-    except (ValueError, TypeError, RecursionError) as exc:
-        logger.debug("the record of %r cannot be read: %s", name, exc)
-        return None
-
-
-def _checked(answers: Iterator[Any]) -> Iterator[Any]:
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-        yield answer
-
-
-def _declared_lengths(app: Any, timeout: float) -> queue_lengths.DeclaredLengths | None:
-    with app.connection_for_read() as connection:
-        if broker.is_rabbitmq(connection):
-            return queue_lengths.DeclaredLengths(app, timeout)
-    return None
+def _checked(answers: Iterator[Any]) -> Any:
+    """Return the next answer of a pipeline; an error among them is raised."""
+    if isinstance(answer := next(answers), Exception):
+        raise answer
+    return answer

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gw_celery import background_thread
 from gw_celery.policy import backoff
-from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +35,6 @@ def total(lengths: Mapping[str, Length], queues: Iterable[str]) -> Length:
     listed = [lengths[queue] for queue in queues if queue in lengths]
     consumers = [length.consumers for length in listed if length.consumers is not None]
     return Length(sum(length.messages for length in listed), max(consumers, default=None))
-
-
-class RedisLengths:
-    """The lists of each queue, one for each priority, asked in the caller's pipeline."""
-
-    def __init__(self, broker: find.BrokerRedis, queues: Iterable[str]) -> None:
-        self._lists = {queue: broker.lists(queue) for queue in sorted(queues)}
-
-    def ask(self, pipe: Any) -> None:
-        for key in itertools.chain.from_iterable(self._lists.values()):
-            pipe.llen(key)
-
-    def read(self, answers: Iterator[Any]) -> dict[str, Length]:
-        """Return the lengths by queue, from as many answers as were asked for."""
-        return {
-            queue: Length(sum(int(next(answers)) for _ in keys))
-            for queue, keys in self._lists.items()
-        }
 
 
 class DeclaredLengths:
@@ -84,7 +64,11 @@ class DeclaredLengths:
             return None
         try:
             if self._connection is None:
-                self._connect()
+                self._connection = connection = self._app.connection_for_read()
+                connection.connect_timeout = min(connection.connect_timeout or 4.0, self._timeout)
+                connection.transport_options.setdefault("read_timeout", self._timeout)
+                # Once, and at once: its default channel alone would try for ever.
+                connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
             lengths = {queue: self._read(queue) for queue in queues}
         except Exception as exc:
             self._outage.begin(exc)
@@ -100,13 +84,6 @@ class DeclaredLengths:
         if connection is not None:
             with contextlib.suppress(Exception):
                 connection.release()
-
-    def _connect(self) -> None:
-        self._connection = connection = self._app.connection_for_read()
-        connection.connect_timeout = min(connection.connect_timeout or 4.0, self._timeout)
-        connection.transport_options.setdefault("read_timeout", self._timeout)
-        # Once, and at once: its default channel alone would try for ever.
-        connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
 
     def _read(self, name: str) -> Length:
         if self._channel is None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from gw_celery import errors
-from gw_celery.protocol import snapshot, untrusted
+from gw_celery.protocol import headers, snapshot
 
 #: Difference between the served and the measured score, as a share, that is worth a warning.
 DRIFT = 0.30
@@ -142,7 +142,7 @@ def _refuse_constant(constant: str) -> Any:
 
 
 def _figure(value: object) -> float:
-    number = untrusted.finite(value)
+    number = headers.finite(value)
     if number is None or number < 0:
         raise ValueError(f"a figure of a score is {value!r:.100}")
     return number

@@ -19,7 +19,7 @@ from gw_celery import errors
 from gw_celery.client import beat_tasks
 from gw_celery.pool import counters, dispatch, time_limits
 from gw_celery.pool.counters import Result, Stage
-from gw_celery.protocol import frames, headers, untrusted
+from gw_celery.protocol import frames, headers
 
 if TYPE_CHECKING:
     from gw_celery.pool import supervisor
@@ -178,7 +178,7 @@ class PoolRequest:
     def odd_limit(self) -> object:
         """A limit that is no number of seconds: any client may write it into a message."""
         for limit in (self.soft_limit, self.hard_limit):
-            if limit is not None and untrusted.finite(limit) is None:
+            if limit is not None and headers.finite(limit) is None:
                 return limit
         return None
 

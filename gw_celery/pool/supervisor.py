@@ -28,7 +28,7 @@ from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Worker
 
 if TYPE_CHECKING:
-    from gw_celery.cluster import lost_inputs, poison_counts
+    from gw_celery.cluster import early_acks, poison_counts
     from gw_celery.pool import dead_letters, taskpool
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Supervisor:
         pool: taskpool.TaskPool,
         poison_counts: poison_counts.Shared | None = None,
         dead_letters: dead_letters.DeadLetters | None = None,
-        lost_inputs: lost_inputs.LostInputs | None = None,
+        lost_inputs: early_acks.LostInputs | None = None,
     ) -> None:
         self.setup = setup
         #: What Celery knows: its gate follows the slots.

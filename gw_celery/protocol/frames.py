@@ -14,7 +14,7 @@ import pickle
 import struct
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 from gw_celery import errors
 
@@ -51,34 +51,44 @@ class Order(enum.IntEnum):
 
 
 class Report(enum.StrEnum):
-    """What a child tells its parent."""
+    """What a child tells its parent: its name, and the types of what belongs to it."""
 
-    #: (): the app is imported.
+    shape: tuple[type, ...]
+
+    def __new__(cls, name: str, *shape: type) -> Self:
+        report = str.__new__(cls, name)
+        report._value_, report.shape = name, shape
+        return report
+
+    #: The app is imported.
     LOADED = "loaded"
-    #: (): contexts and hooks are entered.
+    #: Contexts and hooks are entered.
     ENTERED = "entered"
-    #: (reason): it cannot serve, and exits.
-    FAILED = "failed"
-    #: (call, is it well, detail, seconds).
-    PROBED = "probed"
-    #: (call, score or failure as JSON).
-    MEASURED = "measured"
-    #: (number, monotonic seconds): the input starts, or the batch that it waited for.
-    ACCEPT = "accept"
-    #: (number, text of the result, seconds).
-    DONE = "done"
-    #: (number, outcome, class name, text, message, traceback, requeue).
-    ERROR = "error"
-    #: (task name,): a call of it goes on that no input waits for, and cannot be ended.
-    STUCK = "stuck"
-    #: (number,): it expired while it gathered with others; its end, without an answer, follows.
-    EXPIRED = "expired"
-    #: (number,): it is no longer here, and has no answer.
-    GONE = "gone"
-    #: (lag in seconds, resident bytes).
-    BEAT = "beat"
-    #: (reason): the result backend is away since now; "" when it answers again.
-    OUTAGE = "outage"
+    #: The reason: it cannot serve, and exits.
+    FAILED = "failed", str
+    #: Call, is it well, detail, seconds.
+    PROBED = "probed", int, bool, str, float
+    #: Call, score or failure as JSON.
+    MEASURED = "measured", int, str
+    #: Number, monotonic seconds: the input starts, or the batch that it waited for.
+    ACCEPT = "accept", int, float
+    #: Number, text of the result, seconds.
+    DONE = "done", int, str, float
+    #: Number, outcome, class name, text, message, traceback, requeue.
+    ERROR = "error", int, str, str, str, str, str, bool
+    #: Task name: a call of it goes on that no input waits for, and cannot be ended.
+    STUCK = "stuck", str
+    #: Number: it expired while it gathered with others; its end, without an answer, follows.
+    EXPIRED = "expired", int
+    #: Number: it is no longer here, and has no answer.
+    GONE = "gone", int
+    #: Lag in seconds, resident bytes.
+    BEAT = "beat", float, int
+    #: The reason: the result backend is away since now; "" when it answers again.
+    OUTAGE = "outage", str
+
+
+_SHAPES = {report.value: report.shape for report in Report}
 
 
 class Outcome(enum.StrEnum):
@@ -98,23 +108,6 @@ class Outcome(enum.StrEnum):
 
 class Garbage(errors.GWCeleryError):
     """Raised for bytes that no child of this version writes."""
-
-
-_SHAPES: dict[str, tuple[type, ...]] = {
-    Report.LOADED: (),
-    Report.ENTERED: (),
-    Report.PROBED: (int, bool, str, float),
-    Report.MEASURED: (int, str),
-    Report.FAILED: (str,),
-    Report.ACCEPT: (int, float),
-    Report.DONE: (int, str, float),
-    Report.ERROR: (int, str, str, str, str, str, bool),
-    Report.STUCK: (str,),
-    Report.EXPIRED: (int,),
-    Report.GONE: (int,),
-    Report.BEAT: (float, int),
-    Report.OUTAGE: (str,),
-}
 
 
 def version() -> str:
@@ -159,20 +152,18 @@ def unpack_reports(payload: bytes) -> list[ReportFields]:
     if not isinstance(reports, list):
         raise Garbage(f"a frame holds a {type(reports).__name__} instead of a list")
     for report in reports:
-        _check(report)
+        if not isinstance(report, list) or not report or not isinstance(report[0], str):
+            raise Garbage(f"not a report: {report!r:.100}")
+        shape = _SHAPES.get(report[0])
+        if shape is None or len(shape) != len(report) - 1:
+            raise Garbage(f"not a known report: {report!r:.100}")
+        for value, expected in zip(report[1:], shape, strict=True):
+            is_odd = expected is float and isinstance(value, float) and not math.isfinite(value)
+            if type(value) is not expected or is_odd:
+                raise Garbage(
+                    f"a {report[0]} report holds {value!r:.100}, not a {expected.__name__}"
+                )
     return reports
-
-
-def _check(report: Any) -> None:
-    if not isinstance(report, list) or not report or not isinstance(report[0], str):
-        raise Garbage(f"not a report: {report!r:.100}")
-    shape = _SHAPES.get(report[0])
-    if shape is None or len(shape) != len(report) - 1:
-        raise Garbage(f"not a known report: {report!r:.100}")
-    for value, expected in zip(report[1:], shape, strict=True):
-        is_odd = expected is float and isinstance(value, float) and not math.isfinite(value)
-        if type(value) is not expected or is_odd:
-            raise Garbage(f"a {report[0]} report holds {value!r:.100}, not a {expected.__name__}")
 
 
 class Unpacker:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
-
-from gw_celery.protocol import untrusted
 
 #: The parameter values of a class task, as canonical JSON.
 PARAMETERS = "gw_params"
@@ -22,9 +22,24 @@ DEFAULT_WORKLOAD = 1.0
 MOST_WORKLOAD = 1e12
 
 
+def finite(value: object) -> float | None:
+    """Return ``value``, which others may have written, as a float; ``None`` if it is no number.
+
+    A bool is none. Nor is an int of hundreds of digits, which JSON may hold and no float can:
+    ``math.isfinite`` would raise.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def workload(value: object) -> float | None:
     """Return ``value`` as a workload; ``None`` for anything but a number from 0 to the most."""
-    number = untrusted.finite(value)
+    number = finite(value)
     return number if number is not None and 0 <= number <= MOST_WORKLOAD else None
 
 
@@ -39,5 +54,5 @@ def waited(request: Mapping[str, Any], now: float) -> float:
 
     One that was enqueued in the future was sent by a machine whose clock is ahead.
     """
-    since = untrusted.finite(request.get(ENQUEUED))
+    since = finite(request.get(ENQUEUED))
     return 0.0 if since is None else max(0.0, now - since)

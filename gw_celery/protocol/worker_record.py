@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from gw_celery.protocol import snapshot, untrusted
+from gw_celery.protocol import headers, snapshot
 
 #: Of the form of a record; those of other versions are not read.
 VERSION = 1
-
-_Part = TypeVar("_Part", "ServiceRecord", "QueueLoad", "Size")
+#: Larger ones cannot be true: their sender must not hold up the code that counts with them.
+_LARGEST = {float: 1e18, int: 1_000_000}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,19 +86,15 @@ class WorkerRecord:
 
         All workers read all records: names would be half of what a thousand of them are sent.
         """
-        told = {
-            "version": VERSION,
-            "worker": self.worker,
-            "size": None if self.size is None else _values(self.size),
-            "services": {key: _values(part) for key, part in self.services.items()},
-            "loads": {queue: _values(part) for queue, part in self.loads.items()},
-        }
-        return json.dumps(told, separators=(",", ":"))
+        told = {name: getattr(self, name) for name in _told(WorkerRecord)}
+        return json.dumps(
+            {"version": VERSION, **told}, separators=(",", ":"), default=dataclasses.astuple
+        )
 
 
 def of(
     worker: snapshot.Worker,
-    queues: Mapping[str, str],
+    queues: Mapping[str, Sequence[str]],
     size: Size | None,
     loads: Mapping[str, QueueLoad],
 ) -> WorkerRecord:
@@ -106,27 +104,21 @@ def of(
         queues: of each service that it serves.
         loads: of the queues whose callers are told.
     """
-    return WorkerRecord(
-        worker=worker.hostname,
-        size=size,
-        services={key: _service(worker, key, names) for key, names in queues.items()},
-        loads=loads,
-    )
-
-
-def _service(worker: snapshot.Worker, key: str, queues: str) -> ServiceRecord:
-    counters = worker.tallies.get(key, snapshot.Counters())
-    return ServiceRecord(
-        queues=queues,
-        slots=worker.ready_slots.get(key, 0),
-        score=worker.scores.get(key, snapshot.Score()).value,
-        # What was given back to its queue comes again from there.
-        taken=counters.arrived - counters.given_back,
-        waiting=counters.waiting,
-        waiting_inputs=counters.waiting_inputs,
-        running_inputs=counters.running_inputs,
-        mean=counters.mean,
-    )
+    services = {}
+    for key, names in queues.items():
+        counters = worker.tallies.get(key, snapshot.Counters())
+        services[key] = ServiceRecord(
+            queues=",".join(sorted(names)),
+            slots=worker.ready_slots.get(key, 0),
+            score=worker.scores.get(key, snapshot.Score()).value,
+            # What was given back to its queue comes again from there.
+            taken=counters.arrived - counters.given_back,
+            waiting=counters.waiting,
+            waiting_inputs=counters.waiting_inputs,
+            running_inputs=counters.running_inputs,
+            mean=counters.mean,
+        )
+    return WorkerRecord(worker=worker.hostname, size=size, services=services, loads=loads)
 
 
 def loads(written: str | bytes, incarnation: str = "") -> WorkerRecord:
@@ -138,48 +130,39 @@ def loads(written: str | bytes, incarnation: str = "") -> WorkerRecord:
     Raises:
         ValueError: for anything else, such as one of another version.
     """
-    told = _mapping(json.loads(written))
-    if told.get("version") != VERSION:
+    told = json.loads(written)
+    if not isinstance(told, dict) or told.get("version") != VERSION:
         raise ValueError(f"not a record of version {VERSION}: {written[:100]!r}")
-    size, services, loads = told.get("size"), told.get("services"), told.get("loads")
-    return WorkerRecord(
-        worker=_name(told.get("worker")),
-        incarnation=incarnation,
-        size=None if size is None else _read(Size, size),
-        services={key: _read(ServiceRecord, part) for key, part in _mapping(services).items()},
-        loads={queue: _read(QueueLoad, part) for queue, part in _mapping(loads).items()},
-    )
+    parts = {name: _read(kind, told.get(name)) for name, kind in _told(WorkerRecord).items()}
+    return WorkerRecord(incarnation=incarnation, **parts)
 
 
-def _values(part: Any) -> list[Any]:
-    return [getattr(part, field.name) for field in dataclasses.fields(part)]
+@functools.cache
+def _told(cls: type) -> dict[str, Any]:
+    """What each field of a record, or of a part of it, is declared to be."""
+    hints = typing.get_type_hints(cls)
+    return {name: kind for name, kind in hints.items() if name != "incarnation"}
 
 
-def _read(cls: type[_Part], told: Any) -> _Part:
-    """Return a part from the values of its fields; a later one may tell more of them."""
-    fields = dataclasses.fields(cls)
-    if not isinstance(told, list) or len(told) < len(fields):
-        raise ValueError(f"not a {cls.__name__}: {told!r:.100}")
-    values = zip(fields, told, strict=False)
-    return cls(**{field.name: _READERS[field.type](value) for field, value in values})
+def _read(kind: Any, value: Any) -> Any:
+    """Return ``value`` as what its field is declared to be.
 
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"not a mapping: {value!r:.100}")
-    return value
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"not a name: {value!r:.100}")
-    return value
-
-
-#: By the annotation of a field, which is a string.
-_READERS: Mapping[Any, Any] = {
-    "str": _name,
-    "int": untrusted.count,
-    "float": untrusted.amount,
-    "float | None": lambda value: None if value is None else untrusted.amount(value),
-}
+    Raises:
+        ValueError: when it is anything else, or cannot be true.
+    """
+    if largest := _LARGEST.get(kind):
+        number = headers.finite(value)
+        if number is not None and abs(number) <= largest:
+            return kind(number)
+    elif kind is str and isinstance(value, str):
+        return value
+    elif isinstance(kind, types.UnionType):
+        return None if value is None else _read(kind.__args__[0], value)
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, list):
+        fields = _told(kind)
+        if len(value) >= len(fields):  # a later version may tell more
+            values = zip(fields.items(), value, strict=False)
+            return kind(**{name: _read(each, part) for (name, each), part in values})
+    elif typing.get_origin(kind) is Mapping and isinstance(value, dict):
+        return {key: _read(kind.__args__[1], part) for key, part in value.items()}
+    raise ValueError(f"not a {kind}: {value!r:.100}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests.processes import ROOT, Process, eventually
 
 HOME = ROOT / "example_project"
@@ -109,7 +109,7 @@ GPU_POOL = ("-P", "custom")
 def running(home: Path, pool: Sequence[str] = GPU_POOL) -> Iterator[Project]:
     """Start everything with its data in ``home``, wait until it answers, stop it at the end."""
     with ExitStack() as stack:
-        server = stack.enter_context(devserver.running(home / "server"))
+        server = stack.enter_context(testing.server(home / "server"))
         database = home / "db.sqlite3"
         environment = {
             "EXAMPLE_DB": str(database),

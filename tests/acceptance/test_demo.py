@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests.acceptance.conftest import NEEDED
 from tests.conftest import missing
 from tests.processes import ROOT, Process, eventually, is_alive
@@ -25,7 +25,7 @@ StartDemo = Callable[..., Process]
 
 
 @pytest.fixture
-def start_demo(redis_server: devserver.Server, tmp_path: Path) -> Iterator[StartDemo]:
+def start_demo(redis_server: testing.Server, tmp_path: Path) -> Iterator[StartDemo]:
     """Start the demo with its data in a folder of the test."""
     for module in NEEDED:
         if importlib.util.find_spec(module) is None:

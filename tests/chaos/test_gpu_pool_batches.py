@@ -13,7 +13,7 @@ import pytest
 from celery import group
 from celery.exceptions import TimeLimitExceeded
 
-from gw_celery import devserver, errors
+from gw_celery import errors, testing
 from tests import pooling
 from tests.pooling import StartPooled
 from tests.processes import WorkerProcess, eventually
@@ -69,7 +69,7 @@ def test_a_worker_that_stops_gives_back_what_has_not_begun(
     how: signal.Signals,
     start_pooled: StartPooled,
     ledger_path: Path,
-    redis_server: devserver.Server,
+    redis_server: testing.Server,
 ) -> None:
     worker = start(start_pooled)
     waiting = sent(gathered.Patient().gather, NAMES[:7])

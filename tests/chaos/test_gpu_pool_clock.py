@@ -10,7 +10,7 @@ import pytest
 import redis
 from celery import Celery
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests import pooling
 from tests.processes import StartWorker, WorkerProcess, eventually
 
@@ -74,7 +74,7 @@ def send(app: Celery, seconds: float, names: list[str]) -> list[str]:
     ]
 
 
-def stored(server: devserver.Server, sent: list[str]) -> bool:
+def stored(server: testing.Server, sent: list[str]) -> bool:
     with redis.Redis(unix_socket_path=str(server.socket), db=1) as client:
         found = client.mget([f"celery-task-meta-{one}" for one in sent])
     return all(one and b'"SUCCESS"' in one for one in found)
@@ -93,7 +93,7 @@ def test_a_jump_of_the_clock_fires_no_limit_and_runs_nothing_twice(
     app: Celery,
     start_worker: StartWorker,
     ledger_path: Path,
-    redis_server: devserver.Server,
+    redis_server: testing.Server,
 ) -> None:
     settings = {"broker_transport_options": OPTIONS}
     url = app.conf.broker_url

@@ -7,7 +7,7 @@ from pathlib import Path
 import pooled
 import pytest
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests import pooling
 from tests.pooling import StartPooled
 from tests.processes import eventually
@@ -25,7 +25,7 @@ REASONS = {
 
 @pytest.mark.parametrize("how", REASONS)
 def test_a_child_that_cannot_load_is_tried_again_and_takes_nothing(
-    how: str, start_pooled: StartPooled, ledger_path: Path, redis_server: devserver.Server
+    how: str, start_pooled: StartPooled, ledger_path: Path, redis_server: testing.Server
 ) -> None:
     sent = [pooled.four.delay(name) for name in NAMES]
     worker = start_pooled(env={"FAIL": how}, settings={"gw_start_timeout": 1.0}, is_loaded=False)
@@ -61,7 +61,7 @@ def test_one_replica_that_cannot_load_does_not_stop_the_other(
 
 
 def test_a_program_that_cannot_be_imported_is_said(
-    start_pooled: StartPooled, redis_server: devserver.Server
+    start_pooled: StartPooled, redis_server: testing.Server
 ) -> None:
     sent = pooled.four.delay("waits")
     worker = start_pooled(env={"BREAK_IN_CHILD": "1"}, is_loaded=False)

@@ -11,7 +11,7 @@ import ledger
 import pytest
 from celery import Celery
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests import pooling
 from tests.outages import Outage, outage
 from tests.processes import StartWorker, WorkerProcess, eventually
@@ -22,7 +22,7 @@ NAMES = [f"n{number}" for number in range(8)]
 
 
 @pytest.fixture
-def broker(tmp_path: Path, redis_server: devserver.Server) -> Iterator[Outage]:
+def broker(tmp_path: Path, redis_server: testing.Server) -> Iterator[Outage]:
     """Broker and result backend in one, as in most small projects."""
     with outage(tmp_path / "broker") as made:
         yield made

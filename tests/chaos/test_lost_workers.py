@@ -13,7 +13,7 @@ import redis
 from celery import Celery, chord
 from celery.exceptions import WorkerLostError
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests import pooling
 from tests.processes import StartWorker, WorkerProcess, eventually
 
@@ -44,7 +44,7 @@ def client(rabbitmq_url: str, result_url: str) -> Iterator[Celery]:
 
 
 @pytest.fixture
-def results(redis_server: devserver.Server, result_url: str) -> Iterator[redis.Redis]:
+def results(redis_server: testing.Server, result_url: str) -> Iterator[redis.Redis]:
     with redis.Redis(unix_socket_path=str(redis_server.socket), db=1) as connected:
         yield connected
 

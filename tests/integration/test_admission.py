@@ -14,7 +14,7 @@ from celery import Celery, chord
 from celery.exceptions import ChordError, TaskRevokedError
 
 import gw_celery as gw
-from gw_celery import devserver
+from gw_celery import testing
 from gw_celery.client import wait_estimates
 from tests import pooling, services
 from tests.conftest import needed
@@ -30,7 +30,7 @@ Send = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def worker(
-    redis_server: devserver.Server, tmp_path_factory: pytest.TempPathFactory
+    redis_server: testing.Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[WorkerProcess]:
     with pooling.module_worker(redis_server, tmp_path_factory, module="weighed") as started:
         yield started
@@ -63,7 +63,7 @@ def refusal(sent: Any) -> gw.QueueTimeExceeded:
 
 @pytest.mark.parametrize("name", ["patient", "hasty"])
 def test_an_input_that_comes_too_late_is_refused_and_done_with(
-    worker: WorkerProcess, ledger_path: Path, redis_server: devserver.Server, name: str
+    worker: WorkerProcess, ledger_path: Path, redis_server: testing.Server, name: str
 ) -> None:
     late = send(name, f"late-{name}", age=LATE, link_error=weighed.note.s(name=name))
     found = refusal(late)

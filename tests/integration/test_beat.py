@@ -15,7 +15,7 @@ import redis
 import ticked
 from celery import Celery
 
-from gw_celery import devserver
+from gw_celery import testing
 from gw_celery.client import beat_tasks
 from tests import pooling
 from tests.processes import Process, StartWorker, WorkerProcess, eventually
@@ -79,7 +79,7 @@ def sweep(name: str = beat_tasks.PROBE, **options: Any) -> Any:
 
 
 def test_every_worker_hears_every_tick_and_a_replica_sends_it(
-    start: Start, start_beat: StartBeat, redis_server: devserver.Server, ledger_path: Path
+    start: Start, start_beat: StartBeat, redis_server: testing.Server, ledger_path: Path
 ) -> None:
     listening = [start(), start(env={"LOAD": "300"})]
     beat = start_beat(SETTINGS=json.dumps({"gw_benchmark_period": 2}), DECLARED="probe,benchmark")
@@ -98,7 +98,7 @@ def test_every_worker_hears_every_tick_and_a_replica_sends_it(
 
 
 def test_ticks_that_expired_while_no_worker_listened_are_not_run(
-    start: Start, redis_server: devserver.Server, ledger_path: Path
+    start: Start, redis_server: testing.Server, ledger_path: Path
 ) -> None:
     past = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1)
     stale = [sweep(expires=past) for _ in range(5)]
@@ -113,7 +113,7 @@ def test_ticks_that_expired_while_no_worker_listened_are_not_run(
 
 
 def test_a_full_worker_takes_no_input_more_and_runs_a_tick_when_a_slot_is_free(
-    start: Start, redis_server: devserver.Server, ledger_path: Path
+    start: Start, redis_server: testing.Server, ledger_path: Path
 ) -> None:
     worker = start(queues="cpu.hold", env={"DECLARED": "benchmark"})
     eventually(lambda: pooling.ready_pids(worker, ticked.celery), 20)
@@ -143,7 +143,7 @@ def test_a_tick_is_no_input_that_a_replica_is_kept_or_replaced_for(
 
 
 def test_a_queue_that_is_cancelled_stays_so_until_it_is_added(
-    start: Start, redis_server: devserver.Server, ledger_path: Path
+    start: Start, redis_server: testing.Server, ledger_path: Path
 ) -> None:
     worker = start()
     pooling.wait_loaded(worker)

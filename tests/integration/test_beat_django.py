@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from gw_celery import devserver
+from gw_celery import testing
 from gw_celery.client import beat_tasks
 from tests.processes import Process, environment
 
@@ -109,7 +109,7 @@ def test_a_changed_period_is_in_the_same_row_and_a_disabled_one_stays_so(
 
 
 def test_what_is_sent_goes_to_the_queue_of_the_sweeps_and_expires(
-    run_beat: RunBeat, redis_server: devserver.Server
+    run_beat: RunBeat, redis_server: testing.Server
 ) -> None:
     run_beat(until=f"{beat_tasks.PROBE} sent", PROBE_PERIOD="1")
     with redis.Redis(unix_socket_path=str(redis_server.socket)) as broker:

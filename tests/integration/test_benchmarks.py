@@ -13,7 +13,7 @@ import measured
 import pytest
 import redis
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests import pooling
 from tests.pooling import StartPooled
 from tests.processes import WorkerProcess, eventually
@@ -119,7 +119,7 @@ def test_methods_are_measured_where_they_run_and_then_left(start: Any, ledger_pa
 
 
 def test_nothing_outside_a_replica_learns_of_its_benchmark(
-    start: Any, redis_server: devserver.Server, ledger_path: Path
+    start: Any, redis_server: testing.Server, ledger_path: Path
 ) -> None:
     with (
         pooling.events("task-received", measured.celery) as received,

@@ -21,7 +21,7 @@ import served
 from celery import chain, chord, group
 from celery.exceptions import Ignore, TaskRevokedError
 
-from gw_celery import devserver, errors
+from gw_celery import errors, testing
 from gw_celery.client import calls
 from tests import processes
 from tests.processes import eventually
@@ -35,9 +35,7 @@ def module_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def worker(
-    redis_server: devserver.Server, module_ledger: Path
-) -> Iterator[processes.WorkerProcess]:
+def worker(redis_server: testing.Server, module_ledger: Path) -> Iterator[processes.WorkerProcess]:
     """One worker for this module: its tests look at answers, not at processes."""
     log_dir = module_ledger.parent
     with processes.workers(log_dir, redis_server.broker_url, redis_server.result_url) as start:
@@ -51,7 +49,7 @@ def worker(
 
 
 @pytest.fixture(autouse=True)
-def this_server(redis_server: devserver.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def this_server(redis_server: testing.Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unlike ``redis_url``, this keeps what the worker of the module has in its server."""
     monkeypatch.setenv("CELERY_BROKER_URL", redis_server.broker_url)
     monkeypatch.setenv("CELERY_RESULT_BACKEND", redis_server.result_url)
@@ -311,7 +309,7 @@ def test_a_queue_that_the_caller_names_wins_over_the_queue_of_the_service() -> N
 
 def test_an_awaited_call_fails_soon_and_clearly_while_the_server_is_away(tmp_path: Path) -> None:
     """A client of a server that has gone: its loop is free and the error comes in seconds."""
-    with devserver.running(tmp_path / "gone") as gone:
+    with testing.server(tmp_path / "gone") as gone:
         urls = {"CELERY_BROKER_URL": gone.broker_url, "CELERY_RESULT_BACKEND": gone.result_url}
     client = processes.Process(
         [sys.executable, "-m", "ask", "away"], tmp_path / "away.log", env=urls
@@ -324,7 +322,7 @@ def test_an_awaited_call_fails_soon_and_clearly_while_the_server_is_away(tmp_pat
 
 def test_a_timeout_ends_calls_and_their_process_while_the_broker_is_frozen(tmp_path: Path) -> None:
     """A server that is stopped, or a network that drops packets: accepted, never answered."""
-    with devserver.running(tmp_path / "frozen") as frozen:
+    with testing.server(tmp_path / "frozen") as frozen:
         env = {
             "CELERY_BROKER_URL": frozen.broker_url,
             "CELERY_RESULT_BACKEND": frozen.result_url,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests.processes import ROOT, environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.one_celery]
@@ -20,8 +20,8 @@ APP = ROOT / "tests" / "integration" / "apps" / "golden_app.py"
 _SCRIPT = """
 import sys
 import golden_app
-from gw_celery import devserver, testing
-with devserver.running(sys.argv[1]) as server:
+from gw_celery import testing
+with testing.server(sys.argv[1]) as server:
     with testing.worker("golden_app:celery", "-Q", "cpu,celery", *sys.argv[2:], server=server):
         assert golden_app.tasks.single.delay(1).get(timeout=20) == 1
 """
@@ -29,7 +29,7 @@ with devserver.running(sys.argv[1]) as server:
 
 @pytest.mark.parametrize("pool", ["gw_celery.pool:TaskPool", "prefork"])
 def test_lines_that_only_a_child_runs_are_reported(
-    pool: str, redis_server: devserver.Server, tmp_path: Path
+    pool: str, redis_server: testing.Server, tmp_path: Path
 ) -> None:
     (tmp_path / "script.py").write_text(_SCRIPT)
     settings = json.dumps({"worker_pool": pool})

@@ -22,7 +22,7 @@ import pytest
 import redis
 
 import gw_celery as gw
-from gw_celery import devserver, testing
+from gw_celery import testing
 from tests import golden
 from tests.processes import environment, eventually
 
@@ -130,14 +130,14 @@ def test_bodies_of_more_than_json_can_say(tasks: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(redis_server: devserver.Server, tmp_path_factory: Any) -> Iterator[devserver.Server]:
+def server(redis_server: testing.Server, tmp_path_factory: Any) -> Iterator[testing.Server]:
     """A Redis that nothing else writes to."""
-    with devserver.running(tmp_path_factory.mktemp("golden")) as private:
+    with testing.server(tmp_path_factory.mktemp("golden")) as private:
         yield private
 
 
 @pytest.fixture(scope="module")
-def worker(server: devserver.Server) -> Iterator[testing.Worker]:
+def worker(server: testing.Server) -> Iterator[testing.Worker]:
     """A worker on the GPU pool; this process's apps talk to its Redis."""
     settings = {"gw_replicas": 1, "gw_max_deaths": 1, "worker_autoscaler": AUTOSCALER}
     with testing.worker(
@@ -177,7 +177,7 @@ def probes(worker: testing.Worker) -> list[dict[str, Any]]:
 class Stored:
     """What is in the two databases of a server: the broker's and that of the results."""
 
-    def __init__(self, server: devserver.Server) -> None:
+    def __init__(self, server: testing.Server) -> None:
         self.broker, self.results = (
             redis.Redis(unix_socket_path=str(server.socket), db=number) for number in (0, 1)
         )
@@ -195,7 +195,7 @@ class Stored:
 
 
 @pytest.fixture
-def stored(server: devserver.Server) -> Iterator[Stored]:
+def stored(server: testing.Server) -> Iterator[Stored]:
     made = Stored(server)
     yield made
     made.close()

@@ -9,7 +9,7 @@ import pooled
 import psutil
 import pytest
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests import pooling
 from tests.pooling import StartPooled
 from tests.processes import WorkerProcess, eventually
@@ -73,7 +73,7 @@ def test_replicas_share_the_inputs_of_a_service(start_pooled: StartPooled) -> No
 
 
 def test_ping_stats_and_shutdown_work_while_a_model_loads(
-    start_pooled: StartPooled, redis_server: devserver.Server, ledger_path: Path
+    start_pooled: StartPooled, redis_server: testing.Server, ledger_path: Path
 ) -> None:
     sent = pooled.four.delay("waits")
     worker = start_pooled(env={"LOAD": "60"}, is_loaded=False)
@@ -99,7 +99,7 @@ def test_the_queues_open_once_the_model_has_loaded(
 
 
 def test_a_worker_whose_model_cannot_load_takes_no_message_and_says_so(
-    start_pooled: StartPooled, redis_server: devserver.Server, ledger_path: Path
+    start_pooled: StartPooled, redis_server: testing.Server, ledger_path: Path
 ) -> None:
     sent = pooled.four.delay("waits")
     worker = start_pooled(env={"FAIL": "raise"}, is_loaded=False)

@@ -16,7 +16,7 @@ from celery import chord, group, states
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
 
 import gw_celery as gw
-from gw_celery import devserver
+from gw_celery import testing
 from tests import pooling
 from tests.processes import WorkerProcess, eventually
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("worker")]
 
 @pytest.fixture(scope="module")
 def worker(
-    redis_server: devserver.Server, tmp_path_factory: pytest.TempPathFactory
+    redis_server: testing.Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[WorkerProcess]:
     with pooling.module_worker(
         redis_server, tmp_path_factory, module="gathered", queues="cpu", extra_args=["-E"]

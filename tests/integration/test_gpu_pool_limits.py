@@ -12,7 +12,7 @@ import pooled
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests import pooling
 from tests.processes import WorkerProcess, eventually
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def worker(
-    redis_server: devserver.Server, tmp_path_factory: pytest.TempPathFactory
+    redis_server: testing.Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[WorkerProcess]:
     with pooling.module_worker(
         redis_server, tmp_path_factory, extra_args=["-E"], settings={"gw_drain_timeout": 5.0}

@@ -14,7 +14,7 @@ import pooled
 import pytest
 import redis
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests import pooling
 from tests.pooling import StartPooled
 from tests.processes import StartWorker, eventually
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def server(redis_server: devserver.Server, redis_url: str) -> Iterator[redis.Redis]:
+def server(redis_server: testing.Server, redis_url: str) -> Iterator[redis.Redis]:
     with redis.Redis(unix_socket_path=str(redis_server.socket)) as client:
         yield client
 
@@ -205,7 +205,7 @@ def test_a_server_that_is_restarted_forgets_the_script_and_is_told_again(
 ) -> None:
     given = {"broker": "", "result": ""}
     names = [f"n{number}" for number in range(200)]
-    with devserver.running(tmp_path / "broker") as first:
+    with testing.server(tmp_path / "broker") as first:
         given = {"broker": first.broker_url, "result": first.result_url}
         worker = start_pooled(**given)
         with pooling.client(**given) as app:
@@ -213,7 +213,7 @@ def test_a_server_that_is_restarted_forgets_the_script_and_is_told_again(
                 app.send_task("pooled.four", (name, 0.02), queue="cpu.four")
         eventually(lambda: len(ended(ledger_path)) > 40, 20)
     with (
-        devserver.running(tmp_path / "broker") as second,
+        testing.server(tmp_path / "broker") as second,
         redis.Redis(unix_socket_path=str(second.socket)) as client,
         pooling.client(**given) as app,
     ):

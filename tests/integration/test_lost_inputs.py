@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery
 from celery.backends.redis import RedisBackend
 from celery.exceptions import WorkerLostError
 
-from gw_celery.cluster import early_acks, lost_inputs, membership
+from gw_celery.testing import Server
 from tests import pooling
+from tests.cluster_harness import Answerer, Project, leave_record
 
 pytestmark = pytest.mark.integration
 
@@ -28,27 +30,28 @@ def client(redis_url: str, result_url: str) -> Iterator[Celery]:
 
 
 @pytest.fixture
+def server(redis_server: Server) -> Iterator[redis.Redis]:
+    with redis.Redis(unix_socket_path=str(redis_server.socket)) as broker:
+        yield broker
+
+
+@pytest.fixture
 def lose(client: Celery) -> Callable[..., None]:
     """Leave records of a worker that is gone."""
 
     def leave(*ids: str, **entries: Any) -> None:
-        redis = client.backend.client
         for number, task_id in enumerate(ids):
-            record = early_acks.write({"id": task_id, "task": "proj.embed", **entries}, None)
-            redis.hset(RECORDS, str(number), record)
+            leave_record(client, LOST, number, task_id, **entries)
 
     return leave
 
 
-def other(client: Celery, start: str = "living@test:1") -> lost_inputs.LostInputs:
-    return lost_inputs.LostInputs(client, start)
+def other(client: Celery, start: str = "living@test:1") -> Answerer:
+    return Answerer(client, start)
 
 
-def answer(one: lost_inputs.LostInputs, lost: str = INCARNATION) -> bool:
-    """Have a worker answer for a lost one, in this thread; whether nothing is left."""
-    one._lost.setdefault(lost, False)
-    one.run_round()
-    return list(one.answered) == [lost]
+def answer(one: Answerer, lost: str = INCARNATION) -> bool:
+    return one.answer(lost)
 
 
 def test_many_workers_answer_for_each_input_once(
@@ -84,7 +87,7 @@ def test_what_a_worker_took_over_before_it_was_killed_is_taken_from_it(
 ) -> None:
     lose("a")
     victim = other(client, "victim@test:1")
-    victim._take_over(client.backend, INCARNATION)
+    victim.take_over(LOST)
     assert answer(other(client), "victim@test:1.0")
     assert "was running on lost@test" in caplog.text
     assert client.backend.client.keys("gw:early:*") == []
@@ -104,18 +107,31 @@ def test_a_failure_that_cannot_be_stored_is_tried_again_and_hides_no_other(
     with monkeypatch.context() as patch:
         patch.setattr(RedisBackend, "mark_as_failure", refuse)
         assert not answer(one)
-        assert one.period < 60.0
+        assert one.tries_again
     assert client.AsyncResult("b").state == "FAILURE"
     assert client.AsyncResult("a").state == "PENDING"
     assert answer(one)
     assert client.AsyncResult("a").state == "FAILURE"
 
 
+@pytest.mark.parametrize("embed", [None, [], "odd"])
+def test_an_input_whose_message_has_no_options_is_answered(
+    client: Celery, lose: Callable[..., None], embed: object
+) -> None:
+    lose("a", embed=embed)
+    assert answer(other(client))
+    assert client.AsyncResult("a").state == "FAILURE"
+
+
+@pytest.mark.parametrize("garbage", [b"garbage", b"", b"[]", b"{}", b'{"id": 1}', b"\xff"])
 def test_a_record_that_cannot_be_read_is_dropped(
-    client: Celery, lose: Callable[..., None], caplog: pytest.LogCaptureFixture
+    client: Celery,
+    lose: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    garbage: bytes,
 ) -> None:
     lose("a")
-    client.backend.client.hset(RECORDS, "9", b"garbage")
+    client.backend.client.hset(RECORDS, "9", garbage)
     assert answer(other(client))
     assert "cannot be read and is dropped" in caplog.text
     assert client.AsyncResult("a").state == "FAILURE"
@@ -130,33 +146,60 @@ def test_an_ignored_result_is_not_stored(client: Celery, lose: Callable[..., Non
 def test_what_its_replicas_left_is_removed_also_at_the_end(client: Celery) -> None:
     one, key = other(client), "gw:early:living@test:1"
     client.backend.client.hset(key, mapping={"1": "a", "2": "b", "3": "c"})
-    one.forget([1, 3])
-    assert one.close()
+    assert one.forget([1, 3])
     assert client.backend.client.hkeys(key) == [b"2"]
-    assert one.has_own()
 
 
 def test_a_worker_that_stops_while_inputs_of_it_are_on_record_will_be_answered_for(
-    client: Celery,
+    client: Celery, server: redis.Redis
 ) -> None:
-    one = membership.Membership(client, "one@test", {}, {}, 15.0)
-    broker = one._shared
-    assert broker is not None
+    one = Project(client, server).add("one@test")
     one.run_round()
-    client.backend.client.hset(f"gw:early:{one.start_id}", "1", "a")
+    client.backend.client.hset(f"gw:early:{one.start}", "1", "a")
     one.leave()
-    assert broker.client().zrange("gw:alive", 0, -1) == [one.incarnation.encode()]
-    assert not broker.client().exists("gw:records")
-    client.backend.client.delete(f"gw:early:{one.start_id}")
+    assert server.zrange("gw:alive", 0, -1) == [one.incarnation.encode()]
+    assert not server.exists("gw:records")
+    client.backend.client.delete(f"gw:early:{one.start}")
     one.leave()
-    assert not broker.client().exists("gw:alive")
-    broker.close()
+    assert not server.exists("gw:alive")
 
 
-def test_no_worker_answers_without_redis_or_where_none_is_declared_lost(client: Celery) -> None:
-    assert membership.Membership(client, "w@h", {}, {}, None).lost is None
-    assert lost_inputs.of(client, "w@h:1") is not None
-    with Celery("files", backend="cache+memory://", set_as_current=False) as app:
-        app.conf.result_backend = "cache+memory://"
-        app.backend_cls = "cache+memory://"
-        assert lost_inputs.of(app, "w@h:1") is None
+def test_no_worker_answers_without_redis_or_where_none_is_declared_lost(
+    client: Celery, server: redis.Redis
+) -> None:
+    assert Project(client, server).add("w@h").answers_for_others
+    assert not Project(client, server, ttl=None).add("w@h").answers_for_others
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CELERY_RESULT_BACKEND")
+        with Celery("files", backend="cache+memory://", set_as_current=False) as app:
+            assert not Project(app, server).add("w@h").answers_for_others
+
+
+def test_what_a_lost_worker_runs_after_it_woke_up_is_not_taken_from_it(
+    client: Celery, lose: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("away")
+
+    lose("a")
+    living = other(client)
+    with monkeypatch.context() as patch:
+        patch.setattr(RedisBackend, "mark_as_failure", refuse)
+        assert not answer(living)
+    leave_record(client, LOST, 2, "b")
+    # It is lost until this is done, and so it is taken again.
+    assert answer(living)
+    assert client.AsyncResult("a").state == "FAILURE"
+    assert client.AsyncResult("b").state == "PENDING"
+    assert client.backend.client.hexists(RECORDS, "2")
+
+
+def test_records_lie_beside_the_results_under_their_prefix(
+    client: Celery, lose: Callable[..., None]
+) -> None:
+    client.conf.result_backend_transport_options = {"global_keyprefix": "shop"}
+    lose("a")
+    assert client.backend.client.keys("*gw:*") == [f"shop_{RECORDS}".encode()]
+    assert answer(other(client))
+    assert client.AsyncResult("a").state == "FAILURE"
+    assert client.backend.client.keys("*gw:*") == []

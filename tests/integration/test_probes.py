@@ -10,7 +10,7 @@ import probed
 import pytest
 import redis
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests import pooling, probing
 from tests.probing import Site, probe
 from tests.processes import StartWorker, WorkerProcess, eventually
@@ -187,7 +187,7 @@ def test_a_probe_takes_no_slot_and_needs_none(site: Site) -> None:
 
 
 def test_probes_leave_nothing_in_results_and_events(
-    site: Site, redis_server: devserver.Server
+    site: Site, redis_server: testing.Server
 ) -> None:
     with pooling.events("task-received", probed.celery) as seen:
         worker = site.start(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests import processes
 
 pytestmark = [pytest.mark.integration, pytest.mark.one_celery]
@@ -66,7 +66,7 @@ def run_client(project: Path, env: dict[str, str]) -> subprocess.CompletedProces
 
 
 def test_a_client_in_a_process_of_its_own_awaits_the_deployment(
-    project: Path, redis_server: devserver.Server, redis_url: str, result_url: str
+    project: Path, redis_server: testing.Server, redis_url: str, result_url: str
 ) -> None:
     paths = os.pathsep.join((str(project), processes.environment()["PYTHONPATH"]))
     with processes.workers(project, redis_url, result_url) as start_worker:

@@ -12,7 +12,7 @@ import redis
 from celery import Celery
 
 import gw_celery as gw
-from gw_celery import devserver
+from gw_celery import testing
 from gw_celery.client import calls, result_sources
 
 pytestmark = pytest.mark.integration
@@ -43,7 +43,7 @@ async def until(claim: Callable[[], Any]) -> None:
 def test_each_loss_of_the_connection_is_followed_by_the_first_delay(
     app: Celery,
     watcher: calls.Watcher,
-    redis_server: devserver.Server,
+    redis_server: testing.Server,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def is_subscribed(task_id: str) -> bool:

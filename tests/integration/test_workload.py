@@ -10,7 +10,7 @@ import pytest
 import weighed
 from celery import chain, chord
 
-from gw_celery import devserver
+from gw_celery import testing
 from tests import pooling
 from tests.processes import WorkerProcess, eventually
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def worker(
-    redis_server: devserver.Server, tmp_path_factory: pytest.TempPathFactory
+    redis_server: testing.Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[WorkerProcess]:
     with pooling.module_worker(redis_server, tmp_path_factory, module="weighed") as started:
         yield started

@@ -12,7 +12,7 @@ from kombu.asynchronous import Hub, get_event_loop, set_event_loop
 from kombu.transport import memory
 
 import gw_celery as gw
-from gw_celery import devserver, testing
+from gw_celery import testing
 from gw_celery.client import execution
 
 
@@ -68,7 +68,7 @@ def _every_runtime_is_stopped() -> Iterator[None]:
 
 
 @pytest.fixture
-def server(redis_server: devserver.Server, redis_url: str) -> Iterator[redis.Redis]:
+def server(redis_server: testing.Server, redis_url: str) -> Iterator[redis.Redis]:
     with redis.Redis(unix_socket_path=str(redis_server.socket)) as client:
         yield client
         client.acl_setuser("default", enabled=True, categories=["+@all"])

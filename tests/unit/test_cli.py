@@ -1,6 +1,9 @@
+"""``celery gw ...`` as an operator types it, with workers whose answers are given."""
+
 from __future__ import annotations
 
 import json
+from importlib.metadata import entry_points
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,27 +11,48 @@ import pytest
 from click.testing import CliRunner, Result
 from kombu import pidbox
 
-from gw_celery import cli
-from gw_celery.protocol import snapshot
 
-READY = snapshot.Replica(
-    number=0,
-    state="ready",
-    pid=4711,
-    devices=("GPU-1", "GPU-2"),
-    slots=8,
-    in_flight=3,
-    restarts=1,
-)
-FAILED = snapshot.Replica(number=1, state="failed", restarts=4, last_error="no such model")
-GPU = snapshot.Worker(
-    hostname="gpu@host",
-    replicas=(READY, FAILED),
-    ready_slots={"embed": 8},
+def gw(line: str, app: Any) -> Result:
+    """The command that Celery loads as its plugin."""
+    (command,) = entry_points(group="celery.commands", name="gw")
+    return CliRunner().invoke(command.load(), line.split(), obj=SimpleNamespace(app=app))
+
+
+# -- what workers answer: docs/gpu-pool.md and tests/goldens/control.json have it --
+
+
+def worker(**given: Any) -> dict[str, Any]:
+    return {"replicas": [], "waiting": 0, "open_queues": [], "closed_queues": [], **given}
+
+
+def replica(number: int, state: str, **given: Any) -> dict[str, Any]:
+    nothing = {"pid": None, "slots": 0, "in_flight": 0, "restarts": 0, "last_error": ""}
+    return {"number": number, "state": state, **nothing, **given}
+
+
+def probe(kind: str, name: str, **given: Any) -> dict[str, Any]:
+    return {"kind": kind, "name": name, "is_ok": None, "failures": 0, "detail": "", **given}
+
+
+def score(**given: Any) -> dict[str, Any]:
+    return {
+        "value": None,
+        "measured": None,
+        "served": None,
+        "drift": None,
+        "benchmarks": [],
+        **given,
+    }
+
+
+READY = replica(0, "ready", pid=4711, devices=["GPU-1", "GPU-2"], slots=8, in_flight=3, restarts=1)
+FAILED = replica(1, "failed", restarts=4, last_error="no such model")
+GPU = worker(
+    replicas=[READY, FAILED],
     waiting=2,
-    open_queues=("cpu.embed", "celery"),
-    closed_queues=("cpu.classify",),
-).as_json()
+    open_queues=["cpu.embed", "celery"],
+    closed_queues=["cpu.classify"],
+)
 
 
 class Typed:
@@ -44,9 +68,7 @@ class Typed:
 
     def __call__(self, line: str, *workers: dict[str, Any]) -> Result:
         self.workers = list(workers) or self.workers
-        control = SimpleNamespace(broadcast=self.broadcast)
-        obj = SimpleNamespace(app=SimpleNamespace(control=control))
-        return CliRunner().invoke(cli.gw, line.split(), obj=obj)
+        return gw(line, SimpleNamespace(control=SimpleNamespace(broadcast=self.broadcast)))
 
 
 @pytest.fixture
@@ -55,21 +77,20 @@ def typed() -> Typed:
 
 
 def test_a_replica_is_shown_with_the_last_answers_of_its_probes(typed: Typed) -> None:
-    probes = (
-        snapshot.Probe(name="Model.starts", kind="startup", is_ok=True, seconds=0.25),
-        snapshot.Probe(
-            name="Model.health",
-            kind="readiness",
+    probes = [
+        probe("startup", "Model.starts", is_ok=True, seconds=0.25),
+        probe(
+            "readiness",
+            "Model.health",
             is_ok=False,
             failures=2,
             detail="returned False",
             seconds=3.0,
         ),
-        snapshot.Probe(name="Model.health", kind="liveness"),
-    )
-    replica = snapshot.Replica(number=0, state="unready", pid=4711, slots=8, probes=probes)
-    worker = snapshot.Worker(hostname="gpu@host", replicas=(replica,)).as_json()
-    assert typed("status", {"gpu@host": worker}).output.splitlines()[2:] == [
+        probe("liveness", "Model.health"),
+    ]
+    unready = replica(0, "unready", pid=4711, slots=8, probes=probes)
+    assert typed("status", {"gpu@host": worker(replicas=[unready])}).output.splitlines()[2:] == [
         "    startup probe Model.starts passed, in 0.25 s",
         "    readiness probe Model.health failed, 2 in a row, in 3 s: returned False",
         "    liveness probe Model.health has not answered yet",
@@ -87,7 +108,7 @@ def test_a_worker_is_shown_with_its_queues_and_replicas(typed: Typed) -> None:
 
 
 def test_a_worker_that_cannot_store_results_says_why_it_takes_nothing(typed: Typed) -> None:
-    away = snapshot.Worker(hostname="", outage="ConnectionError(refused)").as_json()
+    away = worker(outage="ConnectionError(refused)")
     assert typed("status", {"a@host": away}).output.splitlines() == [
         "a@host: 0 waiting; consumes nothing; closed: nothing",
         "  consuming is paused, results cannot be stored: ConnectionError(refused)",
@@ -95,27 +116,20 @@ def test_a_worker_that_cannot_store_results_says_why_it_takes_nothing(typed: Typ
 
 
 def test_the_scores_of_a_worker_are_shown_with_where_they_come_from(typed: Typed) -> None:
-    measured = snapshot.Benchmark(
-        task="p.embed",
-        value=480.0,
-        least=450.0,
-        most=495.0,
-        rounds=(450.0, 480.0, 495.0),
-        success_rate=0.9,
-        p50=0.0203,
-        p95=0.031,
-        failure="KeyError: 'x'",
-        age=7300.0,
-    )
-    scores = {
-        "": snapshot.Score(value=7.0, served=7.0),
-        "p.embed": snapshot.Score(
-            value=300.0, measured=480.0, served=300.0, drift=-0.375, benchmarks=(measured,)
-        ),
-        "p.rank": snapshot.Score(),
+    measured = {
+        "task": "p.embed",
+        "value": 480.0,
+        "least": 450.0,
+        "most": 495.0,
+        "success_rate": 0.9,
+        "p50": 0.0203,
+        "p95": 0.031,
+        "failure": "KeyError: 'x'",
+        "age": 7300.0,
     }
-    worker = snapshot.Worker(hostname="", scores=scores).as_json()
-    assert typed("status", {"a@host": worker}).output.splitlines()[1:] == [
+    embed = score(value=300.0, measured=480.0, served=300.0, drift=-0.375, benchmarks=[measured])
+    scores = {"": score(value=7.0, served=7.0), "p.embed": embed, "p.rank": score()}
+    assert typed("status", {"a@host": worker(scores=scores)}).output.splitlines()[1:] == [
         "  plain tasks: 7/s a replica, as served; it has no benchmark",
         "  p.embed: 300/s a replica, as served; -38% from the benchmark's 480/s",
         "    p.embed: 480/s (450 to 495), p50 20.3 ms, p95 31 ms, 90% succeeded, measured 2 h "
@@ -124,7 +138,7 @@ def test_the_scores_of_a_worker_are_shown_with_where_they_come_from(typed: Typed
 
 
 def test_workers_are_shown_in_the_order_of_their_names(typed: Typed) -> None:
-    idle = snapshot.Worker(hostname="").as_json()
+    idle = worker()
     result = typed("status", {"b@host": idle}, {"a@host": idle})
     assert result.output.splitlines() == [
         "a@host: 0 waiting; consumes nothing; closed: nothing",
@@ -132,9 +146,22 @@ def test_workers_are_shown_in_the_order_of_their_names(typed: Typed) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("age", "said"), [(119.0, "119 s ago"), (3000.0, "50 min ago"), (86_400.0, "24 h ago")]
+)
+def test_the_age_of_a_benchmark_is_said_in_what_people_count_by(
+    typed: Typed, age: float, said: str
+) -> None:
+    figures = {"task": "p.embed", "value": 4.0, "least": 4.0, "most": 4.0, "success_rate": 1.0}
+    measured = {**figures, "p50": 0.02, "p95": 0.03, "failure": "", "age": age}
+    embed = score(value=4.0, measured=4.0, benchmarks=[measured])
+    output = typed("status", {"a@host": worker(scores={"p.embed": embed})}).output
+    assert output.endswith(f"measured {said}\n")
+
+
 def test_programs_get_one_json_document(typed: Typed) -> None:
     result = typed("status --json", {"gpu@host": GPU}, {"b@host": GPU})
-    assert json.loads(result.output) == json.loads(json.dumps({"gpu@host": GPU, "b@host": GPU}))
+    assert json.loads(result.output) == {"gpu@host": GPU, "b@host": GPU}
 
 
 @pytest.mark.parametrize("workers", [None, []])
@@ -231,14 +258,14 @@ def test_answers_of_workers_without_the_gpu_pool_do_not_count(typed: Typed, line
 
 def test_without_a_dead_letter_queue_the_command_says_which_setting_it_is() -> None:
     app = SimpleNamespace(conf={"gw_dead_letter_queue": None})
-    result = CliRunner().invoke(cli.gw, ["dead"], obj=SimpleNamespace(app=app))
+    result = gw("dead", app)
     assert result.exit_code == 1
     assert "gw_dead_letter_queue is None" in result.stderr
 
 
 def test_the_autoscaler_says_how_many_it_wants_and_why(typed: Typed) -> None:
-    scaling = snapshot.Scaling(least=1, most=4, desired=3, actual=2, why="embed needs 2.50")
-    result = typed("status", {"gpu@host": GPU | {"scaling": scaling.as_json()}})
+    scaling = {"least": 1, "most": 4, "desired": 3, "actual": 2, "why": "embed needs 2.50"}
+    result = typed("status", {"gpu@host": GPU | {"scaling": scaling}})
     assert (
         "  autoscaler: 2 replicas, 3 wanted, 1 to 4: embed needs 2.50" in result.output.splitlines()
     )

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from celery import Celery
+from kombu import serialization
+from kombu.exceptions import EncodeError
 
 import gw_celery as gw
-from gw_celery import codec, conf, errors
-from gw_celery.client import preset
+from gw_celery import errors
+from tests.starting import refusal, started
 
 
 def bare(**own: object) -> Celery:
@@ -14,14 +19,14 @@ def bare(**own: object) -> Celery:
     return app
 
 
-def limited(celery_app: Celery, timeout: float | None) -> gw.App:
-    app = gw.App("limited", celery=celery_app)
+def limited(celery_app: Celery, timeout: float | None) -> Celery:
+    """The app, with a service on the queue ``cpu.body`` whose inputs have this time limit."""
 
-    @app.remote(timeout=timeout)
+    @gw.App("limited", celery=celery_app).remote(gpu=gw.Gpu("CPU"), timeout=timeout)
     async def body(): ...
 
     celery_app.finalize()
-    return app
+    return celery_app
 
 
 def test_it_fills_in_what_the_user_left_at_celerys_default() -> None:
@@ -80,74 +85,92 @@ def test_it_can_be_called_twice() -> None:
     assert before == (app.conf.broker_transport_options, app.conf.accept_content)
 
 
+@pytest.fixture
+def _defaults_afterwards() -> Iterator[None]:
+    yield
+    gw.preset(bare())
+
+
+@pytest.mark.usefixtures("_defaults_afterwards")
 def test_the_limits_of_the_settings_reach_the_codec() -> None:
-    preset.configure_codec(conf.Settings(max_payload_depth=3))
-    try:
-        with pytest.raises(errors.SerializationError, match="3 levels"):
-            codec.dumps([[[[1]]]])
-    finally:
-        preset.configure_codec(conf.Settings())
-    assert codec.loads(codec.dumps([[[[1]]]])) == [[[[1]]]]
+    gw.preset(bare(gw_max_payload_depth=3))
+    with pytest.raises(EncodeError, match="3 levels"):
+        serialization.dumps([[[[1]]]], serializer="gw-json")
+    gw.preset(bare())
+    kind, encoding, written = serialization.dumps([[[[1]]]], serializer="gw-json")
+    assert serialization.loads(written, kind, encoding, accept=[kind]) == [[[[1]]]]
+
+
+def test_what_the_user_set_is_kept_in_any_namespace() -> None:
+    class Project:
+        CELERY_ACCEPT_CONTENT = ["json"]
+
+    app = Celery("named", broker="memory://", set_as_current=False)
+    app.config_from_object(Project, namespace="CELERY")
+    app.conf.broker_connection_retry_on_startup = False
+    gw.preset(app)
+
+    assert app.conf.accept_content == ["json"]
+    assert app.conf.broker_connection_retry_on_startup is False
+    assert app.conf.result_serializer == "gw-json"
 
 
 def test_after_the_preset_our_content_is_accepted() -> None:
-    app = bare()
+    app = limited(bare(), 300)
     gw.preset(app)
 
-    preset.require_content(app)
-    assert codec.NAME in app.conf.accept_content
-    assert app.conf.result_serializer == codec.NAME
+    with started(app, "cpu.body"):
+        assert "gw-json" in app.conf.accept_content
+    assert app.conf.result_serializer == "gw-json"
 
 
 @pytest.mark.parametrize("name", ["accept_content", "result_accept_content"])
-def test_content_that_is_not_accepted_is_an_error_with_the_remedy(name: str) -> None:
-    app = bare(**{name: ["json"]})
+def test_content_that_is_not_accepted_is_an_error_with_the_remedy(
+    name: str, tmp_path: Path
+) -> None:
+    app = limited(bare(**{name: ["json"]}), 300)
     gw.preset(app)
 
-    with pytest.raises(errors.ConfigurationError) as caught:
-        preset.require_content(app)
-    assert f"{name}=['json'] lacks 'gw-json'" in str(caught.value)
-    assert "call gw_celery.preset(app), or add it" in str(caught.value)
+    said = refusal(app, "cpu.body", folder=tmp_path)
+    assert f"{name}=['json'] lacks 'gw-json'" in said
+    assert "call gw_celery.preset(app), or add it" in said
 
 
-def test_a_serializer_that_changes_answers_is_an_error() -> None:
-    app = bare(result_serializer="json")
+def test_a_serializer_that_changes_answers_is_an_error(tmp_path: Path) -> None:
+    app = limited(bare(result_serializer="json"), 300)
     gw.preset(app)
 
-    with pytest.raises(errors.ConfigurationError, match="result_serializer='json'"):
-        preset.require_content(app)
+    assert "result_serializer='json'" in refusal(app, "cpu.body", folder=tmp_path)
 
 
-def test_a_default_visibility_is_raised_over_the_longest_limit(celery_app) -> None:
-    app = limited(celery_app, 7200)
-    preset.require_visibility(celery_app, [app.registry])
-
-    assert celery_app.conf.broker_transport_options["visibility_timeout"] > 7200
+def test_a_default_visibility_is_raised_over_the_longest_limit(celery_app: Celery) -> None:
+    with started(limited(celery_app, 7200), "celery"):
+        assert celery_app.conf.broker_transport_options["visibility_timeout"] > 7200
 
 
 @pytest.mark.parametrize("timeout", [300, None])
-def test_a_visibility_that_is_long_enough_is_left(celery_app, timeout) -> None:
-    app = limited(celery_app, timeout)
-    preset.require_visibility(celery_app, [app.registry])
-
-    assert celery_app.conf.broker_transport_options["visibility_timeout"] == 3600
+def test_a_visibility_that_is_long_enough_is_left(
+    celery_app: Celery, timeout: float | None
+) -> None:
+    with started(limited(celery_app, timeout), "celery"):
+        assert celery_app.conf.broker_transport_options["visibility_timeout"] == 3600
 
 
 @pytest.mark.parametrize("value", ["100", None, True])
-def test_a_visibility_that_is_no_number_is_an_error(celery_app, value) -> None:
+def test_a_visibility_that_is_no_number_is_an_error(
+    celery_app: Celery, value: object, tmp_path: Path
+) -> None:
     celery_app.conf.broker_transport_options = {"visibility_timeout": value}
-    app = limited(celery_app, 300)
 
-    with pytest.raises(errors.ConfigurationError, match=r"must be seconds, a number") as caught:
-        preset.require_visibility(celery_app, [app.registry])
-    assert f"['visibility_timeout']={value!r}" in str(caught.value)
+    said = refusal(limited(celery_app, 300), "celery", folder=tmp_path)
+    assert f"['visibility_timeout']={value!r}: must be seconds, a number" in said
 
 
-def test_a_visibility_of_the_users_under_a_limit_is_an_error(celery_app) -> None:
+def test_a_visibility_of_the_users_under_a_limit_is_an_error(
+    celery_app: Celery, tmp_path: Path
+) -> None:
     celery_app.conf.broker_transport_options = {"visibility_timeout": 200}
-    app = limited(celery_app, 300)
 
-    with pytest.raises(errors.ConfigurationError) as caught:
-        preset.require_visibility(celery_app, [app.registry])
-    assert "['visibility_timeout']=200" in str(caught.value)
-    assert "300 s" in str(caught.value)
+    said = refusal(limited(celery_app, 300), "celery", folder=tmp_path)
+    assert "['visibility_timeout']=200" in said
+    assert "300 s" in said

@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import signal
 import threading
 import time
-import types
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import redis
 from celery import Celery
 
-from gw_celery import devserver
-from gw_celery.cluster import early_acks, liveness, membership, queue_lengths
-from gw_celery.protocol import snapshot, worker_record
-from gw_celery.testing import eventually
-from tests.unit.cluster.project import Project
+from gw_celery.testing import Server, eventually
+from tests.cluster_harness import Project, leave_record
 
 TTL = 15
-Make = Callable[..., Project]
 
 
 @pytest.fixture
-def app(gw_broker: devserver.Server) -> Iterator[Celery]:
+def app(gw_broker: Server) -> Iterator[Celery]:
     with Celery("cluster", broker=gw_broker.broker_url, set_as_current=False) as app:
         yield app
 
 
 @pytest.fixture
-def client(gw_broker: devserver.Server) -> Iterator[redis.Redis]:
+def client(gw_broker: Server) -> Iterator[redis.Redis]:
     with redis.Redis(unix_socket_path=str(gw_broker.socket)) as client:
         yield client
 
 
 @pytest.fixture
-def project(monkeypatch: pytest.MonkeyPatch, app: Celery, client: redis.Redis) -> Iterator[Project]:
-    project = Project(monkeypatch, app, client)
-    yield project
-    project.close()
+def project(app: Celery, client: redis.Redis) -> Iterator[Project]:
+    with Project(app, client).running() as project:
+        yield project
 
 
 @pytest.fixture
@@ -67,14 +61,14 @@ def test_workers_know_each_other_and_one_that_leaves_is_forgotten_at_once(three:
 
 
 def test_a_record_is_what_the_worker_told_last(project: Project) -> None:
-    one, _ = project.add("a@h", ready_slots={"model": 8}), project.add("b@h")
+    one, two = project.add("a@h", slots=8), project.add("b@h")
     project.after(2)
-    (seen,) = project.workers["b@h"].others
+    seen = two.others["a@h"]
     assert (seen.worker, seen.serves, seen.incarnation) == ("a@h", ",model", one.incarnation)
     assert (seen.services["model"].slots, seen.services["model"].queues) == (8, "gpu.A100.model")
-    one.tell(snapshot.Worker(hostname="a@h", scores={"model": snapshot.Score(value=2.5)}), None)
+    one.tell(score=2.5, is_scaled=False)
     project.after(2)
-    (seen,) = project.workers["b@h"].others
+    seen = two.others["a@h"]
     assert (seen.services["model"].score, seen.size) == (2.5, None)
 
 
@@ -89,8 +83,9 @@ def test_what_cannot_be_read_harms_no_worker_and_may_be_of_another_version(three
 
 
 def test_a_record_of_none_that_beats_is_removed(three: Project) -> None:
-    written = worker_record.WorkerRecord(worker="ghost@h").dumps()
-    three.client.hset("gw:records", "ghost@h:1.0", written)
+    incarnation = three.workers["b@h"].incarnation
+    written: Any = three.client.hget("gw:records", incarnation)
+    three.client.hset("gw:records", "ghost@h:1.0", written.replace(b"b@h", b"ghost@h"))
     three.after(2)
     assert three.known("a@h") == ["b@h", "c@h"]
     assert not three.client.hexists("gw:records", "ghost@h:1.0")
@@ -108,25 +103,22 @@ def test_a_worker_that_starts_again_under_its_name_counts_once(three: Project) -
 
 
 def test_the_more_workers_there_are_the_more_rarely_each_reads(project: Project) -> None:
-    one = project.add("a@h")
+    project.add("a@h")
     names = [f"w{number}@h:1.0" for number in range(499)]
     project.client.zadd("gw:alive", dict.fromkeys(names, 1e9 + project.now))
-    project.after(1)
-    assert one._records_period == 5.0
-    project.after(1)
-    two = project.add("b@h")
     project.after(2)
-    assert project.known("a@h") == []
-    assert project.known("b@h") == ["a@h"]
+    project.add("b@h")
     project.after(3)
+    assert project.known("a@h") == [], "it reads every five seconds"
+    assert project.known("b@h") == ["a@h"]
+    project.after(2)
     assert project.known("a@h") == ["b@h"]
-    assert two.others
 
 
-def test_records_are_read_only_where_something_depends_on_them(three: Project, app: Celery) -> None:
-    three.workers["fixed@h"] = one = membership.Membership(app, "fixed@h", {"": []}, {}, TTL)
+def test_records_are_read_only_where_something_depends_on_them(three: Project) -> None:
+    one = three.add("fixed@h", reads=False)
     three.after(3)
-    assert one.others == ()
+    assert one.others == {}
     assert three.known("a@h") == ["b@h", "c@h", "fixed@h"]
     one.read_others()
     three.after(1)
@@ -138,16 +130,13 @@ def test_a_project_that_is_used_no_more_is_forgotten(three: Project) -> None:
     assert 0 < three.client.ttl("gw:alive") <= 7 * 86_400
 
 
-def test_keys_begin_as_those_of_the_broker(
-    monkeypatch: pytest.MonkeyPatch, app: Celery, client: redis.Redis
-) -> None:
+def test_keys_begin_as_those_of_the_broker(app: Celery, client: redis.Redis) -> None:
     app.conf.broker_transport_options = {"global_keyprefix": "shop:"}
-    project = Project(monkeypatch, app, client)
-    project.add("a@h", {"q": {"model": 2}})
-    project.after(2)
-    keys: Any = client.keys("*gw:*")
-    assert set(keys) == {b"shop:gw:alive", b"shop:gw:records", b"shop:gw:wait:q"}
-    project.close()
+    with Project(app, client).running() as project:
+        project.add("a@h", {"q": {"model": 2}})
+        project.after(2)
+        keys: Any = client.keys("*gw:*")
+        assert set(keys) == {b"shop:gw:alive", b"shop:gw:records", b"shop:gw:wait:q"}
 
 
 # -- who is lost --
@@ -180,6 +169,18 @@ def test_a_clock_that_is_set_keeps_no_dead_worker_alive(three: Project, shift: f
     assert three.known("a@h") == ["c@h"]
 
 
+def test_no_worker_is_lost_because_the_clock_of_redis_is_set_little_by_little(
+    three: Project,
+) -> None:
+    killed = three.workers.pop("b@h").incarnation
+    for _ in range(3 * TTL):
+        three.shift += 0.2
+        three.after(1)
+    assert three.tombstones() == set()
+    three.after(TTL + 5)
+    assert three.tombstones() == {killed}
+
+
 def test_no_worker_is_lost_because_redis_lost_its_data(three: Project) -> None:
     three.client.flushall()
     three.after(1)
@@ -205,27 +206,21 @@ def test_a_killed_worker_is_declared_once_and_leaves_nothing_but_its_tombstone(
     assert 6 * 86_400 < three.client.ttl(f"gw:dead:{killed}") <= 7 * 86_400
 
 
-def test_a_silent_worker_counts_no_more_also_between_two_readings(three: Project) -> None:
-    three.workers.pop("b@h")
-    three.workers["a@h"]._next_records = math.inf
-    three.after(TTL + 2)
-    assert three.known("a@h") == ["c@h"]
-
-
 def test_a_worker_that_has_beaten_since_its_beat_was_read_is_not_declared(
-    project: Project, client: redis.Redis
+    three: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = ("gw:alive", "gw:dead:a", "gw:records")
+    evaluate, asked = redis.Redis.eval, []
 
-    def declare(beat: str) -> Any:
-        return client.eval(liveness.DECLARE, len(keys), *keys, "a", beat, "me", 60)
+    def evaluate_late(client: redis.Redis, *arguments: Any) -> Any:
+        three.workers["b@h"].run_round()
+        asked.append(arguments)
+        return evaluate(client, *arguments)
 
-    client.zadd("gw:alive", {"a": 100.5})
-    assert declare("99.5") == 0
-    assert not client.exists("gw:dead:a")
-    assert declare("100.5") == liveness.DECLARED
-    assert declare("100.5") == liveness.WAS_DECLARED
-    assert client.get("gw:dead:a") == b"me"
+    monkeypatch.setattr(redis.Redis, "eval", evaluate_late)
+    three.after(TTL + 1, frozen=["b@h"])
+    assert asked
+    assert three.tombstones() == set()
+    assert len(three.alive()) == 3
 
 
 def test_a_frozen_worker_finds_its_tombstone_and_goes_on_as_another(
@@ -270,38 +265,41 @@ def test_what_its_declarer_left_undone_is_done_by_another(three: Project) -> Non
 
 
 def test_nothing_is_taken_from_a_worker_that_woke_up_because_its_declarer_left_its_name(
-    three: Project,
+    gw_broker: Server, app: Celery, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = three.workers["b@h"].incarnation
-    three.after(TTL + 5, frozen=["b@h"])
-    three.after(3)
-    taken: list[str] = []
-    for name, worker in three.workers.items():
-        lost = types.SimpleNamespace(take=taken.append, answered=(), close=lambda: None)
-        lost.has_own = lambda: False
-        worker.lost = cast(Any, lost)
-        assert worker.incarnation != before, name
-    three.client.zadd("gw:alive", {before: 1e9 + three.now - 3 * TTL})
-    three.after(TTL)
-    assert taken == []
-    assert before not in three.alive()
-    three.workers.pop("b@h")
-    three.after(TTL + 5)
-    assert set(taken) == {early_acks.start_of(before) + ".1"}
+    app.conf.result_backend = gw_broker.result_url
+    with Project(app, client).running() as project:
+        for name in ("a@h", "b@h"):
+            project.add(name)
+        project.after(TTL + 5)
+        woken = project.workers["b@h"]
+        before = woken.incarnation
+        project.after(TTL + 5, frozen=["b@h"])
+        eventually(lambda: project.after(1, frozen=["b@h"]) or before not in project.alive())
+        project.after(3)
+        assert woken.incarnation != before
+        leave_record(app, woken.start, 7, "running")  # by now: it was not there as it was lost
+        client.zadd("gw:alive", {before: 1e9 + project.now - 3 * TTL})
+        project.after(TTL)
+        assert before not in project.alive()
+        assert "it left" not in caplog.text
+        project.workers.pop("b@h")
+        project.after(TTL + 5)
+        eventually(lambda: "it left 1 inputs" in caplog.text)
+        eventually(lambda: app.AsyncResult("running").state == "FAILURE")
 
 
 def test_without_a_ttl_none_is_declared_lost_and_the_silent_do_not_count(
-    monkeypatch: pytest.MonkeyPatch, app: Celery, client: redis.Redis
+    app: Celery, client: redis.Redis
 ) -> None:
-    project = Project(monkeypatch, app, client, ttl=None)
-    for name in ("a@h", "b@h"):
-        project.add(name)
-    project.after(TTL + 5)
-    project.workers.pop("b@h")
-    project.after(3 * TTL)
-    assert project.tombstones() == set()
-    assert project.known("a@h") == []
-    project.close()
+    with Project(app, client, ttl=None).running() as project:
+        for name in ("a@h", "b@h"):
+            project.add(name)
+        project.after(TTL + 5)
+        project.workers.pop("b@h")
+        project.after(3 * TTL)
+        assert project.tombstones() == set()
+        assert project.known("a@h") == []
 
 
 def test_a_worker_of_the_version_before_is_neither_seen_nor_harmed(three: Project) -> None:
@@ -317,45 +315,22 @@ def test_a_worker_of_the_version_before_is_neither_seen_nor_harmed(three: Projec
     assert three.client.hlen("gw:load:gpu.A100.model") == 1
 
 
-CROSSSLOT = "return redis.error_reply('CROSSSLOT Keys in request do not hash to the same slot')"
-
-
 @pytest.mark.parametrize("is_cluster", [False, True])
 def test_where_scripts_are_refused_workers_know_each_other_and_declare_none(
-    app: Celery,
-    client: redis.Redis,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    is_cluster: bool,
+    project: Project, caplog: pytest.LogCaptureFixture, is_cluster: bool
 ) -> None:
-    monkeypatch.setattr(liveness.Trust, "beat", lambda *_: True)
-    workers = [membership.Membership(app, name, {"": ["q"]}, {}, 15.0) for name in ("a@h", "b@h")]
-    one, two = workers
-    if is_cluster:
-        monkeypatch.setattr(liveness, "BEAT", CROSSSLOT)
-    else:
-        client.execute_command("ACL", "SETUSER", "default", "-@scripting")
-    try:
-        for worker in workers:
-            worker.read_others()
-        for worker in [*workers, *workers]:
-            worker._next_beat = worker._next_records = 0.0
-            worker.run_round()
-        assert [other.incarnation for other in one.others] == [two.incarnation]
-        client.zadd("gw:alive", {two.incarnation: 1.0})
-        one._next_beat = 0.0
-        one.run_round()
-        assert one.others == ()
-        assert not client.exists(f"gw:dead:{two.incarnation}")
+    with project.without_scripts(is_cluster=is_cluster):
+        _, two = project.add("a@h"), project.add("b@h")
+        project.after(TTL + 5)
+        assert project.known("a@h") == ["b@h"]
         assert len([line for line in caplog.messages if "refuses scripts" in line]) == 2
-        client.set(f"gw:dead:{two.incarnation}", "c@h:1.0")
-        two._next_beat = 0.0
-        two.run_round()
-        assert two.incarnation.endswith(".1")
-    finally:
-        client.execute_command("ACL", "SETUSER", "default", "+@scripting")
-        for worker in workers:
-            worker.leave()
+        project.after(2 * TTL, frozen=["b@h"])
+        assert project.known("a@h") == []
+        assert project.tombstones() == set()
+        before = two.incarnation
+        project.client.set(f"gw:dead:{before}", "c@h:1.0")  # by one that has scripts
+        project.after(2)
+        assert two.incarnation != before
 
 
 # -- what callers are told --
@@ -364,24 +339,19 @@ LIMITED = {"gpu.A100.model": {"model": 2}}
 WAIT = "gw:wait:gpu.A100.model"
 
 
-def busy(waiting: float, score: float | None = 10.0, slots: int = 2) -> dict[str, Any]:
-    """The snapshot of a worker that does ``score`` a second with one replica of two slots."""
-    return {
-        "tallies": {"model": snapshot.Counters(waiting=waiting, arrived_inputs=7, mean=2.0)},
-        "scores": {"model": snapshot.Score(value=score)},
-        "ready_slots": {"model": slots},
-    }
+#: Of a worker that does 10 a second with one replica of two slots.
+BUSY: Any = {"waiting": 10.0, "score": 10.0, "slots": 2}
 
 
 def test_callers_are_told_what_is_ahead_over_what_all_workers_do(
     project: Project, client: redis.Redis
 ) -> None:
     client.rpush("gpu.A100.model", *range(20))
-    project.add("a@h", LIMITED, **busy(10.0))
+    project.add("a@h", LIMITED, **BUSY)
     project.after(2)
     assert float(str(client.get(WAIT), "utf-8")) == (20 * 2.0 + 10.0) / 10.0
     assert 4000 < client.pttl(WAIT) <= 5000
-    project.add("b@h", LIMITED, **busy(10.0))
+    project.add("b@h", LIMITED, **BUSY)
     project.after(3)
     assert float(str(client.get(WAIT), "utf-8")) == (20 * 2.0 + 20.0) / 20.0
     project.workers.pop("b@h").leave()
@@ -392,10 +362,10 @@ def test_callers_are_told_what_is_ahead_over_what_all_workers_do(
 def test_a_worker_that_serves_nothing_now_refuses_no_input(
     project: Project, client: redis.Redis
 ) -> None:
-    one = project.add("a@h", LIMITED, **busy(10.0))
+    one = project.add("a@h", LIMITED, **BUSY)
     project.after(2)
     assert client.exists(WAIT)
-    one.observe(snapshot.Worker(hostname="a@h", **busy(10.0, slots=0)))
+    one.tell(**{**BUSY, "slots": 0})
     project.after(2)
     assert not client.exists(WAIT)
 
@@ -410,19 +380,15 @@ def test_the_lengths_of_all_queues_are_read_once_somebody_follows_them(
     client.rpush("gpu.A100.model", 1, 2)
     client.rpush("celery\x06\x163", 1)  # kombu's list of a priority
     project.after(5)
-    assert one.latest() is None
-    one.follow(lambda: read.append(one.latest()))
+    assert one.reading() is None
+    one.follow(lambda: read.append(one.reading()))
     project.after(5)
-    reading = one.latest()
+    reading = one.reading()
     assert reading is not None
-    assert reading.lengths == {
-        "gpu.A100.model": queue_lengths.Length(2),
-        "celery": queue_lengths.Length(1),
-    }
-    assert (reading.others, read[-1]) == ((), reading)
+    assert reading.lengths == {"gpu.A100.model": (2, None), "celery": (1, None)}
+    assert (reading.others, read[-1]) == ([], reading)
     project.now += 6.0
-    assert one.latest() is None, "it says nothing about now"
-    one.close()
+    assert one.reading() is None, "it says nothing about now"
 
 
 def test_workers_that_come_together_meet_before_anything_is_decided(project: Project) -> None:
@@ -430,18 +396,17 @@ def test_workers_that_come_together_meet_before_anything_is_decided(project: Pro
 
     def seconds_until_known() -> int:
         for second in range(60):
-            if one.latest() is not None:
+            if one.reading() is not None:
                 return second
             project.after(1)
         raise AssertionError
 
     project.after(1)
     one.follow(lambda: None)
-    one.close()  # its thread: the test drives it
     assert 2 <= seconds_until_known() <= 4
     project.is_away = True
     project.after(10)
-    assert one.latest() is None
+    assert one.reading() is None
     project.is_away = False
     assert 12 <= seconds_until_known() <= 14, "others may have hung for two more of their waits"
     project.is_away = True
@@ -455,8 +420,7 @@ def test_who_is_back_first_after_an_outage_decides_nothing_alone(project: Projec
     one, others = project.add("a@h"), []
     project.add("b@h")
     project.after(1)
-    one.follow(lambda: others.append([other.worker for other in one.others]))
-    one.close()  # its thread: the test drives it
+    one.follow(lambda: others.append(sorted(one.others)))
     project.after(5)
     others.clear()
     project.is_away = True
@@ -468,33 +432,29 @@ def test_who_is_back_first_after_an_outage_decides_nothing_alone(project: Projec
     assert all(names == ["b@h"] for names in others)
 
 
-def test_nothing_is_decided_by_a_round_while_the_autoscaler_begins(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_decided_by_a_round_while_the_autoscaler_begins(project: Project) -> None:
     one, read = project.add("a@h", LIMITED), []
     project.after(2)
     project.now += 1.0
-    is_inside = False
+    rounds = iter([one.run_round])  # of the thread, which runs already
 
-    def monotonic() -> float:
-        nonlocal is_inside
-        if not is_inside:
-            is_inside = True
-            one.run_round()  # of the thread, which runs already
-        return project.now
+    def on_clock() -> None:
+        for run_round in rounds:
+            run_round()
+            read.append("a round")
 
-    for name in ("start", "wake"):
-        monkeypatch.setattr(one, name, lambda: None)
-    monkeypatch.setattr(membership, "time", types.SimpleNamespace(monotonic=monotonic))
-    one.follow(lambda: read.append(one.latest()))
-    assert (is_inside, read) == (True, [])
+    project.on_clock = on_clock
+    one.follow(lambda: read.append(one.reading()))
+    assert read == ["a round"]
 
 
-def test_it_looks_more_often_while_nothing_is_loaded_and_at_once(app: Celery) -> None:
-    one = membership.Membership(app, "a@h", {"": ["celery"]}, {}, 15.0)
-    one.observe(snapshot.Worker(hostname="a@h"))
+def test_it_looks_more_often_while_nothing_is_loaded_and_at_once(
+    app: Celery, client: redis.Redis
+) -> None:
+    project = Project(app, client)  # on the clock of this process
+    one = project.add("a@h")
     looks: list[float] = []
-    one.follow(lambda: looks.append(time.monotonic()))
+    one.follow(lambda: looks.append(time.monotonic()), starts=True)
     eventually(lambda: len(looks) == 1)
     one.at_zero(is_at_zero=True)
     began = time.monotonic()
@@ -510,43 +470,93 @@ def test_without_a_redis_a_worker_stands_alone_and_says_so_once(
     for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"):
         monkeypatch.delenv(name, raising=False)
     with Celery(broker="memory://", backend="cache+memory://", set_as_current=False) as app:
-        one = membership.Membership(app, "a@h", {"": ["celery"]}, {}, 15.0)
+        one = Project(app, None).add("a@h")
         has_read = threading.Event()
         with caplog.at_level(logging.INFO):
             one.begin()
-            assert one._thread is None, "there is nothing to do for it"
-            one.follow(has_read.set)
+            assert not one.has_thread, "there is nothing to do for it"
+            one.follow(has_read.set, starts=True)
             assert has_read.wait(10)
-        reading = one.latest()
+        reading = one.reading()
         assert reading is not None
-        assert (reading.lengths, reading.others, one.counts, one.is_alone) == (
-            None,
-            None,
-            None,
-            True,
-        )
+        assert (reading.lengths, reading.others, one.is_alone) == (None, None, True)
+        assert not one.answers_for_others
         assert one.close()
     assert [line for line in caplog.messages if "stands alone" in line] == caplog.messages
 
 
+# -- its thread --
+
+
 def test_a_redis_that_hangs_holds_neither_the_loop_nor_the_end_up(
-    app: Celery, monkeypatch: pytest.MonkeyPatch
+    app: Celery, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = membership.Membership(app, "a@h", {"": ["celery"]}, {}, 15.0)
+    one = Project(app, client).add("a@h")
     hangs, is_free = threading.Event(), threading.Event()
 
-    def hang(*_: Any, **__: Any) -> None:
+    def hang() -> None:
         hangs.set()
         is_free.wait(30)
-        raise ConnectionError("gone")
 
-    monkeypatch.setattr(one, "_exchange", hang)
-    one.follow(lambda: None)
+    one.hang(monkeypatch, hang)
+    one.follow(lambda: None, starts=True)
     assert hangs.wait(10)
     began = time.monotonic()
-    one.tell(snapshot.Worker(hostname="a@h"), None)
-    assert one.latest() is None
+    one.tell()
+    assert one.reading() is None
     assert not one.close(0.05)
     assert time.monotonic() - began < 1.0
     is_free.set()
     eventually(lambda: one.close(0.1))
+
+
+def test_an_outage_is_logged_when_it_begins_and_when_it_ends(
+    app: Celery, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    what = "the other workers cannot be known, nor know of this one"
+    one = Project(app, client).add("a@h")
+    one.at_zero(is_at_zero=True)
+    with pytest.MonkeyPatch.context() as patch:
+        rounds: list[None] = []
+        one.hang(patch, lambda: rounds.append(None))
+        one.begin()
+        eventually(lambda: len(rounds) >= 3)
+    eventually(lambda: len(caplog.messages) >= 2)
+    assert caplog.messages == [
+        f"{what}: ConnectionError('gone'); it is tried again until it works",
+        f"over after {caplog.messages[1].split()[2]} s: {what}",
+    ]
+    assert one.close()
+    assert client.keys("gw:*") == [], "it left"
+
+
+def test_what_is_closed_does_not_start(app: Celery, client: redis.Redis) -> None:
+    one = Project(app, client).add("a@h")
+    assert one.close()
+    one.begin()
+    assert not one.has_thread
+    assert client.keys("gw:*") == []
+
+
+def test_the_handler_of_a_signal_may_end_a_thread_that_it_interrupts_the_start_of(
+    app: Celery, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a cold shutdown: the pool ends in the handler, wherever its loop was."""
+    one, start = Project(app, client).add("a@h"), threading.Thread.start
+
+    def end(*_: object) -> None:
+        one.begin()
+        one.at_zero(is_at_zero=True)
+        one.close(5.0)
+
+    def start_interrupted(thread: threading.Thread) -> None:
+        signal.raise_signal(signal.SIGQUIT)
+        start(thread)
+
+    before = signal.signal(signal.SIGQUIT, end)
+    try:
+        monkeypatch.setattr(threading.Thread, "start", start_interrupted)
+        one.begin()
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+    assert one.close(5.0)

@@ -1,31 +1,34 @@
+"""The lengths of the queues of a RabbitMQ, as a worker that scales itself reads them."""
+
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from amqp.exceptions import ChannelError, NotFound, PreconditionFailed
+from celery import Celery
 
-from gw_celery.cluster import queue_lengths
-from gw_celery.cluster.queue_lengths import Length
+from tests.cluster_harness import Member, Project, total
 
-QUEUES = ["gpu.A100.model", "celery", "mail"]
+Lengths = dict[str, tuple[int, int | None]]
 
 
 @pytest.mark.parametrize(
-    ("lengths", "total"),
+    ("lengths", "expected"),
     [
-        ({}, Length(0)),
-        ({"a": Length(2)}, Length(2)),
-        ({"a": Length(2), "b": Length(3)}, Length(5)),
-        ({"a": Length(2, 3), "b": Length(3, 1), "c": Length(100, 100)}, Length(5, 3)),
-        ({"a": Length(0, 0), "b": Length(0, 0)}, Length(0, 0)),
+        ({}, (0, None)),
+        ({"a": (2, None)}, (2, None)),
+        ({"a": (2, None), "b": (3, None)}, (5, None)),
+        ({"a": (2, 3), "b": (3, 1), "c": (100, 100)}, (5, 3)),
+        ({"a": (0, 0), "b": (0, 0)}, (0, 0)),
     ],
 )
 def test_the_queues_of_a_service_are_as_long_as_all_of_them(
-    lengths: dict[str, Length], total: Length
+    lengths: Lengths, expected: tuple[int, int | None]
 ) -> None:
-    assert queue_lengths.total(lengths, ["a", "b"]) == total
+    assert total(lengths, ["a", "b"]) == expected
 
 
 class Rabbit:
@@ -40,6 +43,14 @@ class Rabbit:
         self.opened = self.connected = self.released = 0
         self.connect_timeout = 4.0
         self.transport_options: dict[str, Any] = {}
+
+    def __enter__(self) -> Rabbit:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def get_transport_cls(self) -> Any:
+        return types.SimpleNamespace(driver_type="amqp")
 
     def ensure_connection(self, **_: Any) -> None:
         self.connected += 1
@@ -69,68 +80,88 @@ class Rabbit:
         return channel
 
 
-class Clock:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        clock = types.SimpleNamespace(monotonic=lambda: self.now)
-        monkeypatch.setattr(queue_lengths, "time", clock)
+@pytest.fixture
+def rabbit() -> Rabbit:
+    return Rabbit(celery=(1, 2))
 
 
-def reader(rabbit: Rabbit) -> queue_lengths.DeclaredLengths:
-    app = types.SimpleNamespace(connection_for_read=lambda: rabbit)
-    return queue_lengths.DeclaredLengths(app, 2.5)
+@pytest.fixture
+def project(rabbit: Rabbit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+    for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    with Celery(broker="amqp://", backend="cache+memory://", set_as_current=False) as app:
+        monkeypatch.setattr(app, "connection_for_read", lambda: rabbit)
+        with Project(app, None).running() as project:
+            yield project
 
 
-def test_rabbitmq_tells_messages_and_consumers_within_its_time() -> None:
-    rabbit = Rabbit(celery=(1, 2), mail=(2, 1))
-    reading = reader(rabbit)
-    expected = {"gpu.A100.model": Length(7, 3), "celery": Length(1, 2), "mail": Length(2, 1)}
-    assert [reading.read(QUEUES), reading.read(QUEUES)] == [expected, expected]
+@pytest.fixture
+def worker(project: Project) -> Member:
+    member = project.add("a@h")
+    member.follow(lambda: None)
+    return member
+
+
+def read(project: Project) -> Lengths | None:
+    """The lengths that were read in a round, if they were."""
+    (worker,) = project.workers.values()
+    project.now += 5.1  # what was read before says nothing about now
+    project.after(1)
+    return None if (reading := worker.reading()) is None else reading.lengths
+
+
+def test_rabbitmq_tells_messages_and_consumers_within_its_time(
+    project: Project, worker: Member, rabbit: Rabbit
+) -> None:
+    expected = {"gpu.A100.model": (7, 3), "celery": (1, 2)}
+    assert [read(project), read(project)] == [expected, expected]
     assert (rabbit.connected, rabbit.opened) == (1, 1)
     assert (rabbit.connect_timeout, rabbit.transport_options["read_timeout"]) == (2.5, 2.5)
 
 
-def test_a_queue_that_is_not_declared_yet_is_empty_and_hides_no_other() -> None:
-    lengths = reader(Rabbit(mail=(2, 1))).read(QUEUES)
-    assert lengths == {
-        "gpu.A100.model": Length(7, 3),
-        "celery": Length(0, 0),
-        "mail": Length(2, 1),
-    }
+def test_a_queue_that_is_not_declared_yet_is_empty_and_hides_no_other(
+    project: Project, worker: Member, rabbit: Rabbit
+) -> None:
+    del rabbit.counts["celery"]
+    assert read(project) == {"gpu.A100.model": (7, 3), "celery": (0, 0)}
 
 
-def test_any_other_error_is_no_length_and_ends_the_connection() -> None:
-    rabbit = Rabbit()
+def test_any_other_error_is_no_length_and_ends_the_connection(
+    project: Project, worker: Member, rabbit: Rabbit
+) -> None:
+    del rabbit.counts["celery"]
     rabbit.error = PreconditionFailed
-    assert reader(rabbit).read(QUEUES) is None
+    assert read(project) is None
     assert rabbit.released == 1
 
 
 @pytest.mark.parametrize("was_connected", [False, True])
 def test_a_broker_that_is_away_is_told_once_and_asked_ever_more_rarely(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, was_connected: bool
+    project: Project,
+    worker: Member,
+    rabbit: Rabbit,
+    caplog: pytest.LogCaptureFixture,
+    was_connected: bool,
 ) -> None:
-    clock, rabbit = Clock(monkeypatch), Rabbit()
-    reading = reader(rabbit)
     if was_connected:
-        assert reading.read(QUEUES)
+        assert read(project)
     rabbit.is_away, tries = True, []
     for second in range(64):
         before = rabbit.released
-        assert reading.read(QUEUES) is None
+        project.after(1)
         if rabbit.released > before:
             tries.append(second)
-        clock.now += 1.0
     assert tries == [0, 1, 3, 7, 15, 31, 47, 63]
+    assert worker.reading() is None
     rabbit.is_away = False
-    clock.now += 16.0
-    assert reading.read(QUEUES)
+    project.now += 16.0
+    assert read(project)
     assert [message.split(":")[0] for message in caplog.messages] == [
         "the lengths of the queues cannot be read, so that the pool keeps its size",
         "over after " + caplog.messages[1].split()[2] + " s",
     ]
     rabbit.is_away = True
-    reading.read(QUEUES)
+    assert read(project) is None
     rabbit.is_away = False
-    clock.now += 1.0
-    assert reading.read(QUEUES), "the waits begin anew"
+    project.now += 1.0
+    assert read(project), "the waits begin anew"

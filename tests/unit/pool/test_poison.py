@@ -11,7 +11,7 @@ import pytest
 import redis
 from celery import Celery
 
-from gw_celery import devserver
+from gw_celery import testing
 from gw_celery.cluster import membership, poison_counts
 from gw_celery.pool import poison
 from gw_celery.transport import find
@@ -91,7 +91,7 @@ def test_inputs_that_never_come_back_are_forgotten_oldest_first(
 
 
 @pytest.fixture
-def server(gw_broker: devserver.Server) -> Iterator[redis.Redis]:
+def server(gw_broker: testing.Server) -> Iterator[redis.Redis]:
     with redis.Redis(unix_socket_path=str(gw_broker.socket)) as client:
         yield client
 

@@ -45,3 +45,15 @@ def test_an_input_that_does_not_say_since_when_it_waits_is_never_late(odd: Any) 
 def test_a_clock_that_is_ahead_makes_no_input_late_and_none_early() -> None:
     assert headers.waited({"gw-enqueued": 990.0}, 1000.0) == 10.0
     assert headers.waited({"gw-enqueued": 1010.0}, 1000.0) == 0.0
+
+
+@pytest.mark.parametrize(("value", "expected"), [(2, 2.0), (-0.5, -0.5), (Fraction(1, 4), 0.25)])
+def test_a_real_number_is_read_as_a_float(value: object, expected: float) -> None:
+    assert headers.finite(value) == expected
+
+
+@pytest.mark.parametrize(
+    "value", [True, None, "1", [1], 1j, 10**400, float("nan"), float("inf")], ids=lambda one: "odd"
+)
+def test_anything_else_is_none(value: object) -> None:
+    assert headers.finite(value) is None

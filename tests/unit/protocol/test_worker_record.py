@@ -91,7 +91,7 @@ def test_a_record_tells_what_the_worker_has_and_what_it_gave_back_is_not_taken()
         tallies={"a": counters},
         scores={"a": snapshot.Score(value=5.0)},
     )
-    record = worker_record.of(worker, {"a": "q", "": ""}, None, {})
+    record = worker_record.of(worker, {"a": ["q"], "": []}, None, {})
     assert record.serves == ",a"
     assert record.services[""] == ServiceRecord()
     assert record.services["a"] == ServiceRecord(

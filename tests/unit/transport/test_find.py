@@ -11,7 +11,7 @@ import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from gw_celery import devserver
+from gw_celery import testing
 from gw_celery.transport import find
 
 #: No server listens there, and nothing connects to it.
@@ -79,7 +79,7 @@ def test_a_redis_that_is_away_is_an_error_of_who_asks_it(broker: str, backend: s
 
 
 def test_it_is_the_database_of_the_broker_or_that_of_the_results(
-    redis_server: devserver.Server, closing: ExitStack
+    redis_server: testing.Server, closing: ExitStack
 ) -> None:
     for broker, database in ((redis_server.broker_url, 0), ("memory://", 1)):
         shared = found(broker, redis_server.result_url)
@@ -91,7 +91,7 @@ def test_it_is_the_database_of_the_broker_or_that_of_the_results(
 
 
 def test_it_answers_within_its_time_and_connects_anew_when_it_was_closed(
-    redis_server: devserver.Server, closing: ExitStack
+    redis_server: testing.Server, closing: ExitStack
 ) -> None:
     shared = found(redis_server.broker_url)
     assert isinstance(shared, find.BrokerRedis)
@@ -105,7 +105,7 @@ def test_it_answers_within_its_time_and_connects_anew_when_it_was_closed(
 
 
 def test_keys_begin_as_the_brokers_or_the_results_do_and_no_prefix_is_put_twice(
-    redis_server: devserver.Server, closing: ExitStack
+    redis_server: testing.Server, closing: ExitStack
 ) -> None:
     options = {
         "broker_transport_options": {"global_keyprefix": "p:"},
@@ -124,7 +124,7 @@ def test_keys_begin_as_the_brokers_or_the_results_do_and_no_prefix_is_put_twice(
 
 @pytest.mark.parametrize("prefix", ["", "tenant:"])
 def test_the_lists_of_a_queue_are_those_that_kombu_writes(
-    redis_server: devserver.Server, prefix: str, closing: ExitStack
+    redis_server: testing.Server, prefix: str, closing: ExitStack
 ) -> None:
     options = {"priority_steps": [0, 5], "sep": ":", "global_keyprefix": prefix}
     shared = found(redis_server.broker_url, broker_transport_options=options)

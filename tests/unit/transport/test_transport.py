@@ -11,7 +11,7 @@ import redis
 from kombu import Connection, Consumer, Queue
 from kombu.asynchronous import Hub, set_event_loop
 
-from gw_celery import devserver
+from gw_celery import testing
 from gw_celery.transport import transport
 from tests.processes import eventually
 from tests.unit.worker.redis_readers import (
@@ -144,7 +144,7 @@ def test_messages_on_their_way_to_a_closing_channel_are_given_back(
 
 
 def test_a_channel_closes_when_its_server_is_gone(tmp_path: Path, hub: Hub) -> None:
-    with devserver.running(tmp_path) as gone:
+    with testing.server(tmp_path) as gone:
         send(gone.broker_url, range(20))
         connection = transport.use(Connection(gone.broker_url))
         reader = Reader(connection, [Queue("q")], prefetch=10)
@@ -157,7 +157,7 @@ def test_a_channel_closes_when_its_server_is_gone(tmp_path: Path, hub: Hub) -> N
     reader.messages[1].ack()
     for callback in hub._pop_ready():
         callback()
-    with devserver.running(tmp_path) as back:
+    with testing.server(tmp_path) as back:
         again = transport.use(Connection(back.broker_url))
         second = Reader(again, [Queue("q")])
         second.read_all()
@@ -195,7 +195,7 @@ def test_a_message_that_could_not_be_recorded_is_given_back_too(
 
 
 def test_messages_that_a_lost_server_cut_off_come_again(tmp_path: Path) -> None:
-    with devserver.running(tmp_path) as gone:
+    with testing.server(tmp_path) as gone:
         send(gone.broker_url, range(10))
         connection = transport.use(Connection(gone.broker_url))
         reader = Reader(connection, [Queue("q")])
@@ -211,7 +211,7 @@ def test_messages_that_a_lost_server_cut_off_come_again(tmp_path: Path) -> None:
             reader.read(10)
         connection.collect()
         connection.close()
-    with devserver.running(tmp_path) as back, reading(back.broker_url) as again:
+    with testing.server(tmp_path) as back, reading(back.broker_url) as again:
         again.read_all()
         assert sorted(again.numbers()) == list(range(10))
 

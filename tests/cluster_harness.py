@@ -1,0 +1,308 @@
+"""Workers of one project over a real Redis, on a clock that a test moves.
+
+What a worker tells the others, and learns of them, is driven here as its pool drives it, without
+the pool: ``Project.add`` makes a worker, ``after`` lets seconds pass in all of them but those that
+are frozen. A test looks at what is in Redis (docs/cluster.md has the keys), at what is logged, and
+at what a ``Member`` knows. ``Answerer`` stores the failures of what lost workers left, and
+``leave_record`` writes what a replica has written of an input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+
+# -- what is known of the inside: a new layout changes these lines and no others --
+from gw_celery.cluster import early_acks, liveness, membership, queue_lengths
+from gw_celery.protocol import snapshot
+from gw_celery.protocol.worker_record import Size
+from gw_celery.transport import find
+
+
+def _stop_clocks(patch: pytest.MonkeyPatch, now: Callable[[], float]) -> None:
+    for module in (membership, queue_lengths):
+        patch.setattr(module, "time", types.SimpleNamespace(monotonic=now))
+    patch.setattr(liveness, "now", now)
+    beat = liveness.BEAT.replace("redis.call('TIME')", f"{{redis.call('GET', '{CLOCK}'), '0'}}")
+    assert beat != liveness.BEAT
+    patch.setattr(liveness, "BEAT", beat)
+
+
+def _refuse_scripts(patch: pytest.MonkeyPatch) -> None:
+    """Answer as a Redis Cluster, in which the keys of a script must lie together."""
+    why = "CROSSSLOT Keys in request do not hash to the same slot"
+    patch.setattr(liveness, "BEAT", f"return redis.error_reply('{why}')")
+
+
+def _break_connections(patch: pytest.MonkeyPatch, is_away: Callable[[], bool]) -> None:
+    connect = find.SharedRedis.client
+
+    def reach(shared: find.SharedRedis) -> Any:
+        if is_away():
+            raise ConnectionError("away")
+        return connect(shared)
+
+    patch.setattr(find.SharedRedis, "client", reach)
+
+
+def _snapshot(name: str, slots: int, score: float | None, waiting: float) -> snapshot.Worker:
+    return snapshot.Worker(
+        hostname=name,
+        ready_slots={"model": slots},
+        scores={"model": snapshot.Score(value=score)},
+        tallies={"model": snapshot.Counters(waiting=waiting, arrived_inputs=7, mean=2.0)},
+    )
+
+
+def leave_record(
+    app: Celery, start: str, number: int, task_id: str, embed: Any = None, **request: Any
+) -> None:
+    """Leave what a replica of a worker records of an input that is acknowledged as it begins.
+
+    Args:
+        embed: the last of the three parts of its message's body.
+        request: headers of its message.
+    """
+    record = early_acks.write({"id": task_id, "task": "proj.embed", **request}, embed)
+    app.backend.client.hset(early_acks.records_key(app.backend, start), str(number), record)
+
+
+class Answerer:
+    """What stores the failures of lost workers' inputs in the worker ``start``, driven by hand."""
+
+    def __init__(self, app: Celery, start: str) -> None:
+        self._inside = early_acks.LostInputs(app, start)
+        self.start = start
+
+    def take_over(self, lost: str) -> None:
+        """Take over what a lost worker left, and be killed before any of it is answered."""
+        self._inside._take_over(lost)
+
+    def answer(self, incarnation: str) -> bool:
+        """Answer for a lost worker, in this thread; whether nothing is left."""
+        self._inside._lost.setdefault(incarnation, False)
+        self._inside.run_round()
+        return incarnation in self._inside.answered
+
+    @property
+    def tries_again(self) -> bool:
+        """Whether its thread would have another round, without being asked."""
+        return math.isfinite(self._inside.period)
+
+    def forget(self, numbers: list[int]) -> bool:
+        """Have records of one's own removed, and end; whether that worked."""
+        self._inside.forget(numbers)
+        return self._inside.close()
+
+
+def total(lengths: Mapping[str, tuple[int, int | None]], queues: list[str]) -> tuple[Any, Any]:
+    """The messages and the consumers of several queues together."""
+    made = {queue: queue_lengths.Length(*length) for queue, length in lengths.items()}
+    return dataclasses.astuple(queue_lengths.total(made, queues))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What an autoscaler goes by: messages and consumers by queue, and the other workers."""
+
+    lengths: dict[str, tuple[int, int | None]] | None
+    others: list[str] | None
+
+
+class Member:
+    """One worker among the others."""
+
+    def __init__(
+        self, app: Celery, name: str, queues: Mapping[str, list[str]], limited: Any, ttl: Any
+    ) -> None:
+        self.name = name
+        self._inside = membership.Membership(app, name, queues, limited, ttl)
+        self.close = self._inside.close
+        self.leave = self._inside.leave
+        self.begin = self._inside.begin
+        self.at_zero = self._inside.at_zero
+        self.read_others = self._inside.read_others
+
+    @property
+    def incarnation(self) -> str:
+        assert self._inside._beats is not None
+        return self._inside._beats.incarnation
+
+    @property
+    def start(self) -> str:
+        """The start of the worker; ``incarnation`` is another after it was declared lost."""
+        return self._inside.start_id
+
+    @property
+    def answers_for_others(self) -> bool:
+        return self._inside.lost is not None
+
+    @property
+    def has_thread(self) -> bool:
+        return self._inside._thread is not None
+
+    @property
+    def is_alone(self) -> bool:
+        return self._inside.is_alone
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """The records of the others, by their node names."""
+        return {other.worker: other for other in self._inside.others}
+
+    def tell(
+        self,
+        *,
+        slots: int = 0,
+        score: float | None = None,
+        waiting: float = 0.0,
+        is_scaled: bool = True,
+    ) -> None:
+        """Have the others know of slots that are READY, of the score and the work of ``model``."""
+        told = _snapshot(self.name, slots, score, waiting)
+        self._inside.observe(told)
+        self._inside.tell(told, Size(capacity=4) if is_scaled else None)
+
+    def follow(self, on_read: Callable[[], None], *, starts: bool = False) -> None:
+        """Do as an autoscaler does as it begins; the thread runs only where a test ``starts`` it.
+
+        Where it does not, the test itself lets the rounds come.
+        """
+        with pytest.MonkeyPatch.context() as patch:
+            if not starts:
+                patch.setattr(self._inside, "start", lambda: None)
+                patch.setattr(self._inside, "wake", lambda: None)
+            self._inside.follow(on_read)
+
+    def reading(self) -> Reading | None:
+        """What was read last; ``None`` when that says nothing about now."""
+        if (latest := self._inside.latest()) is None:
+            return None
+        lengths, others = latest.lengths, latest.others
+        return Reading(
+            None if lengths is None else {q: (n.messages, n.consumers) for q, n in lengths.items()},
+            None if others is None else sorted(other.worker for other in others),
+        )
+
+    def run_round(self) -> None:
+        with contextlib.suppress(Exception):
+            self._inside.run_round()
+
+    def hang(self, patch: pytest.MonkeyPatch, wait: Callable[[], None]) -> None:
+        """Have its exchange with Redis take as long as ``wait``, and fail."""
+
+        def exchange(*_: Any, **__: Any) -> None:
+            wait()
+            raise ConnectionError("gone")
+
+        patch.setattr(self._inside, "_exchange", exchange)
+
+
+# -- the end of what is known of the inside --
+
+QUEUES = {"model": ["gpu.A100.model"], "": ["celery"]}
+CLOCK = "test:now"
+
+
+class Project:
+    """Its workers are driven by hand, once a second; all else is as in a worker.
+
+    Args:
+        client: of the Redis that all know; ``None`` where the broker is none.
+        ttl: of each worker.
+    """
+
+    def __init__(self, app: Celery, client: redis.Redis | None, ttl: float | None = 15.0) -> None:
+        self.app, self._client, self.ttl = app, client, ttl
+        self.workers: dict[str, Member] = {}
+        self.now, self.shift, self.is_away = 1000.0, 0.0, False
+        #: Called whenever a worker looks at its clock.
+        self.on_clock: Callable[[], None] = lambda: None
+
+    @property
+    def client(self) -> redis.Redis:
+        assert self._client is not None
+        return self._client
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Project]:
+        with pytest.MonkeyPatch.context() as patch:
+            _stop_clocks(patch, self._clock)
+            _break_connections(patch, lambda: self.is_away)
+            yield self
+            self.close()
+
+    def _clock(self) -> float:
+        self.on_clock()
+        return self.now
+
+    @contextlib.contextmanager
+    def without_scripts(self, *, is_cluster: bool) -> Iterator[None]:
+        """Have Redis refuse scripts: an access list does, or it is a cluster."""
+        with pytest.MonkeyPatch.context() as patch:
+            # The clock was replaced in the scripts.
+            patch.setattr(redis.Redis, "time", lambda _: (int(1e9 + self.now + self.shift), 0))
+            if is_cluster:
+                _refuse_scripts(patch)
+                yield
+                return
+            self.client.execute_command("ACL", "SETUSER", "default", "-@scripting")
+            try:
+                yield
+            finally:
+                self.client.execute_command("ACL", "SETUSER", "default", "+@scripting")
+
+    def add(
+        self,
+        name: str,
+        limited: Mapping[str, Mapping[str, int]] | None = None,
+        *,
+        reads: bool = True,
+        **told: Any,
+    ) -> Member:
+        """A worker comes.
+
+        Args:
+            limited: queues whose callers are told how long an input would wait.
+            reads: whether something in it depends on the records of the others.
+            told: see ``Member.tell``.
+        """
+        self.workers[name] = member = Member(self.app, name, QUEUES, limited or {}, self.ttl)
+        member.tell(**told)
+        if reads:
+            member.read_others()
+        return member
+
+    def after(self, seconds: int = 1, frozen: Collection[str] = ()) -> None:
+        for _ in range(seconds):
+            self.now += 1.0
+            if self._client is not None:
+                self._client.set(CLOCK, 1e9 + self.now + self.shift)
+            for name, worker in self.workers.items():
+                if name not in frozen:
+                    worker.run_round()
+
+    def known(self, name: str) -> list[str]:
+        """The others, as a worker knows them."""
+        return sorted(self.workers[name].others)
+
+    def tombstones(self) -> set[str]:
+        keys: Any = self.client.keys("gw:dead:*")
+        return {key.decode().removeprefix("gw:dead:") for key in keys}
+
+    def alive(self) -> set[str]:
+        names: Any = self.client.zrange("gw:alive", 0, -1)
+        return {name.decode() for name in names}
+
+    def close(self) -> None:
+        self.is_away = False
+        for worker in self.workers.values():
+            worker.leave()
