@@ -21,7 +21,7 @@ from gw_celery import conf, signals
 from gw_celery.cluster import membership, queue_lengths
 from gw_celery.declare import services
 from gw_celery.policy import demand as policy_demand
-from gw_celery.policy import scaling, startup_time
+from gw_celery.policy import scaling
 from gw_celery.pool import taskpool
 from gw_celery.protocol import snapshot
 from gw_celery.protocol.worker_record import WorkerRecord
@@ -66,9 +66,8 @@ class Autoscaler(autoscale.Autoscaler):
         self._ordered = 0
         self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
         self._decider = scaling.Decider(self._rules, self._least, self._most)
-        self._start_up = startup_time.StartUp()
+        self._start_up = policy_demand.StartUp()
         self._services: dict[str, policy_demand.Service] = {}
-        self._apportionment = policy_demand.Apportionment()
         pool.scaling = snapshot.Scaling(least=self._least, most=self._most)
         self._hub: Any = None
         self._asked = threading.Event()
@@ -264,11 +263,11 @@ class Autoscaler(autoscale.Autoscaler):
         One that fails to start is taken over by others, and is tried here all the same.
         """
         me, *others = group
-        parts = [self._apportionment.part(group, me.worker, total)]
+        parts = [policy_demand.part(group, total)]
         if me.size is not None and me.size.capacity < self._most:
             size = dataclasses.replace(me.size, capacity=self._most)
             whole = dataclasses.replace(me, size=size)
-            parts.append(self._apportionment.part([whole, *others], me.worker, total))
+            parts.append(policy_demand.part([whole, *others], total))
         return max(parts)
 
     def _outlook(

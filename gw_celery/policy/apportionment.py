@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import heapq
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,40 +28,24 @@ class Peer:
     score: float = 1.0
 
 
-def own_positions(peers: Iterable[Peer], me: str) -> list[int]:
-    """Where my replicas come in the order of all, ascending; positions count from 1."""
+def part(peers: tuple[Peer, ...], me: str, desired: int) -> int:
+    """Return my replicas, if there are to be ``desired`` in all."""
+    return bisect.bisect_right(_own_positions(peers, me), desired)
+
+
+# For this worker as it is and as it would be whole, in turns.
+@functools.lru_cache(maxsize=4)
+def _own_positions(peers: tuple[Peer, ...], me: str) -> list[int]:
     return [position for position, name in enumerate(order(peers), start=1) if name == me]
 
 
-def part(positions: list[int], desired: int) -> int:
-    """My replicas, if there are to be ``desired`` in all."""
-    return bisect.bisect_right(positions, desired)
-
-
-def order(peers: Iterable[Peer]) -> Iterator[str]:
+def order(peers: Iterable[Peer]) -> list[str]:
     """Name the worker of the first replica, of the second, and so on: minimums, then by value."""
     known = sorted(peers, key=lambda peer: peer.name)
-    for peer in known:
-        for _ in range(min(peer.least, peer.capacity)):
-            yield peer.name
-    yield from _by_value(known)
-
-
-def _by_value(peers: list[Peer]) -> Iterator[str]:
-    waiting = [
-        (_value(peer, taken), peer.name, taken, peer)
-        for peer in peers
-        if (taken := min(peer.least, peer.capacity)) < peer.capacity
-    ]
-    heapq.heapify(waiting)
-    while waiting:
-        _, name, taken, peer = waiting[0]
-        yield name
-        if taken + 1 < peer.capacity:
-            heapq.heapreplace(waiting, (_value(peer, taken + 1), name, taken + 1, peer))
-        else:
-            heapq.heappop(waiting)
-
-
-def _value(peer: Peer, taken: int) -> float:
-    return (taken + 0.5) / (peer.capacity * peer.score)
+    least = [peer.name for peer in known for _ in range(min(peer.least, peer.capacity))]
+    by_value = sorted(
+        ((taken + 0.5) / (peer.capacity * peer.score), peer.name)
+        for peer in known
+        for taken in range(min(peer.least, peer.capacity), peer.capacity)
+    )
+    return [*least, *(name for _, name in by_value)]

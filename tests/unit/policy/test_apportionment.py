@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections import Counter
 
 from hypothesis import given
@@ -24,10 +23,7 @@ clusters = st.lists(
 
 
 def parts(peers: list[apportionment.Peer], desired: int) -> dict[str, int]:
-    return {
-        peer.name: apportionment.part(apportionment.own_positions(peers, peer.name), desired)
-        for peer in peers
-    }
+    return {peer.name: apportionment.part(tuple(peers), peer.name, desired) for peer in peers}
 
 
 @given(clusters, st.integers(0, 80))
@@ -64,7 +60,7 @@ def test_minimums_come_first(peers: list[apportionment.Peer]) -> None:
 def test_it_does_not_matter_in_which_order_the_workers_are_told(peers, lot) -> None:
     other = list(peers)
     lot.shuffle(other)
-    assert list(apportionment.order(other)) == list(apportionment.order(peers))
+    assert apportionment.order(other) == apportionment.order(peers)
 
 
 def test_a_worker_with_twice_the_room_has_twice_the_part() -> None:
@@ -79,18 +75,17 @@ def test_where_scores_differ_the_quicker_worker_has_more() -> None:
 
 def test_of_equals_the_first_name_comes_first() -> None:
     peers = [apportionment.Peer("b", 2), apportionment.Peer("a", 2)]
-    assert list(apportionment.order(peers)) == ["a", "b", "a", "b"]
+    assert apportionment.order(peers) == ["a", "b", "a", "b"]
 
 
-def test_own_positions_are_ascending_and_count_from_one() -> None:
-    peers = [apportionment.Peer("a", 3), apportionment.Peer("b", 1, least=1)]
-    positions = [apportionment.own_positions(peers, name) for name in "ab"]
-    assert positions == [[2, 3, 4], [1]]
-    assert bisect.bisect_right(positions[0], 2) == apportionment.part(positions[0], 2) == 1
+def test_a_part_grows_at_the_replicas_that_are_ones_own() -> None:
+    peers = (apportionment.Peer("a", 3), apportionment.Peer("b", 1, least=1))
+    assert [apportionment.part(peers, "a", desired) for desired in range(6)] == [0, 0, 1, 2, 3, 3]
+    assert [apportionment.part(peers, "b", desired) for desired in range(6)] == [0, 1, 1, 1, 1, 1]
 
 
 def test_an_unknown_worker_has_no_replica() -> None:
-    assert apportionment.own_positions([apportionment.Peer("a", 3)], "me") == []
+    assert apportionment.part((apportionment.Peer("a", 3),), "me", 3) == 0
 
 
 def test_a_thousand_workers_find_their_parts() -> None:
