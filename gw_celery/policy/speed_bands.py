@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from gw_celery.protocol.worker_record import WorkerRecord
 
@@ -44,19 +44,17 @@ def of(score: float | None, best: float | None, held: Band | None = None) -> Ban
     if score is None or score <= 0:
         return Band.MIDDLE
     part = score / max(score, best or 0.0)
-    plain = _by_borders(part, _SLOW, _QUICK)
-    if held is None or plain is held:
-        return plain
-    stretch = 1 + _STICKINESS
-    if plain > held:  # the borders above it are farther away, so that it may rise by less
-        return max(held, _by_borders(part, _SLOW * stretch, _QUICK * stretch))
-    return min(held, _by_borders(part, _SLOW / stretch, _QUICK / stretch))
+    if held is None:
+        return _by_borders(part, 1.0)
+    # The borders above it are farther away, and so are those below it.
+    stretch = 1.0 + _STICKINESS
+    return min(max(held, _by_borders(part, stretch)), _by_borders(part, 1.0 / stretch))
 
 
-def _by_borders(part: float, slow: float, quick: float) -> Band:
-    if part >= quick:
+def _by_borders(part: float, stretch: float) -> Band:
+    if part >= _QUICK * stretch:
         return Band.QUICK
-    return Band.MIDDLE if part >= slow else Band.SLOW
+    return Band.MIDDLE if part >= _SLOW * stretch else Band.SLOW
 
 
 class ServiceBand:
@@ -97,23 +95,20 @@ class Bands:
         self._bands = {service: ServiceBand() for service in services}
 
     def follow(
-        self, scores: Mapping[str, float | None], others: Iterable[WorkerRecord], now: float
+        self, scores: Mapping[str, float | None], others: Collection[WorkerRecord], now: float
     ) -> bool:
         """Look at this worker's scores and those of the others; whether a band has changed."""
-        best = {service: scores.get(service) for service in self._bands}
-        for other in others:
-            for service, record in other.services.items():
-                if service in best and (record.score or 0.0) > (best[service] or 0.0):
-                    best[service] = record.score
-        changed = [
-            service
-            for service, current in self._bands.items()
-            if current.follow(scores.get(service), best[service], now)
-        ]
-        for service in changed:
-            band = self._bands[service].band.name.lower()
-            logger.info("%s: this worker is %s beside the others", service, band)
-        return bool(changed)
+        has_changed = False
+        for service, current in self._bands.items():
+            score = scores.get(service)
+            records = (other.services.get(service) for other in others)
+            known = [score, *(record.score for record in records if record is not None)]
+            best = max((each for each in known if each is not None), default=None)
+            if current.follow(score, best, now):
+                has_changed = True
+                band = current.band.name.lower()
+                logger.info("%s: this worker is %s beside the others", service, band)
+        return has_changed
 
     def names(self) -> dict[str, str]:
         """The band of each service, by its name."""
