@@ -194,7 +194,7 @@ class Autoscaler(autoscale.Autoscaler):
             seen[key] = self._outlook(key, mine, sharing, length, now)
         group = policy_demand.group_of(mine, others)
         total = self._total(seen, group, now)
-        part = self._share.kept(now, self._part(group, total), total)
+        part = self._share.kept(now, self._part(group, total), total, self._rules)
         target = self._clamped(part)
         if lengths is None:
             target = max(1, target)  # with none, the next message would not be noticed
@@ -227,8 +227,7 @@ class Autoscaler(autoscale.Autoscaler):
             return
         self._rules = dataclasses.replace(self._rules, start_up=seconds)
         self._services.clear()
-        self._decider.follow(self._rules)
-        self._share.follow(self._rules)
+        self._decider.rules = self._rules
 
     def _total(
         self, seen: Mapping[str, snapshot.ServiceDemand], group: Sequence[WorkerRecord], now: float
@@ -335,7 +334,7 @@ class Autoscaler(autoscale.Autoscaler):
 
     def _set_bounds(self, most: int, least: int) -> None:
         self._most, self._least = most, least
-        self._share = scaling.Share(self._rules)
+        self._share = scaling.Share()
         self._ordered = 0
         self.max_concurrency, self.min_concurrency = most * self._unit, least * self._unit
 
