@@ -145,18 +145,14 @@ class Check:
 
     def _note(self, answer: Answer) -> Consequence:
         self.last = answer
-        return self._passed() if answer.is_ok else self._failed()
-
-    def _passed(self) -> Consequence:
-        is_change = self.is_failing or not self.has_passed
-        self.has_passed, self.is_failing, self.failures = True, False, 0
-        if self.probe.kind == "startup":
-            self.due = math.inf
-            return Consequence.STARTED
-        is_ready = self.probe.kind == "readiness" and is_change
-        return Consequence.READY if is_ready else Consequence.NOTHING
-
-    def _failed(self) -> Consequence:
+        if answer.is_ok:
+            is_change = self.is_failing or not self.has_passed
+            self.has_passed, self.is_failing, self.failures = True, False, 0
+            if self.probe.kind == "startup":
+                self.due = math.inf
+                return Consequence.STARTED
+            is_ready = self.probe.kind == "readiness" and is_change
+            return Consequence.READY if is_ready else Consequence.NOTHING
         self.failures += 1
         if self.is_failing or self.failures < self.probe.failures:
             return Consequence.NOTHING

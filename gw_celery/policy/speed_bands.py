@@ -57,59 +57,45 @@ def _by_borders(part: float, stretch: float) -> Band:
     return Band.MIDDLE if part >= _SLOW * stretch else Band.SLOW
 
 
-class ServiceBand:
-    """The band of one worker for one service, as time goes by.
-
-    It is MIDDLE until the worker knows its score.
-    """
-
-    def __init__(self) -> None:
-        self.band = Band.MIDDLE
-        self._is_known = False
-        self._since = -math.inf
-
-    def follow(self, score: float | None, best: float | None, now: float) -> bool:
-        """Look at the scores again; whether the band is another one now.
-
-        A score that is not known any more, because no replica is there, changes nothing. The first
-        band is not kept for long: the others may not have told their scores yet.
-        """
-        if score is None or best is None or now - self._since < _RESIDENCE:
-            return False
-        band = of(score, best, self.band if self._is_known else None)
-        is_other = band is not self.band
-        if is_other and self._is_known:
-            self._since = now
-        self.band, self._is_known = band, True
-        return is_other
-
-
 class Bands:
-    """The bands of one worker.
+    """The bands of one worker; MIDDLE for a service until the worker knows its score.
 
     Args:
         services: the keys of its services.
     """
 
     def __init__(self, services: Iterable[str]) -> None:
-        self._bands = {service: ServiceBand() for service in services}
+        self._bands = dict.fromkeys(services, Band.MIDDLE)
+        #: When those services got their bands whose scores are known; the first is not kept for
+        #: long: the others may not have told their scores yet.
+        self._since: dict[str, float] = {}
 
     def follow(
         self, scores: Mapping[str, float | None], others: Collection[WorkerRecord], now: float
     ) -> bool:
-        """Look at this worker's scores and those of the others; whether a band has changed."""
+        """Look at this worker's scores and those of the others; whether a band has changed.
+
+        A score that is not known any more, because no replica is there, changes nothing.
+        """
         has_changed = False
-        for service, current in self._bands.items():
+        for service, held in self._bands.items():
             score = scores.get(service)
+            since = self._since.get(service)
+            if score is None or (since is not None and now - since < _RESIDENCE):
+                continue
             records = (other.services.get(service) for other in others)
-            known = [score, *(record.score for record in records if record is not None)]
-            best = max((each for each in known if each is not None), default=None)
-            if current.follow(score, best, now):
+            best = max((record.score or 0.0 for record in records if record), default=None)
+            band = of(score, best, None if since is None else held)
+            if since is None:
+                self._since[service] = -math.inf
+            elif band is not held:
+                self._since[service] = now
+            if band is not held:
+                self._bands[service] = band
                 has_changed = True
-                band = current.band.name.lower()
-                logger.info("%s: this worker is %s beside the others", service, band)
+                logger.info("%s: this worker is %s beside the others", service, band.name.lower())
         return has_changed
 
     def names(self) -> dict[str, str]:
         """The band of each service, by its name."""
-        return {service: current.band.name.lower() for service, current in self._bands.items()}
+        return {service: band.name.lower() for service, band in self._bands.items()}
