@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import scaling, scaling_hindsight, scaling_plot, scaling_rivals
 from gw_celery.policy import scaling as policy
-from gw_celery.simulate import cluster, report, runs, trace
+from gw_celery.simulate import cluster, runs, trace
 from tests.processes import ROOT
 
 EXAMPLE = ROOT / "docs" / "traces" / "bursts.csv"
@@ -58,7 +58,7 @@ def test_the_best_fixed_pool_waits_as_the_simulated_one() -> None:
     for size in (fixed.replicas - 1, fixed.replicas):
         scenario = cluster.Scenario(score=1.0, rules=policy.Rules(), least=size, most=size)
         outcome = runs.play(one, scenario, [Fixed(size)])
-        shares.append(report.figures(outcome, 3.0)["over_target_share"])
+        shares.append(runs.figures(outcome, 3.0)["over_target_share"])
     assert shares[0] > 0.01 >= shares[1]
 
 

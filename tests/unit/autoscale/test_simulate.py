@@ -19,7 +19,6 @@ from gw_celery.policy import scaling
 from gw_celery.simulate import (
     __main__,
     cluster,
-    report,
     runs,
     trace,
 )
@@ -114,7 +113,7 @@ def test_a_draining_replica_takes_up_its_place() -> None:
 def test_an_input_that_finds_the_queue_full_is_turned_away() -> None:
     found = played([(0, 9), (1, 1), (2, 1), (3, 1)], Course(1), queue_limit=1)
     assert found.waits == [0, 8, None, None]
-    figures = report.figures(found, 100.0)
+    figures = runs.figures(found, 100.0)
     assert figures["refused"] == 2
     assert figures["over_target_share"] == 0.5
 
@@ -168,7 +167,7 @@ def test_our_policy_sees_no_workload_of_what_still_waits() -> None:
 
 def test_percentiles_are_waits_that_occurred() -> None:
     found = cluster.Outcome([float(n) for n in range(100, 0, -1)], 5.0, 2, 9.0)
-    figures = report.figures(found, 99.0)
+    figures = runs.figures(found, 99.0)
     assert (figures["p50_wait"], figures["p99_wait"], figures["max_wait"]) == (50.0, 99.0, 100.0)
     assert figures["mean_wait"] == 50.5
     assert figures["over_target_share"] == 0.01
@@ -278,5 +277,5 @@ DECIDED = {"over_target_share": 0.0, "replica_seconds": 20829.58, "starts": 26, 
 
 
 def test_the_policy_keeps_its_promises_on_the_example() -> None:
-    figures = report.figures(runs.play(trace.read(EXAMPLE), scenario(start_up=5.0, most=30)), 10.0)
+    figures = runs.figures(runs.play(trace.read(EXAMPLE), scenario(start_up=5.0, most=30)), 10.0)
     assert {key: figures[key] for key in DECIDED} == pytest.approx(DECIDED, abs=0.005)
