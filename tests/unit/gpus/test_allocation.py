@@ -7,14 +7,14 @@ import pytest
 import gw_celery as gw
 from gw_celery import errors
 from gw_celery.declare import gpu
-from gw_celery.gpus import allocation, devices, discovery
+from gw_celery.gpus import allocation, devices
 from gw_celery.gpus.allocation import Need
 
 KNOWN = [kind for kind in gpu.KINDS if kind != "CPU"]
 
 
 def fakes(described: str) -> devices.Machine:
-    return discovery.fakes(described, KNOWN)
+    return devices.fakes(described, KNOWN)
 
 
 def numbers(described: str, *declared: gw.Gpu | None) -> list[list[int]]:
@@ -233,4 +233,4 @@ def test_devices_that_a_variable_hides_are_not_to_be_faked() -> None:
 def test_the_remedy_for_a_kind_of_the_setting_works() -> None:
     with pytest.raises(errors.ConfigurationError, match="GW_FAKE_GPUS=RTX_4090/24:1"):
         allocation.families_for("RTX_4090", {}, NONE)
-    assert discovery.fakes("RTX_4090/24:1", ["RTX_4090"]).devices
+    assert devices.fakes("RTX_4090/24:1", ["RTX_4090"]).devices

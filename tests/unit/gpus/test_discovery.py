@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gw_celery import errors
-from gw_celery.gpus import devices, discovery
+from gw_celery.gpus import devices
 
 KNOWN = ["T4", "L4", "A100", "A100_80"]
 
@@ -30,7 +30,7 @@ KNOWN = ["T4", "L4", "A100", "A100_80"]
 def test_fake_gpus_have_a_kind_a_memory_and_a_count(
     value: str, made: list[tuple[str, float]]
 ) -> None:
-    machine = discovery.fakes(value, KNOWN)
+    machine = devices.fakes(value, KNOWN)
     assert [(device.kinds[-1], device.memory_gb) for device in machine.devices] == made
     tokens = [device.token for device in machine.devices]
     assert tokens == [f"GPU-fake-{number}" for number in range(len(made))]
@@ -41,7 +41,7 @@ def test_fake_gpus_have_a_kind_a_memory_and_a_count(
 )
 def test_a_wrong_value_is_an_error_that_says_what_to_write(value: str) -> None:
     with pytest.raises(errors.ConfigurationError) as caught:
-        discovery.fakes(value, KNOWN)
+        devices.fakes(value, KNOWN)
     assert f"GW_FAKE_GPUS={value!r}" in str(caught.value)
     assert "KIND[/GB][:COUNT]" in str(caught.value)
     assert "KIND is one of T4, L4, A100, A100_80" in str(caught.value)
@@ -50,9 +50,9 @@ def test_a_wrong_value_is_an_error_that_says_what_to_write(value: str) -> None:
 def test_a_kind_of_the_setting_must_say_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "B200")
     with pytest.raises(errors.ConfigurationError, match="say the GB of B200, over 0"):
-        discovery.find(("B200",))
+        devices.find(("B200",))
     monkeypatch.setenv("GW_FAKE_GPUS", "B200/192")
-    assert discovery.find(("B200",)).has("B200")
+    assert devices.find(("B200",)).has("B200")
 
 
 def test_fake_gpus_stand_in_for_nvml_and_are_made_visible_as_real_ones(
@@ -60,13 +60,13 @@ def test_fake_gpus_stand_in_for_nvml_and_are_made_visible_as_real_ones(
 ) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "L4:3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-fake-0")
-    assert [device.index for device in discovery.find().devices] == [2, 0]
+    assert [device.index for device in devices.find().devices] == [2, 0]
 
 
 def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GW_FAKE_GPUS", "")
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "NVML" in discovery.find().source
+    assert "NVML" in devices.find().source
 
 
 # -- NVML --
@@ -132,7 +132,7 @@ def told(handle: Mapping[str, Any], name: str, otherwise: Any = None) -> Any:
 
 def looked(monkeypatch: pytest.MonkeyPatch, nvml: Any) -> devices.Machine:
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    machine = discovery.find()
+    machine = devices.find()
     assert nvml is None or not nvml.is_open, "it was left open"
     return machine
 
