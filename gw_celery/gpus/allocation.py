@@ -114,8 +114,9 @@ def families_for(
     Raises:
         ConfigurationError: when there is none, with the families and devices that there are.
     """
-    if kind not in (None, "CPU") and not machine.has(kind):
-        remedy = _remedy([Need(kind=str(kind))], machine)
+    known = {known for device in machine.devices for known in device.kinds}
+    if kind is not None and kind not in {"CPU", *known}:
+        remedy = _remedy([Need(kind=kind)], machine)
         raise errors.ConfigurationError(f"--gpu {kind}: this machine has {machine}{remedy}")
     fitting = [name for name in sorted(declared) if _can_serve(declared[name], machine)]
     if kind is None:

@@ -73,9 +73,6 @@ class Machine:
         listed = ", ".join(f"{count} x {name}" for name, count in counted.items())
         return f"{listed or 'no GPU'}; looked at {self.source}"
 
-    def has(self, kind: str) -> bool:
-        return any(kind in device.kinds for device in self.devices)
-
 
 #: The machine of a worker that needs no device.
 NONE = Machine(devices=(), source="nothing")

@@ -123,10 +123,6 @@ class Check:
             answer = self._too_late(answer.seconds)
         return self._note(answer)
 
-    def is_overdue(self, now: float) -> bool:
-        """Whether the call on its way counts as a failure now, or as another one."""
-        return self.call is not None and now >= self._counts_at
-
     def give_up(self, now: float) -> Consequence:
         """Count a call without an answer: at its time-out, and once a period while it hangs."""
         self._is_late = True
@@ -235,4 +231,5 @@ class Checks:
             for check in self:
                 check.pause(now - self._looked)
         self._looked = now
-        return [(check, check.give_up(now)) for check in self if check.is_overdue(now)]
+        called = [check for check in self if check.call is not None]
+        return [(check, check.give_up(now)) for check in called if now >= check.next_at]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -103,9 +104,8 @@ class Cluster:
         self._free: collections.deque[int] = collections.deque()
         #: Time, number of the event, node, and whether a replica is READY then, or an input ends.
         self._events: list[tuple[float, int, int, bool]] = []
-        self._scheduled = 0
+        self._numbers = itertools.count()
         self._ran = 0
-        self._last_end = 0.0
         for number in range(scenario.least):
             self._start(0.0, number % nodes, 0.0)
         self.advance(0.0)
@@ -127,7 +127,7 @@ class Cluster:
                 node.starting.remove(event)
             else:
                 self.observation.running -= 1
-                self._last_end = at
+                self._outcome.end = at
             if node.draining and not is_start:
                 node.draining -= 1
                 self._change_actual(at, -1)
@@ -169,7 +169,7 @@ class Cluster:
 
     def close(self) -> Outcome:
         """Return the outcome; what there is costs until the last input ended."""
-        self._outcome.end = max(self._last_end, self._trace.seconds)
+        self._outcome.end = max(self._outcome.end, self._trace.seconds)
         self._outcome.replica_seconds += self._outcome.end * self.observation.actual
         return self._outcome
 
@@ -202,9 +202,9 @@ class Cluster:
         self._outcome.replica_seconds -= change * now
 
     def _schedule(self, at: float, number: int, *, is_start: bool) -> int:
-        self._scheduled += 1
-        heapq.heappush(self._events, (at, self._scheduled, number, is_start))
-        return self._scheduled
+        event = next(self._numbers)
+        heapq.heappush(self._events, (at, event, number, is_start))
+        return event
 
 
 def simulate(
