@@ -6,10 +6,13 @@ records, and takes its part. Work that several groups share is divided by their 
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import functools
 import statistics
 from collections.abc import Iterable, Sequence
 
-from gw_celery.policy import apportionment, scaling
+from gw_celery.policy import scaling
 from gw_celery.protocol import snapshot
 from gw_celery.protocol.worker_record import Size, WorkerRecord
 
@@ -148,7 +151,7 @@ def part(group: Sequence[WorkerRecord], total: int) -> int:
     known = [score for score in scores if score]
     slowest = min(known) if len(known) == len(group) else None
     peers = tuple(
-        apportionment.Peer(
+        Peer(
             worker.worker,
             _size(worker).capacity,
             _size(worker).least,
@@ -156,7 +159,45 @@ def part(group: Sequence[WorkerRecord], total: int) -> int:
         )
         for worker, score in zip(group, scores, strict=True)
     )
-    return apportionment.part(peers, group[0].worker, total)
+    return bisect.bisect_right(_own_positions(peers, group[0].worker), total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A worker that serves the same, for those that divide the replicas."""
+
+    #: Its node name: who is first where two are worth the same.
+    name: str
+    #: Replicas that it could have now; one that fails to start is none.
+    capacity: int
+    #: Replicas that it has in any case.
+    least: int = 0
+    #: The weight of each of them, above 0: the worker's score, where the workers' scores differ.
+    score: float = 1.0
+
+
+# For this worker as it is and as it would be whole, in turns.
+@functools.lru_cache(maxsize=4)
+def _own_positions(peers: tuple[Peer, ...], me: str) -> list[int]:
+    return [position for position, name in enumerate(order(peers), start=1) if name == me]
+
+
+def order(peers: Iterable[Peer]) -> list[str]:
+    """Name the worker of the first replica, of the second, and so on: minimums, then by value.
+
+    That is Webster's order, as a parliament is apportioned: the k-th replica of a worker has the
+    value ``(k - 1/2) / capacity``, and the lowest values are taken first. So workers that have the
+    same facts need not agree, and one replica more never moves another: growth by one starts just
+    one.
+    """
+    known = sorted(peers, key=lambda peer: peer.name)
+    least = [peer.name for peer in known for _ in range(min(peer.least, peer.capacity))]
+    by_value = sorted(
+        ((taken + 0.5) / (peer.capacity * peer.score), peer.name)
+        for peer in known
+        for taken in range(min(peer.least, peer.capacity), peer.capacity)
+    )
+    return [*least, *(name for _, name in by_value)]
 
 
 class StartUp:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from gw_celery import errors
-from gw_celery.policy import apportionment, scaling, scores
+from gw_celery.policy import demand, scaling, scores
 from gw_celery.simulate import cluster, trace
 
 #: Seconds of a trace; each is replayed one by one.
@@ -87,9 +87,9 @@ def our_policy(scenario: cluster.Scenario) -> list[OurPolicy]:
     """
     share, rest = divmod(scenario.most, scenario.nodes)
     nodes = range(scenario.nodes)
-    peers = [apportionment.Peer(f"{number:06}", share + (number < rest)) for number in nodes]
+    peers = [demand.Peer(f"{number:06}", share + (number < rest)) for number in nodes]
     positions: list[list[int]] = [[] for _ in nodes]
-    for position, name in enumerate(apportionment.order(peers), start=1):
+    for position, name in enumerate(demand.order(peers), start=1):
         positions[int(name)].append(position)
     bounds = scenario.least, scenario.most
     return [OurPolicy(scenario.rules, scenario.score, bounds, each) for each in positions]
