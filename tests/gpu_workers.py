@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, _state
 from celery.worker import control
 from click.testing import CliRunner
 
@@ -154,6 +154,8 @@ def gpu_worker(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     for name in ("data", "meta"):
         monkeypatch.setattr(control.Panel, name, dict(getattr(control.Panel, name)))
     monkeypatch.setattr(plan_holder, "_plan", None)
+    # A worker that is made says so of its whole process.
+    monkeypatch.setattr(_state, "_task_join_will_block", False)
     return GpuWorkers(monkeypatch, caplog)
 
 
