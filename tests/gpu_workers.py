@@ -26,7 +26,7 @@ from click.testing import CliRunner
 
 import gw_celery as gw
 from gw_celery import signals as plan_holder
-from tests.pool_harness import FakeProcess
+from tests.pool_harness import _Process as FakeProcess
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 #: The exit code of a worker whose configuration cannot work.

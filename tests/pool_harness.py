@@ -156,7 +156,7 @@ class Request:
         self.on_heard(what)
 
 
-class FakeProcess:
+class _Process:
     """What the pool sees of a child: the part of ``subprocess.Popen`` that it may use."""
 
     _pids = itertools.count(50_001)
@@ -198,7 +198,7 @@ class FakeProcess:
 class Child:
     """The child's side of the socket, in the hands of a test."""
 
-    def __init__(self, harness: Harness, process: FakeProcess) -> None:
+    def __init__(self, harness: Harness, process: _Process) -> None:
         self._harness = harness
         self._process = process
         self._unpacker = frames.Unpacker(frames.MAX_PARENT_FRAME_BYTES)
@@ -677,8 +677,8 @@ class Harness:
         patch.setattr(state, "revoked", LimitedSet())
         _keep_plan(patch)
 
-    def _popen(self, command: Any, **options: Any) -> FakeProcess:
-        process = FakeProcess(command, **options)
+    def _popen(self, command: Any, **options: Any) -> _Process:
+        process = _Process(command, **options)
         self._started.append(Child(self, process))
         return process
 
