@@ -62,13 +62,6 @@ class Rules:
         """Seconds for which a need that was met is held."""
         return RESIDENCE * (self.start_up + self.target_queue_time)
 
-    @property
-    def patience(self) -> float:
-        """Seconds without activity after which the last replica goes; infinite for never."""
-        if self.min_load > 0 or self.inactivity_timeout is None:
-            return math.inf
-        return self.inactivity_timeout
-
 
 def need(rate: float, backlog: float, score: float, rules: Rules, fillable: float) -> float:
     """Return the replicas that one service needs now.
@@ -222,8 +215,11 @@ class Decider:
 
     def is_idle(self, now: float) -> bool:
         """Whether nothing has happened for so long that none need stay, whatever was needed."""
+        timeout = self.rules.inactivity_timeout
+        if self.least > 0 or self.rules.min_load > 0 or timeout is None:
+            return False
         quiet_since = now if self._active_at is None else self._active_at
-        return self.least == 0 and now - quiet_since >= self.rules.patience
+        return now - quiet_since >= timeout
 
     def _bounded(self, desired: int) -> int:
         return max(self.least, min(self.most, desired))
