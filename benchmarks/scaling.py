@@ -27,11 +27,11 @@ from benchmarks import scaling_hindsight, scaling_plot, scaling_rivals, scaling_
 from gw_celery import errors
 from gw_celery.policy import scaling
 from gw_celery.simulate import __main__ as command
-from gw_celery.simulate import cluster, report, runs, trace
+from gw_celery.simulate import cluster, runs, trace
 
 SCORE, MOST = 2_000.0, 400
 #: The simulator's columns, with the cost beside that of the best fixed pool.
-COLUMNS = {**report.COLUMNS, "of best fixed": ("of_best_fixed", "{:.2f}x")}
+COLUMNS = {**runs.COLUMNS, "of best fixed": ("of_best_fixed", "{:.2f}x")}
 Row = tuple[float, float, int]
 
 
@@ -97,10 +97,10 @@ def main(argv: list[str] | None = None) -> int:
 def compare(replayed: trace.Trace, scenario: cluster.Scenario) -> dict[str, Any]:
     """Return the figures of our policy, those of the others under ``policies``, and hindsight's."""
     target = scenario.rules.target_queue_time
-    ours = report.figures(runs.play(replayed, scenario), target)
+    ours = runs.figures(runs.play(replayed, scenario), target)
     fixed = scaling_hindsight.best(replayed, scenario.score, target, scenario.queue_limit)
     others = {
-        name: report.figures(runs.play(replayed, scenario, [scaler]), target)
+        name: runs.figures(runs.play(replayed, scenario, [scaler]), target)
         for name, scaler in scaling_rivals.all_of(scenario.least, scenario.most).items()
     }
     for figures in (ours, *others.values()):
@@ -133,7 +133,7 @@ def _compare(options: argparse.Namespace) -> int:
 def text(compared: dict[str, Any]) -> str:
     """Return a table of our policy and the others, under a line on the best fixed pool."""
     replicas = compared["best_fixed_replicas"]
-    table = report.table({"gw_celery": compared, **compared["policies"]}, COLUMNS)
+    table = runs.table({"gw_celery": compared, **compared["policies"]}, COLUMNS)
     return (
         f"{compared['served'] + compared['refused']:,} inputs; the best fixed pool in hindsight "
         f"has {replicas} {'replica' if replicas == 1 else 'replicas'}: "
@@ -157,7 +157,7 @@ def _scenario(rules: scaling.Rules, seed: int = 0) -> cluster.Scenario:
 
 
 def _row(outcome: cluster.Outcome, fixed: scaling_hindsight.Fixed, rules: scaling.Rules) -> Row:
-    figures = report.figures(outcome, rules.target_queue_time)
+    figures = runs.figures(outcome, rules.target_queue_time)
     cost = figures["replica_seconds"] / fixed.replica_seconds
     return figures["over_target_share"], cost, int(figures["starts"])
 

@@ -71,7 +71,7 @@ class Keda:
     def __init__(self, least: int, most: int) -> None:
         self._least, self._most = least, most
         self._size = least
-        self._advice = scaling.Largest(self.window)
+        self._advice = scaling.Largest()
         self._next_sync, self._next_poll = 0.0, 0.0
         self._active_at = 0.0
 
@@ -97,7 +97,7 @@ class Keda:
         ratio = waiting / (self.length * size)
         advised = size if abs(1.0 - ratio) <= self.tolerance else math.ceil(waiting / self.length)
         advised = max(1, self._least, min(self._most, advised))
-        held = int(self._advice.add(now, advised))
+        held = int(self._advice.add(now, advised, self.window))
         if advised > size:
             return min(advised, size + max(4, size))
         return min(size, held)

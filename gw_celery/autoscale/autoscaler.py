@@ -21,7 +21,7 @@ from gw_celery import conf, signals
 from gw_celery.cluster import membership, queue_lengths
 from gw_celery.declare import services
 from gw_celery.policy import demand as policy_demand
-from gw_celery.policy import scaling, startup_time
+from gw_celery.policy import scaling
 from gw_celery.pool import taskpool
 from gw_celery.protocol import snapshot
 from gw_celery.protocol.worker_record import WorkerRecord
@@ -66,9 +66,8 @@ class Autoscaler(autoscale.Autoscaler):
         self._ordered = 0
         self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
         self._decider = scaling.Decider(self._rules, self._least, self._most)
-        self._start_up = startup_time.StartUp()
+        self._start_up = policy_demand.StartUp()
         self._services: dict[str, policy_demand.Service] = {}
-        self._apportionment = policy_demand.Apportionment()
         pool.scaling = snapshot.Scaling(least=self._least, most=self._most)
         self._hub: Any = None
         self._asked = threading.Event()
@@ -195,7 +194,7 @@ class Autoscaler(autoscale.Autoscaler):
             seen[key] = self._outlook(key, mine, sharing, length, now)
         group = policy_demand.group_of(mine, others)
         total = self._total(seen, group, now)
-        part = self._share.kept(now, self._part(group, total), total)
+        part = self._share.kept(now, self._part(group, total), total, self._rules)
         target = self._clamped(part)
         if lengths is None:
             target = max(1, target)  # with none, the next message would not be noticed
@@ -228,8 +227,7 @@ class Autoscaler(autoscale.Autoscaler):
             return
         self._rules = dataclasses.replace(self._rules, start_up=seconds)
         self._services.clear()
-        self._decider.follow(self._rules)
-        self._share.follow(self._rules)
+        self._decider.rules = self._rules
 
     def _total(
         self, seen: Mapping[str, snapshot.ServiceDemand], group: Sequence[WorkerRecord], now: float
@@ -264,11 +262,11 @@ class Autoscaler(autoscale.Autoscaler):
         One that fails to start is taken over by others, and is tried here all the same.
         """
         me, *others = group
-        parts = [self._apportionment.part(group, me.worker, total)]
+        parts = [policy_demand.part(group, total)]
         if me.size is not None and me.size.capacity < self._most:
             size = dataclasses.replace(me.size, capacity=self._most)
             whole = dataclasses.replace(me, size=size)
-            parts.append(self._apportionment.part([whole, *others], me.worker, total))
+            parts.append(policy_demand.part([whole, *others], total))
         return max(parts)
 
     def _outlook(
@@ -336,7 +334,7 @@ class Autoscaler(autoscale.Autoscaler):
 
     def _set_bounds(self, most: int, least: int) -> None:
         self._most, self._least = most, least
-        self._share = scaling.Share(self._rules)
+        self._share = scaling.Share()
         self._ordered = 0
         self.max_concurrency, self.min_concurrency = most * self._unit, least * self._unit
 

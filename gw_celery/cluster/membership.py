@@ -327,9 +327,8 @@ class Membership(background_thread.BackgroundThread):
         """Return the seconds that an input which comes now would wait; ``None``: unknown."""
         own = self._own_loads[queue]
         others = [record.loads[queue] for record in self.others if queue in record.loads]
-        total = queue_time.together([own, *others])
         length = (self._lengths or {}).get(queue, queue_lengths.Length(0))
-        return queue_time.estimate(length.messages * own.mean, total.waiting, total.rate)
+        return queue_time.estimate(length.messages * own.mean, [own, *others])
 
     def _write(self, pipe: Any, shared: find.SharedRedis) -> None:
         """Write the estimates that the last records gave; a caller reads one small value."""

@@ -59,7 +59,7 @@ class Allotment:
             return None
         return (
             f"{wanted} replicas were asked for, and {self.most} fit: each needs "
-            f"{_listed(self.needs)}, and this machine has {self.machine}"
+            f"{' and '.join(map(str, self.needs))}, and this machine has {self.machine}"
         )
 
 
@@ -75,7 +75,13 @@ def needs_of(declared: Iterable[gpu.Gpu | None]) -> tuple[Need, ...]:
     for device in gpus:
         special = [kind for kind in kinds if kind.startswith(f"{device.kind}_")]
         grouped.setdefault(max(special, key=len, default=device.kind), []).append(device)
-    return tuple(_sum(kind, grouped[kind]) for kind in sorted(grouped))
+    needs = []
+    for kind, alike in sorted(grouped.items()):
+        sizes = [device.memory_gb for device in alike if device.memory_gb is not None]
+        memory = sum(sizes) if len(sizes) == len(alike) else None
+        count = max(device.count for device in alike)
+        needs.append(Need(kind=kind, count=count, memory_gb=memory))
+    return tuple(needs)
 
 
 def allot(needs: Sequence[Need], machine: devices.Machine) -> Allotment:
@@ -87,8 +93,9 @@ def allot(needs: Sequence[Need], machine: devices.Machine) -> Allotment:
     shares = tuple(itertools.islice(_shares(needs, machine.devices), _MOST))
     if not shares:
         raise errors.ConfigurationError(
-            f"a replica needs {_listed(needs)}, and this machine has {machine}. Start this worker "
-            f"where there is one, or serve fewer services with it{_remedy(needs, machine)}"
+            f"a replica needs {' and '.join(map(str, needs))}, and this machine has {machine}. "
+            f"Start this worker where there is one, or serve fewer services with it"
+            f"{_remedy(needs, machine)}"
         )
     return Allotment(needs=tuple(needs), machine=machine, shares=shares)
 
@@ -107,8 +114,9 @@ def families_for(
     Raises:
         ConfigurationError: when there is none, with the families and devices that there are.
     """
-    if kind not in (None, "CPU") and not machine.has(kind):
-        remedy = _remedy([Need(kind=str(kind))], machine)
+    known = {known for device in machine.devices for known in device.kinds}
+    if kind is not None and kind not in {"CPU", *known}:
+        remedy = _remedy([Need(kind=kind)], machine)
         raise errors.ConfigurationError(f"--gpu {kind}: this machine has {machine}{remedy}")
     fitting = [name for name in sorted(declared) if _can_serve(declared[name], machine)]
     if kind is None:
@@ -121,17 +129,11 @@ def families_for(
         there = "" if kind == "CPU" else f"; this machine has {machine}"
         if kind is None:
             there += '; what needs no GPU declares gpu=gw.Gpu("CPU")'
+        asked = "gw worker" if kind is None else f"--gpu {kind}"
         raise errors.ConfigurationError(
-            f"{'gw worker' if kind is None else f'--gpu {kind}'}: no service here can be served; "
-            f"families: {_described(declared)}{there}"
+            f"{asked}: no service here can be served; families: {_described(declared)}{there}"
         )
     return families
-
-
-def _sum(kind: str, gpus: Sequence[gpu.Gpu]) -> Need:
-    sizes = [device.memory_gb for device in gpus if device.memory_gb is not None]
-    memory = sum(sizes) if len(sizes) == len(gpus) else None
-    return Need(kind=kind, count=max(device.count for device in gpus), memory_gb=memory)
 
 
 def _shares(
@@ -170,24 +172,17 @@ def _described(declared: Mapping[str, Sequence[gpu.Gpu | None]]) -> str:
     """The families, with what each takes of a machine."""
     texts = []
     for name, gpus in sorted(declared.items()):
-        needs = list(dict.fromkeys(need for device in gpus for need in needs_of([device])))
-        texts.append(f"{name} (needs {' or '.join(map(str, needs))})" if needs else name)
+        needs = dict.fromkeys(str(need) for device in gpus for need in needs_of([device]))
+        texts.append(f"{name} (needs {' or '.join(needs)})" if needs else name)
     return ", ".join(texts) or "none: is their module imported"
 
 
 def _remedy(needs: Iterable[Need], machine: devices.Machine) -> str:
     if devices.VISIBLE in machine.source:
         return f"; {devices.VISIBLE} hides devices from this worker: unset it, or name others in it"
-    fakes = ",".join(f"{need.kind}{_size(need)}:{need.count}" for need in needs)
-    return f"; to run without GPUs while you develop, set GW_FAKE_GPUS={fakes}"
-
-
-def _size(need: Need) -> str:
-    if need.memory_gb is not None:
-        return f"/{need.memory_gb:g}"
-    # A kind of the setting gw_gpu_kinds has no size of its own.
-    return "" if need.kind in gpu.KINDS else "/24"
-
-
-def _listed(needs: Sequence[Need]) -> str:
-    return " and ".join(map(str, needs))
+    fakes = []
+    for need in needs:
+        # A kind of the setting gw_gpu_kinds has no size of its own.
+        size = need.memory_gb or (None if need.kind in gpu.KINDS else 24.0)
+        fakes.append(f"{need.kind}{'' if size is None else f'/{size:g}'}:{need.count}")
+    return f"; to run without GPUs while you develop, set GW_FAKE_GPUS={','.join(fakes)}"

@@ -1,13 +1,19 @@
-"""The GPUs of a machine: the kinds of each, and those that a worker may use."""
+"""The GPUs of a machine: found with NVML, or faked, and those of them that a worker may use."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from gw_celery import errors
+from gw_celery import conf, errors
+from gw_celery.declare import gpu
+
+logger = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -16,6 +22,18 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LEAST, _MOST = 0.95, 1.08
 #: Entries that end the list of visible devices, as they do for CUDA.
 _END = re.compile(r"|-\d+|NoDevFiles")
+#: The memory of fake devices without a size, in GB.
+_SIZES = {
+    "T4": 16.0,
+    "A10G": 24.0,
+    "L4": 24.0,
+    "L40S": 48.0,
+    "A100": 40.0,
+    "A100_80": 80.0,
+    "H100": 80.0,
+    "H200": 141.0,
+}
+_FAKE = re.compile(r"(?P<kind>[A-Z][A-Z0-9_]*)(/(?P<size>\d+(\.\d+)?))?(:(?P<count>[1-9]\d{0,2}))?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,12 +73,118 @@ class Machine:
         listed = ", ".join(f"{count} x {name}" for name, count in counted.items())
         return f"{listed or 'no GPU'}; looked at {self.source}"
 
-    def has(self, kind: str) -> bool:
-        return any(kind in device.kinds for device in self.devices)
-
 
 #: The machine of a worker that needs no device.
 NONE = Machine(devices=(), source="nothing")
+
+
+def find(added: Collection[str] = ()) -> Machine:
+    """Return the devices that this process may use; none where there is no NVIDIA driver.
+
+    Args:
+        added: the kinds of ``gw_gpu_kinds``.
+
+    Raises:
+        ConfigurationError: for a ``GW_FAKE_GPUS`` or ``CUDA_VISIBLE_DEVICES`` that means nothing.
+    """
+    kinds = [kind for kind in (*gpu.KINDS, *added) if kind != "CPU"]
+    value = conf.fake_gpus()
+    machine = _from_nvml(kinds) if value is None else fakes(value, kinds)
+    return only_visible(machine, conf.visible_devices())
+
+
+def fakes(value: str, kinds: Collection[str]) -> Machine:
+    """Return the machine that ``GW_FAKE_GPUS`` describes.
+
+    Args:
+        value: ``KIND[/GB][:COUNT]``, and more after commas: ``A100:2,L4`` or ``A100/80:4``.
+        kinds: the kinds that it may name.
+
+    Raises:
+        ConfigurationError: for anything else.
+    """
+    fake_gpus: list[Device] = []
+    for part in map(str.strip, value.split(",")):
+        matched = _FAKE.fullmatch(part)
+        if matched is None or matched["kind"] not in kinds:
+            raise _wrong(value, part, f"KIND is one of {', '.join(kinds)}")
+        kind = matched["kind"]
+        size = float(matched["size"] or _SIZES.get(kind, 0.0))
+        if not size:
+            raise _wrong(value, part, f"say the GB of {kind}, over 0")
+        for _ in range(int(matched["count"] or 1)):
+            fake_gpus.append(
+                Device(
+                    name=f"fake {kind}",
+                    token=f"GPU-fake-{len(fake_gpus)}",
+                    memory_gb=size,
+                    index=len(fake_gpus),
+                    kinds=kinds_of(kind, size, kinds),
+                )
+            )
+    return Machine(devices=tuple(fake_gpus), source=f"GW_FAKE_GPUS={value!r}")
+
+
+def _wrong(value: str, part: str, rule: str) -> errors.ConfigurationError:
+    return errors.ConfigurationError(
+        f"GW_FAKE_GPUS={value!r}: {part!r} is not KIND[/GB][:COUNT], such as A100:4, A100/80:4 or, "
+        f"for two kinds, A100:2,L4; {rule}"
+    )
+
+
+def _from_nvml(kinds: Collection[str]) -> Machine:
+    try:
+        # Here, because only workers that serve GPU services need it.
+        import pynvml
+    except ImportError as exc:
+        return Machine(devices=(), source=f"NVML ({exc}: pip install nvidia-ml-py)")
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as exc:
+        return Machine(devices=(), source=f"NVML ({exc})")
+    try:
+        return Machine(devices=tuple(_devices(pynvml, kinds)), source="NVML")
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _devices(nvml: Any, kinds: Collection[str]) -> Iterator[Device]:
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            whole = _device(nvml, handle, index, kinds)
+            if not _is_cut(nvml, handle):
+                yield whole
+                continue
+            for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+                with contextlib.suppress(nvml.NVMLError):  # no slice of this number
+                    part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
+                    yield _device(nvml, part, index, kinds, whole.token)
+        except nvml.NVMLError as exc:  # fallen off the bus, or not ours to see
+            logger.warning("GPU %d is left out: NVML says %s", index, exc)
+
+
+def _device(
+    nvml: Any, handle: Any, index: int, kinds: Collection[str], slice_of: str = ""
+) -> Device:
+    name, size, token = nvml.nvmlDeviceGetName(handle), 0.0, str(index)
+    with contextlib.suppress(nvml.NVMLError):  # devices that share the memory of the machine
+        size = nvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9
+    with contextlib.suppress(nvml.NVMLError):
+        token = nvml.nvmlDeviceGetUUID(handle)
+    kinds = kinds_of(name, size, kinds)
+    return Device(
+        name=name, token=token, memory_gb=size, index=index, kinds=kinds, slice_of=slice_of
+    )
+
+
+def _is_cut(nvml: Any, handle: Any) -> bool:
+    """Whether a GPU is in MIG mode: nothing but its slices can be used."""
+    try:
+        mode, _ = nvml.nvmlDeviceGetMigMode(handle)
+    except nvml.NVMLError:  # a GPU that has no such mode
+        return False
+    return bool(mode == nvml.NVML_DEVICE_MIG_ENABLE)
 
 
 def kinds_of(name: str, memory_gb: float, candidates: Iterable[str]) -> tuple[str, ...]:
@@ -78,9 +202,12 @@ def kinds_of(name: str, memory_gb: float, candidates: Iterable[str]) -> tuple[st
     words = re.findall(r"[A-Z0-9]+", name.upper())
     ends = range(1, len(words) + 1)
     runs = {"".join(words[start:end]) for end in ends for start in range(end)}
-    kinds = [
-        kind for kind in candidates if _is_named(kind, runs) or _is_sized(kind, runs, memory_gb)
-    ]
+    kinds = []
+    for kind in candidates:
+        base, _, size = kind.rpartition("_")
+        is_sized = size.isdecimal() and _LEAST * int(size) <= memory_gb <= _MOST * int(size)
+        if kind.replace("_", "") in runs or (is_sized and base.replace("_", "") in runs):
+            kinds.append(kind)
     return tuple(sorted(kinds, key=len))
 
 
@@ -114,17 +241,6 @@ def environment(devices: Sequence[Device]) -> Mapping[str, str]:
         # Else CUDA counts the quickest device as the first, and NVML does not.
         variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     return variables
-
-
-def _is_named(kind: str, runs: set[str]) -> bool:
-    return kind.replace("_", "") in runs
-
-
-def _is_sized(kind: str, runs: set[str], memory_gb: float) -> bool:
-    base, _, size = kind.rpartition("_")
-    if not (base and size.isdecimal() and _is_named(base, runs)):
-        return False
-    return _LEAST * int(size) <= memory_gb <= _MOST * int(size)
 
 
 def _named(token: str, machine: Machine, value: str) -> list[Device]:

@@ -67,18 +67,20 @@ class Buffers(Generic[W]):
     """The waiting inputs of one batched method; those of different keys are never mixed."""
 
     def __init__(self) -> None:
-        #: None of them is empty.
-        self._by_key: dict[Hashable, _Buffer[W]] = {}
+        #: In the order of their arrival; no key is without any.
+        self._by_key: dict[Hashable, collections.deque[W]] = {}
 
     def put(self, waiting: W) -> None:
-        self._by_key.setdefault(waiting.key, _Buffer()).put(waiting)
+        self._by_key.setdefault(waiting.key, collections.deque()).append(waiting)
 
     def remove(self, waiting: W) -> bool:
         """Take out an input; whether it was there."""
         buffer = self._by_key.get(waiting.key)
-        if buffer is None or not buffer.remove(waiting):
+        if buffer is None or waiting not in buffer:
             return False
-        self._free(waiting.key)
+        buffer.remove(waiting)
+        if not buffer:
+            del self._by_key[waiting.key]
         return True
 
     def next_batch(
@@ -91,79 +93,49 @@ class Buffers(Generic[W]):
             now: seconds of the clock of ``Waiting.since``.
             is_draining: the replica takes nothing new: no input waits for others.
         """
-        best: tuple[_Buffer[W], Flush] | None = None
-        for buffer in self._by_key.values():
-            flush = buffer.flush(bounds, now, is_draining)
-            if flush is not None and (best is None or buffer.oldest < best[0].oldest):
-                best = buffer, flush
-        if best is None:
+        due = [
+            (buffer, flush)
+            for buffer in self._by_key.values()
+            if (flush := _flush(buffer, bounds, now, is_draining)) is not None
+        ]
+        if not due:
             return None
-        members = best[0].take(bounds)
-        self._free(members[0].key)
-        return Batch(members, best[1])
+        buffer, flush = min(due, key=lambda pair: pair[0][0].since)
+        members = _take(buffer, bounds)
+        if not buffer:
+            del self._by_key[members[0].key]
+        return Batch(members, flush)
 
     def due_in(self, bounds: Bounds, now: float) -> float | None:
         """Seconds until a batch is due, if nothing comes or goes; ``None`` when nothing waits."""
-        oldest = min((buffer.oldest for buffer in self._by_key.values()), default=None)
+        oldest = min((buffer[0].since for buffer in self._by_key.values()), default=None)
         return None if oldest is None else max(0.0, oldest + bounds.wait - now)
 
-    def _free(self, key: Hashable) -> None:
-        if not self._by_key[key]:
-            del self._by_key[key]
+
+def _flush(
+    buffer: collections.deque[W], bounds: Bounds, now: float, is_draining: bool
+) -> Flush | None:
+    """Why a batch of these inputs is due now; ``None`` when it is not."""
+    if len(buffer) >= bounds.size:
+        return Flush.FULL
+    # What is counted here is fewer than a batch.
+    if bounds.cost is not None and sum(waiting.cost for waiting in buffer) >= bounds.cost:
+        return Flush.FULL
+    if is_draining:
+        return Flush.DRAIN
+    # As `due_in` computes it: a timer must not find that it came a rounding error too early.
+    if buffer[0].since + bounds.wait <= now or any(waiting.is_urgent for waiting in buffer):
+        return Flush.DUE
+    return None
 
 
-class _Buffer(Generic[W]):
-    """Inputs of one key, in the order of their arrival."""
-
-    def __init__(self) -> None:
-        self._waiting: collections.deque[W] = collections.deque()
-        self._cost = 0
-        self._urgent = 0
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def oldest(self) -> float:
-        """Since when the first input waits."""
-        return self._waiting[0].since
-
-    def put(self, waiting: W) -> None:
-        self._waiting.append(waiting)
-        self._count(waiting, 1)
-
-    def remove(self, waiting: W) -> bool:
-        try:
-            self._waiting.remove(waiting)
-        except ValueError:
-            return False
-        self._count(waiting, -1)
-        return True
-
-    def flush(self, bounds: Bounds, now: float, is_draining: bool) -> Flush | None:
-        """Why a batch of these inputs is due now; ``None`` when it is not."""
-        has_cost = bounds.cost is not None and self._cost >= bounds.cost
-        if has_cost or len(self._waiting) >= bounds.size:
-            return Flush.FULL
-        if is_draining:
-            return Flush.DRAIN
-        # As `due_in` computes it: a timer must not find that it came a rounding error too early.
-        if self._urgent or self.oldest + bounds.wait <= now:
-            return Flush.DUE
-        return None
-
-    def take(self, bounds: Bounds) -> list[W]:
-        """Take out the inputs of one call, the oldest first; one over the cost goes alone."""
-        members: list[W] = []
-        cost = 0
-        while self._waiting and len(members) < bounds.size:
-            cost += self._waiting[0].cost
-            if members and bounds.cost is not None and cost > bounds.cost:
-                break
-            members.append(self._waiting.popleft())
-            self._count(members[-1], -1)
-        return members
-
-    def _count(self, waiting: W, sign: int) -> None:
-        self._cost += sign * waiting.cost
-        self._urgent += sign * waiting.is_urgent
+def _take(buffer: collections.deque[W], bounds: Bounds) -> list[W]:
+    """Take out the inputs of one call, the oldest first; one over the cost goes alone."""
+    members: list[W] = []
+    cost = 0
+    while buffer and len(members) < bounds.size:
+        cost += buffer[0].cost
+        if members and bounds.cost is not None and cost > bounds.cost:
+            break
+        members.append(buffer.popleft())
+    return members

@@ -6,14 +6,19 @@ records, and takes its part. Work that several groups share is divided by their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import dataclasses
+import functools
+import statistics
+from collections.abc import Iterable, Sequence
 
-from gw_celery.policy import apportionment, scaling
+from gw_celery.policy import scaling
 from gw_celery.protocol import snapshot
-from gw_celery.protocol.worker_record import ServiceRecord, Size, WorkerRecord
+from gw_celery.protocol.worker_record import Size, WorkerRecord
 
-#: Groups whose order is remembered: this worker as it is and as it would be whole, in turns.
-_MOST_KNOWN = 4
+#: Weight of the newest start-up in the mean.
+_NEWEST = 0.5
+_LOADING = frozenset({"starting", "entering", "probing", "benchmarking"})
 
 
 class Service:
@@ -54,17 +59,27 @@ class Service:
         inside = share = _part(mine, workers)
         if others is None:
             share = 1.0 / max(1, consumers or 1)
-        mean = _mean(parts)
-        came = inside * self._came(workers) + share * mean * self._grown(queued)
+        # The workload of one input: the mean of the workers, by how much each has taken.
+        mean = statistics.fmean([part.mean for part in parts], [part.taken + 1.0 for part in parts])
+        before, self._queued = self._queued, queued
+        grown = 0 if before is None or queued is None else queued - before
+        came = inside * self._came(workers) + share * mean * grown
         self._meter.add(now, came)
         waits = inside * sum(part.waiting for part in parts) + share * mean * (queued or 0)
         inputs = inside * sum(part.waiting_inputs for part in parts) + share * (queued or 0)
         running = inside * sum(part.running_inputs for part in parts)
-        score = _score(workers, parts)
-        need, keep = self._needs(waits, inputs, running, score)
-        if queued is None and self._is_full(inputs + running, _size(mine).replicas):
+        score = _score(workers, self._key)
+        filled = (inputs + running) / self._target
+        if score is None:
+            # What a replica can do is not known: as many as hold all inputs.
+            need = keep = filled
+        else:
+            fillable = inputs / self._target
+            need = scaling.need(self._meter.rate, waits, score, self._rules, fillable)
+            keep = scaling.kept(self._meter.pace, score, self._rules)
+        if queued is None and filled >= (replicas := _size(mine).replicas) > 0:
             # No more is taken than there are slots for: what else waits is not known.
-            need = max(need, _size(mine).replicas + 1.0)
+            need = max(need, replicas + 1.0)
         return snapshot.ServiceDemand(
             queued=queued,
             share=share,
@@ -77,29 +92,11 @@ class Service:
             is_active=came > 0 or inputs > 0 or running > 0,
         )
 
-    def _needs(
-        self, waits: float, inputs: float, running: float, score: float | None
-    ) -> tuple[float, float]:
-        """Replicas for what is there, and for its bursts to come again."""
-        if score is None:
-            # What a replica can do is not known: as many as hold all inputs.
-            held = (inputs + running) / self._target
-            return held, held
-        need = scaling.need(self._meter.rate, waits, score, self._rules, inputs / self._target)
-        return need, scaling.kept(self._meter.pace, score, self._rules)
-
-    def _is_full(self, inputs: float, replicas: int) -> bool:
-        return replicas > 0 and inputs >= self._target * replicas
-
     def _came(self, workers: Sequence[WorkerRecord]) -> float:
         """Workload that workers have taken since the last look: of those that were there then."""
         before = self._taken
         self._taken = {worker.incarnation: worker.services[self._key].taken for worker in workers}
         return sum(taken - before[name] for name, taken in self._taken.items() if name in before)
-
-    def _grown(self, queued: int | None) -> int:
-        before, self._queued = self._queued, queued
-        return 0 if before is None or queued is None else queued - before
 
 
 def size_of(worker: snapshot.Worker, least: int, most: int) -> Size:
@@ -144,34 +141,17 @@ def group_of(mine: WorkerRecord, others: Sequence[WorkerRecord] | None) -> list[
     return [mine, *(other for other in alike if other.serves == mine.serves)]
 
 
-class Apportionment:
-    """This worker's part of the replicas of its group, worked out anew when the group changes."""
+def part(group: Sequence[WorkerRecord], total: int) -> int:
+    """Return how many of ``total`` replicas of a group are those of its first worker.
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[apportionment.Peer, ...], list[int]] = {}
-
-    def part(self, group: Sequence[WorkerRecord], me: str, total: int) -> int:
-        """Return how many of ``total`` replicas are those of ``me``."""
-        peers = _peers(group)
-        if (positions := self._known.get(peers)) is None:
-            if len(self._known) >= _MOST_KNOWN:
-                self._known.clear()
-            positions = self._known[peers] = apportionment.own_positions(peers, me)
-        return apportionment.part(positions, total)
-
-
-def _size(worker: WorkerRecord) -> Size:
-    return worker.size or Size()
-
-
-def _peers(group: Sequence[WorkerRecord]) -> tuple[apportionment.Peer, ...]:
-    """Weighed by their scores where these differ; what differs little must not move a replica."""
+    Weighed by their scores where these differ; what differs little must not move a replica.
+    """
     first = next(iter(group[0].services))
     scores = [worker.services[first].score for worker in group]
     known = [score for score in scores if score]
     slowest = min(known) if len(known) == len(group) else None
-    return tuple(
-        apportionment.Peer(
+    peers = tuple(
+        Peer(
             worker.worker,
             _size(worker).capacity,
             _size(worker).least,
@@ -179,6 +159,73 @@ def _peers(group: Sequence[WorkerRecord]) -> tuple[apportionment.Peer, ...]:
         )
         for worker, score in zip(group, scores, strict=True)
     )
+    return bisect.bisect_right(_own_positions(peers, group[0].worker), total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A worker that serves the same, for those that divide the replicas."""
+
+    #: Its node name: who is first where two are worth the same.
+    name: str
+    #: Replicas that it could have now; one that fails to start is none.
+    capacity: int
+    #: Replicas that it has in any case.
+    least: int = 0
+    #: The weight of each of them, above 0: the worker's score, where the workers' scores differ.
+    score: float = 1.0
+
+
+# For this worker as it is and as it would be whole, in turns.
+@functools.lru_cache(maxsize=4)
+def _own_positions(peers: tuple[Peer, ...], me: str) -> list[int]:
+    return [position for position, name in enumerate(order(peers), start=1) if name == me]
+
+
+def order(peers: Iterable[Peer]) -> list[str]:
+    """Name the worker of the first replica, of the second, and so on: minimums, then by value.
+
+    That is Webster's order, as a parliament is apportioned: the k-th replica of a worker has the
+    value ``(k - 1/2) / capacity``, and the lowest values are taken first. So workers that have the
+    same facts need not agree, and one replica more never moves another: growth by one starts just
+    one.
+    """
+    known = sorted(peers, key=lambda peer: peer.name)
+    least = [peer.name for peer in known for _ in range(min(peer.least, peer.capacity))]
+    by_value = sorted(
+        ((taken + 0.5) / (peer.capacity * peer.score), peer.name)
+        for peer in known
+        for taken in range(min(peer.least, peer.capacity), peer.capacity)
+    )
+    return [*least, *(name for _, name in by_value)]
+
+
+class StartUp:
+    """The mean duration of a start-up, from the start of a child until it is READY."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        #: A child is loading: a worker with a replica on its way is not idle.
+        self.is_loading = False
+        self._pids: set[int] = set()
+
+    def observe(self, replicas: Iterable[snapshot.Replica]) -> None:
+        """Learn from the replicas; each child counts once, when it has been READY."""
+        start_ups: dict[int, float] = {}
+        self.is_loading = False
+        for replica in replicas:
+            if replica.pid is not None and replica.start_up is not None:
+                start_ups[replica.pid] = replica.start_up
+            elif replica.state in _LOADING:
+                self.is_loading = True
+        for pid in start_ups.keys() - self._pids:
+            mean, seconds = self.seconds, start_ups[pid]
+            self.seconds = seconds if mean is None else mean + _NEWEST * (seconds - mean)
+        self._pids = set(start_ups)
+
+
+def _size(worker: WorkerRecord) -> Size:
+    return worker.size or Size()
 
 
 def _part(mine: WorkerRecord, workers: Sequence[WorkerRecord]) -> float:
@@ -190,18 +237,11 @@ def _part(mine: WorkerRecord, workers: Sequence[WorkerRecord]) -> float:
     return sum(_size(worker).capacity for worker in group) / capacity
 
 
-def _mean(parts: Sequence[ServiceRecord]) -> float:
-    """The workload of one input: the mean of the workers, by how much each has taken."""
-    weight = sum(part.taken + 1.0 for part in parts)
-    return sum(part.mean * (part.taken + 1.0) for part in parts) / weight
-
-
-def _score(workers: Sequence[WorkerRecord], parts: Sequence[ServiceRecord]) -> float | None:
-    known = [
-        (part.score, max(1, _size(worker).capacity))
-        for worker, part in zip(workers, parts, strict=True)
-        if part.score
-    ]
-    if not known:
+def _score(workers: Sequence[WorkerRecord], key: str) -> float | None:
+    """The mean of those that know it, by the replicas that each could have."""
+    scores = [worker.services[key].score or 0.0 for worker in workers]
+    if not any(scores):
         return None
-    return sum(score * weight for score, weight in known) / sum(weight for _, weight in known)
+    capacities = [max(1, _size(worker).capacity) for worker in workers]
+    weights = [capacity if score else 0 for capacity, score in zip(capacities, scores, strict=True)]
+    return statistics.fmean(scores, weights)

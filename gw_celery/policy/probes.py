@@ -123,10 +123,6 @@ class Check:
             answer = self._too_late(answer.seconds)
         return self._note(answer)
 
-    def is_overdue(self, now: float) -> bool:
-        """Whether the call on its way counts as a failure now, or as another one."""
-        return self.call is not None and now >= self._counts_at
-
     def give_up(self, now: float) -> Consequence:
         """Count a call without an answer: at its time-out, and once a period while it hangs."""
         self._is_late = True
@@ -145,18 +141,14 @@ class Check:
 
     def _note(self, answer: Answer) -> Consequence:
         self.last = answer
-        return self._passed() if answer.is_ok else self._failed()
-
-    def _passed(self) -> Consequence:
-        is_change = self.is_failing or not self.has_passed
-        self.has_passed, self.is_failing, self.failures = True, False, 0
-        if self.probe.kind == "startup":
-            self.due = math.inf
-            return Consequence.STARTED
-        is_ready = self.probe.kind == "readiness" and is_change
-        return Consequence.READY if is_ready else Consequence.NOTHING
-
-    def _failed(self) -> Consequence:
+        if answer.is_ok:
+            is_change = self.is_failing or not self.has_passed
+            self.has_passed, self.is_failing, self.failures = True, False, 0
+            if self.probe.kind == "startup":
+                self.due = math.inf
+                return Consequence.STARTED
+            is_ready = self.probe.kind == "readiness" and is_change
+            return Consequence.READY if is_ready else Consequence.NOTHING
         self.failures += 1
         if self.is_failing or self.failures < self.probe.failures:
             return Consequence.NOTHING
@@ -239,4 +231,5 @@ class Checks:
             for check in self:
                 check.pause(now - self._looked)
         self._looked = now
-        return [(check, check.give_up(now)) for check in self if check.is_overdue(now)]
+        called = [check for check in self if check.call is not None]
+        return [(check, check.give_up(now)) for check in called if now >= check.next_at]

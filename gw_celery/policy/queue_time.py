@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from gw_celery.protocol import snapshot
 from gw_celery.protocol.worker_record import QueueLoad
@@ -11,7 +11,7 @@ from gw_celery.protocol.worker_record import QueueLoad
 _KEPT = 0.98
 
 
-def estimate(queued: float, waiting: float, rate: float | None) -> float | None:
+def estimate(queued: float, loads: Collection[QueueLoad]) -> float | None:
     """Return the seconds that an input waits which comes now; ``None`` where that is not known.
 
     What runs counts on neither side: on average it is half done as the input comes, and what runs
@@ -19,23 +19,13 @@ def estimate(queued: float, waiting: float, rate: float | None) -> float | None:
 
     Args:
         queued: workload in the queue of the broker.
-        waiting: workload that workers have taken and that has no slot.
-        rate: workload that all replicas do in a second.
+        loads: of all workers that serve it; a rate that is not known adds nothing.
     """
-    ahead = queued + waiting
+    ahead = queued + sum(load.waiting for load in loads)
     if ahead <= 0:
         return 0.0
+    rate = sum(load.rate or 0.0 for load in loads)
     return ahead / rate if rate else None
-
-
-def together(loads: Iterable[QueueLoad]) -> QueueLoad:
-    """Return the load of several workers as that of one; a rate that is not known adds nothing."""
-    listed = list(loads)
-    rates = [load.rate for load in listed if load.rate is not None]
-    return QueueLoad(
-        waiting=sum(load.waiting for load in listed),
-        rate=sum(rates) if rates else None,
-    )
 
 
 def shared(rates: Mapping[str, float | None], parts: Mapping[str, float]) -> float | None:
@@ -56,37 +46,29 @@ def shared(rates: Mapping[str, float | None], parts: Mapping[str, float]) -> flo
     return min(rate * total / parts[key] for key, rate in known.items() if parts.get(key))
 
 
-class Part:
-    """Recent workload that came for one service."""
+class Recent:
+    """What came for one service and what it did lately, in workload."""
 
     def __init__(self) -> None:
-        self._came = self._last = 0.0
-
-    def observe(self, arrived: float) -> float:
-        """Take in the sum since the worker started, once a second; returns what counts now."""
-        self._came = self._came * _KEPT + arrived - self._last
-        self._last = arrived
-        return self._came
-
-
-class Pace:
-    """How much workload one slot does in a second while it is taken.
-
-    Not the throughput: a service that has little to do is not slow.
-    """
-
-    def __init__(self) -> None:
+        self.came = 0.0
         self._served = self._busy = 0.0
-        self._last = (0.0, 0.0)
+        self._last = snapshot.Counters()
 
-    def observe(self, served: float, busy: float) -> float | None:
-        """Take in the sums since the worker started, once a second; returns the pace."""
-        before_served, before_busy = self._last
-        self._last = (served, busy)
-        if busy > before_busy:
-            self._served = self._served * _KEPT + served - before_served
-            self._busy = self._busy * _KEPT + busy - before_busy
+    @property
+    def pace(self) -> float | None:
+        """What one slot does in a second while it is taken.
+
+        Not the throughput: a service that has little to do is not slow.
+        """
         return self._served / self._busy if self._busy > 0 else None
+
+    def observe(self, counters: snapshot.Counters) -> None:
+        """Take in the sums since the worker started, once a second."""
+        last, self._last = self._last, counters
+        self.came = self.came * _KEPT + counters.arrived - last.arrived
+        if counters.busy > last.busy:
+            self._served = self._served * _KEPT + counters.served - last.served
+            self._busy = self._busy * _KEPT + counters.busy - last.busy
 
 
 class Loads:
@@ -98,8 +80,7 @@ class Loads:
 
     def __init__(self, queues: Mapping[str, Mapping[str, int]]) -> None:
         self._queues = queues
-        self._paces = {service: Pace() for slots in queues.values() for service in slots}
-        self._parts = {service: Part() for slots in queues.values() for service in slots}
+        self._recent = {service: Recent() for slots in queues.values() for service in slots}
 
     def observe(self, worker: snapshot.Worker) -> dict[str, QueueLoad]:
         """Return the load of each queue; called once a second."""
@@ -107,20 +88,19 @@ class Loads:
 
     def _load(self, slots: Mapping[str, int], worker: snapshot.Worker) -> QueueLoad:
         tallies = {key: worker.tallies[key] for key in slots if key in worker.tallies}
+        for key, counters in tallies.items():
+            self._recent[key].observe(counters)
         return QueueLoad(
             waiting=sum(counters.waiting for counters in tallies.values()),
             rate=shared(
                 {service: self._rate(service, slots[service], worker) for service in slots},
-                {key: self._parts[key].observe(sums.arrived) for key, sums in tallies.items()},
+                {service: self._recent[service].came for service in slots},
             ),
             mean=snapshot.mean_workload(tallies.values()),
         )
 
     def _rate(self, service: str, slots: int, worker: snapshot.Worker) -> float | None:
         """What the READY replicas do in a second: by their score, else by what slots have done."""
-        counters = worker.tallies.get(service, snapshot.Counters())
-        pace = self._paces[service].observe(counters.served, counters.busy)
         score = worker.scores.get(service, snapshot.Score()).value
-        if score is not None:
-            pace = score / slots
+        pace = self._recent[service].pace if score is None else score / slots
         return None if pace is None else pace * worker.ready_slots.get(service, 0)

@@ -62,13 +62,6 @@ class Rules:
         """Seconds for which a need that was met is held."""
         return RESIDENCE * (self.start_up + self.target_queue_time)
 
-    @property
-    def patience(self) -> float:
-        """Seconds without activity after which the last replica goes; infinite for never."""
-        if self.min_load > 0 or self.inactivity_timeout is None:
-            return math.inf
-        return self.inactivity_timeout
-
 
 def need(rate: float, backlog: float, score: float, rules: Rules, fillable: float) -> float:
     """Return the replicas that one service needs now.
@@ -102,19 +95,6 @@ def kept(pace: float, score: float, rules: Rules) -> float:
 
 class Meter:
     """The workload that arrives at a service: its rate, and the pace that its bursts ask for."""
-
-    __slots__ = (
-        "_arrived",
-        "_firsts",
-        "_grace",
-        "_head_room",
-        "_rate_first",
-        "_rate_span",
-        "_samples",
-        "_spans",
-        "pace",
-        "rate",
-    )
 
     def __init__(self, rules: Rules, now: float) -> None:
         self._grace = rules.target_queue_time
@@ -170,42 +150,34 @@ class Meter:
 
 
 class Largest:
-    """The largest number of the last ``window`` seconds, in constant time."""
+    """The largest of the latest numbers, in constant time."""
 
-    __slots__ = ("_falling", "window")
-
-    def __init__(self, window: float) -> None:
-        self.window = window
+    def __init__(self) -> None:
         self._falling: collections.deque[tuple[float, float]] = collections.deque()
 
-    def add(self, now: float, number: float) -> float:
-        """Add ``number``; return the largest."""
+    def add(self, now: float, number: float, window: float) -> float:
+        """Add ``number``; return the largest of the last ``window`` seconds."""
         falling = self._falling
         while falling and falling[-1][1] <= number:
             falling.pop()
         falling.append((now, number))
-        while falling[0][0] < now - self.window:
+        while falling[0][0] < now - window:
             falling.popleft()
         return falling[0][1]
 
 
 class Decider:
-    """How many replicas there should be, from ``least`` to ``most``: up at once, down slowly."""
+    """How many replicas there should be, from ``least`` to ``most``: up at once, down slowly.
+
+    Its rules may be changed; what was needed lately is not forgotten.
+    """
 
     def __init__(self, rules: Rules, least: int, most: int) -> None:
-        self._needed = Largest(rules.residence)
-        self._kept = Largest(rules.window)
+        self.rules = rules
+        self._needed = Largest()
+        self._kept = Largest()
         self._active_at: float | None = None
-        self.follow(rules)
         self.update(least, most)
-
-    def follow(self, rules: Rules) -> None:
-        """Change the rules; what was needed lately is not forgotten."""
-        self._needed.window = rules.residence
-        self._kept.window = max(rules.window, rules.residence)
-        # Less than the head-room that ``target_util`` leaves is no reason to start a replica.
-        self._slack = 2.0 - rules.target_util
-        self._patience = rules.patience
 
     def update(self, least: int, most: int) -> None:
         """Change the bounds; ``most`` is never below ``least``."""
@@ -214,7 +186,7 @@ class Decider:
 
     def hold(self, now: float, replicas: int) -> None:
         """Keep the replicas that an operator asked for, as if the load had needed them."""
-        self._needed.add(now, replicas)
+        self._needed.add(now, replicas, self.rules.residence)
 
     def decide(self, now: float, need: float, actual: int, keep: float, is_active: bool) -> int:
         """Return the desired replicas.
@@ -226,21 +198,28 @@ class Decider:
             keep: replicas that its bursts would need if they came again (`kept`).
             is_active: something arrived since the last call, waits or runs.
         """
-        wanted = max(need, keep)
-        held = max(self._needed.add(now, wanted), self._kept.add(now, keep))
+        rules, wanted = self.rules, max(need, keep)
+        held = max(
+            self._needed.add(now, wanted, rules.residence),
+            self._kept.add(now, keep, max(rules.window, rules.residence)),
+        )
         if is_active or self._active_at is None:
             self._active_at = now
         elif self.is_idle(now):
             # One at a time at the end: nothing that was misread for a moment empties the pool.
             return self._bounded(1 if actual > 1 else 0)
-        if wanted > actual * self._slack:
+        # Less than the head-room that ``target_util`` leaves is no reason to start a replica.
+        if wanted > actual * (2.0 - rules.target_util):
             return self._bounded(max(actual, math.ceil(wanted - EPSILON)))
         return self._bounded(min(actual, max(1, math.ceil(held - EPSILON))))
 
     def is_idle(self, now: float) -> bool:
         """Whether nothing has happened for so long that none need stay, whatever was needed."""
+        timeout = self.rules.inactivity_timeout
+        if self.least > 0 or self.rules.min_load > 0 or timeout is None:
+            return False
         quiet_since = now if self._active_at is None else self._active_at
-        return self.least == 0 and now - quiet_since >= self._patience
+        return now - quiet_since >= timeout
 
     def _bounded(self, desired: int) -> int:
         return max(self.least, min(self.most, desired))
@@ -254,23 +233,20 @@ class Share:
     the next figure.
     """
 
-    def __init__(self, rules: Rules) -> None:
-        self._parts = Largest(rules.residence)
+    def __init__(self) -> None:
+        self._parts = Largest()
         self._total = 0
 
-    def follow(self, rules: Rules) -> None:
-        """Change the rules."""
-        self._parts.window = rules.residence
-
-    def kept(self, now: float, part: int, total: int) -> int:
+    def kept(self, now: float, part: int, total: int, rules: Rules) -> int:
         """Return the replicas to have: the largest part of a residence, at most ``total``.
 
         Args:
             now: seconds of a monotonic clock.
             part: this worker's part of the group's replicas.
             total: replicas of the whole group.
+            rules: the operator's settings.
         """
         if total < self._total:
-            self._parts = Largest(self._parts.window)
+            self._parts = Largest()
         self._total = total
-        return min(total, round(self._parts.add(now, part)))
+        return min(total, round(self._parts.add(now, part, rules.residence)))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 from gw_celery import errors
 from gw_celery.protocol import headers, snapshot
@@ -85,103 +83,40 @@ def of(task: str, rounds: Sequence[Round]) -> snapshot.TaskScore:
         most=max(throughputs),
         rounds=throughputs,
         success_rate=len(whole.latencies) / (len(whole.latencies) + whole.failures),
-        p50=_percentile(whole.latencies, 0.50),
-        p95=_percentile(whole.latencies, 0.95),
+        p50=percentile(whole.latencies, 0.50),
+        p95=percentile(whole.latencies, 0.95),
         failure=whole.failure,
     )
 
 
-def combined(values: Iterable[float]) -> float | None:
-    """Return the score of a service from those of its tasks: its score for an even mix of them.
-
-    That is the harmonic mean: the same workload of each task takes the sum of their times.
-    """
-    listed = list(values)
-    return statistics.harmonic_mean(listed) if listed else None
-
-
-def to_json(score: snapshot.TaskScore) -> dict[str, Any]:
-    return dataclasses.asdict(score)
-
-
 def from_json(document: object) -> snapshot.TaskScore:
-    """Return the score that ``to_json`` wrote.
+    """Return the score of which a child sent the fields.
 
     Raises:
         ValueError: for anything else.
     """
     if not isinstance(document, dict) or document.keys() != _FIELDS:
         raise ValueError(f"not a score: {document!r:.100}")
-    rounds, texts = document["rounds"], {name: document[name] for name in _TEXTS}
-    if not isinstance(rounds, list) or not rounds:
-        raise ValueError(f"the rounds of a score are {rounds!r:.100}")
-    if not all(isinstance(text, str) for text in texts.values()):
-        raise ValueError(f"the texts of a score are {texts!r:.100}")
-    figures: dict[str, Any] = {
-        name: _figure(document[name]) for name in _FIELDS - _TEXTS - {"rounds"}
-    }
-    if figures["value"] <= 0:
-        raise ValueError(f"a score is {figures['value']!r}")
-    return snapshot.TaskScore(**texts, **figures, rounds=tuple(map(_figure, rounds)))
+    for name, value in document.items():
+        if name in _TEXTS:
+            is_right = isinstance(value, str)
+        elif name == "rounds":
+            is_right = isinstance(value, list) and len(value) > 0 and all(map(_is_figure, value))
+        else:
+            is_right = _is_figure(value) and (name != "value" or value > 0)
+        if not is_right:
+            raise ValueError(f"the {name} of a score is {value!r:.100}")
+    return snapshot.TaskScore(**{**document, "rounds": tuple(document["rounds"])})
 
 
-def loads(text: str) -> Any:
-    """Return the value of a JSON ``text`` without NaN and Infinity.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("JSON that is nested too deep") from None
-
-
-def _refuse_constant(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _figure(value: object) -> float:
+def _is_figure(value: object) -> bool:
     number = headers.finite(value)
-    if number is None or number < 0:
-        raise ValueError(f"a figure of a score is {value!r:.100}")
-    return number
+    return number is not None and number >= 0
 
 
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest value that at least ``share`` of ``ordered`` do not exceed."""
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Return the smallest value that at least ``share`` of ``ordered`` do not exceed."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-class Counters(Protocol):
-    """Counters of the inputs of one service since its worker started; it does not change."""
-
-    @property
-    def served(self) -> float:
-        """Workload of those that were served."""
-
-    @property
-    def failed(self) -> float:
-        """Workload of the served ones that gave no value."""
-
-    @property
-    def refused(self) -> float:
-        """Workload of the failed ones that had waited for too long, and never ran."""
-
-    @property
-    def served_inputs(self) -> int: ...
-
-    @property
-    def busy(self) -> float:
-        """Seconds that the served ones had a slot, all added up."""
-
-    @property
-    def running_inputs(self) -> int:
-        """Inputs that replicas hold now."""
-
-    @property
-    def waiting_inputs(self) -> int:
-        """Inputs that wait in the worker because no slot is free."""
 
 
 @dataclasses.dataclass
@@ -191,7 +126,7 @@ class _Span:
     began: float
     ready: int
     #: The counters when it began.
-    first: Counters
+    first: snapshot.Counters
     #: Sum of the shares of the slots that were taken, and how often they were looked at.
     taken: float = 0.0
     looks: int = 0
@@ -199,7 +134,7 @@ class _Span:
     def is_full(self, slack: float = 0.0) -> bool:
         return self.taken >= _FULL * self.looks - slack
 
-    def is_marred(self, counters: Counters, slot_seconds: float) -> bool:
+    def is_marred(self, counters: snapshot.Counters, slot_seconds: float) -> bool:
         """Whether something other than work may have filled its slots."""
         # What waits may be refused faster than work comes, and what most inputs fail of more
         # replicas do not mend.
@@ -245,7 +180,7 @@ class LiveScore:
             self.served, self._has_warned = None, False
 
     def observe(
-        self, now: float, counters: Counters, ready: int, *, has_more: bool = False
+        self, now: float, counters: snapshot.Counters, ready: int, *, has_more: bool = False
     ) -> bool:
         """Learn from the traffic; to be called about once a second.
 
@@ -274,36 +209,27 @@ class LiveScore:
             if not span.is_full(slack=0.5 * _SPAN):
                 self._begin(now, counters, ready)  # it cannot become full any more
             return False
-        was_full = has_enough and span.is_full()
-        teaches = was_full and not span.is_marred(counters, slots * elapsed)
-        if teaches:
-            self._learn((_succeeded(counters) - _succeeded(span.first)) / elapsed / ready, now)
+        is_lesson = has_enough and span.is_full() and not span.is_marred(counters, slots * elapsed)
+        rate = (_succeeded(counters) - _succeeded(span.first)) / elapsed / ready
+        if is_lesson and rate > 0:
+            before, self._learnt_at = self.value, now
+            self.served = rate if before is None else before * (rate / before) ** _WEIGHT
         self._begin(now, counters, ready)
-        return teaches and self._is_warning_due()
+        is_warning_due = is_lesson and not self._has_warned and abs(self.drift or 0.0) > DRIFT
+        self._has_warned = self._has_warned or is_warning_due
+        return is_warning_due
 
-    def _begin(self, now: float, counters: Counters, ready: int) -> None:
+    def _begin(self, now: float, counters: snapshot.Counters, ready: int) -> None:
         # Not within a span, which may be full and last for longer: it is about to say more.
         if now - self._learnt_at > _TRUSTED:
             self.served = None
         self._span = _Span(began=now, ready=ready, first=counters)
 
-    def _learn(self, rate: float, now: float) -> None:
-        if rate > 0:
-            before, self._learnt_at = self.value, now
-            self.served = rate if before is None else before * (rate / before) ** _WEIGHT
 
-    def _is_warning_due(self) -> bool:
-        drift = self.drift
-        if drift is None or abs(drift) <= DRIFT or self._has_warned:
-            return False
-        self._has_warned = True
-        return True
-
-
-def _failed(counters: Counters) -> float:
+def _failed(counters: snapshot.Counters) -> float:
     return counters.failed - counters.refused
 
 
-def _succeeded(counters: Counters) -> float:
+def _succeeded(counters: snapshot.Counters) -> float:
     """Workload of what gave a value: what raises at once is not quick."""
     return counters.served - counters.failed

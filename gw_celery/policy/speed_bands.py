@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from gw_celery.protocol.worker_record import WorkerRecord
 
@@ -44,77 +44,58 @@ def of(score: float | None, best: float | None, held: Band | None = None) -> Ban
     if score is None or score <= 0:
         return Band.MIDDLE
     part = score / max(score, best or 0.0)
-    plain = _by_borders(part, _SLOW, _QUICK)
-    if held is None or plain is held:
-        return plain
-    stretch = 1 + _STICKINESS
-    if plain > held:  # the borders above it are farther away, so that it may rise by less
-        return max(held, _by_borders(part, _SLOW * stretch, _QUICK * stretch))
-    return min(held, _by_borders(part, _SLOW / stretch, _QUICK / stretch))
+    if held is None:
+        return _by_borders(part, 1.0)
+    # The borders above it are farther away, and so are those below it.
+    stretch = 1.0 + _STICKINESS
+    return min(max(held, _by_borders(part, stretch)), _by_borders(part, 1.0 / stretch))
 
 
-def _by_borders(part: float, slow: float, quick: float) -> Band:
-    if part >= quick:
+def _by_borders(part: float, stretch: float) -> Band:
+    if part >= _QUICK * stretch:
         return Band.QUICK
-    return Band.MIDDLE if part >= slow else Band.SLOW
-
-
-class ServiceBand:
-    """The band of one worker for one service, as time goes by.
-
-    It is MIDDLE until the worker knows its score.
-    """
-
-    def __init__(self) -> None:
-        self.band = Band.MIDDLE
-        self._is_known = False
-        self._since = -math.inf
-
-    def follow(self, score: float | None, best: float | None, now: float) -> bool:
-        """Look at the scores again; whether the band is another one now.
-
-        A score that is not known any more, because no replica is there, changes nothing. The first
-        band is not kept for long: the others may not have told their scores yet.
-        """
-        if score is None or best is None or now - self._since < _RESIDENCE:
-            return False
-        band = of(score, best, self.band if self._is_known else None)
-        is_other = band is not self.band
-        if is_other and self._is_known:
-            self._since = now
-        self.band, self._is_known = band, True
-        return is_other
+    return Band.MIDDLE if part >= _SLOW * stretch else Band.SLOW
 
 
 class Bands:
-    """The bands of one worker.
+    """The bands of one worker; MIDDLE for a service until the worker knows its score.
 
     Args:
         services: the keys of its services.
     """
 
     def __init__(self, services: Iterable[str]) -> None:
-        self._bands = {service: ServiceBand() for service in services}
+        self._bands = dict.fromkeys(services, Band.MIDDLE)
+        #: When those services got their bands whose scores are known; the first is not kept for
+        #: long: the others may not have told their scores yet.
+        self._since: dict[str, float] = {}
 
     def follow(
-        self, scores: Mapping[str, float | None], others: Iterable[WorkerRecord], now: float
+        self, scores: Mapping[str, float | None], others: Collection[WorkerRecord], now: float
     ) -> bool:
-        """Look at this worker's scores and those of the others; whether a band has changed."""
-        best = {service: scores.get(service) for service in self._bands}
-        for other in others:
-            for service, record in other.services.items():
-                if service in best and (record.score or 0.0) > (best[service] or 0.0):
-                    best[service] = record.score
-        changed = [
-            service
-            for service, current in self._bands.items()
-            if current.follow(scores.get(service), best[service], now)
-        ]
-        for service in changed:
-            band = self._bands[service].band.name.lower()
-            logger.info("%s: this worker is %s beside the others", service, band)
-        return bool(changed)
+        """Look at this worker's scores and those of the others; whether a band has changed.
+
+        A score that is not known any more, because no replica is there, changes nothing.
+        """
+        has_changed = False
+        for service, held in self._bands.items():
+            score = scores.get(service)
+            since = self._since.get(service)
+            if score is None or (since is not None and now - since < _RESIDENCE):
+                continue
+            records = (other.services.get(service) for other in others)
+            best = max((record.score or 0.0 for record in records if record), default=None)
+            band = of(score, best, None if since is None else held)
+            if since is None:
+                self._since[service] = -math.inf
+            elif band is not held:
+                self._since[service] = now
+            if band is not held:
+                self._bands[service] = band
+                has_changed = True
+                logger.info("%s: this worker is %s beside the others", service, band.name.lower())
+        return has_changed
 
     def names(self) -> dict[str, str]:
         """The band of each service, by its name."""
-        return {service: current.band.name.lower() for service, current in self._bands.items()}
+        return {service: band.name.lower() for service, band in self._bands.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import json
 import logging
 import math
 import statistics
@@ -188,7 +189,7 @@ class ReplicaScores:
         self._queued = (now, queued)
 
     def observe(
-        self, now: float, tallies: Mapping[str, policy_scores.Counters], ready: Mapping[str, int]
+        self, now: float, tallies: Mapping[str, snapshot.Counters], ready: Mapping[str, int]
     ) -> None:
         """Let the traffic correct the scores; about once a second.
 
@@ -235,7 +236,7 @@ class ReplicaScores:
             found = [scores[name] for scores in by_child if name in scores]
             if found:
                 latest = max(found, key=lambda measured: measured.since)
-                figures = policy_scores.to_json(latest.score)
+                figures = dataclasses.asdict(latest.score)
                 figures["rounds"] = figures["rounds"][:_MOST_SHOWN]
                 age = now - latest.since
                 yield snapshot.Benchmark(**figures, age=age)
@@ -243,12 +244,13 @@ class ReplicaScores:
     def _update(self) -> None:
         self._listed_at = -math.inf
         for service, names in self._benchmarked.items():
-            each = [
-                policy_scores.combined(progress.scores[name].score.value for name in names)
+            # That of a service is its score for an even mix of its tasks: the same workload of each
+            # takes the sum of their times.
+            values = [
+                statistics.harmonic_mean([progress.scores[name].score.value for name in names])
                 for progress in self._progress.values()
                 if progress.scores.keys() >= set(names)
             ]
-            values = [value for value in each if value is not None]
             # Without a replica the last score is the best guess of what the next will do.
             if values:
                 self._live[service].measure(statistics.median(values))
@@ -259,13 +261,13 @@ class ReplicaScores:
 
 def _read(text: str, now: float) -> Measured:
     try:
-        given = policy_scores.loads(text)
+        given = json.loads(text)
         if isinstance(given, dict) and isinstance(given.get("failure"), str):
             raise Failed(given["failure"])
         if not isinstance(given, dict) or given.keys() != {"score"}:
             raise ValueError(f"not the answer to an order to measure: {text:.100}")
         return Measured(score=policy_scores.from_json(given["score"]), since=now)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise frames.Garbage(str(exc)) from None
 
 

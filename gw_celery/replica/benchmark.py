@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import json
 import logging
 import random
@@ -74,7 +75,8 @@ class Benchmarks:
     async def _answer(self, number: int, name: str, within: float, is_again: bool) -> None:
         answer: dict[str, Any]
         try:
-            answer = {"score": scores.to_json(await self._measure(name, within, is_again))}
+            score = await self._measure(name, within, is_again)
+            answer = {"score": dataclasses.asdict(score)}
         except scores.NoScore as exc:
             answer = {"failure": str(exc)}
         except Exception as exc:  # ours: the parent must not wait for ever because of it

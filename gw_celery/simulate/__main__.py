@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gw_celery import errors
 from gw_celery.policy import scaling
-from gw_celery.simulate import cluster, report, runs, trace
+from gw_celery.simulate import cluster, runs, trace
 
 #: Replicas, and nodes.
 _MOST = 100_000
@@ -54,11 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     except (errors.GWCeleryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    figures = report.figures(outcome, scenario.rules.target_queue_time)
+    figures = runs.figures(outcome, scenario.rules.target_queue_time)
     if options.json:
         print(json.dumps(figures, indent=2))
     else:
-        print(f"{len(outcome.waits):,} inputs\n\n{report.table({'gw_celery': figures})}")
+        print(f"{len(outcome.waits):,} inputs\n\n{runs.table({'gw_celery': figures})}")
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -103,9 +104,8 @@ class Cluster:
         self._free: collections.deque[int] = collections.deque()
         #: Time, number of the event, node, and whether a replica is READY then, or an input ends.
         self._events: list[tuple[float, int, int, bool]] = []
-        self._scheduled = 0
+        self._numbers = itertools.count()
         self._ran = 0
-        self._last_end = 0.0
         for number in range(scenario.least):
             self._start(0.0, number % nodes, 0.0)
         self.advance(0.0)
@@ -120,13 +120,21 @@ class Cluster:
         events = self._events
         while events and events[0][0] <= now:
             at, event, number, is_start = heapq.heappop(events)
-            starting = self._nodes[number].starting
-            if not is_start:
-                self._input_ended(at, number)
-            elif event in starting:  # else it was removed before it was READY
-                starting.remove(event)
-                self._set_free(number)
-            self._dispatch(at)
+            node = self._nodes[number]
+            if is_start:
+                if event not in node.starting:
+                    continue  # it was removed before it was READY
+                node.starting.remove(event)
+            else:
+                self.observation.running -= 1
+                self._outcome.end = at
+            if node.draining and not is_start:
+                node.draining -= 1
+                self._change_actual(at, -1)
+            else:
+                node.idle += 1
+                self._free.append(number)
+                self._dispatch(at)
 
     def arrive(self, now: float) -> None:
         """Let the next input of the trace arrive."""
@@ -148,11 +156,20 @@ class Cluster:
             self._outcome.starts += 1
             self._start(now, number, self._scenario.rules.start_up)
         for _ in range(node.live - desired):
-            self._remove_one(now, node)
+            node.live -= 1
+            if node.starting:
+                node.starting.pop()
+            elif node.idle:
+                node.idle -= 1
+                node.gone += 1
+            else:
+                node.draining += 1
+                continue
+            self._change_actual(now, -1)
 
     def close(self) -> Outcome:
         """Return the outcome; what there is costs until the last input ended."""
-        self._outcome.end = max(self._last_end, self._trace.seconds)
+        self._outcome.end = max(self._outcome.end, self._trace.seconds)
         self._outcome.replica_seconds += self._outcome.end * self.observation.actual
         return self._outcome
 
@@ -162,33 +179,8 @@ class Cluster:
         self._change_actual(now, 1)
         node.starting.append(self._schedule(now + start_up, number, is_start=True))
 
-    def _remove_one(self, now: float, node: _Node) -> None:
-        node.live -= 1
-        if node.starting:
-            node.starting.pop()
-        elif node.idle:
-            node.idle -= 1
-            node.gone += 1
-        else:
-            node.draining += 1
-            return
-        self._change_actual(now, -1)
-
-    def _input_ended(self, now: float, number: int) -> None:
-        node = self._nodes[number]
-        self.observation.running -= 1
-        self._last_end = now
-        if node.draining:
-            node.draining -= 1
-            self._change_actual(now, -1)
-        else:
-            self._set_free(number)
-
-    def _set_free(self, number: int) -> None:
-        self._nodes[number].idle += 1
-        self._free.append(number)
-
     def _dispatch(self, now: float) -> None:
+        observation = self.observation
         while self._queue and self._free:
             number = self._free.popleft()
             node = self._nodes[number]
@@ -196,25 +188,23 @@ class Cluster:
                 node.gone -= 1
                 continue
             node.idle -= 1
-            self._run(now, number, self._queue.popleft())
-
-    def _run(self, now: float, number: int, index: int) -> None:
-        observation, workload = self.observation, self._trace.workloads[index]
-        observation.waiting -= 1
-        observation.running += 1
-        self._ran += 1
-        observation.mean += (workload - observation.mean) / min(self._ran, MEAN_OVER)
-        self._outcome.waits[index] = now - self._trace.times[index]
-        self._schedule(now + workload / self._scenario.score, number, is_start=False)
+            index = self._queue.popleft()
+            workload = self._trace.workloads[index]
+            observation.waiting -= 1
+            observation.running += 1
+            self._ran += 1
+            observation.mean += (workload - observation.mean) / min(self._ran, MEAN_OVER)
+            self._outcome.waits[index] = now - self._trace.times[index]
+            self._schedule(now + workload / self._scenario.score, number, is_start=False)
 
     def _change_actual(self, now: float, change: int) -> None:
         self.observation.actual += change
         self._outcome.replica_seconds -= change * now
 
     def _schedule(self, at: float, number: int, *, is_start: bool) -> int:
-        self._scheduled += 1
-        heapq.heappush(self._events, (at, self._scheduled, number, is_start))
-        return self._scheduled
+        event = next(self._numbers)
+        heapq.heappush(self._events, (at, event, number, is_start))
+        return event
 
 
 def simulate(

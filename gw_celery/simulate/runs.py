@@ -1,17 +1,29 @@
-"""A trace replayed through the autoscaler's policy, or through another one."""
+"""A trace replayed through the autoscaler's policy or another one, and the figures of it."""
 
 from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gw_celery import errors
-from gw_celery.policy import apportionment, scaling
+from gw_celery.policy import demand, scaling, scores
 from gw_celery.simulate import cluster, trace
 
 #: Seconds of a trace; each is replayed one by one.
 _LONGEST = 30 * 86_400
+
+Figures = dict[str, float | int]
+#: The figures that a table shows, by the heads of their columns, and how.
+COLUMNS = {
+    "over target": ("over_target_share", "{:.2%}"),
+    "replica-seconds": ("replica_seconds", "{:,.0f}"),
+    "starts": ("starts", "{:,}"),
+    "mean wait": ("mean_wait", "{:.2f} s"),
+    "p50": ("p50_wait", "{:.2f} s"),
+    "p99": ("p99_wait", "{:.1f} s"),
+    "max": ("max_wait", "{:.1f} s"),
+}
 
 
 class OurPolicy:
@@ -21,7 +33,6 @@ class OurPolicy:
         positions: which of the cluster's replicas are this node's, counted from 1 and ascending.
     """
 
-    __slots__ = ("_decider", "_meter", "_positions", "_rules", "_score", "_seen")
     on_arrival = False
 
     def __init__(
@@ -76,12 +87,43 @@ def our_policy(scenario: cluster.Scenario) -> list[OurPolicy]:
     """
     share, rest = divmod(scenario.most, scenario.nodes)
     nodes = range(scenario.nodes)
-    peers = [apportionment.Peer(f"{number:06}", share + (number < rest)) for number in nodes]
+    peers = [demand.Peer(f"{number:06}", share + (number < rest)) for number in nodes]
     positions: list[list[int]] = [[] for _ in nodes]
-    for position, name in enumerate(apportionment.order(peers), start=1):
+    for position, name in enumerate(demand.order(peers), start=1):
         positions[int(name)].append(position)
     bounds = scenario.least, scenario.most
     return [OurPolicy(scenario.rules, scenario.score, bounds, each) for each in positions]
+
+
+def figures(outcome: cluster.Outcome, target_queue_time: float) -> Figures:
+    """Return the figures of one policy; an input that was refused counts as over target."""
+    waits = sorted(wait for wait in outcome.waits if wait is not None)
+    served, refused = len(waits), len(outcome.waits) - len(waits)
+    late = sum(wait > target_queue_time for wait in waits) + refused
+    waits = waits or [0.0]
+    return {
+        "over_target_share": late / len(outcome.waits),
+        "replica_seconds": outcome.replica_seconds,
+        "mean_wait": sum(waits) / len(waits),
+        "p50_wait": scores.percentile(waits, 0.5),
+        "p99_wait": scores.percentile(waits, 0.99),
+        "max_wait": waits[-1],
+        "starts": outcome.starts,
+        "served": served,
+        "refused": refused,
+    }
+
+
+def table(rows: Mapping[str, Figures], columns: Mapping[str, tuple[str, str]] = COLUMNS) -> str:
+    """Return a line for each policy, with its name, under the heads of ``columns``."""
+    lines = [["", *columns]]
+    for name, row in rows.items():
+        lines.append([name, *(form.format(row[key]) for key, form in columns.values())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
 
 
 def _refuse_overload(replayed: trace.Trace, scenario: cluster.Scenario) -> None:

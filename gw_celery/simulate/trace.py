@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import datetime as dt
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gw_celery import errors
@@ -52,41 +52,32 @@ def _inputs(
     path: Path, lines: Iterator[list[str]], generated_factor: float
 ) -> Iterator[tuple[float, float]]:
     header = [name.strip() for name in next(lines, [])]
-    parse = _parser(path, header, generated_factor)
+    columns = next((names for names in (TOKENS, PLAIN) if set(names) <= set(header)), None)
+    if columns is None:
+        raise errors.TraceError(
+            f"{path}, line 1: the columns are {','.join(header)!r}; they have to be "
+            f"{','.join(TOKENS)} or {','.join(PLAIN)}"
+        )
+    first, *amounts = (header.index(name) for name in columns)
+    when = float if columns is PLAIN else _stamp
     for number, line in enumerate(lines, start=2):
         if not any(cell.strip() for cell in line):
             continue
         try:
-            at, workload = parse(line)
-        except (ValueError, IndexError, TypeError) as error:
+            at = when(line[first])
+            workload, *generated = (float(line[amount]) for amount in amounts)
+        except (ValueError, IndexError) as error:
             raise errors.TraceError(
                 f"{path}, line {number}: {','.join(line)!r}: {error}; each line needs "
                 f"{','.join(header)}"
             ) from error
+        workload += generated_factor * sum(generated)
         if not (math.isfinite(at) and math.isfinite(workload) and workload >= 0):
             raise errors.TraceError(
                 f"{path}, line {number}: {','.join(line)!r}: a time and a workload are finite "
                 f"numbers, and the workload is 0 or more; correct the line or leave it out"
             )
         yield at, workload
-
-
-def _parser(
-    path: Path, header: list[str], generated_factor: float
-) -> Callable[[list[str]], tuple[float, float]]:
-    if set(TOKENS) <= set(header):
-        at, context, generated = (header.index(name) for name in TOKENS)
-        return lambda line: (
-            _stamp(line[at]),
-            float(line[context]) + generated_factor * float(line[generated]),
-        )
-    if set(PLAIN) <= set(header):
-        second, work = (header.index(name) for name in PLAIN)
-        return lambda line: (float(line[second]), float(line[work]))
-    raise errors.TraceError(
-        f"{path}, line 1: the columns are {','.join(header)!r}; they have to be "
-        f"{','.join(TOKENS)} or {','.join(PLAIN)}"
-    )
 
 
 def _stamp(text: str) -> float:

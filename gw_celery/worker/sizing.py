@@ -14,7 +14,7 @@ from billiard import cpu_count
 
 from gw_celery import conf, errors
 from gw_celery.declare import gpu, registry
-from gw_celery.gpus import allocation, devices, discovery
+from gw_celery.gpus import allocation, devices
 from gw_celery.transport import broker
 from gw_celery.worker import serving
 from gw_celery.worker.options import WorkerOptions
@@ -40,7 +40,7 @@ def select_families(
         for service in declarations.services.values():
             declared.setdefault(service.family, []).append(service.placement.gpu)
     # The CPU needs no look at the GPUs.
-    there = devices.NONE if typed.gpu == "CPU" else discovery.find(settings.gpu_kinds)
+    there = devices.NONE if typed.gpu == "CPU" else devices.find(settings.gpu_kinds)
     worker.app.amqp.queues.select(allocation.families_for(typed.gpu, declared, there))
 
 
@@ -53,7 +53,7 @@ def allot(plan: serving.Plan) -> allocation.Allotment | None:
         ConfigurationError: when not even one replica fits on this machine.
     """
     needs = allocation.needs_of(service.placement.gpu for service in plan.served)
-    return allocation.allot(needs, discovery.find(plan.settings.gpu_kinds)) if needs else None
+    return allocation.allot(needs, devices.find(plan.settings.gpu_kinds)) if needs else None
 
 
 def fit(worker: Any, plan: serving.Plan, typed: WorkerOptions | None) -> bool:

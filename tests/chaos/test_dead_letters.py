@@ -6,15 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import Celery
 
-from gw_celery import conf, errors
-from gw_celery.pool import dead_letters
-from gw_celery.transport import find
+from gw_celery import errors
 from tests import pooling
 from tests.processes import StartWorker, WorkerProcess, environment, eventually
 
@@ -23,13 +22,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 SETTINGS = {"gw_max_deaths": 1, "gw_max_dead_letters": 2}
 #: What a sender chooses and what a message that is sent again has, too.
 SENT = ("correlation_id", "reply_to", "priority", "delivery_mode")
-FIELDS: dict[str, Any] = {
-    "body": "[]",
-    "priority": None,
-    "content_type": "application/json",
-    "content_encoding": "utf-8",
-    "properties": {},
-}
 
 
 @pytest.fixture
@@ -80,6 +72,13 @@ def poison(client: Celery, name: str, **options: Any) -> Any:
     return sent
 
 
+def count_death(client: Celery, task_id: str) -> None:
+    """Leave what another worker may have left that lost a child by this input."""
+    with client.connection_for_write() as connection:
+        redis = getattr(connection.default_channel, "client", client.backend.client)
+        redis.set(f"gw:deaths:{task_id}", 1)
+
+
 def test_what_is_given_up_is_listed_and_can_be_sent_again(
     worker: WorkerProcess, client: Celery, ledger_path: Path
 ) -> None:
@@ -96,11 +95,7 @@ def test_what_is_given_up_is_listed_and_can_be_sent_again(
         assert "gw_max_deaths" in one["reason"]
     assert f"{sent.id}  pooled.misbehave  queue cpu.misbehave  1 deaths" in dead(worker).stdout
     before = len(pooling.began(ledger_path, "first"))
-    # As another worker may have left it.
-    shared = find.redis_of(client, 5.0)
-    assert shared is not None
-    shared.client().set(shared.key("deaths", sent.id), 1)
-    shared.close()
+    count_death(client, sent.id)
     done = dead(worker, "--requeue", sent.id)
     assert done.returncode == 0, done.stderr
     # The body is what it was, and it is tried as often as a new one: it is not a suspect.
@@ -118,46 +113,59 @@ def test_an_unknown_id_is_refused(worker: WorkerProcess) -> None:
     assert lying(worker) == []
 
 
-def test_the_queue_never_grows_beyond_its_bound(client: Celery, empty: None) -> None:
-    client.send_task("unserved.task", queue="unserved", compression="gzip", priority=3)
-    with dead_letters.connect(client) as connection:
-        queue = client.amqp.queues["unserved"](connection.default_channel)
-        message = eventually(queue.get)
-        message.ack()
-        letter = dead_letters.to_dead_letter(message, reason="", since="", worker="w@h", deaths=3)
-        bounded = bounded_by(2, client, connection)
-        assert bounded.add(letter)
-        # A worker with another setting finds the queue made.
-        assert not bounded_by(1, client, connection).add(letter)
-        assert [bounded.add(letter) for _ in range(3)] == [True, False, False]
-        stored = list(bounded.read())
-        assert [one.body for one in stored] == [message.body] * 2
-        assert stored[0].headers == letter["headers"]
-        assert stored[0].properties["correlation_id"] == message.properties["correlation_id"]
-        assert bounded.requeue(message.headers["id"]) is not None
-        again = eventually(queue.get)
+def test_the_queue_never_grows_beyond_its_bound_and_a_message_is_sent_again_as_it_was(
+    start_worker: StartWorker, ledger_path: Path, client: Celery, broker_url: str, empty: None
+) -> None:
+    options = {"headers": {"mine": "kept"}, "compression": "gzip", "priority": 3}
+    first = client.send_task(
+        "pooled.misbehave", ("kill", "first"), queue="cpu.misbehave", **options
+    )
+    with waiting(client) as before:
+        before.requeue()
+    worker = pooling.start(start_worker, ledger_path, broker=broker_url, settings=SETTINGS)
+    with pytest.raises(errors.PoisonedInput):
+        first.get(timeout=60)
+    ids = [first.id, poison(client, "second").id]
+    eventually(lambda: worker.log_text().count("lies in the queue gw.dead") == 2)
+    poison(client, "third")
+    worker.wait_for_log("the queue gw.dead is full with 2")
+    assert [letter["id"] for letter in lying(worker)] == ids
+    worker.stop()
+    assert dead(worker, "--requeue", first.id).returncode == 0
+    with waiting(client) as again:
         again.ack()
-        assert again.body == message.body
-        assert again.headers == message.headers | {"gw-requeued": True}
-        assert {name: again.properties.get(name) for name in SENT} == {
-            name: message.properties.get(name) for name in SENT
-        }
-        assert len(list(bounded.read())) == 1
+    again.headers.pop("redelivered", None)  # it was taken before
+    assert again.body == before.body
+    assert again.headers == before.headers | {"gw-requeued": True}
+    for name in SENT:
+        assert again.properties.get(name) == before.properties.get(name), name
+    # A worker with another setting finds the queue made.
+    settings = {**SETTINGS, "gw_max_dead_letters": 1}
+    other = pooling.start(start_worker, ledger_path, broker=broker_url, settings=settings)
+    poison(client, "fourth")
+    other.wait_for_log("the queue gw.dead is full with 1")
+    assert [letter["id"] for letter in lying(other)] == ids[1:]
 
 
-def bounded_by(limit: int, client: Celery, connection: Any) -> dead_letters.DeadLetterQueue:
-    return dead_letters.queue_of(client, connection, conf.Settings(max_dead_letters=limit))
+@contextmanager
+def waiting(client: Celery) -> Iterator[Any]:
+    """The message that waits for a worker."""
+    with client.connection_for_read() as connection:
+        queue = client.amqp.queues["cpu.misbehave"](connection.default_channel)
+        yield eventually(queue.get)
 
 
 def test_more_are_listed_than_are_read_at_a_time_the_oldest_first(
-    client: Celery, empty: None
+    start_worker: StartWorker, ledger_path: Path, client: Celery, broker_url: str, empty: None
 ) -> None:
-    with dead_letters.connect(client) as connection:
-        queue = dead_letters.queue_of(client, connection, conf.Settings())
-        names = [f"t{number}" for number in range(45)]
-        for name in names:
-            assert queue.add({**FIELDS, "headers": {"id": name}})
-        assert [letter.headers["id"] for letter in queue.read()] == names
+    settings = {"gw_max_deaths": 1}
+    worker = pooling.start(start_worker, ledger_path, broker=broker_url, settings=settings)
+    ids = [poison(client, "first").id, *(f"t{number}" for number in range(44))]
+    worker.wait_for_log("lies in the queue gw.dead")
+    with client.connection_for_write() as connection:
+        for name in ids[1:]:  # as other workers write them
+            connection.Producer().publish([], routing_key="gw.dead", headers={"id": name})
+    assert [letter["id"] for letter in lying(worker)] == ids
 
 
 def test_none_switches_the_queue_off(

@@ -4,62 +4,46 @@ from __future__ import annotations
 
 import builtins
 import json
-import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import scaling, scaling_hindsight, scaling_plot, scaling_rivals
-from gw_celery.policy import scaling as policy
-from gw_celery.simulate import cluster, report, runs, trace
-from tests.processes import ROOT
-
-EXAMPLE = ROOT / "docs" / "traces" / "bursts.csv"
-
-
-def observed(**given: Any) -> cluster.Observation:
-    return cluster.Observation(**given)
-
-
-class Fixed:
-    """A pool of one size."""
-
-    on_arrival = False
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def desired(self, now: float, observation: cluster.Observation) -> int:
-        return self._size
+from benchmarks import (
+    scaling,
+    scaling_hindsight,
+    scaling_plot,
+    scaling_rivals,
+    scaling_traces,
+)
+from tests import simulator
+from tests.simulator import EXAMPLE
 
 
-def poisson(seed: int, rate: float, count: int) -> trace.Trace:
-    lot, at, times = random.Random(seed), 0.0, []
-    for _ in range(count):
-        at += lot.expovariate(rate)
-        times.append(at)
-    return trace.Trace([each - times[0] for each in times], [1.0] * count)
+def observed(**given: Any) -> Any:
+    """What a policy is shown by the simulator."""
+    return SimpleNamespace(**{"arrived": 0, "waiting": 0, "running": 0, "actual": 0, **given})
 
 
 def test_the_best_fixed_pool_is_the_smallest_that_is_good() -> None:
     # Ten at once, of a second each: with five replicas the last two wait for one second.
-    one = trace.Trace([0.0] * 10, [1.0] * 10)
+    one = scaling_traces.ordered([(0.0, 1.0)] * 10)
     assert scaling_hindsight.best(one, 1.0, 1.0) == scaling_hindsight.Fixed(5, 10.0)
     assert scaling_hindsight.best(one, 1.0, 0.5) == scaling_hindsight.Fixed(10, 10.0)
     assert scaling_hindsight.best(one, 1.0, 9.0).replicas == 1
     assert scaling_hindsight.best(one, 1.0, 9.0, queue_limit=4).replicas == 6
 
 
-def test_the_best_fixed_pool_waits_as_the_simulated_one() -> None:
-    one = poisson(2, 4.0, 2_000)
-    fixed = scaling_hindsight.best(one, 1.0, 3.0)
-    shares = []
-    for size in (fixed.replicas - 1, fixed.replicas):
-        scenario = cluster.Scenario(score=1.0, rules=policy.Rules(), least=size, most=size)
-        outcome = runs.play(one, scenario, [Fixed(size)])
-        shares.append(report.figures(outcome, 3.0)["over_target_share"])
-    assert shares[0] > 0.01 >= shares[1]
+def test_the_best_fixed_pool_waits_as_the_simulated_one(tmp_path: Path) -> None:
+    inputs = simulator.poisson(2, 4.0, 2_000)
+    path = simulator.write(tmp_path / "trace.csv", inputs)
+    best = scaling_hindsight.best(scaling_traces.ordered(inputs), 1.0, 3.0).replicas
+    fewer, enough = (
+        simulator.figures(path, "--min", size, "--max", size, "--target-queue-time", 3)
+        for size in (best - 1, best)
+    )
+    assert fewer["over_target_share"] > 0.01 >= enough["over_target_share"]
 
 
 def test_stock_grows_at_a_message_and_shrinks_at_a_timer_after_its_keepalive() -> None:
@@ -134,10 +118,9 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in lines[3:]] == ["gw_celery", "stock", "keda", "ray"]
 
 
-def test_the_policy_keeps_its_promises_on_the_example() -> None:
-    one = trace.read(EXAMPLE)
-    rules = policy.Rules(start_up=5.0)
-    found = scaling.compare(one, cluster.Scenario(score=1.0, rules=rules, most=30))
+def test_the_policy_keeps_its_promises_on_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert scaling.main(["compare", str(EXAMPLE), "--startup", "5", "--max", "30", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["over_target_share"] <= 0.01
     assert found["replica_seconds"] <= found["best_fixed_replica_seconds"]
     assert found["starts"] <= 60

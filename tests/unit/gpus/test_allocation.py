@@ -1,26 +1,27 @@
-from __future__ import annotations
+"""Which devices each replica of a worker gets, and which families a machine can serve."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
 import pytest
 
 import gw_celery as gw
-from gw_celery import errors
-from gw_celery.declare import gpu
-from gw_celery.gpus import allocation, devices, discovery
-from gw_celery.gpus.allocation import Need
+from tests.gpu_workers import GpuWorkers, Nvml, Worker
 
-KNOWN = [kind for kind in gpu.KINDS if kind != "CPU"]
+LARGE = "T4:4,L4:4,A100_80:4"
 
 
-def fakes(described: str) -> devices.Machine:
-    return discovery.fakes(described, KNOWN)
+def start(
+    gpu_worker: GpuWorkers, machine: str | Nvml, *declared: gw.Gpu | None, more: str = "", **given
+) -> Worker:
+    """A worker for these services, all of them together."""
+    queues = {"gpu" if kind is None else kind.family for kind in declared}
+    return gpu_worker(f"-Q {','.join(sorted(queues))} {more}", declared, machine, **given)
 
 
-def numbers(described: str, *declared: gw.Gpu | None) -> list[list[int]]:
+def numbers(gpu_worker: GpuWorkers, machine: str, *declared: gw.Gpu | None) -> list[list[int]]:
     """The devices of each replica that fits, by their numbers on the machine."""
-    allotment = allocation.allot(allocation.needs_of(declared), fakes(described))
-    return [[device.index for device in share] for share in allotment.shares]
+    replicas = start(gpu_worker, machine, *declared).replicas
+    return [[int(token.removeprefix("GPU-fake-")) for token in tokens] for tokens in replicas]
 
 
 # -- what a replica needs --
@@ -29,33 +30,41 @@ def numbers(described: str, *declared: gw.Gpu | None) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("declared", "needs"),
     [
-        ([], []),
-        ([None, gw.Gpu("CPU")], []),
-        ([gw.Gpu("T4")], [Need(kind="T4")]),
-        ([gw.Gpu("T4", 2), gw.Gpu("T4"), None], [Need(kind="T4", count=2)]),
+        ([gw.Gpu("T4")], "1 x T4 all to itself"),
+        ([gw.Gpu("T4", 2), gw.Gpu("T4"), None], "2 x T4 all to itself"),
         (
             [gw.Gpu("T4", memory_gb=4), gw.Gpu("T4", 2, memory_gb=6.5)],
-            [Need(kind="T4", count=2, memory_gb=10.5)],
+            "2 x T4 with 10.5 GB on each",
         ),
-        ([gw.Gpu("T4", memory_gb=4), gw.Gpu("T4")], [Need(kind="T4")]),
+        ([gw.Gpu("T4", memory_gb=4), gw.Gpu("T4")], "1 x T4 all to itself"),
         (
             [gw.Gpu("T4", memory_gb=4), gw.Gpu("L4", memory_gb=8)],
-            [Need(kind="L4", memory_gb=8), Need(kind="T4", memory_gb=4)],
+            "1 x L4 with 8 GB on each and 1 x T4 with 4 GB on each",
         ),
-        ([gw.Gpu("A100", 2), gw.Gpu("A100_80")], [Need(kind="A100_80", count=2)]),
+        ([gw.Gpu("A100", 2), gw.Gpu("A100_80")], "2 x A100_80 all to itself"),
     ],
 )
 def test_a_replica_needs_the_largest_count_and_the_sum_of_the_memories(
-    declared: Sequence[gw.Gpu | None], needs: list[Need]
+    gpu_worker: GpuWorkers, declared: list[gw.Gpu | None], needs: str
 ) -> None:
-    assert list(allocation.needs_of(declared)) == needs
+    worker = start(gpu_worker, LARGE, *declared, more="--replicas 999")
+    assert worker.is_refused
+    assert f"each needs {needs}, and this machine has" in worker.said
+
+
+@pytest.mark.parametrize("declared", [[gw.Gpu("CPU")], [None]])
+def test_services_without_a_kind_get_no_device(
+    gpu_worker: GpuWorkers, declared: list[gw.Gpu | None]
+) -> None:
+    (environment,) = start(gpu_worker, LARGE, *declared).environments()
+    assert "CUDA_VISIBLE_DEVICES" not in environment
 
 
 # -- which devices each replica gets --
 
 
 @pytest.mark.parametrize(
-    ("described", "declared", "shares"),
+    ("machine", "declared", "shares"),
     [
         ("A100:3", [gw.Gpu("A100")], [[0], [1], [2]]),
         ("A100:5", [gw.Gpu("A100", 2)], [[0, 1], [2, 3]]),
@@ -66,133 +75,145 @@ def test_a_replica_needs_the_largest_count_and_the_sum_of_the_memories(
     ],
 )
 def test_a_replica_owns_its_devices_alone(
-    described: str, declared: list[gw.Gpu], shares: list[list[int]]
+    gpu_worker: GpuWorkers, machine: str, declared: list[gw.Gpu], shares: list[list[int]]
 ) -> None:
-    assert numbers(described, *declared) == shares
-
-
-def test_replicas_share_a_device_while_their_memories_fit() -> None:
-    assert numbers("A100:2", gw.Gpu("A100", memory_gb=13)) == [[0], [1]] * 3
-    assert numbers("A100", gw.Gpu("A100", memory_gb=40)) == [[0]]
-    assert numbers("L4/0.3", gw.Gpu("L4", memory_gb=0.1)) == [[0]] * 3
-
-
-def test_the_device_with_most_room_is_next() -> None:
-    assert numbers("A100/20,A100_80", gw.Gpu("A100", memory_gb=20)) == [[1], [1], [1], [0], [1]]
-
-
-def test_the_devices_of_one_replica_are_different_ones() -> None:
-    shares = numbers("A100:3", gw.Gpu("A100", 2, memory_gb=20))
-    assert shares == [[0, 1], [0, 2], [1, 2]]
-
-
-def test_one_service_without_its_memory_makes_the_replica_own_its_devices() -> None:
-    assert numbers("A100", gw.Gpu("A100", memory_gb=1), gw.Gpu("A100")) == [[0]]
-
-
-def test_one_replica_gets_one_slice_of_a_gpu_at_most() -> None:
-    cut = devices.Machine(
-        devices=tuple(
-            devices.Device(
-                name="NVIDIA A100-SXM4-40GB MIG 1g.5gb",
-                token=f"MIG-{number}",
-                memory_gb=5.0,
-                index=0,
-                kinds=("A100",),
-                slice_of="GPU-0",
-            )
-            for number in range(3)
-        ),
-        source="NVML",
-    )
-    assert allocation.allot([Need(kind="A100")], cut).most == 3
-    with pytest.raises(errors.ConfigurationError, match="2 x A100 all to itself"):
-        allocation.allot([Need(kind="A100", count=2)], cut)
-
-
-def test_a_device_of_two_kinds_is_not_given_twice() -> None:
-    ada = {"name": "NVIDIA RTX 6000 Ada Generation", "memory_gb": 51.5, "kinds": ("ADA", "RTX")}
-    two = [devices.Device(token=f"GPU-{index}", index=index, **ada) for index in range(2)]  # type: ignore[arg-type]
-    there = devices.Machine(devices=tuple(two), source="NVML")
-    with pytest.raises(errors.ConfigurationError, match="1 x RTX all to itself and 1 x ADA"):
-        allocation.allot([Need(kind="RTX"), Need(kind="ADA")], there)
-
-
-def test_a_tiny_memory_makes_no_millions_of_replicas() -> None:
-    assert len(numbers("A100:8", gw.Gpu("A100", memory_gb=1e-6))) == 1024
+    assert numbers(gpu_worker, machine, *declared) == shares
 
 
 @pytest.mark.parametrize(
-    ("described", "declared", "said"),
+    ("machine", "declared", "shares"),
+    [
+        ("A100:2", [gw.Gpu("A100", memory_gb=13)], [[0], [1]] * 3),
+        ("A100", [gw.Gpu("A100", memory_gb=40)], [[0]]),
+        pytest.param("L4/0.3", [gw.Gpu("L4", memory_gb=0.1)], [[0]] * 3, id="rounding"),
+        pytest.param(
+            "A100/20,A100_80",
+            [gw.Gpu("A100", memory_gb=20)],
+            [[1], [1], [1], [0], [1]],
+            id="the device with most room is next",
+        ),
+        pytest.param(
+            "A100:3",
+            [gw.Gpu("A100", 2, memory_gb=20)],
+            [[0, 1], [0, 2], [1, 2]],
+            id="the devices of one replica are different ones",
+        ),
+        pytest.param(
+            "A100",
+            [gw.Gpu("A100", memory_gb=1), gw.Gpu("A100")],
+            [[0]],
+            id="a service without its memory makes the replica own its devices",
+        ),
+    ],
+)
+def test_replicas_share_a_device_while_their_memories_fit(
+    gpu_worker: GpuWorkers, machine: str, declared: list[gw.Gpu], shares: list[list[int]]
+) -> None:
+    assert numbers(gpu_worker, machine, *declared) == shares
+
+
+def test_one_replica_gets_one_slice_of_a_gpu_at_most(gpu_worker: GpuWorkers) -> None:
+    name = "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
+    slices = [{"name": name, "uuid": f"MIG-{n}", "memory": 5 * 10**9} for n in range(3)]
+    machine = Nvml({"name": "NVIDIA A100-SXM4-40GB", "uuid": "GPU-0", "mig": 1, "slices": slices})
+    worker = start(gpu_worker, machine, gw.Gpu("A100"))
+    assert worker.replicas == [["MIG-0"], ["MIG-1"], ["MIG-2"]]
+    worker = start(gpu_worker, machine, gw.Gpu("A100", 2))
+    assert worker.is_refused
+    assert "a replica needs 2 x A100 all to itself" in worker.said
+
+
+def test_a_device_of_two_kinds_is_not_given_twice(gpu_worker: GpuWorkers) -> None:
+    ada = {"name": "NVIDIA RTX 6000 Ada Generation", "memory": 51_500_000_000}
+    machine = Nvml({**ada, "uuid": "GPU-0"}, {**ada, "uuid": "GPU-1"})
+    both = gw.Gpu("RTX"), gw.Gpu("ADA")
+    worker = start(gpu_worker, machine, *both, gpu_kinds=["RTX", "ADA"])
+    assert worker.is_refused
+    assert "1 x ADA all to itself and 1 x RTX all to itself" in worker.said
+
+
+def test_a_tiny_memory_makes_no_millions_of_replicas(gpu_worker: GpuWorkers) -> None:
+    worker = start(gpu_worker, "A100:8", gw.Gpu("A100", memory_gb=1e-6))
+    assert worker.slots == 2 * 1024, "one for the service, one for plain tasks"
+
+
+@pytest.mark.parametrize(
+    ("machine", "declared", "said"),
     [
         ("L4:2", gw.Gpu("A100"), ["needs 1 x A100 all to itself", "2 x L4", "GW_FAKE_GPUS=A100:1"]),
         ("A100", gw.Gpu("A100", 2), ["2 x A100 all to itself", "has 1 x A100 (fake A100, 40 GB)"]),
-        ("A100", gw.Gpu("A100", memory_gb=41), ["1 x A100 with 41 GB on each", "40 GB"]),
+        (
+            "A100",
+            gw.Gpu("A100", memory_gb=41),
+            ["1 x A100 with 41 GB on each", "40 GB", "GW_FAKE_GPUS=A100/41:1"],
+        ),
     ],
 )
 def test_a_machine_without_room_for_one_replica_is_refused_with_what_it_has(
-    described: str, declared: gw.Gpu, said: list[str]
+    gpu_worker: GpuWorkers, machine: str, declared: gw.Gpu, said: list[str]
 ) -> None:
-    with pytest.raises(errors.ConfigurationError) as caught:
-        numbers(described, declared)
-    for words in (*said, f"looked at GW_FAKE_GPUS='{described}'"):
-        assert words in str(caught.value)
+    worker = start(gpu_worker, machine, declared)
+    assert worker.is_refused
+    for words in (*said, f"looked at GW_FAKE_GPUS='{machine}'"):
+        assert words in worker.said
 
 
-def test_more_replicas_than_fit_are_refused_with_what_was_asked_and_what_there_is() -> None:
-    allotment = allocation.allot(allocation.needs_of([gw.Gpu("A100", 2)]), fakes("A100:5"))
-    assert allotment.refusal(2) is None
-    assert allotment.refusal(3) == (
+def test_more_replicas_than_fit_are_refused_with_what_was_asked_and_what_there_is(
+    gpu_worker: GpuWorkers,
+) -> None:
+    assert start(gpu_worker, "A100:5", gw.Gpu("A100", 2), more="--replicas 2").code == 0
+    worker = start(gpu_worker, "A100:5", gw.Gpu("A100", 2), more="--replicas 3")
+    assert worker.is_refused
+    assert (
         "3 replicas were asked for, and 2 fit: each needs 2 x A100 all to itself, and this machine "
         "has 5 x A100 (fake A100, 40 GB); looked at GW_FAKE_GPUS='A100:5'"
-    )
+    ) in worker.said
 
 
 # -- which families a machine can serve --
 
 
-DECLARED: dict[str, list[gw.Gpu | None]] = {
-    "gpu": [None],
-    "cpu": [gw.Gpu("CPU")],
-    "gpu.A100": [gw.Gpu("A100"), gw.Gpu("A100", memory_gb=10)],
-    "gpu.A100x2": [gw.Gpu("A100", 2)],
-    "gpu.L4": [gw.Gpu("L4", memory_gb=30)],
-    "gpu.T4": [gw.Gpu("T4")],
-}
-NONE = devices.Machine(devices=(), source="NVML")
+DECLARED = [
+    None,
+    gw.Gpu("CPU"),
+    gw.Gpu("A100"),
+    gw.Gpu("A100", memory_gb=10),
+    gw.Gpu("A100", 2),
+    gw.Gpu("L4", memory_gb=30),
+    gw.Gpu("T4"),
+]
 
 
-def families(kind: str | None, described: str = "", but: str = "") -> list[str]:
-    declared = {name: gpus for name, gpus in DECLARED.items() if name not in but.split()}
-    return allocation.families_for(kind, declared, fakes(described) if described else NONE)
+def serving(gpu_worker: GpuWorkers, kind: str | None, machine: str, but: str = "") -> Worker:
+    """The worker that has ``--gpu KIND`` on a machine, ``""`` for one without a GPU."""
+    families = [("gpu" if gpu is None else gpu.family, gpu) for gpu in DECLARED]
+    declared = [gpu for family, gpu in families if family not in but.split()]
+    return gpu_worker(f"--gpu {kind}" if kind else "", declared, machine or Nvml())
 
 
 @pytest.mark.parametrize(
-    ("kind", "described", "taken"),
+    ("kind", "machine", "but", "taken"),
     [
-        ("A100", "A100", ["gpu.A100"]),
-        ("A100", "A100:2,T4", ["gpu.A100", "gpu.A100x2"]),
-        ("A100", "A100_80:2", ["gpu.A100", "gpu.A100x2"]),
-        ("T4", "A100:2,T4", ["gpu.T4"]),
-        ("CPU", "A100:2", ["cpu"]),
-        ("CPU", "", ["cpu"]),
-        (None, "A100,T4", ["gpu", "gpu.A100", "gpu.T4"]),
-        (None, "L4", ["gpu"]),
-        (None, "", ["cpu"]),
+        ("A100", "A100", "", ["gpu.A100"]),
+        ("A100", "A100:2,T4", "", ["gpu.A100", "gpu.A100x2"]),
+        ("A100", "A100_80:2", "", ["gpu.A100", "gpu.A100x2"]),
+        ("T4", "A100:2,T4", "", ["gpu.T4"]),
+        ("CPU", "A100:2", "", ["cpu"]),
+        ("CPU", "", "", ["cpu"]),
+        (None, "A100,T4", "", ["gpu", "gpu.A100", "gpu.T4"]),
+        (None, "L4", "", ["gpu"]),
+        (None, "", "", ["cpu"]),
+        pytest.param(None, "H100", "gpu", ["cpu"], id="gpus that serve nothing"),
     ],
 )
 def test_a_worker_takes_the_families_that_its_machine_can_serve(
-    kind: str | None, described: str, taken: list[str]
+    gpu_worker: GpuWorkers, kind: str | None, machine: str, but: str, taken: list[str]
 ) -> None:
-    assert families(kind, described) == taken
-
-
-def test_a_machine_whose_gpus_serve_nothing_serves_the_cpu() -> None:
-    assert families(None, "H100", but="gpu") == ["cpu"]
+    assert serving(gpu_worker, kind, machine, but).families == taken
 
 
 @pytest.mark.parametrize(
-    ("kind", "described", "but", "said"),
+    ("kind", "machine", "but", "said"),
     [
         ("A100", "T4", "", "--gpu A100: this machine has 1 x T4"),
         ("A100", "", "", "--gpu A100: this machine has no GPU; looked at NVML; to run"),
@@ -206,31 +227,28 @@ def test_a_machine_whose_gpus_serve_nothing_serves_the_cpu() -> None:
             "here can be served; families: gpu, gpu.A100 (needs 1 x A100 all to itself",
         ),
         (None, "", "cpu", '; what needs no GPU declares gpu=gw.Gpu("CPU")'),
+        ("L4", "L4", "", "gpu.L4 (needs 1 x L4 with 30 GB on each)"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_what_there_is(
-    kind: str | None, described: str, but: str, said: str
+    gpu_worker: GpuWorkers, kind: str | None, machine: str, but: str, said: str
 ) -> None:
-    with pytest.raises(errors.ConfigurationError) as caught:
-        families(kind, described, but)
-    assert said in str(caught.value)
+    worker = serving(gpu_worker, kind, machine, but)
+    assert worker.is_refused
+    assert said in worker.said
 
 
-def test_a_service_that_needs_more_memory_than_there_is_says_how_much() -> None:
-    declared = {"gpu.A100": [gw.Gpu("A100", memory_gb=60)]}
-    with pytest.raises(errors.ConfigurationError, match="A100 with 60 GB on each"):
-        allocation.families_for("A100", declared, fakes("A100:4"))
-    with pytest.raises(errors.ConfigurationError, match="GW_FAKE_GPUS=A100/60:1"):
-        allocation.allot(allocation.needs_of(declared["gpu.A100"]), fakes("A100:4"))
+def test_devices_that_a_variable_hides_are_not_to_be_faked(gpu_worker: GpuWorkers) -> None:
+    worker = gpu_worker("--gpu A100", DECLARED, "A100:4", visible="")
+    assert worker.is_refused
+    assert "CUDA_VISIBLE_DEVICES hides devices" in worker.said
 
 
-def test_devices_that_a_variable_hides_are_not_to_be_faked() -> None:
-    hidden = devices.only_visible(fakes("A100:4"), "")
-    with pytest.raises(errors.ConfigurationError, match="CUDA_VISIBLE_DEVICES hides devices"):
-        allocation.families_for("A100", {}, hidden)
-
-
-def test_the_remedy_for_a_kind_of_the_setting_works() -> None:
-    with pytest.raises(errors.ConfigurationError, match="GW_FAKE_GPUS=RTX_4090/24:1"):
-        allocation.families_for("RTX_4090", {}, NONE)
-    assert discovery.fakes("RTX_4090/24:1", ["RTX_4090"]).devices
+def test_the_remedy_for_a_kind_of_the_setting_works(gpu_worker: GpuWorkers) -> None:
+    given = {"declared": [gw.Gpu("RTX_4090")], "gpu_kinds": ["RTX_4090"]}
+    worker = gpu_worker("--gpu RTX_4090", machine=Nvml(), **given)
+    assert worker.is_refused
+    assert "set GW_FAKE_GPUS=RTX_4090/24:1" in worker.said
+    assert gpu_worker("--gpu RTX_4090", machine="RTX_4090/24:1", **given).families == [
+        "gpu.RTX_4090"
+    ]

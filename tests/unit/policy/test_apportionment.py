@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import bisect
 from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gw_celery.policy import apportionment
+from gw_celery.policy import demand
 
 clusters = st.lists(
     st.builds(
-        apportionment.Peer,
+        demand.Peer,
         name=st.text("abcdef", min_size=1, max_size=3),
         capacity=st.integers(0, 6),
         least=st.integers(0, 3),
@@ -23,39 +22,33 @@ clusters = st.lists(
 )
 
 
-def parts(peers: list[apportionment.Peer], desired: int) -> dict[str, int]:
-    return {
-        peer.name: apportionment.part(apportionment.own_positions(peers, peer.name), desired)
-        for peer in peers
-    }
+def parts(peers: list[demand.Peer], desired: int) -> dict[str, int]:
+    first = demand.order(peers)[:desired]
+    return {peer.name: first.count(peer.name) for peer in peers}
 
 
 @given(clusters, st.integers(0, 80))
 def test_the_parts_are_all_that_is_desired_or_all_that_there_can_be(
-    peers: list[apportionment.Peer], desired: int
+    peers: list[demand.Peer], desired: int
 ) -> None:
     room = sum(peer.capacity for peer in peers)
     assert sum(parts(peers, desired).values()) == min(desired, room)
 
 
 @given(clusters, st.integers(0, 80))
-def test_no_worker_has_more_than_its_capacity(
-    peers: list[apportionment.Peer], desired: int
-) -> None:
+def test_no_worker_has_more_than_its_capacity(peers: list[demand.Peer], desired: int) -> None:
     found = parts(peers, desired)
     assert all(found[peer.name] <= peer.capacity for peer in peers)
 
 
 @given(clusters, st.integers(0, 80))
-def test_one_more_replica_never_moves_another(
-    peers: list[apportionment.Peer], desired: int
-) -> None:
+def test_one_more_replica_never_moves_another(peers: list[demand.Peer], desired: int) -> None:
     before, after = parts(peers, desired), parts(peers, desired + 1)
     assert all(after[name] >= part for name, part in before.items())
 
 
 @given(clusters)
-def test_minimums_come_first(peers: list[apportionment.Peer]) -> None:
+def test_minimums_come_first(peers: list[demand.Peer]) -> None:
     least = {peer.name: min(peer.least, peer.capacity) for peer in peers}
     assert parts(peers, sum(least.values())) == least
 
@@ -64,35 +57,24 @@ def test_minimums_come_first(peers: list[apportionment.Peer]) -> None:
 def test_it_does_not_matter_in_which_order_the_workers_are_told(peers, lot) -> None:
     other = list(peers)
     lot.shuffle(other)
-    assert list(apportionment.order(other)) == list(apportionment.order(peers))
+    assert demand.order(other) == demand.order(peers)
 
 
 def test_a_worker_with_twice_the_room_has_twice_the_part() -> None:
-    peers = [apportionment.Peer("small", 10), apportionment.Peer("large", 20)]
+    peers = [demand.Peer("small", 10), demand.Peer("large", 20)]
     assert parts(peers, 12) == {"small": 4, "large": 8}
 
 
 def test_where_scores_differ_the_quicker_worker_has_more() -> None:
-    peers = [apportionment.Peer("slow", 10, score=1.0), apportionment.Peer("quick", 10, score=4.0)]
+    peers = [demand.Peer("slow", 10, score=1.0), demand.Peer("quick", 10, score=4.0)]
     assert parts(peers, 5) == {"slow": 1, "quick": 4}
 
 
 def test_of_equals_the_first_name_comes_first() -> None:
-    peers = [apportionment.Peer("b", 2), apportionment.Peer("a", 2)]
-    assert list(apportionment.order(peers)) == ["a", "b", "a", "b"]
-
-
-def test_own_positions_are_ascending_and_count_from_one() -> None:
-    peers = [apportionment.Peer("a", 3), apportionment.Peer("b", 1, least=1)]
-    positions = [apportionment.own_positions(peers, name) for name in "ab"]
-    assert positions == [[2, 3, 4], [1]]
-    assert bisect.bisect_right(positions[0], 2) == apportionment.part(positions[0], 2) == 1
-
-
-def test_an_unknown_worker_has_no_replica() -> None:
-    assert apportionment.own_positions([apportionment.Peer("a", 3)], "me") == []
+    peers = [demand.Peer("b", 2), demand.Peer("a", 2)]
+    assert demand.order(peers) == ["a", "b", "a", "b"]
 
 
 def test_a_thousand_workers_find_their_parts() -> None:
-    peers = [apportionment.Peer(f"{number:04}", 8) for number in range(1_000)]
-    assert Counter(Counter(apportionment.order(peers)).values()) == {8: 1_000}
+    peers = [demand.Peer(f"{number:04}", 8) for number in range(1_000)]
+    assert Counter(Counter(demand.order(peers)).values()) == {8: 1_000}

@@ -174,9 +174,10 @@ def test_what_fails_or_is_held_is_no_capacity(states: str, size: Size) -> None:
 
 
 def parts(*group: WorkerRecord, total: int) -> dict[str, int]:
-    apportioned = demand.Apportionment()
-    return {one.worker: apportioned.part(group, one.worker, total) for one in group[:1]} | {
-        one.worker: demand.Apportionment().part(group, one.worker, total) for one in group[1:]
+    """The part of each, by its own account: each is the first of its group."""
+    return {
+        mine.worker: demand.part([mine, *(other for other in group if other is not mine)], total)
+        for mine in group
     }
 
 
@@ -194,8 +195,70 @@ def test_a_faster_worker_has_more_and_a_little_faster_is_as_fast() -> None:
 
 
 def test_a_group_that_changes_is_worked_out_anew() -> None:
-    kept = demand.Apportionment()
+    both = record("gpu@two")
+    assert demand.part([ME, both], 8) == 4
     for number in [*range(10), 3, 0]:
-        group = [ME, record("gpu@two", capacity=number)]
-        found = kept.part(group, ME.worker, 5)
-        assert found == demand.Apportionment().part(group, ME.worker, 5)
+        changed = record("gpu@two", capacity=number)
+        assert demand.part([ME, changed], 4 + number) == 4
+        assert demand.part([changed, ME], 4 + number) == number
+    assert demand.part([ME, both], 8) == 4
+
+
+# -- how long a start-up takes --
+
+
+def replica(state: str, start_up: float | None = None, pid: int | None = 7) -> snapshot.Replica:
+    return snapshot.Replica(number=0, state=state, pid=pid, start_up=start_up)
+
+
+@pytest.mark.parametrize(
+    ("looks", "seconds"),
+    [
+        pytest.param([[], [replica("ready", 0.4)]], 0.4, id="READY at the next look"),
+        pytest.param([[replica("starting")], [replica("failed", pid=None)]], None, id="failed"),
+        pytest.param([[replica("ready", 9.0)]] * 3, 9.0, id="each child counts once"),
+        pytest.param(
+            [[replica("ready", seconds, pid)] for pid, seconds in enumerate([2.0, 4.0, 8.0])],
+            5.5,
+            id="the newest counts most",
+        ),
+        pytest.param(
+            [[replica("ready", 60.0)], [replica("ready", 60.0), replica("ready", 50.0, pid=8)]],
+            55.0,
+            id="a child beside another",
+        ),
+    ],
+)
+def test_the_duration_of_a_start_up(
+    looks: list[list[snapshot.Replica]], seconds: float | None
+) -> None:
+    start_up = demand.StartUp()
+    for replicas in looks:
+        start_up.observe(replicas)
+    assert start_up.seconds == seconds
+
+
+@pytest.mark.parametrize(
+    ("replicas", "is_loading"),
+    [
+        ([replica("starting")], True),
+        ([replica("entering")], True),
+        ([replica("probing")], True),
+        ([replica("benchmarking")], True),
+        ([replica("ready", 60.0)], False),
+        # It is measured again.
+        ([replica("benchmarking", 60.0)], False),
+        ([replica("unready", 60.0)], False),
+        ([replica("draining", 60.0)], False),
+        ([replica("ready", 60.0), replica("starting", pid=8)], True),
+        ([replica("failed", pid=None)], False),
+        ([], False),
+    ],
+)
+def test_a_child_that_was_not_ready_yet_is_loading(
+    replicas: list[snapshot.Replica], is_loading: bool
+) -> None:
+    start_up = demand.StartUp()
+    start_up.observe([replica("starting")])
+    start_up.observe(replicas)
+    assert start_up.is_loading is is_loading

@@ -10,29 +10,26 @@ from gw_celery.protocol.snapshot import Counters
 from gw_celery.protocol.worker_record import QueueLoad
 
 
-def test_the_wait_is_what_is_ahead_over_what_is_done_in_a_second() -> None:
-    assert queue_time.estimate(30.0, 10.0, 4.0) == 10.0
-
-
-def test_an_empty_queue_is_no_wait_however_slow_the_service() -> None:
-    assert queue_time.estimate(0.0, 0.0, None) == 0.0
-    assert queue_time.estimate(0.0, 0.0, 0.1) == 0.0
-
-
-@pytest.mark.parametrize("rate", [None, 0.0])
-def test_there_is_no_estimate_while_nothing_serves(rate: float | None) -> None:
-    assert queue_time.estimate(10.0, 0.0, rate) is None
-
-
-def test_the_loads_of_workers_add_up_and_one_that_has_served_nothing_adds_no_rate() -> None:
-    loads = [
-        QueueLoad(waiting=3.0, rate=2.0),
-        QueueLoad(waiting=1.0, rate=None),
-        QueueLoad(rate=1.0),
-    ]
-    assert queue_time.together(loads) == QueueLoad(waiting=4.0, rate=3.0)
-    assert queue_time.together([QueueLoad(waiting=1.0)]) == QueueLoad(waiting=1.0, rate=None)
-    assert queue_time.together([]) == QueueLoad()
+@pytest.mark.parametrize(
+    ("queued", "loads", "wait"),
+    [
+        pytest.param(30.0, [QueueLoad(waiting=10.0, rate=4.0)], 10.0, id="ahead over its rate"),
+        pytest.param(
+            26.0,
+            [QueueLoad(waiting=3.0, rate=2.0), QueueLoad(waiting=1.0), QueueLoad(rate=1.0)],
+            10.0,
+            id="workers add up, and one that has served nothing adds no rate",
+        ),
+        pytest.param(0.0, [QueueLoad()], 0.0, id="an empty queue, whoever serves it"),
+        pytest.param(0.0, [QueueLoad(rate=0.1)], 0.0, id="an empty queue of a slow service"),
+        pytest.param(10.0, [QueueLoad()], None, id="nothing is known of a rate"),
+        pytest.param(10.0, [QueueLoad(rate=0.0)], None, id="nothing serves"),
+    ],
+)
+def test_the_wait_is_what_is_ahead_over_what_is_done_in_a_second(
+    queued: float, loads: list[QueueLoad], wait: float | None
+) -> None:
+    assert queue_time.estimate(queued, loads) == wait
 
 
 @pytest.mark.parametrize(
@@ -57,32 +54,30 @@ def test_of_services_that_share_a_queue_the_slowest_for_its_part_sets_the_pace(
 
 
 def test_the_part_of_a_service_is_what_came_of_late() -> None:
-    part = queue_time.Part()
-    assert part.observe(10.0) == 10.0
+    recent = queue_time.Recent()
     for _ in range(300):
-        found = part.observe(10.0)
-    assert found < 0.1
-    assert part.observe(15.0) == pytest.approx(5.0, rel=0.02)
+        recent.observe(Counters(arrived=10.0))
+    assert recent.came < 0.1
+    recent.observe(Counters(arrived=15.0))
+    assert recent.came == pytest.approx(5.0, rel=0.02)
 
 
 def test_the_pace_is_that_of_a_taken_slot_and_idleness_does_not_lower_it() -> None:
-    pace = queue_time.Pace()
-    assert pace.observe(0.0, 0.0) is None
-    assert pace.observe(10.0, 2.0) == 5.0
-    for _ in range(100):
-        assert pace.observe(10.0, 2.0) == 5.0
+    recent = queue_time.Recent()
+    recent.observe(Counters())
+    assert recent.pace is None
+    for _ in range(100_000):
+        recent.observe(Counters(served=10.0, busy=2.0))
+    assert recent.pace == 5.0
 
 
 def test_a_service_that_becomes_slower_is_found_out_within_minutes() -> None:
-    pace, served, busy = queue_time.Pace(), 0.0, 0.0
-    for _ in range(600):
-        served, busy = served + 10.0, busy + 1.0
-        pace.observe(served, busy)
-    for _ in range(120):
-        served, busy = served + 1.0, busy + 1.0
-        found = pace.observe(served, busy)
-    assert found is not None
-    assert found < 2.0
+    recent, served = queue_time.Recent(), 0.0
+    for second in range(1, 721):
+        served += 10.0 if second <= 600 else 1.0
+        recent.observe(Counters(served=served, busy=float(second)))
+    assert recent.pace is not None
+    assert recent.pace < 2.0
 
 
 # -- what one worker tells --

@@ -99,11 +99,11 @@ def test_the_meter_forgets_what_it_needs_no_more() -> None:
 
 @given(st.lists(st.tuples(st.floats(0.01, 5.0), st.floats(0, 100)), min_size=1, max_size=60))
 def test_the_largest_of_a_window_is_what_a_scan_finds(steps: list[tuple[float, float]]) -> None:
-    largest, seen, now = scaling.Largest(10.0), [], 0.0
+    largest, seen, now = scaling.Largest(), [], 0.0
     for gap, number in steps:
         now += gap
         seen.append((now, number))
-        assert largest.add(now, number) == max(n for at, n in seen if at >= now - 10.0)
+        assert largest.add(now, number, 10.0) == max(n for at, n in seen if at >= now - 10.0)
 
 
 @given(st.lists(loads), st.integers(0, 5), st.integers(0, 9), st.integers(0, 20))
@@ -239,7 +239,7 @@ def test_a_need_that_is_a_whole_number_but_for_rounding_starts_no_more() -> None
 def test_rules_change_and_what_was_needed_is_not_forgotten() -> None:
     decider = scaling.Decider(scaling.Rules(start_up=1.0, target_queue_time=1.0), 1, 9)
     assert decider.decide(0.0, 5.0, 1, 0.0, True) == 5
-    decider.follow(scaling.Rules(start_up=100.0, target_queue_time=1.0))
+    decider.rules = scaling.Rules(start_up=100.0, target_queue_time=1.0)
     assert decider.decide(300.0, 0.0, 5, 0.0, False) == 5
     assert decider.decide(500.0, 0.0, 5, 0.0, False) == 1
 

@@ -49,43 +49,53 @@ def test_what_is_clear_changes_a_band() -> None:
     assert speed_bands.of(100.0, 100.0, Band.SLOW) is Band.QUICK
 
 
-def test_a_worker_is_in_the_middle_until_it_knows_its_score_and_the_best() -> None:
-    service_band = speed_bands.ServiceBand()
-    assert not service_band.follow(None, 100.0, 1.0)
-    assert not service_band.follow(20.0, None, 1.0)
-    assert service_band.band is Band.MIDDLE
-    assert service_band.follow(20.0, 100.0, 1.5)
-    assert service_band.band is Band.SLOW
-
-
-def test_a_band_is_kept_for_a_while_but_for_the_first() -> None:
-    service_band = speed_bands.ServiceBand()
-    assert service_band.follow(20.0, 20.0, 100.0)
-    assert service_band.band is Band.QUICK
-    assert service_band.follow(20.0, 100.0, 101.0)
-    assert service_band.band is Band.SLOW
-    assert not service_band.follow(20.0, 20.0, 110.0)
-    assert service_band.follow(20.0, 20.0, 111.0)
-    assert service_band.band is Band.QUICK
-
-
-def test_a_first_score_in_the_middle_is_no_change() -> None:
-    service_band = speed_bands.ServiceBand()
-    assert not service_band.follow(50.0, 100.0, 100.0)
-    assert not service_band.follow(72.0, 100.0, 101.0)  # sticky from the first on
-
-
-def test_scores_that_are_not_known_any_more_change_nothing() -> None:
-    service_band = speed_bands.ServiceBand()
-    service_band.follow(20.0, 100.0, 100.0)
-    assert not service_band.follow(None, 100.0, 200.0)
-    assert not service_band.follow(20.0, None, 200.0)
-    assert service_band.band is Band.SLOW
-
-
 def other(**scores: float | None) -> WorkerRecord:
     services = {key: ServiceRecord(score=score) for key, score in scores.items()}
     return WorkerRecord(worker="other@host", services=services)
+
+
+class Embed:
+    """One service of a worker, beside one other worker that has the best score."""
+
+    def __init__(self) -> None:
+        self.bands = speed_bands.Bands(["embed"])
+
+    def follow(self, score: float | None, best: float | None, now: float) -> str | None:
+        """The band that it changes to; ``None`` for no change."""
+        has_changed = self.bands.follow({"embed": score}, [other(embed=best)], now)
+        return self.band if has_changed else None
+
+    @property
+    def band(self) -> str:
+        return self.bands.names()["embed"]
+
+
+def test_a_worker_is_in_the_middle_until_it_knows_its_score() -> None:
+    embed = Embed()
+    assert embed.follow(None, 100.0, 1.0) is None
+    assert embed.band == "middle"
+    assert embed.follow(20.0, 100.0, 1.5) == "slow"
+
+
+def test_a_band_is_kept_for_a_while_but_for_the_first() -> None:
+    embed = Embed()
+    assert embed.follow(20.0, 20.0, 100.0) == "quick"
+    assert embed.follow(20.0, 100.0, 101.0) == "slow"
+    assert embed.follow(20.0, 20.0, 110.0) is None
+    assert embed.follow(20.0, 20.0, 111.0) == "quick"
+
+
+def test_a_first_score_in_the_middle_is_no_change() -> None:
+    embed = Embed()
+    assert embed.follow(50.0, 100.0, 100.0) is None
+    assert embed.follow(72.0, 100.0, 101.0) is None, "sticky from the first on"
+
+
+def test_scores_that_are_not_known_any_more_change_nothing() -> None:
+    embed = Embed()
+    embed.follow(20.0, 100.0, 100.0)
+    assert embed.follow(None, 100.0, 200.0) is None
+    assert embed.band == "slow"
 
 
 @pytest.mark.parametrize(

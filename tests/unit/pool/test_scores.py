@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -87,7 +88,7 @@ class Pool:
 
 def scored(value: float, *, task: str = "t") -> str:
     rounds = [scores.Round(elapsed=1.0, workload=value, latencies=(0.1,))]
-    return json.dumps({"score": scores.to_json(scores.of(task, rounds))})
+    return json.dumps({"score": dataclasses.asdict(scores.of(task, rounds))})
 
 
 FAILURE = json.dumps({"failure": "all of its 40 inputs failed, the first one with ValueError: no"})
@@ -138,7 +139,7 @@ def test_a_child_without_a_score_fails_with_what_to_do() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"score": {}}', '{"score": NaN}', '{"failure": 1}'],
+    ["", "[]", "{}", '{"score": {}}', '{"score": NaN}', '{"failure": 1}', "[" * 100_000],
 )
 def test_a_child_that_writes_something_else_writes_garbage(text: str) -> None:
     pool, child = Pool(), Child()

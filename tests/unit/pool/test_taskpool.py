@@ -8,7 +8,7 @@ import pytest
 
 import gw_celery as gw
 from gw_celery import conf, signals
-from gw_celery.gpus import allocation, discovery
+from gw_celery.gpus import allocation, devices
 from gw_celery.pool import taskpool
 from gw_celery.protocol import snapshot
 from gw_celery.worker import serving
@@ -30,7 +30,7 @@ def pool(app: gw.App, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> task
         settings=conf.Settings(),
         pool=serving.GPU_POOL,
         allotment=allocation.allot(
-            [allocation.Need(kind="A100")], discovery.fakes("A100:3", ["A100"])
+            [allocation.Need(kind="A100")], devices.fakes("A100:3", ["A100"])
         ),
     )
     monkeypatch.setattr(signals, "_plan", plan)
