@@ -34,7 +34,8 @@ from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Scaling, Worker
 from gw_celery.runtime import fatal_exit
 from gw_celery.transport import broker
-from gw_celery.worker import gate, health, serving, start_notices
+from gw_celery.worker import gate, health
+from gw_celery.worker.plan import Plan, log_notices
 
 signals.listen()
 
@@ -180,8 +181,7 @@ class TaskPool(BasePool):
             queues = self._plan.service_queues
             self.bands = _bands(app, self.cluster, queues.values())
             self.gate = gate.Gate(app.amqp.queues, queues, self)
-            self.gate.close_all()
-            start_notices.log(app, self._plan)
+            log_notices(app, self._plan)
         self._resize(self.limit)
         self.supervisor.tick()
         self.observe()
@@ -334,7 +334,7 @@ class TaskPool(BasePool):
         self.health.beat(worker)
 
 
-def _queues(app: Celery, plan: serving.Plan | None) -> dict[str, list[str]]:
+def _queues(app: Celery, plan: Plan | None) -> dict[str, list[str]]:
     """The queues of each service; those of plain tasks are together."""
     keys = [services.PLAIN] if plan is None else plan.slots
     queues: dict[str, list[str]] = {key: [] for key in keys}
@@ -345,7 +345,7 @@ def _queues(app: Celery, plan: serving.Plan | None) -> dict[str, list[str]]:
     return queues
 
 
-def _limited(plan: serving.Plan | None) -> dict[str, dict[str, int]]:
+def _limited(plan: Plan | None) -> dict[str, dict[str, int]]:
     """The queues whose callers are told how long an input would wait: services and their slots."""
     if plan is None:
         return {}

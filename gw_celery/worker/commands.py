@@ -15,7 +15,7 @@ from celery.worker import control
 from gw_celery.declare import gpu
 
 if TYPE_CHECKING:
-    from gw_celery.worker import serving
+    from gw_celery.worker.plan import Plan
 
 
 def install() -> None:
@@ -99,7 +99,7 @@ def _applied(
     return control.ok(f"{what}: {'all replicas' if replica is None else f'replica {replica}'}")
 
 
-def guard_queues(plan: serving.Plan) -> None:
+def guard_queues(plan: Plan) -> None:
     """Let ``add_consumer`` refuse what ``plan`` has not loaded: Celery would answer "ok"."""
     declared = {queue for queues in plan.families.values() for queue in queues}
     loaded = {service.queue for service in plan.served}
