@@ -483,6 +483,8 @@ class Harness:
         self.is_stopped = False
         self.pool: Any = None
         self.app: Any = None
+        #: Stands for Celery's ``WorkController``.
+        self.worker: Any = None
 
     # -- the worker --
 
@@ -498,7 +500,11 @@ class Harness:
             loop = kombu.asynchronous.get_event_loop()
             kombu.asynchronous.set_event_loop(self._hub)
             try:
-                self.start(make)
+                try:
+                    self.start(make)
+                except SystemExit:
+                    self.is_stopped = True  # it was refused, and started nothing
+                    raise
                 yield self
             finally:
                 if self.pool is not None and not self.is_stopped:
@@ -513,7 +519,7 @@ class Harness:
                 this harness.
         """
         global celery_app
-        worker = self._made() if make is None else make()
+        worker = self.worker = self._made() if make is None else make()
         celery_app = self.app = worker.app
         self.pool = symbol_by_name(POOL)(
             worker.concurrency,

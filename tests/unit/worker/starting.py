@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from celery import Celery, signals
 from celery.worker import control
 from kombu import compression
+from kombu.asynchronous import Hub
 from kombu.utils.imports import symbol_by_name
 
 # -- what is known of the inside: a new layout changes these lines and no others --
@@ -53,6 +55,7 @@ class Worker:
 
     hostname = "gpu@host"
     use_eventloop = True
+    exitcode: int | None = None
 
     def __init__(self, app: Celery, pool: Any, slots: Any, options: dict[str, Any]) -> None:
         self.app = app
@@ -76,20 +79,30 @@ class Worker:
     def serves(self) -> dict[str, str]:
         """What ``inspect stats`` shows of a worker with one of Celery's pools."""
         shown: dict[str, str] = {}
-        for step in self._steps():
+        for step in self._steps:
             shown |= step.info(self).get("gw_celery", {}).get("serves", {})
         return shown
 
     def begin(self) -> None:
         """Start the steps of ours that a worker with one of Celery's pools has."""
-        for step in self._steps():
+        for step in self._steps:
             step.start(self)
+
+    def listen(self, hub: Hub) -> None:
+        """Its event loop begins, and so do those steps there."""
+        for step in self._steps:
+            step.register_with_event_loop(self, hub)
+
+    def end(self) -> None:
+        for step in self._steps:
+            step.stop(self)
 
     def fits(self, slots: int) -> bool:
         """Whether the GPU pool has devices for so many slots."""
         pool = symbol_by_name(GPU_POOL)(1, initargs=(self.app, self.hostname), app=self.app)
         return pool.refusal(slots) is None
 
+    @functools.cached_property
     def _steps(self) -> list[Any]:
         ours = [step for step in self.app.steps["worker"] if isinstance(step, type)]
         return [step(self) for step in ours if step.__module__.startswith("gw_celery")]
