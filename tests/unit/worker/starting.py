@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -39,15 +40,13 @@ def isolate(patch: pytest.MonkeyPatch) -> None:
 # -- the end of what is known of the inside --
 
 
+@dataclasses.dataclass(frozen=True)
 class Typed:
     """What ``celery gw worker`` has understood of its command line."""
 
-    def __init__(
-        self, gpu: str | None = None, replicas: int | None = None, *, names_queues: bool = True
-    ) -> None:
-        self.gpu = gpu
-        self.replicas = replicas
-        self.names_queues = names_queues
+    gpu: str | None = None
+    replicas: int | None = None
+    names_queues: bool = True
 
 
 class Worker:
