@@ -73,6 +73,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._start_up = startup_time.StartUp()
         self._services: dict[str, policy_demand.Service] = {}
         self._apportionment = policy_demand.Apportionment()
+        pool.autoscaler = self
         pool.scaling = snapshot.Scaling(least=self._least, most=self._most)
         self._hub: Any = None
         self._asked = threading.Event()

@@ -150,12 +150,10 @@ class Gate:
                 level = logging.DEBUG if name in self._quiet else logging.INFO
                 self._quiet.discard(name)
                 logger.log(level, "the queue %s is consumed: a replica is ready for it", name)
-        elif worker.outage or (waiting > slots > 0 and self._shares_prefetch()):
-            self._set_closed(name, is_quiet=True)
-        elif not slots:
-            self._set_closed(name, is_quiet=False)
-
-    def _set_closed(self, name: str, *, is_quiet: bool) -> None:
+            return
+        is_quiet = bool(worker.outage) or (waiting > slots > 0 and self._shares_prefetch())
+        if slots and not is_quiet:
+            return
         self._open.discard(name)
         self._terms.pop(name, None)
         self._queues.deselect(name)

@@ -102,11 +102,6 @@ class Health(BackgroundThread):
         self._connecting_since: float | None = None
         self._endpoint: _Endpoint | None = None
 
-    @property
-    def address(self) -> str:
-        """Where it answers; "" where it does not."""
-        return "" if self._endpoint is None else self._endpoint.address
-
     def start(self) -> None:
         """Give signs of life from now on, where any are configured.
 
@@ -118,7 +113,9 @@ class Health(BackgroundThread):
             self._endpoint = _Endpoint(
                 self._settings.health_host, self._settings.health_port, self._answer
             )
-            logger.info("the worker's health is at %s/livez /readyz /startupz", self.address)
+            logger.info(
+                "the worker's health is at %s/livez /readyz /startupz", self._endpoint.address
+            )
         if self._file is not None:
             try:
                 _touch(self._file)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from billiard import cpu_count
-from celery import bootsteps, concurrency
+from celery import concurrency
 
 from gw_celery import conf, errors
 from gw_celery.client import beat_tasks, preset, registration
@@ -27,19 +27,13 @@ from gw_celery.worker.plan import GPU_POOL, OPTIONS, Plan, WorkerOptions
 
 logger = logging.getLogger(__name__)
 
-#: For workers with the GPU pool: Celery's own starts a replica for every few messages that wait.
-AUTOSCALER = "gw_celery.autoscale:Autoscaler"
 _POOLS = {
-    "celery.concurrency.prefork": "prefork",
-    "celery.concurrency.solo": "solo",
     "celery.concurrency.thread": "threads",
     "gw_celery.pool": GPU_POOL,
     "gw_celery.pool.taskpool": GPU_POOL,
 }
 #: Celery's own that serve: it sends ``worker_process_init`` in their processes.
 _SERVING = ("prefork", "solo")
-#: Why others do not, where it is not what keeps the green ones from it.
-_REASONS = {"threads": "a limit or a revocation cannot stop the body of a thread"}
 
 
 def prepare_or_exit(worker: Any, registries: Sequence[registry.Registry]) -> Plan:
@@ -181,7 +175,9 @@ def _prepare_to_serve(worker: Any, plan: Plan) -> None:
     app, pool = worker.app, plan.pool
     if pool not in (*_SERVING, GPU_POOL):
         names = ", ".join(service.name for service in plan.served)
-        reason = _REASONS.get(pool, "asynchronous tasks need an event loop beside Celery's")
+        reason = "asynchronous tasks need an event loop beside Celery's"
+        if pool == "threads":
+            reason = "a limit or a revocation cannot stop the body of a thread"
         raise errors.ConfigurationError(
             f"the pool {pool!r} cannot serve {names}: {reason}; start this worker with the GPU "
             f"pool (celery -A proj gw worker), or with -P {' or '.join(_SERVING)}"
@@ -216,9 +212,9 @@ def _prepare_gpu_pool(worker: Any, plan: Plan, typed: WorkerOptions | None) -> P
     # The gate owns the prefetch count, and sets it anew at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     if not conf.is_set(worker.app.conf, "worker_autoscaler"):
-        worker.autoscaler_cls = AUTOSCALER
+        # Celery's own starts a replica for every few messages that wait.
+        worker.autoscaler_cls = "gw_celery.autoscale:Autoscaler"
     worker.consumer_cls = consumer.Consumer
-    worker.app.steps["worker"].add(ScalingStep)
     worker.app.steps["consumer"].add(gate.GateStep)
     if plan.probes or any(plan.benchmarked.values()):
         _consume_ticks(worker.app)
@@ -305,23 +301,3 @@ def _slots_that_fit(slots: Any, allotment: allocation.Allotment, per_replica: in
         raise errors.ConfigurationError(f"-c {slots}, of {per_replica} slots a replica: {why}")
     logger.warning("without -c: %d slots, all that fit here", most)
     return most
-
-
-class ScalingStep(bootsteps.StartStopStep):
-    """Begins and ends our autoscaler, where the worker has it.
-
-    Celery starts an autoscaler only where there is no event loop, and none is told of the end.
-    """
-
-    requires = ("celery.worker.autoscale:WorkerComponent",)
-
-    def include_if(self, worker: Any) -> bool:
-        return hasattr(worker.autoscaler, "begin")
-
-    def start(self, worker: Any) -> None:
-        worker.autoscaler.begin()
-
-    def stop(self, worker: Any) -> None:
-        worker.autoscaler.end()
-
-    terminate = stop
