@@ -107,11 +107,11 @@ class Consuming:
                 self.queues[name].queue_arguments = {"x-queue-type": "quorum"}
         Tasks(self.consumer).start(self.consumer)
         self.channel = self.consumer.task_consumer = Channel(self.consumer.task_consumer)
-        self.channel.consume()
         steps = [step for step in self.app.steps["consumer"] if isinstance(step, type)]
         (step,) = [step for step in steps if step.__module__.startswith("gw_celery")]
         self._step = step(self.consumer)
         self._step.start(self.consumer)
+        self.channel.consume()
 
     def disconnect(self) -> None:
         """Lose the connection."""

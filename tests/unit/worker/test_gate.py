@@ -353,6 +353,7 @@ def test_the_next_connection_has_the_counts_of_quorum_queues_too(quorum: Consumi
     quorum.disconnect()
     quorum.connect(is_quorum=True)
     assert quorum.channel.counts == {EMBED: 2, CLASSIFY: 1, PLAIN: 1}
+    assert len(quorum.channel.began) == 3, "the first takes no other along with its count"
 
 
 # -- a broker that prefers some consumers to others (RabbitMQ) --
