@@ -15,11 +15,11 @@ from gw_celery.client import execution
 from gw_celery.declare import registry
 
 if TYPE_CHECKING:
-    from gw_celery.worker import serving
+    from gw_celery.worker.plan import Plan
 
 _registries: list[registry.Registry] = []
 #: What this worker serves; set in the parent, inherited by forked children.
-_plan: serving.Plan | None = None
+_plan: Plan | None = None
 
 
 def connect(declared: registry.Registry) -> None:
@@ -41,7 +41,7 @@ def registries() -> tuple[registry.Registry, ...]:
     return tuple(_registries)
 
 
-def plan() -> serving.Plan | None:
+def plan() -> Plan | None:
     """Return what the worker of this process serves; ``None`` before it starts, or elsewhere."""
     return _plan
 
@@ -55,9 +55,9 @@ def _on_worker_init(sender: Any, **_: Any) -> None:
 
 def _on_process_init(**_: Any) -> None:
     if _plan is not None and _plan.pipes is not None:
-        from gw_celery.worker import startup
+        from gw_celery.worker import serving
 
-        startup.load_or_exit(_plan, _plan.pipes)
+        serving.load_or_exit(_plan, _plan.pipes)
 
 
 def _on_shutdown(**_: Any) -> None:

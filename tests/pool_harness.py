@@ -483,30 +483,44 @@ class Harness:
         self.is_stopped = False
         self.pool: Any = None
         self.app: Any = None
+        #: Stands for Celery's ``WorkController``.
+        self.worker: Any = None
 
     # -- the worker --
 
     @contextmanager
-    def running(self) -> Iterator[Harness]:
-        """Start the pool; whatever it left running is ended with the block."""
+    def running(self, make: Callable[[], Any] | None = None) -> Iterator[Harness]:
+        """Start the pool; whatever it left running is ended with the block.
+
+        Args:
+            make: as for ``start``.
+        """
         with pytest.MonkeyPatch.context() as patch:
             self._replace_surroundings(patch)
             loop = kombu.asynchronous.get_event_loop()
             kombu.asynchronous.set_event_loop(self._hub)
             try:
-                self.start()
+                try:
+                    self.start(make)
+                except SystemExit:
+                    self.is_stopped = True  # it was refused, and started nothing
+                    raise
                 yield self
             finally:
                 if self.pool is not None and not self.is_stopped:
                     self.pool.terminate()
                 kombu.asynchronous.set_event_loop(loop)
 
-    def start(self) -> None:
-        """Make the pool as Celery's worker does, and let it start its children."""
-        self.app = self._declared()
-        slots = sum(self._services.values()) + 1
-        worker = _Worker(self.app, slots * self._replicas)
-        celery_signals.worker_init.send(sender=worker)
+    def start(self, make: Callable[[], Any] | None = None) -> None:
+        """Make the pool as Celery's worker does, and let it start its children.
+
+        Args:
+            make: returns a worker after ``worker_init``; without it, it is one of the services of
+                this harness.
+        """
+        global celery_app
+        worker = self.worker = self._made() if make is None else make()
+        celery_app = self.app = worker.app
         self.pool = symbol_by_name(POOL)(
             worker.concurrency,
             initargs=(self.app, worker.hostname),
@@ -694,6 +708,12 @@ class Harness:
         for child in self._started:
             if child.is_alive and not child.hangs:
                 child.beat()
+
+    def _made(self) -> _Worker:
+        slots = sum(self._services.values()) + 1
+        worker = _Worker(self._declared(), slots * self._replicas)
+        celery_signals.worker_init.send(sender=worker)
+        return worker
 
     def _declared(self) -> Celery:
         """A Celery app with the services, which a child could import from this module."""

@@ -19,7 +19,6 @@ from kombu.asynchronous import get_event_loop
 
 from gw_celery import conf, signals
 from gw_celery.cluster import membership, queue_lengths
-from gw_celery.declare import services
 from gw_celery.policy import demand as policy_demand
 from gw_celery.policy import scaling
 from gw_celery.pool import taskpool
@@ -56,18 +55,24 @@ class Autoscaler(autoscale.Autoscaler):
     ) -> None:
         super().__init__(pool, max_concurrency, min_concurrency, worker, keepalive, mutex)
         plan = signals.plan()
-        self._slots = plan.slots if plan else {services.PLAIN: 1}
         served = plan.served if plan else ()
         self._targets = {service.key: service.target_inputs for service in served}
-        self._unit = sum(self._slots.values())
+        self._unit = sum(plan.slots.values()) if plan else 1
         settings = conf.read(worker.app.conf)
-        self._rules = _rules(settings)
+        self._rules = scaling.Rules(
+            target_util=settings.target_util,
+            target_queue_time=settings.target_queue_time,
+            inactivity_timeout=settings.inactivity_timeout,
+            min_load=settings.min_load or 0.0,
+            window=settings.scale_window,
+        )
         #: Replicas that the group was last found to need.
         self._ordered = 0
         self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
         self._decider = scaling.Decider(self._rules, self._least, self._most)
         self._start_up = policy_demand.StartUp()
         self._services: dict[str, policy_demand.Service] = {}
+        pool.autoscaler = self
         pool.scaling = snapshot.Scaling(least=self._least, most=self._most)
         self._hub: Any = None
         self._asked = threading.Event()
@@ -78,7 +83,8 @@ class Autoscaler(autoscale.Autoscaler):
 
     def begin(self) -> None:
         """Start to look at the broker, known to the other workers before the first decision."""
-        self._tell(self.pool.snapshot())
+        worker = self.pool.snapshot()
+        self.pool.cluster.tell(worker, policy_demand.size_of(worker, self._least, self._most))
         self.pool.cluster.follow(self._on_read)
 
     def end(self) -> None:
@@ -103,16 +109,15 @@ class Autoscaler(autoscale.Autoscaler):
         self._hub = get_event_loop()
         reading = self.pool.cluster.latest()
         if reading is None:
-            self._hold()
+            target = self._clamped(self.pool.snapshot().desired)
+            why = "nothing is known of the broker or the other workers: the size is kept"
+            self._follow(target, why, {}, target, 1)
         elif reading is not self._judged:
             self._judged = reading
             try:
                 self._judge(reading)
             except Exception:  # out of here it would end the worker's loop
                 logger.exception("the autoscaler failed once, and the pool keeps its size")
-
-    def on_task_received(self, req: Any) -> None:
-        """Celery's own autoscaler notes the time; the thread counts what comes."""
 
     # -- what operators steer and see --
 
@@ -164,66 +169,42 @@ class Autoscaler(autoscale.Autoscaler):
     # -- deciding --
 
     def _judge(self, reading: membership.Reading) -> None:
-        lengths = None
-        if reading.lengths is not None:
-            lengths = {
-                service: queue_lengths.total(reading.lengths, queues)
-                for service, queues in self.pool.cluster.queues.items()
-                if queues
-            }
-            # By which the pool knows that its replicas are full.
-            self.pool.supervisor.note_queued(
-                {key: length.messages for key, length in lengths.items()}
-            )
-        self._decide(lengths, reading.others, time.monotonic())
-
-    def _decide(
-        self,
-        lengths: Mapping[str, queue_lengths.Length] | None,
-        others: Sequence[WorkerRecord] | None,
-        now: float,
-    ) -> None:
+        now = time.monotonic()
+        lengths = {
+            service: queue_lengths.total(reading.lengths, queues)
+            for service, queues in self.pool.cluster.queues.items()
+            if queues and reading.lengths is not None
+        }
+        if lengths:  # by which the pool knows that its replicas are full
+            queued = {key: length.messages for key, length in lengths.items()}
+            self.pool.supervisor.note_queued(queued)
         worker = self.pool.snapshot()
         self._learn(worker)
         # Seen together with the queues: what has moved from there since would be counted twice.
-        mine = self._tell(worker)
-        seen = {}
-        for key in mine.services:
-            length = None if lengths is None else lengths.get(key)
-            sharing = policy_demand.sharing(mine, others, key)
-            seen[key] = self._outlook(key, mine, sharing, length, now)
-        group = policy_demand.group_of(mine, others)
-        total = self._total(seen, group, now)
-        part = self._share.kept(now, self._part(group, total), total, self._rules)
-        target = self._clamped(part)
-        if lengths is None:
-            target = max(1, target)  # with none, the next message would not be noticed
-        why = self._idle(now) or _why(seen, total, len(group))
-        self._publish(target, why, seen, total, len(group))
-        self._resize(target, why)
-
-    def _tell(self, worker: snapshot.Worker) -> WorkerRecord:
         size = policy_demand.size_of(worker, self._least, self._most)
         mine: WorkerRecord = self.pool.cluster.tell(worker, size)
-        return mine
-
-    def _hold(self) -> None:
-        """What waits is not known: keep the size, within its bounds."""
-        target = self._clamped(self.pool.snapshot().desired)
-        self._publish(
-            target,
-            "nothing is known of the broker or the other workers: the size is kept",
-            {},
-            target,
-            1,
-        )
-        self._resize(target, self.pool.scaling.why)
+        seen = {
+            key: self._demand(key, mine, reading.others, lengths.get(key), now)
+            for key in mine.services
+        }
+        group = policy_demand.group_of(mine, reading.others)
+        total = self._total(seen, group, now)
+        target = self._clamped(self._share.kept(now, self._part(group, total), total, self._rules))
+        if reading.lengths is None:
+            target = max(1, target)  # with none, the next message would not be noticed
+        if self._decider.is_idle(now):
+            # Rates are means over some time and not yet 0: they are no reason for what is done.
+            why = f"no input came, waited or ran for {self._rules.inactivity_timeout:g} s"
+        else:
+            why = _why(seen, total, len(group))
+        self._follow(target, why, seen, total, len(group))
 
     def _learn(self, worker: snapshot.Worker) -> None:
         """Follow how long a start takes; what depends on it begins anew when that has changed."""
         self._start_up.observe(worker.replicas)
         seconds = self._start_up.seconds
-        if seconds is None or _is_near(seconds, self._rules.start_up):
+        known = self._rules.start_up
+        if seconds is None or known / _NEAR <= seconds + 1.0 <= known * _NEAR + 2.0:
             return
         self._rules = dataclasses.replace(self._rules, start_up=seconds)
         self._services.clear()
@@ -249,13 +230,6 @@ class Autoscaler(autoscale.Autoscaler):
         )
         return self._ordered
 
-    def _idle(self, now: float) -> str:
-        """Say that nothing happens; "" as long as something does, or did a while ago."""
-        if not self._decider.is_idle(now):
-            return ""
-        # Rates are means over some time and not yet 0: they are no reason for what is done.
-        return f"no input came, waited or ran for {self._rules.inactivity_timeout:g} s"
-
     def _part(self, group: Sequence[WorkerRecord], total: int) -> int:
         """This worker's replicas of those of the group.
 
@@ -269,7 +243,7 @@ class Autoscaler(autoscale.Autoscaler):
             parts.append(policy_demand.part([whole, *others], total))
         return max(parts)
 
-    def _outlook(
+    def _demand(
         self,
         key: str,
         mine: WorkerRecord,
@@ -283,8 +257,31 @@ class Autoscaler(autoscale.Autoscaler):
         consumers = None if length is None else length.consumers
         if consumers is not None and not mine.services[key].slots:
             consumers += 1  # it would be one, and its queue is closed
+        sharing = policy_demand.sharing(mine, others, key)
         queued = None if length is None else length.messages
-        return service.observe(now, mine, others, queued=queued, consumers=consumers)
+        return service.observe(now, mine, sharing, queued=queued, consumers=consumers)
+
+    def _follow(
+        self,
+        target: int,
+        why: str,
+        seen: Mapping[str, snapshot.ServiceDemand],
+        total: int,
+        workers: int,
+    ) -> None:
+        """Have the pool as large as was decided; others see why."""
+        self.pool.scaling = snapshot.Scaling(
+            least=self._least,
+            most=self._most,
+            desired=target,
+            actual=self.pool.snapshot().desired,
+            total=total,
+            workers=workers,
+            why=why,
+            start_up=self._start_up.seconds,
+            services=seen,
+        )
+        self._resize(target, why)
 
     def _resize(self, replicas: int, why: str) -> None:
         worker = self.pool.snapshot()
@@ -298,26 +295,6 @@ class Autoscaler(autoscale.Autoscaler):
         else:
             self.pool.shrink(-slots)
         self.pool.maintain_pool()
-
-    def _publish(
-        self,
-        target: int,
-        why: str,
-        seen: Mapping[str, snapshot.ServiceDemand],
-        total: int,
-        workers: int,
-    ) -> None:
-        self.pool.scaling = snapshot.Scaling(
-            least=self._least,
-            most=self._most,
-            desired=target,
-            actual=self.pool.snapshot().desired,
-            total=total,
-            workers=workers,
-            why=why,
-            start_up=self._start_up.seconds,
-            services=seen,
-        )
 
     def _on_read(self) -> None:
         """Called in the thread: have it judged now, while it is true."""
@@ -340,20 +317,6 @@ class Autoscaler(autoscale.Autoscaler):
 
     def _clamped(self, replicas: int) -> int:
         return max(self._least, min(self._most, replicas))
-
-
-def _is_near(seconds: float, known: float) -> bool:
-    return known / _NEAR <= seconds + 1.0 <= known * _NEAR + 2.0
-
-
-def _rules(settings: conf.Settings) -> scaling.Rules:
-    return scaling.Rules(
-        target_util=settings.target_util,
-        target_queue_time=settings.target_queue_time,
-        inactivity_timeout=settings.inactivity_timeout,
-        min_load=settings.min_load or 0.0,
-        window=settings.scale_window,
-    )
 
 
 def _figure(value: float) -> str:

@@ -13,7 +13,7 @@ from kombu.asynchronous import Hub, get_event_loop
 from kombu.asynchronous.timer import Entry
 
 from gw_celery.pool import request
-from gw_celery.worker import draining
+from gw_celery.worker import consumer
 
 if TYPE_CHECKING:
     from gw_celery.pool import taskpool
@@ -91,7 +91,7 @@ class Driver:
             self._driven.poll(0.1)
             self._driven.tick()
             if hub is not None:
-                draining.run_meanwhile(hub)
+                consumer.run_meanwhile(hub)
             self._pool.observe()
         self._pool.observe()
         return is_done()

@@ -15,7 +15,7 @@ from typing import Unpack
 
 from celery import Celery
 from celery.concurrency.base import BasePool
-from celery.worker import state
+from celery.worker import autoscale, state
 from kombu.asynchronous import Hub
 
 from gw_celery import conf, signals
@@ -34,7 +34,8 @@ from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Scaling, Worker
 from gw_celery.runtime import fatal_exit
 from gw_celery.transport import broker
-from gw_celery.worker import gate, health, serving, start_notices
+from gw_celery.worker import gate, health
+from gw_celery.worker.plan import Plan, log_notices
 
 signals.listen()
 
@@ -89,7 +90,10 @@ class TaskPool(BasePool):
         #: Where the broker prefers the quicker of several workers.
         self.bands: speed_bands.Bands | None = None
         self._driver: driver.Driver
-        #: What our autoscaler saw and decided last; ``None`` where there is none.
+        #: Ours, where the worker has it. It begins and ends with the pool: Celery starts one only
+        #: where there is no event loop, and tells none of the end.
+        self.autoscaler: autoscale.Autoscaler | None = None
+        #: What it saw and decided last.
         self.scaling: Scaling | None = None
         #: What a platform's own probes ask.
         self.health = health.Health(settings, plan.service_queues if plan else {})
@@ -180,13 +184,14 @@ class TaskPool(BasePool):
             queues = self._plan.service_queues
             self.bands = _bands(app, self.cluster, queues.values())
             self.gate = gate.Gate(app.amqp.queues, queues, self)
-            self.gate.close_all()
-            start_notices.log(app, self._plan)
+            log_notices(app, self._plan)
         self._resize(self.limit)
         self.supervisor.tick()
         self.observe()
         self.cluster.begin()
         self._driver.start()
+        if self.autoscaler is not None:
+            self.autoscaler.begin()
 
     def register_with_event_loop(self, hub: Hub) -> None:
         """Called at every start of the consumer, when the hub has forgotten us."""
@@ -217,6 +222,7 @@ class TaskPool(BasePool):
         self.supervisor.forget_waiting()
 
     def on_close(self) -> None:
+        self._end_scaling()
         self.supervisor.close()
 
     def on_stop(self) -> None:
@@ -300,6 +306,7 @@ class TaskPool(BasePool):
     def _finish(self) -> None:
         if self._driver.is_over:
             return
+        self._end_scaling()
         self._driver.end()
         self.supervisor.kill(_SHUT_DOWN)
         self._driver.detach()
@@ -308,6 +315,10 @@ class TaskPool(BasePool):
         for thread in (self._dead, self.cluster):
             if thread is not None:
                 thread.close()
+
+    def _end_scaling(self) -> None:
+        if self.autoscaler is not None:
+            self.autoscaler.end()
 
     def _resize(self, slots: int) -> None:
         if (allotment := self._setup.allotment) is not None:
@@ -334,7 +345,7 @@ class TaskPool(BasePool):
         self.health.beat(worker)
 
 
-def _queues(app: Celery, plan: serving.Plan | None) -> dict[str, list[str]]:
+def _queues(app: Celery, plan: Plan | None) -> dict[str, list[str]]:
     """The queues of each service; those of plain tasks are together."""
     keys = [services.PLAIN] if plan is None else plan.slots
     queues: dict[str, list[str]] = {key: [] for key in keys}
@@ -345,7 +356,7 @@ def _queues(app: Celery, plan: serving.Plan | None) -> dict[str, list[str]]:
     return queues
 
 
-def _limited(plan: serving.Plan | None) -> dict[str, dict[str, int]]:
+def _limited(plan: Plan | None) -> dict[str, dict[str, int]]:
     """The queues whose callers are told how long an input would wait: services and their slots."""
     if plan is None:
         return {}

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from gw_celery import conf, errors
 from gw_celery.declare import gpu as kinds
-from gw_celery.worker import options as worker_options
+from gw_celery.worker.plan import OPTIONS, WorkerOptions
 
 _GROUP = "GPU Worker Options"
 _POOL = "gw_celery.pool:TaskPool"
@@ -70,7 +70,7 @@ def worker(ctx: click.Context, /, gpu: str | None, replicas: int | None, **optio
     """
     _require_consistent(ctx)
     options["pool"] = _POOL
-    options[worker_options.KEY] = worker_options.WorkerOptions(
+    options[OPTIONS] = WorkerOptions(
         gpu=gpu, replicas=replicas, names_queues=bool(options.get("queues"))
     )
     # Its callback, not the command: what was parsed, and what was left over, is in this context.

@@ -15,7 +15,7 @@ from celery.worker import control
 from gw_celery.declare import gpu
 
 if TYPE_CHECKING:
-    from gw_celery.worker import serving
+    from gw_celery.worker.plan import Plan
 
 
 def install() -> None:
@@ -99,7 +99,7 @@ def _applied(
     return control.ok(f"{what}: {'all replicas' if replica is None else f'replica {replica}'}")
 
 
-def guard_queues(plan: serving.Plan) -> None:
+def guard_queues(plan: Plan) -> None:
     """Let ``add_consumer`` refuse what ``plan`` has not loaded: Celery would answer "ok"."""
     declared = {queue for queues in plan.families.values() for queue in queues}
     loaded = {service.queue for service in plan.served}
@@ -114,11 +114,7 @@ def guard_queues(plan: serving.Plan) -> None:
             )
         return original(state, queue, *args, **options)
 
-    names = ("queue", "exchange", "exchange_type", "routing_key")
-    control.control_command(
-        args=[(name, str) for name in names],
-        signature="<queue> [exchange [type [routing_key]]]",
-    )(add_consumer)
+    control.Panel.data["add_consumer"] = add_consumer
 
 
 def guard_size() -> None:
@@ -126,37 +122,32 @@ def guard_size() -> None:
 
     Under our autoscaler ``pool_grow`` and ``pool_shrink`` work, too, as they did in Celery 4.
     """
-    grow, shrink, scale = control.pool_grow, control.pool_shrink, control.autoscale
+    _guard_resize(control.pool_grow, "force_scale_up", sign=1)
+    _guard_resize(control.pool_shrink, "force_scale_down", sign=-1)
+    original = control.autoscale
 
-    @functools.wraps(grow)
-    def pool_grow(state: Any, n: int = 1, **options: Any) -> Any:
-        pool = state.consumer.pool
-        if (why := pool.refusal(pool.limit + n)) is not None:
-            return control.nok(why)
-        return _forced(state, "force_scale_up", n) or grow(state, n, **options)
-
-    @functools.wraps(shrink)
-    def pool_shrink(state: Any, n: int = 1, **options: Any) -> Any:
-        return _forced(state, "force_scale_down", n) or shrink(state, n, **options)
-
-    @functools.wraps(scale)
+    @functools.wraps(original)
     def autoscale(state: Any, max: Any = None, min: Any = None) -> Any:  # noqa: A002
         wanted = builtins.max(max or 0, min or 0)
         if (why := state.consumer.pool.refusal(wanted)) is not None:
             return control.nok(why)
-        return scale(state, max=max, min=min)
+        return original(state, max=max, min=min)
 
-    for command in (pool_grow, pool_shrink):
-        control.control_command(args=[("n", int)], signature="[N=1]")(command)
-    control.control_command(args=[("max", int), ("min", int)], signature="[max [min]]")(autoscale)
+    control.Panel.data["autoscale"] = autoscale
 
 
-def _forced(state: Any, how: str, slots: int) -> Any:
-    """Resize at once where the autoscaler can: ours; ``None`` where it cannot, or is not there."""
-    force = getattr(state.consumer.controller.autoscaler, how, None)
-    if force is None:
-        return None
-    if slots < 1:
-        return control.nok(f"{slots} slots: give 1 or more")
-    force(slots)
-    return control.ok(f"now {state.consumer.pool.limit} slots")
+def _guard_resize(original: Callable[..., Any], how: str, *, sign: int) -> None:
+    @functools.wraps(original)
+    def resize(state: Any, n: int = 1, **options: Any) -> Any:
+        pool = state.consumer.pool
+        if (why := pool.refusal(pool.limit + sign * n)) is not None:
+            return control.nok(why)
+        force = getattr(state.consumer.controller.autoscaler, how, None)
+        if force is None:  # there is no autoscaler, or not ours
+            return original(state, n, **options)
+        if n < 1:
+            return control.nok(f"{n} slots: give 1 or more")
+        force(n)
+        return control.ok(f"now {pool.limit} slots")
+
+    control.Panel.data[original.__name__] = resize

@@ -1,18 +1,38 @@
-"""Celery's consumer, safe against a message that would end the worker, and the next one's."""
+"""Celery's consumer, safe against a message that would end the worker, and the next one's.
+
+What senders compressed is as untrusted; and what is acknowledged while a worker stops is here.
+"""
 
 from __future__ import annotations
 
+import bz2
+import functools
 import logging
+import lzma
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 from celery.app.task import Context
 from celery.worker.consumer import Consumer as CeleryConsumer
+from kombu import compression
+from kombu.message import Message
 
 from gw_celery import conf, errors
 from gw_celery.transport import transport
 
 logger = logging.getLogger(__name__)
+
+#: What a header may ask of LZMA; its strongest preset needs half of it.
+_LZMA_MEMORY = 128 * 1024 * 1024
+_BOUNDED: dict[str, Callable[[], Any]] = {
+    "application/x-gzip": zlib.decompressobj,
+    "application/x-bz2": bz2.BZ2Decompressor,
+    "application/x-lzma": functools.partial(lzma.LZMADecompressor, memlimit=_LZMA_MEMORY),
+}
+#: Those of kombu's that are there with a package of their own, and know no bound here.
+_REFUSED = ("application/x-brotli", "application/zstd")
+_ACKNOWLEDGEMENTS = ("ack_log_error", "reject_log_error")
 
 
 def _check(message: Any, largest: int) -> None:
@@ -93,7 +113,7 @@ class Consumer(CeleryConsumer):
         self._fail(message, exc)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        if isinstance(exc, errors.UnreadableMessage):  # ``worker.compression`` refused it
+        if isinstance(exc, errors.UnreadableMessage):  # it was refused while it was decompressed
             self._reject(message, exc)
             return
         super().on_decode_error(message, exc)
@@ -134,3 +154,67 @@ class Consumer(CeleryConsumer):
     def cancel_task_queue(self, queue: str) -> None:
         super().cancel_task_queue(queue)
         self.pool.gate.remove(queue)
+
+
+def bound_compression(largest: int) -> None:
+    """Have this process refuse bodies of more than ``largest`` bytes while it decompresses them.
+
+    kombu does that while it makes a message, before it can be looked at, with the decoders of one
+    registry. What a project has registered besides kombu's own stays as it is.
+    """
+    for content_type in compression.encoders():
+        encoder, _ = compression.get_encoder(content_type)
+        if content_type in _BOUNDED:
+            decoder = functools.partial(_decompress, _BOUNDED[content_type], largest)
+            compression.register(encoder, decoder, content_type)
+        elif content_type in _REFUSED:
+            decoder = functools.partial(_refuse, content_type)
+            compression.register(encoder, decoder, content_type)
+
+
+def _decompress(make: Callable[[], Any], largest: int, body: bytes) -> bytes:
+    decompressor = make()
+    data: bytes = decompressor.decompress(body, largest + 1)
+    if len(data) > largest:
+        raise errors.MessageTooLarge(f"over {largest}", largest)
+    if not decompressor.eof:
+        raise errors.UnreadableMessage(
+            f"a compressed body of {len(body)} bytes breaks off: send it again"
+        )
+    return data
+
+
+def _refuse(content_type: str, body: bytes) -> bytes:
+    raise errors.UnreadableMessage(
+        f"a body is compressed as {content_type}, whose size cannot be bounded: send it with "
+        f"compression='gzip', 'bzip2' or 'lzma'"
+    )
+
+
+def run_meanwhile(hub: Any) -> None:
+    """Fire due timers and queued acknowledgements of ``hub``, and nothing else of it.
+
+    For a stopping worker that waits for its pool: its event loop does not run then. Without its
+    timers AMQP would close the connection, and without its queued acknowledgements a finished input
+    would be delivered again. The source of the rule is Celery 5.7's own prefork pool: what else is
+    queued, such as the transport's reader, would hand messages to a closed pool.
+    """
+    try:
+        hub.fire_timers()
+        for callback in list(hub._ready):
+            if _is_acknowledgement(callback):
+                hub._ready.discard(callback)
+                try:
+                    callback()
+                except Exception:
+                    logger.warning("an acknowledgement failed", exc_info=True)
+    except Exception:
+        logger.warning("the event loop's timers failed while the pool drains", exc_info=True)
+
+
+def _is_acknowledgement(callback: Any) -> bool:
+    fun = getattr(callback, "fun", None)
+    if getattr(fun, "is_acknowledgement", False):
+        return True
+    owner = getattr(fun, "__self__", None)
+    return isinstance(owner, Message) and getattr(fun, "__name__", "") in _ACKNOWLEDGEMENTS

@@ -38,6 +38,8 @@ _STOCK = _Terms(prefetch=None, priority=0)
 class Gate:
     """The queues of one worker, open or closed, and its prefetch count; on the consumer's thread.
 
+    At first nothing is READY, and all are closed: the consumer starts without queues.
+
     Args:
         queues: Celery's ``app.amqp.queues``.
         service_queues: the service of each service queue.
@@ -50,7 +52,9 @@ class Gate:
         self._services = dict.fromkeys(queues.consume_from, services.PLAIN) | service_queues
         #: What is consumed when its service is ready; commands add and take away.
         self._wanted = set(self._services)
-        self._open = set(self._wanted)
+        self._open: set[str] = set()
+        for name in self._wanted:
+            queues.deselect(name)
         #: Closed as a matter of course: their service is full, or no result can be stored.
         self._quiet: set[str] = set()
         #: Why results cannot be stored, so that nothing is consumed.
@@ -85,12 +89,6 @@ class Gate:
         """The connection is lost; the selection stays, and the next consumer reads it."""
         self._consumer = None
 
-    def close_all(self) -> None:
-        """Nothing is READY yet: the consumer starts without queues."""
-        for name in list(self._open):
-            self._queues.deselect(name)
-        self._open.clear()
-
     def request(self) -> None:
         """Have ``apply`` called soon, where Celery talks to the broker.
 
@@ -106,7 +104,13 @@ class Gate:
         """Open and close queues as the slots are now; all are closed in an outage."""
         self._is_requested = False
         worker = self._pool.snapshot()
-        self._log_outage(worker.outage)
+        if worker.outage and not self._outage:
+            logger.warning(
+                "no queue is consumed until results can be stored again: %s", worker.outage
+            )
+        elif self._outage and not worker.outage:
+            logger.warning("queues are consumed again: results can be stored")
+        self._outage = worker.outage
         for name in sorted(self._wanted):
             self._open_or_close(name, worker)
         self._fit_consumers(worker)
@@ -133,13 +137,6 @@ class Gate:
     def closed_queues(self) -> tuple[str, ...]:
         return tuple(sorted(self._wanted - self._open))
 
-    def _log_outage(self, outage: str) -> None:
-        if outage and not self._outage:
-            logger.warning("no queue is consumed until results can be stored again: %s", outage)
-        elif self._outage and not outage:
-            logger.warning("queues are consumed again: results can be stored")
-        self._outage = outage
-
     def _open_or_close(self, name: str, worker: snapshot.Worker) -> None:
         """A full service closes its queue only where others share the prefetch count with it."""
         service = self._services[name]
@@ -147,21 +144,16 @@ class Gate:
         waiting = worker.waiting_inputs.get(service, 0)
         if name not in self._open:
             if slots and not waiting and not worker.outage:
-                self._set_open(name)
-        elif worker.outage or (waiting > slots > 0 and self._shares_prefetch()):
-            self._set_closed(name, is_quiet=True)
-        elif not slots:
-            self._set_closed(name, is_quiet=False)
-
-    def _set_open(self, name: str) -> None:
-        self._open.add(name)
-        self._terms[name] = None
-        self._queues.select_add(self._queues[name])
-        level = logging.DEBUG if name in self._quiet else logging.INFO
-        self._quiet.discard(name)
-        logger.log(level, "the queue %s is consumed: a replica is ready for it", name)
-
-    def _set_closed(self, name: str, *, is_quiet: bool) -> None:
+                self._open.add(name)
+                self._terms[name] = None
+                self._queues.select_add(self._queues[name])
+                level = logging.DEBUG if name in self._quiet else logging.INFO
+                self._quiet.discard(name)
+                logger.log(level, "the queue %s is consumed: a replica is ready for it", name)
+            return
+        is_quiet = bool(worker.outage) or (waiting > slots > 0 and self._shares_prefetch())
+        if slots and not is_quiet:
+            return
         self._open.discard(name)
         self._terms.pop(name, None)
         self._queues.deselect(name)
@@ -198,7 +190,12 @@ class Gate:
             task_consumer.cancel_by_queue(self._queues[name].name)
             if terms.prefetch is not None:
                 task_consumer.qos(prefetch_count=terms.prefetch, apply_global=False)
-            task_consumer.add_queue(_preferred(self._queues[name], terms.priority))
+            queue = self._queues[name]
+            if terms.priority:  # Celery's own stays as the user declared it
+                queue = copy.copy(queue)
+                arguments = {**(queue.consumer_arguments or {}), _PRIORITY: terms.priority}
+                queue.consumer_arguments = arguments
+            task_consumer.add_queue(queue)
             task_consumer.consume()
             self._terms[name] = terms
 
@@ -232,15 +229,6 @@ class Gate:
         if consumer.qos.value != consumer.qos.prev:
             # Celery does it once its loop has waited for whatever comes next, for up to a second.
             consumer.qos.update()
-
-
-def _preferred(queue: Any, priority: int) -> Any:
-    """The queue, to be consumed with a priority; Celery's own stays as the user declared it."""
-    if not priority:
-        return queue
-    preferred = copy.copy(queue)
-    preferred.consumer_arguments = {**(queue.consumer_arguments or {}), _PRIORITY: priority}
-    return preferred
 
 
 class GateStep(bootsteps.StartStopStep):

@@ -8,21 +8,29 @@ ask nothing of the broker, a child or Django: while the worker hangs, they are w
 from __future__ import annotations
 
 import contextlib
+import http.server
 import importlib
 import json
 import logging
 import os
+import socket
+import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from gw_celery import conf, errors
 from gw_celery.background_thread import BackgroundThread
 from gw_celery.declare import services
 from gw_celery.protocol import snapshot
-from gw_celery.worker import http
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that a client has for its request, and for reading the answer.
+_PATIENCE = 2.0
+#: Clients at a time, each with a thread; more wait in the backlog of the socket.
+_MOST_CLIENTS = 32
 
 #: The file is touched while the loop has turned within so many seconds.
 _FRESH = 3.0
@@ -35,6 +43,14 @@ class Verdict(NamedTuple):
 
     is_ok: bool
     why: tuple[str, ...] = ()
+
+
+class Reply(NamedTuple):
+    """What a path answers over HTTP."""
+
+    body: bytes
+    status: int = 200
+    content_type: str = "application/json"
 
 
 def is_ready(worker: snapshot.Worker) -> Verdict:
@@ -84,12 +100,7 @@ class Health(BackgroundThread):
         self._beat_at = time.monotonic()
         #: Since when the loop waits for the broker, and cannot turn.
         self._connecting_since: float | None = None
-        self._endpoint: http.Endpoint | None = None
-
-    @property
-    def address(self) -> str:
-        """Where it answers; "" where it does not."""
-        return "" if self._endpoint is None else self._endpoint.address
+        self._endpoint: _Endpoint | None = None
 
     def start(self) -> None:
         """Give signs of life from now on, where any are configured.
@@ -99,19 +110,21 @@ class Health(BackgroundThread):
         """
         self.beat(self._seen)
         if self._settings.health_port is not None:
-            routes: dict[str, http.Route] = {
-                "/livez": lambda: self._reply(self.is_alive()),
-                "/readyz": lambda: self._reply(is_ready(self._seen)),
-                "/startupz": lambda: self._reply(self.has_started()),
-                "/metrics": self._metrics,
-            }
-            self._endpoint = http.Endpoint(
-                self._settings.health_host, self._settings.health_port, routes
+            self._endpoint = _Endpoint(
+                self._settings.health_host, self._settings.health_port, self._answer
             )
-            self._endpoint.start()
-            logger.info("the worker's health is at %s/livez /readyz /startupz", self.address)
+            logger.info(
+                "the worker's health is at %s/livez /readyz /startupz", self._endpoint.address
+            )
         if self._file is not None:
-            self._require_file(self._file)
+            try:
+                _touch(self._file)
+            except OSError as exc:
+                self.close()
+                raise errors.ConfigurationError(
+                    f"gw_heartbeat_file={self._file!r}: cannot be written: {exc.strerror}; name a "
+                    f"file in a directory that exists and that the worker may write to"
+                ) from exc
             super().start()
 
     def beat(self, worker: snapshot.Worker) -> None:
@@ -142,7 +155,26 @@ class Health(BackgroundThread):
                 os.unlink(self._file)
         return is_over
 
-    def is_alive(self) -> Verdict:
+    def run_round(self) -> None:
+        silence = time.monotonic() - self._beat_at
+        if self._file is not None and (self._connecting_since is not None or silence <= _FRESH):
+            _touch(self._file)
+
+    def _answer(self, path: str) -> Reply | None:
+        """Answer a path of the endpoint, in a thread of its own; ``None`` where there is none."""
+        match path:
+            case "/livez":
+                return self._reply(self._is_alive())
+            case "/readyz":
+                return self._reply(is_ready(self._seen))
+            case "/startupz":
+                why = () if self._has_started else ("no replica has been ready yet",)
+                return self._reply(Verdict(is_ok=self._has_started, why=why))
+            case "/metrics":
+                return self._metrics()
+        return None
+
+    def _is_alive(self) -> Verdict:
         """Judge whether the loop turns, or waits for the broker."""
         since, now = self._connecting_since, time.monotonic()
         if since is not None:
@@ -152,27 +184,7 @@ class Health(BackgroundThread):
             return Verdict(is_ok=True)
         return Verdict(is_ok=False, why=(f"the worker's loop has not turned for {silence:.0f} s",))
 
-    def has_started(self) -> Verdict:
-        """Judge whether a replica has been ready since the worker's start."""
-        why = () if self._has_started else ("no replica has been ready yet",)
-        return Verdict(is_ok=self._has_started, why=why)
-
-    def run_round(self) -> None:
-        silence = time.monotonic() - self._beat_at
-        if self._file is not None and (self._connecting_since is not None or silence <= _FRESH):
-            _touch(self._file)
-
-    def _require_file(self, path: str) -> None:
-        try:
-            _touch(path)
-        except OSError as exc:
-            self.close()
-            raise errors.ConfigurationError(
-                f"gw_heartbeat_file={path!r}: cannot be written: {exc.strerror}; name a file in a "
-                f"directory that exists and that the worker may write to"
-            ) from exc
-
-    def _reply(self, verdict: Verdict) -> http.Reply:
+    def _reply(self, verdict: Verdict) -> Reply:
         replicas = [
             {
                 "number": replica.number,
@@ -183,19 +195,112 @@ class Health(BackgroundThread):
             for replica in self._seen.replicas
         ]
         answer = {"ok": verdict.is_ok, "why": verdict.why, "replicas": replicas}
-        return http.Reply(status=200 if verdict.is_ok else 503, body=json.dumps(answer).encode())
+        return Reply(status=200 if verdict.is_ok else 503, body=json.dumps(answer).encode())
 
-    def _metrics(self) -> http.Reply:
+    def _metrics(self) -> Reply:
         """Answer a scrape; its library is loaded by the first."""
         try:
             renderer: Any = importlib.import_module(_RENDERER)
         except errors.ConfigurationError as exc:
             body = f"{exc}\n".encode()
-            return http.Reply(status=501, body=body, content_type="text/plain; charset=utf-8")
+            return Reply(status=501, body=body, content_type="text/plain; charset=utf-8")
         page = renderer.Page(lambda: self._seen, self._queues)
-        return http.Reply(body=page(), content_type=page.content_type)
+        return Reply(body=page(), content_type=page.content_type)
 
 
 def _touch(path: str) -> None:
     with open(path, "ab"):
         os.utime(path)
+
+
+class _Endpoint(http.server.ThreadingHTTPServer):
+    """Serves GET on the paths that ``answer`` knows, from its making on.
+
+    Raises:
+        ConfigurationError: when the address cannot be listened on.
+    """
+
+    def __init__(self, host: str, port: int, answer: Callable[[str], Reply | None]) -> None:
+        # Not bound by the class: it would ask DNS for this machine's name, and knows IPv4 only.
+        super().__init__((host, port), _Request, bind_and_activate=False)
+        self.socket.close()
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+            self.socket = socket.create_server((host, port), family=family, backlog=_MOST_CLIENTS)
+        except OSError as exc:
+            raise errors.ConfigurationError(
+                f"gw_health_port={port}: cannot listen on {host}: {exc.strerror or exc}; choose a "
+                f"free port for each worker of the machine, 0 for any, or None for no endpoint"
+            ) from exc
+        self.socket.setblocking(False)  # a client may have gone before it is accepted
+        host, port = self.socket.getsockname()[:2]
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.answer = answer
+        #: The connections that have a thread, the oldest first.
+        self._clients: dict[Any, bool] = {}
+        threading.Thread(target=self.serve_forever, name="gw-http", daemon=True).start()
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a client in a thread; where there are too many, the oldest client is cut off."""
+        if len(clients := list(self._clients)) >= _MOST_CLIENTS:
+            self._clients.pop(clients[0], None)
+            with contextlib.suppress(OSError):
+                clients[0].shutdown(socket.SHUT_RDWR)
+        self._clients[request] = True
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Let a client go: however it ended, and when no thread could be started for it, too."""
+        super().shutdown_request(request)
+        self._clients.pop(request, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        exc = sys.exception()
+        if not isinstance(exc, OSError):  # a client that went away
+            logger.error("a client of the health endpoint could not be answered", exc_info=exc)
+
+
+class _Request(http.server.BaseHTTPRequestHandler):
+    """Answers one request of a client."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = _PATIENCE
+    error_message_format = "%(message)s"
+    error_content_type = "text/plain"
+    server: _Endpoint
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        try:
+            reply = self.server.answer(path)
+        except Exception:
+            logger.exception("the answer to GET %s could not be made", path)
+            self.send_error(http.HTTPStatus.INTERNAL_SERVER_ERROR)
+            return
+        if reply is None:
+            self.send_error(http.HTTPStatus.NOT_FOUND)
+            return
+        self.send_response_only(reply.status)
+        self.send_header("Content-Type", reply.content_type)
+        self.send_header("Content-Length", str(len(reply.body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(reply.body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Say no more than the status. A method that is missing here is one that is not allowed."""
+        if code == http.HTTPStatus.NOT_IMPLEMENTED:
+            code = http.HTTPStatus.METHOD_NOT_ALLOWED
+        super().send_error(code)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        logger.debug(format, *args)

@@ -1,102 +1,195 @@
-"""What one worker serves, and entering it in each of its processes."""
+"""Serving on Celery's own pools, prefork and solo: what loads in their processes, and how it ends.
+
+Their pool cannot say: it hears of a child only once that has loaded, and tells it nothing before.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import json
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
-from gw_celery import conf
+from celery import bootsteps
+from celery.worker import state
+
+from gw_celery import errors, signals
 from gw_celery.client import execution
-from gw_celery.declare import probes, registry, services
-from gw_celery.runtime import in_process
-from gw_celery.worker.pipes import Pipes
-
-if TYPE_CHECKING:
-    from gw_celery.gpus import allocation
+from gw_celery.runtime import fatal_exit, in_process
+from gw_celery.worker.plan import Plan, log_notices
 
 logger = logging.getLogger(__name__)
 
-#: What the plan calls our own pool.
-GPU_POOL = "gpu"
+#: CUDA cannot do without it. NVML, which is harmless to forks, opens the other devices, too.
+_CUDA_DEVICE = "/dev/nvidia-uvm"
+#: The latter is true in a fork of a process where the former was.
+_QUESTIONS = ("is_initialized", "_is_in_bad_fork")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a worker serves, decided in its parent before any child exists."""
-
-    registries: Sequence[registry.Registry]
-    served: Sequence[services.Service]
-    settings: conf.Settings
-    #: The pool, as its users call it: prefork or solo; or ``GPU_POOL``.
-    pool: str
-    #: The queues that it consumes, with families expanded; without that of beat's tasks.
-    queues: Sequence[str] = ()
-    #: To the processes that load because Celery sends them ``worker_process_init``; ``None`` where
-    #: something else has them load, or nothing is served.
-    pipes: Pipes | None = None
-    #: The devices of each replica of our pool; ``None`` where no service needs any.
-    allotment: allocation.Allotment | None = None
-    #: Its size follows the load within what its services declare.
-    has_declared_bounds: bool = False
-
-    @property
-    def families(self) -> dict[str, list[str]]:
-        """The service queues of each family that is declared here."""
-        return registry.families(self.registries)
-
-    @property
-    def slots(self) -> dict[str, int]:
-        """Inputs in flight of each service in one replica of our pool; ``""`` for other tasks."""
-        return {service.key: service.max_inputs for service in self.served} | {services.PLAIN: 1}
-
-    @property
-    def queue_times(self) -> dict[str, float]:
-        """Seconds that an input may wait until it begins, for each service with such a limit."""
-        default = self.settings.max_queue_time
-        limits = {
-            service.key: service.placement.max_queue_time or default for service in self.served
-        }
-        return {key: limit for key, limit in limits.items() if limit is not None}
-
-    @property
-    def benchmarked(self) -> dict[str, tuple[str, ...]]:
-        """The tasks of each service that have a benchmark."""
-        return {
-            service.key: tuple(
-                method.task_name for method in service.methods.values() if method.benchmark
-            )
-            for service in self.served
-        }
-
-    @property
-    def probes(self) -> list[tuple[str, probes.Probe]]:
-        """The probes of what it serves, each with the key of its service."""
-        return [(service.key, probe) for service in self.served for probe in service.probes]
-
-    @property
-    def service_queues(self) -> dict[str, str]:
-        """The service of each queue; of the first one where several share a queue."""
-        return {service.queue: service.key for service in reversed(self.served)}
-
-
-def start(plan: Plan, check: Callable[[], None]) -> None:
-    """Enter everything that ``plan`` serves in this process, before its first task.
-
-    ``check`` raises when the process should give up; what has entered is then left.
+def load_or_exit(plan: Plan, pipes: Pipes) -> None:
+    """Enter what ``plan`` serves in this process of prefork or solo, before its first task.
 
     Raises:
-        StartupError: naming each class that failed, and why.
+        SystemExit: when something fails, and the worker learns the reason, and stops; and when the
+            process should give up. What has entered is then left.
     """
-    runtime = in_process.Process(plan.settings, enforces_limits=plan.pool != "prefork")
-    runtime.start()
-    execution.install(runtime)
-    logger.info("pid %d loads %s", runtime.pid, ", ".join(service.name for service in plan.served))
-    try:
-        runtime.enter(plan.registries, plan.served, check)
-        check()
-    except BaseException:
-        execution.stop()
-        raise
-    logger.info("pid %d has loaded %d services", runtime.pid, len(plan.served))
+    with fatal_exit.fatal_errors(pipes.report), pipes.stop_check() as check:
+        if plan.pool == "prefork":
+            refuse_cuda()
+        runtime = in_process.Process(plan.settings, enforces_limits=plan.pool != "prefork")
+        runtime.start()
+        execution.install(runtime)
+        names = ", ".join(service.name for service in plan.served)
+        logger.info("pid %d loads %s", runtime.pid, names)
+        try:
+            runtime.enter(plan.registries, plan.served, check)
+            check()
+        except BaseException:
+            execution.stop()
+            raise
+        logger.info("pid %d has loaded %d services", runtime.pid, len(plan.served))
+
+
+def refuse_cuda() -> None:
+    """Check that CUDA is not up here, nor was where this process was forked; imports nothing.
+
+    CUDA works in no fork of a process where it is up, or hangs. CPython prints what a hook of
+    ``os.register_at_fork`` raises and forks all the same. So it is asked where something can be
+    ended: in the worker's parent before it makes its pool, and in each child, also one that
+    replaces another, before it loads.
+
+    Raises:
+        ConfigurationError: with what shows it, and the ways out.
+    """
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    signs = [
+        f"torch.cuda.{question}() is true"
+        for question in _QUESTIONS
+        if getattr(cuda, question, bool)()
+    ]
+    with contextlib.suppress(OSError):  # the kernel does not tell
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # it is closed by now
+                file = os.readlink(f"/proc/self/fd/{number}")
+                signs += [f"{file} is open"] * file.startswith(_CUDA_DEVICE)
+    if signs:
+        raise errors.ConfigurationError(
+            f"CUDA is up in the worker's main process ({signs[0]}), and works in no fork of it: do "
+            f"not touch CUDA when modules are imported, load in a context or @gw.on_enter(); or "
+            f"start this worker with the GPU pool, which does not fork (CELERY_CUSTOM_WORKER_POOL="
+            f"gw_celery.pool:TaskPool and -P custom)"
+        )
+
+
+class Pipes:
+    """Made before the fork: why children cannot load, and that their worker stops."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        self._stop_reader, self._stop_writer = os.pipe()
+
+    def report(self, reason: str) -> None:
+        """Tell the worker why this child cannot serve; short, so that it is one write."""
+        os.write(self._writer, (json.dumps([os.getpid(), reason[:2000]]) + "\n").encode())
+
+    def fileno(self) -> int:
+        """Readable when a child has reported a failure."""
+        return self._reader
+
+    def never_wait(self) -> None:
+        """Have ``failures`` return what is there from now on, and nothing when nothing is."""
+        os.set_blocking(self._reader, False)
+
+    def failures(self) -> list[tuple[int, str]]:
+        """Return what children have reported, pids and reasons, waiting for it."""
+        try:
+            written = os.read(self._reader, 65536)
+        except BlockingIOError:
+            return []
+        return [tuple(json.loads(line)) for line in written.splitlines()]
+
+    def stop(self) -> None:
+        """Tell every child that loads to give up."""
+        os.write(self._stop_writer, b"!")
+
+    @contextlib.contextmanager
+    def stop_check(self) -> Iterator[Callable[[], None]]:
+        """Yield a check that raises ``SystemExit`` once the worker stops or SIGTERM has come.
+
+        By default SIGTERM ends a process at once, and what had entered would not be left.
+        """
+        has_signal = threading.Event()
+        is_ours = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        )
+        if is_ours:
+            signal.signal(signal.SIGTERM, lambda number, frame: has_signal.set())
+
+        def check() -> None:
+            # The byte is never read: it is there for all children.
+            poll = select.poll()
+            poll.register(self._stop_reader, select.POLLIN)
+            if has_signal.is_set() or poll.poll(0):
+                logger.warning("pid %d should stop, so it gives up its load", os.getpid())
+                raise SystemExit(0)
+
+        try:
+            yield check
+        finally:
+            if is_ours:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class ServingStep(bootsteps.StartStopStep):
+    """Says what the worker serves, in its log and in ``inspect stats``.
+
+    It tells children that load when their worker stops, and stops it when one cannot load.
+    """
+
+    requires = ("celery.worker.components:Hub", "celery.worker.components:Pool")
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._plan = cast(Plan, signals.plan())  # ``worker_init`` comes before steps are made
+        self._pipes = self._plan.pipes
+
+    def info(self, worker: Any) -> dict[str, Any]:
+        served = {service.name: service.queue for service in self._plan.served}
+        return {"gw_celery": {"pool": self._plan.pool, "serves": served}}
+
+    def start(self, worker: Any) -> None:
+        # Not earlier: Celery sets up logging after ``worker_init``.
+        log_notices(worker.app, self._plan)
+        if self._pipes is not None and not worker.use_eventloop:
+            reading = (worker, self._pipes)
+            threading.Thread(
+                target=self._read, args=reading, name="gw-failures", daemon=True
+            ).start()
+
+    def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        if self._pipes is not None:
+            self._pipes.never_wait()
+            hub.add_reader(self._pipes.fileno(), self._read, worker, self._pipes)
+
+    def stop(self, worker: Any) -> None:
+        if self._pipes is not None:
+            self._pipes.stop()  # before the pool is stopped, which waits for its children
+            self._pipes.never_wait()
+            self._read(worker, self._pipes)
+
+    def _read(self, worker: Any, pipes: Pipes) -> None:
+        """Stop the worker when a child wrote why it cannot start."""
+        for failure in pipes.failures():
+            logger.critical(
+                "child pid %d could not load, so this worker stops and its messages stay in the "
+                "broker: %s",
+                *failure,
+            )
+            worker.exitcode = state.should_stop = fatal_exit.EX_FAILURE

@@ -1,6 +1,7 @@
-"""Decide, when a worker starts, what it serves; refuse what cannot work.
+"""Decide, when a worker starts, what it serves, and with how many replicas on which devices.
 
-Celery logs a failed check and goes on, so that the checks here end the process themselves.
+What cannot work is refused. Celery logs a failed check and goes on, so that the checks here end the
+process themselves.
 """
 
 from __future__ import annotations
@@ -8,75 +9,51 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from billiard import cpu_count
 from celery import concurrency
 
 from gw_celery import conf, errors
 from gw_celery.client import beat_tasks, preset, registration
-from gw_celery.declare import gpu, registry, services
+from gw_celery.declare import gpu, registry
+from gw_celery.gpus import allocation, devices
 from gw_celery.runtime import fatal_exit
-from gw_celery.worker import (
-    bootsteps,
-    commands,
-    compression,
-    forks,
-    gate,
-    options,
-    serving,
-    sizing,
-    start_notices,
-)
-from gw_celery.worker.pipes import Pipes
+from gw_celery.transport import broker
+from gw_celery.worker import commands, consumer, gate, serving
+from gw_celery.worker.plan import GPU_POOL, OPTIONS, Plan, WorkerOptions
 
 logger = logging.getLogger(__name__)
 
-#: For workers with the GPU pool: Celery's own starts a replica for every few messages that wait.
-AUTOSCALER = "gw_celery.autoscale:Autoscaler"
 _POOLS = {
-    "celery.concurrency.prefork": "prefork",
-    "celery.concurrency.solo": "solo",
     "celery.concurrency.thread": "threads",
-    "gw_celery.pool": serving.GPU_POOL,
-    "gw_celery.pool.taskpool": serving.GPU_POOL,
+    "gw_celery.pool": GPU_POOL,
+    "gw_celery.pool.taskpool": GPU_POOL,
 }
 #: Celery's own that serve: it sends ``worker_process_init`` in their processes.
 _SERVING = ("prefork", "solo")
-#: Why others do not, where it is not what keeps the green ones from it.
-_REASONS = {"threads": "a limit or a revocation cannot stop the body of a thread"}
 
 
-def prepare_or_exit(worker: Any, registries: Sequence[registry.Registry]) -> serving.Plan:
+def prepare_or_exit(worker: Any, registries: Sequence[registry.Registry]) -> Plan:
     """As ``prepare``; what it raises ends the process: Celery would log it and start all the same.
 
     Raises:
         SystemExit: with the reason in the log.
     """
-    with fatal_exit.fatal_errors(lambda reason: _note(worker, reason)):
+
+    def note(reason: str) -> None:
+        # The log is not set up yet: a detached worker has no other.
+        if isinstance(path := getattr(worker, "logfile", None), str) and "%" not in path:
+            with contextlib.suppress(OSError), open(path, "a") as log:
+                log.write(f"gw_celery: {reason}\n")
+
+    with fatal_exit.fatal_errors(note):
         return prepare(worker, registries)
 
 
-def load_or_exit(plan: serving.Plan, pipes: Pipes) -> None:
-    """Enter what ``plan`` serves in this process of prefork or solo, before its first task.
-
-    Raises:
-        SystemExit: when something fails; the worker learns the reason, and stops.
-    """
-    with fatal_exit.fatal_errors(pipes.report), pipes.stop_check() as check:
-        if plan.pool == "prefork":
-            forks.refuse_cuda()
-        serving.start(plan, check)
-
-
-def _note(worker: Any, reason: str) -> None:
-    """Leave the reason in the worker's log, which is not set up yet: detached, it has no other."""
-    if isinstance(path := getattr(worker, "logfile", None), str) and "%" not in path:
-        with contextlib.suppress(OSError), open(path, "a") as log:
-            log.write(f"gw_celery: {reason}\n")
-
-
-def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Plan:
+def prepare(worker: Any, registries: Sequence[registry.Registry]) -> Plan:
     """Choose and expand families, check the configuration, and return what ``worker`` serves.
 
     Raises:
@@ -89,88 +66,66 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> serving.Pla
     preset.configure_codec(settings)
     registries = [declared for declared in registries if _belongs(declared, app)]
     preset.require_visibility(app, registries)
-    typed: options.WorkerOptions | None = worker.options.pop(options.KEY, None)
-    if typed is not None:
-        sizing.select_families(worker, typed, registries, settings)
-    expand_families(queues, registries)
+    typed: WorkerOptions | None = worker.options.pop(OPTIONS, None)
+    if typed is not None and not typed.names_queues:
+        queues.select(_families_for(typed.gpu, registries, settings))
+    _expand_families(queues, registries)
     if beat_tasks.QUEUE in queues.consume_from:
         _consume_ticks(app)
     commands.install_ticks()
     served = list(registry.serving(registries, queues.consume_from))
     pool = _pool_name(worker.pool_cls)
-    plan = serving.Plan(
+    plan = Plan(
         registries=registries,
         served=served,
         settings=settings,
         pool=pool,
         queues=tuple(name for name in queues.consume_from if name != beat_tasks.QUEUE),
-        pipes=Pipes() if served and pool in _SERVING else None,
+        pipes=serving.Pipes() if served and pool in _SERVING else None,
     )
     if served:
-        _require_supported(pool, served)
-        # A process that is spawned shares nothing with this one.
-        if pool == "prefork" and getattr(worker, "pool_start_method", "fork") == "fork":
-            forks.refuse_cuda()
-        preset.require_content(app)
-        tune_worker(worker, settings)
-        commands.guard_queues(plan)
-    if served or pool == serving.GPU_POOL:
-        compression.bound(settings.max_payload_bytes)
-    if pool == serving.GPU_POOL:
+        _prepare_to_serve(worker, plan)
+    if served or pool == GPU_POOL:
+        consumer.bound_compression(settings.max_payload_bytes)
+    if pool == GPU_POOL:
         return _prepare_gpu_pool(worker, plan, typed)
-    if served or start_notices.strays(plan):
-        app.steps["worker"].update((bootsteps.ServingStep, bootsteps.ChildrenStep))
+    if served or plan.strays:
+        app.steps["worker"].add(serving.ServingStep)
     return plan
 
 
-def _prepare_gpu_pool(
-    worker: Any, plan: serving.Plan, typed: options.WorkerOptions | None
-) -> serving.Plan:
-    plan = dataclasses.replace(plan, allotment=sizing.allot(plan))
-    plan = dataclasses.replace(plan, has_declared_bounds=sizing.fit(worker, plan, typed))
-    commands.guard_size()
-    commands.install()
-    # The gate owns the prefetch count, and sets it anew at every connection.
-    worker.app.conf.worker_enable_prefetch_count_reduction = False
-    if not conf.is_set(worker.app.conf, "worker_autoscaler"):
-        worker.autoscaler_cls = AUTOSCALER
-    worker.consumer_cls = "gw_celery.worker.consumer:Consumer"
-    worker.app.steps["worker"].add(bootsteps.ScalingStep)
-    worker.app.steps["consumer"].add(gate.GateStep)
-    if plan.probes or any(plan.benchmarked.values()):
-        _consume_ticks(worker.app)
-    return plan
+def _belongs(declared: registry.Registry, app: Any) -> bool:
+    """By the names of its tasks: a spawned child has copies of both.
+
+    Raises:
+        DeclarationError: for a name, declared since the app was finalized, too, that is not ours.
+    """
+    names = set()
+    for service in declared.services.values():
+        for method in service.methods.values():
+            registration.require_ours(app, service, method)
+            names.add(method.task_name)
+    return not names.isdisjoint(app.tasks)
 
 
-def _consume_ticks(app: Any) -> None:
-    """Consume the queue of beat's tasks, whatever ``-Q`` names."""
-    beat_tasks.add_queue(app)
-    queues = app.amqp.queues
-    try:
-        queues.consume_from[beat_tasks.QUEUE] = queues[beat_tasks.QUEUE]
-    except KeyError:
-        logger.warning(
-            "task_queues lacks %s and task_create_missing_queues is off: this worker runs none of "
-            "beat's tasks",
-            beat_tasks.QUEUE,
-        )
+def _families_for(
+    kind: str | None, registries: Sequence[registry.Registry], settings: conf.Settings
+) -> list[str]:
+    """Return the families that ``gw worker`` takes on this machine.
+
+    Raises:
+        ConfigurationError: when it can serve none of them, with what there is.
+    """
+    declared: dict[str, list[gpu.Gpu | None]] = {}
+    for declarations in registries:
+        for service in declarations.services.values():
+            declared.setdefault(service.family, []).append(service.placement.gpu)
+    # The CPU needs no look at the GPUs.
+    there = devices.NONE if kind == "CPU" else devices.find(settings.gpu_kinds)
+    return allocation.families_for(kind, declared, there)
 
 
-def tune_worker(worker: Any, settings: conf.Settings) -> None:
-    """Set what a worker that loads models needs, for this worker only."""
-    app = worker.app
-    # A replacement child of prefork is killed when it is not up in this time: 4 s by default.
-    app.conf.worker_proc_alive_timeout = max(
-        app.conf.worker_proc_alive_timeout, settings.start_timeout + 30
-    )
-    app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
-    # ``--prefetch-multiplier`` with the default looks like none.
-    is_default = worker.prefetch_multiplier == app.conf.worker_prefetch_multiplier
-    if is_default and not conf.is_set(app.conf, "worker_prefetch_multiplier"):
-        worker.prefetch_multiplier = 1
-
-
-def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> None:
+def _expand_families(queues: Any, registries: Sequence[registry.Registry]) -> None:
     """Replace the name of a family among the consumed queues by its service queues.
 
     Raises:
@@ -192,18 +147,18 @@ def expand_families(queues: Any, registries: Sequence[registry.Registry]) -> Non
             )
 
 
-def _belongs(declared: registry.Registry, app: Any) -> bool:
-    """By the names of its tasks: a spawned child has copies of both.
-
-    Raises:
-        DeclarationError: for a name, declared since the app was finalized, too, that is not ours.
-    """
-    names = set()
-    for service in declared.services.values():
-        for method in service.methods.values():
-            registration.require_ours(app, service, method)
-            names.add(method.task_name)
-    return not names.isdisjoint(app.tasks)
+def _consume_ticks(app: Any) -> None:
+    """Consume the queue of beat's tasks, whatever ``-Q`` names."""
+    beat_tasks.add_queue(app)
+    queues = app.amqp.queues
+    try:
+        queues.consume_from[beat_tasks.QUEUE] = queues[beat_tasks.QUEUE]
+    except KeyError:
+        logger.warning(
+            "task_queues lacks %s and task_create_missing_queues is off: this worker runs none of "
+            "beat's tasks",
+            beat_tasks.QUEUE,
+        )
 
 
 def _pool_name(pool_cls: Any) -> str:
@@ -215,11 +170,134 @@ def _pool_name(pool_cls: Any) -> str:
     return _POOLS.get(module) or module.rpartition(".")[2]
 
 
-def _require_supported(pool: str, served: Sequence[services.Service]) -> None:
-    if pool not in (*_SERVING, serving.GPU_POOL):
-        names = ", ".join(service.name for service in served)
-        reason = _REASONS.get(pool, "asynchronous tasks need an event loop beside Celery's")
+def _prepare_to_serve(worker: Any, plan: Plan) -> None:
+    """Refuse a pool that cannot serve; set what a worker that loads models needs."""
+    app, pool = worker.app, plan.pool
+    if pool not in (*_SERVING, GPU_POOL):
+        names = ", ".join(service.name for service in plan.served)
+        reason = "asynchronous tasks need an event loop beside Celery's"
+        if pool == "threads":
+            reason = "a limit or a revocation cannot stop the body of a thread"
         raise errors.ConfigurationError(
             f"the pool {pool!r} cannot serve {names}: {reason}; start this worker with the GPU "
             f"pool (celery -A proj gw worker), or with -P {' or '.join(_SERVING)}"
         )
+    # A process that is spawned shares nothing with this one.
+    if pool == "prefork" and getattr(worker, "pool_start_method", "fork") == "fork":
+        serving.refuse_cuda()
+    preset.require_content(app)
+    # A replacement child of prefork is killed when it is not up in this time: 4 s by default.
+    app.conf.worker_proc_alive_timeout = max(
+        app.conf.worker_proc_alive_timeout, plan.settings.start_timeout + 30
+    )
+    app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
+    # ``--prefetch-multiplier`` with the default looks like none.
+    is_default = worker.prefetch_multiplier == app.conf.worker_prefetch_multiplier
+    if is_default and not conf.is_set(app.conf, "worker_prefetch_multiplier"):
+        worker.prefetch_multiplier = 1
+    commands.guard_queues(plan)
+
+
+# -- the GPU pool: devices, size, and what only its worker has --
+
+
+def _prepare_gpu_pool(worker: Any, plan: Plan, typed: WorkerOptions | None) -> Plan:
+    # NVML is read only for services that need a kind of GPU.
+    if needs := allocation.needs_of(service.placement.gpu for service in plan.served):
+        there = devices.find(plan.settings.gpu_kinds)
+        plan = dataclasses.replace(plan, allotment=allocation.allot(needs, there))
+    plan = dataclasses.replace(plan, has_declared_bounds=_fit(worker, plan, typed))
+    commands.guard_size()
+    commands.install()
+    # The gate owns the prefetch count, and sets it anew at every connection.
+    worker.app.conf.worker_enable_prefetch_count_reduction = False
+    if not conf.is_set(worker.app.conf, "worker_autoscaler"):
+        # Celery's own starts a replica for every few messages that wait.
+        worker.autoscaler_cls = "gw_celery.autoscale:Autoscaler"
+    worker.consumer_cls = consumer.Consumer
+    worker.app.steps["consumer"].add(gate.GateStep)
+    if plan.probes or any(plan.benchmarked.values()):
+        _consume_ticks(worker.app)
+    return plan
+
+
+def _fit(worker: Any, plan: Plan, typed: WorkerOptions | None) -> bool:
+    """Set the slots of ``worker``, which Celery calls its concurrency, or their bounds.
+
+    Returns whether the bounds are those that its services declare.
+
+    Raises:
+        ConfigurationError: when more replicas are asked for than fit.
+    """
+    per_replica = sum(plan.slots.values())
+    autoscale = worker.options.get("autoscale")
+    scale = autoscale or _declared_bounds(plan, typed)
+    if scale and not isinstance(scale, str):  # text comes from programs only
+        # Celery's own options count slots, those of ``gw worker`` and of services replicas.
+        unit = 1 if typed is None else per_replica
+        _require_room(plan, math.ceil(max(scale) * unit / per_replica))
+        _require_lengths(worker, min(scale))
+        worker.options["autoscale"] = tuple(bound * unit for bound in scale)
+        return not autoscale
+    replicas = (typed and typed.replicas) or plan.settings.replicas
+    if replicas is None and typed is not None:
+        replicas = plan.allotment.most if plan.allotment else 1
+    if replicas is not None:
+        _require_room(plan, replicas)
+        worker.concurrency = replicas * per_replica
+    elif plan.allotment is not None:
+        worker.concurrency = _slots_that_fit(worker.concurrency, plan.allotment, per_replica)
+    return False
+
+
+def _declared_bounds(plan: Plan, typed: WorkerOptions | None) -> tuple[int, int] | None:
+    """The most and the least replicas of a worker that ``gw worker`` started without a size.
+
+    A replica holds every service: there are as many as the greediest wants, and as many stay as the
+    neediest does. ``None`` where no service, and no setting, says anything about it.
+    """
+    settings, placements = plan.settings, [service.placement for service in plan.served]
+    if typed is None or typed.replicas or settings.replicas or not placements:
+        return None
+    least = max(placement.min_workers for placement in placements)
+    limits = (placement.max_workers for placement in placements)
+    declared = [limit for limit in limits if limit is not None]
+    if not (least or declared or settings.inactivity_timeout):
+        return None
+    most = max([1, least, *declared])
+    if plan.allotment is not None:
+        fitting = plan.allotment.most
+        most = min(most, fitting) if len(declared) == len(placements) else fitting
+    return most, min(least, most)
+
+
+def _require_lengths(worker: Any, least: int) -> None:
+    """Refuse to go to zero where the worker would not learn of the next message."""
+    if least:
+        return
+    with worker.app.connection_for_read() as connection:
+        if not broker.tells_lengths(connection):
+            raise errors.ConfigurationError(
+                f"a worker that may have no replica must know what waits in its queues, and the "
+                f"transport {connection.transport_cls!r} does not tell: let one stay "
+                f"(min_workers=1, or --autoscale MAX,1), or use Redis or RabbitMQ"
+            )
+
+
+def _require_room(plan: Plan, replicas: int) -> None:
+    if plan.allotment and (why := plan.allotment.refusal(replicas)) is not None:
+        raise errors.ConfigurationError(why)
+
+
+def _slots_that_fit(slots: Any, allotment: allocation.Allotment, per_replica: int) -> int:
+    """Return ``slots``; Celery's default, which no user asked for, is cut to what fits."""
+    most = allotment.most * per_replica
+    is_default = slots in ("auto", cpu_count())
+    wanted = most if slots == "auto" else int(slots)
+    why = allotment.refusal(math.ceil(wanted / per_replica))
+    if why is None:
+        return wanted
+    if not is_default:
+        raise errors.ConfigurationError(f"-c {slots}, of {per_replica} slots a replica: {why}")
+    logger.warning("without -c: %d slots, all that fit here", most)
+    return most

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -33,7 +34,10 @@ class Pool(taskpool.TaskPool):
         self.known_scores: dict[str, float | None] = {"model": 10.0}
         self.failed = 0
         self.maintained = 0
-        self.noted: dict[str, int] = {}
+        #: What it heard of its queues, each time.
+        self.noted: list[dict[str, int]] = []
+        #: Those that a test has it show instead of its own.
+        self.shown: tuple[snapshot.Replica, ...] | None = None
         self.woken = 0
 
     def wake(self) -> None:
@@ -53,6 +57,8 @@ class Pool(taskpool.TaskPool):
         self.maintained += 1
 
     def replicas(self) -> tuple[snapshot.Replica, ...]:
+        if self.shown is not None:
+            return self.shown
         return tuple(
             snapshot.Replica(
                 number=number,
@@ -74,7 +80,7 @@ class Pool(taskpool.TaskPool):
         )
 
     def note_queued(self, queued: Mapping[str, int]) -> None:
-        self.noted = dict(queued)
+        self.noted.append(dict(queued))
 
 
 class Scaled:
@@ -107,22 +113,64 @@ class Scaled:
         worker = types.SimpleNamespace(app=self.app, hostname=name)
         self.scaler = autoscaler.Autoscaler(self.pool, 5 * most, 5 * least, worker=worker)
         self.now = 1000.0
+        #: Messages that wait; ``None`` while nothing is known of the broker.
         self.queued: int | None = 0
+        #: Whether the broker tells how many messages wait in it.
+        self.tells = True
+        self.on_read: Callable[[], None] = lambda: None
         self.peers: tuple[WorkerRecord, ...] | None = None
+        self.clock = lambda: self.now
         monkeypatch.setattr(self.pool.cluster, "latest", self.latest)
-        monkeypatch.setattr(autoscaler, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(self.pool.cluster, "follow", self._follow)
+        monkeypatch.setattr(autoscaler, "time", types.SimpleNamespace(monotonic=self._time))
+        self.scaler.begin()
+
+    def _time(self) -> float:
+        return self.clock()
+
+    def _follow(self, on_read: Callable[[], None]) -> None:
+        self.on_read = on_read
+
+    def holds(self, **counters: float) -> None:
+        """Have the worker hold, and have seen, so many inputs of the model."""
+        self.pool.held = {"model": snapshot.Counters(**counters)}
+
+    def shows(self, *states: str, **of_the_first: Any) -> None:
+        """Have the pool show replicas in these states.
+
+        Args:
+            of_the_first: what else is shown of the first one.
+        """
+        shown = [snapshot.Replica(number=n, state=state) for n, state in enumerate(states)]
+        if shown:
+            shown[0] = dataclasses.replace(shown[0], **of_the_first)
+        self.pool.shown = tuple(shown)
+
+    def shows_its_own(self) -> None:
+        self.pool.shown = None
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What ``inspect stats`` shows of the last decision."""
+        decision: dict[str, Any] = self.scaler.info()["gw"]
+        return decision
 
     def latest(self) -> membership.Reading | None:
         if self.queued is None:
             return None
-        lengths = {"cpu.model": queue_lengths.Length(self.queued)}
+        lengths = {"cpu.model": queue_lengths.Length(self.queued)} if self.tells else None
         return membership.Reading(at=self.now, lengths=lengths, others=self.peers)
 
     @property
+    def record(self) -> WorkerRecord:
+        """What the other workers are told."""
+        return self.pool.cluster._record
+
+    @property
     def told(self) -> Size:
-        """What the other workers are told of its size."""
-        assert self.pool.cluster._record.size is not None
-        return self.pool.cluster._record.size
+        """What they are told of its size."""
+        assert self.record.size is not None
+        return self.record.size
 
     def after(self, seconds: int = 1) -> int:
         for _ in range(seconds):

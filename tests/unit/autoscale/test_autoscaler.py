@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import logging
-import time
 import types
 from typing import Any
 
 import pytest
 from celery.worker import autoscale as celerys
+from kombu.asynchronous import Hub
+from kombu.utils.imports import symbol_by_name
 
-import gw_celery.autoscale
-from gw_celery.autoscale import autoscaler
-from gw_celery.cluster import membership
-from gw_celery.policy import scaling
-from gw_celery.protocol import snapshot
 from tests.unit.autoscale.handmade import Scaled
 
 
-def test_it_is_found_where_the_setting_names_it() -> None:
-    assert gw_celery.autoscale.Autoscaler is autoscaler.Autoscaler
-
-
-def test_another_pool_has_celerys_own() -> None:
+def test_it_is_found_where_the_setting_names_it_and_another_pool_has_celerys_own() -> None:
     pool: Any = types.SimpleNamespace(num_processes=1)
-    found = autoscaler.Autoscaler(pool, 3, 1, worker=None, mutex=None)
+    autoscaler = symbol_by_name("gw_celery.autoscale:Autoscaler")
+    found = autoscaler(pool, 3, 1, worker=None, mutex=None)
     assert type(found) is celerys.Autoscaler
     assert (found.max_concurrency, found.keepalive) == (3, celerys.AUTOSCALE_KEEPALIVE)
 
@@ -38,7 +31,7 @@ def test_it_grows_at_once_by_what_waits_and_has_children_started_at_once(scaled:
 def test_the_pool_hears_what_waits(scaled: Scaled) -> None:
     scaled.queued = 7
     scaled.after(1)
-    assert scaled.pool.noted == {"model": 7}
+    assert scaled.pool.noted == [{"model": 7}]
 
 
 def test_it_grows_no_further_than_its_bound(scaled: Scaled) -> None:
@@ -66,13 +59,11 @@ def test_a_message_decides_nothing(scaled: Scaled) -> None:
 def test_what_was_read_is_judged_once_however_many_timers_there_are(
     scaled: Scaled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decided: list[Any] = []
-    monkeypatch.setattr(scaled.scaler, "_decide", lambda *given: decided.append(given[-1]))
     reading = scaled.latest()
     monkeypatch.setattr(scaled.pool.cluster, "latest", lambda: reading)
     for _ in range(3):
         scaled.scaler.maybe_scale()
-    assert decided == [scaled.now]
+    assert len(scaled.pool.noted) == 1
 
 
 def test_a_worker_that_stops_is_left_alone(scaled: Scaled) -> None:
@@ -87,7 +78,7 @@ def test_a_worker_that_stops_has_no_part_of_the_replicas_while_its_last_input_ru
     scaled.after(1)
     scaled.scaler.end()
     scaled.pool.cluster.observe(scaled.pool.snapshot())  # the driver does so until it has ended
-    assert scaled.pool.cluster._record.size is None
+    assert scaled.record.size is None
 
 
 def test_a_broker_that_cannot_be_read_holds_the_size(scaled: Scaled) -> None:
@@ -99,8 +90,7 @@ def test_a_broker_that_cannot_be_read_holds_the_size(scaled: Scaled) -> None:
 
 
 def test_what_the_worker_holds_counts_with_what_waits(scaled: Scaled) -> None:
-    held = snapshot.Counters(arrived=290.0, waiting=290.0, waiting_inputs=290)
-    scaled.pool.held = {"model": held}
+    scaled.holds(arrived=290.0, waiting=290.0, waiting_inputs=290)
     assert scaled.after(1) == 3
 
 
@@ -139,7 +129,7 @@ def test_what_is_set_is_what_is_decided_by(
     scaled = Scaled(monkeypatch, **settings)
     scaled.queued = 50
     for second in range(120):
-        scaled.pool.held = {"model": snapshot.Counters(arrived=13.0 * second)}
+        scaled.holds(arrived=13.0 * second)
         scaled.after(1)
     assert scaled.pool.desired == replicas
     scaled.app.close()
@@ -167,11 +157,7 @@ def test_where_queues_cannot_be_read_no_operator_gets_to_zero(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scaled = Scaled(monkeypatch, gw_inactivity_timeout=2.0)
-
-    def blind() -> membership.Reading:
-        return membership.Reading(at=scaled.now, lengths=None, others=None)
-
-    monkeypatch.setattr(scaled.pool.cluster, "latest", blind)
+    scaled.tells = False
     scaled.scaler.update(min=0)
     assert scaled.after(60) == 1
     scaled.scaler.force_scale_down(5)
@@ -197,10 +183,9 @@ def test_a_replica_that_loads_for_longer_than_that_does_not_go_before_it_was_rea
 ) -> None:
     scaled = Scaled(monkeypatch, gw_inactivity_timeout=5.0)
     scaled.scaler.update(min=0)
-    loading = snapshot.Replica(number=0, state="entering", pid=7)
-    with monkeypatch.context() as patch:
-        patch.setattr(scaled.pool, "replicas", lambda: (loading,))
-        assert scaled.after(60) == 1
+    scaled.shows("entering", pid=7)
+    assert scaled.after(60) == 1
+    scaled.shows_its_own()
     assert scaled.after(4) == 1
     assert scaled.after(4) == 0
     scaled.app.close()
@@ -216,8 +201,11 @@ def test_large_figures_are_told_in_full(scaled: Scaled, caplog: pytest.LogCaptur
     assert any("68612 wait" in one.message for one in caplog.records)
 
 
-def test_what_is_next_to_nothing_is_told_so() -> None:
-    assert [autoscaler._figure(one) for one in (0.0, 2.65e-05, 0.004)] == ["0", "<0.001", "0.004"]
+def test_what_is_next_to_nothing_is_told_so(scaled: Scaled) -> None:
+    scaled.after(1)
+    scaled.holds(arrived=0.000_4)
+    scaled.after(1)
+    assert "model needs <0.001 (<0.001/s come, 0 wait," in scaled.seen["why"]
 
 
 def test_it_says_what_it_saw_and_decided(scaled: Scaled, caplog: pytest.LogCaptureFixture) -> None:
@@ -234,24 +222,17 @@ def test_it_says_what_it_saw_and_decided(scaled: Scaled, caplog: pytest.LogCaptu
     assert info["gw"]["services"]["model"]["queued"] == 290
 
 
-def test_the_pool_has_the_last_decision_for_its_snapshot(scaled: Scaled) -> None:
-    assert scaled.pool.scaling == snapshot.Scaling(least=1, most=4)
+def test_the_last_decision_is_shown(scaled: Scaled) -> None:
+    assert (scaled.seen["least"], scaled.seen["most"], scaled.seen["why"]) == (1, 4, "")
     scaled.queued = 290
     scaled.after(1)
-    assert scaled.pool.scaling is not None
-    assert (scaled.pool.scaling.desired, scaled.pool.scaling.least) == (3, 1)
+    assert (scaled.seen["desired"], scaled.seen["least"]) == (3, 1)
 
 
-def test_a_start_takes_as_long_as_it_has_taken(scaled: Scaled, monkeypatch: Any) -> None:
-    ready = snapshot.Replica(number=0, state="ready", pid=7, start_up=100.0)
-    monkeypatch.setattr(scaled.pool, "replicas", lambda: (ready,))
+def test_a_start_takes_as_long_as_it_has_taken(scaled: Scaled) -> None:
+    scaled.shows("ready", pid=7, start_up=100.0)
     scaled.after(1)
-    assert scaled.pool.scaling.start_up == pytest.approx(100.0)
-    assert scaled.scaler._rules.start_up == pytest.approx(100.0)
-
-
-def test_without_settings_it_goes_by_the_rules_that_the_simulator_has(scaled: Scaled) -> None:
-    assert scaled.scaler._rules == scaling.Rules()
+    assert scaled.seen["start_up"] == pytest.approx(100.0)
 
 
 def test_replicas_are_kept_for_bursts_for_as_long_as_the_setting_says(
@@ -259,7 +240,7 @@ def test_replicas_are_kept_for_bursts_for_as_long_as_the_setting_says(
 ) -> None:
     scaled = Scaled(monkeypatch, gw_scale_window=300.0)
     scaled.after(1)
-    scaled.pool.held = {"model": snapshot.Counters(arrived=290.0)}
+    scaled.holds(arrived=290.0)
     assert scaled.after(300) == 3
     assert scaled.after(50) == 1
     scaled.app.close()
@@ -268,12 +249,10 @@ def test_replicas_are_kept_for_bursts_for_as_long_as_the_setting_says(
 # -- without an event loop --
 
 
-def test_celerys_thread_decides_where_there_is_no_loop(
-    scaled: Scaled, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(autoscaler, "_ROUND", 0.01)
-    monkeypatch.setattr(autoscaler, "time", time)
+def test_celerys_thread_decides_where_there_is_no_loop(scaled: Scaled) -> None:
     scaled.queued = 290
+    scaled.on_read()  # so that it does not wait
+    scaled.now += 1.0
     scaled.scaler.body()
     assert scaled.pool.desired == 3
 
@@ -286,15 +265,19 @@ def test_without_a_reading_the_size_is_kept_and_its_reason_told(scaled: Scaled) 
     assert "nothing is known of the broker" in scaled.pool.scaling.why
 
 
-def test_what_was_read_is_judged_in_the_thread_of_the_loop_at_once(scaled: Scaled) -> None:
-    asked: list[Any] = []
-    scaled.scaler._hub = types.SimpleNamespace(call_soon=asked.append)
-    scaled.scaler._on_read()
-    assert asked == [scaled.scaler.maybe_scale]
+def test_what_was_read_is_judged_in_the_thread_of_the_loop_at_once(
+    scaled: Scaled, hub: Hub
+) -> None:
+    scaled.after(1)
+    scaled.queued = 290
+    scaled.on_read()
+    assert scaled.pool.desired == 1
     assert scaled.pool.woken == 1, "the loop may be asleep for a second"
+    next(hub.loop)
+    assert scaled.pool.desired > 1
     scaled.scaler.end()
-    scaled.scaler._on_read()
-    assert (len(asked), scaled.pool.woken) == (1, 1)
+    scaled.on_read()
+    assert scaled.pool.woken == 1
 
 
 def test_a_decision_that_fails_keeps_the_size_and_the_worker(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from gw_celery.protocol import snapshot
 from tests.unit.autoscale.handmade import Scaled, other
 
 
@@ -60,15 +59,11 @@ def test_an_operator_resizes_it_at_once_and_beyond_its_bounds(scaled: Scaled) ->
     assert scaled.after(1) == 1
 
 
-def test_what_an_operator_takes_away_stays_away_while_it_drains(
-    scaled: Scaled, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_an_operator_takes_away_stays_away_while_it_drains(scaled: Scaled) -> None:
     scaled.queued = 290
     scaled.after(1)
     scaled.queued = 0
     assert scaled.after(5) == 3
     scaled.scaler.force_scale_down(10)
-    states = ["ready", "draining", "draining"]
-    seen = tuple(snapshot.Replica(number=n, state=one) for n, one in enumerate(states))
-    monkeypatch.setattr(scaled.pool, "replicas", lambda: seen)
+    scaled.shows("ready", "draining", "draining")
     assert scaled.after(5) == 1

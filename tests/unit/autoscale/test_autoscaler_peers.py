@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from gw_celery.protocol import snapshot
 from tests.unit.autoscale.handmade import Scaled, other
 
 
@@ -12,7 +11,7 @@ def test_two_workers_do_not_each_scale_for_the_whole_queue(scaled: Scaled) -> No
     scaled.peers = (other("gpu@two", replicas=1, least=1),)
     scaled.queued = 390
     assert scaled.after(1) == 2
-    assert (scaled.pool.scaling.total, scaled.pool.scaling.workers) == (4, 2)
+    assert (scaled.seen["total"], scaled.seen["workers"]) == (4, 2)
 
 
 def test_a_worker_that_is_gone_leaves_its_part_to_the_others(scaled: Scaled) -> None:
@@ -34,12 +33,9 @@ def test_a_replica_that_cannot_start_is_taken_over_and_tried_on(scaled: Scaled) 
 
 
 @pytest.mark.parametrize(("states", "capacity"), [("sr", 3), ("ss", 0), ("rr", 4)])
-def test_others_do_what_a_drained_worker_would(
-    scaled: Scaled, monkeypatch: pytest.MonkeyPatch, states: str, capacity: int
-) -> None:
+def test_others_do_what_a_drained_worker_would(scaled: Scaled, states: str, capacity: int) -> None:
     names = {"s": "stopped", "r": "ready"}
-    seen = [snapshot.Replica(number=n, state=names[one]) for n, one in enumerate(states)]
-    monkeypatch.setattr(scaled.pool, "replicas", lambda: tuple(seen))
+    scaled.shows(*(names[state] for state in states))
     scaled.after(1)
     assert scaled.told.capacity == capacity
 
@@ -49,11 +45,10 @@ def test_others_do_what_a_drained_worker_would(
     [([], 2), (["starting", "entering"], 2), (["ready", "draining", "draining"], 3)],
 )
 def test_replicas_that_load_or_drain_count_in_what_others_are_told(
-    scaled: Scaled, monkeypatch: pytest.MonkeyPatch, states: list[str], replicas: int
+    scaled: Scaled, states: list[str], replicas: int
 ) -> None:
     scaled.pool.limit = 10  # two are wanted
-    seen = tuple(snapshot.Replica(number=n, state=one) for n, one in enumerate(states))
-    monkeypatch.setattr(scaled.pool, "replicas", lambda: seen)
+    scaled.shows(*states)
     scaled.after(1)
     assert scaled.told.replicas == replicas
 

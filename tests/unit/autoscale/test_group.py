@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gw_celery.autoscale import autoscaler
 from tests.unit.autoscale.handmade import Scaled
 
 #: Replicas that each of ten workers may have.
@@ -26,15 +24,14 @@ class Group:
             for number, most in enumerate(capacities)
         ]
         self.now = 1000.0
-        monkeypatch.setattr(autoscaler, "time", types.SimpleNamespace(monotonic=lambda: self.now))
         for one in self.workers:
-            one.scaler._tell(one.pool.snapshot())
+            one.clock = lambda: self.now
 
     def after(self, seconds: int, queued: int) -> list[int]:
         """The replicas of each while so much waits, and all know what the others told."""
         for _ in range(seconds):
             self.now += 1.0
-            known = [one.pool.cluster._record for one in self.workers]
+            known = [one.record for one in self.workers]
             for one in self.workers:
                 one.queued = queued
                 one.peers = tuple(told for told in known if told.worker != one.pool.hostname)
@@ -44,7 +41,7 @@ class Group:
     @property
     def totals(self) -> set[int]:
         """What each of them says that they need together."""
-        return {one.pool.scaling.total for one in self.workers}
+        return {one.seen["total"] for one in self.workers}
 
 
 @contextmanager

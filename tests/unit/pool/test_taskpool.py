@@ -11,7 +11,7 @@ from gw_celery import conf, signals
 from gw_celery.gpus import allocation, devices
 from gw_celery.pool import taskpool
 from gw_celery.protocol import snapshot
-from gw_celery.worker import serving
+from gw_celery.worker import plan as worker_plan
 from tests.pool_harness import Harness
 
 
@@ -24,11 +24,11 @@ def sizes() -> list[int]:
 def pool(app: gw.App, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> taskpool.TaskPool:
     """A pool of one replica on a machine for three, which notes how many it wants."""
     app.remote(gpu=gw.Gpu("A100"))(body)
-    plan = serving.Plan(
+    plan = worker_plan.Plan(
         registries=[app.registry],
         served=list(app.registry.services.values()),
         settings=conf.Settings(),
-        pool=serving.GPU_POOL,
+        pool=worker_plan.GPU_POOL,
         allotment=allocation.allot(
             [allocation.Need(kind="A100")], devices.fakes("A100:3", ["A100"])
         ),

@@ -1,16 +1,17 @@
+"""``celery -A proj gw worker``, from the command line to the worker that Celery would make."""
+
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 from celery import Celery
 from celery.bin import worker as stock
+from celery.bin.celery import celery as celery_command
 from click.testing import CliRunner, Result
-
-from gw_celery import cli
-from gw_celery.worker import options as worker_options
-from gw_celery.worker.options import WorkerOptions
 
 
 class App(Celery):
@@ -26,50 +27,55 @@ class App(Celery):
 
         return make
 
+    @property
+    def given(self) -> dict[str, Any]:
+        assert self.options is not None
+        return self.options
+
 
 @pytest.fixture
-def made() -> App:
-    return App("typed", broker="memory://", set_as_current=False)
+def made() -> Iterator[App]:
+    with App("typed", broker="memory://", set_as_current=False) as app:
+        yield app
 
 
 def typed(made: App, line: str) -> Result:
+    """What ``celery gw worker`` does with a line, for this app."""
+    gw = celery_command.get_command(click.Context(celery_command), "gw")
+    assert gw is not None
     obj = SimpleNamespace(app=made, no_color=True, quiet=True)
-    return CliRunner().invoke(cli.gw, ["worker", *line.split()], obj=obj)
-
-
-def typed_options(made: App) -> WorkerOptions:
-    assert made.options is not None
-    options: WorkerOptions = made.options[worker_options.KEY]
-    return options
+    return CliRunner().invoke(gw, ["worker", *line.split()], obj=obj)
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("line", "gpu", "replicas", "names_queues"),
     [
-        ("", WorkerOptions()),
-        ("--gpu A100", WorkerOptions(gpu="A100")),
-        ("--gpu CPU --replicas 2", WorkerOptions(gpu="CPU", replicas=2)),
-        ("-Q gpu.A100.embed,celery -X celery", WorkerOptions(names_queues=True)),
+        ("", None, None, False),
+        ("--gpu A100", "A100", None, False),
+        ("--gpu CPU --replicas 2", "CPU", 2, False),
+        ("-Q gpu.A100.embed,celery -X celery", None, None, True),
     ],
 )
-def test_what_was_typed_reaches_the_worker(made: App, line: str, expected: WorkerOptions) -> None:
+def test_what_was_typed_reaches_the_worker(
+    made: App, line: str, gpu: str | None, replicas: int | None, names_queues: bool
+) -> None:
     result = typed(made, line)
     assert result.exit_code == 0, result.output
-    assert typed_options(made) == expected
+    reached = made.given["gw_options"]
+    assert (reached.gpu, reached.replicas, reached.names_queues) == (gpu, replicas, names_queues)
 
 
 def test_the_pool_is_ours_for_this_worker_only(made: App) -> None:
     made.conf.worker_pool = "solo"
     typed(made, "")
-    assert made.options is not None
-    assert made.options["pool"] == "gw_celery.pool:TaskPool"
+    assert made.given["pool"] == "gw_celery.pool:TaskPool"
     assert made.conf.worker_pool == "solo"
 
 
 def test_celerys_options_are_passed_on_as_it_reads_them(made: App) -> None:
     line = "-n one@%h -l INFO -E --autoscale 1,3 --time-limit 9 -Q a,b --without-gossip -f x.log"
     assert typed(made, line).exit_code == 0
-    given = made.options or {}
+    given = made.given
     assert given["hostname"].startswith("one@")
     assert given["autoscale"] == (3, 1)
     assert given["queues"] == ["a", "b"]
@@ -80,7 +86,7 @@ def test_celerys_options_are_passed_on_as_it_reads_them(made: App) -> None:
 def test_settings_of_the_project_stand_in_for_options_as_in_celerys_command(made: App) -> None:
     made.conf.worker_pidfile = "p.pid"
     typed(made, "")
-    assert (made.options or {})["pidfile"] == "p.pid"
+    assert made.given["pidfile"] == "p.pid"
 
 
 def test_configuration_on_the_command_line_works_as_in_celerys_command(made: App) -> None:
@@ -99,12 +105,10 @@ def test_the_help_shows_our_options_and_celerys(made: App) -> None:
 def test_options_that_a_project_adds_to_celerys_worker_are_there(
     made: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import click
-
     added = [*stock.worker.params, click.Option(["--colour"])]
     monkeypatch.setattr(stock.worker, "params", added)
     assert typed(made, "--colour red").exit_code == 0
-    assert (made.options or {})["colour"] == "red"
+    assert made.given["colour"] == "red"
 
 
 @pytest.mark.parametrize(
@@ -135,4 +139,4 @@ def test_options_that_contradict_each_other_are_a_usage_error(
 def test_a_kind_of_the_setting_is_known(made: App) -> None:
     made.conf.gw_gpu_kinds = ("B200",)
     assert typed(made, "--gpu B200").exit_code == 0
-    assert typed_options(made).gpu == "B200"
+    assert made.given["gw_options"].gpu == "B200"

@@ -1,199 +1,195 @@
+"""The control commands of a worker, carried out as Celery's mailbox does, on the real pool."""
+
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery.worker.control import Panel
 
-from gw_celery.protocol import snapshot
-from gw_celery.protocol.snapshot import Worker
-from gw_celery.worker import commands
+from tests.pool_harness import Harness
+from tests.processes import environment
 
-TALLY = snapshot.Counters(arrived=3.0, waiting=3.0, arrived_inputs=1, waiting_inputs=1)
-SCALING = snapshot.Scaling(least=1, most=4, services={"embed": snapshot.ServiceDemand(queued=7)})
-NAMES = (
+NAMES = {
     "gw_status",
     "gw_drain",
     "gw_restart",
     "gw_probe_tick",
     "gw_benchmark_tick",
     "gw_best_score",
-)
+}
 
 
-class Pool:
-    """A pool with replicas 0 and 2, which notes what it is told."""
-
-    def __init__(self) -> None:
-        self.numbers: tuple[int, ...] = (0, 2)
-        self.told: list[tuple[str, int | None]] = []
-
-    def snapshot(self) -> Worker:
-        replicas = [
-            snapshot.Replica(number=number, state="ready", pid=100 + number)
-            for number in self.numbers
-        ]
-        return Worker(
-            hostname="gpu@host",
-            replicas=tuple(replicas),
-            ready_slots={"embed": 8, "": 2},
-            waiting=5,
-            tallies={"embed": TALLY},
-            open_queues=("cpu.embed",),
-            closed_queues=("cpu.classify",),
-            outage="gone",
-            scaling=SCALING,
-            scores={"embed": snapshot.Score(value=9.0)},
-        )
-
-    def hold(self, number: int | None) -> None:
-        self.told.append(("drain", number))
-
-    def restart(self, number: int | None) -> None:
-        self.told.append(("restart", number))
-
-    def probe_tick(self) -> None:
-        self.told.append(("probe", None))
-
-    def benchmark_tick(self) -> None:
-        self.told.append(("benchmark", None))
+@contextmanager
+def running(replicas: int = 3) -> Iterator[Harness]:
+    with Harness(replicas=replicas).running() as harness:
+        for child in harness.children:
+            child.ready()
+        yield harness
 
 
 @pytest.fixture
-def pool() -> Pool:
-    return Pool()
+def harness() -> Iterator[Harness]:
+    """A worker with the replicas 0, 1 and 2."""
+    with running() as started:
+        yield started
 
 
-@pytest.fixture
-def state(pool: Pool) -> Any:
-    """What Celery gives to every remote-control command."""
-    return SimpleNamespace(consumer=SimpleNamespace(pool=pool), hostname="gpu@host")
+def tell(pool: Any, command: str, scaler: Any = None, **arguments: Any) -> Any:
+    """The answer of a worker with this pool to a command, after it has travelled."""
+    controller = SimpleNamespace(autoscaler=scaler)
+    consumer = SimpleNamespace(
+        pool=pool, controller=controller, _update_prefetch_count=lambda slots: None
+    )
+    state = SimpleNamespace(consumer=consumer, hostname="harness@test")
+    return json.loads(json.dumps(Panel.data[command](state, **arguments)))
 
 
-def test_the_status_is_the_snapshot_of_the_pool_and_travels_as_json(state: Any) -> None:
-    status = json.loads(json.dumps(commands.gw_status(state)))
-    assert [(seen["number"], seen["pid"]) for seen in status.pop("replicas")] == [
-        (0, 100),
-        (2, 102),
+def test_the_status_shows_replicas_queues_and_inputs(harness: Harness) -> None:
+    request = harness.submit()
+    harness.child_of(request).accept(request)
+    status = tell(harness.pool, "gw_status")
+    assert [(seen["number"], seen["state"], seen["pid"]) for seen in status["replicas"]] == [
+        (number, "ready", harness.child(number).pid) for number in range(3)
     ]
-    assert status == {
-        "hostname": "gpu@host",
-        "desired": 0,
-        "desired_slots": 0,
-        "waiting_inputs": {},
-        "is_stopping": False,
-        "ready_slots": {"embed": 8, "": 2},
-        "waiting": 5,
-        "tallies": {"embed": dataclasses.asdict(TALLY)},
-        "open_queues": ["cpu.embed"],
-        "closed_queues": ["cpu.classify"],
-        "bands": {},
-        "outage": "gone",
-        "scaling": dataclasses.asdict(SCALING),
-        "scores": {"embed": dataclasses.asdict(snapshot.Score(value=9.0)) | {"benchmarks": []}},
-    }
+    assert (status["hostname"], status["desired"], status["desired_slots"]) == (
+        "harness@test",
+        3,
+        9,
+    )
+    assert sum(seen["in_flight"] for seen in status["replicas"]) == 1
+    assert {"ready_slots", "tallies", "open_queues", "closed_queues", "scores"} <= set(status)
+    assert (status["waiting"], status["outage"], status["scaling"]) == (0, "", None)
 
 
-@pytest.mark.parametrize("what", ["drain", "restart"])
 @pytest.mark.parametrize("replica", [0, 2])
-def test_one_replica_is_steered(state: Any, pool: Pool, what: str, replica: int) -> None:
-    answer = getattr(commands, f"gw_{what}")(state, replica)
-    assert answer == {"ok": f"{what}: replica {replica}"}
-    assert pool.told == [(what, replica)]
-
-
-@pytest.mark.parametrize("what", ["drain", "restart"])
-def test_without_a_number_all_replicas_are_steered(state: Any, pool: Pool, what: str) -> None:
-    answer = getattr(commands, f"gw_{what}")(state)
-    assert answer == {"ok": f"{what}: all replicas"}
-    assert pool.told == [(what, None)]
-
-
-@pytest.mark.parametrize("what", ["drain", "restart"])
-@pytest.mark.parametrize("replica", [1, -1, "0"])
-def test_a_replica_that_is_not_there_is_refused_with_those_that_are(
-    state: Any, pool: Pool, what: str, replica: Any
+def test_one_replica_is_drained_and_comes_back_with_a_restart(
+    harness: Harness, replica: int
 ) -> None:
-    answer = getattr(commands, f"gw_{what}")(state, replica)
-    assert answer == {"error": f"there is no replica {replica!r}: this worker has replicas 0, 2"}
-    assert pool.told == []
+    assert tell(harness.pool, "gw_drain", replica=replica) == {"ok": f"drain: replica {replica}"}
+    harness.poll()
+    assert [child.number for child in harness.children if child.is_leaving] == [replica]
+    harness.child(replica).die(code=0)
+    assert harness.replica(replica)["state"] == "stopped"
+    assert tell(harness.pool, "gw_restart", replica=replica) == {
+        "ok": f"restart: replica {replica}"
+    }
+    harness.advance(1.0)
+    harness.child(replica).ready()
+    assert harness.replica(replica)["state"] == "ready"
+
+
+def test_without_a_number_all_replicas_are_steered(harness: Harness) -> None:
+    assert tell(harness.pool, "gw_drain") == {"ok": "drain: all replicas"}
+    harness.poll()
+    assert [child.is_leaving for child in harness.children] == [True] * 3
+    assert tell(harness.pool, "gw_restart") == {"ok": "restart: all replicas"}
+
+
+@pytest.mark.parametrize("what", ["drain", "restart"])
+@pytest.mark.parametrize("replica", [3, -1, "0"])
+def test_a_replica_that_is_not_there_is_refused_with_those_that_are(
+    harness: Harness, what: str, replica: Any
+) -> None:
+    answer = tell(harness.pool, f"gw_{what}", replica=replica)
+    assert answer == {"error": f"there is no replica {replica!r}: this worker has replicas 0 to 2"}
+    assert not any(child.is_draining for child in harness.children)
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said"),
+    ("replicas", "gone", "said"),
     [
-        ((), "none"),
-        ((0,), "replica 0"),
-        ((0, 1, 2, 3), "replicas 0 to 3"),
-        ((0, 2, 3), "replicas 0, 2, 3"),
+        (1, [], "replica 0"),
+        (1, [0], "none"),
+        (4, [], "replicas 0 to 3"),
+        (4, [1], "replicas 0, 2, 3"),
     ],
 )
 def test_the_replicas_that_are_there_are_not_taken_for_their_count(
-    state: Any, pool: Pool, numbers: tuple[int, ...], said: str
+    replicas: int, gone: list[int], said: str
 ) -> None:
-    pool.numbers = numbers
-    answer = commands.gw_restart(state, 7)
-    assert answer == {"error": f"there is no replica 7: this worker has {said}"}
-
-
-@pytest.fixture
-def installed() -> Iterator[None]:
-    """The commands are among Celery's, whose registry is the process's, for one test."""
-    before = {name: (Panel.data.get(name), Panel.meta.get(name)) for name in NAMES}
-    commands.install()
-    yield
-    for name, (command, about) in before.items():
-        for registry, value in ((Panel.data, command), (Panel.meta, about)):
-            registry.pop(name)
-            if value is not None:
-                registry[name] = value
-
-
-def test_the_command_line_knows_commands_that_a_process_does_not_carry_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in ("data", "meta"):
-        monkeypatch.setattr(Panel, name, {})
-    commands.describe()
-    assert (sorted(Panel.meta), Panel.data) == (sorted(NAMES), {})
-
-    commands.install()
-    commands.describe()
-    assert sorted(Panel.data) == sorted(NAMES), "a worker with the GPU pool keeps them"
-
-
-@pytest.mark.usefixtures("installed")
-def test_celery_knows_the_commands_and_can_list_them() -> None:
-    assert [Panel.data[name] for name in NAMES] == [getattr(commands, name) for name in NAMES]
-    assert [Panel.meta[name].type for name in NAMES] == ["inspect", *["control"] * 5]
-    for name in NAMES:
-        assert Panel.meta[name].help == inspect.getdoc(getattr(commands, name))
-
-
-@pytest.mark.usefixtures("installed")
-@pytest.mark.parametrize("name", ["gw_drain", "gw_restart"])
-def test_celerys_own_command_line_can_name_a_replica(name: str) -> None:
-    about = Panel.meta[name]
-    assert (about.args, about.signature, about.variadic) == ([("replica", int)], "[replica]", None)
+    with running(replicas) as harness:
+        busy = {number: harness.submit() for number in range(replicas)}
+        for request in busy.values():
+            child = harness.child_of(request)
+            child.accept(request)
+            if child.number in gone:
+                child.done(request)
+        harness.pool.shrink(3 * len(gone))
+        harness.poll()
+        for number in gone:
+            harness.child(number).die(code=0)
+        harness.advance(1.0)
+        answer = tell(harness.pool, "gw_restart", replica=7)
+        assert answer == {"error": f"there is no replica 7: this worker has {said}"}
 
 
 @pytest.mark.parametrize("what", ["probe", "benchmark"])
 def test_a_tick_reaches_the_gpu_pool_and_means_nothing_elsewhere(
-    state: Any, pool: Pool, what: str
+    harness: Harness, what: str
 ) -> None:
-    command = getattr(commands, f"gw_{what}_tick")
-    assert command(state) == {"ok": "tick"}
-    assert pool.told == [(what, None)]
-    state.consumer.pool = object()
-    assert command(state) == {"ok": "nothing to do: no GPU pool"}
+    assert tell(harness.pool, f"gw_{what}_tick") == {"ok": "tick"}
+    assert set(harness.info()["gw_tick_ages"]) == {what}
+    assert tell(object(), f"gw_{what}_tick") == {"ok": "nothing to do: no GPU pool"}
 
 
-def test_what_an_older_worker_tells_is_heard_without_complaint(state: Any) -> None:
-    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
-    state.consumer.pool = object()
-    commands.gw_best_score(state, worker="other@host", scores={"embed": 4.0})
+@pytest.mark.usefixtures("harness")
+def test_what_an_older_worker_tells_is_heard_without_complaint() -> None:
+    for pool in (object(), None):
+        scores = {"embed": 4.0}
+        assert tell(pool, "gw_best_score", worker="other@host", scores=scores) is None
+
+
+@pytest.mark.usefixtures("harness")
+def test_celery_knows_the_commands_and_can_list_them() -> None:
+    assert set(Panel.data) >= NAMES
+    kinds = {name: Panel.meta[name].type for name in NAMES}
+    assert kinds == dict.fromkeys(NAMES, "control") | {"gw_status": "inspect"}
+    assert all(Panel.meta[name].help for name in NAMES)
+    for name in ("gw_drain", "gw_restart"):
+        about = Panel.meta[name]
+        assert (about.args, about.signature) == ([("replica", int)], "[replica]")
+
+
+def test_the_command_line_knows_commands_that_a_process_does_not_carry_out() -> None:
+    """A worker without the GPU pool is started by the same program."""
+    code = (
+        "import click; from celery.bin.celery import celery; from celery.worker.control import *\n"
+        "celery.get_command(click.Context(celery), 'gw')\n"
+        "print(*(name for name in Panel.meta if name.startswith('gw_')))\n"
+        "print(*(name for name in Panel.data if name.startswith('gw_')))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    known, carried_out = done.stdout.splitlines()
+    assert (set(known.split()), carried_out) == (NAMES, "")
+
+
+class Scaler:
+    """An autoscaler that an operator can have the pool resized by, as ours."""
+
+    def __init__(self, pool: Any) -> None:
+        self.force_scale_up: Callable[[int], None] = pool.grow
+        self.force_scale_down: Callable[[int], None] = pool.shrink
+
+
+@pytest.mark.parametrize(("command", "slots"), [("pool_grow", 12), ("pool_shrink", 6)])
+def test_our_autoscaler_lets_an_operator_resize_the_pool(
+    harness: Harness, command: str, slots: int
+) -> None:
+    pool, scaler = harness.pool, Scaler(harness.pool)
+    assert tell(pool, command, scaler, n=3) == {"ok": f"now {slots} slots"}
+    assert tell(pool, command, scaler, n=-3) == {"error": "-3 slots: give 1 or more"}
+    assert "not supported with autoscale" in tell(pool, command, object(), n=0)["error"]
+    assert pool.num_processes == slots
+
+
+def test_without_an_autoscaler_celerys_own_commands_resize_the_pool(harness: Harness) -> None:
+    assert "ok" in tell(harness.pool, "pool_grow", n=3)
+    assert harness.pool.num_processes == 12

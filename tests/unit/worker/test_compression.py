@@ -9,20 +9,25 @@ import kombu
 import pytest
 from kombu import compression as kombu_compression
 
+import gw_celery as gw
 from gw_celery import errors
-from gw_celery.worker import compression
+from tests.unit.worker.starting import start
 
 MIB = 1024 * 1024
 NAMES = ["gzip", "zlib", "bzip2", "lzma"]
 
 
 @pytest.fixture(autouse=True)
-def _bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kombu_compression, "_encoders", dict(kombu_compression._encoders))
-    monkeypatch.setattr(kombu_compression, "_decoders", dict(kombu_compression._decoders))
+def _bounded(app: gw.App) -> None:
+    """This process is a worker that takes bodies of a MiB."""
     for refused in ("application/x-brotli", "application/x-own"):
         kombu_compression.register(bytes, bytes, refused)
-    compression.bound(MIB)
+
+    @app.remote
+    async def served(x): ...
+
+    app.celery.conf.gw_max_payload_bytes = MIB
+    start(app.celery, "gpu", pool="solo")
 
 
 def received(body: bytes, name: str) -> kombu.Message:

@@ -1,38 +1,15 @@
+"""Messages that would end a worker, and lost brokers: each of these names a mended fault."""
+
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from celery import Celery
 from kombu import Message
-from kombu.common import QoS
 
-from gw_celery import conf, errors
-from gw_celery.protocol.snapshot import Worker
-from gw_celery.worker import consumer, gate, health
-
-
-class Pool:
-    is_green = False
-
-    def __init__(self) -> None:
-        self.gate: gate.Gate | None = None
-        self.health = health.Health(conf.Settings(), {})
-        self.ready = {"embed": 0, "": 0}
-        self.polls = 0
-        self.asked: list[str] = []
-
-    def poll(self) -> None:
-        self.polls += 1
-        self.asked.append("poll")
-
-    def flush(self) -> None:
-        self.asked.append("flush")
-
-    def snapshot(self) -> Worker:
-        return Worker(hostname="gpu@host", ready_slots=self.ready)
+from gw_celery import errors
+from tests.unit.worker.consuming import Consuming, consuming
 
 
 class Channel:
@@ -57,46 +34,39 @@ def channel() -> Channel:
 
 
 @pytest.fixture
-def pool() -> Pool:
-    return Pool()
-
-
-@pytest.fixture
-def made(celery_app: Celery, pool: Pool) -> consumer.Consumer:
-    celery_app.finalize()
-    worker = types.SimpleNamespace(use_eventloop=True)
-    return consumer.Consumer(lambda request: None, app=celery_app, pool=pool, controller=worker)
-
-
-@pytest.fixture
-def consuming(
-    celery_app: Celery, made: consumer.Consumer, pool: Pool
-) -> Iterator[consumer.Consumer]:
-    """A consumer of the queues "embed" and "mail", behind a gate that is closed."""
-    queues = celery_app.amqp.queues
-    queues.select(["embed", "mail"])
-    pool.gate = gate.Gate(queues, {"embed": "embed"}, pool)
-    pool.gate.close_all()
-    with celery_app.connection_for_read() as connection:
-        made.task_consumer = celery_app.amqp.TaskConsumer(connection.channel())
-        made.qos = QoS(lambda **_: None, made.initial_prefetch_count)
-        pool.gate.attach(made)
+def worker() -> Iterator[Consuming]:
+    with consuming() as made:
         yield made
 
 
+@pytest.fixture
+def made(worker: Consuming) -> Any:
+    """The consumer of a worker, without a connection."""
+    return worker.make()
+
+
+@pytest.fixture
+def asked(worker: Consuming, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the consumer has the pool do."""
+    calls: list[str] = []
+    for name in ("poll", "flush"):
+        monkeypatch.setattr(worker.pool, name, lambda name=name: calls.append(name))
+    return calls
+
+
 def test_what_ended_without_a_broker_is_heard_before_the_next_one_is_read(
-    made: consumer.Consumer, pool: Pool
+    made: Any, asked: list[str]
 ) -> None:
     with made.connection_for_read() as connection:
         assert connection.connected
-        assert pool.polls == 1
+        assert asked == ["poll"]
 
 
 def test_a_cold_shutdown_starts_nothing_in_the_slots_that_are_free_by_then(
-    made: consumer.Consumer, pool: Pool
+    made: Any, asked: list[str]
 ) -> None:
     made.cancel_active_requests()
-    assert pool.asked == ["flush", "poll"]
+    assert asked == ["flush", "poll"]
 
 
 def message(channel: Channel, **headers: Any) -> Message:
@@ -110,7 +80,7 @@ def message(channel: Channel, **headers: Any) -> Message:
     )
 
 
-def handling(made: consumer.Consumer, strategy: Callable[..., None]) -> Callable[[Any], None]:
+def handling(made: Any, strategy: Callable[..., None]) -> Callable[[Any], None]:
     made.strategies["proj.embed"] = strategy
     return made.create_task_handler()
 
@@ -122,7 +92,7 @@ def raising(exc: BaseException) -> Callable[..., None]:
     return strategy
 
 
-def test_a_message_reaches_celerys_strategy(made: consumer.Consumer, channel: Channel) -> None:
+def test_a_message_reaches_celerys_strategy(made: Any, channel: Channel) -> None:
     seen: list[Any] = []
     handle = handling(made, lambda message, *_: seen.append(message.delivery_tag))
     handle(message(channel, task="proj.embed", id="id-1"))
@@ -132,7 +102,7 @@ def test_a_message_reaches_celerys_strategy(made: consumer.Consumer, channel: Ch
 
 @pytest.mark.parametrize("exc", [TypeError("timelimit"), KeyError("id"), RecursionError("deep")])
 def test_a_message_that_would_end_the_worker_is_rejected_and_told(
-    made: consumer.Consumer, channel: Channel, exc: Exception, caplog: pytest.LogCaptureFixture
+    made: Any, channel: Channel, exc: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     handle = handling(made, raising(exc))
     handle(message(channel, task="proj.embed", id="id-1"))
@@ -144,9 +114,7 @@ def test_a_message_that_would_end_the_worker_is_rejected_and_told(
     assert "b'body'" in record.message
 
 
-def test_the_next_message_is_taken_after_a_bad_one(
-    made: consumer.Consumer, channel: Channel
-) -> None:
+def test_the_next_message_is_taken_after_a_bad_one(made: Any, channel: Channel) -> None:
     seen: list[Any] = []
 
     def strategy(message: Any, *_: Any) -> None:
@@ -160,7 +128,7 @@ def test_the_next_message_is_taken_after_a_bad_one(
     assert seen == ["good"]
 
 
-def test_a_lost_broker_is_celerys_to_handle(made: consumer.Consumer, channel: Channel) -> None:
+def test_a_lost_broker_is_celerys_to_handle(made: Any, channel: Channel) -> None:
     lost = made.connection_errors[0]("gone")
     handle = handling(made, raising(lost))
     with pytest.raises(type(lost)):
@@ -169,9 +137,7 @@ def test_a_lost_broker_is_celerys_to_handle(made: consumer.Consumer, channel: Ch
 
 
 @pytest.mark.parametrize("exc", [MemoryError(), SystemExit(1), KeyboardInterrupt()])
-def test_what_must_end_the_worker_does(
-    made: consumer.Consumer, channel: Channel, exc: BaseException
-) -> None:
+def test_what_must_end_the_worker_does(made: Any, channel: Channel, exc: BaseException) -> None:
     handle = handling(made, raising(exc))
     with pytest.raises(type(exc)):
         handle(message(channel, task="proj.embed", id="id-1"))
@@ -179,7 +145,7 @@ def test_what_must_end_the_worker_does(
 
 
 def test_a_rejection_that_a_lost_broker_does_not_hear_ends_nothing(
-    made: consumer.Consumer, channel: Channel
+    made: Any, channel: Channel
 ) -> None:
     channel.raises = made.connection_errors[0]("gone")
     handle = handling(made, raising(ValueError("bad")))
@@ -190,7 +156,7 @@ def test_a_rejection_that_a_lost_broker_does_not_hear_ends_nothing(
     assert channel.settled == [("rejected", 7, False)]
 
 
-def test_a_message_without_headers_ends_nothing(made: consumer.Consumer, channel: Channel) -> None:
+def test_a_message_without_headers_ends_nothing(made: Any, channel: Channel) -> None:
     handle = handling(made, raising(ValueError("bad")))
     for headers in ({}, {"task": None}, {"task": ["unhashable"]}):
         handle(message(channel, **headers))
@@ -201,7 +167,7 @@ def test_a_message_without_headers_ends_nothing(made: consumer.Consumer, channel
 
 
 def test_an_unknown_task_whose_failure_cannot_be_stored_ends_nothing(
-    made: consumer.Consumer, channel: Channel, monkeypatch: pytest.MonkeyPatch
+    made: Any, channel: Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Celery rejects the message first, and then stores; the result backend may be away."""
     monkeypatch.setattr(made.app.backend, "mark_as_failure", raising(RuntimeError("backend")))
@@ -214,7 +180,7 @@ def test_an_unknown_task_whose_failure_cannot_be_stored_ends_nothing(
 
 
 @pytest.fixture
-def stored(made: consumer.Consumer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
+def stored(made: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
     """What is stored as the failure of which task."""
     failures: dict[str, Exception] = {}
 
@@ -227,7 +193,7 @@ def stored(made: consumer.Consumer, monkeypatch: pytest.MonkeyPatch) -> dict[str
 
 @pytest.mark.parametrize("content_type", ["application/json", "application/x-gw-json", "a/b", None])
 def test_a_body_over_the_limit_is_refused_before_it_is_decoded(
-    made: consumer.Consumer,
+    made: Any,
     channel: Channel,
     stored: dict[str, Exception],
     content_type: str | None,
@@ -249,37 +215,9 @@ def test_a_body_over_the_limit_is_refused_before_it_is_decoded(
 
 
 def test_a_body_that_was_refused_while_it_was_decompressed_is_rejected_and_told(
-    made: consumer.Consumer, channel: Channel, stored: dict[str, Exception]
+    made: Any, channel: Channel, stored: dict[str, Exception]
 ) -> None:
     refusal = errors.MessageTooLarge("over 100", 100)
     made.on_decode_error(message(channel, task="proj.embed", id="id-1"), refusal)
     assert channel.settled == [("rejected", 7, False)]
     assert stored == {"id-1": refusal}
-
-
-# -- the gate --
-
-
-def test_a_queue_that_is_cancelled_is_not_the_gates_any_more(
-    consuming: consumer.Consumer, pool: Pool
-) -> None:
-    assert pool.gate is not None
-    consuming.cancel_task_queue("mail")
-    assert pool.gate.closed_queues() == ("embed",)
-
-
-def test_a_queue_that_is_added_is_the_gates(consuming: consumer.Consumer, pool: Pool) -> None:
-    assert pool.gate is not None
-    pool.ready.update({"embed": 1, "": 1})
-    pool.gate.apply()
-    consuming.add_task_queue("added")
-    assert consuming.task_consumer.consuming_from("added")
-    assert pool.gate.open_queues() == ("added", "embed", "mail")
-
-
-@pytest.mark.parametrize("queue", ["embed", "mail", "added"])
-def test_a_queue_that_is_added_before_anything_is_ready_is_not_consumed_yet(
-    consuming: consumer.Consumer, pool: Pool, queue: str
-) -> None:
-    consuming.add_task_queue(queue)
-    assert not consuming.task_consumer.consuming_from(queue)

@@ -1,232 +1,470 @@
+"""The signs of life of a worker with the GPU pool: its health over HTTP, and a file."""
+
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
+import socket
 import sys
+import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
+import kombu
 import pytest
 
-from gw_celery import conf, errors
-from gw_celery.protocol import snapshot
-from gw_celery.worker import health
-from tests.processes import eventually
-
-READY = snapshot.Replica(number=0, state="ready", pid=12)
-LOADING = snapshot.Replica(number=1, state="entering", pid=13, seconds_in_state=4.2)
-ILL = snapshot.Replica(
-    number=2,
-    state="unready",
-    pid=14,
-    probes=(
-        snapshot.Probe(name="Model.health", kind="readiness", is_ok=False, detail="returned False"),
-        snapshot.Probe(name="Model.lives", kind="liveness", is_ok=True),
-    ),
-)
-DEAD = snapshot.Replica(number=3, state="failed", last_error="OSError: no weights")
-
-
-def worker(**parts: Any) -> snapshot.Worker:
-    return snapshot.Worker(hostname="gpu@host", **({"desired": 1} | parts))
-
+from tests.unit.worker.consuming import consuming, soon
 
 PROBES = ("/livez", "/readyz", "/startupz")
-SERVES = worker(replicas=(READY,), ready_slots={"proj.Model": 4, "": 1})
 
 
-def made(**settings: Any) -> health.Health:
-    return health.Health(conf.Settings(**settings), {"gpu.Model": "proj.Model"})
+class Probed:
+    """A worker of one replica, and a platform that asks for its health."""
+
+    def __init__(self, worker: Any, address: str) -> None:
+        self.worker = worker
+        self.harness = worker.harness
+        self.where = urlsplit(address)
+
+    def fetch(self, path: str, method: str = "GET") -> tuple[int, str, bytes]:
+        """The status, the content type and the body of an answer."""
+        connection = HTTPConnection(self.where.netloc, timeout=10)
+        connection.request(method, path)
+        with connection.getresponse() as answer:
+            fetched = (answer.status, answer.headers["Content-Type"], answer.read())
+        connection.close()
+        return fetched
+
+    def ask(self, path: str) -> tuple[int, list[str]]:
+        """The status of an answer, and its reasons."""
+        status, _, body = self.fetch(path)
+        return status, json.loads(body)["why"]
+
+    def replicas(self) -> list[dict[str, Any]]:
+        seen: list[dict[str, Any]] = json.loads(self.fetch("/readyz")[2])["replicas"]
+        return seen
+
+    def sees(self, **parts: Any) -> None:
+        """Have the loop turn, and the pool be in other parts than it is."""
+        pool = self.harness.pool
+        measure = type(pool).snapshot
+        pool.snapshot = lambda: dataclasses.replace(measure(pool), **parts)
+        self.harness.advance(1.0)
+
+    @contextmanager
+    def silent_clients(self, count: int) -> Iterator[list[socket.socket]]:
+        clients = [
+            socket.create_connection((self.where.hostname, self.where.port), timeout=10)
+            for _ in range(count)
+        ]
+        yield clients
+        for client in clients:
+            client.close()
 
 
 @contextmanager
-def running(**settings: Any) -> Iterator[health.Health]:
-    signs = made(**settings)
-    signs.start()
-    try:
-        yield signs
-    finally:
-        signs.close()
+def probed(
+    caplog: pytest.LogCaptureFixture, services: dict[str, int] | None = None, **settings: Any
+) -> Iterator[Probed]:
+    with caplog.at_level("INFO"), consuming(services, health_port=0, **settings) as worker:
+        (address,) = re.findall(r"the worker's health is at (http://[^/]+)/livez", caplog.text)
+        yield Probed(worker, address)
 
 
-def fetched(signs: health.Health, path: str) -> tuple[int, str, str]:
-    """The status, the content type and the body of an answer."""
-    try:
-        with urllib.request.urlopen(signs.address + path, timeout=10) as answer:
-            return answer.status, answer.headers["Content-Type"], answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.headers["Content-Type"], error.read().decode()
+@pytest.fixture
+def loading(caplog: pytest.LogCaptureFixture) -> Iterator[Probed]:
+    """A worker whose replica loads."""
+    with probed(caplog, {"work": 2}) as made:
+        yield made
 
 
-def ask(signs: health.Health, path: str) -> tuple[int, dict[str, Any]]:
-    status, _, body = fetched(signs, path)
-    return status, json.loads(body)
+@pytest.fixture
+def ready(loading: Probed) -> Probed:
+    """A worker whose replica is READY."""
+    loading.harness.child().ready()
+    loading.harness.advance(1.0)
+    return loading
+
+
+# -- what each path answers --
+
+
+def test_each_path_answers_from_the_last_second_with_the_reasons(loading: Probed) -> None:
+    harness = loading.harness
+    loading.sees()
+    assert loading.ask("/livez") == (200, [])
+    assert loading.ask("/startupz") == (503, ["no replica has been ready yet"])
+    status, why = loading.ask("/readyz")
+    assert status == 503
+    assert len(why) == 1
+    assert re.fullmatch(r"no replica is ready for \S+\.work", why[0])
+    (replica,) = loading.replicas()
+    assert (replica["number"], replica["state"], replica["pid"]) == (
+        0,
+        "starting",
+        harness.child().pid,
+    )
+    assert re.fullmatch(r"starting for \d s", replica["why"])
+    harness.child().ready()
+    harness.advance(1.0)
+    assert [loading.ask(path) for path in PROBES] == [(200, [])] * 3
+    assert loading.replicas()[0]["why"] == ""
+    harness.child().die()
+    harness.advance(1.0)
+    assert [loading.ask(path)[0] for path in PROBES] == [200, 503, 200]
+
+
+def test_a_replica_says_what_keeps_it_from_inputs(ready: Probed) -> None:
+    (replica,) = ready.harness.pool.snapshot().replicas
+    probes = (
+        SimpleNamespace(kind="readiness", name="Model.health", detail="is ill", is_ok=False),
+        SimpleNamespace(kind="liveness", name="Model.lives", detail="", is_ok=True),
+    )
+    ill = dataclasses.replace(replica, state="unready", seconds_in_state=4.2)
+    ready.harness.pool.health.beat(
+        dataclasses.replace(
+            ready.harness.pool.snapshot(),
+            replicas=(
+                dataclasses.replace(ill, probes=probes),
+                dataclasses.replace(replica, state="failed", last_error="OSError: no weights"),
+            ),
+        )
+    )
+    assert [seen["why"] for seen in ready.replicas()] == [
+        "unready for 4 s; readiness probe Model.health: is ill",
+        f"failed for {replica.seconds_in_state:.0f} s; OSError: no weights",
+    ]
+
+
+def test_a_worker_is_ready_when_each_of_its_services_is_ready_somewhere(ready: Probed) -> None:
+    slots = ready.harness.pool.snapshot().ready_slots
+    ready.sees(ready_slots=slots | {"proj.other": 0})
+    assert ready.ask("/readyz") == (503, ["no replica is ready for proj.other"])
+    ready.sees(ready_slots=slots | {"proj.other": 1})
+    assert ready.ask("/readyz") == (200, [])
+
+
+def test_a_worker_of_plain_tasks_is_ready_with_any_replica(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with probed(caplog, {}) as plain:
+        plain.sees()
+        assert plain.ask("/readyz") == (503, ["no replica is ready for plain tasks"])
+        plain.harness.child().ready()
+        plain.sees()
+        assert plain.ask("/readyz") == (200, [])
+
+
+def test_a_worker_that_is_scaled_to_zero_is_ready_and_has_started(loading: Probed) -> None:
+    loading.harness.pool.shrink(3)
+    loading.harness.advance(1.0)
+    assert loading.ask("/readyz") == (200, ["no replica is wanted now"])
+    assert loading.ask("/startupz") == (200, [])
+
+
+def test_a_worker_that_stops_is_alive_and_takes_nothing(ready: Probed) -> None:
+    harness = ready.harness
+    request = harness.submit()
+    child = harness.child_of(request)
+    child.accept(request)
+    heard: list[Any] = []
+
+    def meanwhile() -> None:
+        if len(heard) < 2:
+            heard.append((ready.ask("/readyz"), ready.ask("/livez")[0]))
+        elif len(request.heard) == 1:
+            child.done(request)
+
+    harness.stop(meanwhile=meanwhile)
+    assert heard[-1] == ((503, ["the worker stops"]), 200)
+
+
+def test_a_result_backend_that_is_away_is_told_and_no_failure(ready: Probed) -> None:
+    ready.sees(outage="Redis does not answer")
+    assert ready.ask("/readyz") == (200, ["Redis does not answer"])
+
+
+def test_a_loop_that_does_not_turn_is_dead_unless_it_waits_for_the_broker(
+    ready: Probed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready.harness.now += 31.0
+    assert ready.ask("/livez") == (503, ["the worker's loop has not turned for 31 s"])
+    heard: list[Any] = []
+    connect = kombu.Connection.ensure_connection
+
+    def connecting(*args: Any, **options: Any) -> Any:
+        ready.harness.now += 100.0
+        heard.append(ready.ask("/livez"))
+        return connect(*args, **options)
+
+    monkeypatch.setattr(kombu.Connection, "ensure_connection", connecting)
+    with ready.worker.make().connection_for_read():
+        assert heard == [(200, ["connects to the broker for 100 s"])]
+    assert ready.ask("/livez") == (200, [])
+
+
+# -- /metrics --
+
+
+def test_a_scrape_shows_what_the_loop_saw_last(ready: Probed) -> None:
+    status, content_type, page = ready.fetch("/metrics")
+    assert (status, content_type[:25]) == (200, "text/plain; version=0.0.4")
+    shown = r'gw_ready_slots\{queue="cpu\.work",service="\S+\.work"\} (\d)'
+    assert re.findall(shown, page.decode()) == ["2"]
+    ready.harness.child().die()
+    ready.harness.advance(1.0)
+    assert re.findall(shown, ready.fetch("/metrics")[2].decode()) == ["0"]
+
+
+def test_without_prometheus_client_a_scrape_is_told_what_to_install(
+    ready: Probed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "gw_celery.contrib.prometheus", raising=False)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    status, _, page = ready.fetch("/metrics")
+    assert status == 501
+    assert b"pip install 'gw-celery[metrics]'" in page
+
+
+@pytest.fixture
+def scrape(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], bytes]], None]:
+    """Have a function make the pages of a scrape."""
+
+    def install(make: Callable[[], bytes]) -> None:
+        class Page:
+            content_type = "text/plain"
+
+            def __init__(self, *_: Any) -> None: ...
+
+            def __call__(self) -> bytes:
+                return make()
+
+        renderer = SimpleNamespace(Page=Page)
+        monkeypatch.setitem(sys.modules, "gw_celery.contrib.prometheus", renderer)
+
+    return install
+
+
+def test_an_answer_that_fails_is_an_error_and_the_others_come(
+    ready: Probed,
+    scrape: Callable[[Callable[[], bytes]], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail() -> bytes:
+        raise OSError("the disk is full")
+
+    scrape(fail)
+    assert ready.fetch("/metrics")[0] == 500
+    assert "GET /metrics could not be made" in caplog.text
+    assert ready.fetch("/livez")[0] == 200
+
+
+def test_a_long_answer_comes_whole(
+    ready: Probed, scrape: Callable[[Callable[[], bytes]], None]
+) -> None:
+    scrape(lambda: b"x" * 5_000_000)
+    assert len(ready.fetch("/metrics")[2]) == 5_000_000
+
+
+def test_answers_that_do_not_end_hold_up_no_other(
+    ready: Probed, scrape: Callable[[Callable[[], bytes]], None]
+) -> None:
+    goes_on = threading.Event()
+
+    def hang() -> bytes:
+        goes_on.wait(30)
+        return b""
+
+    scrape(hang)
+    with ready.silent_clients(32) as hanging:
+        for client in hanging:
+            client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert ready.fetch("/livez")[0] == 200
+        goes_on.set()
+
+
+# -- clients of all kinds --
+
+
+def test_what_is_not_there_is_not_found_and_nothing_can_be_changed(ready: Probed) -> None:
+    assert ready.fetch("/livez?verbose=1")[0] == 200
+    assert ready.fetch("/livez", "HEAD") == (200, "application/json", b"")
+    assert ready.fetch("/")[0] == 404
+    assert ready.fetch("/../etc/passwd")[0] == 404
+    assert ready.fetch("/livez", "POST")[0] == 405
+    assert ready.fetch("/livez", "DELETE")[0] == 405
+
+
+def test_clients_that_say_nothing_hold_up_no_other_and_are_cut_off(ready: Probed) -> None:
+    with ready.silent_clients(50) as silent:
+        silent[-1].sendall(b"GET /li")
+        assert ready.fetch("/livez")[0] == 200
+        for client in silent:
+            assert client.recv(1) == b""
+
+
+def test_a_client_that_asks_byte_by_byte_loses_its_thread_to_another(ready: Probed) -> None:
+    with ready.silent_clients(32) as slow:
+        end = time.time() + 3
+        while time.time() < end:  # longer than a silent one may last
+            for client in slow:
+                client.sendall(b"G")
+            time.sleep(0.3)
+        assert ready.fetch("/livez")[0] == 200
+        assert slow[0].recv(1) == b""
+        slow[-1].sendall(b"ET /livez HTTP/1.1\r\n\r\n")
+        assert slow[-1].recv(12) == b"HTTP/1.1 405"
+
+
+def test_clients_are_answered_by_so_many_threads_and_no_more(ready: Probed) -> None:
+    def threads() -> int:
+        # A thread whose client is cut off takes a moment to end.
+        return sum("process_request_thread" in thread.name for thread in threading.enumerate())
+
+    with ready.silent_clients(100) as silent:
+        for client in silent[:68]:
+            client.settimeout(1.5)  # less than a silent one may last
+            assert client.recv(1) == b"", "the oldest are cut off at once"
+        soon(lambda: threads() <= 32)
+    assert ready.fetch("/livez")[0] == 200
+
+
+@pytest.mark.parametrize("words", [b"\x00\xff\r\n\r\n", b"GET\r\n\r\n", b"a" * 70_000])
+def test_garbage_is_answered_with_an_error(ready: Probed, words: bytes) -> None:
+    with ready.silent_clients(1) as (client,):
+        client.sendall(words)
+        assert b"Bad Request" in client.recv(1000) or words.startswith(b"a")
+    assert ready.fetch("/livez")[0] == 200
+
+
+# -- at the start --
+
+
+@pytest.fixture
+def refused(
+    caplog: pytest.LogCaptureFixture,
+) -> Callable[..., str]:
+    """Why a worker with these settings does not start."""
+
+    def start(**settings: Any) -> str:
+        with pytest.raises(SystemExit) as caught, consuming(**settings):
+            pass
+        assert caught.value.code == 78
+        return caplog.text
+
+    return start
+
+
+def test_a_port_in_use_is_refused_with_the_remedy(
+    ready: Probed, refused: Callable[..., str]
+) -> None:
+    said = refused(health_port=ready.where.port)
+    assert f"gw_health_port={ready.where.port}: cannot listen on 127.0.0.1" in said
+    assert "choose a free port for each worker of the machine" in said
+
+
+def test_an_address_that_is_not_this_machines_is_refused(refused: Callable[..., str]) -> None:
+    said = refused(health_port=0, health_host="nowhere.invalid")
+    assert "cannot listen on nowhere.invalid" in said
+
+
+@pytest.mark.parametrize("value", [-1, 65536, True, "80", 80.0])
+def test_a_port_is_a_port(refused: Callable[..., str], value: object) -> None:
+    assert "gw_health_port" in refused(health_port=value)
+
+
+def test_a_file_that_cannot_be_written_is_refused(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    said = refused(heartbeat_file=str(tmp_path / "no" / "alive"))
+    assert re.search(r"gw_heartbeat_file=.*cannot be written", said)
+
+
+def test_nothing_is_started_where_nothing_is_configured(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO"), consuming():
+        names = {thread.name for thread in threading.enumerate()}
+    assert not names & {"gw-health", "gw-http"}
+    assert "health is at" not in caplog.text
+
+
+# -- the file --
 
 
 def age(path: Path) -> float:
     return time.time() - path.stat().st_mtime
 
 
-# -- ready --
-
-
-def test_a_worker_is_ready_when_each_of_its_services_is_ready_somewhere() -> None:
-    assert health.is_ready(SERVES) == health.Verdict(is_ok=True)
-    slots = {"proj.Model": 4, "proj.other": 0, "": 1}
-    verdict = health.is_ready(worker(replicas=(READY, ILL), ready_slots=slots))
-    assert verdict == health.Verdict(is_ok=False, why=("no replica is ready for proj.other",))
-
-
-def test_a_worker_of_plain_tasks_is_ready_with_any_replica() -> None:
-    assert health.is_ready(worker(ready_slots={"": 1})).is_ok
-    assert not health.is_ready(worker(ready_slots={"": 0})).is_ok
-
-
-def test_a_worker_that_is_scaled_to_zero_is_ready_and_one_that_stops_is_not() -> None:
-    nothing = {"proj.Model": 0, "": 0}
-    assert health.is_ready(worker(ready_slots=nothing, desired=0)).is_ok
-    stops = worker(replicas=(READY,), ready_slots={"": 1}, is_stopping=True)
-    assert health.is_ready(stops) == health.Verdict(is_ok=False, why=("the worker stops",))
-
-
-def test_a_result_backend_that_is_away_is_told_and_no_failure() -> None:
-    away = worker(ready_slots={"": 1}, outage="Redis does not answer")
-    assert health.is_ready(away) == health.Verdict(is_ok=True, why=("Redis does not answer",))
-
-
-def test_a_replica_says_what_keeps_it_from_inputs() -> None:
-    assert health.why_not(READY) == ""
-    assert health.why_not(LOADING) == "entering for 4 s"
-    assert "unready for 0 s; readiness probe Model.health: returned False" in health.why_not(ILL)
-    assert health.why_not(DEAD) == "failed for 0 s; OSError: no weights"
-
-
-# -- over HTTP --
-
-
-def test_each_path_answers_from_the_last_picture_with_the_reasons() -> None:
-    with running(health_port=0) as signs:
-        signs.beat(worker(replicas=(LOADING,), ready_slots={"": 0}))
-        assert ask(signs, "/livez")[0] == 200
-        status, said = ask(signs, "/startupz")
-        assert (status, said["why"]) == (503, ["no replica has been ready yet"])
-        assert said["replicas"] == [
-            {"number": 1, "state": "entering", "pid": 13, "why": "entering for 4 s"}
-        ]
-        assert ask(signs, "/readyz")[0] == 503
-        signs.beat(SERVES)
-        assert [ask(signs, path)[0] for path in PROBES] == [200, 200, 200]
-        signs.beat(worker(replicas=(DEAD,), ready_slots={"": 0}))
-        assert [ask(signs, path)[0] for path in ("/livez", "/readyz", "/startupz")] == [
-            200,
-            503,
-            200,
-        ]
-
-
-def test_a_loop_that_does_not_turn_is_dead_unless_it_waits_for_the_broker() -> None:
-    with running(health_port=0, heartbeat_timeout=0.2) as signs:
-        signs.beat(SERVES)
-        status, said = eventually(
-            lambda: answer if (answer := ask(signs, "/livez"))[0] == 503 else None
-        )
-        assert "loop has not turned for" in said["why"][0]
-        with signs.connecting():
-            status, said = ask(signs, "/livez")
-            assert (status, said["why"]) == (200, ["connects to the broker for 0 s"])
-        assert ask(signs, "/livez")[0] == 200
-
-
-def test_a_scrape_shows_what_the_loop_saw_last() -> None:
-    shown = 'gw_ready_slots{queue="gpu.Model",service="proj.Model"} '
-    with running(health_port=0) as signs:
-        signs.beat(SERVES)
-        status, content_type, page = fetched(signs, "/metrics")
-        assert (status, content_type[:25]) == (200, "text/plain; version=0.0.4")
-        assert f"{shown}4.0" in page
-        signs.beat(worker(ready_slots={"proj.Model": 8}))
-        assert f"{shown}8.0" in fetched(signs, "/metrics")[2]
-
-
-def test_without_prometheus_client_a_scrape_is_told_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delitem(sys.modules, "gw_celery.contrib.prometheus", raising=False)
-    monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with running(health_port=0) as signs:
-        status, _, page = fetched(signs, "/metrics")
-    assert status == 501
-    assert "pip install 'gw-celery[metrics]'" in page
-
-
-# -- the file --
-
-
 def test_the_file_is_young_while_the_loop_turns_and_gone_after_a_clean_stop(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "alive"
-    with running(heartbeat_file=str(file)) as signs:
+    with consuming(heartbeat_file=str(file)) as worker:
         for _ in range(2):
             os.utime(file, (0, 0))
+            soon(lambda: age(file) < 60, 10)
+        worker.harness.stop()
+        assert not file.exists()
 
-            def is_young() -> bool:
-                signs.beat(SERVES)
-                return age(file) < 60
 
-            eventually(is_young, 10)
-    assert not file.exists()
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Wait for the next rounds of the thread that touches the file."""
+
+    def wait() -> None:
+        looked: list[str] = []
+        clock = time.monotonic
+
+        def watched() -> float:
+            looked.append(threading.current_thread().name)
+            return clock()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", watched)
+            soon(lambda: looked.count("gw-health") >= 6, 20)
+
+    return wait
 
 
 def test_the_file_grows_old_when_the_loop_hangs_and_not_while_it_waits_for_the_broker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rounds: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "_FRESH", -1.0)  # the loop was never heard of in time
     file = tmp_path / "alive"
-    with running(heartbeat_file=str(file), health_port=0) as signs:
+    with consuming(heartbeat_file=str(file)) as worker:
+        worker.harness.now += 4.0
         os.utime(file, (0, 0))
-        time.sleep(2.5)  # the thread looks at the file once a second
+        rounds()
         assert age(file) > 1000
-        with signs.connecting():
-            eventually(lambda: age(file) < 60, 10)
+        connect = kombu.Connection.ensure_connection
 
+        def connecting(*args: Any, **options: Any) -> Any:
+            soon(lambda: age(file) < 60, 10)
+            return connect(*args, **options)
 
-def test_a_file_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
-    signs = made(heartbeat_file=str(tmp_path / "no" / "alive"))
-    with pytest.raises(errors.ConfigurationError, match=r"gw_heartbeat_file=.*cannot be written"):
-        signs.start()
+        monkeypatch.setattr(kombu.Connection, "ensure_connection", connecting)
+        with worker.make().connection_for_read():
+            pass
 
 
 def test_a_file_that_cannot_be_touched_any_more_is_told_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rounds: Callable[[], None]
 ) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     file = folder / "alive"
-    with running(heartbeat_file=str(file)) as signs:
+    with consuming(heartbeat_file=str(file)):
         folder.rename(tmp_path / "away")
-        signs.beat(SERVES)
-        eventually(lambda: "cannot be touched" in caplog.text, 10)
-        time.sleep(2.2)  # the next two tries fail, too
+        soon(lambda: "cannot be touched" in caplog.text, 10)
+        rounds()
         assert caplog.text.count("it is tried again") == 1
         folder.mkdir()
-        signs.beat(SERVES)
-        eventually(file.exists, 10)
-
-
-def test_nothing_is_started_where_nothing_is_configured() -> None:
-    with running() as signs:
-        assert (signs.address, signs._thread) == ("", None)
-
-
-@pytest.mark.parametrize("value", [-1, 65536, True, "80", 80.0])
-def test_a_port_is_a_port(value: object) -> None:
-    with pytest.raises(errors.ConfigurationError, match="gw_health_port"):
-        conf.read({"gw_health_port": value})
-    assert conf.read({"gw_health_port": 0}).health_port == 0
+        soon(file.exists, 10)
