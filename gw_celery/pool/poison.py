@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from gw_celery.cluster import poison_counts
 
 if TYPE_CHECKING:
-    from gw_celery.pool.request import PoolRequest
+    from gw_celery.pool.requests import PoolRequest
 
 #: Suspects that are remembered; an input that never comes back must not stay for ever.
 _MOST = 100_000
@@ -28,15 +28,16 @@ class PoisonCounter:
     """
 
     def __init__(self, most: int, shared: poison_counts.Shared | None = None) -> None:
+        #: By task id: children that died while it ran alone, as far as is known here.
+        self.suspects: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._most = most
         self._shared = shared
-        self._alone: collections.OrderedDict[str, int] = collections.OrderedDict()
 
     def record(self, inputs: Iterable[PoolRequest]) -> None:
         """A child died with these inputs in flight; one that ran alone is to blame."""
         for lost in inputs:
             task_id, deaths = lost.task_id, int(lost.runs_alone)
-            self._remember(task_id, self.count(task_id) + deaths)
+            self._remember(task_id, self.suspects.get(task_id, 0) + deaths)
             if self._shared is not None:
                 self._shared.record(task_id, deaths)
 
@@ -53,27 +54,20 @@ class PoisonCounter:
         for number, task_id, count in () if self._shared is None else self._shared.answers():
             if count is not None:
                 # A death that was seen here may not have reached Redis yet.
-                self._remember(task_id, max(count, self.count(task_id)))
+                self._remember(task_id, max(count, self.suspects.get(task_id, 0)))
             yield number
 
     def forget(self, task_id: str) -> None:
         """The input is answered, whatever killed children before."""
-        self._alone.pop(task_id, None)
+        self.suspects.pop(task_id, None)
         if self._shared is not None:
             self._shared.forget(task_id)
 
-    def count(self, task_id: str) -> int:
-        """Children that died while the input ran alone, as far as is known here."""
-        return self._alone.get(task_id, 0)
-
-    def is_suspect(self, task_id: str) -> bool:
-        return task_id in self._alone
-
     def is_poison(self, task_id: str) -> bool:
-        return self.count(task_id) >= self._most
+        return self.suspects.get(task_id, 0) >= self._most
 
     def _remember(self, task_id: str, count: int) -> None:
-        self._alone.pop(task_id, None)
-        self._alone[task_id] = count
-        while len(self._alone) > _MOST:
-            self._alone.popitem(last=False)
+        self.suspects[task_id] = count
+        self.suspects.move_to_end(task_id)
+        while len(self.suspects) > _MOST:
+            self.suspects.popitem(last=False)

@@ -10,25 +10,16 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from gw_celery.pool import (
-    child_process,
-    child_state,
-    poison,
-    probes,
-    replica,
-    request,
-    requests,
-    scores,
-)
+from gw_celery.pool import child_process, poison, probes, replica, requests, scores
 from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Worker
 
 if TYPE_CHECKING:
-    from gw_celery.cluster import lost_inputs, poison_counts
     from gw_celery.pool import dead_letters, taskpool
 
 logger = logging.getLogger(__name__)
@@ -48,31 +39,27 @@ class Supervisor:
     """Replicas, the children that fill them, and the inputs that these hold.
 
     Args:
-        setup: what every child gets.
-        pool: hears when slots become free, or are taken.
-        poison_counts: of all workers; ``None`` without Redis.
+        pool: what Celery knows; it hears when slots become free, or are taken.
+        first: the first frame of every child, but for the number of its replica.
         dead_letters: keeps the messages that are given up; ``None`` where the settings say so.
-        lost_inputs: keeps records of early acknowledged inputs; ``None`` without Redis.
     """
 
     def __init__(
         self,
-        setup: replica.Setup,
         pool: taskpool.TaskPool,
-        poison_counts: poison_counts.Shared | None = None,
+        first: dict[str, object],
         dead_letters: dead_letters.DeadLetters | None = None,
-        lost_inputs: lost_inputs.LostInputs | None = None,
     ) -> None:
-        self.setup = setup
-        #: What Celery knows: its gate follows the slots.
         self.pool = pool
-        self._lost_inputs = lost_inputs
+        self.settings = pool.plan.settings
+        self._slots = pool.plan.slots
+        self._first = first
         self._sockets = child_process.Sockets()
-        counter = poison.PoisonCounter(setup.settings.max_deaths, poison_counts)
+        counter = poison.PoisonCounter(self.settings.max_deaths, pool.cluster.counts)
         self.requests = requests.Requests(self, counter, dead_letters)
-        self._scores = scores.ReplicaScores(setup)
-        self._probes = probes.ChildProbes(setup, self)
-        allotment = setup.allotment
+        self._scores = scores.ReplicaScores(pool.plan)
+        self._probes = probes.ChildProbes(pool.plan, self)
+        allotment = pool.plan.allotment
         self._replicas = replica.ReplicaSet(None if allotment is None else allotment.shares)
         #: Every live child and the replica that it fills, or will fill.
         self._children: dict[ChildProcess, replica.Replica] = {}
@@ -116,30 +103,26 @@ class Supervisor:
     def note_queued(self, queued: Mapping[str, int]) -> None:
         """Record how many messages wait in the broker, by service."""
         with self._lock:
-            self._scores.note_queued(queued, request.now())
+            self._scores.note_queued(queued, time.monotonic())
 
     # -- inputs --
 
     def submit(
-        self, args: request.TaskArgs, service: str, options: request.Options
-    ) -> request.PoolRequest:
+        self, args: requests.TaskArgs, service: str, options: requests.Options
+    ) -> requests.PoolRequest:
         """Take one input; it starts when a replica has a slot for it."""
         with self._lock:
             new = self.requests.submit(args, service, options)
             self._send_waiting()
         return new
 
-    def stop(self, stopped: request.PoolRequest, signum: int) -> None:
+    def stop(self, stopped: requests.PoolRequest, signum: int) -> None:
         """Stop one input and answer it as terminated, before or after its start."""
-        with self._lock:
-            if not self._is_late(lambda: self.requests.stop(stopped, signum)):
-                self.requests.stop(stopped, signum)
+        self._after_move(lambda: self.requests.stop(stopped, signum))
 
     def forget_waiting(self) -> None:
         """Drop what has not started: the broker delivers it again."""
-        with self._lock:
-            if not self._is_late(self.requests.forget_waiting):
-                self.requests.forget_waiting()
+        self._after_move(self.requests.forget_waiting)
 
     @property
     def is_interrupted(self) -> bool:
@@ -147,12 +130,14 @@ class Supervisor:
         with self._lock:
             return self.requests.table.is_moving
 
-    def _is_late(self, act: Callable[[], None]) -> bool:
-        """Have ``act`` done by the next ``poll`` where a move is interrupted."""
-        if self.requests.table.is_moving:
-            self._late.append(act)
-            self.wake()
-        return self.requests.table.is_moving
+    def _after_move(self, act: Callable[[], None]) -> None:
+        """Have the next ``poll`` do it where a move is interrupted, else do it now."""
+        with self._lock:
+            if self.requests.table.is_moving:
+                self._late.append(act)
+                self.wake()
+            else:
+                act()
 
     def withdraw(self) -> None:
         """Take out what was revoked or has expired while it gathered for a batch."""
@@ -187,18 +172,26 @@ class Supervisor:
                 self._receive(child)
             while self._late:
                 self._late.pop(0)()
-            now = request.now()
+            now = time.monotonic()
             self.requests.finish_checks(now)
-            self._probes.call_due(now)
+            if now >= self._probes.next_at:
+                self._probes.call_due(now)
             self._send_waiting()
-            self.requests.enforce_limits(request.now())
+            self.requests.enforce_limits(time.monotonic())
 
     def tick(self) -> None:
         """Judge deadlines, reap, start what is missing; once a second, after ``poll``."""
         with self._lock:
-            now = request.now()
+            now = time.monotonic()
             for child in self.children():
-                self._judge(child, now)
+                if child.process.poll() is not None:
+                    while child in self._children and self._receive(child):
+                        pass  # what it wrote before it ended
+                    self.end(child, None)
+                elif (reason := child.state.overdue(now)) is not None:
+                    logger.error("%r %s: it is killed", child, reason)
+                    child.reason = child.reason or reason
+                    self.end(child, f"Worker exited prematurely: it {reason}.")
             self._dying = [process for process in self._dying if process.poll() is None]
             self._fill_replicas(now)
             self._warn_of_lingering(now)
@@ -209,31 +202,24 @@ class Supervisor:
             self._send_waiting()
             self._measure_idle(now)
 
-    def probe_tick(self) -> None:
-        """Call the probes that are due, now."""
-        with self._lock:
-            self._probes.call_due(request.now())
-
     def observe(self) -> None:
         """Let the traffic correct the scores; about once a second."""
         with self._lock:
             # While results cannot be stored nothing is consumed, however much there is.
             ready = {} if self.outage() else self._ready_replicas_by_service()
-            counters = self.requests.table.counters.as_snapshot()
-            self._scores.observe(request.now(), counters, ready)
+            counters = self.requests.table.tallies()
+            self._scores.observe(time.monotonic(), counters, ready)
 
-    def next_deadline(self) -> float | None:
-        """Seconds until an input reaches a limit, or a probe is due; ``None`` without either."""
-        now = request.now()
-        waits = (self.requests.table.limits.next_in(now), self._probes.next_in(now))
-        return min((wait for wait in waits if wait is not None), default=None)
+    def next_deadline(self) -> float:
+        """When an input reaches a limit, or a probe is due; infinite without either."""
+        return min(self.requests.table.limits.next_at(), self._probes.next_at)
 
     # -- what is seen from outside --
 
     def snapshot(self) -> Worker:
         """Return the worker as it is now; from any thread."""
         with self._lock:
-            slots, now = self.setup.slots, request.now()
+            slots, now = self._slots, time.monotonic()
             ready = self._ready_replicas_by_service()
             pool, table = self.pool, self.requests.table
             return Worker(
@@ -245,13 +231,12 @@ class Supervisor:
                 bands=pool.bands.names() if pool.bands else {},
                 is_stopping=pool.is_stopping,
                 replicas=tuple(
-                    filled.as_snapshot(self.setup.slots_per_replica, now)
-                    for filled in self._replicas
+                    filled.as_snapshot(sum(slots.values()), now) for filled in self._replicas
                 ),
                 ready_slots={service: ready[service] * slots[service] for service in slots},
                 waiting=len(table.queue),
                 waiting_inputs=table.queue.by_service(),
-                tallies=table.counters.as_snapshot(),
+                tallies=table.tallies(),
                 outage=self.outage(),
                 scores=self._scores.as_snapshot(now),
                 scaling=pool.scaling,
@@ -268,35 +253,34 @@ class Supervisor:
     def _ready_replicas_by_service(self) -> dict[str, int]:
         ready = [child for child in self._children if child.state.is_ready]
         return {
-            service: sum(child.slots.serves(service) for child in ready)
-            for service in self.setup.slots
+            service: sum(child.slots.serves(service) for child in ready) for service in self._slots
         }
 
     # -- what children report --
 
     def _receive(self, child: ChildProcess) -> bool:
         """Handle what a child has reported; whether there was anything."""
-        received = child.receive()
-        garbage = received.garbage
-        for report in received.reports:
-            if child not in self._children:
-                break
-            try:
-                self._follow(child, report)
-            except frames.Garbage as exc:
-                garbage = exc
-                break
-            except Exception:  # the others' answers must not be lost with it
-                logger.exception("%r: its report %.100r could not be followed", child, report)
-        if garbage is not None:
-            logger.error("%r wrote garbage and is killed: %s", child, garbage)
-            self.end(child, f"Worker exited prematurely: it wrote garbage ({garbage}).")
-        elif received.is_closed:
+        has_reported = False
+        try:
+            for report in child.receive():
+                if child not in self._children:
+                    break
+                has_reported = True
+                try:
+                    self._follow(child, report)
+                except frames.Garbage:
+                    raise
+                except Exception:  # the others' answers must not be lost with it
+                    logger.exception("%r: its report %.100r could not be followed", child, report)
+        except frames.Garbage as exc:
+            logger.error("%r wrote garbage and is killed: %s", child, exc)
+            self.end(child, f"Worker exited prematurely: it wrote garbage ({exc}).")
+        except EOFError:
             self.end(child, None)
-        return bool(received.reports) and child in self._children
+        return has_reported and child in self._children
 
     def _follow(self, child: ChildProcess, report: frames.ReportFields) -> None:
-        kind, now = report[0], request.now()
+        kind, now = report[0], time.monotonic()
         if kind == frames.Report.BEAT:
             child.state.beat(now)
             _, child.lag, child.resident_bytes = report
@@ -306,7 +290,14 @@ class Supervisor:
             child.state.entered(now)
             self.advance(child, now)
         elif kind == frames.Report.MEASURED:
-            self._follow_measured(child, report[1], report[2], now)
+            try:
+                self._scores.follow(child, report[1], report[2], now)
+            except scores.Failed as exc:  # it leaves, as one whose start failed
+                logger.error("%r is not ready: %s", child, exc)
+                child.reason = str(exc)
+                self._tell_to_leave(child)
+            else:
+                self.advance(child, now)
         elif kind == frames.Report.PROBED:
             self._probes.follow(child, report, now)
         elif kind == frames.Report.STUCK:
@@ -325,34 +316,26 @@ class Supervisor:
 
     def input_ended(self, child: ChildProcess) -> None:
         """A child has let go of an input: it may have to leave, or to be replaced."""
-        if child.state.current is child_state.State.DRAINING:
+        if child.state.current is replica.State.DRAINING:
             self._leave_when_idle(child)
-        elif child.state.is_up and self.setup.is_worn(child):
-            self.replace(child)
+        elif child.state.is_up:
+            most, most_bytes = self.pool.max_tasks, self.pool.max_bytes
+            is_worn = most is not None and child.served >= most
+            if is_worn or (most_bytes is not None and child.resident_bytes > most_bytes):
+                self.replace(child)
 
     # -- a child on its way to READY --
 
     def advance(self, child: ChildProcess, now: float) -> None:
         """Take a child as far towards READY as it has proved itself."""
         state = child.state
-        if state.current is child_state.State.PROBING and self._probes.have_started(child, now):
+        if state.current is replica.State.PROBING and self._probes.have_started(child, now):
             state.probed(now)
-        is_next = state.current is child_state.State.BENCHMARKING
-        if is_next and self._scores.is_measured(child, now):
-            self._become_ready(child, now)
-            self._probes.expect_changes()
-
-    def _follow_measured(self, child: ChildProcess, call: int, text: str, now: float) -> None:
-        try:
-            self._scores.follow(child, call, text, now)
-        except scores.Failed as exc:
-            self._refuse(child, str(exc))
-        else:
-            self.advance(child, now)
-
-    def _become_ready(self, child: ChildProcess, now: float) -> None:
-        """The child has proved all that stands before READY: it takes its place."""
-        child.state.measured(now)
+        is_next = state.current is replica.State.BENCHMARKING
+        if not (is_next and self._scores.is_measured(child, now)):
+            return
+        # The child has proved all that stands before READY: it takes its place.
+        state.measured(now)
         filled = self._children[child]
         filled.last_error = ""
         if filled.successor is child:
@@ -363,12 +346,7 @@ class Supervisor:
             self._drain(child)
         logger.info("%r is ready", child)
         self.pool.slots_changed()
-
-    def _refuse(self, child: ChildProcess, reason: str) -> None:
-        """Let a child that cannot serve leave, as one whose start failed."""
-        logger.error("%r is not ready: %s", child, reason)
-        child.reason = reason
-        self._tell_to_leave(child)
+        self._probes.expect_changes()
 
     def _measure_idle(self, now: float) -> None:
         """Take one idle replica out of service for as long as its benchmarks take."""
@@ -389,7 +367,14 @@ class Supervisor:
         self._replicas.complete()
         for filled in self._replicas:
             self._fill(filled, now)
-            self._relieve(filled)
+            child = filled.child
+            must_go = child is not None and child.must_go and child.state.is_up
+            if child is None or not must_go or filled.successor:
+                continue
+            if filled.failures:  # no second copy loads: memory for one only, for example
+                self._drain(child)
+            else:
+                self.replace(child)
 
     def _fill(self, empty: replica.Replica, now: float) -> None:
         if empty.child is not None:
@@ -401,45 +386,33 @@ class Supervisor:
         elif self._may_start(empty, now):
             empty.child = self._start(empty, now)
 
-    def _relieve(self, filled: replica.Replica) -> None:
-        """See to it that a child goes that must: without a successor where none can load."""
-        child = filled.child
-        if child is None or not (child.must_go and child.state.is_up) or filled.successor:
-            return
-        if filled.backoff.failures:  # memory for one copy only, for example
-            self._drain(child)
-        else:
-            self.replace(child)
-
     def _may_start(self, filled: replica.Replica, now: float) -> bool:
-        return filled.should_run and not self._is_closing and now >= filled.backoff.retry_at
+        return filled.should_run and not self._is_closing and now >= filled.retry_at
 
     def _start(self, filled: replica.Replica, now: float) -> ChildProcess | None:
-        state = child_state.ChildState(settings=self.setup.settings, now=now)
+        state = replica.ChildState(self.settings, now)
         try:
-            child = ChildProcess(
-                filled.number, state, self.setup.slots, filled.devices, self._sockets
-            )
+            child = ChildProcess(filled.number, state, self._slots, filled.devices, self._sockets)
         except OSError as exc:
-            wait = filled.backoff.failed(now)
+            wait = filled.start_failed(now)
             filled.last_error = f"cannot start a process: {exc}"
             logger.error(
                 "replica %d %s; next try in %.0f s", filled.number, filled.last_error, wait
             )
             return None
         self._children[child] = filled
-        child.send((self.setup.first | {"number": filled.number},))
+        child.send((self._first | {"number": filled.number},))
         return child
 
     def replace(self, child: ChildProcess) -> None:
         """Start a successor, which takes over when it is ready; the child serves until then."""
         if child not in self._children:
             return
-        if child.state.current is child_state.State.DRAINING:
+        if child.state.current is replica.State.DRAINING:
             self._leave_when_idle(child)  # what is stuck in it may be all that it still holds
             return
         child.must_go = True
-        filled, now = self._children[child], request.now()
+        filled, now = self._children[child], time.monotonic()
         is_due = filled.child is child and filled.successor is None
         if is_due and self._may_start(filled, now):
             filled.successor = self._start(filled, now)
@@ -455,11 +428,11 @@ class Supervisor:
         """Give the child nothing new, and let it leave when it holds nothing."""
         if child is None or child not in self._children:
             return
-        current, now = child.state.current, request.now()
-        if current is child_state.State.STARTING:
+        current, now = child.state.current, time.monotonic()
+        if current is replica.State.STARTING:
             self.end(child, _NOT_NEEDED)
-        elif current is not child_state.State.DRAINING:
-            child.state.drain(now, self._longest_left(child, now))
+        elif current is not replica.State.DRAINING:
+            child.state.drain(now, child.longest_left(now))
             child.send((frames.Order.DRAIN,))
             self._leave_when_idle(child)
             self.pool.slots_changed()
@@ -467,8 +440,8 @@ class Supervisor:
     def _leave_when_idle(self, child: ChildProcess) -> None:
         """Let a draining child leave once nothing in it is unsettled."""
         if child.unsettled or child.is_leaving:
-            now = request.now()
-            child.state.ended(now, self._longest_left(child, now))
+            now = time.monotonic()
+            child.state.ended(now, child.longest_left(now))
         elif child.requests:  # what is left was stopped and does not go
             self.end(child, "Worker exited prematurely: it could not stop an input.")
         else:
@@ -476,21 +449,8 @@ class Supervisor:
             self._tell_to_leave(child)
 
     def _tell_to_leave(self, child: ChildProcess) -> None:
-        child.state.deadline = request.now() + 2 * self.setup.settings.exit_timeout + _LEAVE_MARGIN
+        child.state.deadline = time.monotonic() + 2 * self.settings.exit_timeout + _LEAVE_MARGIN
         child.send((frames.Order.LEAVE,))
-
-    def _longest_left(self, child: ChildProcess, now: float) -> float:
-        return self.requests.table.limits.longest_left(child.requests.values(), now)
-
-    def _judge(self, child: ChildProcess, now: float) -> None:
-        if child.has_ended:
-            while child in self._children and self._receive(child):
-                pass  # what it wrote before it ended
-            self.end(child, None)
-        elif (reason := child.state.overdue(now)) is not None:
-            logger.error("%r %s: it is killed", child, reason)
-            child.reason = child.reason or reason
-            self.end(child, f"Worker exited prematurely: it {reason}.")
 
     def end(self, child: ChildProcess, reason: str | None) -> None:
         """The child is gone, or killed for ``reason``: settle what it held, free its replica."""
@@ -498,30 +458,32 @@ class Supervisor:
             return
         filled = self._children.pop(child)
         if reason is not None:
-            child.kill()
+            child.process.kill()
         code = child.close()
         if code is None:
-            child.kill()
+            child.process.kill()
             self._dying.append(child.process)
         why = reason or child_process.describe_exit(code)
         is_expected = child.is_leaving or self._is_closing or not filled.should_run
-        filled.child_ended(child, why, request.now(), is_expected=is_expected)
+        filled.child_ended(child, why, time.monotonic(), is_expected=is_expected)
         self._scores.forget(child)
         begun = [held.number for held in child.requests.values() if held.accepted_at is not None]
         self.requests.lose(child, why, is_closing=self._is_closing)
-        if begun and self._lost_inputs is not None:
-            self._lost_inputs.forget(begun)
+        if begun and self.pool.cluster.lost is not None:
+            self.pool.cluster.lost.forget(begun)
         self.pool.slots_changed()
         self.wake()
 
     def _warn_of_lingering(self, now: float) -> None:
         """Name, once for each child, the inputs without a limit that keep it from leaving."""
         for child in self._children:
-            # None is unlimited while the one that was is being stopped.
-            is_due = child.state.lingers(now) and not child.has_told
-            if is_due and (names := _unlimited(child)):
+            if not child.state.lingers(now) or child.has_told:
+                continue
+            unlimited = [held for held in child.unsettled if not held.hard_limit]
+            if unlimited:  # none, while the one that was is being stopped
                 child.has_told = True
-                logger.warning(_LINGERS, child, now - child.state.since, names)
+                named = ", ".join(f"{held.name}[{held.task_id}]" for held in unlimited[:_NAMED])
+                logger.warning(_LINGERS, child, now - child.state.since, named)
 
     # -- the end of the worker --
 
@@ -543,9 +505,6 @@ class Supervisor:
             for child in self.children():
                 self._drain(child)
 
-    def is_empty(self) -> bool:
-        return not self._children
-
     def kill(self, reason: str) -> None:
         """End every child now; what they hold goes back to the broker or fails with ``reason``."""
         with self._lock:
@@ -556,9 +515,3 @@ class Supervisor:
     def release(self) -> None:
         """Close what this object holds open; nothing may be called after it."""
         self._sockets.close()
-
-
-def _unlimited(child: ChildProcess) -> str:
-    """Names of the inputs that a child holds and nothing ends; the first of them."""
-    unlimited = [held for held in child.unsettled if not held.hard_limit]
-    return ", ".join(f"{held.name}[{held.task_id}]" for held in unlimited[:_NAMED])

@@ -9,7 +9,7 @@ from prometheus_client import parser
 from prometheus_client.core import Metric
 
 from gw_celery.contrib import prometheus
-from gw_celery.pool import child_state
+from gw_celery.pool.replica import State
 from gw_celery.protocol import snapshot
 from tests.processes import environment
 
@@ -59,7 +59,7 @@ def samples(worker: snapshot.Worker) -> dict[tuple[str, ...], float]:
 
 def test_replicas_are_counted_by_state_and_no_state_is_left_out() -> None:
     seen = samples(WORKER)
-    counts = {state.value: seen["gw_replicas", state.value] for state in child_state.State}
+    counts = {state.value: seen["gw_replicas", state.value] for state in State}
     assert counts.pop("ready") == 3
     assert counts.pop("failed") == 1
     assert set(counts.values()) == {0}

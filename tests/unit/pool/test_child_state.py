@@ -5,8 +5,8 @@ import math
 import pytest
 
 from gw_celery import conf
-from gw_celery.pool import child_state
-from gw_celery.pool.child_state import State
+from gw_celery.pool import replica as child_state
+from gw_celery.pool.replica import State
 
 DEADLINES = conf.Settings(
     boot_timeout=30,
@@ -18,7 +18,7 @@ DEADLINES = conf.Settings(
 
 
 def started(now: float = 100.0) -> child_state.ChildState:
-    return child_state.ChildState(settings=DEADLINES, now=now)
+    return child_state.ChildState(DEADLINES, now)
 
 
 def entering(now: float = 100.0) -> child_state.ChildState:
@@ -203,33 +203,22 @@ def test_a_start_up_is_that_of_the_process_however_often_it_is_measured() -> Non
     assert life.start_up == 60
 
 
-def test_only_a_child_that_served_for_a_while_was_steady() -> None:
-    assert not started().was_steady(1100)
-    assert not entering().was_steady(1100)
+def test_how_long_a_child_served_counts_from_its_ready() -> None:
+    assert started().seconds_since_ready(1100) < 0
+    assert entering().seconds_since_ready(1100) < 0
     life = ready(now=10)
-    assert not life.was_steady(10.9)
-    assert life.was_steady(11)
+    assert life.seconds_since_ready(11) == 1
     life.drain(20, 0)
-    assert life.was_steady(21)
+    assert life.seconds_since_ready(21) == 11
 
 
 def test_the_wait_before_the_next_child_doubles_up_to_a_minute() -> None:
-    backoff = child_state.Backoff()
-    assert backoff.retry_at == 0
-    assert [backoff.failed(100) for _ in range(9)] == [1, 2, 4, 8, 16, 32, 64, 64, 64]
-    assert backoff.retry_at == 164
+    replica = child_state.Replica(0)
+    assert replica.retry_at == 0
+    assert [replica.start_failed(100) for _ in range(9)] == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+    assert replica.retry_at == 164
     for _ in range(2000):
-        assert backoff.failed(0) == 64
-
-
-def test_a_child_that_served_starts_the_doubling_anew() -> None:
-    backoff = child_state.Backoff()
-    backoff.failed(0)
-    backoff.failed(1)
-    backoff.succeeded(50)
-    assert backoff.retry_at == 50
-    assert backoff.failed(60) == 1
-    assert backoff.retry_at == 61
+        assert replica.start_failed(0) == 64
 
 
 def test_a_child_without_a_service_that_wants_inputs_is_unready_until_one_does() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from celery.worker import state
 from celery.worker.request import Request
 from kombu import Message, serialization
 
-from gw_celery.pool import request as pool_request
+from gw_celery.pool import requests as pool_request
 from gw_celery.protocol import frames
 
 ID = "the request's"
@@ -74,7 +75,8 @@ def handle_of(request: Any) -> pool_request.PoolRequest:
     names = ("accept_callback", "callback", "error_callback", "timeout_callback")
     options = dict(zip(names, callbacks, strict=True)) | {"timeout": 3.0}
     args = ("proj.embed", ID, {}, b"", "", "")
-    return pool_request.PoolRequest(7, args, "embed", options, None)
+    pool: Any = None
+    return pool_request.PoolRequest(7, args, "embed", options, pool)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_celery_settles_the_message_as_for_its_own_pools(
 ) -> None:
     request, happened = request_of()
     handle = handle_of(request)
-    handle.tell_accepted(123, pool_request.now())
+    handle.tell_accepted(123, time.monotonic())
     answer(handle)
     assert happened == [("task-started", None), *expected]
     assert "raised; the worker goes on" not in caplog.text
@@ -117,7 +119,7 @@ def test_celery_settles_the_message_as_for_its_own_pools(
 def test_celery_gives_a_lost_input_back_to_the_broker(request_of: Any) -> None:
     request, happened = request_of()
     handle = handle_of(request)
-    handle.tell_accepted(123, pool_request.now())
+    handle.tell_accepted(123, time.monotonic())
     handle.tell_lost("Worker exited prematurely: signal 9 (SIGKILL)")
     assert ("rejected", True) in happened
     assert "acked" not in happened
@@ -139,7 +141,7 @@ def test_an_input_that_has_not_begun_is_given_to_another_worker(
 def test_celery_fails_an_input_at_its_hard_limit_once(request_of: Any, celery_app: Celery) -> None:
     request, happened = request_of()
     handle = handle_of(request)
-    handle.tell_accepted(123, pool_request.now())
+    handle.tell_accepted(123, time.monotonic())
     handle.tell_hard_limit()
     assert happened.count("acked") == 1
     assert [one[0] for one in happened if one != "acked"] == ["task-started", "task-failed"]

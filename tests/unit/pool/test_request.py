@@ -9,7 +9,7 @@ import pytest
 from billiard.exceptions import Terminated, WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown
 
-from gw_celery.pool import request
+from gw_celery.pool import requests as request
 from gw_celery.protocol import frames
 from gw_celery.replica import tracer
 
