@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gw_celery import conf
-from gw_celery.gpus import devices
+from gw_celery.gpus import devices as gpus
 from gw_celery.policy import probes
 from gw_celery.pool import replica, request_table
 from gw_celery.protocol import frames
@@ -42,7 +42,7 @@ class ChildProcess:
         number: int,
         state: replica.ChildState,
         slots: Mapping[str, int],
-        devices: Sequence[devices.Device],
+        devices: Sequence[gpus.Device],
         sockets: Sockets,
     ) -> None:
         self.number = number
@@ -75,11 +75,15 @@ class ChildProcess:
         self._socket.setblocking(False)
         self._unpacker = frames.Unpacker(frames.MAX_CHILD_FRAME_BYTES)
         self._outgoing: collections.deque[memoryview] = collections.deque()
+        # As this process's; where a replica has devices, it sees them and no others.
+        environment = {**conf.environment(), **gpus.environment(devices)}
+        # It makes Celery treat the process as one that billiard spawned, with a copy of the app.
+        environment.pop("FORKED_BY_MULTIPROCESSING", None)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gw_celery.replica.boot", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=_environment(devices),
+                env=environment,
                 stdin=subprocess.DEVNULL,
             )
         sockets.add(self)
@@ -236,11 +240,3 @@ def describe_exit(code: int | None) -> str:
         return f"Worker exited prematurely: exitcode {code}"
     names = {signum.value: signum.name for signum in signal.Signals}
     return f"Worker exited prematurely: signal {-code} ({names.get(-code, 'unknown')})"
-
-
-def _environment(shown: Sequence[devices.Device]) -> dict[str, str]:
-    """As this process's; where a replica has devices, it sees them and no others."""
-    environment = {**conf.environment(), **devices.environment(shown)}
-    # It makes Celery treat the process as one that billiard spawned, with a copy of the app.
-    environment.pop("FORKED_BY_MULTIPROCESSING", None)
-    return environment

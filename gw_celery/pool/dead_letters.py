@@ -290,22 +290,23 @@ class DeadLetters(background_thread.BackgroundThread):
             if self._give_up_at is None:
                 self._give_up_at = time.monotonic() + self._settings.store_timeout
             try:
-                self._add(letter)
+                # A connection of its own, for dead letters are rare.
+                with connect(self._app) as connection:
+                    is_added = queue_of(self._app, connection, self._settings).add(letter)
             except Exception as exc:
                 logger.warning("the dead letter of task %s[%s] waits: %r", *_task(letter), exc)
                 if time.monotonic() < self._give_up_at and not self.is_closed:
                     self.period = _PAUSE
                     return
                 _log_lost(letter, repr(exc))
+            else:
+                self._log_outcome(letter, is_added=is_added)
             self._waiting.popleft()
             self._give_up_at = None
 
     leave = run_round
 
-    def _add(self, letter: dict[str, Any]) -> None:
-        # A connection of its own, for dead letters are rare.
-        with connect(self._app) as connection:
-            is_added = queue_of(self._app, connection, self._settings).add(letter)
+    def _log_outcome(self, letter: dict[str, Any], *, is_added: bool) -> None:
         queue, (task, task_id) = self._settings.dead_letter_queue, _task(letter)
         if is_added:
             logger.warning(

@@ -242,9 +242,13 @@ class Replica:
     def as_snapshot(self, slots: int, now: float) -> snapshot.Replica:
         child = self.child
         if child is None:
+            # After a child that served, or was told to leave, the next one starts within a second.
+            state = State.FAILED if self.failures else State.STARTING
+            if not self.should_run:
+                state = State.STOPPED
             return snapshot.Replica(
                 number=self.number,
-                state=self._state_without_child().value,
+                state=state.value,
                 devices=self._tokens,
                 restarts=self.restarts,
                 last_error=self.last_error,
@@ -266,12 +270,6 @@ class Replica:
             unready=tuple(sorted(child.slots.unready)),
             probes=tuple(map(_probe, child.checks or ())),
         )
-
-    def _state_without_child(self) -> State:
-        if not self.should_run:
-            return State.STOPPED
-        # After a child that served, or was told to leave, the next one starts within a second.
-        return State.FAILED if self.failures else State.STARTING
 
 
 class ReplicaSet:

@@ -161,12 +161,14 @@ class PoolRequest:
     def reject(self) -> None:
         """Have the broker deliver it again, to a worker that is ready for it."""
         for delivery in (self, *self.deliveries):
-            request = delivery._celery_request
-            try:
-                request.reject(requeue=True)
-            except Exception:  # the broker is away, and will deliver it again by itself
-                logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
-            worker_state.task_ready(request)
+            delivery._requeue()
+            worker_state.task_ready(delivery._celery_request)
+
+    def _requeue(self) -> None:
+        try:
+            self._celery_request.reject(requeue=True)
+        except Exception:  # the broker is away, and will deliver it again by itself
+            logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
 
     def fail_when_acknowledged_early(self) -> None:
         """Store that the worker was shut down, for an input that was acknowledged early.
@@ -246,8 +248,13 @@ class PoolRequest:
 
     def _answer(self, name: CallbackName, *args: object) -> None:
         for delivery in (self, *self.deliveries):
-            if not delivery._call(name, *args):
-                delivery._requeue_unstored()
+            has_returned = delivery._call(name, *args)
+            request = delivery._celery_request
+            if has_returned or request is None:
+                continue
+            if request.task.acks_late and not request.acknowledged:
+                # The outcome can be stored nowhere: the broker, which has the message, tries again.
+                delivery._requeue()
 
     def _call(self, name: CallbackName, *args: object) -> bool:
         """Call Celery; whether it returned."""
@@ -263,16 +270,6 @@ class PoolRequest:
             )
             return False
         return True
-
-    def _requeue_unstored(self) -> None:
-        """The outcome can be stored nowhere: the broker, which has the message, tries again."""
-        request = self._celery_request
-        if request is None or not request.task.acks_late or request.acknowledged:
-            return
-        try:
-            request.reject(requeue=True)
-        except Exception:
-            logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
 
 
 class Requests:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from gw_celery.pool import child_process, poison, probes, replica, requests, scores
 from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames
-from gw_celery.protocol.snapshot import Worker
 
 if TYPE_CHECKING:
     from gw_celery.pool import dead_letters, taskpool
@@ -52,15 +51,15 @@ class Supervisor:
     ) -> None:
         self.pool = pool
         self.settings = pool.plan.settings
-        self._slots = pool.plan.slots
+        self.slots = pool.plan.slots
         self._first = first
-        self._sockets = child_process.Sockets()
+        self.sockets = child_process.Sockets()
         counter = poison.PoisonCounter(self.settings.max_deaths, pool.cluster.counts)
         self.requests = requests.Requests(self, counter, dead_letters)
-        self._scores = scores.ReplicaScores(pool.plan)
+        self.scores = scores.ReplicaScores(pool.plan)
         self._probes = probes.ChildProbes(pool.plan, self)
         allotment = pool.plan.allotment
-        self._replicas = replica.ReplicaSet(None if allotment is None else allotment.shares)
+        self.replicas = replica.ReplicaSet(None if allotment is None else allotment.shares)
         #: Every live child and the replica that it fills, or will fill.
         self._children: dict[ChildProcess, replica.Replica] = {}
         #: Processes that are ended, or about to end, and not reaped.
@@ -68,7 +67,7 @@ class Supervisor:
         #: No child is started any more.
         self._is_closing = False
         # Reentrant: Celery's signal handlers call us in the middle of anything.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         #: What the handler of a signal asked for in the middle of a move.
         self._late: list[Callable[[], None]] = []
         #: Inputs that found no slot the last time.
@@ -78,32 +77,26 @@ class Supervisor:
 
     def resize(self, wanted: int) -> None:
         """Grow to, or shrink by draining to, this number of replicas."""
-        with self._lock:
-            self._drain_all(self._replicas.resize(wanted))
-        self.wake()
+        with self.lock:
+            self._drain_all(self.replicas.resize(wanted))
+        self.sockets.wake()
 
     def restart(self, number: int | None) -> None:
         """Replace the child of one replica, or of all, one after the other, by draining."""
-        with self._lock:
-            self._scores.forget_remembered(self.children())
-            self._replicas.restart(number)
-        self.wake()
+        with self.lock:
+            self.scores.forget_remembered(self.children())
+            self.replicas.restart(number)
+        self.sockets.wake()
 
     def hold(self, number: int | None) -> None:
         """Drain one replica, or all, and start no child there until ``restart``."""
-        with self._lock:
-            self._drain_all(self._replicas.hold(number))
-        self.wake()
-
-    def measure_again(self) -> None:
-        """Have every replica measured again, one after the other, when it has nothing to do."""
-        with self._lock:
-            self._scores.ask_again()
+        with self.lock:
+            self._drain_all(self.replicas.hold(number))
+        self.sockets.wake()
 
     def note_queued(self, queued: Mapping[str, int]) -> None:
-        """Record how many messages wait in the broker, by service."""
-        with self._lock:
-            self._scores.note_queued(queued, time.monotonic())
+        """Record how many messages wait in the broker, by service; from any thread."""
+        self.scores.note_queued(queued, time.monotonic())
 
     # -- inputs --
 
@@ -111,7 +104,7 @@ class Supervisor:
         self, args: requests.TaskArgs, service: str, options: requests.Options
     ) -> requests.PoolRequest:
         """Take one input; it starts when a replica has a slot for it."""
-        with self._lock:
+        with self.lock:
             new = self.requests.submit(args, service, options)
             self._send_waiting()
         return new
@@ -127,22 +120,17 @@ class Supervisor:
     @property
     def is_interrupted(self) -> bool:
         """Whether the handler of a signal asks, in the middle of a move."""
-        with self._lock:
+        with self.lock:
             return self.requests.table.is_moving
 
     def _after_move(self, act: Callable[[], None]) -> None:
         """Have the next ``poll`` do it where a move is interrupted, else do it now."""
-        with self._lock:
+        with self.lock:
             if self.requests.table.is_moving:
                 self._late.append(act)
-                self.wake()
+                self.sockets.wake()
             else:
                 act()
-
-    def withdraw(self) -> None:
-        """Take out what was revoked or has expired while it gathered for a batch."""
-        with self._lock:
-            self.requests.withdraw()
 
     def _send_waiting(self) -> None:
         queue = self.requests.table.queue
@@ -154,21 +142,13 @@ class Supervisor:
 
     # -- the event loop --
 
-    def fileno(self) -> int:
-        """One descriptor that is readable when ``poll`` has something to do."""
-        return self._sockets.fileno()
-
-    def wake(self) -> None:
-        """Make ``poll`` return; from any thread."""
-        self._sockets.wake()
-
     def poll(self, timeout: float = 0.0) -> None:
         """Handle what children reported, waiting ``timeout`` seconds at most for it."""
         if self.is_interrupted:
             return
-        events = self._sockets.wait(timeout)
-        with self._lock:
-            for child in self._sockets.follow(events):
+        events = self.sockets.wait(timeout)
+        with self.lock:
+            for child in self.sockets.follow(events):
                 self._receive(child)
             while self._late:
                 self._late.pop(0)()
@@ -181,7 +161,7 @@ class Supervisor:
 
     def tick(self) -> None:
         """Judge deadlines, reap, start what is missing; once a second, after ``poll``."""
-        with self._lock:
+        with self.lock:
             now = time.monotonic()
             for child in self.children():
                 if child.process.poll() is not None:
@@ -204,43 +184,15 @@ class Supervisor:
 
     def observe(self) -> None:
         """Let the traffic correct the scores; about once a second."""
-        with self._lock:
+        with self.lock:
             # While results cannot be stored nothing is consumed, however much there is.
-            ready = {} if self.outage() else self._ready_replicas_by_service()
+            ready = {} if self.outage() else self.ready_by_service()
             counters = self.requests.table.tallies()
-            self._scores.observe(time.monotonic(), counters, ready)
+            self.scores.observe(time.monotonic(), counters, ready)
 
     def next_deadline(self) -> float:
         """When an input reaches a limit, or a probe is due; infinite without either."""
         return min(self.requests.table.limits.next_at(), self._probes.next_at)
-
-    # -- what is seen from outside --
-
-    def snapshot(self) -> Worker:
-        """Return the worker as it is now; from any thread."""
-        with self._lock:
-            slots, now = self._slots, time.monotonic()
-            ready = self._ready_replicas_by_service()
-            pool, table = self.pool, self.requests.table
-            return Worker(
-                hostname=pool.hostname,
-                desired=pool.desired_replicas,
-                desired_slots=pool.limit,
-                open_queues=pool.gate.open_queues() if pool.gate else (),
-                closed_queues=pool.gate.closed_queues() if pool.gate else (),
-                bands=pool.bands.names() if pool.bands else {},
-                is_stopping=pool.is_stopping,
-                replicas=tuple(
-                    filled.as_snapshot(sum(slots.values()), now) for filled in self._replicas
-                ),
-                ready_slots={service: ready[service] * slots[service] for service in slots},
-                waiting=len(table.queue),
-                waiting_inputs=table.queue.by_service(),
-                tallies=table.tallies(),
-                outage=self.outage(),
-                scores=self._scores.as_snapshot(now),
-                scaling=pool.scaling,
-            )
 
     def outage(self) -> str:
         """Why a live child cannot store results; ``""`` while all can, as far as they know."""
@@ -250,10 +202,10 @@ class Supervisor:
         """Return every live child; they may start and end meanwhile."""
         return list(self._children)
 
-    def _ready_replicas_by_service(self) -> dict[str, int]:
+    def ready_by_service(self) -> dict[str, int]:
         ready = [child for child in self._children if child.state.is_ready]
         return {
-            service: sum(child.slots.serves(service) for child in ready) for service in self._slots
+            service: sum(child.slots.serves(service) for child in ready) for service in self.slots
         }
 
     # -- what children report --
@@ -291,7 +243,7 @@ class Supervisor:
             self.advance(child, now)
         elif kind == frames.Report.MEASURED:
             try:
-                self._scores.follow(child, report[1], report[2], now)
+                self.scores.follow(child, report[1], report[2], now)
             except scores.Failed as exc:  # it leaves, as one whose start failed
                 logger.error("%r is not ready: %s", child, exc)
                 child.reason = str(exc)
@@ -332,7 +284,7 @@ class Supervisor:
         if state.current is replica.State.PROBING and self._probes.have_started(child, now):
             state.probed(now)
         is_next = state.current is replica.State.BENCHMARKING
-        if not (is_next and self._scores.is_measured(child, now)):
+        if not (is_next and self.scores.is_measured(child, now)):
             return
         # The child has proved all that stands before READY: it takes its place.
         state.measured(now)
@@ -353,7 +305,7 @@ class Supervisor:
         if self.requests.table.queue or self._is_closing:
             return
         idle = [child for child in self._children if child.state.is_ready and not child.requests]
-        if (child := self._scores.due_again(idle, now)) is not None:
+        if (child := self.scores.due_again(idle, now)) is not None:
             child.state.measure_again(now)
             self.advance(child, now)
             self.pool.slots_changed()
@@ -362,10 +314,10 @@ class Supervisor:
 
     def _fill_replicas(self, now: float) -> None:
         """Drain what is to restart, start what is missing, replace what must go."""
-        if (restarted := self._replicas.next_to_restart()) is not None:
+        if (restarted := self.replicas.next_to_restart()) is not None:
             self._drain(restarted.child)
-        self._replicas.complete()
-        for filled in self._replicas:
+        self.replicas.complete()
+        for filled in self.replicas:
             self._fill(filled, now)
             child = filled.child
             must_go = child is not None and child.must_go and child.state.is_up
@@ -380,7 +332,7 @@ class Supervisor:
         if empty.child is not None:
             return
         if not empty.is_wanted:
-            self._replicas.remove(empty)
+            self.replicas.remove(empty)
         elif empty.successor is not None:
             empty.child, empty.successor = empty.successor, None
         elif self._may_start(empty, now):
@@ -392,7 +344,7 @@ class Supervisor:
     def _start(self, filled: replica.Replica, now: float) -> ChildProcess | None:
         state = replica.ChildState(self.settings, now)
         try:
-            child = ChildProcess(filled.number, state, self._slots, filled.devices, self._sockets)
+            child = ChildProcess(filled.number, state, self.slots, filled.devices, self.sockets)
         except OSError as exc:
             wait = filled.start_failed(now)
             filled.last_error = f"cannot start a process: {exc}"
@@ -466,13 +418,13 @@ class Supervisor:
         why = reason or child_process.describe_exit(code)
         is_expected = child.is_leaving or self._is_closing or not filled.should_run
         filled.child_ended(child, why, time.monotonic(), is_expected=is_expected)
-        self._scores.forget(child)
+        self.scores.forget(child)
         begun = [held.number for held in child.requests.values() if held.accepted_at is not None]
         self.requests.lose(child, why, is_closing=self._is_closing)
         if begun and self.pool.cluster.lost is not None:
             self.pool.cluster.lost.forget(begun)
         self.pool.slots_changed()
-        self.wake()
+        self.sockets.wake()
 
     def _warn_of_lingering(self, now: float) -> None:
         """Name, once for each child, the inputs without a limit that keep it from leaving."""
@@ -489,29 +441,25 @@ class Supervisor:
 
     def close(self) -> None:
         """Take nothing new and start no child any more."""
-        with self._lock:
+        with self.lock:
             self._is_closing = True
             self.forget_waiting()
 
     def give_up_unbegun(self) -> None:
         """Give up what has not begun, unanswered, after a last look at what has."""
-        with self._lock:
+        with self.lock:
             self.poll()
             self.requests.give_up_unbegun()
 
     def leave(self) -> None:
         """Let every child run its exit hooks and end."""
-        with self._lock:
+        with self.lock:
             for child in self.children():
                 self._drain(child)
 
     def kill(self, reason: str) -> None:
         """End every child now; what they hold goes back to the broker or fails with ``reason``."""
-        with self._lock:
+        with self.lock:
             self._is_closing = True
             for child in self.children():
                 self.end(child, reason)
-
-    def release(self) -> None:
-        """Close what this object holds open; nothing may be called after it."""
-        self._sockets.close()

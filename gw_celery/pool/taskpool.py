@@ -111,10 +111,6 @@ class TaskPool(BasePool):
     def hostname(self) -> str:
         return str(self.options["initargs"][1])
 
-    @property
-    def is_stopping(self) -> bool:
-        return self._state in (self.CLOSE, self.TERMINATE)
-
     def grow(self, n: int = 1) -> None:
         """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
         if (why := self.refusal(self.limit + n)) is not None:
@@ -188,7 +184,7 @@ class TaskPool(BasePool):
     def register_with_event_loop(self, hub: Hub) -> None:
         """Called at every start of the consumer, when the hub has forgotten us."""
         self._hub = hub
-        hub.add_reader(self.supervisor.fileno(), self._on_readable)
+        hub.add_reader(self.supervisor.sockets.fileno(), self._on_readable)
         # A revocation comes between two turns of the hub.
         hub.on_tick.add(self._withdraw)
         # Celery 5.7 has cancelled our timers when the connection was lost, 5.6 all timers.
@@ -268,13 +264,36 @@ class TaskPool(BasePool):
     def benchmark_tick(self) -> None:
         """Have every replica measured again, one after the other, when it has nothing to do."""
         self._ticked["benchmark"] = time.monotonic()
-        self.supervisor.measure_again()
+        with self.supervisor.lock:
+            self.supervisor.scores.ask_again()
 
     # -- what is seen from outside --
 
     def snapshot(self) -> Worker:
-        """Return the worker as it is now; see ``protocol.snapshot.Source``."""
-        return self.supervisor.snapshot()
+        """Return the worker as it is now; from any thread; see ``protocol.snapshot.Source``."""
+        pool = self.supervisor
+        with pool.lock:
+            slots, now = self.plan.slots, time.monotonic()
+            ready, table = pool.ready_by_service(), pool.requests.table
+            return Worker(
+                hostname=self.hostname,
+                desired=self.desired_replicas,
+                desired_slots=self.limit,
+                open_queues=self.gate.open_queues() if self.gate else (),
+                closed_queues=self.gate.closed_queues() if self.gate else (),
+                bands=self.bands.names() if self.bands else {},
+                is_stopping=self._state in (self.CLOSE, self.TERMINATE),
+                replicas=tuple(
+                    filled.as_snapshot(self._slots_per_replica, now) for filled in pool.replicas
+                ),
+                ready_slots={service: ready[service] * slots[service] for service in slots},
+                waiting=len(table.queue),
+                waiting_inputs=table.queue.by_service(),
+                tallies=table.tallies(),
+                outage=pool.outage(),
+                scores=pool.scores.as_snapshot(now),
+                scaling=self.scaling,
+            )
 
     def _get_info(self) -> dict[str, object]:
         options, worker = self.options, self.snapshot().as_json()
@@ -302,7 +321,7 @@ class TaskPool(BasePool):
 
     def wake(self) -> None:
         """Have the worker's loop turn now; from any thread."""
-        self.supervisor.wake()
+        self.supervisor.sockets.wake()
 
     def _wait(self, is_done: Callable[[], bool], timeout: float) -> bool:
         """Drive until ``is_done()``: the hub does not run while a worker stops."""
@@ -329,7 +348,8 @@ class TaskPool(BasePool):
         """Take revoked inputs out of the batches that they wait for, before those begin."""
         if len(state.revoked) != self._revoked:
             self._revoked = len(state.revoked)
-            self.supervisor.withdraw()
+            with self.supervisor.lock:
+                self.supervisor.requests.withdraw()
 
     def _on_tick(self) -> None:
         self._step()
@@ -355,7 +375,8 @@ class TaskPool(BasePool):
     def _step(self, timeout: float = 0.0) -> None:
         with _surviving():
             self.supervisor.poll(timeout)
-            self.supervisor.withdraw()
+            with self.supervisor.lock:  # what has expired, too
+                self.supervisor.requests.withdraw()
             self.supervisor.tick()
             self.observe()
 
@@ -363,13 +384,13 @@ class TaskPool(BasePool):
         if self._is_over.is_set():
             return
         self._is_over.set()
-        self.supervisor.wake()
+        self.supervisor.sockets.wake()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(5)
         self.supervisor.kill(_SHUT_DOWN)
         if self._hub is not None:
-            self._hub.remove_reader(self.supervisor.fileno())
-        self.supervisor.release()
+            self._hub.remove_reader(self.supervisor.sockets.fileno())
+        self.supervisor.sockets.close()
         self.health.close()
         for thread in (self._dead, self.cluster):
             if thread is not None:
