@@ -64,6 +64,8 @@ class ChildState:
         self.start_up: float | None = None
         self.deadline: float | None = None
         self._began = now
+        #: When it began to drain, or last held what has no limit.
+        self._unlimited_at = now
         self._enter(State.STARTING, now, settings.boot_timeout)
 
     @property
@@ -109,45 +111,36 @@ class ChildState:
         if self.last_beat is not None:
             self.last_beat = now
 
-    def drain(self, now: float, longest_limit: float) -> None:
-        """Take nothing new; what runs has until its own limit, or the drain's, has passed.
-
-        Args:
-            now: the time.
-            longest_limit: seconds that the last input may run; infinite where one has no limit.
-        """
+    def drain(self, now: float) -> None:
+        """Take nothing new; what runs has until its own limit, or the drain's, has passed."""
         if self.current is not State.DRAINING:
-            bound = max(self.settings.drain_timeout, longest_limit)
-            self._enter(State.DRAINING, now, None if math.isinf(bound) else bound)
+            self._enter(State.DRAINING, now, None)
+            self._unlimited_at = now
 
-    def began(self, now: float, limit: float) -> None:
-        """An input that waited in a draining child has begun: it may run for ``limit`` seconds."""
-        if self.current is State.DRAINING and self.deadline is not None:
-            self.deadline = None if math.isinf(limit) else max(self.deadline, now + limit)
-
-    def ended(self, now: float, longest_limit: float) -> None:
-        """An input of a draining child has ended: what is left is bound, if nothing unlimited is.
-
-        Args:
-            now: the time.
-            longest_limit: seconds that the last of the others may run.
-        """
-        is_unbound = self.current is State.DRAINING and self.deadline is None
-        if is_unbound and math.isfinite(longest_limit):
-            self.deadline = now + max(self.settings.drain_timeout, longest_limit)
-
-    def lingers(self, now: float) -> bool:
+    @property
+    def lingers(self) -> bool:
         """Whether it has been draining for long because of what has no limit."""
-        is_unbound = self.current is State.DRAINING and self.deadline is None
-        return is_unbound and now - self.since >= self.settings.drain_timeout
+        is_draining = self.current is State.DRAINING and self.deadline is None
+        return is_draining and self._unlimited_at - self.since >= self.settings.drain_timeout
 
     def seconds_since_ready(self, now: float) -> float:
         """Seconds since it became READY last; negative before."""
         return -1.0 if self.ready_at is None else now - self.ready_at
 
-    def overdue(self, now: float) -> str | None:
-        """Return why the child must be killed now, if it must."""
-        if self.deadline is not None and now >= self.deadline:
+    def overdue(self, now: float, longest_left: float = 0.0) -> str | None:
+        """Return why the child must be killed now, if it must; about once a second.
+
+        Args:
+            now: the time.
+            longest_left: seconds that the last of its inputs may run; infinite where one has no
+                limit.
+        """
+        deadline = self.deadline
+        if self.current is State.DRAINING and deadline is None:
+            if math.isinf(longest_left):
+                self._unlimited_at = now
+            deadline = max(self._unlimited_at + self.settings.drain_timeout, now + longest_left)
+        if deadline is not None and now >= deadline:
             return f"was {self.current.value} for {now - self.since:.0f} s{_SETTINGS[self.current]}"
         if self.last_beat is not None and now - self.last_beat >= self.settings.heartbeat_timeout:
             return (

@@ -216,8 +216,7 @@ class Slots:
         self.total_taken = 0
         #: Services whose readiness probes fail: they take nothing new here.
         self.unready: set[str] = set()
-        #: A suspect runs alone here, or will: nothing else is taken.
-        self.is_reserved = False
+        #: A suspect runs here: nothing else is taken.
         self.is_alone = False
 
     def serves(self, service: str) -> bool:
@@ -231,14 +230,13 @@ class Slots:
     def take(self, service: str, *, runs_alone: bool = False) -> None:
         self._taken[self._key(service)] += 1
         self.total_taken += 1
-        if runs_alone:
-            self.is_reserved = self.is_alone = True
+        self.is_alone = self.is_alone or runs_alone
 
     def give_back(self, service: str) -> None:
         self._taken[self._key(service)] -= 1
         self.total_taken -= 1
         if self.total_taken == 0:
-            self.is_reserved = self.is_alone = False
+            self.is_alone = False
 
     def _key(self, service: str) -> str:
         # A task of a service that this worker does not serve finds out in the child.
@@ -255,6 +253,8 @@ class Queue:
     def __init__(self) -> None:
         self._waiting: dict[str, collections.deque[PoolRequest]] = {}
         self._suspects: collections.deque[PoolRequest] = collections.deque()
+        #: Takes nothing new until it is empty, for the first suspect.
+        self._reserved: ChildProcess | None = None
 
     def __len__(self) -> int:
         return len(self._suspects) + sum(map(len, self._waiting.values()))
@@ -284,36 +284,29 @@ class Queue:
         Args:
             children: those that may get inputs; the caller takes a slot of the one yielded.
         """
-        if self._suspects:
-            yield from self._assign_suspects(children)
-        else:
-            for child in children:  # reserved for a suspect that was taken out
-                child.slots.is_reserved = child.slots.is_alone
+        if not self._suspects or self._reserved not in children:
+            self._reserved = None
+        if self._suspects and not any(child.slots.is_alone for child in children):
+            if self._reserved is None:
+                able = [
+                    child for child in children if child.slots.serves(self._suspects[0].service)
+                ]
+                self._reserved = min(able, key=_load, default=None)
+            if self._reserved is not None and self._reserved.slots.total_taken == 0:
+                yield self._suspects[0], self._reserved
+                self._reserved = None  # it has it now, or it was revoked
         for service, queue in list(self._waiting.items()):
             while queue:
                 able = [
                     child
                     for child in children
-                    if not child.slots.is_reserved and child.slots.has_free(service)
+                    if child is not self._reserved
+                    and not child.slots.is_alone
+                    and child.slots.has_free(service)
                 ]
                 if not able:
                     break
                 yield queue[0], min(able, key=_load)
-
-    def _assign_suspects(
-        self, children: Sequence[ChildProcess]
-    ) -> Iterator[tuple[PoolRequest, ChildProcess]]:
-        service = self._suspects[0].service
-        reserved = [child for child in children if child.slots.is_reserved]
-        able = [child for child in children if child.slots.serves(service)]
-        if not reserved and able:
-            reserved = [min(able, key=_load)]
-            reserved[0].slots.is_reserved = True
-        for child in reserved:
-            if child.slots.total_taken == 0 and self._suspects:
-                yield self._suspects[0], child
-                # It was revoked, and took no slot.
-                child.slots.is_reserved = child.slots.is_alone
 
     def _queue_of(self, waiting: PoolRequest) -> collections.deque[PoolRequest]:
         if waiting.runs_alone:

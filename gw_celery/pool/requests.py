@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from billiard.einfo import ExceptionInfo
@@ -18,7 +18,8 @@ from kombu.message import Message
 
 from gw_celery import errors
 from gw_celery.client import beat_tasks
-from gw_celery.pool import poison, request_table
+from gw_celery.cluster import poison_counts
+from gw_celery.pool import request_table
 from gw_celery.pool.request_table import Limit, Result, Settlement, State
 from gw_celery.protocol import frames, headers, untrusted
 
@@ -34,6 +35,8 @@ TaskArgs = tuple[str, str, Mapping[str, object], bytes, str, str]
 Callback = Callable[..., object]  # type: ignore[explicit-any]  # Celery's: each has arguments of its own
 CallbackName = Literal["accept_callback", "callback", "error_callback", "timeout_callback"]
 
+#: Suspects that are remembered; an input that never comes back must not stay for ever.
+_MOST_SUSPECTS = 100_000
 #: Seconds that a redelivered input waits for what other workers know of it.
 _MAX_CHECK = 2.0
 #: What a child reports of an input that waited for too long.
@@ -277,20 +280,20 @@ class Requests:
 
     Args:
         pool: has the settings, and decides what becomes of children.
-        poison: the inputs that kill their children.
+        shared: where the workers' counts of poison inputs meet; ``None`` without a Redis.
         dead_letters: keeps the messages that are given up; ``None`` where the settings say so.
     """
 
     def __init__(
         self,
         pool: supervisor.Supervisor,
-        poison: poison.PoisonCounter,
+        shared: poison_counts.Shared | None,
         dead_letters: dead_letters.DeadLetters | None,
     ) -> None:
         self.table = request_table.RequestTable(pool.settings.cancel_timeout)
         self._pool = pool
         self._settings = pool.settings
-        self._poison = poison
+        self._poison = PoisonCounter(pool.settings.max_deaths, shared)
         self._dead_letters = dead_letters
         self._numbers = itertools.count(1)
 
@@ -386,7 +389,6 @@ class Requests:
             is_new = held.state is State.SENT
             if is_new and not (held.gathers and self._settle_withdrawn(held)):
                 self.table.move(held, State.RUNNING, time.monotonic())
-                child.state.began(now, held.hard_limit or math.inf)
                 if held.settlement is None:  # the handler of a signal may have stopped it by now
                     held.tell_accepted(child.pid, min(report[2], now))
             return
@@ -551,6 +553,63 @@ def _result(report: frames.ReportFields) -> Result:
     if outcome in (frames.Outcome.EXIT, frames.Outcome.UNSTORED) or requeue:
         return Result.GIVEN_BACK
     return Result.REFUSED if type_name == _REFUSED else Result.NO_VALUE
+
+
+class PoisonCounter:
+    """Which inputs were in flight when a child died, so that one that kills is found and given up.
+
+    The counts are shared by all workers through Redis where the broker or the result backend is
+    one; else each worker counts for itself.
+
+    Args:
+        most: deaths while alone after which an input is given up.
+        shared: where the workers' counts meet; ``None`` without a Redis.
+    """
+
+    def __init__(self, most: int, shared: poison_counts.Shared | None = None) -> None:
+        #: By task id: children that died while it ran alone, as far as is known here.
+        self.suspects: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._most = most
+        self._shared = shared
+
+    def record(self, inputs: Iterable[PoolRequest]) -> None:
+        """A child died with these inputs in flight; one that ran alone is to blame."""
+        for lost in inputs:
+            task_id, deaths = lost.task_id, int(lost.runs_alone)
+            self._remember(task_id, self.suspects.get(task_id, 0) + deaths)
+            if self._shared is not None:
+                self._shared.record(task_id, deaths)
+
+    def ask(self, number: int, task_id: str) -> bool:
+        """Have other workers' count of an input read; ``answers`` yields ``number`` after that.
+
+        Returns:
+            Whether there is an answer to come.
+        """
+        return self._shared is not None and self._shared.ask(number, task_id)
+
+    def answers(self) -> Iterator[int]:
+        """Take in what Redis has answered, and yield the numbers that were asked for."""
+        for number, task_id, count in () if self._shared is None else self._shared.answers():
+            if count is not None:
+                # A death that was seen here may not have reached Redis yet.
+                self._remember(task_id, max(count, self.suspects.get(task_id, 0)))
+            yield number
+
+    def forget(self, task_id: str) -> None:
+        """The input is answered, whatever killed children before."""
+        self.suspects.pop(task_id, None)
+        if self._shared is not None:
+            self._shared.forget(task_id)
+
+    def is_poison(self, task_id: str) -> bool:
+        return self.suspects.get(task_id, 0) >= self._most
+
+    def _remember(self, task_id: str, count: int) -> None:
+        self.suspects[task_id] = count
+        self.suspects.move_to_end(task_id)
+        while len(self.suspects) > _MOST_SUSPECTS:
+            self.suspects.popitem(last=False)
 
 
 class Reported(errors.RemoteTaskError):

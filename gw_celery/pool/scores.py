@@ -70,6 +70,7 @@ class ReplicaScores:
     def __init__(self, plan: serving.Plan) -> None:
         self._benchmarked = {key: names for key, names in plan.benchmarked.items() if names}
         period = plan.settings.benchmark_period
+        self._tasks = [task for names in self._benchmarked.values() for task in names]
         self._period = math.inf if period is None else period
         self._progress: dict[ChildProcess, _Progress] = {}
         #: The latest score of each task on devices of these names, for the next children.
@@ -92,7 +93,7 @@ class ReplicaScores:
         if progress is None:
             # It begins with what is remembered; a task without a score is measured.
             progress = self._progress[child] = _Progress()
-            for task in self._tasks():
+            for task in self._tasks:
                 if (measured := self._remembered.get((task, child.products))) is None:
                     progress.left.append(task)
                 else:
@@ -171,7 +172,7 @@ class ReplicaScores:
             oldest = min((measured.since for measured in progress.scores.values()), default=now)
             if progress.is_asked or (now - oldest >= self._period and now >= self._patient_until):
                 progress.is_asked = False
-                progress.left.extend(self._tasks())
+                progress.left.extend(self._tasks)
                 return child
         return None
 
@@ -239,9 +240,6 @@ class ReplicaScores:
             # Without a replica the last score is the best guess of what the next will do.
             if values:
                 self._live[service].measure(statistics.median(values))
-
-    def _tasks(self) -> Iterator[str]:
-        return itertools.chain.from_iterable(self._benchmarked.values())
 
 
 def _read(text: str, now: float) -> Measured:

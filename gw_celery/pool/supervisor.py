@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from gw_celery.pool import child_process, poison, probes, replica, requests, scores
+from gw_celery.pool import child_process, probes, replica, requests, scores
 from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames
 
@@ -54,8 +54,7 @@ class Supervisor:
         self.slots = pool.plan.slots
         self._first = first
         self.sockets = child_process.Sockets()
-        counter = poison.PoisonCounter(self.settings.max_deaths, pool.cluster.counts)
-        self.requests = requests.Requests(self, counter, dead_letters)
+        self.requests = requests.Requests(self, pool.cluster.counts, dead_letters)
         self.scores = scores.ReplicaScores(pool.plan)
         self._probes = probes.ChildProbes(pool.plan, self)
         allotment = pool.plan.allotment
@@ -79,7 +78,6 @@ class Supervisor:
         """Grow to, or shrink by draining to, this number of replicas."""
         with self.lock:
             self._drain_all(self.replicas.resize(wanted))
-        self.sockets.wake()
 
     def restart(self, number: int | None) -> None:
         """Replace the child of one replica, or of all, one after the other, by draining."""
@@ -92,7 +90,6 @@ class Supervisor:
         """Drain one replica, or all, and start no child there until ``restart``."""
         with self.lock:
             self._drain_all(self.replicas.hold(number))
-        self.sockets.wake()
 
     def note_queued(self, queued: Mapping[str, int]) -> None:
         """Record how many messages wait in the broker, by service; from any thread."""
@@ -168,7 +165,7 @@ class Supervisor:
                     while child in self._children and self._receive(child):
                         pass  # what it wrote before it ended
                     self.end(child, None)
-                elif (reason := child.state.overdue(now)) is not None:
+                elif (reason := child.state.overdue(now, child.longest_left(now))) is not None:
                     logger.error("%r %s: it is killed", child, reason)
                     child.reason = child.reason or reason
                     self.end(child, f"Worker exited prematurely: it {reason}.")
@@ -180,7 +177,15 @@ class Supervisor:
             for service in self._probes.unready():
                 self.requests.give_back(service)
             self._send_waiting()
-            self._measure_idle(now)
+            # One idle replica is out of service for as long as its benchmarks take.
+            ready = [child for child in self._children if child.state.is_ready]
+            idle = [child for child in ready if not child.requests]
+            if self.requests.table.queue or self._is_closing:
+                return
+            if (again := self.scores.due_again(idle, now)) is not None:
+                again.state.measure_again(now)
+                self.advance(again, now)
+                self.pool.slots_changed()
 
     def observe(self) -> None:
         """Let the traffic correct the scores; about once a second."""
@@ -300,16 +305,6 @@ class Supervisor:
         self.pool.slots_changed()
         self._probes.expect_changes()
 
-    def _measure_idle(self, now: float) -> None:
-        """Take one idle replica out of service for as long as its benchmarks take."""
-        if self.requests.table.queue or self._is_closing:
-            return
-        idle = [child for child in self._children if child.state.is_ready and not child.requests]
-        if (child := self.scores.due_again(idle, now)) is not None:
-            child.state.measure_again(now)
-            self.advance(child, now)
-            self.pool.slots_changed()
-
     # -- how replicas are filled --
 
     def _fill_replicas(self, now: float) -> None:
@@ -318,25 +313,19 @@ class Supervisor:
             self._drain(restarted.child)
         self.replicas.complete()
         for filled in self.replicas:
-            self._fill(filled, now)
             child = filled.child
-            must_go = child is not None and child.must_go and child.state.is_up
-            if child is None or not must_go or filled.successor:
-                continue
-            if filled.failures:  # no second copy loads: memory for one only, for example
-                self._drain(child)
-            else:
-                self.replace(child)
-
-    def _fill(self, empty: replica.Replica, now: float) -> None:
-        if empty.child is not None:
-            return
-        if not empty.is_wanted:
-            self.replicas.remove(empty)
-        elif empty.successor is not None:
-            empty.child, empty.successor = empty.successor, None
-        elif self._may_start(empty, now):
-            empty.child = self._start(empty, now)
+            if child is None:
+                if not filled.is_wanted:
+                    self.replicas.remove(filled)
+                elif filled.successor is not None:
+                    filled.child, filled.successor = filled.successor, None
+                elif self._may_start(filled, now):
+                    filled.child = self._start(filled, now)
+            elif child.must_go and child.state.is_up and filled.successor is None:
+                if filled.failures:  # no second copy loads: memory for one only, for example
+                    self._drain(child)
+                else:
+                    self.replace(child)
 
     def _may_start(self, filled: replica.Replica, now: float) -> bool:
         return filled.should_run and not self._is_closing and now >= filled.retry_at
@@ -375,6 +364,7 @@ class Supervisor:
         for filled in drained:
             self._drain(filled.child)
             self._drain(filled.successor)
+        self.sockets.wake()
 
     def _drain(self, child: ChildProcess | None) -> None:
         """Give the child nothing new, and let it leave when it holds nothing."""
@@ -384,7 +374,7 @@ class Supervisor:
         if current is replica.State.STARTING:
             self.end(child, _NOT_NEEDED)
         elif current is not replica.State.DRAINING:
-            child.state.drain(now, child.longest_left(now))
+            child.state.drain(now)
             child.send((frames.Order.DRAIN,))
             self._leave_when_idle(child)
             self.pool.slots_changed()
@@ -392,9 +382,8 @@ class Supervisor:
     def _leave_when_idle(self, child: ChildProcess) -> None:
         """Let a draining child leave once nothing in it is unsettled."""
         if child.unsettled or child.is_leaving:
-            now = time.monotonic()
-            child.state.ended(now, child.longest_left(now))
-        elif child.requests:  # what is left was stopped and does not go
+            return
+        if child.requests:  # what is left was stopped and does not go
             self.end(child, "Worker exited prematurely: it could not stop an input.")
         else:
             child.is_leaving = True
@@ -429,7 +418,7 @@ class Supervisor:
     def _warn_of_lingering(self, now: float) -> None:
         """Name, once for each child, the inputs without a limit that keep it from leaving."""
         for child in self._children:
-            if not child.state.lingers(now) or child.has_told:
+            if not child.state.lingers or child.has_told:
                 continue
             unlimited = [held for held in child.unsettled if not held.hard_limit]
             if unlimited:  # none, while the one that was is being stopped

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Unpack
 
 from celery import Celery
@@ -169,7 +169,11 @@ class TaskPool(BasePool):
         self.supervisor = supervisor.Supervisor(self, first, self._dead)
         if signals.plan() is not None:
             queues = self.plan.service_queues
-            self.bands = _bands(app, self.cluster, queues.values())
+            with app.connection_for_read() as connection:
+                has_priorities = broker.is_rabbitmq(connection)
+            if has_priorities and not self.cluster.is_alone:
+                self.cluster.read_others()
+                self.bands = speed_bands.Bands(queues.values())
             self.gate = gate.Gate(app.amqp.queues, queues, self)
             self.gate.close_all()
             start_notices.log(app, self.plan)
@@ -442,20 +446,10 @@ def _queues(app: Celery, plan: serving.Plan) -> dict[str, list[str]]:
 
 def _limited(plan: serving.Plan) -> dict[str, dict[str, int]]:
     """The queues whose callers are told how long an input would wait: services and their slots."""
-    limited = {service.queue for service in plan.served if service.key in plan.queue_times}
-    slots: dict[str, dict[str, int]] = {queue: {} for queue in limited}
-    for service in plan.served:
-        if service.queue in limited:
-            slots[service.queue][service.key] = service.max_inputs
-    return slots
-
-
-def _bands(
-    app: Celery, cluster: membership.Membership, keys: Iterable[str]
-) -> speed_bands.Bands | None:
-    """The bands of a worker; ``None`` where the broker has no priorities, or others are unknown."""
-    with app.connection_for_read() as connection:
-        if cluster.is_alone or not broker.is_rabbitmq(connection):
-            return None
-    cluster.read_others()
-    return speed_bands.Bands(keys)
+    queues = {service.queue for service in plan.served if service.key in plan.queue_times}
+    return {
+        queue: {
+            service.key: service.max_inputs for service in plan.served if service.queue == queue
+        }
+        for queue in queues
+    }

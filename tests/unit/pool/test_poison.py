@@ -13,7 +13,7 @@ from celery import Celery
 
 from gw_celery import devserver
 from gw_celery.cluster import membership, poison_counts
-from gw_celery.pool import poison
+from gw_celery.pool import requests
 from gw_celery.transport import find
 
 
@@ -23,8 +23,8 @@ class Request:
     runs_alone: bool = False
 
 
-def counter(most: int) -> poison.PoisonCounter:
-    return poison.PoisonCounter(most)
+def counter(most: int) -> requests.PoisonCounter:
+    return requests.PoisonCounter(most)
 
 
 def test_whatever_was_in_flight_at_a_death_is_suspect() -> None:
@@ -80,7 +80,7 @@ def test_a_death_with_nothing_in_flight_makes_no_suspect() -> None:
 def test_inputs_that_never_come_back_are_forgotten_oldest_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(poison, "_MOST", 2)
+    monkeypatch.setattr(requests, "_MOST_SUSPECTS", 2)
     seen = counter(most=3)
     for one in "abac":
         seen.record([Request(one)])
@@ -103,7 +103,7 @@ class Worker:
         self.woken = threading.Semaphore(0)
         self.cluster = membership.Membership(app, "w@h", {}, {}, 15.0, self.woken.release)
         self.cluster.begin()
-        self.seen = poison.PoisonCounter(3, self.cluster.counts)
+        self.seen = requests.PoisonCounter(3, self.cluster.counts)
         self.known: list[str] = []
         self.asked: list[str] = []
 

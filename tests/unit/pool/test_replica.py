@@ -163,7 +163,7 @@ def test_replicas_restart_one_at_a_time() -> None:
     restarted = []
     while (place := made.next_to_restart()) is not None:
         restarted.append(place.number)
-        place.child.state.drain(3.0, 0.0)
+        place.child.state.drain(3.0)
         assert made.next_to_restart() is None, "another one still drains"
         place.child = None
         assert made.next_to_restart() is None, "its next child has not started"
