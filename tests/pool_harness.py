@@ -146,6 +146,8 @@ class Request:
         self.heard: list[str] = []
         #: What came with an answer: the text of a result, or the exception.
         self.answer: Any = None
+        #: billiard's record of that exception, where the pool made it.
+        self.einfo: Any = None
         #: Of the process that it was accepted in.
         self.pid: int | None = None
         #: What ``apply_async`` returned; Celery holds it as the pool's handle.
@@ -176,6 +178,7 @@ class Request:
         self._hear("failed" if failed else "done")
 
     def on_failure(self, einfo: Any) -> None:
+        self.einfo = einfo
         self.answer = getattr(einfo.exception, "exc", einfo.exception)
         self._hear(einfo.type.__name__)
 
