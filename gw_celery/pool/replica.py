@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from gw_celery import conf
 from gw_celery.gpus import devices
-from gw_celery.policy import probes
 from gw_celery.protocol import snapshot
 
 if TYPE_CHECKING:
@@ -192,12 +191,17 @@ class Replica:
         return self.is_wanted and not self.is_held
 
     @property
-    def is_ready(self) -> bool:
-        return self.child is not None and self.child.state.is_ready
+    def state(self) -> State:
+        if self.child is not None:
+            return self.child.state.current
+        if not self.should_run:
+            return State.STOPPED
+        # After a child that served, or was told to leave, the next one starts within a second.
+        return State.FAILED if self.failures else State.STARTING
 
     @property
-    def is_unready(self) -> bool:
-        return self.child is not None and self.child.state.current is State.UNREADY
+    def is_ready(self) -> bool:
+        return self.state is State.READY
 
     def start_failed(self, now: float) -> float:
         """Count it, and return the seconds to wait before the next start."""
@@ -235,13 +239,9 @@ class Replica:
     def as_snapshot(self, slots: int, now: float) -> snapshot.Replica:
         child = self.child
         if child is None:
-            # After a child that served, or was told to leave, the next one starts within a second.
-            state = State.FAILED if self.failures else State.STARTING
-            if not self.should_run:
-                state = State.STOPPED
             return snapshot.Replica(
                 number=self.number,
-                state=state.value,
+                state=self.state.value,
                 devices=self._tokens,
                 restarts=self.restarts,
                 last_error=self.last_error,
@@ -249,7 +249,7 @@ class Replica:
             )
         return snapshot.Replica(
             number=self.number,
-            state=child.state.current.value,
+            state=self.state.value,
             devices=self._tokens,
             restarts=self.restarts,
             last_error=self.last_error,
@@ -261,7 +261,18 @@ class Replica:
             lag=child.lag,
             resident_bytes=child.resident_bytes,
             unready=tuple(sorted(child.slots.unready)),
-            probes=tuple(map(_probe, child.checks or ())),
+            probes=tuple(
+                snapshot.Probe(
+                    name=check.name,
+                    kind=check.probe.kind,
+                    is_ok=None if check.last is None else check.last.is_ok,
+                    failures=check.failures,
+                    is_failing=check.is_failing,
+                    detail="" if check.last is None else check.last.detail,
+                    seconds=0.0 if check.last is None else check.last.seconds,
+                )
+                for check in child.checks or ()
+            ),
         )
 
 
@@ -333,7 +344,7 @@ class ReplicaSet:
         queued = [replica for replica in self if replica.is_to_restart]
         queued.sort(key=lambda replica: not replica.is_named)
         # Nothing that it serves would miss one that is not ready.
-        chosen = next((replica for replica in queued if replica.is_unready), None)
+        chosen = next((one for one in queued if one.state is State.UNREADY), None)
         if chosen is None and queued and queued[0].is_ready:
             others = [other for other in self if other is not queued[0] and other.should_run]
             if queued[0].is_named or all(other.is_ready for other in others):
@@ -350,19 +361,6 @@ def _was_started_well(child: ChildProcess, now: float) -> bool:
     # One that dies of an input was started well.
     has_begun_one = any(held.accepted_at is not None for held in child.requests.values())
     return has_begun_one or child.state.seconds_since_ready(now) >= _STEADY
-
-
-def _probe(check: probes.Check) -> snapshot.Probe:
-    last = check.last
-    return snapshot.Probe(
-        name=check.name,
-        kind=check.probe.kind,
-        is_ok=None if last is None else last.is_ok,
-        failures=check.failures,
-        is_failing=check.is_failing,
-        detail="" if last is None else last.detail,
-        seconds=0.0 if last is None else last.seconds,
-    )
 
 
 def _load(replica: Replica) -> tuple[bool, int, int]:
