@@ -27,6 +27,7 @@ only what the test has it write. So no test has to know how the pool is made ins
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import select
 import signal as signals
@@ -51,6 +52,8 @@ import gw_celery as gw
 from gw_celery import signals as plan_holder
 
 # -- what is known of the inside: a new layout changes these lines and no others --
+from gw_celery.policy import scores
+from gw_celery.pool import request_table
 from gw_celery.protocol import frames
 
 POOL = "gw_celery.pool:TaskPool"
@@ -58,8 +61,9 @@ Order, Report, Outcome = frames.Order, frames.Report, frames.Outcome
 
 
 def _keep_plan(patch: pytest.MonkeyPatch) -> None:
-    """What ``worker_init`` decides for this worker is forgotten after the test."""
+    """What is declared and decided for this worker is forgotten after the test."""
     patch.setattr(plan_holder, "_plan", None)
+    patch.setattr(plan_holder, "_registries", [])
 
 
 def _is_run(order: tuple[Any, ...]) -> bool:
@@ -71,6 +75,43 @@ def _setup_of(first: tuple[Any, ...]) -> dict[str, Any]:
     """What a child learns from the first frame: its app, its replica's ``number`` and more."""
     (setup,) = first
     return dict(setup)
+
+
+@contextmanager
+def interrupted_move(step: int, act: Callable[[], None]) -> Iterator[list[str]]:
+    """Call ``act`` in the middle of the next move of a request, as the handler of a signal is.
+
+    Args:
+        step: before which of the functions that the move calls.
+        act: what the handler does.
+
+    Yields:
+        The name of that function, once it was called; empty where the move calls fewer.
+    """
+    reached: list[str] = []
+    seen, move = itertools.count(), request_table.RequestTable.move.__code__
+
+    def profile(frame: types.FrameType, event: str, argument: Any) -> None:
+        caller = frame.f_back
+        is_step = event == "call" and caller is not None and caller.f_code is move
+        if is_step and next(seen) == step:
+            sys.setprofile(None)
+            reached.append(frame.f_code.co_name)
+            act()
+
+    sys.setprofile(profile)
+    try:
+        yield reached
+    finally:
+        sys.setprofile(None)
+
+
+def _measurement(task: str, value: float | str) -> str:
+    """The JSON of a score of one round, or of a failure."""
+    if isinstance(value, str):
+        return json.dumps({"failure": value})
+    rounds = [scores.Round(elapsed=1.0, workload=value, latencies=(0.1,))]
+    return json.dumps({"score": dataclasses.asdict(scores.of(task, rounds))})
 
 
 def _failure(number: int, outcome: str, type_name: str, text: str, *, requeue: bool) -> list[Any]:
@@ -105,6 +146,8 @@ class Request:
         self.heard: list[str] = []
         #: What came with an answer: the text of a result, or the exception.
         self.answer: Any = None
+        #: billiard's record of that exception, where the pool made it.
+        self.einfo: Any = None
         #: Of the process that it was accepted in.
         self.pid: int | None = None
         #: What ``apply_async`` returned; Celery holds it as the pool's handle.
@@ -135,6 +178,7 @@ class Request:
         self._hear("failed" if failed else "done")
 
     def on_failure(self, einfo: Any) -> None:
+        self.einfo = einfo
         self.answer = getattr(einfo.exception, "exc", einfo.exception)
         self._hear(einfo.type.__name__)
 
@@ -227,6 +271,11 @@ class Child:
         return int(self._setup["number"])
 
     @property
+    def environment(self) -> dict[str, str]:
+        """What its process was started with."""
+        return dict(self._process.options["env"])
+
+    @property
     def is_alive(self) -> bool:
         return self._process.returncode is None
 
@@ -264,6 +313,16 @@ class Child:
         return self._of(Order.SOFT)
 
     @property
+    def probed(self) -> list[str]:
+        """The methods of the probes that it was told to call, in order."""
+        return [order[3] for order in self.orders if order[0] == Order.PROBE]
+
+    @property
+    def benchmarked(self) -> list[str]:
+        """The tasks that it was told to measure, in order."""
+        return [order[2] for order in self.orders if order[0] == Order.BENCHMARK]
+
+    @property
     def is_draining(self) -> bool:
         return any(order[0] == Order.DRAIN for order in self.orders)
 
@@ -299,6 +358,18 @@ class Child:
     def gone(self, request: Request) -> None:
         """Report that it no longer holds an input, and has no answer."""
         self.report([Report.GONE, self._number(request)])
+
+    def answer_probe(
+        self, is_ok: bool = True, *, method: str | None = None, detail: str = "because"
+    ) -> None:
+        """Report the outcome of the last call of a probe, of any or of one."""
+        calls = [one for one in self.orders if one[0] == Order.PROBE and method in (None, one[3])]
+        self.report([Report.PROBED, calls[-1][1], is_ok, detail, 0.01])
+
+    def measured(self, value: float | str) -> None:
+        """Report what the last benchmark gave: a score, or why there is none."""
+        order = [one for one in self.orders if one[0] == Order.BENCHMARK][-1]
+        self.report([Report.MEASURED, order[1], _measurement(order[2], value)])
 
     def fail_to_load(self, reason: str) -> None:
         self.report([Report.FAILED, reason])
@@ -463,12 +534,22 @@ class Harness:
         services: slots in one replica of each service; a name that begins with ``batch`` is of a
             batched task.
         replicas: how many there are.
+        declare: declares more on the app, with slots of its own.
+        options: of the worker, for its pool: ``maxtasksperchild``, ``max_memory_per_child``.
         settings: of the worker, without their ``gw_``.
     """
 
     def __init__(
-        self, services: Mapping[str, int] | None = None, *, replicas: int = 1, **settings: Any
+        self,
+        services: Mapping[str, int] | None = None,
+        *,
+        replicas: int = 1,
+        declare: Callable[[gw.App], Any] = lambda app: None,
+        options: Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
+        self._declare = declare
+        self._options = options or {}
         self._services = {"work": 2} if services is None else dict(services)
         self._replicas = replicas
         self._settings = settings
@@ -528,6 +609,7 @@ class Harness:
             soft_timeout=None,
             putlocks=False,
             app=self.app,
+            **self._options,
         )
         self.pool.start()
         self.pool.register_with_event_loop(self._hub)
@@ -574,6 +656,14 @@ class Harness:
         self.now = end
         self.poll()
 
+    def skip(self, seconds: float) -> None:
+        """Let time pass in which nothing is due, and children beat; for days."""
+        self.now += seconds
+        for timer in self._hub.timers:
+            timer.due = max(timer.due, self.now)
+        self._beat()
+        self.poll()
+
     # -- inputs --
 
     def submit(
@@ -591,7 +681,7 @@ class Harness:
         """Give the pool one input, as Celery does when a message came.
 
         Args:
-            task: a service, or ``plain``.
+            task: a service, or ``plain``; or the full name of a task that ``declare`` declared.
             task_id: a new one, unless one is given.
             is_redelivered: the broker has delivered the message before.
             retries: how often the task was retried.
@@ -610,7 +700,14 @@ class Harness:
         }
         request.handle = self.pool.apply_async(
             lambda *args: None,
-            (f"{self._prefix}.{task}", request.id, context, b"body", "application/json", "utf-8"),
+            (
+                task if "." in task else f"{self._prefix}.{task}",
+                request.id,
+                context,
+                b"body",
+                "application/json",
+                "utf-8",
+            ),
             soft_timeout=soft,
             timeout=hard,
             **request.callbacks(),
@@ -710,8 +807,8 @@ class Harness:
                 child.beat()
 
     def _made(self) -> _Worker:
-        slots = sum(self._services.values()) + 1
-        worker = _Worker(self._declared(), slots * self._replicas)
+        app = self._declared()
+        worker = _Worker(app, self._slots * self._replicas)
         celery_signals.worker_init.send(sender=worker)
         return worker
 
@@ -726,9 +823,12 @@ class Harness:
         app = gw.App("harness", made)
         for name, slots in self._services.items():
             _declare(app, name, slots, f"{self._prefix}.{name}")
+        self._declare(app)
+        self._slots = sum(one.max_inputs for one in app.registry.services.values()) + 1
         made.task(name=f"{self._prefix}.plain")(_body("plain"))
         made.finalize()
-        made.amqp.queues.select(["cpu", "celery"])
+        queues = {one.queue for one in app.registry.services.values()}
+        made.amqp.queues.select([*sorted(queues), "celery"])
         celery_app = made
         return made
 

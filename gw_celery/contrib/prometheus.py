@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from gw_celery import errors
-from gw_celery.pool import child_state
+from gw_celery.pool.replica import State
 from gw_celery.protocol import snapshot
 
 try:
@@ -99,7 +99,7 @@ def _of_worker(worker: snapshot.Worker) -> Iterator[core.Metric]:
     yield info
     states = Counter(replica.state for replica in worker.replicas)
     counted = core.GaugeMetricFamily("gw_replicas", "Replicas by state.", labels=("state",))
-    for state in child_state.State:
+    for state in State:
         counted.add_metric((state.value,), states[state.value])
     yield counted
     is_open = core.GaugeMetricFamily(

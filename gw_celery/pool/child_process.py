@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
+import contextlib
 import selectors
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from gw_celery import conf
-from gw_celery.gpus import devices
+from gw_celery.gpus import devices as gpus
 from gw_celery.policy import probes
-from gw_celery.pool import child_state, dispatch, request
+from gw_celery.pool import replica, request_table
 from gw_celery.protocol import frames
+
+if TYPE_CHECKING:
+    from gw_celery.pool import requests
 
 _READ_BYTES = 256 * 1024
 #: A process that closed its socket, or was killed, is a moment from its end.
 _REAP = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Received:
-    """What one reading of a child's socket gave."""
-
-    reports: Sequence[frames.ReportFields] = ()
-    #: The child has closed its end.
-    is_closed: bool = False
-    #: After the reports came bytes that no child of this version writes.
-    garbage: frames.Garbage | None = None
 
 
 class ChildProcess:
@@ -47,18 +40,18 @@ class ChildProcess:
     def __init__(
         self,
         number: int,
-        state: child_state.ChildState,
+        state: replica.ChildState,
         slots: Mapping[str, int],
-        devices: Sequence[devices.Device],
+        devices: Sequence[gpus.Device],
         sockets: Sockets,
     ) -> None:
         self.number = number
         self.state = state
-        self.slots = dispatch.Slots(slots)
+        self.slots = request_table.Slots(slots)
         #: The GPUs that it runs on, as their maker calls them.
         self.products = tuple(device.name for device in devices)
         #: What it holds, by the numbers of the inputs, settled or not.
-        self.requests: dict[int, request.PoolRequest] = {}
+        self.requests: dict[int, requests.PoolRequest] = {}
         self.served = 0
         self.lag = 0.0
         self.resident_bytes = 0
@@ -82,11 +75,15 @@ class ChildProcess:
         self._socket.setblocking(False)
         self._unpacker = frames.Unpacker(frames.MAX_CHILD_FRAME_BYTES)
         self._outgoing: collections.deque[memoryview] = collections.deque()
+        # As this process's; where a replica has devices, it sees them and no others.
+        environment = {**conf.environment(), **gpus.environment(devices)}
+        # It makes Celery treat the process as one that billiard spawned, with a copy of the app.
+        environment.pop("FORKED_BY_MULTIPROCESSING", None)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gw_celery.replica.boot", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=_environment(devices),
+                env=environment,
                 stdin=subprocess.DEVNULL,
             )
         sockets.add(self)
@@ -99,13 +96,18 @@ class ChildProcess:
         return self.process.pid
 
     @property
-    def has_ended(self) -> bool:
-        return self.process.poll() is not None
-
-    @property
-    def unsettled(self) -> list[request.PoolRequest]:
+    def unsettled(self) -> list[requests.PoolRequest]:
         """What it holds that has no answer."""
         return [held for held in self.requests.values() if held.settlement is None]
+
+    def longest_left(self, now: float) -> float:
+        """Seconds until the last input that runs here reaches its hard limit.
+
+        Infinite where one has none. What has not begun has no time of its own yet.
+        """
+        running = request_table.State.RUNNING
+        limits = (held.hard_limit_at for held in self.requests.values() if held.state is running)
+        return max(limits, default=now) - now
 
     @property
     def wants_to_write(self) -> bool:
@@ -137,26 +139,25 @@ class ChildProcess:
             self._outgoing.clear()
         self._sockets.watch(self)
 
-    def receive(self) -> Received:
-        """Return what is there; reports before garbage count."""
+    def receive(self) -> Iterator[frames.ReportFields]:
+        """Yield the reports that are there; those before garbage count.
+
+        Raises:
+            Garbage: for bytes that no child of this version writes.
+            EOFError: when the child has closed its end.
+        """
         try:
             data = self._socket.recv(_READ_BYTES)
         except (BlockingIOError, InterruptedError):
-            return Received()
+            return
         except OSError:
-            return Received(is_closed=True)
-        reports: list[frames.ReportFields] = []
-        try:
-            for frame in self._unpacker.feed(data):
-                reports += frames.unpack_reports(frame)
-        except frames.Garbage as exc:
-            return Received(reports, garbage=exc)
-        return Received(reports, is_closed=not data, garbage=self._unpacker.garbage)
-
-    def kill(self) -> None:
-        """End the process now; it cannot refuse, not even when it is stopped."""
-        if self.process.poll() is None:
-            self.process.kill()
+            raise EOFError from None
+        for frame in self._unpacker.feed(data):
+            yield from frames.unpack_reports(frame)
+        if self._unpacker.garbage is not None:
+            raise self._unpacker.garbage
+        if not data:
+            raise EOFError
 
     def close(self) -> int | None:
         """Close the socket, reap the process if it ends right now, and return its exit code."""
@@ -180,7 +181,6 @@ class Sockets:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._children: set[ChildProcess] = set()
         self._waker, self._wakeups = socket.socketpair()
         self._waker.setblocking(False)
         self._wakeups.setblocking(False)
@@ -192,10 +192,8 @@ class Sockets:
 
     def wake(self) -> None:
         """End a ``wait``; from any thread, and from the handler of a signal."""
-        try:
+        with contextlib.suppress(OSError):  # it is full of wake-ups, or closed
             self._waker.send(b"\0")
-        except (BlockingIOError, OSError):
-            return  # it is full of wake-ups, or closed
 
     def wait(self, timeout: float) -> list[Event]:
         """Return what has happened, for ``follow``; the only part that needs no lock."""
@@ -205,7 +203,9 @@ class Sockets:
         """Write what can be written now, and yield the children that have something to read."""
         for child, mask in events:
             if child is None:
-                self._drop_wakeups()
+                with contextlib.suppress(BlockingIOError):
+                    while self._wakeups.recv(4096):
+                        pass
                 continue
             if mask & selectors.EVENT_WRITE:
                 child.flush()
@@ -213,17 +213,15 @@ class Sockets:
                 yield child
 
     def add(self, child: ChildProcess) -> None:
-        self._children.add(child)
         self._selector.register(child, selectors.EVENT_READ, child)
 
     def remove(self, child: ChildProcess) -> None:
         """Forget a child; before its socket is closed."""
-        self._children.remove(child)
         self._selector.unregister(child)
 
     def watch(self, child: ChildProcess) -> None:
         """Wait for the socket to take more, only while there is more."""
-        if child in self._children:
+        if child.fileno() >= 0:  # it is closed once it was removed
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.wants_to_write else 0)
             if self._selector.get_key(child).events != events:
                 self._selector.modify(child, events, child)
@@ -233,30 +231,12 @@ class Sockets:
         self._waker.close()
         self._wakeups.close()
 
-    def _drop_wakeups(self) -> None:
-        try:
-            while self._wakeups.recv(4096):
-                pass
-        except BlockingIOError:
-            return
-
 
 def describe_exit(code: int | None) -> str:
     """Say how a process ended, in billiard's words, which tools look for."""
     if code is None:
         return "Worker exited prematurely: it closed its socket."
-    if code < 0:
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = "unknown"
-        return f"Worker exited prematurely: signal {-code} ({name})"
-    return f"Worker exited prematurely: exitcode {code}"
-
-
-def _environment(shown: Sequence[devices.Device]) -> dict[str, str]:
-    """As this process's; where a replica has devices, it sees them and no others."""
-    environment = {**conf.environment(), **devices.environment(shown)}
-    # It makes Celery treat the process as one that billiard spawned, with a copy of the app.
-    environment.pop("FORKED_BY_MULTIPROCESSING", None)
-    return environment
+    if code >= 0:
+        return f"Worker exited prematurely: exitcode {code}"
+    names = {signum.value: signum.name for signum in signal.Signals}
+    return f"Worker exited prematurely: signal {-code} ({names.get(-code, 'unknown')})"

@@ -11,7 +11,8 @@ import collections
 import contextlib
 import itertools
 import logging
-import threading
+import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,8 @@ from kombu import compression
 from kombu.entity import Queue
 from kombu.utils import json
 
-from gw_celery import conf
-from gw_celery.pool import request
+from gw_celery import background_thread, conf
+from gw_celery.pool import requests
 from gw_celery.protocol import headers
 from gw_celery.transport import broker
 
@@ -44,8 +45,6 @@ _PROPERTIES = {
 _MAX_REASON = 1000
 #: Dead letters that may wait for the broker.
 _MAX_WAITING = 100
-#: Seconds that the end of a worker waits for them.
-_CLOSE_TIMEOUT = 2.0
 #: Seconds between two tries.
 _PAUSE = 1.0
 #: Seconds that RabbitMQ has to confirm a message.
@@ -244,20 +243,20 @@ class RedisQueue(DeadLetterQueue):
         return channel.client.eval(script, len(keys), *keys, *arguments)
 
 
-class DeadLetters:
+class DeadLetters(background_thread.BackgroundThread):
     """Writes the dead letters of one worker; the thread starts with the first one."""
 
     def __init__(self, app: Any, settings: conf.Settings, hostname: str) -> None:
+        super().__init__("gw-dead-letters", "dead letters are not written", period=math.inf)
         self._app = app
         self._settings = settings
         self._hostname = hostname
         #: The first one is being written.
         self._waiting: collections.deque[dict[str, Any]] = collections.deque()
-        self._thread: threading.Thread | None = None
-        self._has_work = threading.Event()
-        self._is_closing = threading.Event()
+        #: When the first one is given up; ``None`` before its first try.
+        self._give_up_at: float | None = None
 
-    def keep(self, given_up: request.PoolRequest, reason: str, deaths: int) -> None:
+    def keep(self, given_up: requests.PoolRequest, reason: str, deaths: int) -> None:
         """Take the message of an input that is given up; it is written soon."""
         if given_up.message is None:
             return
@@ -273,47 +272,41 @@ class DeadLetters:
             _log_lost(letter, f"{_MAX_WAITING} others wait for the broker, which is away")
             return
         self._waiting.append(letter)
-        self._has_work.set()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="gw-dead-letters", daemon=True)
-            self._thread.start()
+        self.start()
+        self.wake()
 
-    def close(self) -> None:
+    def close(self, timeout: float = 2.0) -> bool:
         """End the thread; what cannot be written at once is named in the log."""
-        if self._thread is None:
-            return
-        self._is_closing.set()
-        self._has_work.set()
-        self._thread.join(_CLOSE_TIMEOUT)
+        has_ended = super().close(timeout)
         for letter in tuple(self._waiting):
             _log_lost(letter, "the worker ends and the broker is away")
+        return has_ended
 
-    def _run(self) -> None:
-        while self._waiting or not self._is_closing.is_set():
-            self._has_work.wait()
-            self._has_work.clear()
-            while self._waiting:
-                self._write(self._waiting[0])
-                self._waiting.popleft()
-
-    def _write(self, letter: dict[str, Any]) -> None:
-        """Try until the broker has it, has no room for it, or has been away for too long."""
-        end = request.now() + self._settings.store_timeout
-        while True:
+    def run_round(self) -> None:
+        """Write what waits; a letter is tried until the broker has been away for too long."""
+        self.period = math.inf
+        while self._waiting:
+            letter = self._waiting[0]
+            if self._give_up_at is None:
+                self._give_up_at = time.monotonic() + self._settings.store_timeout
             try:
-                self._add(letter)
+                # A connection of its own, for dead letters are rare.
+                with connect(self._app) as connection:
+                    is_added = queue_of(self._app, connection, self._settings).add(letter)
             except Exception as exc:
                 logger.warning("the dead letter of task %s[%s] waits: %r", *_task(letter), exc)
-                if request.now() >= end or self._is_closing.wait(_PAUSE):
-                    _log_lost(letter, repr(exc))
+                if time.monotonic() < self._give_up_at and not self.is_closed:
+                    self.period = _PAUSE
                     return
+                _log_lost(letter, repr(exc))
             else:
-                return
+                self._log_outcome(letter, is_added=is_added)
+            self._waiting.popleft()
+            self._give_up_at = None
 
-    def _add(self, letter: dict[str, Any]) -> None:
-        # A connection of its own, for dead letters are rare.
-        with connect(self._app) as connection:
-            is_added = queue_of(self._app, connection, self._settings).add(letter)
+    leave = run_round
+
+    def _log_outcome(self, letter: dict[str, Any], *, is_added: bool) -> None:
         queue, (task, task_id) = self._settings.dead_letter_queue, _task(letter)
         if is_added:
             logger.warning(

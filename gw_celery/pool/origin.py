@@ -19,12 +19,17 @@ def find(app: Celery) -> str:
     Raises:
         ConfigurationError: when no importable module has it as a global.
     """
-    found = [
-        (_rank(module, name, app), f"{module}:{name}")
-        for module, namespace in _modules()
-        for name, value in namespace
-        if value is app
-    ]
+    found = []
+    for known_as, module in list(sys.modules.items()):
+        name = known_as
+        if name == "__main__":
+            # A module that runs as a program is imported by its name in a child.
+            spec = getattr(module, "__spec__", None)
+            name = spec.name if spec is not None else ""
+        if name and name.partition(".")[0] not in _NOT_USERS:
+            namespace = list(getattr(module, "__dict__", {}).items())
+            variables = [variable for variable, value in namespace if value is app]
+            found += [(_rank(name, one, app), f"{name}:{one}") for one in variables]
     if not found:
         raise errors.ConfigurationError(
             f"no module has the Celery app {app.main!r} as a global, so that a child of the pool "
@@ -44,19 +49,6 @@ def changes(app: Celery) -> bytes:
             continue
         given[key] = value
     return pickle.dumps(given)
-
-
-def _modules() -> list[tuple[str, list[tuple[str, object]]]]:
-    modules = []
-    for known_as, module in list(sys.modules.items()):
-        name = known_as
-        if name == "__main__":
-            # A module that runs as a program is imported by its name in a child.
-            spec = getattr(module, "__spec__", None)
-            name = spec.name if spec is not None else ""
-        if name and name.partition(".")[0] not in _NOT_USERS:
-            modules.append((name, list(getattr(module, "__dict__", {}).items())))
-    return modules
 
 
 def _rank(module: str, name: str, app: Celery) -> tuple[bool, bool, bool, int]:

@@ -1,7 +1,7 @@
 """Has the children's probes called, and acts on their answers.
 
-Driven by the pool's own loop, on each probe's own period: a probe that beat asks for is called when
-it is due, and one that beat forgets is called as well. Nothing here needs the broker.
+Driven by the pool's own loop, on each probe's own period, whether beat's tick comes or not. Nothing
+here needs the broker.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from gw_celery.declare import services
 from gw_celery.policy.probes import Answer, Check, Checks, Consequence
-from gw_celery.pool import child_state, replica
+from gw_celery.pool import replica
 from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames
+from gw_celery.worker.plan import Plan
 
 if TYPE_CHECKING:
     from gw_celery.pool import supervisor
@@ -31,35 +32,41 @@ class ChildProbes:
     """The probes of all children.
 
     Args:
-        setup: what every child gets, with the probes of its services.
+        plan: has the probes of its services.
         supervisor: has the children, takes those on that have started, and ends those that are ill.
     """
 
-    def __init__(self, setup: replica.Setup, supervisor: supervisor.Supervisor) -> None:
-        self._declared = setup.probes
-        self._services = setup.slots.keys() - {services.PLAIN}
+    def __init__(self, plan: Plan, supervisor: supervisor.Supervisor) -> None:
+        #: When ``call_due`` has something to do.
+        self.next_at = math.inf
+        self._declared = plan.probes
+        self._services = plan.slots.keys() - {services.PLAIN}
         self._supervisor = supervisor
         self._calls = 0
-        #: When there is something to do; see ``expect_changes``.
-        self._next_at = math.inf
-
-    def next_in(self, now: float) -> float | None:
-        """Seconds until there is something to do; ``None`` when nothing is due."""
-        return None if math.isinf(self._next_at) else max(0.0, self._next_at - now)
 
     def expect_changes(self) -> None:
         """The next ``call_due`` looks at every child: one may have a new state."""
-        self._next_at = -math.inf if self._declared else math.inf
+        self.next_at = -math.inf if self._declared else math.inf
 
     def call_due(self, now: float) -> None:
         """Call what is due, and count what has no answer in time; after reports were read."""
-        if now < self._next_at:  # it is called for every report of a child
-            return
         for child in self._supervisor.children():
-            self._call_due_of(child, now)
+            checks = self._checks_of(child, now)
+            if checks is None:
+                continue
+            for check, consequence in checks.overdue(now):
+                self._act_on(child, check, consequence, now)
+                if child not in self._supervisor.children():
+                    break
+            else:
+                for check in checks.due(now):
+                    self._calls += 1
+                    check.called(self._calls, now)
+                    call = (self._calls, check.service, check.probe.method)
+                    child.send((frames.Order.PROBE, *call))
         all_checks = (child.checks for child in self._supervisor.children())
         dues = (checks.next_at for checks in all_checks if checks is not None)
-        self._next_at = min(dues, default=math.inf)
+        self.next_at = min(dues, default=math.inf)
 
     def have_started(self, child: ChildProcess, now: float) -> bool:
         """Whether the startup probes of a child have passed; they are called from now on."""
@@ -81,33 +88,24 @@ class ChildProbes:
         up = [child.slots.unready for child in self._supervisor.children() if child.state.is_up]
         return set.intersection(*up) if up else set()
 
-    def _call_due_of(self, child: ChildProcess, now: float) -> None:
-        checks = self._checks_of(child, now)
-        if checks is None:
-            return
-        for check, consequence in checks.overdue(now):
-            self._act_on(child, check, consequence, now)
-            if child not in self._supervisor.children():
-                return
-        for check in checks.due(now):
-            self._calls += 1
-            check.called(self._calls, now)
-            child.send((frames.Order.PROBE, self._calls, check.service, check.probe.method))
-
     def _checks_of(self, child: ChildProcess, now: float) -> Checks | None:
         """The probes of a child as its state wants them; ``None`` while it loads."""
         state, checks = child.state.current, child.checks
-        if checks is None and self._declared and state is child_state.State.PROBING:
-            checks = child.checks = Checks(self._declared, _phase(child.number))
-            checks.start(now)
-            # Not ready until their readiness probes have passed once.
-            child.slots.unready = checks.unready
-        elif checks is not None and state is child_state.State.DRAINING:
+        if checks is None:
+            if self._declared and state is replica.State.PROBING:
+                # Replicas are called one after the other.
+                part = (child.number + 1) * _GOLDEN % 1.0
+                phase = _LEAST_PHASE + (1.0 - _LEAST_PHASE) * part
+                checks = child.checks = Checks(self._declared, phase)
+                checks.start(now)
+                # Not ready until their readiness probes have passed once.
+                child.slots.unready = checks.unready
+        elif state is replica.State.DRAINING:
             if child.is_leaving:
                 checks.end()
             else:
                 checks.drain()
-        elif checks is not None and child.state.is_up:
+        elif child.state.is_up:
             wants = bool(self._services - child.slots.unready)
             # It may have been measured again meanwhile, and counts as READY since.
             if checks.serve(now) or wants is not child.state.is_ready:
@@ -115,34 +113,27 @@ class ChildProbes:
         return checks
 
     def _act_on(
-        self,
-        child: ChildProcess,
-        check: Check,
-        consequence: Consequence,
-        now: float,
+        self, child: ChildProcess, check: Check, consequence: Consequence, now: float
     ) -> None:
+        name = f"its {check.probe.kind} probe {check.name}"
+        detail = (check.last.detail if check.last is not None else "") or "no reason given"
+        why = f"{name} failed ({check.failures} of {check.probe.failures} in a row: {detail})"
         if 0 < check.failures <= check.probe.failures:
-            logger.warning("%r: %s failed (%s)", child, _named(check), _why(check))
+            logger.warning("%r: %s", child, why)
         if consequence is Consequence.STARTED:
             self._supervisor.advance(child, now)
-        elif consequence is Consequence.CANNOT_START:
-            self._end(child, check)
-        elif consequence is Consequence.REPLACE:
-            child.is_unfit, child.is_ill = not check.has_passed, True
-            self._end(child, check)
+        elif consequence in (Consequence.CANNOT_START, Consequence.REPLACE):
+            if consequence is Consequence.REPLACE:
+                child.is_unfit, child.is_ill = not check.has_passed, True
+            # Killed, for a child that is ill cannot be asked to leave, and what it holds must run.
+            child.reason = why
+            self._supervisor.end(child, f"Worker exited prematurely: {why}.")
         elif consequence is Consequence.NOT_READY:
-            logger.error(
-                "%r takes no inputs of %s until %s passes", child, check.service, _named(check)
-            )
+            logger.error("%r takes no inputs of %s until %s passes", child, check.service, name)
             self._fit(child, now)
         elif consequence is Consequence.READY:
-            logger.info("%r takes inputs of %s: %s passes", child, check.service, _named(check))
+            logger.info("%r takes inputs of %s: %s passes", child, check.service, name)
             self._fit(child, now)
-
-    def _end(self, child: ChildProcess, check: Check) -> None:
-        """Kill it: a child that is ill cannot be asked to leave, and what it holds must run."""
-        child.reason = f"{_named(check)} failed ({_why(check)})"
-        self._supervisor.end(child, f"Worker exited prematurely: {child.reason}.")
 
     def _fit(self, child: ChildProcess, now: float) -> None:
         """Let the child have inputs of those services that are ready in it."""
@@ -150,17 +141,3 @@ class ChildProbes:
         child.slots.unready = unready
         child.state.wants_inputs(now, bool(self._services - unready))
         self._supervisor.pool.slots_changed()
-
-
-def _phase(number: int) -> float:
-    part = (number + 1) * _GOLDEN % 1.0
-    return _LEAST_PHASE + (1.0 - _LEAST_PHASE) * part
-
-
-def _named(check: Check) -> str:
-    return f"its {check.probe.kind} probe {check.name}"
-
-
-def _why(check: Check) -> str:
-    detail = check.last.detail if check.last is not None else ""
-    return f"{check.failures} of {check.probe.failures} in a row: {detail or 'no reason given'}"

@@ -1,51 +1,165 @@
-"""The replicas of a pool: numbered places, each filled by one child after the other."""
+"""The replicas of a pool, and the state of the child that fills each; no clock, no I/O.
+
+A replica is a numbered place; its children come one after the other. A child goes STARTING ->
+ENTERING -> PROBING -> BENCHMARKING -> READY <-> UNREADY -> DRAINING -> gone. It proves each step by
+a report, and each step has a deadline. A replica whose child is gone waits its backoff and starts
+another.
+"""
 
 from __future__ import annotations
 
-import collections
-import dataclasses
+import enum
 import itertools
 import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from gw_celery import conf
-from gw_celery.declare import probes
-from gw_celery.gpus import allocation, devices
-from gw_celery.policy import probes as policy_probes
-from gw_celery.pool import child_state
-from gw_celery.pool.child_process import ChildProcess
+from gw_celery.gpus import devices
 from gw_celery.protocol import snapshot
+
+if TYPE_CHECKING:
+    from gw_celery.pool.child_process import ChildProcess
 
 logger = logging.getLogger(__name__)
 
+#: A child that was ready for less is as bad as one that never was.
+_STEADY = 1.0
+#: The wait before the next child is doubled so often, from 1 s to 64 s.
+_MOST_DOUBLINGS = 6
+#: One that fell ill in less may do so each time: it must not load its model over and over.
+_WELL = 64.0
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What every child of a pool gets, and how many inputs it takes."""
 
-    settings: conf.Settings
-    #: Inputs in flight of each service in one replica; ``services.PLAIN`` for other tasks.
-    slots: Mapping[str, int]
-    #: The first frame of a child, but for its number.
-    first: dict[str, object]
-    #: The tasks of each service that have a benchmark.
-    benchmarked: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    #: The devices of each replica; ``None`` where none needs any.
-    allotment: allocation.Allotment | None = None
-    #: The probes of what it serves, each with the key of its service.
-    probes: Sequence[tuple[str, probes.Probe]] = ()
-    max_tasks: int | None = None
-    #: Resident bytes after which a child is replaced.
-    max_bytes: int | None = None
+class State(enum.Enum):
+    """What a child, or a replica without one, is doing."""
+
+    STARTING = "starting"
+    ENTERING = "entering"
+    #: Its startup probes have not passed yet.
+    PROBING = "probing"
+    BENCHMARKING = "benchmarking"
+    READY = "ready"
+    #: Loaded and alive, but none of its services wants inputs now.
+    UNREADY = "unready"
+    DRAINING = "draining"
+    #: The replica waits before it starts another child.
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class ChildState:
+    """The state of one child, as its parent sees it, and the time when it must have changed."""
+
+    def __init__(self, settings: conf.Settings, now: float) -> None:
+        self.settings = settings
+        #: When it last showed that its loop turns; ``None`` while it may be silent: imports and
+        #: loads of weights hold the GIL.
+        self.last_beat: float | None = None
+        #: When it became READY; ``None`` before.
+        self.ready_at: float | None = None
+        #: Seconds from the start of its process until it was READY first; ``None`` before.
+        self.start_up: float | None = None
+        self.deadline: float | None = None
+        self._began = now
+        #: When it began to drain, or last held what has no limit.
+        self._unlimited_at = now
+        self._enter(State.STARTING, now, settings.boot_timeout)
 
     @property
-    def slots_per_replica(self) -> int:
-        return sum(self.slots.values())
+    def is_ready(self) -> bool:
+        return self.current is State.READY
 
-    def is_worn(self, child: ChildProcess) -> bool:
-        """Whether a child served, or holds, as much as it may."""
-        has_served = self.max_tasks is not None and child.served >= self.max_tasks
-        return has_served or (self.max_bytes is not None and child.resident_bytes > self.max_bytes)
+    @property
+    def is_up(self) -> bool:
+        """Whether it has become READY and is not being drained."""
+        return self.current in (State.READY, State.UNREADY)
+
+    def loaded(self, now: float) -> None:
+        if self.current is State.STARTING:
+            self._enter(State.ENTERING, now, self.settings.start_timeout)
+
+    def entered(self, now: float) -> None:
+        if self.current is State.ENTERING:
+            self._enter(State.PROBING, now, None)
+            self.last_beat = now
+
+    def probed(self, now: float) -> None:
+        if self.current is State.PROBING:
+            self._enter(State.BENCHMARKING, now, self.settings.benchmark_timeout)
+
+    def measured(self, now: float) -> None:
+        if self.current is State.BENCHMARKING:
+            self._enter(State.READY, now, None)
+            self.ready_at = now
+            if self.start_up is None:
+                self.start_up = now - self._began
+
+    def measure_again(self, now: float) -> None:
+        """Take nothing new until it has been measured; for one that holds nothing."""
+        if self.current is State.READY:
+            self._enter(State.BENCHMARKING, now, self.settings.benchmark_timeout)
+
+    def wants_inputs(self, now: float, wants: bool) -> None:
+        """Note that some service of a loaded child wants inputs, or none does."""
+        if self.is_up and wants is not self.is_ready:
+            self._enter(State.READY if wants else State.UNREADY, now, None)
+
+    def beat(self, now: float) -> None:
+        if self.last_beat is not None:
+            self.last_beat = now
+
+    def drain(self, now: float) -> None:
+        """Take nothing new; what runs has until its own limit, or the drain's, has passed."""
+        if self.current is not State.DRAINING:
+            self._enter(State.DRAINING, now, None)
+            self._unlimited_at = now
+
+    @property
+    def lingers(self) -> bool:
+        """Whether it has been draining for long because of what has no limit."""
+        is_draining = self.current is State.DRAINING and self.deadline is None
+        return is_draining and self._unlimited_at - self.since >= self.settings.drain_timeout
+
+    def seconds_since_ready(self, now: float) -> float:
+        """Seconds since it became READY last; negative before."""
+        return -1.0 if self.ready_at is None else now - self.ready_at
+
+    def overdue(self, now: float, longest_left: float = 0.0) -> str | None:
+        """Return why the child must be killed now, if it must; about once a second.
+
+        Args:
+            now: the time.
+            longest_left: seconds that the last of its inputs may run; infinite where one has no
+                limit.
+        """
+        deadline = self.deadline
+        if self.current is State.DRAINING and deadline is None:
+            if math.isinf(longest_left):
+                self._unlimited_at = now
+            deadline = max(self._unlimited_at + self.settings.drain_timeout, now + longest_left)
+        if deadline is not None and now >= deadline:
+            return f"was {self.current.value} for {now - self.since:.0f} s{_SETTINGS[self.current]}"
+        if self.last_beat is not None and now - self.last_beat >= self.settings.heartbeat_timeout:
+            return (
+                f"sent no heartbeat for {now - self.last_beat:.0f} s: it is stopped, or a call "
+                f"blocks its event loop or holds the GIL (setting gw_heartbeat_timeout)"
+            )
+        return None
+
+    def _enter(self, state: State, now: float, timeout: float | None) -> None:
+        self.current = state
+        self.since = now
+        self.deadline = None if timeout is None else now + timeout
+
+
+_SETTINGS = {
+    State.STARTING: " (setting gw_boot_timeout)",
+    State.ENTERING: " (setting gw_start_timeout)",
+    State.BENCHMARKING: " (setting gw_benchmark_timeout)",
+    State.DRAINING: " (setting gw_drain_timeout)",
+}
 
 
 class Replica:
@@ -59,25 +173,42 @@ class Replica:
         self.child: ChildProcess | None = None
         #: Loads while ``child`` still serves, and takes its place.
         self.successor: ChildProcess | None = None
-        self.backoff = child_state.Backoff()
         self.restarts = 0
         self.last_error = ""
         self.is_wanted = True
         #: Drained by an operator: no child is started until it is restarted.
         self.is_held = False
+        #: Its child is to be restarted by the operator's command; one that was named, at once.
+        self.is_to_restart = False
+        self.is_named = False
+        #: Starts that failed, one after the other.
+        self.failures = 0
+        #: When the next child may start.
+        self.retry_at = 0.0
 
     @property
     def should_run(self) -> bool:
         return self.is_wanted and not self.is_held
 
     @property
-    def is_ready(self) -> bool:
-        return self.child is not None and self.child.state.is_ready
+    def state(self) -> State:
+        if self.child is not None:
+            return self.child.state.current
+        if not self.should_run:
+            return State.STOPPED
+        # After a child that served, or was told to leave, the next one starts within a second.
+        return State.FAILED if self.failures else State.STARTING
 
     @property
-    def is_up(self) -> bool:
-        """Whether its child has loaded and is not being drained, ready for inputs or not."""
-        return self.child is not None and self.child.state.is_up
+    def is_ready(self) -> bool:
+        return self.state is State.READY
+
+    def start_failed(self, now: float) -> float:
+        """Count it, and return the seconds to wait before the next start."""
+        wait = 2.0 ** min(self.failures, _MOST_DOUBLINGS)
+        self.failures += 1
+        self.retry_at = now + wait
+        return wait
 
     def child_ended(
         self, child: ChildProcess, reason: str, now: float, *, is_expected: bool
@@ -87,16 +218,15 @@ class Replica:
             self.child = None
         if self.successor is child:
             self.successor = None
+        wait = 0.0
+        if is_expected or _was_started_well(child, now):
+            self.failures, self.retry_at = 0, now
+        else:
+            wait = self.start_failed(now)
         if is_expected:
-            self.backoff.succeeded(now)
             return
         self.restarts += 1
         self.last_error = child.reason or reason
-        wait = 0.0
-        if _was_started_well(child, now):
-            self.backoff.succeeded(now)
-        else:
-            wait = self.backoff.failed(now)
         logger.error(
             "%r ended while %s, with %d inputs in flight: %s; the next child starts in %.0f s",
             child,
@@ -111,15 +241,15 @@ class Replica:
         if child is None:
             return snapshot.Replica(
                 number=self.number,
-                state=self._state_without_child().value,
+                state=self.state.value,
                 devices=self._tokens,
                 restarts=self.restarts,
                 last_error=self.last_error,
-                retry_in=max(0.0, self.backoff.retry_at - now),
+                retry_in=max(0.0, self.retry_at - now),
             )
         return snapshot.Replica(
             number=self.number,
-            state=child.state.current.value,
+            state=self.state.value,
             devices=self._tokens,
             restarts=self.restarts,
             last_error=self.last_error,
@@ -131,14 +261,19 @@ class Replica:
             lag=child.lag,
             resident_bytes=child.resident_bytes,
             unready=tuple(sorted(child.slots.unready)),
-            probes=tuple(map(_probe, child.checks or ())),
+            probes=tuple(
+                snapshot.Probe(
+                    name=check.name,
+                    kind=check.probe.kind,
+                    is_ok=None if check.last is None else check.last.is_ok,
+                    failures=check.failures,
+                    is_failing=check.is_failing,
+                    detail="" if check.last is None else check.last.detail,
+                    seconds=0.0 if check.last is None else check.last.seconds,
+                )
+                for check in child.checks or ()
+            ),
         )
-
-    def _state_without_child(self) -> child_state.State:
-        if not self.should_run:
-            return child_state.State.STOPPED
-        # After a child that served, or was told to leave, the next one starts within a second.
-        return child_state.State.FAILED if self.backoff.failures else child_state.State.STARTING
 
 
 class ReplicaSet:
@@ -148,8 +283,6 @@ class ReplicaSet:
         self._shares = shares
         self._wanted = 0
         self._replicas: dict[int, Replica] = {}
-        self._restarting: collections.deque[int] = collections.deque()
-        self._named: set[int] = set()
         #: All were drained by an operator: so is what is added, until all are restarted.
         self._is_held = False
 
@@ -174,11 +307,12 @@ class ReplicaSet:
 
     def complete(self) -> None:
         """Add the replicas that are wanted, as far as there are devices for them now."""
-        shares = self._shares
-        most = None if shares is None else len(shares)
         missing = self._wanted - sum(replica.is_wanted for replica in self)
-        for number in _free_numbers(self._replicas, missing, most):
-            replica = Replica(number, () if shares is None else shares[number])
+        # A number stands for its devices: the lowest ones that are not taken.
+        numbers = itertools.count() if self._shares is None else iter(range(len(self._shares)))
+        free = (number for number in numbers if number not in self._replicas)
+        for number in list(itertools.islice(free, max(0, missing))):
+            replica = Replica(number, () if self._shares is None else self._shares[number])
             replica.is_held = self._is_held
             self._replicas[number] = replica
 
@@ -195,70 +329,41 @@ class ReplicaSet:
 
         One that is named does not wait for the others, which may never be ready.
         """
-        self._named |= {number} if number is not None else set()
         self._is_held = self._is_held and number is not None
         for replica in self:
             if number in (None, replica.number) and replica.is_wanted:
                 replica.is_held = False
-                if replica.number not in self._restarting:
-                    add = self._restarting.append if number is None else self._restarting.appendleft
-                    add(replica.number)
+                replica.is_to_restart = True
+                replica.is_named = replica.is_named or number is not None
 
     def next_to_restart(self) -> Replica | None:
         """Return a replica to drain now: when all others are ready, so that one goes at a time."""
-        while self._restarting:
-            replica = self._replicas.get(self._restarting[0])
-            if replica is not None and replica.child is not None:
-                break
-            self._restarting.popleft()  # a new child is as good as a restarted one
-        else:
-            return None
-        for number in self._restarting:
-            queued = self._replicas.get(number)
-            if queued is not None and queued.is_up and not queued.is_ready:
-                return self._taken_to_restart(queued)  # nothing that it serves would miss it
-        others = [other for other in self if other is not replica and other.should_run]
-        is_named = replica.number in self._named
-        if replica.is_ready and (is_named or all(other.is_ready for other in others)):
-            return self._taken_to_restart(replica)
-        return None
-
-    def _taken_to_restart(self, replica: Replica) -> Replica:
-        self._restarting.remove(replica.number)
-        self._named.discard(replica.number)
-        return replica
+        for replica in self:
+            if replica.child is None:  # a new child is as good as a restarted one
+                replica.is_to_restart = replica.is_named = False
+        queued = [replica for replica in self if replica.is_to_restart]
+        queued.sort(key=lambda replica: not replica.is_named)
+        # Nothing that it serves would miss one that is not ready.
+        chosen = next((one for one in queued if one.state is State.UNREADY), None)
+        if chosen is None and queued and queued[0].is_ready:
+            others = [other for other in self if other is not queued[0] and other.should_run]
+            if queued[0].is_named or all(other.is_ready for other in others):
+                chosen = queued[0]
+        if chosen is not None:
+            chosen.is_to_restart = chosen.is_named = False
+        return chosen
 
 
 def _was_started_well(child: ChildProcess, now: float) -> bool:
     """Whether the end of a child that should have gone on is no fault of its start."""
     if child.is_ill:
-        return child.state.was_well(now) and not child.is_unfit
+        return child.state.seconds_since_ready(now) >= _WELL and not child.is_unfit
     # One that dies of an input was started well.
     has_begun_one = any(held.accepted_at is not None for held in child.requests.values())
-    return has_begun_one or child.state.was_steady(now)
-
-
-def _probe(check: policy_probes.Check) -> snapshot.Probe:
-    last = check.last
-    return snapshot.Probe(
-        name=check.name,
-        kind=check.probe.kind,
-        is_ok=None if last is None else last.is_ok,
-        failures=check.failures,
-        is_failing=check.is_failing,
-        detail="" if last is None else last.detail,
-        seconds=0.0 if last is None else last.seconds,
-    )
+    return has_begun_one or child.state.seconds_since_ready(now) >= _STEADY
 
 
 def _load(replica: Replica) -> tuple[bool, int, int]:
     """Order for shrinking: what serves nothing, then the least loaded, the highest number first."""
     held = len(replica.child.requests) if replica.child is not None else 0
     return (replica.is_ready, held, -replica.number)
-
-
-def _free_numbers(taken: Container[int], count: int, most: int | None) -> list[int]:
-    """The lowest numbers below ``most`` that are not taken: a number stands for its devices."""
-    numbers = itertools.count() if most is None else iter(range(most))
-    free = (number for number in numbers if number not in taken)
-    return list(itertools.islice(free, max(0, count)))

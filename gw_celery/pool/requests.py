@@ -1,24 +1,27 @@
-"""The way of an input through the pool: submit, check, send, begin, and how it ends.
-
-Each method is one stage. It decides, has ``RequestTable.move`` change the state, writes to the
-child, and calls Celery last.
-"""
+"""One delivered message, and its way through the pool: submit, check, send, begin, and its end."""
 
 from __future__ import annotations
 
+import collections
 import itertools
 import logging
-import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypedDict
 
-from billiard.exceptions import Terminated
+from billiard.einfo import ExceptionInfo
+from billiard.exceptions import Terminated, WorkerLostError
+from celery.exceptions import Ignore, Reject, Retry
+from celery.worker import state as worker_state
+from celery.worker.request import Request
+from kombu.message import Message
 
 from gw_celery import errors
-from gw_celery.pool import poison, request, time_limits
-from gw_celery.pool.counters import Result
-from gw_celery.pool.request import PoolRequest, Settlement, State
-from gw_celery.protocol import frames
+from gw_celery.client import beat_tasks
+from gw_celery.cluster import poison_counts
+from gw_celery.pool import request_table
+from gw_celery.pool.request_table import Limit, Result, Settlement, State
+from gw_celery.protocol import frames, headers
 
 if TYPE_CHECKING:
     from gw_celery.pool import dead_letters, supervisor
@@ -26,10 +29,250 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Name, id, request, body, content type and encoding, as Celery's tracer takes them.
+TaskArgs = tuple[str, str, Mapping[str, object], bytes, str, str]
+#: Bound methods of Celery's request.
+Callback = Callable[..., object]  # type: ignore[explicit-any]  # Celery's: each has arguments of its own
+CallbackName = Literal["accept_callback", "callback", "error_callback", "timeout_callback"]
+
+#: Suspects that are remembered; an input that never comes back must not stay for ever.
+_MOST_SUSPECTS = 100_000
 #: Seconds that a redelivered input waits for what other workers know of it.
 _MAX_CHECK = 2.0
 #: What a child reports of an input that waited for too long.
 _REFUSED = f"{errors.QueueTimeExceeded.__module__}.{errors.QueueTimeExceeded.__qualname__}"
+
+
+class Options(TypedDict, total=False):
+    """What Celery gives with an input."""
+
+    accept_callback: Callback
+    callback: Callback
+    error_callback: Callback
+    timeout_callback: Callback
+    #: Seconds, but for what any client may write into a message.
+    soft_timeout: float | None
+    timeout: float | None
+    correlation_id: str
+    #: Ours: the task is batched.
+    gathers: bool
+
+
+class PoolRequest:
+    """Celery holds it as the result of ``apply_async``, by a weak reference.
+
+    Its ``tell_`` methods call Celery, for later deliveries of the same message as well. They are
+    called once ``RequestTable.move`` has done its part: receivers of signals raise, and handlers
+    come back here in the middle of them.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        args: TaskArgs,
+        service: str,
+        options: Options,
+        pool: supervisor.Supervisor,
+    ) -> None:
+        self.number = number
+        self.args = args
+        self.name, self.task_id = str(args[0]), str(args[1])
+        self.request = args[2]
+        self.service = service
+        self.workload = headers.workload_of(self.request)
+        #: It counts; replicas are not kept for what beat sends, nor worn by it.
+        self.is_work = self.name not in beat_tasks.COMMANDS
+        self.soft_limit = options.get("soft_timeout")
+        self.hard_limit = options.get("timeout")
+        #: It may wait in its child for others that share its call.
+        self.gathers = bool(options.get("gathers"))
+        #: It was in flight when a child died, and may be the cause.
+        self.runs_alone = False
+        #: Children that died with it before it began.
+        self.losses = 0
+        self.arrived_at = time.monotonic()
+        #: When it got its slot.
+        self.sent_at = 0.0
+        #: When it reaches its hard limit, once it runs; infinite without one.
+        self.hard_limit_at = 0.0
+        #: When Celery heard that it starts; one that is stopped before it ran has "started", too.
+        self.accepted_at: float | None = None
+        #: Where it is; ``None`` for a later delivery of what is here already. ``RequestTable.move``
+        #: alone changes these three.
+        self.state: State | None = None
+        self.settlement: Settlement | None = None
+        self.child: ChildProcess | None = None
+        #: Later deliveries of the same message, answered with this one.
+        self.deliveries: list[PoolRequest] = []
+        self._leader: PoolRequest | None = None
+        self._options = options
+        self._pool = pool
+
+    # -- what it is --
+
+    @property
+    def is_redelivered(self) -> bool:
+        """Whether the broker has delivered it before, to this worker or another."""
+        delivery = self.request.get("delivery_info")
+        is_again = isinstance(delivery, Mapping) and delivery.get("redelivered")
+        return bool(is_again or self.request.get("x-delivery-count"))
+
+    @property
+    def message(self) -> Message | None:
+        """kombu's message that brought it, if any."""
+        return getattr(self._celery_request, "message", None)
+
+    @property
+    def _celery_request(self) -> Request:
+        """Celery's request, whose bound methods are our callbacks."""
+        return getattr(self._options.get("accept_callback"), "__self__", None)
+
+    # -- what Celery asks --
+
+    def terminate(self, signum: int) -> None:
+        """Stop this input and no other; Celery calls it for ``revoke(terminate=True)``."""
+        self._pool.stop(self._leader or self, signum)
+
+    def add_delivery(self, twin: PoolRequest) -> None:
+        """Answer ``twin``, another delivery of this input, as this one is answered."""
+        self.deliveries.append(twin)
+        twin._leader = self
+        if self.accepted_at is not None:
+            twin.tell_accepted(self.child.pid if self.child else 0, time.monotonic())
+
+    def was_withdrawn(self) -> bool:
+        """Whether it was revoked or has expired since it came; Celery then has answered it."""
+        revoked = getattr(self._celery_request, "revoked", None)
+        if revoked is None:
+            return False
+        try:
+            if not revoked():
+                return False
+        except Exception:
+            logger.exception("task %s[%s] could not be checked", self.name, self.task_id)
+            return False
+        for twin in self.deliveries:  # each is acknowledged by its own request
+            twin.was_withdrawn()
+        return True
+
+    @property
+    def can_be_rejected(self) -> bool:
+        """Whether every delivery is a message that the broker would take back."""
+        deliveries = (self, *self.deliveries)
+        return all(hasattr(delivery._celery_request, "reject") for delivery in deliveries)
+
+    def reject(self) -> None:
+        """Have the broker deliver it again, to a worker that is ready for it."""
+        for delivery in (self, *self.deliveries):
+            delivery._requeue()
+            worker_state.task_ready(delivery._celery_request)
+
+    def _requeue(self) -> None:
+        try:
+            self._celery_request.reject(requeue=True)
+        except Exception:  # the broker is away, and will deliver it again by itself
+            logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
+
+    def fail_when_acknowledged_early(self) -> None:
+        """Store that the worker was shut down, for an input that was acknowledged early.
+
+        Celery's cold shutdown calls it a retry, and nothing would ever retry it.
+        """
+        request = self._celery_request
+        if getattr(request, "_already_cancelled", False) and not request.task.acks_late:
+            stopped = errors.WorkerStopped(
+                f"{self.name}[{self.task_id}] was running when its worker was shut down, and had "
+                f"been acknowledged: send it again; acks_late=True would give it to another worker"
+            )
+            try:
+                request.task.backend.mark_as_failure(
+                    self.task_id,
+                    stopped,
+                    request=request._context,
+                    store_result=request.store_errors,
+                )
+            except Exception:  # the backend is away, and the shutdown goes on
+                logger.exception("%s", stopped)
+
+    # -- what Celery hears --
+
+    def tell_accepted(self, pid: int, started: float) -> None:
+        """The input starts: an early acknowledgement happens here, once."""
+        if self.accepted_at is not None:
+            return
+        self.accepted_at = started
+        for delivery in (self, *self.deliveries):
+            delivery._call("accept_callback", pid, started)
+
+    def tell_soft_limit(self) -> None:
+        self._call("timeout_callback", True, self.soft_limit)
+
+    def tell_broken(self, exc: BaseException) -> None:
+        """It has no outcome of its own; Celery decides by the class of ``exc``, and stores it."""
+        try:
+            raise exc
+        except BaseException:
+            einfo = ExceptionInfo()
+        self._answer("error_callback", einfo)
+
+    def tell_lost(self, reason: str) -> None:
+        self.tell_broken(WorkerLostError(f"{reason} Job: {self.number}."))
+
+    def tell_hard_limit(self) -> None:
+        """Celery's time-out callback does everything that there is to do."""
+        self._answer("timeout_callback", False, self.hard_limit)
+
+    def tell_report(self, report: frames.ReportFields) -> None:
+        """The report by which a child lets go of it."""
+        if report[0] == frames.Report.DONE:
+            self._answer("callback", (0, report[2], report[3]))
+            return
+        if report[0] != frames.Report.ERROR:
+            self.tell_lost("The replica dropped the input unanswered.")
+            return
+        _, _, outcome, type_name, text, message, traceback, requeue = report
+        stand_in = Reported(type_name, text, message, traceback)
+        if outcome == frames.Outcome.EXIT:
+            self.tell_lost(f"Worker exited prematurely: {text}")
+        elif outcome == frames.Outcome.UNSTORED:
+            # Lost, as far as can be known: our tasks go back to the broker.
+            self.tell_lost(f"The outcome could not be stored: {text}")
+        elif outcome == frames.Outcome.INTERNAL:
+            self.tell_broken(stand_in)
+        else:
+            exc: Exception = stand_in
+            if outcome == frames.Outcome.RETRY:
+                exc = Retry(message, stand_in)
+            elif outcome == frames.Outcome.IGNORE:
+                exc = Ignore(message)
+            elif outcome == frames.Outcome.REJECT:
+                exc = Reject(message, requeue=requeue)
+            self._answer("callback", (1, Einfo(exc, traceback), 0.0))  # the child has stored it
+
+    def _answer(self, name: CallbackName, *args: object) -> None:
+        for delivery in (self, *self.deliveries):
+            has_returned = delivery._call(name, *args)
+            request = delivery._celery_request
+            if has_returned or request is None:
+                continue
+            if request.task.acks_late and not request.acknowledged:
+                # The outcome can be stored nowhere: the broker, which has the message, tries again.
+                delivery._requeue()
+
+    def _call(self, name: CallbackName, *args: object) -> bool:
+        """Call Celery; whether it returned."""
+        callback = self._options.get(name)
+        if callback is None:
+            return True
+        try:
+            callback(*args)
+        except Exception:
+            # Whatever raises here would end the worker: receivers, backends, custom requests.
+            logger.exception(
+                "%s of task %s[%s] raised; the worker goes on", name, self.name, self.task_id
+            )
+            return False
+        return True
 
 
 class Requests:
@@ -37,20 +280,20 @@ class Requests:
 
     Args:
         pool: has the settings, and decides what becomes of children.
-        poison: the inputs that kill their children.
+        shared: where the workers' counts of poison inputs meet; ``None`` without a Redis.
         dead_letters: keeps the messages that are given up; ``None`` where the settings say so.
     """
 
     def __init__(
         self,
         pool: supervisor.Supervisor,
-        poison: poison.PoisonCounter,
+        shared: poison_counts.Shared | None,
         dead_letters: dead_letters.DeadLetters | None,
     ) -> None:
-        self.table = request.RequestTable(pool.setup.settings.cancel_timeout)
+        self.table = request_table.RequestTable(pool.settings.cancel_timeout)
         self._pool = pool
-        self._settings = pool.setup.settings
-        self._poison = poison
+        self._settings = pool.settings
+        self._poison = PoisonCounter(pool.settings.max_deaths, shared)
         self._dead_letters = dead_letters
         self._numbers = itertools.count(1)
 
@@ -64,46 +307,47 @@ class Requests:
 
     # -- from Celery to a slot --
 
-    def submit(self, args: request.TaskArgs, service: str, options: request.Options) -> PoolRequest:
+    def submit(self, args: TaskArgs, service: str, options: Options) -> PoolRequest:
         """Take one input; ``send`` starts it."""
         new = PoolRequest(next(self._numbers), args, service, options, self._pool)
-        if (odd := new.odd_limit) is not None:
-            self.table.move(new, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
+        limits = (new.soft_limit, new.hard_limit)
+        odd = [limit for limit in limits if limit is not None and headers.finite(limit) is None]
+        if odd:  # any client may write it into a message
+            self._settle(new, Settlement.ANSWERED)
             new.tell_broken(
                 errors.UsageError(
-                    f"{new.name}[{new.task_id}] has the time limit {odd!r:.100}: send seconds"
+                    f"{new.name}[{new.task_id}] has the time limit {odd[0]!r:.100}: send seconds"
                 )
             )
             return new
-        if (leader := self._leader_of(new)) is not None:
+        is_redelivered = new.is_redelivered
+        if is_redelivered and (leader := self._leader_of(new)) is not None:
             leader.add_delivery(new)
             return new
-        if new.was_requeued:
+        if not is_redelivered and new.request.get(headers.REQUEUED):
+            # A person sent it again after it was given up, and nothing has tried it since.
             self._poison.forget(new.task_id)
-        if new.is_redelivered or self._poison.is_suspect(new.task_id):
-            self._check(new)
+        if is_redelivered or new.task_id in self._poison.suspects:
+            self.table.move(new, State.CHECKING, time.monotonic())
+            # How many children has it killed, in other workers, too?
+            if not (is_redelivered and self._poison.ask(new.number, new.task_id)):
+                self._admit(new)
         else:
-            self.table.move(new, State.WAITING, request.now())
+            self.table.move(new, State.WAITING, time.monotonic())
         return new
 
-    def _leader_of(self, new: PoolRequest) -> PoolRequest | None:
+    def _leader_of(self, twin: PoolRequest) -> PoolRequest | None:
         """The same message, which is here already: the broker lost sight of it, and we did not."""
-        if not new.is_redelivered:
-            return None
+        key = (twin.task_id, twin.request.get("retries"))
         here = self.table.of(State.SENT, State.RUNNING, State.WAITING)
-        return next((other for other in here if other.is_twin_of(new)), None)
-
-    def _check(self, new: PoolRequest) -> None:
-        """Learn how many children it has killed, in other workers, too."""
-        self.table.move(new, State.CHECKING, request.now())
-        is_asked = new.is_redelivered and self._poison.ask(new.number, new.task_id)
-        if not is_asked:
-            self._admit(new)
+        same = (other for other in here if (other.task_id, other.request.get("retries")) == key)
+        return next(same, None)
 
     def finish_checks(self, now: float) -> None:
         """Take in what Redis has answered, and what it has not in time."""
-        answered = set(self._poison.answers())
-        for checked in self.table.of(State.CHECKING):
+        checking = self.table.of(State.CHECKING)
+        answered = set(self._poison.answers()) if checking else set()
+        for checked in checking:
             is_known = checked.number in answered or now - checked.arrived_at > _MAX_CHECK
             if is_known and checked.settlement is None:
                 self._admit(checked)
@@ -111,19 +355,19 @@ class Requests:
     def _admit(self, checked: PoolRequest) -> None:
         """Let an input wait for a slot, alone when it is a suspect; give up one that kills."""
         if self._poison.is_poison(checked.task_id):
-            self.table.move(checked, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
+            self._settle(checked, Settlement.ANSWERED)
             self._give_up_poison(checked, "seen by another worker")
             return
-        checked.runs_alone = self._poison.is_suspect(checked.task_id)
-        self.table.move(checked, State.WAITING, request.now())
+        checked.runs_alone = checked.task_id in self._poison.suspects
+        self.table.move(checked, State.WAITING, time.monotonic())
 
-    def send(self, ready: Iterable[ChildProcess]) -> None:
+    def send(self, ready: Sequence[ChildProcess]) -> None:
         """Give the children what has a slot there."""
         orders: dict[ChildProcess, list[frames.OrderFields]] = {}
         for waiting, child in self.table.queue.assign(ready):
             if self._settle_withdrawn(waiting):
                 continue
-            self.table.move(waiting, State.SENT, request.now(), child=child)
+            self.table.move(waiting, State.SENT, time.monotonic(), child=child)
             order = frames.Order.RUN_ALONE if waiting.runs_alone else frames.Order.RUN
             orders.setdefault(child, []).append((order, waiting.number, *waiting.args))
         for child, listed in orders.items():
@@ -142,29 +386,21 @@ class Requests:
         if held is None:
             raise frames.Garbage(f"a {kind} report of input {report[1]}, which it does not hold")
         if kind == frames.Report.ACCEPT:
-            self._begin(held, child, min(report[2], now), now)
-        elif kind == frames.Report.EXPIRED:
+            is_new = held.state is State.SENT
+            if is_new and not (held.gathers and self._settle_withdrawn(held)):
+                self.table.move(held, State.RUNNING, time.monotonic())
+                if held.settlement is None:  # the handler of a signal may have stopped it by now
+                    held.tell_accepted(child.pid, min(report[2], now))
+            return
+        if kind == frames.Report.EXPIRED:
             self._settle_withdrawn(held)
-        else:
-            self._end(held, child, report)
-
-    def _begin(self, sent: PoolRequest, child: ChildProcess, started: float, now: float) -> None:
-        if sent.state is not State.SENT:
             return
-        if sent.gathers and self._settle_withdrawn(sent):
-            return
-        self.table.move(sent, State.RUNNING, request.now())
-        child.state.began(now, sent.hard_limit or math.inf)
-        if sent.settlement is None:  # the handler of a signal may have stopped it by now
-            sent.tell_accepted(child.pid, started)
-
-    def _end(self, held: PoolRequest, child: ChildProcess, report: frames.ReportFields) -> None:
-        """The child lets go of it, with an answer or without."""
+        # The child lets go of it, with an answer or without.
         is_late = held.settlement is not None
         self.table.move(
             held,
             State.ENDED,
-            request.now(),
+            time.monotonic(),
             settlement=None if is_late else Settlement.ANSWERED,
             result=_result(report),
         )
@@ -185,21 +421,21 @@ class Requests:
         self._settle(stopped, Settlement.ANSWERED)
         if stopped.accepted_at is None:
             # Celery announces a revocation when the input is accepted.
-            stopped.tell_accepted(pid, request.now())
+            stopped.tell_accepted(pid, time.monotonic())
         stopped.tell_broken(Terminated(signum))
         stopped.fail_when_acknowledged_early()
 
     def withdraw(self) -> None:
         """Take out what was revoked or has expired while it gathered for a batch."""
-        for gathering in self._gathering():
-            self._settle_withdrawn(gathering)
+        for sent in self.table.of(State.SENT):
+            if sent.gathers:
+                self._settle_withdrawn(sent)
 
     def forget_waiting(self) -> None:
         """Drop what has not started: the broker delivers it again."""
-        for waiting in self.table.of(State.WAITING, State.CHECKING):
-            self.table.move(waiting, State.ENDED, request.now(), settlement=Settlement.RETURNED)
-        for gathering in self._gathering():
-            self._settle(gathering, Settlement.RETURNED)
+        for held in self.table.of(State.WAITING, State.CHECKING, State.SENT):
+            if held.state is not State.SENT or held.gathers:
+                self._settle(held, Settlement.RETURNED)
 
     def give_back(self, service: str) -> None:
         """Let the broker give to other workers what waits here for a service.
@@ -208,13 +444,13 @@ class Requests:
         """
         for waiting in self.table.queue.of(service):
             if waiting.settlement is None and waiting.can_be_rejected:
-                self.table.move(waiting, State.ENDED, request.now(), settlement=Settlement.RETURNED)
+                self._settle(waiting, Settlement.RETURNED)
                 waiting.reject()
 
     def give_up_unbegun(self) -> None:
         """Let go of what was sent but has not begun, and of all limits: the worker ends now."""
         for sent in self.table.of(State.SENT):
-            self.table.move(sent, State.STOPPING, request.now(), settlement=Settlement.RETURNED)
+            self.table.move(sent, State.STOPPING, time.monotonic(), settlement=Settlement.RETURNED)
         self.table.limits.clear()
 
     def enforce_limits(self, now: float) -> None:
@@ -223,10 +459,10 @@ class Requests:
             child = reached.child
             if child is None:
                 continue
-            if limit is time_limits.Limit.SOFT:
+            if limit is Limit.SOFT:
                 child.send((frames.Order.SOFT, reached.number, reached.soft_limit))
                 reached.tell_soft_limit()
-            elif limit is time_limits.Limit.HARD:
+            elif limit is Limit.HARD:
                 self._settle(reached, Settlement.ANSWERED, Result.NO_VALUE)
                 reached.tell_hard_limit()
             else:
@@ -246,37 +482,30 @@ class Requests:
         Args:
             is_closing: the shutdown ended the child, and no input is to blame.
         """
-        lost = []
+        lost, at = [], time.monotonic()
         for held in reversed(list(child.requests.values())):
             if held.settlement is not None:
-                self.table.move(held, State.ENDED, request.now())
-            elif held.state is State.RUNNING or self._kills_before_its_start(held, is_closing):
-                self.table.move(held, State.ENDED, request.now(), settlement=Settlement.ANSWERED)
+                self.table.move(held, State.ENDED, at)
+                continue
+            has_begun = held.state is State.RUNNING
+            held.losses += not has_begun
+            if has_begun or (held.losses > self._settings.max_deaths and not is_closing):
+                self.table.move(held, State.ENDED, at, settlement=Settlement.ANSWERED)
                 lost.append(held)
             elif is_closing:
-                self.table.move(held, State.ENDED, request.now(), settlement=Settlement.RETURNED)
+                self.table.move(held, State.ENDED, at, settlement=Settlement.RETURNED)
             else:
-                self.table.move(held, State.WAITING, request.now())
+                self.table.move(held, State.WAITING, at)
         lost.reverse()
         if not (is_closing or child.is_unfit):  # it would have died without them
             self._poison.record(lost)
         for begun in lost:
             if begun.accepted_at is None:
-                begun.tell_accepted(child.pid, request.now())
+                begun.tell_accepted(child.pid, at)
             if not is_closing and self._poison.is_poison(begun.task_id):
                 self._give_up_poison(begun, reason)
             else:
                 begun.tell_lost(reason)
-
-    def _kills_before_its_start(self, sent: PoolRequest, is_closing: bool) -> bool:
-        sent.losses += 1
-        return sent.losses > self._settings.max_deaths and not is_closing
-
-    # -- inside --
-
-    def _gathering(self) -> list[PoolRequest]:
-        """What children hold and have not begun, as it waits for others to share a call with."""
-        return [sent for sent in self.table.of(State.SENT) if sent.gathers]
 
     def _settle_withdrawn(self, checked: PoolRequest) -> bool:
         """Settle an input that was revoked or has expired; whether it is settled.
@@ -295,15 +524,11 @@ class Requests:
         result: Result = Result.GIVEN_BACK,
     ) -> None:
         """End an input, or have the child stop it that holds it."""
-        if settled.child is None:
-            self.table.move(
-                settled, State.ENDED, request.now(), settlement=settlement, result=result
-            )
-            return
-        self.table.move(
-            settled, State.STOPPING, request.now(), settlement=settlement, result=result
-        )
-        settled.child.send((frames.Order.STOP, settled.number))
+        child, at = settled.child, time.monotonic()
+        to = State.ENDED if child is None else State.STOPPING
+        self.table.move(settled, to, at, settlement=settlement, result=result)
+        if child is not None:
+            child.send((frames.Order.STOP, settled.number))
 
     def _give_up_poison(self, ended: PoolRequest, reason: str) -> None:
         poisoned = errors.PoisonedInput(
@@ -312,7 +537,7 @@ class Requests:
             f"The last time: {reason}"
         )
         if self._dead_letters is not None:
-            deaths = self._poison.count(ended.task_id)
+            deaths = self._poison.suspects.get(ended.task_id, 0)
             self._dead_letters.keep(ended, str(poisoned), deaths)
         self._poison.forget(ended.task_id)
         ended.tell_broken(poisoned)
@@ -328,3 +553,89 @@ def _result(report: frames.ReportFields) -> Result:
     if outcome in (frames.Outcome.EXIT, frames.Outcome.UNSTORED) or requeue:
         return Result.GIVEN_BACK
     return Result.REFUSED if type_name == _REFUSED else Result.NO_VALUE
+
+
+class PoisonCounter:
+    """Which inputs were in flight when a child died, so that one that kills is found and given up.
+
+    The counts are shared by all workers through Redis where the broker or the result backend is
+    one; else each worker counts for itself.
+
+    Args:
+        most: deaths while alone after which an input is given up.
+        shared: where the workers' counts meet; ``None`` without a Redis.
+    """
+
+    def __init__(self, most: int, shared: poison_counts.Shared | None = None) -> None:
+        #: By task id: children that died while it ran alone, as far as is known here.
+        self.suspects: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._most = most
+        self._shared = shared
+
+    def record(self, inputs: Iterable[PoolRequest]) -> None:
+        """A child died with these inputs in flight; one that ran alone is to blame."""
+        for lost in inputs:
+            task_id, deaths = lost.task_id, int(lost.runs_alone)
+            self._remember(task_id, self.suspects.get(task_id, 0) + deaths)
+            if self._shared is not None:
+                self._shared.record(task_id, deaths)
+
+    def ask(self, number: int, task_id: str) -> bool:
+        """Have other workers' count of an input read; ``answers`` yields ``number`` after that.
+
+        Returns:
+            Whether there is an answer to come.
+        """
+        return self._shared is not None and self._shared.ask(number, task_id)
+
+    def answers(self) -> Iterator[int]:
+        """Take in what Redis has answered, and yield the numbers that were asked for."""
+        for number, task_id, count in () if self._shared is None else self._shared.answers():
+            if count is not None:
+                # A death that was seen here may not have reached Redis yet.
+                self._remember(task_id, max(count, self.suspects.get(task_id, 0)))
+            yield number
+
+    def forget(self, task_id: str) -> None:
+        """The input is answered, whatever killed children before."""
+        self.suspects.pop(task_id, None)
+        if self._shared is not None:
+            self._shared.forget(task_id)
+
+    def is_poison(self, task_id: str) -> bool:
+        return self.suspects.get(task_id, 0) >= self._most
+
+    def _remember(self, task_id: str, count: int) -> None:
+        self.suspects[task_id] = count
+        self.suspects.move_to_end(task_id)
+        while len(self.suspects) > _MOST_SUSPECTS:
+            self.suspects.popitem(last=False)
+
+
+class Reported(errors.RemoteTaskError):
+    """Stands in for an exception that was raised in a child: the parent never rebuilds it."""
+
+    def __init__(self, type_name: str, text: str, message: str, traceback: str) -> None:
+        super().__init__(type_name, message, traceback)
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __reduce__(self) -> tuple[type[Reported], tuple[str, ...]]:
+        return type(self), (self.type_name, self.text, self.message, self.traceback)
+
+
+class Einfo:
+    """What Celery reads of billiard's ``ExceptionInfo``, from texts."""
+
+    internal = False
+
+    def __init__(self, exception: BaseException, traceback: str) -> None:
+        self.exception = exception
+        self.type = type(exception)
+        self.traceback = traceback
+        self.exc_info = (self.type, exception, exception.__traceback__)
+
+    def __str__(self) -> str:
+        return self.traceback

@@ -18,17 +18,15 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 
 from gw_celery.policy import scores as policy_scores
-from gw_celery.pool import replica
 from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames, snapshot
+from gw_celery.worker.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 #: Share of the time left to a child that it is told of: its own word of a benchmark that hangs,
 #: which names the task, should come before the parent's deadline.
 _OF_TIME = 0.9
-
-
 #: Seconds for which it is believed what waits in the broker.
 _RECENT = 5.0
 #: Rounds of a benchmark that operators see: what they see travels with each answer.
@@ -67,23 +65,22 @@ class ReplicaScores:
     """The scores of a worker's children.
 
     Args:
-        setup: which tasks of each service have a benchmark, and the slots of each.
+        plan: which tasks of each service have a benchmark, and the slots of each.
     """
 
-    def __init__(self, setup: replica.Setup) -> None:
-        self._benchmarked = {key: tuple(names) for key, names in setup.benchmarked.items() if names}
-        self._period = setup.settings.benchmark_period
+    def __init__(self, plan: Plan) -> None:
+        self._benchmarked = {key: names for key, names in plan.benchmarked.items() if names}
+        period = plan.settings.benchmark_period
+        self._tasks = [task for names in self._benchmarked.values() for task in names]
+        self._period = math.inf if period is None else period
         self._progress: dict[ChildProcess, _Progress] = {}
         #: The latest score of each task on devices of these names, for the next children.
         self._remembered: dict[tuple[str, tuple[str, ...]], Measured] = {}
         #: Children that an operator's restart found running: perhaps of older code or weights, so
         #: that what they measure is not remembered.
         self._outdated: frozenset[ChildProcess] = frozenset()
-        self._live = {key: policy_scores.LiveScore(slots) for key, slots in setup.slots.items()}
+        self._live = {key: policy_scores.LiveScore(slots) for key, slots in plan.slots.items()}
         self._calls = itertools.count(1)
-        #: The benchmarks that operators see, by service, and when they were listed.
-        self._listed: dict[str, tuple[snapshot.Benchmark, ...]] = {}
-        self._listed_at = -math.inf
         #: Messages in the broker, by service, and when that was read.
         self._queued: tuple[float, Mapping[str, int]] = (0.0, {})
         #: Not before this is a score measured again for its age: the last attempt failed.
@@ -95,7 +92,14 @@ class ReplicaScores:
         """Whether a child has measured all; if not, it is told to go on."""
         progress = self._progress.get(child)
         if progress is None:
-            progress = self._begin(child)
+            # It begins with what is remembered; a task without a score is measured.
+            progress = self._progress[child] = _Progress()
+            for task in self._tasks:
+                if (measured := self._remembered.get((task, child.products))) is None:
+                    progress.left.append(task)
+                else:
+                    progress.scores[task] = measured
+            self._update()
         if progress.call:
             return False
         if not progress.left:
@@ -104,20 +108,8 @@ class ReplicaScores:
         progress.call, progress.task = next(self._calls), progress.left.popleft()
         within = _OF_TIME * max(0.0, (child.state.deadline or now) - now)
         is_again = progress.was_ready
-        order = (frames.Order.BENCHMARK, progress.call, progress.task, within, is_again)
-        child.send(order)
+        child.send((frames.Order.BENCHMARK, progress.call, progress.task, within, is_again))
         return False
-
-    def _begin(self, child: ChildProcess) -> _Progress:
-        """Begin with what is remembered; a task without a score is measured."""
-        progress = self._progress[child] = _Progress()
-        for task in self._tasks():
-            if (measured := self._remembered.get((task, child.products))) is None:
-                progress.left.append(task)
-            else:
-                progress.scores[task] = measured
-        self._update()
-        return progress
 
     def follow(self, child: ChildProcess, call: int, text: str, now: float) -> None:
         """Take the answer to an order.
@@ -133,11 +125,16 @@ class ReplicaScores:
         try:
             measured = _read(text, now)
         except Failed as exc:
+            why = (
+                f"the benchmark of {task} gave no score: {exc}. A replica is ready when its "
+                f"benchmarks succeed: mend the body, or the inputs of benchmark_dataset or "
+                f"benchmark_generator"
+            )
             if not progress.was_ready:
-                raise Failed(_explained(task, exc)) from None
+                raise Failed(why) from None
             # It served well before; what is wrong with it, probes can tell.
-            logger.error("%r keeps its score: %s", child, _explained(task, exc))
-            self._patient_until = now + (self._period or 0.0)
+            logger.error("%r keeps its score: %s", child, why)
+            self._patient_until = now + self._period
         else:
             progress.scores[task] = measured
             if child not in self._outdated:
@@ -171,16 +168,14 @@ class ReplicaScores:
             return None
         for child in idle:
             progress = self._progress.get(child)
-            if progress is not None and (progress.is_asked or self._is_old(progress, now)):
+            if progress is None:
+                continue
+            oldest = min((measured.since for measured in progress.scores.values()), default=now)
+            if progress.is_asked or (now - oldest >= self._period and now >= self._patient_until):
                 progress.is_asked = False
-                progress.left.extend(self._tasks())
+                progress.left.extend(self._tasks)
                 return child
         return None
-
-    def _is_old(self, progress: _Progress, now: float) -> bool:
-        if self._period is None or now < self._patient_until:
-            return False
-        return any(now - measured.since >= self._period for measured in progress.scores.values())
 
     # -- scores --
 
@@ -199,9 +194,9 @@ class ReplicaScores:
         at, queued = self._queued
         for key, live in self._live.items():
             has_more = now - at < _RECENT and queued.get(key, 0) > 0
-            if key not in tallies:
-                continue
-            if live.observe(now, tallies[key], ready.get(key, 0), has_more=has_more):
+            if key in tallies and live.observe(
+                now, tallies[key], ready.get(key, 0), has_more=has_more
+            ):
                 logger.warning(
                     "by what the full replicas of this worker serve, the score of %s is %.4g/s, "
                     "%+.0f %% from the benchmark's %.4g/s; the worker goes by what is served. Have "
@@ -215,34 +210,27 @@ class ReplicaScores:
 
     def as_snapshot(self, now: float) -> dict[str, snapshot.Score]:
         """Return what operators see of the scores, by service."""
-        if now - self._listed_at >= 1.0:  # not for every look of the gate
-            self._listed_at = now
-            self._listed = {key: tuple(self._latest(key, now)) for key in self._live}
         return {
             key: snapshot.Score(
                 value=live.value,
                 measured=live.measured,
                 served=live.served,
                 drift=live.drift,
-                benchmarks=self._listed[key],
+                benchmarks=tuple(self._latest(key, now)),
             )
             for key, live in self._live.items()
         }
 
     def _latest(self, service: str, now: float) -> Iterator[snapshot.Benchmark]:
         """The latest figures of each task, of whichever replica."""
+        by_child = [progress.scores for progress in self._progress.values()]
         for name in self._benchmarked.get(service, ()):
-            by_child = [progress.scores for progress in self._progress.values()]
-            found = [scores[name] for scores in by_child if name in scores]
-            if found:
-                latest = max(found, key=lambda measured: measured.since)
-                figures = dataclasses.asdict(latest.score)
-                figures["rounds"] = figures["rounds"][:_MOST_SHOWN]
-                age = now - latest.since
-                yield snapshot.Benchmark(**figures, age=age)
+            known = [scores[name] for scores in by_child if name in scores]
+            if known:
+                latest = max(known, key=lambda measured: measured.since)
+                yield snapshot.Benchmark(**vars(latest.score), age=now - latest.since)
 
     def _update(self) -> None:
-        self._listed_at = -math.inf
         for service, names in self._benchmarked.items():
             # That of a service is its score for an even mix of its tasks: the same workload of each
             # takes the sum of their times.
@@ -255,9 +243,6 @@ class ReplicaScores:
             if values:
                 self._live[service].measure(statistics.median(values))
 
-    def _tasks(self) -> Iterator[str]:
-        return itertools.chain.from_iterable(self._benchmarked.values())
-
 
 def _read(text: str, now: float) -> Measured:
     try:
@@ -266,13 +251,8 @@ def _read(text: str, now: float) -> Measured:
             raise Failed(given["failure"])
         if not isinstance(given, dict) or given.keys() != {"score"}:
             raise ValueError(f"not the answer to an order to measure: {text:.100}")
-        return Measured(score=policy_scores.from_json(given["score"]), since=now)
+        score = policy_scores.from_json(given["score"])
+        shown = dataclasses.replace(score, rounds=score.rounds[:_MOST_SHOWN])
+        return Measured(score=shown, since=now)
     except (ValueError, RecursionError) as exc:
         raise frames.Garbage(str(exc)) from None
-
-
-def _explained(task: str, why: Failed) -> str:
-    return (
-        f"the benchmark of {task} gave no score: {why}. A replica is ready when its benchmarks "
-        f"succeed: mend the body, or the inputs of benchmark_dataset or benchmark_generator"
-    )

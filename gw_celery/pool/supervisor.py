@@ -10,25 +10,15 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from gw_celery.pool import (
-    child_process,
-    child_state,
-    poison,
-    probes,
-    replica,
-    request,
-    requests,
-    scores,
-)
+from gw_celery.pool import child_process, probes, replica, requests, scores
 from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames
-from gw_celery.protocol.snapshot import Worker
 
 if TYPE_CHECKING:
-    from gw_celery.cluster import early_acks, poison_counts
     from gw_celery.pool import dead_letters, taskpool
 
 logger = logging.getLogger(__name__)
@@ -48,32 +38,27 @@ class Supervisor:
     """Replicas, the children that fill them, and the inputs that these hold.
 
     Args:
-        setup: what every child gets.
-        pool: hears when slots become free, or are taken.
-        poison_counts: of all workers; ``None`` without Redis.
+        pool: what Celery knows; it hears when slots become free, or are taken.
+        first: the first frame of every child, but for the number of its replica.
         dead_letters: keeps the messages that are given up; ``None`` where the settings say so.
-        lost_inputs: keeps records of early acknowledged inputs; ``None`` without Redis.
     """
 
     def __init__(
         self,
-        setup: replica.Setup,
         pool: taskpool.TaskPool,
-        poison_counts: poison_counts.Shared | None = None,
+        first: dict[str, object],
         dead_letters: dead_letters.DeadLetters | None = None,
-        lost_inputs: early_acks.LostInputs | None = None,
     ) -> None:
-        self.setup = setup
-        #: What Celery knows: its gate follows the slots.
         self.pool = pool
-        self._lost_inputs = lost_inputs
-        self._sockets = child_process.Sockets()
-        counter = poison.PoisonCounter(setup.settings.max_deaths, poison_counts)
-        self.requests = requests.Requests(self, counter, dead_letters)
-        self._scores = scores.ReplicaScores(setup)
-        self._probes = probes.ChildProbes(setup, self)
-        allotment = setup.allotment
-        self._replicas = replica.ReplicaSet(None if allotment is None else allotment.shares)
+        self.settings = pool.plan.settings
+        self.slots = pool.plan.slots
+        self._first = first
+        self.sockets = child_process.Sockets()
+        self.requests = requests.Requests(self, pool.cluster.counts, dead_letters)
+        self.scores = scores.ReplicaScores(pool.plan)
+        self._probes = probes.ChildProbes(pool.plan, self)
+        allotment = pool.plan.allotment
+        self.replicas = replica.ReplicaSet(None if allotment is None else allotment.shares)
         #: Every live child and the replica that it fills, or will fill.
         self._children: dict[ChildProcess, replica.Replica] = {}
         #: Processes that are ended, or about to end, and not reaped.
@@ -81,7 +66,7 @@ class Supervisor:
         #: No child is started any more.
         self._is_closing = False
         # Reentrant: Celery's signal handlers call us in the middle of anything.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         #: What the handler of a signal asked for in the middle of a move.
         self._late: list[Callable[[], None]] = []
         #: Inputs that found no slot the last time.
@@ -91,73 +76,58 @@ class Supervisor:
 
     def resize(self, wanted: int) -> None:
         """Grow to, or shrink by draining to, this number of replicas."""
-        with self._lock:
-            self._drain_all(self._replicas.resize(wanted))
-        self.wake()
+        with self.lock:
+            self._drain_all(self.replicas.resize(wanted))
 
     def restart(self, number: int | None) -> None:
         """Replace the child of one replica, or of all, one after the other, by draining."""
-        with self._lock:
-            self._scores.forget_remembered(self.children())
-            self._replicas.restart(number)
-        self.wake()
+        with self.lock:
+            self.scores.forget_remembered(self.children())
+            self.replicas.restart(number)
+        self.sockets.wake()
 
     def hold(self, number: int | None) -> None:
         """Drain one replica, or all, and start no child there until ``restart``."""
-        with self._lock:
-            self._drain_all(self._replicas.hold(number))
-        self.wake()
-
-    def measure_again(self) -> None:
-        """Have every replica measured again, one after the other, when it has nothing to do."""
-        with self._lock:
-            self._scores.ask_again()
+        with self.lock:
+            self._drain_all(self.replicas.hold(number))
 
     def note_queued(self, queued: Mapping[str, int]) -> None:
-        """Record how many messages wait in the broker, by service."""
-        with self._lock:
-            self._scores.note_queued(queued, request.now())
+        """Record how many messages wait in the broker, by service; from any thread."""
+        self.scores.note_queued(queued, time.monotonic())
 
     # -- inputs --
 
     def submit(
-        self, args: request.TaskArgs, service: str, options: request.Options
-    ) -> request.PoolRequest:
+        self, args: requests.TaskArgs, service: str, options: requests.Options
+    ) -> requests.PoolRequest:
         """Take one input; it starts when a replica has a slot for it."""
-        with self._lock:
+        with self.lock:
             new = self.requests.submit(args, service, options)
             self._send_waiting()
         return new
 
-    def stop(self, stopped: request.PoolRequest, signum: int) -> None:
+    def stop(self, stopped: requests.PoolRequest, signum: int) -> None:
         """Stop one input and answer it as terminated, before or after its start."""
-        with self._lock:
-            if not self._is_late(lambda: self.requests.stop(stopped, signum)):
-                self.requests.stop(stopped, signum)
+        self._after_move(lambda: self.requests.stop(stopped, signum))
 
     def forget_waiting(self) -> None:
         """Drop what has not started: the broker delivers it again."""
-        with self._lock:
-            if not self._is_late(self.requests.forget_waiting):
-                self.requests.forget_waiting()
+        self._after_move(self.requests.forget_waiting)
 
     @property
     def is_interrupted(self) -> bool:
         """Whether the handler of a signal asks, in the middle of a move."""
-        with self._lock:
+        with self.lock:
             return self.requests.table.is_moving
 
-    def _is_late(self, act: Callable[[], None]) -> bool:
-        """Have ``act`` done by the next ``poll`` where a move is interrupted."""
-        if self.requests.table.is_moving:
-            self._late.append(act)
-            self.wake()
-        return self.requests.table.is_moving
-
-    def withdraw(self) -> None:
-        """Take out what was revoked or has expired while it gathered for a batch."""
-        with self._lock:
-            self.requests.withdraw()
+    def _after_move(self, act: Callable[[], None]) -> None:
+        """Have the next ``poll`` do it where a move is interrupted, else do it now."""
+        with self.lock:
+            if self.requests.table.is_moving:
+                self._late.append(act)
+                self.sockets.wake()
+            else:
+                act()
 
     def _send_waiting(self) -> None:
         queue = self.requests.table.queue
@@ -169,36 +139,36 @@ class Supervisor:
 
     # -- the event loop --
 
-    def fileno(self) -> int:
-        """One descriptor that is readable when ``poll`` has something to do."""
-        return self._sockets.fileno()
-
-    def wake(self) -> None:
-        """Make ``poll`` return; from any thread."""
-        self._sockets.wake()
-
     def poll(self, timeout: float = 0.0) -> None:
         """Handle what children reported, waiting ``timeout`` seconds at most for it."""
         if self.is_interrupted:
             return
-        events = self._sockets.wait(timeout)
-        with self._lock:
-            for child in self._sockets.follow(events):
+        events = self.sockets.wait(timeout)
+        with self.lock:
+            for child in self.sockets.follow(events):
                 self._receive(child)
             while self._late:
                 self._late.pop(0)()
-            now = request.now()
+            now = time.monotonic()
             self.requests.finish_checks(now)
-            self._probes.call_due(now)
+            if now >= self._probes.next_at:
+                self._probes.call_due(now)
             self._send_waiting()
-            self.requests.enforce_limits(request.now())
+            self.requests.enforce_limits(time.monotonic())
 
     def tick(self) -> None:
         """Judge deadlines, reap, start what is missing; once a second, after ``poll``."""
-        with self._lock:
-            now = request.now()
+        with self.lock:
+            now = time.monotonic()
             for child in self.children():
-                self._judge(child, now)
+                if child.process.poll() is not None:
+                    while child in self._children and self._receive(child):
+                        pass  # what it wrote before it ended
+                    self.end(child, None)
+                elif (reason := child.state.overdue(now, child.longest_left(now))) is not None:
+                    logger.error("%r %s: it is killed", child, reason)
+                    child.reason = child.reason or reason
+                    self.end(child, f"Worker exited prematurely: it {reason}.")
             self._dying = [process for process in self._dying if process.poll() is None]
             self._fill_replicas(now)
             self._warn_of_lingering(now)
@@ -207,55 +177,27 @@ class Supervisor:
             for service in self._probes.unready():
                 self.requests.give_back(service)
             self._send_waiting()
-            self._measure_idle(now)
-
-    def probe_tick(self) -> None:
-        """Call the probes that are due, now."""
-        with self._lock:
-            self._probes.call_due(request.now())
+            # One idle replica is out of service for as long as its benchmarks take.
+            ready = [child for child in self._children if child.state.is_ready]
+            idle = [child for child in ready if not child.requests]
+            if self.requests.table.queue or self._is_closing:
+                return
+            if (again := self.scores.due_again(idle, now)) is not None:
+                again.state.measure_again(now)
+                self.advance(again, now)
+                self.pool.slots_changed()
 
     def observe(self) -> None:
         """Let the traffic correct the scores; about once a second."""
-        with self._lock:
+        with self.lock:
             # While results cannot be stored nothing is consumed, however much there is.
-            ready = {} if self.outage() else self._ready_replicas_by_service()
-            counters = self.requests.table.counters.as_snapshot()
-            self._scores.observe(request.now(), counters, ready)
+            ready = {} if self.outage() else self.ready_by_service()
+            counters = self.requests.table.tallies()
+            self.scores.observe(time.monotonic(), counters, ready)
 
-    def next_deadline(self) -> float | None:
-        """Seconds until an input reaches a limit, or a probe is due; ``None`` without either."""
-        now = request.now()
-        waits = (self.requests.table.limits.next_in(now), self._probes.next_in(now))
-        return min((wait for wait in waits if wait is not None), default=None)
-
-    # -- what is seen from outside --
-
-    def snapshot(self) -> Worker:
-        """Return the worker as it is now; from any thread."""
-        with self._lock:
-            slots, now = self.setup.slots, request.now()
-            ready = self._ready_replicas_by_service()
-            pool, table = self.pool, self.requests.table
-            return Worker(
-                hostname=pool.hostname,
-                desired=pool.desired_replicas,
-                desired_slots=pool.limit,
-                open_queues=pool.gate.open_queues() if pool.gate else (),
-                closed_queues=pool.gate.closed_queues() if pool.gate else (),
-                bands=pool.bands.names() if pool.bands else {},
-                is_stopping=pool.is_stopping,
-                replicas=tuple(
-                    filled.as_snapshot(self.setup.slots_per_replica, now)
-                    for filled in self._replicas
-                ),
-                ready_slots={service: ready[service] * slots[service] for service in slots},
-                waiting=len(table.queue),
-                waiting_inputs=table.queue.by_service(),
-                tallies=table.counters.as_snapshot(),
-                outage=self.outage(),
-                scores=self._scores.as_snapshot(now),
-                scaling=pool.scaling,
-            )
+    def next_deadline(self) -> float:
+        """When an input reaches a limit, or a probe is due; infinite without either."""
+        return min(self.requests.table.limits.next_at(), self._probes.next_at)
 
     def outage(self) -> str:
         """Why a live child cannot store results; ``""`` while all can, as far as they know."""
@@ -265,38 +207,37 @@ class Supervisor:
         """Return every live child; they may start and end meanwhile."""
         return list(self._children)
 
-    def _ready_replicas_by_service(self) -> dict[str, int]:
+    def ready_by_service(self) -> dict[str, int]:
         ready = [child for child in self._children if child.state.is_ready]
         return {
-            service: sum(child.slots.serves(service) for child in ready)
-            for service in self.setup.slots
+            service: sum(child.slots.serves(service) for child in ready) for service in self.slots
         }
 
     # -- what children report --
 
     def _receive(self, child: ChildProcess) -> bool:
         """Handle what a child has reported; whether there was anything."""
-        received = child.receive()
-        garbage = received.garbage
-        for report in received.reports:
-            if child not in self._children:
-                break
-            try:
-                self._follow(child, report)
-            except frames.Garbage as exc:
-                garbage = exc
-                break
-            except Exception:  # the others' answers must not be lost with it
-                logger.exception("%r: its report %.100r could not be followed", child, report)
-        if garbage is not None:
-            logger.error("%r wrote garbage and is killed: %s", child, garbage)
-            self.end(child, f"Worker exited prematurely: it wrote garbage ({garbage}).")
-        elif received.is_closed:
+        has_reported = False
+        try:
+            for report in child.receive():
+                if child not in self._children:
+                    break
+                has_reported = True
+                try:
+                    self._follow(child, report)
+                except frames.Garbage:
+                    raise
+                except Exception:  # the others' answers must not be lost with it
+                    logger.exception("%r: its report %.100r could not be followed", child, report)
+        except frames.Garbage as exc:
+            logger.error("%r wrote garbage and is killed: %s", child, exc)
+            self.end(child, f"Worker exited prematurely: it wrote garbage ({exc}).")
+        except EOFError:
             self.end(child, None)
-        return bool(received.reports) and child in self._children
+        return has_reported and child in self._children
 
     def _follow(self, child: ChildProcess, report: frames.ReportFields) -> None:
-        kind, now = report[0], request.now()
+        kind, now = report[0], time.monotonic()
         if kind == frames.Report.BEAT:
             child.state.beat(now)
             _, child.lag, child.resident_bytes = report
@@ -306,7 +247,14 @@ class Supervisor:
             child.state.entered(now)
             self.advance(child, now)
         elif kind == frames.Report.MEASURED:
-            self._follow_measured(child, report[1], report[2], now)
+            try:
+                self.scores.follow(child, report[1], report[2], now)
+            except scores.Failed as exc:  # it leaves, as one whose start failed
+                logger.error("%r is not ready: %s", child, exc)
+                child.reason = str(exc)
+                self._tell_to_leave(child)
+            else:
+                self.advance(child, now)
         elif kind == frames.Report.PROBED:
             self._probes.follow(child, report, now)
         elif kind == frames.Report.STUCK:
@@ -325,34 +273,26 @@ class Supervisor:
 
     def input_ended(self, child: ChildProcess) -> None:
         """A child has let go of an input: it may have to leave, or to be replaced."""
-        if child.state.current is child_state.State.DRAINING:
+        if child.state.current is replica.State.DRAINING:
             self._leave_when_idle(child)
-        elif child.state.is_up and self.setup.is_worn(child):
-            self.replace(child)
+        elif child.state.is_up:
+            most, most_bytes = self.pool.max_tasks, self.pool.max_bytes
+            is_worn = most is not None and child.served >= most
+            if is_worn or (most_bytes is not None and child.resident_bytes > most_bytes):
+                self.replace(child)
 
     # -- a child on its way to READY --
 
     def advance(self, child: ChildProcess, now: float) -> None:
         """Take a child as far towards READY as it has proved itself."""
         state = child.state
-        if state.current is child_state.State.PROBING and self._probes.have_started(child, now):
+        if state.current is replica.State.PROBING and self._probes.have_started(child, now):
             state.probed(now)
-        is_next = state.current is child_state.State.BENCHMARKING
-        if is_next and self._scores.is_measured(child, now):
-            self._become_ready(child, now)
-            self._probes.expect_changes()
-
-    def _follow_measured(self, child: ChildProcess, call: int, text: str, now: float) -> None:
-        try:
-            self._scores.follow(child, call, text, now)
-        except scores.Failed as exc:
-            self._refuse(child, str(exc))
-        else:
-            self.advance(child, now)
-
-    def _become_ready(self, child: ChildProcess, now: float) -> None:
-        """The child has proved all that stands before READY: it takes its place."""
-        child.state.measured(now)
+        is_next = state.current is replica.State.BENCHMARKING
+        if not (is_next and self.scores.is_measured(child, now)):
+            return
+        # The child has proved all that stands before READY: it takes its place.
+        state.measured(now)
         filled = self._children[child]
         filled.last_error = ""
         if filled.successor is child:
@@ -363,83 +303,57 @@ class Supervisor:
             self._drain(child)
         logger.info("%r is ready", child)
         self.pool.slots_changed()
-
-    def _refuse(self, child: ChildProcess, reason: str) -> None:
-        """Let a child that cannot serve leave, as one whose start failed."""
-        logger.error("%r is not ready: %s", child, reason)
-        child.reason = reason
-        self._tell_to_leave(child)
-
-    def _measure_idle(self, now: float) -> None:
-        """Take one idle replica out of service for as long as its benchmarks take."""
-        if self.requests.table.queue or self._is_closing:
-            return
-        idle = [child for child in self._children if child.state.is_ready and not child.requests]
-        if (child := self._scores.due_again(idle, now)) is not None:
-            child.state.measure_again(now)
-            self.advance(child, now)
-            self.pool.slots_changed()
+        self._probes.expect_changes()
 
     # -- how replicas are filled --
 
     def _fill_replicas(self, now: float) -> None:
         """Drain what is to restart, start what is missing, replace what must go."""
-        if (restarted := self._replicas.next_to_restart()) is not None:
+        if (restarted := self.replicas.next_to_restart()) is not None:
             self._drain(restarted.child)
-        self._replicas.complete()
-        for filled in self._replicas:
-            self._fill(filled, now)
-            self._relieve(filled)
-
-    def _fill(self, empty: replica.Replica, now: float) -> None:
-        if empty.child is not None:
-            return
-        if not empty.is_wanted:
-            self._replicas.remove(empty)
-        elif empty.successor is not None:
-            empty.child, empty.successor = empty.successor, None
-        elif self._may_start(empty, now):
-            empty.child = self._start(empty, now)
-
-    def _relieve(self, filled: replica.Replica) -> None:
-        """See to it that a child goes that must: without a successor where none can load."""
-        child = filled.child
-        if child is None or not (child.must_go and child.state.is_up) or filled.successor:
-            return
-        if filled.backoff.failures:  # memory for one copy only, for example
-            self._drain(child)
-        else:
-            self.replace(child)
+        self.replicas.complete()
+        for filled in self.replicas:
+            child = filled.child
+            if child is None:
+                if not filled.is_wanted:
+                    self.replicas.remove(filled)
+                elif filled.successor is not None:
+                    filled.child, filled.successor = filled.successor, None
+                elif self._may_start(filled, now):
+                    filled.child = self._start(filled, now)
+            elif child.must_go and child.state.is_up and filled.successor is None:
+                if filled.failures:  # no second copy loads: memory for one only, for example
+                    self._drain(child)
+                else:
+                    self.replace(child)
 
     def _may_start(self, filled: replica.Replica, now: float) -> bool:
-        return filled.should_run and not self._is_closing and now >= filled.backoff.retry_at
+        return filled.should_run and not self._is_closing and now >= filled.retry_at
 
     def _start(self, filled: replica.Replica, now: float) -> ChildProcess | None:
-        state = child_state.ChildState(settings=self.setup.settings, now=now)
+        state = replica.ChildState(self.settings, now)
         try:
-            child = ChildProcess(
-                filled.number, state, self.setup.slots, filled.devices, self._sockets
-            )
+            child = ChildProcess(filled.number, state, self.slots, filled.devices, self.sockets)
         except OSError as exc:
-            wait = filled.backoff.failed(now)
+            wait = filled.start_failed(now)
             filled.last_error = f"cannot start a process: {exc}"
             logger.error(
                 "replica %d %s; next try in %.0f s", filled.number, filled.last_error, wait
             )
             return None
         self._children[child] = filled
-        child.send((self.setup.first | {"number": filled.number},))
+        child.send((self._first | {"number": filled.number},))
         return child
 
     def replace(self, child: ChildProcess) -> None:
         """Start a successor, which takes over when it is ready; the child serves until then."""
         if child not in self._children:
             return
-        if child.state.current is child_state.State.DRAINING:
+        if child.state.current is replica.State.DRAINING:
             self._leave_when_idle(child)  # what is stuck in it may be all that it still holds
             return
         child.must_go = True
-        filled, now = self._children[child], request.now()
+        filled, now = self._children[child], time.monotonic()
         is_due = filled.child is child and filled.successor is None
         if is_due and self._may_start(filled, now):
             filled.successor = self._start(filled, now)
@@ -450,16 +364,17 @@ class Supervisor:
         for filled in drained:
             self._drain(filled.child)
             self._drain(filled.successor)
+        self.sockets.wake()
 
     def _drain(self, child: ChildProcess | None) -> None:
         """Give the child nothing new, and let it leave when it holds nothing."""
         if child is None or child not in self._children:
             return
-        current, now = child.state.current, request.now()
-        if current is child_state.State.STARTING:
+        current, now = child.state.current, time.monotonic()
+        if current is replica.State.STARTING:
             self.end(child, _NOT_NEEDED)
-        elif current is not child_state.State.DRAINING:
-            child.state.drain(now, self._longest_left(child, now))
+        elif current is not replica.State.DRAINING:
+            child.state.drain(now)
             child.send((frames.Order.DRAIN,))
             self._leave_when_idle(child)
             self.pool.slots_changed()
@@ -467,30 +382,16 @@ class Supervisor:
     def _leave_when_idle(self, child: ChildProcess) -> None:
         """Let a draining child leave once nothing in it is unsettled."""
         if child.unsettled or child.is_leaving:
-            now = request.now()
-            child.state.ended(now, self._longest_left(child, now))
-        elif child.requests:  # what is left was stopped and does not go
+            return
+        if child.requests:  # what is left was stopped and does not go
             self.end(child, "Worker exited prematurely: it could not stop an input.")
         else:
             child.is_leaving = True
             self._tell_to_leave(child)
 
     def _tell_to_leave(self, child: ChildProcess) -> None:
-        child.state.deadline = request.now() + 2 * self.setup.settings.exit_timeout + _LEAVE_MARGIN
+        child.state.deadline = time.monotonic() + 2 * self.settings.exit_timeout + _LEAVE_MARGIN
         child.send((frames.Order.LEAVE,))
-
-    def _longest_left(self, child: ChildProcess, now: float) -> float:
-        return self.requests.table.limits.longest_left(child.requests.values(), now)
-
-    def _judge(self, child: ChildProcess, now: float) -> None:
-        if child.has_ended:
-            while child in self._children and self._receive(child):
-                pass  # what it wrote before it ended
-            self.end(child, None)
-        elif (reason := child.state.overdue(now)) is not None:
-            logger.error("%r %s: it is killed", child, reason)
-            child.reason = child.reason or reason
-            self.end(child, f"Worker exited prematurely: it {reason}.")
 
     def end(self, child: ChildProcess, reason: str | None) -> None:
         """The child is gone, or killed for ``reason``: settle what it held, free its replica."""
@@ -498,67 +399,56 @@ class Supervisor:
             return
         filled = self._children.pop(child)
         if reason is not None:
-            child.kill()
+            child.process.kill()
         code = child.close()
         if code is None:
-            child.kill()
+            child.process.kill()
             self._dying.append(child.process)
         why = reason or child_process.describe_exit(code)
         is_expected = child.is_leaving or self._is_closing or not filled.should_run
-        filled.child_ended(child, why, request.now(), is_expected=is_expected)
-        self._scores.forget(child)
+        filled.child_ended(child, why, time.monotonic(), is_expected=is_expected)
+        self.scores.forget(child)
         begun = [held.number for held in child.requests.values() if held.accepted_at is not None]
         self.requests.lose(child, why, is_closing=self._is_closing)
-        if begun and self._lost_inputs is not None:
-            self._lost_inputs.forget(begun)
+        if begun and self.pool.cluster.lost is not None:
+            self.pool.cluster.lost.forget(begun)
         self.pool.slots_changed()
-        self.wake()
+        self.sockets.wake()
 
     def _warn_of_lingering(self, now: float) -> None:
         """Name, once for each child, the inputs without a limit that keep it from leaving."""
         for child in self._children:
-            # None is unlimited while the one that was is being stopped.
-            is_due = child.state.lingers(now) and not child.has_told
-            if is_due and (names := _unlimited(child)):
+            if not child.state.lingers or child.has_told:
+                continue
+            unlimited = [held for held in child.unsettled if not held.hard_limit]
+            if unlimited:  # none, while the one that was is being stopped
                 child.has_told = True
-                logger.warning(_LINGERS, child, now - child.state.since, names)
+                named = ", ".join(f"{held.name}[{held.task_id}]" for held in unlimited[:_NAMED])
+                logger.warning(_LINGERS, child, now - child.state.since, named)
 
     # -- the end of the worker --
 
     def close(self) -> None:
         """Take nothing new and start no child any more."""
-        with self._lock:
+        with self.lock:
             self._is_closing = True
             self.forget_waiting()
 
     def give_up_unbegun(self) -> None:
         """Give up what has not begun, unanswered, after a last look at what has."""
-        with self._lock:
+        with self.lock:
             self.poll()
             self.requests.give_up_unbegun()
 
     def leave(self) -> None:
         """Let every child run its exit hooks and end."""
-        with self._lock:
+        with self.lock:
             for child in self.children():
                 self._drain(child)
 
-    def is_empty(self) -> bool:
-        return not self._children
-
     def kill(self, reason: str) -> None:
         """End every child now; what they hold goes back to the broker or fails with ``reason``."""
-        with self._lock:
+        with self.lock:
             self._is_closing = True
             for child in self.children():
                 self.end(child, reason)
-
-    def release(self) -> None:
-        """Close what this object holds open; nothing may be called after it."""
-        self._sockets.close()
-
-
-def _unlimited(child: ChildProcess) -> str:
-    """Names of the inputs that a child holds and nothing ends; the first of them."""
-    unlimited = [held for held in child.unsettled if not held.hard_limit]
-    return ", ".join(f"{held.name}[{held.task_id}]" for held in unlimited[:_NAMED])

@@ -1,41 +1,38 @@
-"""The pool as Celery knows it: what a worker calls, and when.
+"""The pool as Celery knows it: what a worker calls, and when, and what drives it.
 
-The unit of everything that Celery counts is the slot, room for one input in flight.
+The unit of everything that Celery counts is the slot, room for one input in flight. The worker's
+event loop drives it, or a thread where the transport has none.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import math
 import os
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Unpack
 
 from celery import Celery
 from celery.concurrency.base import BasePool
 from celery.worker import autoscale, state
-from kombu.asynchronous import Hub
+from kombu.asynchronous import Hub, get_event_loop
+from kombu.asynchronous.timer import Entry
 
 from gw_celery import conf, signals
 from gw_celery.cluster import membership
 from gw_celery.declare import services
 from gw_celery.policy import speed_bands
-from gw_celery.pool import (
-    dead_letters,
-    driver,
-    origin,
-    replica,
-    request,
-    supervisor,
-)
+from gw_celery.pool import dead_letters, origin, requests, supervisor
 from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Scaling, Worker
 from gw_celery.runtime import fatal_exit
 from gw_celery.transport import broker
-from gw_celery.worker import gate, health
-from gw_celery.worker.plan import Plan, log_notices
+from gw_celery.worker import consumer, gate, health
+from gw_celery.worker import plan as worker_plan
 
 signals.listen()
 
@@ -43,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 #: Grace of the children at the end, over the bounds of their exit hooks: the supervisor's is less.
 _LEAVE_MARGIN = 15.0
+_TICK = 1.0
 _SHUT_DOWN = "Worker exited prematurely: the worker shut down."
 
 
@@ -62,10 +60,14 @@ class TaskPool(BasePool):
         **options: object,
     ) -> None:
         super().__init__(limit, **options)
-        plan = signals.plan()
-        settings = conf.read(self.app.conf) if plan is None else plan.settings
-        slots = plan.slots if plan else {services.PLAIN: 1}
-        self._plan = plan
+        #: What is served; ``worker_init``, which decides it, is not sent in embedded workers.
+        self.plan = signals.plan() or worker_plan.Plan(
+            registries=(), served=(), settings=conf.read(self.app.conf), pool=worker_plan.GPU_POOL
+        )
+        self._slots_per_replica = sum(self.plan.slots.values())
+        self.max_tasks = maxtasksperchild
+        #: Resident bytes after which a child is replaced.
+        self.max_bytes = (max_memory_per_child or 0) * 1024 or None
         #: Opens and closes the worker's queues; the consumer's step attaches itself.
         self.gate: gate.Gate | None = None
         #: It was to stop in the middle of a move of a request.
@@ -73,30 +75,27 @@ class TaskPool(BasePool):
         #: When each tick of beat came last.
         self._ticked: dict[str, float] = {}
         self.limit = limit or 1
-        self._setup = replica.Setup(
-            settings=settings,
-            slots=slots,
-            first={},
-            benchmarked=plan.benchmarked if plan else {},
-            allotment=plan.allotment if plan else None,
-            probes=plan.probes if plan else (),
-            max_tasks=maxtasksperchild,
-            max_bytes=(max_memory_per_child or 0) * 1024 or None,
-        )
         self.supervisor: supervisor.Supervisor
         self._dead: dead_letters.DeadLetters | None = None
         #: What the worker tells the others, and learns of them.
         self.cluster: membership.Membership
         #: Where the broker prefers the quicker of several workers.
         self.bands: speed_bands.Bands | None = None
-        self._driver: driver.Driver
+        self._hub: Hub | None = None
+        self._tick_timer: Entry | None = None
+        self._limit_timer: Entry | None = None
+        self._limit_due = math.inf
+        #: How many revocations this worker knew when it last looked.
+        self._revoked = 0
+        self._thread: threading.Thread | None = None
+        self._is_over = threading.Event()
         #: Ours, where the worker has it. It begins and ends with the pool: Celery starts one only
         #: where there is no event loop, and tells none of the end.
         self.autoscaler: autoscale.Autoscaler | None = None
         #: What it saw and decided last.
         self.scaling: Scaling | None = None
         #: What a platform's own probes ask.
-        self.health = health.Health(settings, plan.service_queues if plan else {})
+        self.health = health.Health(self.plan.settings, self.plan.service_queues)
 
     # -- size --
 
@@ -116,10 +115,6 @@ class TaskPool(BasePool):
     def hostname(self) -> str:
         return str(self.options["initargs"][1])
 
-    @property
-    def is_stopping(self) -> bool:
-        return self._state in (self.CLOSE, self.TERMINATE)
-
     def grow(self, n: int = 1) -> None:
         """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
         if (why := self.refusal(self.limit + n)) is not None:
@@ -128,7 +123,7 @@ class TaskPool(BasePool):
 
     def refusal(self, slots: int) -> str | None:
         """Say why this worker cannot have so many slots; ``None`` when it can."""
-        allotment = self._setup.allotment
+        allotment = self.plan.allotment
         return None if allotment is None else allotment.refusal(self._replicas_for(slots))
 
     def shrink(self, n: int = 1) -> None:
@@ -158,9 +153,9 @@ class TaskPool(BasePool):
         self.cluster = membership.Membership(
             app,
             hostname,
-            _queues(app, self._plan),
-            _limited(self._plan),
-            self._setup.settings.worker_ttl,
+            _queues(app, self.plan),
+            _limited(self.plan),
+            self.plan.settings.worker_ttl,
             self.wake,
         )
         first = {
@@ -171,39 +166,51 @@ class TaskPool(BasePool):
             "hostname": hostname,
             "path": list(sys.path),
             "parent": os.getpid(),
-            "queues": list(self._plan.queues) if self._plan else [],
+            "queues": list(self.plan.queues),
         }
-        setup = dataclasses.replace(self._setup, first=first)
-        if setup.settings.dead_letter_queue:
-            self._dead = dead_letters.DeadLetters(app, setup.settings, hostname)
-        self.supervisor = supervisor.Supervisor(
-            setup, self, self.cluster.counts, self._dead, self.cluster.lost
-        )
-        self._driver = driver.Driver(self)
-        if self._plan is not None:
-            queues = self._plan.service_queues
-            self.bands = _bands(app, self.cluster, queues.values())
+        if self.plan.settings.dead_letter_queue:
+            self._dead = dead_letters.DeadLetters(app, self.plan.settings, hostname)
+        self.supervisor = supervisor.Supervisor(self, first, self._dead)
+        if signals.plan() is not None:
+            queues = self.plan.service_queues
+            with app.connection_for_read() as connection:
+                has_priorities = broker.is_rabbitmq(connection)
+            if has_priorities and not self.cluster.is_alone:
+                self.cluster.read_others()
+                self.bands = speed_bands.Bands(queues.values())
             self.gate = gate.Gate(app.amqp.queues, queues, self)
-            log_notices(app, self._plan)
+            worker_plan.log_notices(app, self.plan)
         self._resize(self.limit)
         self.supervisor.tick()
         self.observe()
         self.cluster.begin()
-        self._driver.start()
+        if get_event_loop() is None:
+            self._thread = threading.Thread(target=self._run, name="gw-pool", daemon=True)
+            self._thread.start()
         if self.autoscaler is not None:
             self.autoscaler.begin()
 
     def register_with_event_loop(self, hub: Hub) -> None:
         """Called at every start of the consumer, when the hub has forgotten us."""
-        self._driver.attach(hub)
+        self._hub = hub
+        hub.add_reader(self.supervisor.sockets.fileno(), self._on_readable)
+        # A revocation comes between two turns of the hub.
+        hub.on_tick.add(self._withdraw)
+        # Celery 5.7 has cancelled our timers when the connection was lost, 5.6 all timers.
+        for timer in (self._tick_timer, self._limit_timer):
+            if timer is not None:
+                timer.cancel()
+        self._tick_timer = hub.call_repeatedly(_TICK, self._on_tick)
+        self._limit_timer = None
+        self._arm()
 
     def on_apply(
         self,
         target: object,
-        args: request.TaskArgs,
+        args: requests.TaskArgs,
         kwargs: object,
-        **options: Unpack[request.Options],
-    ) -> request.PoolRequest:
+        **options: Unpack[requests.Options],
+    ) -> requests.PoolRequest:
         """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
@@ -227,19 +234,19 @@ class TaskPool(BasePool):
 
     def on_stop(self) -> None:
         """Wait for every input in flight, then let the children leave."""
-        if self._driver.is_over:
+        if self._is_over.is_set():
             return
         if self.supervisor.is_interrupted:  # by Celery's handler of a cold shutdown
             self._stop_is_due = True
             return
-        settings = self._setup.settings
+        settings = self.plan.settings
         self.supervisor.close()
         if state.should_terminate:
             self.supervisor.give_up_unbegun()
             bound = grace = settings.cancel_timeout
         else:
             bound, grace = settings.shutdown_timeout, 2 * settings.exit_timeout + _LEAVE_MARGIN
-        if not self._driver.wait(lambda: not self.supervisor.requests.in_flight(), bound):
+        if not self._wait(lambda: not self.supervisor.requests.in_flight(), bound):
             logger.error(
                 "%d inputs are still running after %.0f s; their replicas are killed (setting "
                 "gw_shutdown_timeout)",
@@ -248,9 +255,9 @@ class TaskPool(BasePool):
             )
             self.supervisor.kill(_SHUT_DOWN)
         # What was given back to the broker, or answered at its limit, is about to go.
-        self._driver.wait(lambda: not self.supervisor.requests.held(), settings.cancel_timeout)
+        self._wait(lambda: not self.supervisor.requests.held(), settings.cancel_timeout)
         self.supervisor.leave()
-        self._driver.wait(self.supervisor.is_empty, grace)
+        self._wait(lambda: not self.supervisor.children(), grace)
         self._finish()
 
     def on_terminate(self) -> None:
@@ -261,20 +268,42 @@ class TaskPool(BasePool):
     # -- what beat has every worker do --
 
     def probe_tick(self) -> None:
-        """Call the probes that are due now; they are called without it, too."""
-        self._ticked["probe"] = request.now()
-        self.supervisor.probe_tick()
+        """Note that beat is there: probes are called when they are due, without it, too."""
+        self._ticked["probe"] = time.monotonic()
 
     def benchmark_tick(self) -> None:
         """Have every replica measured again, one after the other, when it has nothing to do."""
-        self._ticked["benchmark"] = request.now()
-        self.supervisor.measure_again()
+        self._ticked["benchmark"] = time.monotonic()
+        with self.supervisor.lock:
+            self.supervisor.scores.ask_again()
 
     # -- what is seen from outside --
 
     def snapshot(self) -> Worker:
-        """Return the worker as it is now; see ``protocol.snapshot.Source``."""
-        return self.supervisor.snapshot()
+        """Return the worker as it is now; from any thread; see ``protocol.snapshot.Source``."""
+        pool = self.supervisor
+        with pool.lock:
+            slots, now = self.plan.slots, time.monotonic()
+            ready, table = pool.ready_by_service(), pool.requests.table
+            return Worker(
+                hostname=self.hostname,
+                desired=self.desired_replicas,
+                desired_slots=self.limit,
+                open_queues=self.gate.open_queues() if self.gate else (),
+                closed_queues=self.gate.closed_queues() if self.gate else (),
+                bands=self.bands.names() if self.bands else {},
+                is_stopping=self._state in (self.CLOSE, self.TERMINATE),
+                replicas=tuple(
+                    filled.as_snapshot(self._slots_per_replica, now) for filled in pool.replicas
+                ),
+                ready_slots={service: ready[service] * slots[service] for service in slots},
+                waiting=len(table.queue),
+                waiting_inputs=table.queue.by_service(),
+                tallies=table.tallies(),
+                outage=pool.outage(),
+                scores=pool.scores.as_snapshot(now),
+                scaling=self.scaling,
+            )
 
     def _get_info(self) -> dict[str, object]:
         options, worker = self.options, self.snapshot().as_json()
@@ -282,7 +311,7 @@ class TaskPool(BasePool):
             **super()._get_info(),
             "max-concurrency": self.limit,
             "processes": [replica["pid"] for replica in worker["replicas"] if replica["pid"]],
-            "max-tasks-per-child": self._setup.max_tasks or "N/A",
+            "max-tasks-per-child": self.max_tasks or "N/A",
             "put-guarded-by-semaphore": False,
             "timeouts": (options.get("soft_timeout") or 0, options.get("timeout") or 0),
             "writes": "N/A",
@@ -290,27 +319,89 @@ class TaskPool(BasePool):
             "gw_outage": worker["outage"],
             "gw_tallies": worker["tallies"],
             "gw_scores": worker["scores"],
-            "gw_tick_ages": {kind: request.now() - at for kind, at in self._ticked.items()},
+            "gw_tick_ages": {kind: time.monotonic() - at for kind, at in self._ticked.items()},
         }
 
     # -- driving --
 
     def poll(self) -> None:
-        """Read what children have reported and judge limits, now."""
-        self._driver.poll()
+        """Read what children have reported and judge limits, now, where no thread does."""
+        if self._thread is None:
+            self.supervisor.poll()
 
     def wake(self) -> None:
         """Have the worker's loop turn now; from any thread."""
-        self.supervisor.wake()
+        self.supervisor.sockets.wake()
+
+    def _wait(self, is_done: Callable[[], bool], timeout: float) -> bool:
+        """Drive until ``is_done()``: the hub does not run while a worker stops."""
+        end = time.monotonic() + timeout
+        hub = get_event_loop()
+        while not is_done() and time.monotonic() < end:
+            if self._thread is not None:
+                self._is_over.wait(0.02)
+                continue
+            self.supervisor.poll(0.1)
+            self.supervisor.tick()
+            if hub is not None:
+                consumer.run_meanwhile(hub)
+            self.observe()
+        self.observe()
+        return is_done()
+
+    def _on_readable(self) -> None:
+        with _surviving():
+            self.supervisor.poll()
+        self._arm()
+
+    def _withdraw(self) -> None:
+        """Take revoked inputs out of the batches that they wait for, before those begin."""
+        if len(state.revoked) != self._revoked:
+            self._revoked = len(state.revoked)
+            with self.supervisor.lock:
+                self.supervisor.requests.withdraw()
+
+    def _on_tick(self) -> None:
+        self._step()
+        self._arm()
+
+    def _arm(self) -> None:
+        """Have the hub call us at the next limit, which may be before the next tick."""
+        now, due = time.monotonic(), self.supervisor.next_deadline()
+        is_armed = self._limit_timer is not None and now < self._limit_due <= due
+        if self._hub is None or is_armed or due - now >= _TICK:
+            return
+        if self._limit_timer is not None:
+            self._limit_timer.cancel()
+        self._limit_due = due
+        self._limit_timer = self._hub.call_later(max(0.0, due - now), self._on_readable)
+
+    def _run(self) -> None:
+        """The loop of transports that have none."""
+        while not self._is_over.is_set():
+            wait = self.supervisor.next_deadline() - time.monotonic()
+            self._step(min(_TICK, max(0.0, wait)))
+
+    def _step(self, timeout: float = 0.0) -> None:
+        with _surviving():
+            self.supervisor.poll(timeout)
+            with self.supervisor.lock:  # what has expired, too
+                self.supervisor.requests.withdraw()
+            self.supervisor.tick()
+            self.observe()
 
     def _finish(self) -> None:
-        if self._driver.is_over:
+        if self._is_over.is_set():
             return
         self._end_scaling()
-        self._driver.end()
+        self._is_over.set()
+        self.supervisor.sockets.wake()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(5)
         self.supervisor.kill(_SHUT_DOWN)
-        self._driver.detach()
-        self.supervisor.release()
+        if self._hub is not None:
+            self._hub.remove_reader(self.supervisor.sockets.fileno())
+        self.supervisor.sockets.close()
         self.health.close()
         for thread in (self._dead, self.cluster):
             if thread is not None:
@@ -321,13 +412,13 @@ class TaskPool(BasePool):
             self.autoscaler.end()
 
     def _resize(self, slots: int) -> None:
-        if (allotment := self._setup.allotment) is not None:
-            slots = min(slots, allotment.most * self._setup.slots_per_replica)
+        if (allotment := self.plan.allotment) is not None:
+            slots = min(slots, allotment.most * self._slots_per_replica)
         self.limit = max(0, slots)
         self.supervisor.resize(self.desired_replicas)
 
     def _replicas_for(self, slots: int) -> int:
-        return math.ceil(slots / self._setup.slots_per_replica)
+        return math.ceil(slots / self._slots_per_replica)
 
     def slots_changed(self) -> None:
         """There are more, or fewer, slots or inputs that wait for one."""
@@ -340,26 +431,32 @@ class TaskPool(BasePool):
         worker = self.snapshot()
         self.cluster.observe(worker)
         scores = {service: score.value for service, score in worker.scores.items()}
-        if self.bands is not None and self.bands.follow(scores, self.cluster.others, request.now()):
+        if self.bands is not None and self.bands.follow(
+            scores, self.cluster.others, time.monotonic()
+        ):
             self.slots_changed()
         self.health.beat(worker)
 
 
-def _queues(app: Celery, plan: Plan | None) -> dict[str, list[str]]:
+@contextlib.contextmanager
+def _surviving() -> Iterator[None]:
+    """One failure of ours must not leave the worker's loop, which would end the worker."""
+    try:
+        yield
+    except Exception:
+        logger.exception("the pool failed once and goes on")
+
+
+def _queues(app: Celery, plan: worker_plan.Plan) -> dict[str, list[str]]:
     """The queues of each service; those of plain tasks are together."""
-    keys = [services.PLAIN] if plan is None else plan.slots
-    queues: dict[str, list[str]] = {key: [] for key in keys}
-    names = app.amqp.queues.consume_from if plan is None else plan.queues
-    of_services = {} if plan is None else plan.service_queues
-    for name in names:
-        queues[of_services.get(name, services.PLAIN)].append(name)
+    queues: dict[str, list[str]] = {key: [] for key in plan.slots}
+    for name in plan.queues or app.amqp.queues.consume_from:
+        queues[plan.service_queues.get(name, services.PLAIN)].append(name)
     return queues
 
 
-def _limited(plan: Plan | None) -> dict[str, dict[str, int]]:
+def _limited(plan: worker_plan.Plan) -> dict[str, dict[str, int]]:
     """The queues whose callers are told how long an input would wait: services and their slots."""
-    if plan is None:
-        return {}
     queues = {service.queue for service in plan.served if service.key in plan.queue_times}
     return {
         queue: {
@@ -367,14 +464,3 @@ def _limited(plan: Plan | None) -> dict[str, dict[str, int]]:
         }
         for queue in queues
     }
-
-
-def _bands(
-    app: Celery, cluster: membership.Membership, keys: Iterable[str]
-) -> speed_bands.Bands | None:
-    """The bands of a worker; ``None`` where the broker has no priorities, or others are unknown."""
-    with app.connection_for_read() as connection:
-        if cluster.is_alone or not broker.is_rabbitmq(connection):
-            return None
-    cluster.read_others()
-    return speed_bands.Bands(keys)

@@ -34,7 +34,7 @@ LAZY_UPWARD = {("signals", "worker"), ("client", "runtime")}
 #: Folders that must not import each other although they stand on one floor.
 APART = {("worker", "replica"), ("replica", "worker")}
 #: Modules that decide and touch nothing: ``now`` is an argument.
-PURE = ("policy", "pool.child_state", "pool.counters", "pool.dispatch", "pool.time_limits")
+PURE = ("policy", "pool.replica", "pool.request_table")
 IMPURE = {"asyncio", "redis", "socket", "subprocess", "threading", "time"}
 #: Lines of gw_celery/. Raised only by name, in a commit that says why.
 BUDGET = 22_701

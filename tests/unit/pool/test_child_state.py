@@ -5,8 +5,8 @@ import math
 import pytest
 
 from gw_celery import conf
-from gw_celery.pool import child_state
-from gw_celery.pool.child_state import State
+from gw_celery.pool import replica as child_state
+from gw_celery.pool.replica import State
 
 DEADLINES = conf.Settings(
     boot_timeout=30,
@@ -18,7 +18,7 @@ DEADLINES = conf.Settings(
 
 
 def started(now: float = 100.0) -> child_state.ChildState:
-    return child_state.ChildState(settings=DEADLINES, now=now)
+    return child_state.ChildState(DEADLINES, now)
 
 
 def entering(now: float = 100.0) -> child_state.ChildState:
@@ -77,7 +77,7 @@ def test_a_step_out_of_order_changes_nothing() -> None:
 
 def test_a_drained_child_is_never_ready_again() -> None:
     life = entering()
-    life.drain(101, 0)
+    life.drain(101)
     life.loaded(102)
     life.entered(103)
     assert life.current is State.DRAINING
@@ -131,62 +131,43 @@ def test_a_heartbeat_gives_a_child_its_full_time_again() -> None:
 
 def test_a_draining_child_still_owes_its_heartbeat() -> None:
     life = ready()
-    life.drain(101, 1000)
+    life.drain(101)
     assert life.overdue(114.9) is None
     assert "no heartbeat" in (life.overdue(115) or "")
 
 
-@pytest.mark.parametrize(("longest", "bound"), [(0, 30), (29, 30), (300, 300), (-5, 30)])
-def test_a_drain_lasts_until_its_timeout_or_the_last_limit(longest: float, bound: float) -> None:
+@pytest.mark.parametrize(("limit", "bound"), [(0, 30), (29, 30), (300, 300), (-5, 30)])
+def test_a_drain_lasts_until_its_timeout_or_the_last_limit(limit: int, bound: int) -> None:
     life = ready(now=100)
-    life.drain(200, longest)
-    life.beat(200 + bound)
-    assert life.overdue(200 + bound - 0.001) is None
-    assert "gw_drain_timeout" in (life.overdue(200 + bound) or "")
+    life.drain(200)
+    for now in range(200, 200 + bound):
+        life.beat(now)
+        assert life.overdue(now, max(0, 200 + limit - now)) is None
+    assert "gw_drain_timeout" in (life.overdue(200 + bound, 0) or "")
 
 
-def test_a_drain_without_a_limit_has_no_deadline_and_is_told_of() -> None:
+def test_a_drain_without_a_limit_has_no_deadline_and_lingers_until_it_is_bound_again() -> None:
     life = ready(now=100)
-    life.drain(200, math.inf)
-    life.beat(10_000)
-    assert life.overdue(10_000) is None
-    assert (life.lingers(229), life.lingers(230)) == (False, True)
+    life.drain(200)
+    for now in range(200, 300):
+        life.beat(now)
+        assert life.overdue(now, math.inf) is None
+        assert life.lingers is (now >= 230)
+    life.beat(328)
+    assert life.overdue(328, 0) is None
+    assert "gw_drain_timeout" in (life.overdue(329, 0) or "")
     bounded = ready(now=100)
-    assert not bounded.lingers(1000)
-    bounded.drain(200, 500)
-    assert not bounded.lingers(600)
-
-
-def test_what_begins_while_it_drains_has_its_time() -> None:
-    life = ready(now=100)
-    life.began(150, 1000)
-    life.drain(200, 0)
-    life.began(210, 5)
-    life.beat(229)
-    assert (life.overdue(229.9), life.overdue(230) is None) == (None, False)
-    life.began(220, 300)
-    assert life.overdue(230) is None
-    life.began(221, math.inf)
-    life.beat(9_000)
-    assert life.overdue(9_000) is None
-
-
-@pytest.mark.parametrize(("left", "bound"), [(0, 30), (300, 300)])
-def test_a_drain_is_bound_again_once_what_has_no_limit_has_ended(left: float, bound: float) -> None:
-    life = ready(now=100)
-    life.drain(200, math.inf)
-    life.ended(210, math.inf)
-    assert life.deadline is None
-    life.ended(220, left)
-    assert life.deadline == 220 + bound
-    life.ended(230, 0)
-    assert life.deadline == 220 + bound
+    assert not bounded.lingers
+    bounded.drain(200)
+    bounded.beat(600)
+    assert bounded.overdue(600, 500) is None
+    assert not bounded.lingers
 
 
 def test_a_second_drain_does_not_move_the_deadline() -> None:
     life = ready()
-    life.drain(110, 0)
-    life.drain(135, 500)
+    life.drain(110)
+    life.drain(135)
     life.beat(139)
     assert life.overdue(140) is not None
 
@@ -203,33 +184,22 @@ def test_a_start_up_is_that_of_the_process_however_often_it_is_measured() -> Non
     assert life.start_up == 60
 
 
-def test_only_a_child_that_served_for_a_while_was_steady() -> None:
-    assert not started().was_steady(1100)
-    assert not entering().was_steady(1100)
+def test_how_long_a_child_served_counts_from_its_ready() -> None:
+    assert started().seconds_since_ready(1100) < 0
+    assert entering().seconds_since_ready(1100) < 0
     life = ready(now=10)
-    assert not life.was_steady(10.9)
-    assert life.was_steady(11)
-    life.drain(20, 0)
-    assert life.was_steady(21)
+    assert life.seconds_since_ready(11) == 1
+    life.drain(20)
+    assert life.seconds_since_ready(21) == 11
 
 
 def test_the_wait_before_the_next_child_doubles_up_to_a_minute() -> None:
-    backoff = child_state.Backoff()
-    assert backoff.retry_at == 0
-    assert [backoff.failed(100) for _ in range(9)] == [1, 2, 4, 8, 16, 32, 64, 64, 64]
-    assert backoff.retry_at == 164
+    replica = child_state.Replica(0)
+    assert replica.retry_at == 0
+    assert [replica.start_failed(100) for _ in range(9)] == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+    assert replica.retry_at == 164
     for _ in range(2000):
-        assert backoff.failed(0) == 64
-
-
-def test_a_child_that_served_starts_the_doubling_anew() -> None:
-    backoff = child_state.Backoff()
-    backoff.failed(0)
-    backoff.failed(1)
-    backoff.succeeded(50)
-    assert backoff.retry_at == 50
-    assert backoff.failed(60) == 1
-    assert backoff.retry_at == 61
+        assert replica.start_failed(0) == 64
 
 
 def test_a_child_without_a_service_that_wants_inputs_is_unready_until_one_does() -> None:
@@ -252,7 +222,7 @@ def test_only_a_loaded_child_can_be_unready() -> None:
         life.wants_inputs(101, False)
         assert life.current is not State.UNREADY
     life = ready()
-    life.drain(101, 0)
+    life.drain(101)
     life.wants_inputs(102, True)
     assert life.current is State.DRAINING
 
@@ -288,6 +258,6 @@ def test_only_a_ready_child_may_be_measured_again() -> None:
     life.measure_again(101)
     assert life.current is State.PROBING
     life = ready(100)
-    life.drain(101, 0)
+    life.drain(101)
     life.measure_again(102)
     assert life.current is State.DRAINING

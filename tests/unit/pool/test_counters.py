@@ -8,47 +8,43 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gw_celery.pool.counters import Counters, Result, Stage
+from gw_celery.pool.request_table import Counters, Result, Stage
 from gw_celery.protocol import snapshot
 
 SERVED = [Result.VALUE, Result.NO_VALUE, Result.REFUSED]
 
 
-def counters_of(*workloads: float, service: str = "embed") -> Counters:
+def counters_of(*workloads: float) -> Counters:
     counters = Counters()
     for workload in workloads:
-        counters.arrive(service, workload)
+        counters.arrive(workload)
     return counters
 
 
-def test_services_are_told_apart_and_the_newest_inputs_count_most_in_the_mean() -> None:
-    counters = counters_of(10.0)
-    counters.arrive("chat", 2.0)
-    assert {key: one.mean for key, one in counters.as_snapshot().items()} == {
-        "embed": 10.0,
-        "chat": 2.0,
-    }
+def test_the_newest_inputs_count_most_in_the_mean() -> None:
+    counters, others = counters_of(10.0), counters_of(2.0)
+    assert (counters.as_snapshot().mean, others.as_snapshot().mean) == (10.0, 2.0)
     for _ in range(97):
-        counters.arrive("embed", 20.0)
-    assert 19.0 < counters.as_snapshot()["embed"].mean < 20.0
-    assert snapshot.mean_workload(counters.as_snapshot().values()) > 19.0
+        counters.arrive(20.0)
+    assert 19.0 < counters.as_snapshot().mean < 20.0
+    assert snapshot.mean_workload([counters.as_snapshot(), others.as_snapshot()]) > 19.0
     assert snapshot.mean_workload([]) == 1.0
 
 
 def test_the_seconds_of_a_slot_are_those_of_what_was_served() -> None:
     counters = counters_of(1.0, 1.0)
     for _ in range(2):
-        counters.move("embed", 1.0, Stage.WAITING, Stage.RUNNING)
-    counters.settle("embed", 1.0, Stage.RUNNING, Result.VALUE, busy=2.5)
-    counters.settle("embed", 1.0, Stage.RUNNING, Result.GIVEN_BACK, busy=9.0)
-    assert counters.as_snapshot()["embed"].busy == 2.5
+        counters.move(1.0, Stage.WAITING, Stage.RUNNING)
+    counters.settle(1.0, Stage.RUNNING, Result.VALUE, busy=2.5)
+    counters.settle(1.0, Stage.RUNNING, Result.GIVEN_BACK, busy=9.0)
+    assert counters.as_snapshot().busy == 2.5
 
 
 def test_what_gave_no_value_is_served_and_failed_and_what_is_refused_counts_apart() -> None:
     counters = counters_of(2.0, 2.0, 2.0)
     for result in SERVED:
-        counters.settle("embed", 2.0, Stage.WAITING, result)
-    seen = counters.as_snapshot()["embed"]
+        counters.settle(2.0, Stage.WAITING, result)
+    seen = counters.as_snapshot()
     assert (seen.served, seen.failed, seen.refused, seen.refused_inputs) == (6.0, 4.0, 2.0, 1)
 
 
@@ -56,8 +52,8 @@ def test_rounding_leaves_nothing_behind() -> None:
     workloads = [0.1 * (number % 7) for number in range(1000)]
     counters = counters_of(*workloads)
     for workload in workloads:
-        counters.move("embed", workload, Stage.WAITING, Stage.RUNNING)
-    assert counters.as_snapshot()["embed"].waiting == 0.0
+        counters.move(workload, Stage.WAITING, Stage.RUNNING)
+    assert counters.as_snapshot().waiting == 0.0
 
 
 EVENTS = st.lists(
@@ -75,12 +71,12 @@ def test_whatever_happens_the_sums_are_conserved(
         if number not in stages:
             continue
         if isinstance(what, Result):
-            counters.settle("embed", workloads[number], stages.pop(number), what)
+            counters.settle(workloads[number], stages.pop(number), what)
         else:
             stage = Stage.RUNNING if what == "start" else Stage.WAITING
-            counters.move("embed", workloads[number], stages[number], stage)
+            counters.move(workloads[number], stages[number], stage)
             stages[number] = stage
-    (one,) = counters.as_snapshot().values()
+    one = counters.as_snapshot()
     total = one.waiting + one.running + one.served + one.given_back
     assert total == pytest.approx(one.arrived, rel=1e-9, abs=1e-2)
     counted = one.waiting_inputs + one.running_inputs + one.served_inputs

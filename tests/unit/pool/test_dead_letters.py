@@ -48,7 +48,6 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     queue = Queue()
     monkeypatch.setattr(dead_letters, "queue_of", lambda *_: queue)
     monkeypatch.setattr(dead_letters, "_PAUSE", 0.01)
-    monkeypatch.setattr(dead_letters, "_CLOSE_TIMEOUT", 0.2)
     return queue
 
 
@@ -164,7 +163,7 @@ def test_keeping_never_waits_for_a_broker_that_hangs(
     for number in range(dead_letters._MAX_WAITING + 1):
         writer.keep(request(f"n{number}"), "", 3)
     assert "[n100] has no dead letter: 100 others wait for the broker" in caplog.text
-    writer.close()
+    writer.close(0.2)
     for number in range(dead_letters._MAX_WAITING):
         assert f"task proj.embed[n{number}] has no dead letter: the worker ends" in caplog.text
 

@@ -1,264 +1,272 @@
+"""Probes of children: when they are called, and what follows from their answers."""
+
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import gw_celery as gw
-from gw_celery import conf
-from gw_celery.pool import child_state, dispatch, probes
-from gw_celery.pool import replica as pool_replica
-from gw_celery.protocol import frames
+from tests.pool_harness import Child, Harness
 
-DEADLINES = conf.Settings(
-    boot_timeout=1, start_timeout=1, benchmark_timeout=1, drain_timeout=1, heartbeat_timeout=1e9
-)
-SLOTS = {"proj.Model": 2, "proj.other": 2, "": 1}
+StartPool = Callable[..., Harness]
+MODEL = f"{__name__}.Model.run"
+STARTUP, LIVENESS, READINESS = "startup", "liveness", "readiness"
 
 
-class Child:
-    """A process that is told what to do, and of which only this is known."""
-
-    def __init__(self, number: int = 0) -> None:
-        self.number = number
-        self.state = child_state.ChildState(settings=DEADLINES, now=0.0)
-        self.state.loaded(0.0)
-        self.slots = dispatch.Slots(SLOTS)
-        self.checks: Any = None
-        self.is_unfit = False
-        self.is_ill = self.is_leaving = False
-        self.reason = ""
-        self.asked: list[tuple[int, str]] = []
-
-    def __repr__(self) -> str:
-        return f"replica {self.number} (pid 100)"
-
-    def send(self, order: tuple[Any, ...]) -> None:
-        kind, call, service, method = order
-        assert (kind, service) == (frames.Order.PROBE, "proj.Model")
-        self.asked.append((call, method))
+def on(kind: str, method: str | None = None, **given: Any) -> gw.Probe:
+    limits = {"period_s": 10, "timeout_s": 3, "failures": 2, **given}
+    return gw.Probe.on(method or kind, kind=kind, **limits)
 
 
-class Site:
-    """Children with probes, on a clock that the test moves."""
+@pytest.fixture
+def probed(start_pool: StartPool) -> Callable[..., Harness]:
+    """Start a pool with the service ``work``, and the class task ``Model`` with these probes."""
 
-    def __init__(self, *declared: gw.Probe, count: int = 1) -> None:
-        self.made = [Child(number) for number in range(count)]
-        self.alive = list(self.made)
-        self.ended: list[str] = []
-        setup = pool_replica.Setup(
-            settings=conf.Settings(),
-            slots=SLOTS,
-            first={},
-            probes=[("proj.Model", one) for one in declared],
-        )
-        pool: Any = self
-        self.probing = probes.ChildProbes(setup, pool)
-        self.changes = 0
+    def start(*probes: gw.Probe, **options: Any) -> Harness:
+        def declare(app: gw.App) -> None:
+            class Model:
+                @gw.method()
+                async def run(self) -> None: ...
+                @gw.method()
+                async def startup(self) -> None: ...
+                @gw.method()
+                async def second(self) -> None: ...
+                @gw.method()
+                async def liveness(self) -> None: ...
+                @gw.method()
+                async def readiness(self) -> None: ...
 
-    @property
-    def child(self) -> Child:
-        return self.made[0]
+            Model.__qualname__ = "Model"
+            app.cls(gpu=gw.Gpu("CPU"), probes=list(probes))(Model)
 
-    def advance(self, child: Any, now: float) -> None:
-        if child.state.current is child_state.State.PROBING and self.probing.have_started(
-            child, now
-        ):
-            child.state.probed(now)
-        if child.state.current is child_state.State.BENCHMARKING:
-            child.state.measured(now)
+        return start_pool(declare=declare, **options)
 
-    # -- what probes ask of a pool --
-
-    def children(self) -> list[Any]:
-        return list(self.alive)
-
-    def end(self, child: Any, reason: str) -> None:
-        self.alive.remove(child)
-        self.ended.append(reason)
-
-    @property
-    def pool(self) -> Site:
-        return self
-
-    def slots_changed(self) -> None:
-        self.changes += 1
-
-    def enter(self, now: float = 0.0) -> Site:
-        """All children have entered, and those without startup probes are READY."""
-        for child in self.made:
-            child.state.entered(now)
-            self.advance(child, now)
-        self.probing.call_due(now)
-        return self
-
-    def answer(self, now: float, is_ok: bool = True, child: Child | None = None) -> None:
-        """The last call of a child is answered."""
-        one: Any = child or self.child
-        report = [frames.Report.PROBED, one.asked[-1][0], is_ok, "because", 0.01]
-        self.probing.follow(one, report, now)
-        self.probing.call_due(now)
+    return start
 
 
-def on(kind: str, **given: Any) -> gw.Probe:
-    return gw.Probe.on(kind, kind=kind, **{"period_s": 10, "timeout_s": 3, "failures": 2, **given})
+def until_asked(harness: Harness, child: Child, *, within: float = 11.0) -> float:
+    """Let time pass until the child has been asked once more; when that was."""
+    asked, end = len(child.probed), harness.now + within
+    while len(child.probed) == asked:
+        assert harness.now < end
+        harness.advance(0.1)
+    return harness.now
 
 
-def test_a_child_without_probes_is_ready_at_once_and_costs_nothing() -> None:
-    site = Site().enter()
-    assert site.child.state.current is child_state.State.READY
-    assert (site.child.checks, site.probing.next_in(5.0)) == (None, None)
-
-
-def test_a_child_is_probing_until_all_its_startup_probes_have_passed() -> None:
-    second = gw.Probe.on("second", kind="startup", period_s=10)
-    site = Site(on("startup"), second, on("liveness")).enter()
-    assert [method for _, method in site.child.asked] == ["startup", "second"]
-    (call, _), _ = site.child.asked
-    site.probing.follow(site.child, [frames.Report.PROBED, call, True, "", 0.01], 1.0)  # type: ignore[arg-type]
-    assert site.child.state.current is child_state.State.PROBING
-    site.answer(2.0)
-    assert site.child.state.current is child_state.State.READY
+def test_a_child_is_probing_until_all_its_startup_probes_have_passed(
+    probed: Callable[..., Harness],
+) -> None:
+    harness = probed(on(STARTUP), on(STARTUP, "second"), on(LIVENESS))
+    child = harness.child(0)
+    assert child.probed == ["startup", "second"]
+    child.answer_probe(method="startup")
+    assert harness.replica()["state"] == "probing"
+    child.answer_probe(method="second")
+    assert harness.replica()["state"] == "ready"
 
 
 def test_a_startup_probe_that_fails_too_often_ends_its_child(
-    caplog: pytest.LogCaptureFixture,
+    probed: Callable[..., Harness], caplog: pytest.LogCaptureFixture
 ) -> None:
-    site = Site(on("startup")).enter()
-    site.answer(1.0, is_ok=False)
+    harness = probed(on(STARTUP))
+    child = harness.child(0)
+    child.answer_probe(False)
     assert "its startup probe Model.startup failed (1 of 2 in a row: because)" in caplog.text
-    site.probing.call_due(10.0)
-    site.answer(11.0, is_ok=False)
-    (reason,) = site.ended
-    assert reason == (
-        "Worker exited prematurely: its startup probe Model.startup failed (2 of 2 in a row: "
-        "because)."
-    )
-    assert site.child.reason in reason
+    until_asked(harness, child)
+    child.answer_probe(False)
+    assert child.exit_code == -9
+    why = "its startup probe Model.startup failed (2 of 2 in a row: because)"
+    assert f"Worker exited prematurely: {why}" not in harness.replica()["last_error"]
+    assert harness.replica()["last_error"] == why
 
 
-def test_liveness_is_asked_on_its_own_period_at_any_rate_of_ticks() -> None:
-    site = Site(on("liveness")).enter()
-    first = site.probing.next_in(0.0)
-    assert first is not None
-    assert 1.0 <= first <= 10.0
-    for now in range(100):  # a tick changes nothing before it is due
-        if now < first:
-            site.probing.call_due(float(now))
-    assert site.child.asked == []
-    site.probing.call_due(first)
-    site.answer(first + 0.1)
-    assert site.probing.next_in(first) == pytest.approx(10.0)
+def test_liveness_is_asked_on_its_own_period(probed: Callable[..., Harness]) -> None:
+    harness = probed(on(LIVENESS))
+    child, began = harness.child(0), harness.now
+    times = []
+    for _ in range(4):
+        times.append(until_asked(harness, child))
+        child.answer_probe()
+    assert 1.0 <= times[0] - began <= 10.2
+    assert [after - before for before, after in itertools.pairwise(times)] == [
+        pytest.approx(10.0, abs=0.2)
+    ] * 3
 
 
-def test_a_child_whose_liveness_probe_hangs_is_ended_and_was_never_well() -> None:
-    site = Site(on("liveness")).enter()
-    while not site.ended:
-        now = site.probing.next_in(0.0)
-        assert now is not None
-        site.probing.call_due(now)
-        assert now < 10 * 2 + 3
-    assert len(site.child.asked) == 1
-    assert site.child.is_unfit
-    assert "no answer within 3 s" in site.ended[0]
+def test_a_child_whose_liveness_probe_hangs_is_ended_and_was_never_well(
+    probed: Callable[..., Harness],
+) -> None:
+    harness = probed(on(LIVENESS))
+    for wait in (1, 2, 4):
+        child = harness.child(0)
+        lost = harness.submit()
+        child.accept(lost)
+        until_asked(harness, child)
+        harness.advance(2.9)
+        assert child.is_alive
+        harness.advance(10.2)
+        assert child.exit_code == -9
+        assert (len(child.probed), lost.heard) == (1, ["accepted", "WorkerLostError"])
+        seen = harness.pool.snapshot().replicas[0]
+        assert "no answer within 3 s" in seen.last_error
+        assert wait - 0.5 < seen.retry_in <= wait, "as after a start that failed"
+        harness.advance(wait + 1.0)
+        harness.child(0).ready()
 
 
-def test_a_child_that_was_well_before_is_not_to_blame_for_its_start() -> None:
-    site = Site(on("liveness", failures=1)).enter()
-    for is_ok in (True, False):
-        now = site.probing.next_in(0.0) or 0.0
-        site.probing.call_due(now)
-        site.answer(now, is_ok=is_ok)
-    assert len(site.ended) == 1
-    assert site.child.is_ill
-    assert not site.child.is_unfit
+@pytest.mark.parametrize(("age", "is_to_blame"), [(20.0, True), (70.0, False)])
+def test_a_child_that_was_well_for_long_is_not_to_blame_for_its_start(
+    probed: Callable[..., Harness], age: float, *, is_to_blame: bool
+) -> None:
+    harness = probed(on(LIVENESS, failures=1))
+    child, end = harness.child(0), harness.now + age
+    while harness.now < end:
+        until_asked(harness, child)
+        child.answer_probe()
+    until_asked(harness, child)
+    child.answer_probe(False)
+    assert child.exit_code == -9
+    seen = harness.pool.snapshot().replicas[0]
+    assert (seen.state == "failed", seen.retry_in > 0) == (is_to_blame, is_to_blame)
 
 
-def test_a_service_takes_no_input_until_its_readiness_probe_has_passed() -> None:
-    site = Site(on("readiness")).enter()
-    child = site.child
-    assert not child.slots.serves("proj.Model")
-    assert child.slots.serves("proj.other")
-    assert child.state.current is child_state.State.READY  # the other service wants inputs
-    before = site.changes
-    site.answer(0.1)
-    assert child.slots.serves("proj.Model")
-    assert site.changes > before
-    assert site.probing.unready() == set()
+def test_a_service_takes_no_input_until_its_readiness_probe_has_passed(
+    probed: Callable[..., Harness],
+) -> None:
+    harness = probed(on(READINESS))
+    child = harness.child(0)
+    waits, goes_on = harness.submit(MODEL), harness.submit("work")
+    assert child.runs == [goes_on.id]
+    assert harness.pool.snapshot().replicas[0].unready == (f"{__name__}.Model",)
+    child.answer_probe()
+    assert child.runs == [goes_on.id, waits.id]
+    assert harness.pool.snapshot().replicas[0].unready == ()
+    for request in (waits, goes_on):
+        child.done(request)
 
 
-def test_a_service_that_is_not_ready_in_any_child_is_told_and_elsewhere_it_goes_on() -> None:
-    site = Site(on("readiness", failures=1), count=2).enter()
-    one, other = site.made
-    for child in site.made:
-        site.answer(0.1, child=child)
-    due = max(site.probing.next_in(0.1) or 0.0, 9.0)
-    site.probing.call_due(due)
-    site.answer(due, is_ok=False, child=one)
-    assert not one.slots.serves("proj.Model")
-    assert other.slots.serves("proj.Model")
-    assert site.probing.unready() == set()
-    site.answer(due, is_ok=False, child=other)
-    assert site.probing.unready() == {"proj.Model"}
+def test_what_waits_for_a_service_that_no_child_is_ready_for_goes_to_other_workers(
+    probed: Callable[..., Harness],
+) -> None:
+    harness = probed(on(READINESS, failures=1), replicas=2)
+    one, other = harness.children
+    for child in (one, other):
+        child.answer_probe()
+    probes = {0: 1, 1: 1}
+    for failing in (one, other):
+        asked = len(failing.probed)
+        while len(failing.probed) == asked:
+            harness.advance(0.1)
+            for child in (one, other):
+                if child is not failing and len(child.probed) > probes[child.number]:
+                    child.answer_probe(child is not one)
+                probes[child.number] = len(child.probed)
+        failing.answer_probe(False)
+        request = harness.submit(MODEL)
+        if failing is one:
+            assert (one.runs, other.runs) == ([], [request.id])
+            other.done(request)
+    harness.advance(1.0)
+    assert request.heard == ["given back"]
 
 
-def test_nothing_is_unready_where_no_child_is_up() -> None:
-    site = Site(on("startup"), on("readiness")).enter()
-    assert site.probing.unready() == set()
+def draining(probed: Callable[..., Harness]) -> tuple[Harness, Child, Any]:
+    """A child that drains, and is kept by an input without a limit."""
+    harness = probed(on(LIVENESS, failures=1), on(READINESS, failures=1))
+    child = harness.child(0)
+    child.answer_probe(method="readiness")
+    request = harness.submit()
+    child.accept(request)
+    harness.pool.hold(0)
+    return harness, child, request
 
 
-def draining(*, is_leaving: bool) -> Site:
-    """A child that has been draining for some periods of its probes."""
-    site = Site(on("liveness", failures=1), on("readiness", failures=1)).enter()
-    site.answer(0.0)
-    site.child.asked.clear()
-    site.child.state.drain(1.0, math.inf)
-    site.child.is_leaving = is_leaving
-    site.probing.expect_changes()
-    for now in range(1, 15):
-        site.probing.call_due(float(now))
-    return site
+def test_a_child_that_drains_is_asked_whether_it_lives_and_nothing_else(
+    probed: Callable[..., Harness],
+) -> None:
+    harness, child, _ = draining(probed)
+    harness.advance(15.0)
+    assert child.probed == ["readiness", "liveness"]
+    assert child.exit_code == -9
+    assert "its liveness probe Model.liveness failed" in harness.requests[0].answer.args[0]
 
 
-def test_a_child_that_drains_is_asked_whether_it_lives_and_nothing_else() -> None:
-    site = draining(is_leaving=False)
-    assert {method for _, method in site.child.asked} == {"liveness"}
-    (why,) = site.ended
-    assert "its liveness probe Model.liveness failed (1 of 1 in a row: no answer within 3 s)" in why
+def test_a_child_that_leaves_is_asked_no_more(probed: Callable[..., Harness]) -> None:
+    harness, child, request = draining(probed)
+    child.done(request)
+    assert child.is_leaving
+    harness.advance(15.0)
+    assert child.probed == ["readiness"]
 
 
-def test_a_child_that_leaves_is_asked_no_more() -> None:
-    site = draining(is_leaving=True)
-    assert (site.child.asked, site.ended) == ([], [])
-    assert site.probing.next_in(15.0) is None
+def test_an_answer_that_was_not_asked_for_is_ignored(probed: Callable[..., Harness]) -> None:
+    harness = probed(on(LIVENESS, failures=1))
+    child = harness.child(0)
+    until_asked(harness, child)
+    child.answer_probe()
+    child.answer_probe(False)
+    assert child.is_alive
 
 
-def test_an_answer_that_was_not_asked_for_is_ignored() -> None:
-    site = Site(on("liveness", failures=1)).enter()
-    child: Any = site.child
-    site.probing.follow(child, [frames.Report.PROBED, 12345, False, "", 0.0], 1.0)
-    site.probing.follow(Child(), [frames.Report.PROBED, 1, False, "", 0.0], 1.0)  # type: ignore[arg-type]
-    assert site.ended == []
-
-
-def test_replicas_are_not_all_asked_at_once() -> None:
-    site = Site(on("liveness"), count=8).enter()
-    dues = sorted(child.checks.next_at for child in site.made)
-    assert min(after - before for before, after in itertools.pairwise(dues)) > 0.3
-    assert all(1.0 <= due <= 10.0 for due in dues)
-    assert not math.isinf(dues[-1])
+def test_replicas_are_not_all_asked_at_once(probed: Callable[..., Harness]) -> None:
+    harness = probed(on(LIVENESS), replicas=8)
+    began, asked = harness.now, dict[int, float]()
+    while len(asked) < 8:
+        harness.advance(0.1)
+        for child in harness.children:
+            if child.probed:
+                asked.setdefault(child.number, harness.now - began)
+    times = sorted(asked.values())
+    assert min(after - before for before, after in itertools.pairwise(times)) > 0.3
+    assert all(1.0 <= time <= 10.2 for time in times)
 
 
 def test_a_probe_that_goes_on_failing_is_not_logged_for_ever(
-    caplog: pytest.LogCaptureFixture,
+    probed: Callable[..., Harness], caplog: pytest.LogCaptureFixture
 ) -> None:
-    site = Site(on("readiness")).enter()
+    harness = probed(on(READINESS))
+    child = harness.child(0)
     for _ in range(20):
-        now = site.probing.next_in(0.0) or 0.0
-        site.probing.call_due(now)
-        site.answer(now, is_ok=False)
-    assert len(site.child.asked) == 20
+        child.answer_probe(False)
+        until_asked(harness, child)
     assert caplog.text.count("failed (") == 2
-    assert caplog.text.count("takes no inputs of proj.Model until its readiness probe") == 1
+    assert caplog.text.count("until its readiness probe") == 1
+
+
+def test_operators_see_what_the_probes_said(probed: Callable[..., Harness]) -> None:
+    harness = probed(on(READINESS, failures=1))
+    unasked = {"name": "Model.readiness", "kind": "readiness", "is_ok": None, "failures": 0}
+    (seen,) = harness.replica()["probes"]
+    assert {name: seen[name] for name in unasked} == unasked
+    harness.child(0).answer_probe(False, detail="returned False")
+    (seen,) = harness.replica()["probes"]
+    assert (seen["is_ok"], seen["failures"], seen["is_failing"]) == (False, 1, True)
+    assert (seen["detail"], seen["seconds"]) == ("returned False", 0.01)
+
+
+def test_a_replica_that_is_not_ready_is_restarted_at_once(start_pool: StartPool) -> None:
+    def declare(app: gw.App) -> None:
+        class Model:
+            @gw.method()
+            async def readiness(self) -> None: ...
+
+        app.cls(gpu=gw.Gpu("CPU"), probes=[on(READINESS)])(Model)
+
+    harness = start_pool({}, declare=declare, replicas=2)
+    ready, unready = harness.children
+    ready.answer_probe()
+    harness.pool.restart()
+    harness.advance(1.0)
+    assert (ready.is_leaving, unready.is_leaving) == (False, True)
+    harness.advance(5.0)
+    assert not ready.is_leaving, "the other one waits until it is ready"
+    unready.die(code=0)
+    harness.advance(2.0)
+    harness.child(1).ready()
+    harness.child(1).answer_probe()
+    harness.advance(1.0)
+    assert ready.is_leaving
+    ready.die(code=0)

@@ -9,8 +9,8 @@ import gw_celery as gw
 from gw_celery import conf
 from gw_celery.gpus import devices
 from gw_celery.policy import probes
-from gw_celery.pool import child_state, dispatch
 from gw_celery.pool import replica as pool_replica
+from gw_celery.pool import request_table
 from gw_celery.protocol import snapshot
 
 LIMITS = conf.Settings(
@@ -22,13 +22,13 @@ class Child:
     """A process of which only its life and what it holds are looked at."""
 
     def __init__(self, *, held: int = 0, is_ready: bool = True) -> None:
-        self.state = child_state.ChildState(settings=LIMITS, now=0.0)
+        self.state = pool_replica.ChildState(LIMITS, 0.0)
         self.requests = dict.fromkeys(range(held))
         self.pid = 100
         self.served = 0
         self.resident_bytes = 0
         self.lag = 0.25
-        self.slots = dispatch.Slots({})
+        self.slots = request_table.Slots({})
         self.checks = None
         self.reason = ""
         self.is_unfit = False
@@ -163,7 +163,7 @@ def test_replicas_restart_one_at_a_time() -> None:
     restarted = []
     while (place := made.next_to_restart()) is not None:
         restarted.append(place.number)
-        place.child.state.drain(3.0, 0.0)
+        place.child.state.drain(3.0)
         assert made.next_to_restart() is None, "another one still drains"
         place.child = None
         assert made.next_to_restart() is None, "its next child has not started"
@@ -262,7 +262,7 @@ def test_a_replica_that_serves_shows_its_child() -> None:
 @pytest.mark.parametrize(("now", "wait"), [(5.5, 0.5), (60.0, 0.0)])
 def test_a_replica_without_a_child_shows_when_the_next_one_starts(now: float, wait: float) -> None:
     place = pool_replica.Replica(0)
-    place.backoff.failed(5.0)
+    assert place.start_failed(5.0) == 1.0
     seen = place.as_snapshot(slots=8, now=now)
     assert (seen.state, seen.retry_in, seen.pid, seen.slots) == ("failed", wait, None, 0)
 
@@ -272,32 +272,6 @@ def test_a_replica_that_is_not_to_run_is_stopped(attribute: str) -> None:
     place = pool_replica.Replica(0)
     setattr(place, attribute, not getattr(place, attribute))
     assert place.as_snapshot(slots=8, now=1.0).state == "stopped"
-
-
-# -- when a child is worn --
-
-
-@pytest.mark.parametrize(
-    ("bounds", "served", "resident", "is_worn"),
-    [
-        ({}, 10**9, 10**15, False),
-        ({"max_tasks": 3}, 2, 0, False),
-        ({"max_tasks": 3}, 3, 0, True),
-        ({"max_bytes": 1000}, 0, 1000, False),
-        ({"max_bytes": 1000}, 0, 1001, True),
-        ({"max_tasks": 3, "max_bytes": 1000}, 5, 10, True),
-    ],
-)
-def test_a_child_is_worn_when_it_served_or_holds_as_much_as_it_may(
-    bounds: dict[str, int], served: int, resident: int, is_worn: bool
-) -> None:
-    child = Child()
-    child.served, child.resident_bytes = served, resident
-    setup = pool_replica.Setup(
-        settings=conf.Settings(), slots={"embed": 3, "": 1}, first={}, **bounds
-    )
-    assert setup.is_worn(child) is is_worn
-    assert setup.slots_per_replica == 4
 
 
 # -- devices --
@@ -363,7 +337,7 @@ def test_the_end_of_a_child_that_was_never_well_is_a_failed_start_however_long_i
         for number in place.child.requests:
             place.child.requests[number] = SimpleNamespace(is_accepted=True)
         place.child_ended(place.child, "its liveness probe failed", 1000.0, is_expected=False)
-        waits.append(place.backoff.retry_at - 1000.0)
+        waits.append(place.retry_at - 1000.0)
     assert waits == [1, 2, 4]
 
 
@@ -376,7 +350,7 @@ def test_a_child_that_falls_ill_soon_after_each_start_is_started_ever_later() ->
         for number in place.child.requests:
             place.child.requests[number] = SimpleNamespace(is_accepted=True)
         place.child_ended(place.child, "its liveness probe failed", 2.0 + age, is_expected=False)
-        waits.append(place.backoff.retry_at - 2.0 - age)
+        waits.append(place.retry_at - 2.0 - age)
     assert waits == [1, 2, 4, 0, 1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gw_celery.pool import dispatch
-from gw_celery.pool.request import NEXT_STATES, PoolRequest, RequestTable, Settlement, State
+from gw_celery.pool.request_table import NEXT_STATES, RequestTable, Settlement, Slots, State
+from gw_celery.pool.requests import PoolRequest
 from tests.pool_harness import Child, Harness, Outcome, Request
 
 SETTLED = (State.STOPPING, State.ENDED)
@@ -32,9 +33,10 @@ class Table:
 
     def __init__(self) -> None:
         self.table = RequestTable(5.0)
-        self.child: Any = SimpleNamespace(slots=dispatch.Slots({"embed": 2, "": 1}), requests={})
-        options = {"soft_timeout": 1.0, "timeout": 3.0}
-        self.request = PoolRequest(7, ("n", "id", {}), "embed", options, None)
+        self.child: Any = SimpleNamespace(slots=Slots({"embed": 2, "": 1}), requests={})
+        pool: Any = None
+        options: Any = {"soft_timeout": 1.0, "timeout": 3.0}
+        self.request = PoolRequest(7, ("n", "id", {}), "embed", options, pool)
 
     def move(self, to: State) -> None:
         is_settled = to in SETTLED and self.request.settlement is None
@@ -53,7 +55,7 @@ class Table:
         return (
             *(request.state, request.settlement, request.child),
             *(len(table.queue), self.child.slots.total_taken, list(self.child.requests)),
-            *(table.counters.as_snapshot(), table.limits.next_in(10.0)),
+            *(table.tallies(), table.limits.next_at()),
             [table.count(state) for state in State if state is not State.ENDED],
         )
 
@@ -77,13 +79,13 @@ def test_only_the_states_of_the_table_follow_and_a_refused_move_changes_nothing(
 @pytest.mark.parametrize("state", State, ids=str)
 def test_queue_slot_and_limits_follow_the_state(state: State) -> None:
     made = Table().at(state)
-    limits = {State.RUNNING: 1.0, State.STOPPING: 5.0}
+    limits = {State.RUNNING: 11.0, State.STOPPING: 15.0}
     has_slot = state in (State.SENT, State.RUNNING, State.STOPPING)
     assert len(made.table.queue) == (state is State.WAITING)
     assert made.child.slots.total_taken == has_slot
     assert list(made.child.requests) == [7] * has_slot
     assert (made.request.child is made.child) is has_slot
-    assert made.table.limits.next_in(10.0) == limits.get(state)
+    assert made.table.limits.next_at() == limits.get(state, math.inf)
 
 
 @pytest.mark.parametrize("state", [State.CHECKING, State.WAITING, State.SENT, State.RUNNING])
@@ -211,7 +213,7 @@ class Pool(RuleBasedStateMachine):
     def what_arrived_is_somewhere(self) -> None:
         if not hasattr(self, "harness"):
             return
-        counters = self.table.counters.as_snapshot().values()
+        counters = self.table.tallies().values()
         for service in counters:
             now = service.waiting_inputs + service.running_inputs
             assert service.arrived_inputs == now + service.served_inputs + service.given_back_inputs

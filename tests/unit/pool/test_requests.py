@@ -5,14 +5,13 @@ After each of these tests the fixture checks that no input is held and that ever
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
 from gw_celery import errors
-from tests.pool_harness import Harness, Order, Outcome, Report, Request
+from tests.pool_harness import Harness, Order, Outcome, Report, Request, interrupted_move
 
 StartPool = Callable[..., Harness]
 
@@ -168,23 +167,20 @@ def test_a_callback_that_submits_and_stops_others_finds_the_pool_in_accord(
     child.done(later[0])
 
 
+@pytest.mark.parametrize("step", [0, 1])
 def test_a_signal_that_stops_an_input_in_the_middle_of_its_move_stops_it_after_that(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, step: int
 ) -> None:
     request = harness.submit(hard=9.0)
-    limits = harness.pool.supervisor.requests.table.limits
-    begin = limits.begin
-
-    def interrupted(*args: object) -> None:
-        request.handle.terminate(15)  # Celery's cold shutdown does it in the handler of SIGQUIT
-        begin(*args)
-
-    monkeypatch.setattr(limits, "begin", interrupted)
     child = harness.child(0)
-    child.accept(request)
+    # Celery's cold shutdown does it in the handler of SIGQUIT.
+    with interrupted_move(step, lambda: request.handle.terminate(15)) as reached:
+        child.accept(request)
+    assert reached
     assert (request.heard, child.stops) == (["accepted", "Terminated"], [request.id])
     child.gone(request)
-    assert limits.next_in(harness.now) is None
+    harness.advance(60.0)
+    assert child.is_alive
 
 
 def test_what_is_terminated_as_celery_stores_that_another_is_revoked_ends_once(
@@ -493,12 +489,16 @@ def test_a_replica_between_two_children_is_starting_and_has_not_failed(
 # -- children that must go, or are gone --
 
 
-def test_a_worn_child_is_replaced_by_one_that_has_loaded(harness: Harness) -> None:
-    supervisor = harness.pool.supervisor
-    supervisor.setup = dataclasses.replace(supervisor.setup, max_tasks=2)
+@pytest.mark.parametrize("bound", [{"maxtasksperchild": 2}, {"max_memory_per_child": 4}])
+def test_a_worn_child_is_replaced_by_one_that_has_loaded(
+    start_pool: StartPool, bound: dict[str, int]
+) -> None:
+    harness = start_pool(options=bound)
     worn = harness.child(0)
+    worn.beat(resident_bytes=4096)
     worn.done(harness.submit())
     assert harness.child(0) is worn
+    worn.beat(resident_bytes=4097)
     last = harness.submit()
     worn.done(last)
     successor = harness.child(0)
@@ -539,7 +539,7 @@ def test_records_of_what_began_in_a_lost_child_are_removed_once_celery_has_answe
 ) -> None:
     request, _ = begun(harness), harness.submit()
     removed: list[tuple[list[int], list[str]]] = []
-    harness.pool.supervisor._lost_inputs = SimpleNamespace(
+    harness.pool.cluster.lost = SimpleNamespace(
         forget=lambda numbers: removed.append((numbers, list(request.heard)))
     )
     harness.child(0).die()

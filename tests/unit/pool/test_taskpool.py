@@ -1,69 +1,80 @@
+"""What Celery, operators and the autoscaler ask of a pool, and see of it."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 import gw_celery as gw
-from gw_celery import conf, signals
-from gw_celery.gpus import allocation, devices
-from gw_celery.pool import taskpool
-from gw_celery.protocol import snapshot
-from gw_celery.worker import plan as worker_plan
 from tests.pool_harness import Harness
 
+StartPool = Callable[..., Harness]
+
+
+async def on_a_gpu() -> None: ...
+
 
 @pytest.fixture
-def sizes() -> list[int]:
-    return []
+def on_three_gpus(start_pool: StartPool, monkeypatch: pytest.MonkeyPatch) -> Harness:
+    """A pool of one replica, of two slots, on a machine for three."""
+    monkeypatch.setenv("GW_FAKE_GPUS", "A100:3")
+
+    def declare(app: gw.App) -> None:
+        app.remote(gpu=gw.Gpu("A100"))(on_a_gpu)
+
+    return start_pool({}, declare=declare)
 
 
-@pytest.fixture
-def pool(app: gw.App, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> taskpool.TaskPool:
-    """A pool of one replica on a machine for three, which notes how many it wants."""
-    app.remote(gpu=gw.Gpu("A100"))(body)
-    plan = worker_plan.Plan(
-        registries=[app.registry],
-        served=list(app.registry.services.values()),
-        settings=conf.Settings(),
-        pool=worker_plan.GPU_POOL,
-        allotment=allocation.allot(
-            [allocation.Need(kind="A100")], devices.fakes("A100:3", ["A100"])
-        ),
-    )
-    monkeypatch.setattr(signals, "_plan", plan)
-    made: Any = taskpool.TaskPool(2, app=app.celery)
-    made.supervisor = SimpleNamespace(resize=sizes.append)
-    return made
+def numbers(harness: Harness) -> list[int]:
+    """The replicas that are wanted."""
+    harness.advance(2.0)
+    return [seen.number for seen in harness.pool.snapshot().replicas]
 
 
-async def body(x): ...
-
-
-def test_slots_grow_in_whole_replicas(pool: taskpool.TaskPool, sizes: list[int]) -> None:
-    pool.grow(1)
-    pool.grow(3)
-    pool.shrink(2)
-    assert (pool.num_processes, sizes) == (4, [2, 3, 2])
+def test_slots_grow_in_whole_replicas(on_three_gpus: Harness) -> None:
+    on_three_gpus.pool.grow(1)
+    assert numbers(on_three_gpus) == [0, 1]
+    on_three_gpus.pool.grow(3)
+    assert numbers(on_three_gpus) == [0, 1, 2]
+    on_three_gpus.pool.shrink(2)
+    assert on_three_gpus.pool.num_processes == 4
+    assert numbers(on_three_gpus) == [0, 1]
 
 
 def test_celerys_autoscaler_gets_what_fits_and_the_log_says_so(
-    pool: taskpool.TaskPool, sizes: list[int], caplog: pytest.LogCaptureFixture
+    on_three_gpus: Harness, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool.grow(100)
-    assert (pool.num_processes, sizes) == (6, [3])
+    on_three_gpus.pool.grow(100)
+    assert (on_three_gpus.pool.num_processes, numbers(on_three_gpus)) == (6, [0, 1, 2])
     assert "grows by less than 100 slots: 51 replicas were asked for, and 3 fit" in caplog.text
 
 
-def test_what_does_not_fit_is_known_before(pool: taskpool.TaskPool) -> None:
-    assert pool.refusal(6) is None
-    assert "4 replicas were asked for, and 3 fit" in str(pool.refusal(7))
+def test_what_does_not_fit_is_known_before(on_three_gpus: Harness) -> None:
+    assert on_three_gpus.pool.refusal(6) is None
+    assert "4 replicas were asked for, and 3 fit" in str(on_three_gpus.pool.refusal(7))
+
+
+def test_each_replica_has_the_devices_of_its_number(on_three_gpus: Harness) -> None:
+    on_three_gpus.pool.grow(4)
+    on_three_gpus.advance(2.0)
+    seen = [replica.devices for replica in on_three_gpus.pool.snapshot().replicas]
+    assert len({token for devices in seen for token in devices}) == 3
+    for child in on_three_gpus.children:
+        assert child.environment["CUDA_VISIBLE_DEVICES"] == ",".join(seen[child.number])
+
+
+@pytest.mark.parametrize("inherited", [None, "", "3"])
+def test_a_child_without_devices_sees_what_the_worker_sees(
+    start_pool: StartPool, monkeypatch: pytest.MonkeyPatch, inherited: str | None
+) -> None:
+    if inherited is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
+    assert start_pool().child(0).environment.get("CUDA_VISIBLE_DEVICES") == inherited
 
 
 def test_the_snapshot_has_what_was_asked_for_and_which_queues_are_open(
-    start_pool: Callable[..., Harness],
+    start_pool: StartPool,
 ) -> None:
     harness = start_pool({"work": 2}, replicas=2)
     seen = harness.pool.snapshot()
@@ -81,22 +92,10 @@ def test_the_snapshot_has_what_was_asked_for_and_which_queues_are_open(
     assert harness.pool.snapshot().is_stopping
 
 
-def test_a_tick_is_passed_on_and_remembered_with_its_time(pool: taskpool.TaskPool) -> None:
-    passed_on: list[str] = []
-    pool.supervisor = SimpleNamespace(  # type: ignore[assignment]
-        probe_tick=lambda: passed_on.append("probe"),
-        measure_again=lambda: passed_on.append("benchmark"),
-    )
-    pool.probe_tick()
-    pool.benchmark_tick()
-    assert passed_on == ["probe", "benchmark"]
-    assert list(pool._ticked) == ["probe", "benchmark"]
-
-
-def test_the_snapshot_has_what_the_autoscaler_decided_last(
-    start_pool: Callable[..., Harness],
-) -> None:
-    harness = start_pool({"work": 2})
-    assert harness.pool.snapshot().scaling is None
-    harness.pool.scaling = snapshot.Scaling(least=1, most=4, why="7 inputs wait")
-    assert harness.pool.snapshot().scaling == harness.pool.scaling
+def test_operators_see_when_each_tick_of_beat_came_last(harness: Harness) -> None:
+    assert harness.info()["gw_tick_ages"] == {}
+    harness.pool.probe_tick()
+    harness.advance(3.0)
+    harness.pool.benchmark_tick()
+    ages = harness.info()["gw_tick_ages"]
+    assert ages == {"probe": pytest.approx(4.0), "benchmark": pytest.approx(1.0)}
