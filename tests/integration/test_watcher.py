@@ -67,7 +67,7 @@ def test_each_loss_of_the_connection_is_followed_by_the_first_delay(
         caplog.at_level(logging.WARNING, result_sources.__name__),
     ):
         assert asyncio.run(three_times()) == [1, 2, 3]
-    assert [record.args[0] for record in caplog.records] == [0.1, 0.1, 0.1]
+    assert [record.args[1] for record in caplog.records] == [0.1, 0.1, 0.1]
 
 
 def test_a_notification_that_was_lost_is_made_good_however_many_calls_come(
@@ -78,7 +78,7 @@ def test_a_notification_that_was_lost_is_made_good_however_many_calls_come(
 
     async def answered() -> Any:
         answer = asyncio.ensure_future(watcher.meta("kept"))
-        await until(watcher._source._subscribed.is_set)
+        await until(lambda: watcher._source.waiting)
         app.backend.store_result("kept", "there", "SUCCESS")
         others = [answer]
         async with asyncio.timeout(LONG):
