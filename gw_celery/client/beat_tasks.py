@@ -12,7 +12,7 @@ from celery import Celery, Task
 from kombu.entity import Exchange, Queue
 
 from gw_celery import conf, errors, signals
-from gw_celery.client import registration
+from gw_celery.client import task
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def join(celery_app: Celery | None) -> None:
     if celery_app is not None:
         _add_tasks(celery_app)
     else:
-        registration.for_every_app(_add_tasks)
+        task.for_every_app(_add_tasks)
 
 
 def _add_tasks(app: Celery) -> None:

@@ -1,9 +1,10 @@
-"""A task with what one caller fixed: its parameters, options and time-out; a call under way."""
+"""The ways to call: a task, with what one caller fixed; ``Cls(...)``; and a call under way."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -16,7 +17,9 @@ from kombu.messaging import Producer
 
 from gw_celery import conf, errors
 from gw_celery.client import calls, execution, results
-from gw_celery.declare import check
+from gw_celery.declare import check, markers, parameters, services
+from gw_celery.protocol import headers
+from gw_celery.types import AnyFunction
 
 
 class Spawned:
@@ -169,9 +172,8 @@ class CallMethods:
 
     def _gw_merged(self, options: dict[str, Any]) -> dict[str, Any]:
         merged = {**self._gw_options, **options}
-        headers = {**self._gw_options.get("headers", {}), **(options.get("headers") or {})}
-        if headers:
-            merged["headers"] = headers
+        if both := {**self._gw_options.get("headers", {}), **(options.get("headers") or {})}:
+            merged["headers"] = both
         return merged
 
     def _gw_require_result(self) -> None:
@@ -191,30 +193,30 @@ class BoundTask(CallMethods):
         timeout: seconds that a caller waits for an answer; ``None`` for as long as it takes.
     """
 
+    _gw_task: Any = None
+
     def __init__(self, task: Any, options: Mapping[str, Any], timeout: float | None = None) -> None:
-        self._task = task
+        self._gw_task = task
         self._gw_options = options
         self._gw_timeout = timeout
 
     def __repr__(self) -> str:
-        return f"<BoundTask {self._task.name}>"
+        return f"<BoundTask {self.task.name}>"
 
     @property
     def task(self) -> Any:
         """The Celery task behind it."""
-        return self._task
-
-    _gw_task = task
+        return self._gw_task
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Send the task with Celery's options and return its ``AsyncResult``."""
-        return self._task.apply_async(args, kwargs, **self._gw_merged(options))
+        return self.task.apply_async(args, kwargs, **self._gw_merged(options))
 
     def signature(
         self, args: Any = None, kwargs: Any = None, *, immutable: bool = False, **options: Any
     ) -> Any:
         """Return Celery's signature of a call, for chains, groups and chords."""
-        return self._task.signature(args, kwargs, self._gw_merged(options), immutable=immutable)
+        return self.task.signature(args, kwargs, self._gw_merged(options), immutable=immutable)
 
     # Celery's, which go by ``apply_async`` and ``signature``.
     delay, s, si = Task.delay, Task.s, Task.si
@@ -241,3 +243,96 @@ def _known_options() -> frozenset[str]:
     properties = {name for name, _ in amqp.basic_message.Message.PROPERTIES}
     unsaid = {"timeout", "queue", "exchange_type"}
     return frozenset(names | properties | unsaid) - {"self", "args", "kwargs", "options"}
+
+
+class Handle:
+    """A class task with the parameters of one caller; its attributes are the methods."""
+
+    # Two underscores: Python renames these to what no user's method is called.
+    def __init__(
+        self, service: services.Service, tasks: dict[str, Any], values: dict[str, Any]
+    ) -> None:
+        self.__service = service
+        self.__tasks = tasks
+        self.__values = parameters.bind(service.name, service.parameters, values)
+        self.__options: dict[str, Any] = {}
+        if self.__values:
+            written = parameters.canonical(self.__values)
+            self.__options["headers"] = {headers.PARAMETERS: written}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.__values.items())
+        return f"{self.__service.name}({shown})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # first: ``copy`` asks before there is anything to look in
+            raise AttributeError(name)
+        if name in self.__tasks:
+            return BoundTask(self.__tasks[name], self.__options)
+        service = self.__service
+        if name in service.enter_hooks or name in service.exit_hooks:
+            raise errors.UsageError(
+                f"{service.name}.{name} is a hook: the worker calls it when it loads or unloads"
+            )
+        listed = ", ".join(service.methods)
+        raise AttributeError(
+            f"{service.name}() has no method {name!r} marked with @gw.method(); it has: {listed}"
+        )
+
+
+class MethodOfClass:
+    """Takes the place of a marked method in its class.
+
+    On an instance, in a replica, it is the plain method. On the class it has no caller's
+    parameters to go by, so that calling it is refused with what to write.
+    """
+
+    def __init__(self, function: AnyFunction, owner: str) -> None:
+        setattr(self, markers.FUNCTION, function)
+        self._function = function
+        self._owner = owner
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        return self if instance is None else types.MethodType(self._function, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the plain function with an instance, as ``super().method`` does."""
+        if not args or isinstance(args[0], Handle):
+            raise self._refused("(...)")
+        return self._function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _CALLS:
+            raise self._refused(f".{name}(...)")
+        raise AttributeError(name)
+
+    def _refused(self, call: str) -> errors.UsageError:
+        name = self.__name__
+        return errors.UsageError(
+            f"{self._owner}.{name}{call} needs an instance: write {self._owner}().{name}{call}"
+        )
+
+
+_CALLS = frozenset(name for name in dir(BoundTask) if not name.startswith("_"))
+
+
+def install(service: services.Service, tasks: dict[str, Any]) -> None:
+    """Let ``Cls(...)`` make handles, and guard the methods of the class itself."""
+    cls = service.target
+    for name in service.methods:
+        setattr(cls, name, MethodOfClass(service.methods[name].function, service.name))
+
+    def make(called: type, *args: Any, **values: Any) -> Any:
+        if called is not cls:  # a subclass that is no service of its own is an ordinary class
+            return object.__new__(called)
+        if args:
+            raise errors.UsageError(
+                f"{service.name}() takes parameters by name: "
+                f"{', '.join(service.parameters) or 'it has none'}"
+            )
+        return Handle(service, tasks, values)
+
+    cls.__new__ = make
+    setattr(cls, markers.SERVICE, service)

@@ -1,18 +1,16 @@
-"""Send calls and wait for their answers: one watcher per process for any number of calls.
-
-The watcher is a thread with a loop of its own, because callers come from many loops (an ASGI
-server's, one per ``async_to_sync``, scripts). With the Redis backend it holds one subscription
-connection; any other backend is asked at intervals.
-"""
+"""Send calls and wait for their answers: one watcher per process for any number of calls."""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
 import concurrent.futures
+import contextvars
 import logging
 import os
+import queue
 import threading
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ from celery.app import backends
 from celery.backends.base import DisabledBackend
 
 from gw_celery import conf, errors
-from gw_celery.client import publisher
+from gw_celery.client import task_context
 
 if TYPE_CHECKING:
     from gw_celery.client import result_sources
@@ -29,15 +27,82 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Meta = Mapping[str, Any]
-#: Sends a call with the options of ``apply_async`` that the watcher adds; its ``AsyncResult``.
-Send = Callable[..., Any]
+#: Has the ``AsyncResult`` of a call once it is sent.
+Sending = concurrent.futures.Future[Any]
 
 #: Seconds that the exit of a process waits for calls and revocations that are being sent.
 _LAST_WORDS = 2.0
 
 
+class Publisher:
+    """Publishes in ``threads`` daemon threads at most, in the order given.
+
+    Publishing is synchronous in Celery and blocks for as long as a broker is away, or frozen: on a
+    caller's thread no time-out could end it. The threads of ``concurrent.futures`` cannot be used:
+    the interpreter waits for them, without limit, before it exits.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closing = threading.Lock()
+        self._is_closed = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"gw-publish-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def backlog(self) -> int:
+        """How many publications have not begun."""
+        return self._queue.qsize()
+
+    def submit(self, send: Callable[[], Any]) -> Sending:
+        """Run ``send`` in the caller's context and identity; one not begun can be cancelled."""
+        context = contextvars.copy_context()
+        context.run(task_context.follow)  # Celery notes the task that a call is made in
+        sending: Sending = concurrent.futures.Future()
+        with self._closing:
+            if self._is_closed:
+                late = errors.UsageError("this process is exiting: make calls before it does")
+                sending.set_exception(late)
+            else:
+                self._queue.put(lambda: _settle(sending, context, send))
+        return sending
+
+    def close(self, timeout: float) -> None:
+        """End the threads once all is published; wait ``timeout`` seconds for that at most."""
+        with self._closing:
+            self._is_closed = True
+            for _ in self._threads:
+                self._queue.put(None)
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self) -> None:
+        while (publish := self._queue.get()) is not None:
+            publish()
+            del publish  # the idle thread must not keep what was sent
+
+
+def _settle(sending: Sending, context: contextvars.Context, send: Callable[[], Any]) -> None:
+    if not sending.set_running_or_notify_cancel():
+        return
+    try:
+        sending.set_result(context.run(send))
+    except BaseException as exc:
+        sending.set_exception(exc)
+
+
 class Watcher:
-    """Sends the calls of this process for one Celery app, and resolves their answers."""
+    """Sends the calls of this process for one Celery app, and resolves their answers.
+
+    It is a thread with a loop of its own, because callers come from many loops (an ASGI server's,
+    one per ``async_to_sync``, scripts). With the Redis backend it holds one subscription
+    connection; any other backend is asked at intervals.
+    """
 
     def __init__(self, app: Any) -> None:
         _require_backend(app)
@@ -46,7 +111,6 @@ class Watcher:
         # Celery makes it at the first use. Of threads that came at once each would make one, and
         # RabbitMQ may drop what was published over a connection that is dropped with its pool.
         _ = app.amqp.producer_pool
-        self._publisher = publisher.Publisher(self.settings.publish_threads)
         self._source: result_sources.Source
         self._closing = asyncio.Event()
         is_up: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -55,6 +119,7 @@ class Watcher:
         )
         self._thread.start()
         is_up.result()
+        self._publisher = Publisher(self.settings.publish_threads)
         atexit.register(self.close)
 
     async def _live(self, app: Any, is_up: concurrent.futures.Future[None]) -> None:
@@ -79,15 +144,18 @@ class Watcher:
             self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join(_LAST_WORDS)
 
-    def submit(self, send: Send) -> concurrent.futures.Future[Any]:
-        """Send a call off the caller's thread, so that its answer comes to this watcher."""
+    def submit(self, send: Callable[..., Any]) -> Sending:
+        """Send a call off the caller's thread, so that its answer comes to this watcher.
+
+        Args:
+            send: takes the options of ``apply_async`` that the watcher adds, and returns the
+                ``AsyncResult``.
+        """
         if self._publisher.backlog >= self.settings.max_waiting:
             raise _too_many(self._publisher.backlog, "to be sent")
         return self._publisher.submit(lambda: send(**self._source.prepare()))
 
-    def wait_sent(
-        self, sending: concurrent.futures.Future[Any], task_name: str, timeout: float | None
-    ) -> None:
+    def wait_sent(self, sending: Sending, task_name: str, timeout: float | None) -> None:
         """Block until a call is sent; one that is late is given up.
 
         Raises:
@@ -98,9 +166,7 @@ class Watcher:
             raise errors.CallTimeout(_too_late(task_name, None, timeout))
         sending.result()
 
-    async def answer(
-        self, sending: concurrent.futures.Future[Any], task_name: str, timeout: float | None
-    ) -> Meta:
+    async def answer(self, sending: Sending, task_name: str, timeout: float | None) -> Meta:
         """Wait until a call is sent and answered, and return its record.
 
         A cancelled wait, or one over ``timeout`` seconds, gives the call up.
@@ -131,12 +197,12 @@ class Watcher:
         finally:
             self._loop.call_soon_threadsafe(self._source.remove, task_id, waiter)
 
-    def _give_up(self, sending: concurrent.futures.Future[Any]) -> None:
+    def _give_up(self, sending: Sending) -> None:
         """Do not send a call, or revoke it once it is sent."""
         if not sending.cancel():
             sending.add_done_callback(self._revoke)
 
-    def _revoke(self, sending: concurrent.futures.Future[Any]) -> None:
+    def _revoke(self, sending: Sending) -> None:
         """Revoke off the caller's thread; nothing waits for it."""
         if sending.exception() is None:
             self._publisher.submit(sending.result().revoke).add_done_callback(_log_failure)
@@ -227,6 +293,6 @@ def _too_many(number: int, what: str) -> errors.UsageError:
     return errors.UsageError(f"{number} calls wait {what} already (setting gw_max_waiting)")
 
 
-def _log_failure(revoking: concurrent.futures.Future[Any]) -> None:
+def _log_failure(revoking: Sending) -> None:
     if exc := revoking.exception():
         logger.warning("a call that was given up could not be revoked: %r", exc)

@@ -207,7 +207,10 @@ class RedisSource(Source):
 class PolledSource(Source):
     """Asks the backend for each waiting task, ``interval`` seconds apart."""
 
-    unreadable = (kombu.exceptions.DecodeError, kombu.exceptions.ContentDisallowed)
+    unreadable: ClassVar[tuple[type[Exception], ...]] = (
+        kombu.exceptions.DecodeError,
+        kombu.exceptions.ContentDisallowed,
+    )
     away = (Exception,)
 
     def __init__(self, app: Any, interval: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from celery import concurrency
 
 from gw_celery import conf, errors
-from gw_celery.client import beat_tasks, preset, registration
+from gw_celery.client import beat_tasks, preset, task
 from gw_celery.declare import gpu, registry, services
 from gw_celery.runtime import fatal_exit
 from gw_celery.worker import (
@@ -201,7 +201,7 @@ def _belongs(declared: registry.Registry, app: Any) -> bool:
     names = set()
     for service in declared.services.values():
         for method in service.methods.values():
-            registration.require_ours(app, service, method)
+            task.require_ours(app, service, method)
             names.add(method.task_name)
     return not names.isdisjoint(app.tasks)
 

@@ -15,7 +15,7 @@ from celery.exceptions import ChordError, TaskRevokedError
 
 import gw_celery as gw
 from gw_celery import devserver
-from gw_celery.client import wait_estimates
+from gw_celery.client import queue_time
 from tests import pooling, services
 from tests.conftest import needed
 from tests.processes import StartWorker, WorkerProcess, eventually
@@ -203,7 +203,7 @@ def test_callers_are_told_of_what_waits_in_rabbitmq_by_way_of_the_results_redis(
         app.conf.task_queue_max_priority = 10
         assert send("patient", "first", 0.3, app=app).get(timeout=20) == "first"
         sent = [send("patient", f"{one}", 0.3, app=app, age=-LATE) for one in range(40)]
-        told = wait_estimates.of(app)
+        told = queue_time.waits_of(app)
         # What the worker itself holds would be done in a fraction of that.
         eventually(lambda: (told.estimate("cpu.patient") or 0.0) > 20 * 0.3, 20)
         for one in sent:

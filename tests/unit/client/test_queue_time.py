@@ -14,7 +14,7 @@ from celery import Celery, chain, chord, group
 from celery.exceptions import SoftTimeLimitExceeded
 
 import gw_celery as gw
-from gw_celery.client import queue_time, wait_estimates
+from gw_celery.client import queue_time
 
 LIMIT = 5.0
 
@@ -260,7 +260,7 @@ class Estimates:
 @pytest.fixture
 def estimates(monkeypatch: pytest.MonkeyPatch) -> Estimates:
     found = Estimates(patient=40.0)
-    monkeypatch.setattr(wait_estimates, "of", lambda app: found)
+    monkeypatch.setattr(queue_time, "waits_of", lambda app: found)
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 import redis
 from celery import Celery
 
-from gw_celery.client import wait_estimates
+from gw_celery.client import queue_time
 from gw_celery.testing import eventually
 from gw_celery.transport import find
 
@@ -58,7 +58,7 @@ def clock() -> Clock:
 
 def test_an_estimate_is_read_once_a_second(clock: Clock) -> None:
     client = Client("12.5")
-    found = wait_estimates.Waits(Shared(client, "p:"), clock)
+    found = queue_time.Waits(Shared(client, "p:"), clock)
     assert [found.estimate("q") for _ in range(5)] == [12.5] * 5
     assert client.asked == ["p:gw:wait:q"]
     clock.now += 1.1
@@ -71,7 +71,7 @@ def test_an_estimate_is_read_once_a_second(clock: Clock) -> None:
 @pytest.mark.parametrize("text", [None, "soon", "nan", "1e300"])
 def test_that_there_is_no_estimate_is_good_for_a_second_too(clock: Clock, text: str | None) -> None:
     client = Client(text)
-    found = wait_estimates.Waits(Shared(client), clock)
+    found = queue_time.Waits(Shared(client), clock)
     assert [found.estimate("q") for _ in range(5)] == [None] * 5
     assert len(client.asked) == 1
 
@@ -79,7 +79,7 @@ def test_that_there_is_no_estimate_is_good_for_a_second_too(clock: Clock, text: 
 def test_a_redis_that_is_away_admits(clock: Clock) -> None:
     client = Client("99")
     client.is_away = True
-    found = wait_estimates.Waits(Shared(client), clock)
+    found = queue_time.Waits(Shared(client), clock)
     assert [found.estimate("q") for _ in range(5)] == [None] * 5
     assert len(client.asked) == 1
     clock.now += 1.1
@@ -89,7 +89,7 @@ def test_a_redis_that_is_away_admits(clock: Clock) -> None:
 
 def test_an_event_loop_reads_nothing_and_learns_from_a_thread() -> None:
     client = Client("12.5")
-    found = wait_estimates.Waits(Shared(client))
+    found = queue_time.Waits(Shared(client))
 
     async def ask() -> None:
         assert found.estimate("q") is None, "no estimate has been read yet"
@@ -100,12 +100,11 @@ def test_an_event_loop_reads_nothing_and_learns_from_a_thread() -> None:
     asyncio.run(ask())
     assert eventually(lambda: asyncio.run(told())) == 12.5
     assert threading.get_ident() not in client.threads
-    found.close()
 
 
 def test_a_thread_that_reads_keeps_no_other_waiting(clock: Clock) -> None:
     client, reading, go_on = Client("7"), threading.Event(), threading.Event()
-    found = wait_estimates.Waits(Shared(client), clock)
+    found = queue_time.Waits(Shared(client), clock)
     assert found.estimate("q") == 7.0
     clock.now += 1.1
     get = client.get
@@ -126,7 +125,7 @@ def test_a_thread_that_reads_keeps_no_other_waiting(clock: Clock) -> None:
 
 
 def test_without_a_redis_there_is_no_estimate() -> None:
-    assert wait_estimates.Waits(None).estimate("q") is None
+    assert queue_time.Waits(None).estimate("q") is None
     with Celery(broker="memory://", backend="cache+memory://", set_as_current=False) as app:
-        assert wait_estimates.of(app).estimate("q") is None
-        assert wait_estimates.of(app) is wait_estimates.of(app)
+        assert queue_time.waits_of(app).estimate("q") is None
+        assert queue_time.waits_of(app) is queue_time.waits_of(app)
