@@ -1,66 +1,24 @@
-"""The ways to call: a task, with what one caller fixed; ``Cls(...)``; and a call under way."""
+"""The ways to call: a task, with what one caller fixed, and what ``Cls(...)`` makes."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import types
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 import amqp.basic_message
 from celery import Celery, Task
 from celery.app.amqp import AMQP
-from celery.result import EagerResult
 from kombu.messaging import Producer
 
 from gw_celery import conf, errors
-from gw_celery.client import calls, execution, results
+from gw_celery.client import calls, execution
 from gw_celery.declare import check, markers, parameters, services
 from gw_celery.protocol import headers
 from gw_celery.types import AnyFunction
-
-
-class Spawned:
-    """A call under way: ``get`` it, ``await`` it, or ``cancel`` it."""
-
-    def __init__(self, task: Any, sending: Future[Any], timeout: float | None) -> None:
-        self._task = task
-        self._sending = sending
-        self._timeout = timeout
-
-    def __repr__(self) -> str:
-        return f"<Spawned {self._task.name}[{self.id}]>"
-
-    @property
-    def id(self) -> str:
-        return str(self._sending.result().id)
-
-    def get(self, timeout: float | None = None) -> Any:
-        """Wait for the answer, ``timeout`` seconds at most, and return it or raise its error.
-
-        Raises:
-            BlockingCallError: on a running event loop, or inside a task; ``await`` it there.
-            CallTimeout: when it is not there in time; the call is revoked.
-        """
-        calls.require_may_block(f"{self._task.name}[{self.id}].get()")
-        return calls.block(self._value(self._timeout if timeout is None else timeout))
-
-    def cancel(self) -> None:
-        """Revoke the call: it is not started any more; a body that runs goes on."""
-        self._sending.result().revoke()
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        return self._value(self._timeout).__await__()
-
-    async def _value(self, timeout: float | None) -> Any:
-        sending = self._sending
-        if sending.done() and isinstance(result := sending.result(), EagerResult):
-            # Celery's flag of "inside a task" is the whole process's: another thread's, here.
-            return result.get(disable_sync_subtasks=False)
-        watcher = calls.watcher(self._task.app)
-        return results.value_of(await watcher.answer(sending, self._task.name, timeout))
 
 
 class CallMethods:
@@ -87,16 +45,14 @@ class CallMethods:
         bound = self._gw_timeout if timeout is None else check.positive("timeout", timeout)
         return BoundTask(self._gw_task, self._gw_merged(options), bound)
 
-    def spawn(self, *args: Any, **kwargs: Any) -> Spawned:
+    def spawn(self, *args: Any, **kwargs: Any) -> calls.Spawned:
         """Send the task and return a handle to ``get``, ``await`` or ``cancel``.
 
         Raises:
             CallTimeout: when it could not be sent in ``.options(timeout=...)`` seconds.
         """
         spawned = self._gw_spawned(args, kwargs)
-        task = self._gw_task
-        if not task.app.conf.task_always_eager:
-            calls.watcher(task.app).wait_sent(spawned._sending, task.name, self._gw_timeout)
+        spawned._wait_sent()
         return spawned
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,16 +115,16 @@ class CallMethods:
 
     map = starmap = chunks = _no_canvas
 
-    def _gw_spawned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spawned:
+    def _gw_spawned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> calls.Spawned:
         self._gw_require_result()
         app = self._gw_task.app
         if app.conf.task_always_eager:
-            sending: Future[Any] = Future()
+            sending: calls.Sending = Future()
             sending.set_result(self.apply_async(args, kwargs))
         else:
             send = functools.partial(self.apply_async, args, kwargs)
             sending = calls.watcher(app).submit(send)
-        return Spawned(self._gw_task, sending, self._gw_timeout)
+        return calls.Spawned(self._gw_task, sending, self._gw_timeout)
 
     def _gw_merged(self, options: dict[str, Any]) -> dict[str, Any]:
         merged = {**self._gw_options, **options}

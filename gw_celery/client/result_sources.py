@@ -106,6 +106,8 @@ class Source:
 
     def _resolve(self, task_id: str, read: Callable[[Any], Record], stored: Any) -> None:
         """Answer those that wait for a task with what ``read(stored)`` returns, if it is over."""
+        if not stored or task_id not in self.waiting:
+            return
         record: Record | errors.SerializationError
         try:
             record = read(stored)
@@ -117,9 +119,8 @@ class Source:
                 f"too?"
             )
             record.__cause__ = exc
-        if waiters := self.waiting.pop(task_id, []):
-            self._note_change(task_id)
-        for waiter in waiters:
+        self._note_change(task_id)
+        for waiter in self.waiting.pop(task_id):
             if not waiter.set_running_or_notify_cancel():
                 continue  # the caller has stopped waiting
             if isinstance(record, Exception):
@@ -166,7 +167,8 @@ class RedisSource(Source):
             message = await pubsub.get_message(timeout=None)
             if message is not None and message["type"] == "message":
                 channel = bytes_to_str(message["channel"])
-                self._report(channel.removeprefix(self._prefix), message["data"])
+                task_id = channel.removeprefix(self._prefix)
+                self._resolve(task_id, self._backend.decode, message["data"])
 
     async def _update(self, client: redis.asyncio.Redis, pubsub: Any) -> None:
         while True:
@@ -197,10 +199,6 @@ class RedisSource(Source):
         async with asyncio.timeout(ANSWER_TIMEOUT):
             records = await client.mget([self._prefix + task_id for task_id in ids])
         for task_id, stored in zip(ids, records, strict=True):
-            self._report(task_id, stored)
-
-    def _report(self, task_id: str, stored: Any) -> None:
-        if stored and task_id in self.waiting:
             self._resolve(task_id, self._backend.decode, stored)
 
 
@@ -231,8 +229,7 @@ class PolledSource(Source):
                 except Exception:
                     # The round ends, for a backend that is away would fail the others, too. This
                     # one is asked last from now on: it may be its record alone that is at fault.
-                    if task_id in self.waiting:
-                        self.waiting[task_id] = self.waiting.pop(task_id)
+                    self.waiting[task_id] = self.waiting.pop(task_id)
                     raise
                 await asyncio.sleep(0)
             self._backoff.reset()
