@@ -192,7 +192,9 @@ def test_no_canvas_is_sent_in_part_and_no_retry_is_lost(
     assert len(sent) == 4, "nothing of the chain has been sent"
 
 
-def test_an_event_loop_reads_nothing_and_learns_from_a_thread(patient: Any, wait: Wait) -> None:
+def test_an_event_loop_reads_nothing_and_learns_from_a_thread(
+    patient: Any, wait: Wait, server: redis.Redis
+) -> None:
     wait("gpu.patient", 40.0)
 
     async def told() -> Any:
@@ -200,6 +202,8 @@ def test_an_event_loop_reads_nothing_and_learns_from_a_thread(patient: Any, wait
 
     assert asyncio.run(told()) is None, "no estimate has been read yet"
     assert eventually(lambda: asyncio.run(told())).estimate == 40.0
+    while reads(server) < 2:
+        assert asyncio.run(told()), "what is known counts while it is read anew"
 
 
 def test_a_thread_that_reads_keeps_no_other_waiting(

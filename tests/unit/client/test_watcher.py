@@ -170,23 +170,27 @@ def test_many_calls_wait_in_one_thread(square) -> None:
     assert asyncio.run(main()) == [n * n for n in range(300)]
 
 
-def test_the_threads_that_publish_share_one_pool_of_producers(square) -> None:
-    pools: set[int] = set()
+def test_the_threads_that_publish_share_one_pool_of_producers(square, monkeypatch) -> None:
+    """Made before them: threads that came at once would each make one."""
+    connect, makers = square.app.connection_for_write, []
 
-    def note(*_: Any, **__: Any) -> None:
-        pools.add(id(square.app.amqp.producer_pool))
+    def note(*args: Any, **kwargs: Any) -> Any:
+        makers.append(threading.current_thread())
+        return connect(*args, **kwargs)
 
-    signals.before_task_publish.connect(note)
+    monkeypatch.setattr(square.app, "connection_for_write", note)
+    square.spawn(5)
+    assert makers[0] is threading.main_thread()
 
-    async def main() -> None:
-        waits = [asyncio.ensure_future(square.options(task_id=str(n))(n)) for n in range(8)]
-        for n in range(8):
-            answer(square, str(n), n)
-        await asyncio.gather(*waits)
 
-    asyncio.run(main())
-    signals.before_task_publish.disconnect(note)
-    assert len(pools) == 1
+def test_a_timeout_of_the_broker_is_not_one_of_the_call(square, monkeypatch) -> None:
+    def send(*_: Any, **__: Any) -> None:
+        raise TimeoutError("of the broker")
+
+    monkeypatch.setattr(square.app.amqp, "send_task_message", send)
+    with pytest.raises(TimeoutError, match="of the broker") as caught:
+        square.options(timeout=LONG).remote(5)
+    assert not isinstance(caught.value, gw.CallTimeout)
 
 
 def test_a_call_is_published_in_the_context_of_its_caller(square) -> None:
