@@ -159,3 +159,15 @@ def test_an_unforeseen_error_is_logged_and_answers_still_come(
     assert asyncio.run(answered()) == "here"
     assert "unforeseen" in caplog.text
     assert "Traceback" in caplog.text
+
+
+def test_an_answer_that_is_there_already_is_found_before_all_are_read_again(
+    app: Celery, asked: Any
+) -> None:
+    app.backend.store_result("1", "here", "SUCCESS")
+
+    async def answered() -> Any:
+        async with asyncio.timeout(4):
+            return await calling(asked, "1")
+
+    assert asyncio.run(answered()) == "here"
