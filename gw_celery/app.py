@@ -11,7 +11,7 @@ from celery import Celery
 from celery.local import Proxy
 
 from gw_celery import codec, errors, signals
-from gw_celery.client import beat_tasks, execution, handle, registration
+from gw_celery.client import beat_tasks, bound, execution, task
 from gw_celery.declare import check, gpu, markers, registry, services
 from gw_celery.types import AnyFunction
 
@@ -206,7 +206,7 @@ class App:
 
         def register(target: C) -> C:
             service = services.from_class(target, where, probes)
-            handle.install(service, self._declare(service))
+            bound.install(service, self._declare(service))
             return target
 
         return register if cls is None else register(cls)
@@ -217,12 +217,12 @@ class App:
     def _declare(self, service: services.Service) -> dict[str, Any]:
         """Add a service and return the Celery tasks of its methods, by their names."""
         for method in service.methods.values():
-            registration.require_options(method)
+            task.require_options(method)
         self.registry.add_service(service, beside=signals.registries())
         tasks = {}
         for name, method in service.methods.items():
             codec.register_annotations(method.function)
-            tasks[name] = registration.register(self._celery, self.registry, service, method)
+            tasks[name] = task.register(self._celery, self.registry, service, method)
         for app in list(self.registry.celery_apps):
             if app.finalized:  # else it will be
                 beat_tasks.schedule(app)

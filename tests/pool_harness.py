@@ -26,6 +26,7 @@ only what the test has it write. So no test has to know how the pool is made ins
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os

@@ -12,7 +12,7 @@ from celery import Celery, Task
 from kombu.entity import Exchange, Queue
 
 from gw_celery import conf, errors, signals
-from gw_celery.client import registration
+from gw_celery.client import task
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ def add_queue(app: Celery) -> None:
         queue.queue_arguments = None  # it has just been given the app's
 
 
-def broadcast(task: Any) -> None:
+def broadcast(sweep: Any) -> None:
     """Tell every worker with the GPU pool that it is time."""
-    task.app.control.broadcast(COMMANDS[task.name], reply=False)
+    sweep.app.control.broadcast(COMMANDS[sweep.name], reply=False)
 
 
 def join(celery_app: Celery | None) -> None:
@@ -66,7 +66,7 @@ def join(celery_app: Celery | None) -> None:
     if celery_app is not None:
         _add_tasks(celery_app)
     else:
-        registration.for_every_app(_add_tasks)
+        task.for_every_app(_add_tasks)
 
 
 def _add_tasks(app: Celery) -> None:
@@ -99,9 +99,9 @@ def schedule(sender: Any, **_: Any) -> None:
 
 def _add_entry(app: Any, name: str, period: float) -> None:
     """Add an entry, or change ours; one of this name that the user wrote stays."""
-    task, entries = app.tasks[name], dict(app.conf.beat_schedule or {})
-    ours = {"task": name, "schedule": task.expires}
-    task.expires = max(1, int(period))
+    sweep, entries = app.tasks[name], dict(app.conf.beat_schedule or {})
+    ours = {"task": name, "schedule": sweep.expires}
+    sweep.expires = max(1, int(period))
     if entries.get(name, ours) == ours:
-        entries[name] = {"task": name, "schedule": task.expires}
+        entries[name] = {"task": name, "schedule": sweep.expires}
         conf.assign(app.conf, "beat_schedule", entries)

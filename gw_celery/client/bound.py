@@ -1,63 +1,24 @@
-"""A task with what one caller fixed: its parameters, options and time-out; a call under way."""
+"""The ways to call: a task, with what one caller fixed, and what ``Cls(...)`` makes."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Generator, Mapping
+import types
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 import amqp.basic_message
 from celery import Celery, Task
 from celery.app.amqp import AMQP
-from celery.result import EagerResult
 from kombu.messaging import Producer
 
 from gw_celery import conf, errors
-from gw_celery.client import calls, execution, results
-from gw_celery.declare import check
-
-
-class Spawned:
-    """A call under way: ``get`` it, ``await`` it, or ``cancel`` it."""
-
-    def __init__(self, task: Any, sending: Future[Any], timeout: float | None) -> None:
-        self._task = task
-        self._sending = sending
-        self._timeout = timeout
-
-    def __repr__(self) -> str:
-        return f"<Spawned {self._task.name}[{self.id}]>"
-
-    @property
-    def id(self) -> str:
-        return str(self._sending.result().id)
-
-    def get(self, timeout: float | None = None) -> Any:
-        """Wait for the answer, ``timeout`` seconds at most, and return it or raise its error.
-
-        Raises:
-            BlockingCallError: on a running event loop, or inside a task; ``await`` it there.
-            CallTimeout: when it is not there in time; the call is revoked.
-        """
-        calls.require_may_block(f"{self._task.name}[{self.id}].get()")
-        return calls.block(self._value(self._timeout if timeout is None else timeout))
-
-    def cancel(self) -> None:
-        """Revoke the call: it is not started any more; a body that runs goes on."""
-        self._sending.result().revoke()
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        return self._value(self._timeout).__await__()
-
-    async def _value(self, timeout: float | None) -> Any:
-        sending = self._sending
-        if sending.done() and isinstance(result := sending.result(), EagerResult):
-            # Celery's flag of "inside a task" is the whole process's: another thread's, here.
-            return result.get(disable_sync_subtasks=False)
-        watcher = calls.watcher(self._task.app)
-        return results.value_of(await watcher.answer(sending, self._task.name, timeout))
+from gw_celery.client import calls, execution
+from gw_celery.declare import check, markers, parameters, services
+from gw_celery.protocol import headers
+from gw_celery.types import AnyFunction
 
 
 class CallMethods:
@@ -84,16 +45,14 @@ class CallMethods:
         bound = self._gw_timeout if timeout is None else check.positive("timeout", timeout)
         return BoundTask(self._gw_task, self._gw_merged(options), bound)
 
-    def spawn(self, *args: Any, **kwargs: Any) -> Spawned:
+    def spawn(self, *args: Any, **kwargs: Any) -> calls.Spawned:
         """Send the task and return a handle to ``get``, ``await`` or ``cancel``.
 
         Raises:
             CallTimeout: when it could not be sent in ``.options(timeout=...)`` seconds.
         """
         spawned = self._gw_spawned(args, kwargs)
-        task = self._gw_task
-        if not task.app.conf.task_always_eager:
-            calls.watcher(task.app).wait_sent(spawned._sending, task.name, self._gw_timeout)
+        spawned._wait_sent()
         return spawned
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,22 +115,21 @@ class CallMethods:
 
     map = starmap = chunks = _no_canvas
 
-    def _gw_spawned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spawned:
+    def _gw_spawned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> calls.Spawned:
         self._gw_require_result()
         app = self._gw_task.app
         if app.conf.task_always_eager:
-            sending: Future[Any] = Future()
+            sending: calls.Sending = Future()
             sending.set_result(self.apply_async(args, kwargs))
         else:
             send = functools.partial(self.apply_async, args, kwargs)
             sending = calls.watcher(app).submit(send)
-        return Spawned(self._gw_task, sending, self._gw_timeout)
+        return calls.Spawned(self._gw_task, sending, self._gw_timeout)
 
     def _gw_merged(self, options: dict[str, Any]) -> dict[str, Any]:
         merged = {**self._gw_options, **options}
-        headers = {**self._gw_options.get("headers", {}), **(options.get("headers") or {})}
-        if headers:
-            merged["headers"] = headers
+        if both := {**self._gw_options.get("headers", {}), **(options.get("headers") or {})}:
+            merged["headers"] = both
         return merged
 
     def _gw_require_result(self) -> None:
@@ -191,30 +149,30 @@ class BoundTask(CallMethods):
         timeout: seconds that a caller waits for an answer; ``None`` for as long as it takes.
     """
 
+    _gw_task: Any = None
+
     def __init__(self, task: Any, options: Mapping[str, Any], timeout: float | None = None) -> None:
-        self._task = task
+        self._gw_task = task
         self._gw_options = options
         self._gw_timeout = timeout
 
     def __repr__(self) -> str:
-        return f"<BoundTask {self._task.name}>"
+        return f"<BoundTask {self.task.name}>"
 
     @property
     def task(self) -> Any:
         """The Celery task behind it."""
-        return self._task
-
-    _gw_task = task
+        return self._gw_task
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Send the task with Celery's options and return its ``AsyncResult``."""
-        return self._task.apply_async(args, kwargs, **self._gw_merged(options))
+        return self.task.apply_async(args, kwargs, **self._gw_merged(options))
 
     def signature(
         self, args: Any = None, kwargs: Any = None, *, immutable: bool = False, **options: Any
     ) -> Any:
         """Return Celery's signature of a call, for chains, groups and chords."""
-        return self._task.signature(args, kwargs, self._gw_merged(options), immutable=immutable)
+        return self.task.signature(args, kwargs, self._gw_merged(options), immutable=immutable)
 
     # Celery's, which go by ``apply_async`` and ``signature``.
     delay, s, si = Task.delay, Task.s, Task.si
@@ -241,3 +199,96 @@ def _known_options() -> frozenset[str]:
     properties = {name for name, _ in amqp.basic_message.Message.PROPERTIES}
     unsaid = {"timeout", "queue", "exchange_type"}
     return frozenset(names | properties | unsaid) - {"self", "args", "kwargs", "options"}
+
+
+class Handle:
+    """A class task with the parameters of one caller; its attributes are the methods."""
+
+    # Two underscores: Python renames these to what no user's method is called.
+    def __init__(
+        self, service: services.Service, tasks: dict[str, Any], values: dict[str, Any]
+    ) -> None:
+        self.__service = service
+        self.__tasks = tasks
+        self.__values = parameters.bind(service.name, service.parameters, values)
+        self.__options: dict[str, Any] = {}
+        if self.__values:
+            written = parameters.canonical(self.__values)
+            self.__options["headers"] = {headers.PARAMETERS: written}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.__values.items())
+        return f"{self.__service.name}({shown})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # first: ``copy`` asks before there is anything to look in
+            raise AttributeError(name)
+        if name in self.__tasks:
+            return BoundTask(self.__tasks[name], self.__options)
+        service = self.__service
+        if name in service.enter_hooks or name in service.exit_hooks:
+            raise errors.UsageError(
+                f"{service.name}.{name} is a hook: the worker calls it when it loads or unloads"
+            )
+        listed = ", ".join(service.methods)
+        raise AttributeError(
+            f"{service.name}() has no method {name!r} marked with @gw.method(); it has: {listed}"
+        )
+
+
+class MethodOfClass:
+    """Takes the place of a marked method in its class.
+
+    On an instance, in a replica, it is the plain method. On the class it has no caller's
+    parameters to go by, so that calling it is refused with what to write.
+    """
+
+    def __init__(self, function: AnyFunction, owner: str) -> None:
+        setattr(self, markers.FUNCTION, function)
+        self._function = function
+        self._owner = owner
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        return self if instance is None else types.MethodType(self._function, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the plain function with an instance, as ``super().method`` does."""
+        if not args or isinstance(args[0], Handle):
+            raise self._refused("(...)")
+        return self._function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _CALLS:
+            raise self._refused(f".{name}(...)")
+        raise AttributeError(name)
+
+    def _refused(self, call: str) -> errors.UsageError:
+        name = self.__name__
+        return errors.UsageError(
+            f"{self._owner}.{name}{call} needs an instance: write {self._owner}().{name}{call}"
+        )
+
+
+_CALLS = frozenset(name for name in dir(BoundTask) if not name.startswith("_"))
+
+
+def install(service: services.Service, tasks: dict[str, Any]) -> None:
+    """Let ``Cls(...)`` make handles, and guard the methods of the class itself."""
+    cls = service.target
+    for name in service.methods:
+        setattr(cls, name, MethodOfClass(service.methods[name].function, service.name))
+
+    def make(called: type, *args: Any, **values: Any) -> Any:
+        if called is not cls:  # a subclass that is no service of its own is an ordinary class
+            return object.__new__(called)
+        if args:
+            raise errors.UsageError(
+                f"{service.name}() takes parameters by name: "
+                f"{', '.join(service.parameters) or 'it has none'}"
+            )
+        return Handle(service, tasks, values)
+
+    cls.__new__ = make
+    setattr(cls, markers.SERVICE, service)

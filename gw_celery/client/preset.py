@@ -73,7 +73,10 @@ def require_visibility(app: Any, registries: Sequence[registry.Registry]) -> Non
         ConfigurationError: when it is no number, or a task could run longer, and so would run
             twice.
     """
-    longest = max(_limits(app, registries), default=0.0)
+    services = [service for declared in registries for service in declared.services.values()]
+    names = [method.task_name for service in services for method in service.methods.values()]
+    limits = [app.tasks[name].time_limit for name in names if name in app.tasks]
+    longest = max((float(limit) for limit in limits if limit), default=0.0)
     options = dict(app.conf.broker_transport_options or {})
     visible = options.get("visibility_timeout", _DEFAULT_VISIBILITY)
     if isinstance(visible, bool) or not isinstance(visible, int | float):
@@ -88,14 +91,3 @@ def require_visibility(app: Any, registries: Sequence[registry.Registry]) -> Non
             f"time limit, {longest:.0f} s: a running task would be delivered again; raise it"
         )
     app.conf.broker_transport_options = {**options, "visibility_timeout": longest + _MARGIN}
-
-
-def _limits(app: Any, registries: Sequence[registry.Registry]) -> list[float]:
-    names = [
-        method.task_name
-        for declared in registries
-        for service in declared.services.values()
-        for method in service.methods.values()
-    ]
-    tasks = [app.tasks[name] for name in names if name in app.tasks]
-    return [float(task.time_limit) for task in tasks if task.time_limit]

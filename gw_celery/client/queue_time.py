@@ -1,11 +1,15 @@
-"""What our tasks write into the headers of a message, and which they do not send at all."""
+"""What our tasks write into the headers of a message, and which inputs would wait too long."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import inspect
 import logging
+import math
+import os
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -16,14 +20,22 @@ from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 
 from gw_celery import conf, errors
-from gw_celery.client import execution, wait_estimates
+from gw_celery.client import execution
 from gw_celery.protocol import headers
+from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
 #: What Celery gives to the tasks of a canvas, and to those that it sends by itself: refused in the
 #: middle of it, a chord would never end, and a retry or the rest of a chain be lost.
 _IN_CANVAS = ("group_id", "chord", "parent_id", "retries")
+
+#: Seconds that Redis has to answer a caller, who then goes without an estimate.
+_PATIENCE = 0.25
+#: Seconds that an estimate, or that there is none, is good for.
+_FRESH = 1.0
+#: Maximum age in seconds of an estimate where it is being read anew by a thread.
+_USABLE = 5.0
 
 #: Written by us, for this very input.
 _WRITTEN = (headers.WORKLOAD, headers.ENQUEUED)
@@ -49,10 +61,13 @@ def prepared(task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> dict
         QueueTimeExceeded: when the input would wait for longer than it may.
     """
     limit = task.gw_service.placement.max_queue_time or _settings_of(task.app).max_queue_time
+    ours = {}
     if limit is not None:
         _require_room(task, options, limit)
+        ours[headers.ENQUEUED] = _starts_waiting(task.app, options)
+    if (calculate := task.gw_method.workload_calculator) is not None:
+        ours[headers.WORKLOAD] = _workload(task, calculate, args or (), kwargs or {})
     sent = options.get("headers") or {}
-    ours = _ours(task, args, kwargs, options, limit)
     # A retry has the headers of the input that it repeats; those of another one may be passed on.
     kept = {key: sent[key] for key in sent if key not in _WRITTEN}
     if ours or len(kept) != len(sent):
@@ -60,32 +75,20 @@ def prepared(task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> dict
     return options
 
 
-def _ours(
-    task: Any, args: Any, kwargs: Any, options: dict[str, Any], limit: float | None
-) -> dict[str, float]:
-    ours = {}
-    if (calculate := task.gw_method.workload_calculator) is not None:
-        ours[headers.WORKLOAD] = _workload(task, calculate, args or (), kwargs or {})
-    if limit is not None:
-        countdown, eta = options.get("countdown"), options.get("eta")
-        ours[headers.ENQUEUED] = _starts_waiting(task.app, countdown, eta)
-    return ours
-
-
-def _starts_waiting(app: Any, countdown: Any, eta: Any) -> float:
+def _starts_waiting(app: Any, options: dict[str, Any]) -> float:
     """Return since when an input that is sent now waits: from its ETA on, where it has one.
 
     What Celery will refuse counts as no ETA.
     """
     now = time.time()
     try:
-        if countdown:
+        if countdown := options.get("countdown"):
             return now + max(0.0, float(countdown))
-        if eta:
+        if eta := options.get("eta"):
             at: dt.datetime = maybe_make_aware(maybe_iso8601(eta), app.timezone)
             return max(now, at.timestamp())
     except (TypeError, ValueError, AttributeError, OverflowError):
-        return now
+        pass
     return now
 
 
@@ -95,7 +98,8 @@ def _workload(task: Any, calculate: Callable[..., Any], args: Any, kwargs: Any) 
     except _INTERRUPTS:
         raise
     except BaseException as exc:  # a library written in Rust panics with no Exception
-        if _can_be_called(task, args, kwargs):
+        with contextlib.suppress(TypeError):  # Celery is about to refuse the call for it
+            task.check_arguments(args, kwargs)
             _warn(task.name, f"raised {exc!r:.200}")
         return headers.DEFAULT_WORKLOAD
     workload = headers.workload(answer)
@@ -105,15 +109,6 @@ def _workload(task: Any, calculate: Callable[..., Any], args: Any, kwargs: Any) 
         _warn(task.name, f"returned {answer!r:.100}")
         return headers.DEFAULT_WORKLOAD
     return workload
-
-
-def _can_be_called(task: Any, args: Any, kwargs: Any) -> bool:
-    """Whether the arguments are not to blame: Celery is about to refuse the call for them."""
-    try:
-        task.check_arguments(args, kwargs)
-    except TypeError:
-        return False
-    return True
 
 
 def _warn(task_name: str, what: str) -> None:
@@ -131,25 +126,73 @@ def _warn(task_name: str, what: str) -> None:
 
 
 def _require_room(task: Any, options: dict[str, Any], limit: float) -> None:
-    if not _is_alone(options) or options.get("countdown") or options.get("eta"):
+    if any(options.get(name) for name in (*_IN_CANVAS, "countdown", "eta")):
         return
+    if options.get("task_id") and get_current_task() is not None:
+        return  # it takes the place of the current task
     queue = getattr(options.get("queue"), "name", options.get("queue"))
     if not isinstance(queue, str) or task.app.conf.task_always_eager:
         return
-    estimate = wait_estimates.of(task.app).estimate(queue)
+    estimate = waits_of(task.app).estimate(queue)
     if estimate is not None and estimate > limit:
         raise errors.QueueTimeExceeded(task.name, queue, limit, estimate)
 
 
-def _is_alone(options: dict[str, Any]) -> bool:
-    """Whether it is a call of its own: who makes it can be told, and nothing is half sent."""
-    if any(options.get(name) for name in _IN_CANVAS):
-        return False
-    return not (options.get("task_id") and get_current_task() is not None)
-
-
 def _settings_of(app: Any) -> conf.Settings:
-    settings = _settings.get(app)
-    if settings is None:
-        settings = _settings[app] = conf.read(app.conf)
-    return settings
+    if app not in _settings:  # reading them takes as long as sending a call
+        _settings[app] = conf.read(app.conf)
+    return _settings[app]
+
+
+class Waits:
+    """How long inputs would wait in an app's queues, as workers have published it."""
+
+    def __init__(
+        self, shared: find.SharedRedis | None, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._shared = shared
+        self._now = now
+        #: By queue: the estimate, and when it was read.
+        self._estimates: dict[str, tuple[float | None, float]] = {}
+        #: Held for the thread that reads; others go by what is known meanwhile.
+        self._reading = threading.Lock()
+        self.pid = os.getpid()
+
+    def estimate(self, queue: str) -> float | None:
+        """Return the seconds that an input sent now would wait; ``None`` where none is known.
+
+        On an event loop it goes by what is known, and has it read anew by a thread.
+        """
+        estimate, at = self._estimates.get(queue, (None, -math.inf))
+        age = self._now() - at
+        if self._shared is None or age < _FRESH:
+            return estimate
+        if self._reading.acquire(blocking=False):
+            if asyncio._get_running_loop() is None:
+                return self._read(self._shared, queue)
+            reads = (self._shared, queue)
+            threading.Thread(target=self._read, args=reads, name="gw-waits", daemon=True).start()
+        return estimate if age < _USABLE else None
+
+    def _read(self, shared: find.SharedRedis, queue: str) -> float | None:
+        estimate = None
+        try:
+            text = shared.client().get(shared.key("wait", queue))
+            estimate = None if text is None else headers.workload(float(text))
+        except Exception:  # Redis is away, or the value is no estimate: the call is admitted
+            shared.close()
+        finally:
+            self._estimates[queue] = (estimate, self._now())
+            self._reading.release()
+        return estimate
+
+
+_waits: weakref.WeakKeyDictionary[Any, Waits] = weakref.WeakKeyDictionary()
+
+
+def waits_of(app: Any) -> Waits:
+    """Return the estimates of ``app``; nothing connects."""
+    waits = _waits.get(app)
+    if waits is None or waits.pid != os.getpid():  # a fork does not copy the thread that reads
+        waits = _waits[app] = Waits(find.redis_of(app, _PATIENCE))
+    return waits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, ClassVar
 
@@ -43,15 +43,21 @@ SWEEP = 5.0
 #: Seconds in which the server answers, or it counts as lost. Not the client's own time-out: a
 #: subscription is silent for as long as nothing ends.
 ANSWER_TIMEOUT = 5.0
-_LOST = (OSError, redis.exceptions.RedisError)
 
 
 class Source:
     """Has the records of finished tasks for the callers that wait for them, on one loop."""
 
-    def __init__(self, backend: Any) -> None:
+    #: What is raised for the one record that is read, so that reading it again is no use.
+    unreadable: ClassVar[tuple[type[Exception], ...]]
+    #: What is raised while the backend is away; anything else is logged with its traceback.
+    away: ClassVar[tuple[type[Exception], ...]]
+
+    def __init__(self, backend: Any, interval: float = 0.0) -> None:
         self.waiting: dict[str, list[Waiter]] = {}
         self._backend = backend
+        self._interval = interval
+        self._reading = "the result backend"  # or which task's record, for the log
         self._backoff = backoff.Backoff(FIRST_DELAY, LONGEST_DELAY)
         self._task: asyncio.Task[None] | None = None
 
@@ -65,7 +71,7 @@ class Source:
     def add(self, task_id: str, waiter: Waiter) -> None:
         """Let ``waiter`` have the record of the task once it has finished."""
         self.waiting.setdefault(task_id, []).append(waiter)
-        self._watch(task_id)
+        self._note_change(task_id)
         if self._task is None:
             self._task = asyncio.create_task(self._live())
 
@@ -75,14 +81,46 @@ class Source:
         if waiter in waiters:
             waiters.remove(waiter)
         if not waiters and self.waiting.pop(task_id, None) is not None:
-            self._forget(task_id)
+            self._note_change(task_id)
 
-    def _resolve(self, task_id: str, record: Record | Exception) -> None:
-        if not isinstance(record, Exception) and record["status"] not in states.READY_STATES:
+    async def _live(self) -> None:
+        """Read for as long as callers wait, however often it fails."""
+        while self.waiting:
+            try:
+                await self._follow()
+            except* Exception as failed:
+                # Whatever it is: nothing else would answer the callers that wait.
+                exc, delay = failed.exceptions[0], max(self._interval, self._backoff.next())
+                traceback = None if isinstance(exc, self.away) else exc
+                text = "cannot read %s, again in %.1f s: %r"
+                logger.warning(text, self._reading, delay, exc, exc_info=traceback)
+                await asyncio.sleep(delay)
+        self._task = None
+
+    async def _follow(self) -> None:
+        """Resolve what waits until nothing does, or reading fails."""
+        raise NotImplementedError
+
+    def _note_change(self, task_id: str) -> None:
+        """The task is waited for since now, or no longer."""
+
+    def _resolve(self, task_id: str, read: Callable[[Any], Record], stored: Any) -> None:
+        """Answer those that wait for a task with what ``read(stored)`` returns, if it is over."""
+        if not stored or task_id not in self.waiting:
             return
-        if waiters := self.waiting.pop(task_id, []):
-            self._forget(task_id)
-        for waiter in waiters:
+        record: Record | errors.SerializationError
+        try:
+            record = read(stored)
+            if record["status"] not in states.READY_STATES:
+                return
+        except self.unreadable as exc:
+            record = errors.SerializationError(
+                f"the answer of {task_id} cannot be read: {exc}; are its types registered here, "
+                f"too?"
+            )
+            record.__cause__ = exc
+        self._note_change(task_id)
+        for waiter in self.waiting.pop(task_id):
             if not waiter.set_running_or_notify_cancel():
                 continue  # the caller has stopped waiting
             if isinstance(record, Exception):
@@ -90,171 +128,112 @@ class Source:
             else:
                 waiter.set_result(record)
 
-    def _watch(self, task_id: str) -> None: ...
-
-    def _forget(self, task_id: str) -> None: ...
-
-    async def _live(self) -> None:
-        raise NotImplementedError
-
 
 class RedisSource(Source):
     """One subscription connection and one for reading, on the loop of the watcher."""
 
+    unreadable = (Exception,)
+    away = (OSError, redis.exceptions.RedisError)
+
     def __init__(self, backend: Any) -> None:
         super().__init__(backend)
-        self._ids: dict[str, str] = {}  # channel, which is the key, too -> task id
-        self._added: set[str] = set()
-        self._dropped: set[str] = set()
+        #: Before the task's id in the name of its channel, which is the key of its record, too.
+        self._prefix = bytes_to_str(backend.task_keyprefix)
+        self._changes: set[str] = set()
         self._changed = asyncio.Event()
-        self._subscribed = asyncio.Event()
 
     def prepare(self) -> Mapping[str, Any]:
         return UNPREPARED
 
-    def _watch(self, task_id: str) -> None:
-        channel = bytes_to_str(self._backend.get_key_for_task(task_id))
-        self._ids[channel] = task_id
-        self._added.add(channel)
+    def _note_change(self, task_id: str) -> None:
+        self._changes.add(task_id)
         self._changed.set()
 
-    def _forget(self, task_id: str) -> None:
-        channel = bytes_to_str(self._backend.get_key_for_task(task_id))
-        if self._ids.pop(channel, None) is not None:
-            self._dropped.add(channel)
-            self._changed.set()
-
-    async def _live(self) -> None:
-        """Hold the connections for as long as the process lives, making them anew when lost."""
-        while True:
-            try:
-                async with transport_client.of(self._backend, socket_timeout=None) as client:
-                    await self._follow(client)
-            except* Exception as lost:
-                # Whatever it is: nothing else would answer the callers that wait.
-                exc, delay = lost.exceptions[0], self._backoff.next()
-                traceback = None if isinstance(exc, _LOST) else exc
-                logger.warning(
-                    "lost the result backend, again in %.1f s: %r", delay, exc, exc_info=traceback
-                )
-                await asyncio.sleep(delay)
-
-    async def _follow(self, client: redis.asyncio.Redis) -> None:
-        async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
-            self._added.update(self._ids)
-            await self._apply(client, pubsub)
+    async def _follow(self) -> None:
+        async with (
+            transport_client.of(self._backend, socket_timeout=None) as client,
+            client.pubsub(ignore_subscribe_messages=True) as pubsub,
+        ):
+            self._changes.update(self.waiting)
+            await self._apply_changes(client, pubsub)
             self._backoff.reset()
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._listen(pubsub))
                 group.create_task(self._update(client, pubsub))
                 group.create_task(self._sweep(client))
 
+    async def _listen(self, pubsub: Any) -> None:
+        while True:
+            message = await pubsub.get_message(timeout=None)
+            if message is not None and message["type"] == "message":
+                channel = bytes_to_str(message["channel"])
+                task_id = channel.removeprefix(self._prefix)
+                self._resolve(task_id, self._backend.decode, message["data"])
+
     async def _update(self, client: redis.asyncio.Redis, pubsub: Any) -> None:
         while True:
             await self._changed.wait()
-            await self._apply(client, pubsub)
+            await self._apply_changes(client, pubsub)
 
     async def _sweep(self, client: redis.asyncio.Redis) -> None:
         # A task of its own, so that no number of new calls puts it off.
         while True:
             await asyncio.sleep(SWEEP)
-            await self._read(client, self._ids)
+            await self._read(client, self.waiting)
 
-    async def _apply(self, client: redis.asyncio.Redis, pubsub: Any) -> None:
+    async def _apply_changes(self, client: redis.asyncio.Redis, pubsub: Any) -> None:
         """Subscribe to what was added since the last time, then read it: it may be there."""
         self._changed.clear()
-        dropped, self._dropped = self._dropped - self._ids.keys(), set()
-        added, self._added = self._added & self._ids.keys(), set()
-        if dropped and pubsub.subscribed:
-            await pubsub.unsubscribe(*dropped)
+        changes, self._changes = self._changes, set()
+        added = changes & self.waiting.keys()
+        if dropped := changes - added:
+            await pubsub.unsubscribe(*(self._prefix + task_id for task_id in dropped))
         if added:
             async with asyncio.timeout(ANSWER_TIMEOUT):
-                await pubsub.subscribe(*added)
-            self._subscribed.set()
+                await pubsub.subscribe(*(self._prefix + task_id for task_id in added))
             await self._read(client, added)
 
-    async def _read(self, client: redis.asyncio.Redis, channels: Iterable[str]) -> None:
-        keys = list(channels)
-        if not keys:
+    async def _read(self, client: redis.asyncio.Redis, task_ids: Iterable[str]) -> None:
+        if not (ids := list(task_ids)):
             return
         async with asyncio.timeout(ANSWER_TIMEOUT):
-            records = await client.mget(keys)
-        for key, stored in zip(keys, records, strict=True):
-            self._report(key, stored)
-
-    async def _listen(self, pubsub: Any) -> None:
-        while True:
-            if not pubsub.subscribed:
-                self._subscribed.clear()
-                await self._subscribed.wait()
-            message = await pubsub.get_message(timeout=None)
-            if message is not None and message["type"] == "message":
-                self._report(bytes_to_str(message["channel"]), message["data"])
-
-    def _report(self, channel: str, stored: Any) -> None:
-        task_id = self._ids.get(channel)
-        if task_id is None or not stored:
-            return
-        try:
-            record = self._backend.decode(stored)
-            status = record["status"]
-        except Exception as exc:
-            self._resolve(task_id, _unreadable(task_id, exc))
-            return
-        if status is not None:
-            self._resolve(task_id, record)
+            records = await client.mget([self._prefix + task_id for task_id in ids])
+        for task_id, stored in zip(ids, records, strict=True):
+            self._resolve(task_id, self._backend.decode, stored)
 
 
 class PolledSource(Source):
     """Asks the backend for each waiting task, ``interval`` seconds apart."""
 
-    #: What reading raises for the one record that was asked for, so that asking again is no use.
     unreadable: ClassVar[tuple[type[Exception], ...]] = (
         kombu.exceptions.DecodeError,
         kombu.exceptions.ContentDisallowed,
     )
+    away = (Exception,)
 
     def __init__(self, app: Any, interval: float) -> None:
-        super().__init__(app._get_backend())  # the app's own may be shared by all threads
+        # The app's own may be shared by all threads.
+        super().__init__(app._get_backend(), interval)
         # Celery rebuilds the errors of records as it reads, and what it cannot rebuild becomes an
         # ``Exception`` that does not tell.
         self._backend.exception_to_python = lambda stored: stored
         self._app = app
-        self._interval = interval
 
-    async def _live(self) -> None:
+    async def _follow(self) -> None:
         # The thread is the watcher's own: a backend that blocks delays answers, nothing else.
         while self.waiting:
-            delay = await self._ask_all()
-            await asyncio.sleep(delay)
-        self._task = None
-
-    async def _ask_all(self) -> float:
-        """Ask for each waiting task and return the seconds until the next time.
-
-        The first failure ends the round, for a backend that is away would fail them all. Its task
-        is asked last from then on, for it may be that one's record alone that cannot be read.
-        """
-        for task_id in list(self.waiting):
-            try:
-                self._ask(task_id)
-            except Exception as exc:
-                delay = max(self._interval, self._backoff.next())
-                logger.warning("cannot read %s, again in %.1f s: %r", task_id, delay, exc)
-                if task_id in self.waiting:
+            for task_id in list(self.waiting):
+                self._reading = task_id
+                try:
+                    self._resolve(task_id, self._backend.get_task_meta, task_id)
+                except Exception:
+                    # The round ends, for a backend that is away would fail the others, too. This
+                    # one is asked last from now on: it may be its record alone that is at fault.
                     self.waiting[task_id] = self.waiting.pop(task_id)
-                return delay
-            await asyncio.sleep(0)
-        self._backoff.reset()
-        return self._interval
-
-    def _ask(self, task_id: str) -> None:
-        record: Record | Exception
-        try:
-            record = self._backend.get_task_meta(task_id)
-        except self.unreadable as exc:
-            record = _unreadable(task_id, exc)
-        self._resolve(task_id, record)
+                    raise
+                await asyncio.sleep(0)
+            self._backoff.reset()
+            await asyncio.sleep(self._interval)
 
 
 class RpcSource(PolledSource):
@@ -280,12 +259,3 @@ def of(app: Any, interval: float) -> Source:
         return RedisSource(app.backend)
     source = RpcSource if isinstance(app.backend, RPCBackend) else PolledSource
     return source(app, interval)
-
-
-def _unreadable(task_id: str, exc: Exception) -> errors.SerializationError:
-    """Return the answer in place of a record that cannot be decoded: no better will come."""
-    error = errors.SerializationError(
-        f"the answer of {task_id} cannot be read: {exc}; are its types registered here, too?"
-    )
-    error.__cause__ = exc
-    return error

@@ -43,18 +43,6 @@ class Result(AsyncResult):
         return super()._set_cache(d)
 
 
-def value_of(meta: Mapping[str, Any]) -> Any:
-    """Return the answer in a backend's record of a finished task, or raise its error.
-
-    Args:
-        meta: ``status``, ``result`` and ``traceback``; ``result`` of an error is Celery's
-            mapping of ``exc_type``, ``exc_message`` and ``exc_module``, or an exception.
-    """
-    if meta["status"] not in states.PROPAGATE_STATES:
-        return meta["result"]
-    raise restored(meta["result"], meta.get("traceback"))
-
-
 def restored(stored: Any, traceback: str | None) -> Exception:
     """Return the exception that a record has, or describes; of an unknown class a stand-in.
 
@@ -62,79 +50,70 @@ def restored(stored: Any, traceback: str | None) -> Exception:
         stored: Celery's mapping, or the exception that Celery made of it.
         traceback: the remote one, which becomes the cause.
     """
+    made: Exception | None = None
     if isinstance(stored, BaseException):
-        cls = type(stored)
-        if isinstance(stored, Exception) and _class(f"{cls.__module__}.{cls.__qualname__}") is cls:
-            return _with_cause(stored, traceback)
-        stored = {
-            "exc_module": cls.__module__,
-            "exc_type": cls.__qualname__,
-            "exc_message": stored.args,
-        }
-    if not isinstance(stored, Mapping) or "exc_type" not in stored:
-        return _unknown("unknown error", (repr(stored),), traceback)
-    module, name = str(stored.get("exc_module") or ""), str(stored["exc_type"])
-    arguments = _arguments(stored.get("exc_message", ""))
+        cls, arguments = type(stored), stored.args
+        module, name = cls.__module__, cls.__qualname__
+        if isinstance(stored, Exception) and _class(f"{module}.{name}") is cls:
+            made = stored
+    elif isinstance(stored, Mapping) and "exc_type" in stored:
+        module, name = str(stored.get("exc_module") or ""), str(stored["exc_type"])
+        arguments = _arguments(stored.get("exc_message", ""))
+    else:
+        module, name, arguments = "", "unknown error", (repr(stored),)
     if name == UnpickleableExceptionWrapper.__name__ and len(arguments) == 4:
         # Celery's stand-in for a class that cannot be imported: (module, class, args, text).
-        module, name, stored_arguments, _ = arguments
-        return _unknown(f"{module}.{name}", _arguments(stored_arguments), traceback)
-    known = _class(f"{module or 'builtins'}.{name}")
-    made = None if known is None else _made(known, arguments, traceback or "")
+        module, name, message, _ = arguments
+        arguments = _arguments(message)
+    elif made is None:
+        made = _made(f"{module or 'builtins'}.{name}", arguments, traceback or "")
+    text = _clean(traceback or "", from_end=True)
     if made is None:
-        return _unknown(f"{module}.{name}" if module else name, arguments, traceback)
-    return _with_cause(made, traceback)
-
-
-def _made(cls: type[Exception], arguments: tuple[Any, ...], traceback: str) -> Exception | None:
-    """Return an exception that says what the remote one said, if ``cls`` can be made so.
-
-    A class with a constructor of its own may want other arguments than its ``args``, or take these
-    for something else: ``CodeError("nope", 404)`` whose ``args`` are ``("E404: nope",)`` would
-    become ``"E500: E404: nope"``.
-    """
-    try:
-        made = cls(*arguments)
-        is_same = made.args == arguments and not _says_else(made, traceback)
-    except Exception:
-        return None
-    return made if is_same else None
-
-
-def _says_else(made: Exception, traceback: str) -> bool:
-    """Whether the last line of the remote traceback has another text for this exception."""
-    cls, text = type(made), str(made)
-    if sys.modules.get(cls.__module__) in _LIBRARIES or not _is_custom(cls):
-        return False  # they may show what does not travel: a file's name, an object's own text
-    line = f"{cls.__qualname__}: {text}\n" if text else f"{cls.__qualname__}\n"
-    return cls.__qualname__ in traceback and line not in f"{traceback}\n"
-
-
-def _is_custom(cls: type[Exception]) -> bool:
-    """Whether its arguments, or its text, are made by Python code."""
-    return any(
-        isinstance(getattr(cls, name), types.FunctionType)
-        for name in ("__new__", "__init__", "__str__")
-    )
+        type_name = _clean(f"{module}.{name}" if module else name)
+        made = errors.RemoteTaskError(type_name, _clean(", ".join(map(str, arguments))), text)
+    if text:
+        made.__cause__ = errors.RemoteTraceback(text)
+    return made
 
 
 def _arguments(message: Any) -> tuple[Any, ...]:
     return tuple(message) if isinstance(message, list | tuple) else (message,)
 
 
+def _made(name: str, arguments: tuple[Any, ...], traceback: str) -> Exception | None:
+    """Return an exception that says what the remote one said, if its class is known and can be so.
+
+    A class with a constructor of its own may want other arguments than its ``args``, or take these
+    for something else: ``CodeError("nope", 404)`` whose ``args`` are ``("E404: nope",)`` would
+    become ``"E500: E404: nope"``.
+    """
+    if (cls := _class(name)) is None:
+        return None
+    try:
+        made = cls(*arguments)
+        text = str(made)
+    except Exception:
+        return None
+    # Libraries' may show what does not travel: a file's name, an object's own text.
+    is_custom = sys.modules.get(cls.__module__) not in _LIBRARIES and any(
+        isinstance(getattr(cls, method), types.FunctionType)
+        for method in ("__new__", "__init__", "__str__")
+    )
+    last_line = f"{cls.__qualname__}: {text}\n" if text else f"{cls.__qualname__}\n"
+    says_else = cls.__qualname__ in traceback and last_line not in f"{traceback}\n"
+    return None if made.args != arguments or (is_custom and says_else) else made
+
+
 def _class(name: str) -> type[Exception] | None:
-    return _known_classes().get(name) or codec.exception_class(name)
-
-
-def _known_classes() -> dict[str, type[Exception]]:
+    """Return the class of this name among those that are known beforehand."""
     declared = signals.registries()
     services = [service for owner in declared for service in owner.services.values()]
     targets = [service.target for service in services]
     targets += [context.cls for owner in declared for context in owner.contexts.values()]
-    names = {target.__module__ for target in targets} & sys.modules.keys()
+    modules = {target.__module__ for target in targets} & sys.modules.keys()
     classes = [
         cls
-        for module in (*_LIBRARIES, *(sys.modules[name] for name in names))
+        for module in (*_LIBRARIES, *(sys.modules[module] for module in modules))
         for cls in vars(module).values()
         if isinstance(cls, type) and cls.__module__ in sys.modules
     ]
@@ -142,21 +121,10 @@ def _known_classes() -> dict[str, type[Exception]]:
         for method in service.methods.values():
             classes += [cls for option in _OPTIONS for cls in method.options.get(option) or ()]
     # What a caller gets is an Exception, whatever a body may throw.
-    return {
+    by_name = {
         f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes if issubclass(cls, Exception)
     }
-
-
-def _with_cause(exc: Exception, traceback: str | None) -> Exception:
-    if traceback:
-        exc.__cause__ = errors.RemoteTraceback(_clean(traceback, from_end=True))
-    return exc
-
-
-def _unknown(name: str, arguments: tuple[Any, ...], traceback: str | None) -> Exception:
-    message = _clean(", ".join(map(str, arguments)))
-    text = _clean(traceback or "", from_end=True)
-    return _with_cause(errors.RemoteTaskError(_clean(name), message, text), traceback)
+    return by_name.get(name) or codec.exception_class(name)
 
 
 def _clean(text: str, *, from_end: bool = False) -> str:

@@ -9,6 +9,7 @@ and ``to_thread``, and each stack's ``__ident_func__``, Celery's own seam, prefe
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 from typing import Any
 
 from celery import _state
@@ -18,6 +19,7 @@ from celery.utils import threads
 from gw_celery import errors
 
 
+@dataclasses.dataclass
 class Followed:
     """The identity of one tracer, for as long as its call runs.
 
@@ -25,8 +27,7 @@ class Followed:
     runs another request, which is not that task's: it has no identity but its own thread's.
     """
 
-    def __init__(self, ident: Any) -> None:
-        self.ident = ident
+    ident: Any
 
     def end(self) -> None:
         self.ident = None
@@ -44,24 +45,19 @@ def identify() -> Any:
     return threads.get_ident() if ident is None else ident
 
 
-def follow() -> Followed:
-    """Bind the present identity to the context, for what will run in it elsewhere.
+def follow(ident: Any = None) -> Followed:
+    """Bind an identity, or the present one, to the context, for what will run in it elsewhere.
 
     The caller ends it with the call.
     """
-    followed = Followed(identify())
+    followed = Followed(ident or identify())
     _followed.set(followed)
     return followed
 
 
 def bind() -> Followed:
-    """Bind an identity of its own to the context, for an input that runs in no thread of its own.
-
-    The caller ends it with the input.
-    """
-    followed = Followed(object())
-    _followed.set(followed)
-    return followed
+    """Bind a new identity to the context, for an input that runs in no thread of its own."""
+    return follow(object())
 
 
 def install() -> None:

@@ -17,7 +17,7 @@ from billiard import cpu_count
 from celery import concurrency
 
 from gw_celery import conf, errors
-from gw_celery.client import beat_tasks, preset, registration
+from gw_celery.client import beat_tasks, preset, task
 from gw_celery.declare import gpu, registry
 from gw_celery.gpus import allocation, devices
 from gw_celery.runtime import fatal_exit
@@ -103,7 +103,7 @@ def _belongs(declared: registry.Registry, app: Any) -> bool:
     names = set()
     for service in declared.services.values():
         for method in service.methods.values():
-            registration.require_ours(app, service, method)
+            task.require_ours(app, service, method)
             names.add(method.task_name)
     return not names.isdisjoint(app.tasks)
 

@@ -15,7 +15,6 @@ from celery.exceptions import ChordError, TaskRevokedError
 
 import gw_celery as gw
 from gw_celery import testing
-from gw_celery.client import wait_estimates
 from tests import pooling, services
 from tests.conftest import needed
 from tests.processes import StartWorker, WorkerProcess, eventually
@@ -154,18 +153,19 @@ def test_callers_are_refused_while_the_queue_is_too_long_and_let_in_again(
 ) -> None:
     assert send("patient", "first", 0.3).get(timeout=20) == "first"
     sent = [send("patient", f"flood-{one}", 0.3, age=-LATE) for one in range(20)]
-    found = eventually(_refused_before_sending, 20)
+    found = eventually(lambda: _refused(weighed.patient), 20)
     assert found.estimate > weighed.LIMIT
     assert not found.was_sent
     assert pooling.began(ledger_path, "refused") == []
     assert weighed.single.delay("others").get(timeout=20) == "others"
     assert [one.get(timeout=60) for one in sent] == [f"flood-{one}" for one in range(20)]
-    eventually(lambda: _refused_before_sending() is None, 20)
+    eventually(lambda: _refused(weighed.patient) is None, 20)
 
 
-def _refused_before_sending() -> gw.QueueTimeExceeded | None:
+def _refused(task: Any) -> gw.QueueTimeExceeded | None:
+    """How sending an input, which has expired, is refused."""
     try:
-        weighed.patient.apply_async(("refused",), expires=-1)
+        task.apply_async(("refused",), expires=-1)
     except gw.QueueTimeExceeded as refused:
         return refused
     return None
@@ -203,12 +203,15 @@ def test_callers_are_told_of_what_waits_in_rabbitmq_by_way_of_the_results_redis(
         app.conf.task_queue_max_priority = 10
         assert send("patient", "first", 0.3, app=app).get(timeout=20) == "first"
         sent = [send("patient", f"{one}", 0.3, app=app, age=-LATE) for one in range(40)]
-        told = wait_estimates.of(app)
+
+        @gw.App("told", app).remote(queue="cpu.patient", name="weighed.patient", max_queue_time=0.1)
+        async def told(name: str) -> None: ...
+
         # What the worker itself holds would be done in a fraction of that.
-        eventually(lambda: (told.estimate("cpu.patient") or 0.0) > 20 * 0.3, 20)
+        eventually(lambda: (found := _refused(told)) and found.estimate > 20 * 0.3, 20)
         for one in sent:
             one.revoke()
-        eventually(lambda: told.estimate("cpu.patient") == 0.0, 20)
+        eventually(lambda: _refused(told) is None, 20)
     worker.stop()
 
 

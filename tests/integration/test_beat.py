@@ -16,12 +16,13 @@ import ticked
 from celery import Celery
 
 from gw_celery import testing
-from gw_celery.client import beat_tasks
 from tests import pooling
 from tests.processes import Process, StartWorker, WorkerProcess, eventually
 
 pytestmark = pytest.mark.integration
 
+PROBE = "gw_celery.probe_sweep"
+QUEUE = "gw.control"
 SENT = "Sending due task gw_celery.probe_sweep"
 #: What probes and benchmarks do at a tick is not this file's matter.
 QUIET = {"DECLARED": "probe"}
@@ -74,8 +75,8 @@ def swept(path: Path) -> list[list[str]]:
     return ledger.words(path, "swept")
 
 
-def sweep(name: str = beat_tasks.PROBE, **options: Any) -> Any:
-    return ticked.celery.send_task(name, queue=beat_tasks.QUEUE, ignore_result=True, **options)
+def sweep(name: str = PROBE, **options: Any) -> Any:
+    return ticked.celery.send_task(name, queue=QUEUE, ignore_result=True, **options)
 
 
 def test_every_worker_hears_every_tick_and_a_replica_sends_it(
@@ -107,7 +108,7 @@ def test_ticks_that_expired_while_no_worker_listened_are_not_run(
     eventually(lambda: len(swept(ledger_path)) == 1, 20)
     worker.wait_for_log(f"{live.id}] succeeded")
     for one in stale:
-        assert f"Discarding revoked task: {beat_tasks.PROBE}[{one.id}]" in worker.log_text()
+        assert f"Discarding revoked task: {PROBE}[{one.id}]" in worker.log_text()
     with redis.Redis(unix_socket_path=str(redis_server.socket), db=1) as results:
         assert results.keys("celery-task-meta-*") == []
 
@@ -123,7 +124,7 @@ def test_a_full_worker_takes_no_input_more_and_runs_a_tick_when_a_slot_is_free(
     sweep()
     assert pooling.ask(worker, "reserved", ticked.celery) == []
     assert pooling.queued(redis_server, "cpu.hold") == 3
-    assert (pooling.queued(redis_server, beat_tasks.QUEUE), swept(ledger_path)) == (1, [])
+    assert (pooling.queued(redis_server, QUEUE), swept(ledger_path)) == (1, [])
     eventually(lambda: len(swept(ledger_path)) == 1, 40)
     assert pooling.queued(redis_server, "cpu.hold") > 0, "it waits for one input, not for all"
 
@@ -147,14 +148,14 @@ def test_a_queue_that_is_cancelled_stays_so_until_it_is_added(
 ) -> None:
     worker = start()
     pooling.wait_loaded(worker)
-    eventually(lambda: beat_tasks.QUEUE in consumed(worker), 20)
+    eventually(lambda: QUEUE in consumed(worker), 20)
     command = {"destination": [worker.node], "reply": True, "timeout": 15}
-    ticked.celery.control.cancel_consumer(beat_tasks.QUEUE, **command)
-    assert beat_tasks.QUEUE not in consumed(worker)
+    ticked.celery.control.cancel_consumer(QUEUE, **command)
+    assert QUEUE not in consumed(worker)
     sweep()
     ticked.hold.delay().get(timeout=20)
-    assert (pooling.queued(redis_server, beat_tasks.QUEUE), swept(ledger_path)) == (1, [])
-    ticked.celery.control.add_consumer(beat_tasks.QUEUE, **command)
+    assert (pooling.queued(redis_server, QUEUE), swept(ledger_path)) == (1, [])
+    ticked.celery.control.add_consumer(QUEUE, **command)
     eventually(lambda: len(swept(ledger_path)) == 1)
 
 
@@ -167,7 +168,7 @@ def test_a_stock_worker_can_run_them_for_the_others(
     start: Start, ledger_path: Path, pool: str
 ) -> None:
     listening = start(env={"LOAD": "300"})
-    stock = start(pool=pool, queues=beat_tasks.QUEUE)
+    stock = start(pool=pool, queues=QUEUE)
     sweep()
     eventually(lambda: age(listening) is not None, 20)
     ((pid, *_),) = swept(ledger_path)
@@ -212,4 +213,4 @@ def test_rabbitmq_brings_ticks_and_drops_those_that_were_not_taken(
 def _waiting(client: Celery) -> int:
     """Messages of the sweeps that are in the broker."""
     with client.connection_for_read() as connection:
-        return int(connection.default_channel.queue_declare(beat_tasks.QUEUE, passive=True)[1])
+        return int(connection.default_channel.queue_declare(QUEUE, passive=True)[1])

@@ -14,12 +14,14 @@ import pytest
 import redis
 
 from gw_celery import testing
-from gw_celery.client import beat_tasks
 from tests.processes import Process, environment
 
 pytestmark = pytest.mark.integration
 
-BOTH = [beat_tasks.BENCHMARK, beat_tasks.PROBE]
+PROBE = "gw_celery.probe_sweep"
+BENCHMARK = "gw_celery.benchmark_sweep"
+QUEUE = "gw.control"
+BOTH = [BENCHMARK, PROBE]
 Rows = dict[str, dict[str, Any]]
 RunBeat = Callable[..., Process]
 
@@ -90,29 +92,29 @@ def test_each_sweep_is_one_row_over_restarts(database: Path, run_beat: RunBeat) 
         name: row["id"] for name, row in first.items()
     }
     told = ("task", "every", "period", "enabled")
-    assert [again[beat_tasks.PROBE][key] for key in told] == [beat_tasks.PROBE, 10, "seconds", 1]
-    assert again[beat_tasks.BENCHMARK]["every"] == 86400
+    assert [again[PROBE][key] for key in told] == [PROBE, 10, "seconds", 1]
+    assert again[BENCHMARK]["every"] == 86400
 
 
 def test_a_changed_period_is_in_the_same_row_and_a_disabled_one_stays_so(
     database: Path, run_beat: RunBeat
 ) -> None:
     run_beat()
-    before = rows(database)[beat_tasks.PROBE]["id"]
+    before = rows(database)[PROBE]["id"]
     disable = "update django_celery_beat_periodictask set enabled = 0 where name = ?"
-    change(database, disable, beat_tasks.BENCHMARK)
+    change(database, disable, BENCHMARK)
     run_beat(PROBE_PERIOD="5")
     found = rows(database)
-    row = found[beat_tasks.PROBE]
+    row = found[PROBE]
     assert (row["id"], row["every"]) == (before, 5)
-    assert not found[beat_tasks.BENCHMARK]["enabled"]
+    assert not found[BENCHMARK]["enabled"]
 
 
 def test_what_is_sent_goes_to_the_queue_of_the_sweeps_and_expires(
     run_beat: RunBeat, redis_server: testing.Server
 ) -> None:
-    run_beat(until=f"{beat_tasks.PROBE} sent", PROBE_PERIOD="1")
+    run_beat(until=f"{PROBE} sent", PROBE_PERIOD="1")
     with redis.Redis(unix_socket_path=str(redis_server.socket)) as broker:
-        headers = json.loads(broker.lindex(beat_tasks.QUEUE, 0))["headers"]
-    assert headers["task"] == beat_tasks.PROBE
+        headers = json.loads(broker.lindex(QUEUE, 0))["headers"]
+    assert headers["task"] == PROBE
     assert headers["expires"] is not None

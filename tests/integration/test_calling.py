@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,7 +21,6 @@ from celery import chain, chord, group
 from celery.exceptions import Ignore, TaskRevokedError
 
 from gw_celery import errors, testing
-from gw_celery.client import calls
 from tests import processes
 from tests.processes import eventually
 
@@ -214,20 +212,12 @@ def test_what_a_stranger_wrote_into_the_backend_is_not_raised_by_a_group() -> No
 
 
 def test_an_answer_that_cannot_be_read_ends_the_wait_with_its_reason() -> None:
-    # Never sent: Celery's own client would subscribe to it, and fail at it in a later test.
-    unread = served.celery.AsyncResult(uuid4().hex)
-    backend = served.celery.backend
+    task_id, backend = uuid4().hex, served.celery.backend
     stored = '{"status": "SUCCESS", "result": {"~obj": ["other.Type@1", {}]}}'
-    backend.set(backend.get_key_for_task(unread.id), stored)
-
-    sending: Future[Any] = Future()
-    sending.set_result(unread)
-
-    async def awaited() -> None:
-        await calls.watcher(served.celery).answer(sending, "served.echo", 5)
+    backend.set(backend.get_key_for_task(task_id), stored)
 
     with pytest.raises(errors.SerializationError, match=r"other\.Type"):
-        asyncio.run(awaited())
+        served.echo.options(task_id=task_id, queue="unread", timeout=5).remote(1)
 
 
 def test_types_survive_the_way_there_and_back() -> None:

@@ -1,19 +1,22 @@
-"""A watcher whose connection to Redis is lost; its answers are stored here, by no worker."""
+"""Waiting while the connection to Redis is lost; the answers are stored here, by no worker."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
+import redis.asyncio
 from celery import Celery
 
 import gw_celery as gw
-from gw_celery import testing
-from gw_celery.client import calls, result_sources
+from gw_celery.testing import workers
+
+if TYPE_CHECKING:
+    from gw_celery import testing
 
 pytestmark = pytest.mark.integration
 
@@ -21,17 +24,26 @@ LONG = 30.0
 
 
 @pytest.fixture
-def app(redis_url: str, result_url: str) -> Celery:
+def app(redis_url: str, result_url: str) -> Iterator[Celery]:
     made = Celery("watched", broker=redis_url, backend=result_url, set_as_current=False)
     gw.preset(made)
-    return made
+    yield made
+    workers.close_all()
 
 
 @pytest.fixture
-def watcher(app: Celery) -> Iterator[calls.Watcher]:
-    made = calls.Watcher(app)
-    yield made
-    made.close()
+def asked(app: Celery) -> Any:
+    @gw.App("watched", app).remote
+    async def asked(): ...
+
+    return asked
+
+
+@pytest.fixture
+def client(redis_server: testing.Server) -> Iterator[redis.Redis]:
+    """A client of the database that results are in."""
+    with redis.Redis(unix_socket_path=str(redis_server.socket), db=1) as made:
+        yield made
 
 
 async def until(claim: Callable[[], Any]) -> None:
@@ -40,78 +52,122 @@ async def until(claim: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_each_loss_of_the_connection_is_followed_by_the_first_delay(
-    app: Celery,
-    watcher: calls.Watcher,
-    redis_server: testing.Server,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def is_subscribed(task_id: str) -> bool:
-        channel = app.backend.get_key_for_task(task_id)
-        return client.pubsub_numsub(channel)[0][1] > 0
+def calling(task: Any, task_id: str) -> asyncio.Future[Any]:
+    return asyncio.ensure_future(task.options(task_id=task_id, timeout=LONG).aremote())
 
+
+def is_subscribed(app: Celery, client: redis.Redis, task_id: str) -> bool:
+    channel = app.backend.get_key_for_task(task_id)
+    return bool(client.pubsub_numsub(channel)[0][1] > 0)
+
+
+def test_each_loss_of_the_connection_is_followed_by_the_first_delay(
+    app: Celery, asked: Any, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
     async def lost_and_answered(task_id: str) -> Any:
-        answer = asyncio.ensure_future(watcher.meta(task_id))
-        await until(lambda: is_subscribed(task_id))
+        answer = calling(asked, task_id)
+        await until(lambda: is_subscribed(app, client, task_id))
         before = len(caplog.records)
         client.client_kill_filter(_type="pubsub")
         await until(lambda: len(caplog.records) > before)
         app.backend.store_result(task_id, int(task_id), "SUCCESS")
-        return (await asyncio.wait_for(answer, LONG))["result"]
+        return await answer
 
     async def three_times() -> list[Any]:
         return [await lost_and_answered(one) for one in "123"]
 
-    with (
-        redis.Redis(unix_socket_path=str(redis_server.socket)) as client,
-        caplog.at_level(logging.WARNING, result_sources.__name__),
-    ):
+    with caplog.at_level(logging.WARNING, "gw_celery"):
         assert asyncio.run(three_times()) == [1, 2, 3]
-    assert [record.args[0] for record in caplog.records] == [0.1, 0.1, 0.1]
+    texts = [record.getMessage() for record in caplog.records]
+    assert [text[: text.index("s:")] for text in texts] == [
+        "cannot read the result backend, again in 0.1 "
+    ] * 3
+    assert [record.exc_info for record in caplog.records] == [None] * 3
 
 
 def test_a_notification_that_was_lost_is_made_good_however_many_calls_come(
-    app: Celery, watcher: calls.Watcher, monkeypatch: pytest.MonkeyPatch
+    app: Celery, asked: Any, client: redis.Redis
 ) -> None:
-    async def deaf(*args: Any) -> None:
-        await asyncio.Event().wait()
-
     async def answered() -> Any:
-        answer = asyncio.ensure_future(watcher.meta("kept"))
-        await until(watcher._source._subscribed.is_set)
-        app.backend.store_result("kept", "there", "SUCCESS")
-        others = [answer]
-        async with asyncio.timeout(LONG):
-            while not answer.done():
-                others.append(asyncio.ensure_future(watcher.meta(f"other-{len(others)}")))
-                await asyncio.sleep(0.02)
+        answer = calling(asked, "kept")
+        await until(lambda: is_subscribed(app, client, "kept"))
+        others = [calling(asked, "other-0")]
+        # By then what is stored of the first has been looked for.
+        await until(lambda: is_subscribed(app, client, "other-0"))
+        record = {"status": "SUCCESS", "result": "there", "traceback": None, "task_id": "kept"}
+        client.set(app.backend.get_key_for_task("kept"), app.backend.encode(record))
+        while not answer.done():
+            others.append(calling(asked, f"other-{len(others)}"))
+            await asyncio.sleep(0.02)
         for one in others:
             one.cancel()
-        return (await answer)["result"]
+        await asyncio.wait(others)
+        return await answer
 
-    monkeypatch.setattr(result_sources.RedisSource, "_listen", deaf)
-    monkeypatch.setattr(result_sources, "SWEEP", 0.5)
     assert asyncio.run(answered()) == "there"
 
 
-def test_an_unforeseen_error_is_logged_and_answers_still_come(
-    app: Celery,
-    watcher: calls.Watcher,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_server_that_accepts_and_never_answers_is_given_up(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    read, fails = result_sources.RedisSource._read, iter([ValueError("unforeseen")])
+    again = asyncio.Event()
+    writers: list[asyncio.StreamWriter] = []
 
-    async def failing_once(*args: Any) -> None:
+    def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        if len(writers) == 2:
+            again.set()
+
+    async def act() -> None:
+        async with await asyncio.start_server(connected, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            url = f"redis://127.0.0.1:{port}"
+            app = Celery("silent", broker="memory://", backend=url, set_as_current=False)
+            gw.preset(app)
+
+            @gw.App("silent", app).remote
+            async def silent(): ...
+
+            answer = calling(silent, "1")
+            async with asyncio.timeout(LONG):
+                await again.wait()
+            answer.cancel()
+            await asyncio.wait([answer])
+            await asyncio.to_thread(workers.close_all)
+            for writer in writers:
+                writer.close()
+
+    asyncio.run(act())
+    assert "cannot read the result backend, again in 0.1 s: TimeoutError()" in caplog.text
+
+
+def test_an_unforeseen_error_is_logged_and_answers_still_come(
+    app: Celery, asked: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read, fails = redis.asyncio.Redis.mget, iter([ValueError("unforeseen")])
+
+    async def failing_once(*args: Any) -> Any:
         for error in fails:
             raise error
-        await read(*args)
+        return await read(*args)
 
     async def answered() -> Any:
-        return (await asyncio.wait_for(watcher.meta("1"), LONG))["result"]
+        return await calling(asked, "1")
 
-    monkeypatch.setattr(result_sources.RedisSource, "_read", failing_once)
+    monkeypatch.setattr(redis.asyncio.Redis, "mget", failing_once)
     app.backend.store_result("1", "here", "SUCCESS")
     assert asyncio.run(answered()) == "here"
     assert "unforeseen" in caplog.text
     assert "Traceback" in caplog.text
+
+
+def test_an_answer_that_is_there_already_is_found_before_all_are_read_again(
+    app: Celery, asked: Any
+) -> None:
+    app.backend.store_result("1", "here", "SUCCESS")
+
+    async def answered() -> Any:
+        async with asyncio.timeout(4):
+            return await calling(asked, "1")
+
+    assert asyncio.run(answered()) == "here"

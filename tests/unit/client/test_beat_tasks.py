@@ -10,9 +10,11 @@ from celery import Celery, _state
 from celery.exceptions import QueueNotFound
 
 import gw_celery as gw
-from gw_celery.client import beat_tasks
 
-BOTH = [beat_tasks.BENCHMARK, beat_tasks.PROBE]
+PROBE = "gw_celery.probe_sweep"
+BENCHMARK = "gw_celery.benchmark_sweep"
+COMMANDS = {PROBE: "gw_probe_tick", BENCHMARK: "gw_benchmark_tick"}
+BOTH = [BENCHMARK, PROBE]
 
 
 def probed(app: gw.App, name: str = "Probed", period: float = 30.0) -> None:
@@ -66,8 +68,8 @@ def test_a_message_names_the_queue_and_when_it_expires(app: gw.App, name: str) -
     [
         (lambda app: None, []),
         (lambda app: app.remote(check_nothing), []),
-        (probed, [beat_tasks.PROBE]),
-        (measured, [beat_tasks.BENCHMARK]),
+        (probed, [PROBE]),
+        (measured, [BENCHMARK]),
     ],
 )
 def test_there_is_an_entry_only_for_what_is_declared(
@@ -115,7 +117,7 @@ def test_a_lazily_bound_app_gives_them_to_the_app_in_use(
     measured(lazy, name=f"lazy.{is_finalized}", queue=f"lazy{is_finalized}")
     current.finalize()
     assert ours(current) == BOTH
-    assert set(beat_tasks.COMMANDS) <= set(current.tasks)
+    assert set(COMMANDS) <= set(current.tasks)
 
 
 def test_several_apps_of_one_celery_app_share_the_tasks_and_the_entries(
@@ -124,19 +126,19 @@ def test_several_apps_of_one_celery_app_share_the_tasks_and_the_entries(
     first, second = gw.App("first", celery_app), gw.App("second", celery_app)
     probed(first, "Slow", 30.0)
     celery_app.finalize()
-    assert celery_app.conf.beat_schedule[beat_tasks.PROBE]["schedule"] == 10
+    assert celery_app.conf.beat_schedule[PROBE]["schedule"] == 10
     probed(second, "Quick", 3.0)
     measured(second)
     assert ours(celery_app) == BOTH
-    assert celery_app.conf.beat_schedule[beat_tasks.PROBE]["schedule"] == 3
+    assert celery_app.conf.beat_schedule[PROBE]["schedule"] == 3
     assert sorted(name for name in celery_app.tasks if name.startswith("gw_celery.")) == BOTH
-    assert celery_app.tasks[beat_tasks.PROBE].expires == 3
+    assert celery_app.tasks[PROBE].expires == 3
 
 
 def test_what_the_user_schedules_stays_and_wins(app: gw.App) -> None:
     mail = {"task": "mail", "schedule": 60.0}
-    own = {"task": beat_tasks.PROBE, "schedule": 7.0}
-    given = {"mail": mail, beat_tasks.PROBE: own}
+    own = {"task": PROBE, "schedule": 7.0}
+    given = {"mail": mail, PROBE: own}
     app.celery.conf.beat_schedule = given
     probed(app)
     measured(app)
@@ -144,8 +146,8 @@ def test_what_the_user_schedules_stays_and_wins(app: gw.App) -> None:
     measured_too(app)
     schedule = app.celery.conf.beat_schedule
     assert sorted(schedule) == [*BOTH, "mail"]
-    assert (schedule["mail"], schedule[beat_tasks.PROBE]) == (mail, own)
-    assert sorted(given) == [beat_tasks.PROBE, "mail"], "a project's own dict is not written to"
+    assert (schedule["mail"], schedule[PROBE]) == (mail, own)
+    assert sorted(given) == [PROBE, "mail"], "a project's own dict is not written to"
 
 
 def measured_too(app: gw.App) -> None:
@@ -155,8 +157,8 @@ def measured_too(app: gw.App) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"gw_probe_period": None}, [beat_tasks.BENCHMARK]),
-        ({"gw_benchmark_period": None}, [beat_tasks.PROBE]),
+        ({"gw_probe_period": None}, [BENCHMARK]),
+        ({"gw_benchmark_period": None}, [PROBE]),
         ({"gw_benchmark_period": None, "gw_probe_period": None}, []),
     ],
 )
@@ -180,7 +182,7 @@ def test_the_quickest_probe_sets_the_period_within_bounds(
     app.celery.conf.gw_probe_period = longest
     probed(app, period=declared)
     app.celery.finalize()
-    assert app.celery.conf.beat_schedule[beat_tasks.PROBE]["schedule"] == period
+    assert app.celery.conf.beat_schedule[PROBE]["schedule"] == period
 
 
 def test_a_setting_of_a_wrong_type_is_logged_and_breaks_nothing(
@@ -193,7 +195,7 @@ def test_a_setting_of_a_wrong_type_is_logged_and_breaks_nothing(
     assert ours(app.celery) == []
 
 
-@pytest.mark.parametrize(("name", "command"), beat_tasks.COMMANDS.items())
+@pytest.mark.parametrize(("name", "command"), COMMANDS.items())
 def test_a_sweep_broadcasts_its_command_and_waits_for_no_reply(
     app: gw.App, name: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +215,7 @@ def test_a_project_whose_tasks_derive_from_a_class_of_its_own_has_plain_sweeps()
 
     celery_app = Celery("audited", broker="memory://", task_cls=Audited, set_as_current=False)
     gw.App("audited", celery_app)
-    assert not isinstance(celery_app.tasks[beat_tasks.PROBE], Audited)
+    assert not isinstance(celery_app.tasks[PROBE], Audited)
 
 
 def gw_task() -> type:
@@ -230,7 +232,7 @@ def test_the_queue_is_the_same_in_every_process_whatever_queues_the_app_makes(ap
     )
     queues = app.celery.amqp.queues
     assert queues["other"].queue_arguments == {"x-queue-type": "quorum", "x-max-priority": 10}
-    app.celery.tasks[beat_tasks.PROBE].apply_async()
+    app.celery.tasks[PROBE].apply_async()
     queue = queues["gw.control"]
     assert (queue.queue_arguments, queue.durable, queue.routing_key) == (None, True, "gw.control")
     assert (queue.exchange.name, queue.exchange.type) == ("gw.control", "direct")
@@ -239,11 +241,11 @@ def test_the_queue_is_the_same_in_every_process_whatever_queues_the_app_makes(ap
 def test_a_queue_that_the_project_names_is_the_projects(app: gw.App) -> None:
     named = kombu.Queue("gw.control", queue_arguments={"x-max-length": 9})
     app.celery.conf.task_queues = [named]
-    app.celery.tasks[beat_tasks.PROBE].apply_async()
+    app.celery.tasks[PROBE].apply_async()
     assert app.celery.amqp.queues["gw.control"].queue_arguments == {"x-max-length": 9}
 
 
 def test_a_project_that_makes_no_queues_by_itself_gets_none(app: gw.App) -> None:
     app.celery.conf.update(task_create_missing_queues=False, task_queues=[kombu.Queue("other")])
     with pytest.raises(QueueNotFound):
-        app.celery.tasks[beat_tasks.PROBE].apply_async()
+        app.celery.tasks[PROBE].apply_async()

@@ -1,119 +1,133 @@
+"""Waiting with a result backend that has to be asked, and that fails."""
+
 from __future__ import annotations
 
 import asyncio
-import types
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import kombu.exceptions
-from celery import states
+import pytest
+from celery import Celery, states
+from celery.backends.cache import CacheBackend
+from celery.backends.rpc import RPCBackend
 
+import gw_celery as gw
 from gw_celery import errors
-from gw_celery.client import result_sources
-from gw_celery.client.result_sources import PolledSource, RpcSource
+from gw_celery.testing import workers
 
-INTERVAL = 0.001
 LONG = 60.0
+Read = Callable[[str], Mapping[str, Any]]
 
 
-class Source:
-    """A polled source over records of this test, and what it resolved."""
+class Scripted(CacheBackend):
+    """Reads what a test says."""
 
-    def __init__(
-        self, read: Callable[[str], Mapping[str, Any]], cls: type[PolledSource] = PolledSource
-    ) -> None:
-        self._waiters: dict[str, Future[Mapping[str, Any]]] = {}
-        self.asked: list[str] = []
-        self._read = read
-        backend = types.SimpleNamespace(get_task_meta=self._ask)
-        app = types.SimpleNamespace(_get_backend=lambda: backend)
-        self.polled = cls(app, INTERVAL)
+    read: ClassVar[Read]
 
-    async def wait_for(self, *task_ids: str) -> None:
-        for task_id in task_ids:
-            self._waiters[task_id] = Future()
-            self.polled.add(task_id, self._waiters[task_id])
-        assert self.polled._task is not None
-        await asyncio.wait_for(self.polled._task, LONG)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, backend="memory://", **kwargs)
 
-    def _ask(self, task_id: str) -> Mapping[str, Any]:
-        self.asked.append(task_id)
-        return self._read(task_id)
+    def get_task_meta(self, task_id: str, cache: bool = True) -> Any:
+        return Scripted.read(task_id)
 
-    @property
-    def resolved(self) -> dict[str, Any]:
-        done = {task_id: waiter for task_id, waiter in self._waiters.items() if waiter.done()}
-        return {task_id: waiter.exception() or waiter.result() for task_id, waiter in done.items()}
+
+class ScriptedQueue(RPCBackend):
+    def get_task_meta(self, task_id: str, backlog_limit: int = 1000) -> Any:
+        return Scripted.read(task_id)
+
+
+def task_of(backend: type[Any], read: Read) -> Any:
+    Scripted.read = staticmethod(read)
+    url = f"{backend.__module__}:{backend.__name__}"
+    app = Celery("polled", broker="memory://", backend=url, set_as_current=False)
+    gw.preset(app)
+    app.conf.gw_poll_interval = 0.001
+
+    @gw.App("polled", app).remote
+    async def asked(): ...
+
+    return asked
+
+
+@pytest.fixture(autouse=True)
+def _watchers_end_with_their_test() -> Iterator[None]:
+    yield
+    workers.close_all()
+
+
+def answers(task: Any, *task_ids: str) -> list[Any]:
+    async def main() -> list[Any]:
+        sent = [task.options(task_id=task_id, timeout=LONG).spawn() for task_id in task_ids]
+        return await asyncio.gather(*sent, return_exceptions=True)
+
+    return asyncio.run(main())
 
 
 def success(task_id: str) -> Mapping[str, Any]:
     return {"status": states.SUCCESS, "result": task_id}
 
 
+def delays(caplog: pytest.LogCaptureFixture) -> list[float]:
+    texts = [record.getMessage() for record in caplog.records if record.name.startswith("gw_")]
+    return [float(re.findall(r"again in (\S+) s", text)[0]) for text in texts]
+
+
 def test_a_backend_that_is_away_is_asked_ever_more_seldom_and_with_one_line_each(
-    monkeypatch, caplog
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(result_sources, "LONGEST_DELAY", 0.004)
-    monkeypatch.setattr(result_sources, "FIRST_DELAY", 0.001)
-    failures = 0
+    failures = iter(range(4))
 
     def read(task_id: str) -> Mapping[str, Any]:
-        nonlocal failures
-        failures += 1
-        if failures <= 5:
+        if next(failures, None) is not None:
             raise OSError("NOT_FOUND - no vhost")
         return success(task_id)
 
-    source = Source(read)
-    asyncio.run(source.wait_for(*"abc"))
-
-    assert source.resolved.keys() == {"a", "b", "c"}
+    task = task_of(Scripted, read)
+    assert answers(task, *"abc") == [*"abc"]
     # One a round, not one for each that waits, and no traceback.
-    assert [record.exc_info for record in caplog.records] == [None] * 5
-    delays = [record.args[1] for record in caplog.records]
-    assert delays == [0.001, 0.002, 0.004, 0.004, 0.004]
-    assert source.polled._backoff.next() == 0.001
+    assert delays(caplog) == [0.1, 0.2, 0.4, 0.8]
+    assert {record.exc_info for record in caplog.records} == {None}
+    failures = iter(range(1))
+    assert answers(task, "d") == ["d"]
+    assert delays(caplog)[4:] == [0.1]
 
 
-def test_one_record_that_fails_keeps_no_other_from_being_read(monkeypatch) -> None:
-    monkeypatch.setattr(result_sources, "FIRST_DELAY", 0.001)
+def test_one_record_that_fails_keeps_no_other_from_being_read(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     reads: list[str] = []
 
     def read(task_id: str) -> Mapping[str, Any]:
         reads.append(task_id)
-        if task_id == "bad" and reads.count("bad") < 3:
+        if task_id == "bad" and not {*"ab"} <= {*reads}:
             raise RuntimeError("of this record")
         return success(task_id)
 
-    source = Source(read)
-    asyncio.run(source.wait_for("bad", "a", "b"))
-
-    assert reads == ["bad", "a", "b", "bad", "bad"]
+    assert answers(task_of(Scripted, read), "bad", "a", "b") == ["bad", "a", "b"]
+    assert "cannot read bad, again in" in caplog.text
 
 
-def test_a_record_that_cannot_be_decoded_ends_the_wait_with_its_reason() -> None:
+@pytest.mark.parametrize(
+    "exc", [kombu.exceptions.DecodeError("no such type"), kombu.exceptions.ContentDisallowed("no")]
+)
+def test_a_record_that_cannot_be_decoded_ends_the_wait_with_its_reason(exc: Exception) -> None:
     def read(task_id: str) -> Mapping[str, Any]:
-        raise kombu.exceptions.DecodeError("no such type")
+        raise exc
 
-    source = Source(read)
-    asyncio.run(source.wait_for("a"))
-
-    assert isinstance(source.resolved["a"], errors.SerializationError)
-    assert "no such type" in str(source.resolved["a"])
+    (error,) = answers(task_of(Scripted, read), "a")
+    assert isinstance(error, errors.SerializationError)
+    assert str(exc) in str(error)
 
 
-def test_the_answer_of_another_task_that_cannot_be_decoded_ends_no_wait(monkeypatch) -> None:
-    monkeypatch.setattr(result_sources, "FIRST_DELAY", 0.001)
-    slurped: list[str] = []
+def test_the_answer_of_another_task_that_cannot_be_decoded_ends_no_wait() -> None:
+    reads: list[str] = []
 
     def read(task_id: str) -> Mapping[str, Any]:
-        slurped.append(task_id)
-        if len(slurped) == 1:
+        reads.append(task_id)
+        if len(reads) == 1:
             raise kombu.exceptions.DecodeError("of another task in the queue")
         return success(task_id)
 
-    source = Source(read, RpcSource)
-    asyncio.run(source.wait_for("a"))
-
-    assert source.resolved == {"a": success("a")}
+    assert answers(task_of(ScriptedQueue, read), "a") == ["a"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +16,8 @@ from celery import Celery, signals, states
 from celery.backends import cache
 
 import gw_celery as gw
-from gw_celery.client import calls
-from tests.processes import eventually
+from gw_celery.testing import workers
+from tests.processes import environment, eventually
 
 LONG = 60.0
 
@@ -28,9 +31,7 @@ def square(app: gw.App) -> Any:
     async def square(x): ...
 
     yield square
-    watcher = calls._watchers.pop(id(app.celery), None)
-    if watcher is not None:
-        watcher.close()
+    workers.close_all()
 
 
 def answer(task: Any, task_id: str, result: Any, state: str = states.SUCCESS) -> None:
@@ -169,11 +170,41 @@ def test_many_calls_wait_in_one_thread(square) -> None:
     assert asyncio.run(main()) == [n * n for n in range(300)]
 
 
-def test_the_threads_that_publish_share_one_pool_of_producers(square) -> None:
-    amqp = square.app.amqp
-    assert amqp._producer_pool is None
-    calls.watcher(square.app)
-    assert amqp._producer_pool is not None
+def test_the_threads_that_publish_share_one_pool_of_producers(square, monkeypatch) -> None:
+    """Made before them: threads that came at once would each make one."""
+    connect, makers = square.app.connection_for_write, []
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        makers.append(threading.current_thread())
+        return connect(*args, **kwargs)
+
+    monkeypatch.setattr(square.app, "connection_for_write", note)
+    square.spawn(5)
+    assert makers[0] is threading.main_thread()
+
+
+def test_a_timeout_of_the_broker_is_not_one_of_the_call(square, monkeypatch) -> None:
+    def send(*_: Any, **__: Any) -> None:
+        raise TimeoutError("of the broker")
+
+    monkeypatch.setattr(square.app.amqp, "send_task_message", send)
+    with pytest.raises(TimeoutError, match="of the broker") as caught:
+        square.options(timeout=LONG).remote(5)
+    assert not isinstance(caught.value, gw.CallTimeout)
+
+
+def test_a_call_is_published_in_the_context_of_its_caller(square) -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("trace")
+    seen: list[tuple[str, bool]] = []
+
+    def note(*_: Any, **__: Any) -> None:
+        seen.append((variable.get(), threading.current_thread() is threading.main_thread()))
+
+    signals.before_task_publish.connect(note)
+    variable.set("of the caller")
+    square.spawn(5)
+    signals.before_task_publish.disconnect(note)
+    assert seen == [("of the caller", False)]
 
 
 def test_two_that_wait_for_one_answer_both_get_it(square) -> None:
@@ -217,16 +248,15 @@ def test_a_wait_that_is_cancelled_revokes_the_call(square, monkeypatch) -> None:
 def test_too_many_that_wait_are_refused(square) -> None:
     square.app.conf.gw_max_waiting = 1
 
-    watcher = calls.watcher(square.app)
-
     async def both() -> list[Any]:
-        waits = [asyncio.ensure_future(watcher.meta(one)) for one in ("1", "2")]
+        sent = [square.options(task_id=one).spawn(5) for one in ("1", "2")]
+        waits = [asyncio.ensure_future(one) for one in sent]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         answer(square, "1", 1)
         return await asyncio.gather(*waits, return_exceptions=True)
 
     first, second = asyncio.run(both())
-    assert first["result"] == 1
+    assert first == 1
     assert isinstance(second, gw.UsageError)
     assert "gw_max_waiting" in str(second)
 
@@ -248,18 +278,25 @@ def test_a_blocking_call_returns_what_was_answered(square) -> None:
     assert repr(sent) == f"<Spawned {square.name}[1]>"
 
 
-@pytest.fixture
-def frozen(square) -> Iterator[threading.Event]:
+class Freeze(threading.Event):
     """Publishing blocks, as with a broker that accepts and never answers, until it is set."""
-    thawed = threading.Event()
 
-    def block(*_: Any, **__: Any) -> None:
-        thawed.wait(LONG)
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_begun = threading.Event()
 
-    signals.before_task_publish.connect(block)
-    yield thawed
-    signals.before_task_publish.disconnect(block)
-    thawed.set()
+    def block(self, *_: Any, **__: Any) -> None:
+        self.has_begun.set()
+        self.wait(LONG)
+
+
+@pytest.fixture
+def frozen(square) -> Iterator[Freeze]:
+    freeze = Freeze()
+    signals.before_task_publish.connect(freeze.block)
+    yield freeze
+    signals.before_task_publish.disconnect(freeze.block)
+    freeze.set()
 
 
 async def awaited(call: Any) -> Any:
@@ -304,14 +341,20 @@ def test_a_call_that_was_not_sent_yet_is_not_sent_any_more(square, frozen) -> No
 def test_too_many_that_wait_to_be_sent_are_refused(square, frozen) -> None:
     square.app.conf.gw_publish_threads = 1
     square.app.conf.gw_max_waiting = 1
-    watcher = calls.watcher(square.app)
-    began = threading.Event()
-    watcher.submit(lambda **_: (began.set(), frozen.wait(LONG)))
-    assert began.wait(LONG)
-    watcher.submit(lambda **_: None)
 
-    with pytest.raises(gw.UsageError, match=r"1 calls wait to be sent already .*gw_max_waiting"):
-        square.spawn(5)
+    async def main() -> None:
+        waits = [asyncio.ensure_future(square(5))]
+        await asyncio.to_thread(frozen.has_begun.wait, LONG)
+        waits.append(asyncio.ensure_future(square(5)))
+        await asyncio.sleep(0)
+        with pytest.raises(gw.UsageError, match=r"1 calls wait to be sent already .*max_waiting"):
+            await square(5)
+        frozen.set()
+        for waiting in waits:
+            waiting.cancel()
+        await asyncio.wait(waits)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -342,3 +385,39 @@ def test_a_spawned_call_can_be_cancelled(square, monkeypatch) -> None:
     square.options(task_id="1").spawn(5).cancel()
 
     assert ids == ["1"]
+
+
+def test_what_is_given_up_is_revoked_before_its_process_exits() -> None:
+    code = """
+import threading
+from celery import Celery
+import gw_celery as gw
+celery_app = Celery("x", broker="memory://", backend="cache+memory://")
+gw.preset(celery_app)
+def revoke(task_id, **_):
+    threading.Event().wait(0.3)
+    print("revoked", task_id, flush=True)
+celery_app.control.revoke = revoke
+@gw.App("x", celery_app).remote
+async def square(x): ...
+try:
+    square.options(task_id="1", timeout=0.05).remote(5)
+except gw.CallTimeout:
+    print("late", flush=True)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["late", "revoked 1"]
+
+
+def test_a_process_that_waits_for_no_answer_does_not_load_the_redis_clients() -> None:
+    code = """
+import sys
+import gw_celery as gw
+app = gw.App("x")
+@app.remote
+async def square(x): ...
+sys.exit("redis" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), check=False)
+    assert done.returncode == 0
