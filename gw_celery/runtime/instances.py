@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import itertools
 import logging
 import os
 import threading
@@ -30,7 +29,6 @@ from gw_celery.types import ParameterValues
 
 logger = logging.getLogger(__name__)
 
-_numbers = itertools.count(1)
 #: Attribute of a view: the instance whose state it shares; ``None`` in that instance.
 _SHARED = "_gw_shared"
 
@@ -50,18 +48,16 @@ class Loaded:
     in_use: int = 0
     #: It takes no further call, and is left when those that use it have ended.
     is_drained: bool = False
-    #: Tells it from every other instance of this process, also from those that are gone.
-    number: int = dataclasses.field(default_factory=_numbers.__next__)
 
     def suits(self, values: ParameterValues) -> bool:
         return _text(values, self.reads) == self.text
 
-    def batch_key(self, values: ParameterValues) -> tuple[int, str]:
+    def batch_key(self, values: ParameterValues) -> tuple[Loaded, str]:
         """Return what inputs must have in common to share one call.
 
         That is this instance and every parameter, for a body may read any of them.
         """
-        return self.number, parameters.canonical(values)
+        return self, parameters.canonical(values)
 
     def view(self, values: ParameterValues) -> Any:
         """Return the object that a call with ``values`` sees: shared state, own parameters."""
@@ -88,7 +84,7 @@ class Instances:
         # Of no call: an instance outlives those that it was built for.
         self._context = contextvars.copy_context()
         # Told that an instance may have become idle, while a build waits for that.
-        self._on_idle: Callable[[], object] | None = None
+        self._on_idle: Callable[[], object] = lambda: None
 
     def enter_default(self) -> lifecycle.Entered | None:
         """Begin to enter the instance of the default parameters; ``None`` where one has none.
@@ -118,10 +114,9 @@ class Instances:
         """Count a use of the default instance, or of the last one used where there is none."""
         with self._lock:
             usable = [loaded for loaded in self._loaded if not loaded.is_drained]
-            pinned = [loaded for loaded in usable if loaded.is_pinned]
             if not usable:
                 return None
-            chosen = (pinned or usable)[-1]
+            chosen = next((loaded for loaded in usable if loaded.is_pinned), usable[-1])
             chosen.in_use += 1
             return chosen
 
@@ -129,7 +124,7 @@ class Instances:
         """End one use of an instance; from any thread."""
         with self._lock:
             loaded.in_use -= 1
-            self._tell_idle()
+            self._on_idle()
 
     @contextlib.contextmanager
     def using(self, loaded: Loaded) -> Iterator[None]:
@@ -141,8 +136,21 @@ class Instances:
         finally:
             self.give_back(loaded)
 
-    async def load(self, values: ParameterValues) -> Loaded:
-        """Return a suitable instance, entering a new one when there is none; on the loop.
+    @contextlib.contextmanager
+    def awaiting(self, values: ParameterValues) -> Iterator[None]:
+        """Keep what is built for a call until it takes that; from any thread."""
+        token = object()
+        try:
+            with self._lock:
+                self._awaited[token] = values
+            yield
+        finally:
+            with self._lock:
+                self._awaited.pop(token, None)
+                self._on_idle()
+
+    async def build(self, values: ParameterValues) -> None:
+        """Enter a suitable instance unless there is one; on the loop.
 
         Concurrent first uses build it once. A build that fails raises in all that wait for it,
         and is not kept; one whose callers give up goes on for the next, once it has begun.
@@ -150,16 +158,14 @@ class Instances:
         Raises:
             UsageError: where ``gw_max_instances`` leaves no room beside the default instance.
         """
-        token = object()
-        self._awaited[token] = values
-        try:
-            while (loaded := self.take(values)) is None:
-                await asyncio.shield(self._build(values))
-            return loaded
-        finally:
-            del self._awaited[token]
-            with self._lock:
-                self._tell_idle()
+        key = parameters.canonical(values)
+        if key not in self._builds:
+            self._builds[key] = asyncio.get_running_loop().create_task(
+                self._build(key, values), context=self._context.copy()
+            )
+            # What it raises is retrieved here: callers that gave up have not done so.
+            self._builds[key].add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.shield(self._builds[key])
 
     async def leave(self) -> None:
         """Leave every instance, in parallel; a build under way is cancelled."""
@@ -175,34 +181,26 @@ class Instances:
 
     # -- building --
 
-    def _build(self, values: ParameterValues) -> asyncio.Task[None]:
-        """Return the task that builds an instance for ``values``: one for all that wait for it."""
-        key = parameters.canonical(values)
-        if key not in self._builds or self._builds[key].done():
-            build = self._builds[key] = asyncio.get_running_loop().create_task(
-                self._build_missing(values), context=self._context.copy()
-            )
-            build.add_done_callback(functools.partial(self._forget, key))
-        return self._builds[key]
-
-    def _forget(self, key: str, build: asyncio.Task[None]) -> None:
-        if self._builds.get(key) is build:
+    async def _build(self, key: str, values: ParameterValues) -> None:
+        try:
+            async with self._building:
+                if any(loaded.suits(values) for loaded in self._loaded):
+                    return  # of other values, but of the same that shape the state
+                if not await self._has_room_for(values):
+                    return
+                life = self._life(values)
+                try:
+                    await lifecycle.settle_all([life], self._settings.start_timeout)
+                except errors.StartupError as failed:
+                    cause = failed.causes[life.name]
+                    if isinstance(cause, Exception):
+                        raise cause from None
+                    raise errors.BodyExited(  # an exit of a hook ends no process
+                        f"an on_enter hook of {life.name} raised {cause!r}; raise an Exception"
+                    ) from cause
+                self._add(life, values, is_pinned=False)
+        finally:
             del self._builds[key]
-        if not build.cancelled():
-            build.exception()  # retrieved: callers that gave up have not done so
-
-    async def _build_missing(self, values: ParameterValues) -> None:
-        async with self._building:
-            if any(loaded.suits(values) for loaded in self._loaded):
-                return  # of other values, but of the same that shape the state
-            if not await self._has_room_for(values):
-                return
-            life = self._life(values)
-            try:
-                await lifecycle.settle_all([life], self._settings.start_timeout)
-            except errors.StartupError as failed:
-                raise _as_error(life.name, failed.causes[life.name]) from None
-            self._add(life, values, is_pinned=False)
 
     def _life(self, values: ParameterValues) -> lifecycle.Entered:
         manager = _entered(self._service, self._view_class, values)
@@ -229,28 +227,24 @@ class Instances:
         try:
             while len(self._loaded) >= self._settings.max_instances:
                 freed.clear()
-                if values not in self._awaited.values():
+                with self._lock:
+                    is_awaited = values in self._awaited.values()
+                if not is_awaited:
                     return False
                 if (idle := self._idle()) is None:
                     await freed.wait()
-                else:
-                    await self._evict(idle)
+                    continue
+                key, text = self._service.key, idle.text
+                logger.info("pid %d leaves %s with %.200s", os.getpid(), key, text)
+                await idle.life.leave()
+                with self._lock:
+                    self._loaded.remove(idle)
             return True
         finally:
             with self._lock:
-                self._on_idle = None
+                self._on_idle = lambda: None
                 for loaded in self._loaded:
                     loaded.is_drained = False
-
-    async def _evict(self, idle: Loaded) -> None:
-        logger.info("pid %d leaves %s with %.200s", os.getpid(), self._service.key, idle.text)
-        await idle.life.leave()
-        with self._lock:
-            self._loaded.remove(idle)
-
-    def _tell_idle(self) -> None:
-        if self._on_idle is not None:
-            self._on_idle()
 
     def _idle(self) -> Loaded | None:
         """Return the least recently used idle instance, drained.
@@ -266,7 +260,12 @@ class Instances:
                     f"no room beside the instance of its default parameters, which is always kept: "
                     f"set it to {self._settings.max_instances + 1} or more"
                 )
-            spare = [loaded for loaded in unpinned if not self._is_awaited(loaded)]
+            # Not one that was just built for a call that has not taken it yet.
+            spare = [
+                loaded
+                for loaded in unpinned
+                if loaded.is_drained or not any(map(loaded.suits, self._awaited.values()))
+            ]
             idle = next((loaded for loaded in spare if not loaded.in_use), None)
             if idle is not None:
                 idle.is_drained = True
@@ -274,55 +273,8 @@ class Instances:
                 spare[0].is_drained = True
             return idle
 
-    def _is_awaited(self, loaded: Loaded) -> bool:
-        """Whether it was just built for a call that has not taken it yet."""
-        return not loaded.is_drained and any(map(loaded.suits, self._awaited.values()))
-
     def _defaults(self) -> dict[str, Any]:
         return parameters.complete(self._service.parameters, {})
-
-
-class Use:
-    """One call's use of an instance, for a caller that may stop waiting at any moment.
-
-    It is counted once at most, and given back also where a load ends after its caller gave up.
-    """
-
-    def __init__(self, owner: Instances, values: ParameterValues) -> None:
-        self._owner = owner
-        self._values = values
-        self._loaded: Loaded | None = None
-        self._is_over = False
-        # Reentrant: an exception that is raised in a thread can interrupt `end` itself.
-        self._lock = threading.RLock()
-
-    def take(self) -> bool:
-        """Use a suitable instance that is there; whether one was. From any thread."""
-        self._loaded = self._owner.take(self._values)
-        return self._loaded is not None
-
-    async def load(self) -> None:
-        """Use a suitable instance once there is one; on the loop."""
-        loaded = await self._owner.load(self._values)
-        with self._lock:
-            if not self._is_over:
-                self._loaded = loaded
-                return
-        self._owner.give_back(loaded)
-
-    def view(self) -> Any:
-        """The object that the call sees."""
-        if self._loaded is None:
-            raise RuntimeError("nothing was taken or loaded")
-        return self._loaded.view(self._values)
-
-    def end(self) -> None:
-        """Give back what is used; from any thread."""
-        with self._lock:
-            self._is_over = True
-            loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            self._owner.give_back(loaded)
 
 
 @contextlib.asynccontextmanager
@@ -364,19 +316,16 @@ def _text(values: ParameterValues, names: frozenset[str]) -> str:
     return parameters.canonical({name: values[name] for name in names})
 
 
-def _as_error(name: str, cause: BaseException) -> Exception:
-    """Return ``cause`` as what may be raised in an input: an exit of a hook ends no process."""
-    if isinstance(cause, Exception):
-        return cause
-    error = errors.BodyExited(f"an on_enter hook of {name} raised {cause!r}; raise an Exception")
-    error.__cause__ = cause
-    return error
-
-
 def _view_class(cls: type) -> type:
     """A subclass with room for parameter values beside the shared state of ``cls``."""
+    names = {name for base in cls.__mro__ for name in vars(base)}
+    static = {name: inspect.getattr_static(cls, name) for name in names}
     body = {
-        **{name: _SharedSlot(slot) for name, slot in _slots(cls).items()},
+        **{
+            name: _SharedSlot(slot)
+            for name, slot in static.items()
+            if isinstance(slot, types.MemberDescriptorType)
+        },
         "__slots__": (parameters.VALUES, parameters.READS, _SHARED),
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -406,11 +355,3 @@ class _SharedSlot:
 def _state(view: Any) -> Any:
     shared = getattr(view, _SHARED)
     return view if shared is None else shared
-
-
-def _slots(cls: type) -> dict[str, types.MemberDescriptorType]:
-    names = {name for base in cls.__mro__ for name in vars(base)}
-    static = {name: inspect.getattr_static(cls, name) for name in names}
-    return {
-        name: slot for name, slot in static.items() if isinstance(slot, types.MemberDescriptorType)
-    }

@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from gw_celery.runtime import batcher
+
 #: Seconds: a sum of floats may miss the moment that it means by less than this.
 _TOLERANCE = 1e-9
 #: Seconds of real time between two looks at whether a timer is set.
@@ -28,7 +30,7 @@ class _Timer:
         self.is_cancelled = True
 
 
-class FakeClock:
+class FakeClock(batcher.Clock):
     """Stands still until ``advance``; what waits for a time is called when that has come.
 
     Any thread may use it, whatever loop the timers are of.

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
 
 from gw_celery import errors
-from gw_celery.declare import registry
-from gw_celery.runtime import in_process, lifecycle
+from gw_celery.runtime import lifecycle
 
 LONG = 60.0
 
@@ -267,48 +265,3 @@ def test_a_start_that_is_cancelled_leaves_those_that_entered() -> None:
         assert log == ["enter entered", "cancel slow", "leave entered"]
 
     asyncio.run(main())
-
-
-class Recorded:
-    """A context that knows the threads that it was made, entered and left in."""
-
-    def __init__(self, threads: list[str]) -> None:
-        self.threads = threads
-        threads.append(threading.current_thread().name)
-
-
-class InThreads(Recorded):
-    def __enter__(self) -> str:
-        self.threads.append(threading.current_thread().name)
-        return "entered"
-
-    def __exit__(self, *exc: object) -> None:
-        self.threads.append(threading.current_thread().name)
-
-
-class OnLoop(Recorded):
-    async def __aenter__(self) -> str:
-        self.threads.append(threading.current_thread().name)
-        return "entered"
-
-    async def __aexit__(self, *exc: object) -> None:
-        self.threads.append(threading.current_thread().name)
-
-
-async def lived(cls: type) -> list[str]:
-    threads: list[str] = []
-    opened = in_process._opened(registry.Context(cls=cls, args=(threads,), kwargs={}))
-    life = lifecycle.Entered("context", opened, LONG)
-    await lifecycle.settle_all([life], LONG)
-    assert life.value.result() == "entered"
-    await lifecycle.leave_all([life])
-    return threads
-
-
-def test_a_context_is_made_and_a_sync_one_entered_and_left_in_threads() -> None:
-    mine = threading.current_thread().name
-
-    assert mine not in asyncio.run(lived(InThreads))
-    made, *others = asyncio.run(lived(OnLoop))
-    assert made != mine
-    assert others == [mine, mine]
