@@ -32,7 +32,7 @@ from gw_celery.pool import (
 )
 from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Scaling, Worker
-from gw_celery.runtime import fatal_exit
+from gw_celery.runtime import lifecycle
 from gw_celery.transport import broker
 from gw_celery.worker import gate, health, serving, start_notices
 
@@ -148,7 +148,7 @@ class TaskPool(BasePool):
     # -- the life of the worker --
 
     def on_start(self) -> None:
-        with fatal_exit.fatal_errors():
+        with lifecycle.fatal_errors():
             self.health.start()
         app, hostname = self.options["initargs"]
         self.cluster = membership.Membership(

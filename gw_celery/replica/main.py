@@ -31,9 +31,9 @@ from gw_celery.replica import input as replica_input
 from gw_celery.runtime import (
     batcher,
     django_connections,
-    fatal_exit,
     greenlet_bridge,
     in_process,
+    lifecycle,
     loop,
 )
 
@@ -291,7 +291,7 @@ def _close_connections() -> None:
 
 def _failure(exc: BaseException) -> tuple[frames.Report, str]:
     """Log why this child cannot serve, and return the report that says it to the parent."""
-    fatal_exit.log_causes(exc)
+    lifecycle.log_causes(exc)
     if not isinstance(exc, errors.StartupError):
         logger.error("the app failed to load", exc_info=exc)
     return frames.Report.FAILED, f"{type(exc).__name__}: {exc}"[:_LONGEST_REASON]

@@ -70,7 +70,7 @@ class Probes:
 
     async def _called(self, service: services.Service, name: str) -> Any:
         method = service.methods[name]
-        owner = self._runtime.instances_of(service)
+        owner = self._runtime.instances[service.key]
         loaded = owner.take_any()
         if loaded is None:
             return _NOTHING_LOADED

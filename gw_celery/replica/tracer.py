@@ -167,7 +167,7 @@ class ReplicaInputs:
         if self._close_outdated is not None:
             await self._close_outdated()
         input.task = asyncio.current_task()
-        return await greenlet_bridge.step(run, input)
+        return await greenlet_bridge.step(run, input.take_interrupt)
 
     def limit(self, number: int, seconds: float) -> None:
         """Raise a soft time limit in one input."""

@@ -83,6 +83,10 @@ class BatchItem(batching.Waiting):
     #: Whether the input failed, and its answer or exception.
     outcome: asyncio.Future[tuple[bool, Any]]
 
+    def begin(self) -> bool:
+        """Join a call; whether it still wants to."""
+        return not self.outcome.done() and (self.joining is None or self.joining.begin())
+
     def answer(self, entry: Any) -> None:
         if isinstance(entry, BaseException) and not isinstance(entry, Exception):
             entry = errors.BodyExited(f"the body answered with {entry!r}: answer with an Exception")
@@ -129,13 +133,7 @@ class Batchers:
 
 
 class Batcher:
-    """One batched method of this replica; everything here runs on its loop.
-
-    Args:
-        service: whose slots the body holds.
-        method: the declaration, with the bounds of a batch.
-        host: those of its replica.
-    """
+    """One batched method of this replica; everything here runs on its loop."""
 
     def __init__(self, service: services.Service, method: services.Method, host: Batchers) -> None:
         declared = method.batched
@@ -300,20 +298,11 @@ class Batcher:
             with items[0].using():
                 while parts:
                     first, *rest = _cut(parts[0], self._bounds.size)
+                    wanted = [item.joining for item in first if not item.outcome.done()]
                     # What is acknowledged as it begins is on record by then.
-                    records = [
-                        record
-                        for item in first
-                        if item.joining is not None and not item.outcome.done()
-                        if (record := item.joining.record_early_ack()) is not None
-                    ]
-                    await asyncio.gather(*records)
-                    part = [
-                        item
-                        for item in first
-                        if not item.outcome.done()
-                        if item.joining is None or item.joining.begin()
-                    ]
+                    records = [joined.record_early_ack() for joined in wanted if joined is not None]
+                    await asyncio.gather(*filter(None, records))
+                    part = [item for item in first if item.begin()]
                     parts = await self._answered(part, flush) + rest + parts[1:]
         except Exception as exc:  # ours: no input may wait for ever because of it
             logger.exception("a batch of %s broke off", self._method.task_name)
@@ -347,16 +336,12 @@ class Batcher:
         fn = part[0].fn
         args, kwargs = _listed(self._method, [item.arguments for item in part])
         self._host.tell()
-        if self._method.is_async:
-            return await greenlet_bridge.step(
-                lambda: greenlet_bridge.drive(self._body(fn, args, kwargs))
-            )
-        return await self._threads.run(body.call, fn, *args, **kwargs)
-
-    async def _body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if not self._method.is_async:
+            return await self._threads.run(body.call, fn, *args, **kwargs)
         try:
-            with body.Contained():
-                return await fn(*args, **kwargs)
+            return await greenlet_bridge.step(
+                lambda: body.call(greenlet_bridge.drive, fn(*args, **kwargs))
+            )
         except asyncio.CancelledError as exc:
             # Only the body itself cancels a call that an input waits for.
             if (task := asyncio.current_task()) is not None:
@@ -375,7 +360,16 @@ class Batcher:
         if is_memory:
             _free_memory(exc)
             if len(part) > 1:
-                self._take_less(len(part), exc)
+                self._bounds = self._bounds.halved(len(part))
+                logger.warning(
+                    "a call of %s ran out of the device's memory with %d inputs (%s): until this "
+                    "replica restarts, it takes %d at most; lower max_batch_size, or bound "
+                    "size_fn's sum",
+                    self._method.task_name,
+                    len(part),
+                    type(exc).__name__,
+                    self._bounds.size,
+                )
         if len(part) == 1 or (self._declared.on_error == "fail" and not is_memory):
             for item in part:
                 item.settle(True, exc)
@@ -387,17 +381,6 @@ class Batcher:
             exc,
         )
         return _cut(part, self._bounds.size if is_memory else (len(part) + 1) // 2)
-
-    def _take_less(self, size: int, exc: Exception) -> None:
-        self._bounds = self._bounds.halved(size)
-        logger.warning(
-            "a call of %s ran out of the device's memory with %d inputs (%s): until this replica "
-            "restarts, it takes %d at most; lower max_batch_size, or bound size_fn's sum",
-            self._method.task_name,
-            size,
-            type(exc).__name__,
-            self._bounds.size,
-        )
 
 
 def _bind(method: services.Method, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -419,11 +402,7 @@ def _listed(
 
 
 def _entries(method: services.Method, count: int, answer: Any) -> list[Any]:
-    """Return the entries of a batched body's answer to ``count`` inputs.
-
-    Raises:
-        UsageError: when the answer is no list, tuple, array or tensor of ``count`` entries.
-    """
+    """Return the entries of a batched body's answer: a list, tuple, array or tensor of ``count``."""
     is_listed = not isinstance(answer, str | bytes | bytearray) and (
         isinstance(answer, Sequence) or hasattr(answer, "__array__")
     )
@@ -449,11 +428,7 @@ def of_one_input(
 
 
 def only_answer(method: services.Method, answer: Any) -> Any:
-    """Return what a call for one input alone answers to it.
-
-    Raises:
-        Exception: that a batched body put in the place of its only entry.
-    """
+    """Return what a call for one input alone answers to it, or raise what stands in its place."""
     if method.batched is None:
         return answer
     (entry,) = _entries(method, 1, answer)

@@ -11,7 +11,6 @@ import asyncio
 import ctypes
 import signal
 import threading
-import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -39,12 +38,7 @@ class Contained:
     def __enter__(self) -> None:
         self._task = _current_task()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
         if exc is None or isinstance(exc, Exception | execution.Stopped):
             return
         if self._is_from_outside(exc):

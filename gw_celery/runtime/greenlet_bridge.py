@@ -18,7 +18,7 @@ import threading
 import types
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import greenlet
 from celery import signals
@@ -44,16 +44,11 @@ _RECEIVERS = (
 )
 
 
-class Interrupted(Protocol):
-    """Whose coroutine is interrupted by cancelling what it waits for."""
-
-    def take_interrupt(self) -> BaseException | None: ...
-
-
 class _Stepping(greenlet.greenlet):
-    """A greenlet that steps one coroutine; ``call`` can replace a cancellation."""
+    """A greenlet that steps one coroutine."""
 
-    call: Interrupted | None
+    #: Asked for what stands behind a cancellation, and is raised in its place.
+    take_interrupt: Callable[[], BaseException | None]
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -79,8 +74,8 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
             advance, argument = coroutine.send, current.parent.switch(waited_for)
         except BaseException as exc:
             advance, argument = coroutine.throw, exc
-            if isinstance(exc, asyncio.CancelledError) and current.call is not None:
-                argument = current.call.take_interrupt() or exc
+            if isinstance(exc, asyncio.CancelledError):
+                argument = current.take_interrupt() or exc
 
 
 def can_park() -> bool:
@@ -94,15 +89,15 @@ def would_block_loop() -> bool:
     return not can_park() and asyncio._get_running_loop() is not None
 
 
-async def step(fn: Callable[[], T], call: Interrupted | None = None) -> T:
+async def step(
+    fn: Callable[[], T], take_interrupt: Callable[[], BaseException | None] = lambda: None
+) -> T:
     """Run a synchronous ``fn`` in a greenlet of its own, which ``drive`` parks while it waits.
 
-    Args:
-        fn: what is run; its answer is returned.
-        call: what a cancellation is asked for, as something else may stand behind it.
+    ``take_interrupt`` is asked for what stands behind a cancellation, if anything does.
     """
     stepping = _Stepping(fn)
-    stepping.call = call
+    stepping.take_interrupt = take_interrupt
     # The greenlet shares the context of the task, so that context variables set in the body are
     # seen by what it awaits.
     stepping.gr_context = greenlet.getcurrent().gr_context
@@ -182,7 +177,14 @@ class LoopCall(Generic[T]):
             meanwhile: called a few times a second; what it raises interrupts the wait, too.
         """
         try:
-            self._wait(meanwhile)
+            while not self._is_over:
+                try:
+                    self._loop.call_soon_threadsafe(self._start)
+                    # In turns: what another thread raises in this one does not end a wait.
+                    while not self._ends_within(_INTERVAL):
+                        meanwhile()
+                except SoftTimeLimitExceeded as limit:
+                    self._loop.call_soon_threadsafe(self._cancel, limit)
         except BaseException as exc:
             self._loop.call_soon_threadsafe(self._cancel)
             if not isinstance(exc, execution.Stopped):
@@ -205,17 +207,6 @@ class LoopCall(Generic[T]):
             self._task.uncancel()
         return exc
 
-    def _wait(self, meanwhile: Callable[[], None]) -> None:
-        while True:
-            try:
-                self._loop.call_soon_threadsafe(self._start)
-                # In turns: what another thread raises in this one does not end a wait.
-                while not self._ends_within(_INTERVAL):
-                    meanwhile()
-                return
-            except SoftTimeLimitExceeded as limit:
-                self._loop.call_soon_threadsafe(self._cancel, limit)
-
     def _ends_within(self, seconds: float) -> bool:
         return self._is_over or self._over.acquire(timeout=seconds)
 
@@ -229,7 +220,7 @@ class LoopCall(Generic[T]):
         if self._task is not None:
             return
         # Contained: asyncio would end the loop with an exit.
-        stepping = step(lambda: body.call(drive, self._coroutine), self)
+        stepping = step(lambda: body.call(drive, self._coroutine), self.take_interrupt)
         self._task = self._loop.create_task(stepping, context=self._context)
         self._task.add_done_callback(self._finish)
         if self._soft_limit:

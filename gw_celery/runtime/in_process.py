@@ -70,7 +70,8 @@ class Process:
         self.loop = self._host.loop
         self._contexts: dict[str, lifecycle.Entered] = {}
         self._served: set[str] = set()
-        self._instances: dict[str, instances.Instances] = {}
+        #: Of each class task that this process serves, by its service.
+        self.instances: dict[str, instances.Instances] = {}
         self._growing = asyncio.Lock()
         self._entering: list[lifecycle.Entered] = []
         self._is_blocked = False
@@ -151,10 +152,6 @@ class Process:
             raise KeyError(key)
         return life.value.result()
 
-    def instances_of(self, service: services.Service) -> instances.Instances:
-        """Return the instances of a class task that this process serves."""
-        return self._instances[service.key]
-
     def is_on_loop(self) -> bool:
         return self._host.is_current()
 
@@ -181,18 +178,12 @@ class Process:
         return gathers
 
     def run(self, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the input of ``task`` that Celery's tracer has now, and return its answer.
-
-        Args:
-            task: the Celery task, whose request has the parameters and the limits.
-            args: the user's arguments, behind the task itself where it has ``bind=True``.
-            kwargs: the user's, too.
-        """
+        """Run the input of ``task`` that Celery's tracer has now, and return its answer."""
         service, method = _declared(task)
         values = _values(service, task.request.headers)
         if method.is_async or (method.batched and self.batchers):
             return self._wait_within_limits(task, self._answer(task, values, args, kwargs))
-        owner = self._instances[service.key]
+        owner = self.instances[service.key]
         loaded = owner.take(values)
         if loaded is None:
             with owner.awaiting(values):
@@ -234,7 +225,7 @@ class Process:
         service, method = _declared(task)
         fn, key = method.function, None
         using: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-        owner, loaded = self._instances[service.key] if service.is_class else None, None
+        owner, loaded = self.instances[service.key] if service.is_class else None, None
         held = batcher.held.set(batcher.held.get() | {service.key})
         batch = execution.batch.set(None)
         try:
@@ -286,7 +277,18 @@ class Process:
         """
         parent = _state.get_current_task()
         request = None if parent is None else parent.request_stack.top
-        child = functools.partial(_as_child, parent, request, send)
+
+        def child() -> Any:
+            with contextlib.ExitStack() as stack:
+                stack.callback(task_context.bind().end)
+                if parent is not None and request is not None:
+                    # Celery takes the parent of an eager call from the stacks of its caller.
+                    _state._task_stack.push(parent)
+                    stack.callback(_state._task_stack.pop)
+                    parent.request_stack.push(request)
+                    stack.callback(parent.request_stack.pop)
+                return send()
+
         if not (self._gathers(task) and greenlet_bridge.runs_on_loop(task)):
             return await asyncio.to_thread(child)
         stepped = greenlet_bridge.step(child)
@@ -328,7 +330,7 @@ class Process:
                 self._entering = []
             for key, life in defaults.items():
                 made[key].adopt(life)
-            self._instances |= made
+            self.instances |= made
             self._served |= keys
 
     async def leave(self) -> None:
@@ -337,11 +339,11 @@ class Process:
             life.abandon()
         async with self._growing:  # a growth that is interrupted leaves what it entered
             # An exit hook may use a context that it has kept.
-            await asyncio.gather(*(owner.leave() for owner in self._instances.values()))
+            await asyncio.gather(*(owner.leave() for owner in self.instances.values()))
             await lifecycle.leave_all(list(self._contexts.values()))
             self._served.clear()
             self._contexts.clear()
-            self._instances.clear()
+            self.instances.clear()
 
 
 @contextlib.asynccontextmanager
@@ -368,23 +370,6 @@ def _values(service: services.Service, sent: Mapping[str, Any] | None) -> Parame
     text = (sent or {}).get(headers.PARAMETERS)
     bound = parameters.bind(service.name, service.parameters, json.loads(text) if text else {})
     return parameters.complete(service.parameters, bound)
-
-
-def _as_child(parent: Any, request: Any, send: Callable[[], Any]) -> Any:
-    own = task_context.bind()
-    try:
-        if request is None:
-            return send()
-        # Celery takes the parent of an eager call from the stacks of its caller.
-        _state._task_stack.push(parent)
-        parent.request_stack.push(request)
-        try:
-            return send()
-        finally:
-            parent.request_stack.pop()
-            _state._task_stack.pop()
-    finally:
-        own.end()
 
 
 @functools.cache

@@ -37,20 +37,25 @@ _SHARED = "_gw_shared"
 class Loaded:
     """One instance with the parameter values that its state depends on."""
 
-    instance: Any
     life: lifecycle.Entered
-    reads: frozenset[str]
-    #: The canonical text of what was read: as values, 1 and True are equal.
-    text: str
     #: All the values that it was loaded with.
     values: ParameterValues
-    is_pinned: bool
+    is_pinned: bool = False
     in_use: int = 0
     #: It takes no further call, and is left when those that use it have ended.
     is_drained: bool = False
 
+    def __post_init__(self) -> None:
+        self._instance = self.life.value.result()
+        self._reads: frozenset[str] = getattr(self._instance, parameters.READS)
+        #: The canonical text of what was read: as values, 1 and True are equal.
+        self.text = self._text(self.values)
+
     def suits(self, values: ParameterValues) -> bool:
-        return _text(values, self.reads) == self.text
+        return self._text(values) == self.text
+
+    def _text(self, values: ParameterValues) -> str:
+        return parameters.canonical({name: values[name] for name in self._reads})
 
     def batch_key(self, values: ParameterValues) -> tuple[Loaded, str]:
         """Return what inputs must have in common to share one call.
@@ -61,9 +66,9 @@ class Loaded:
 
     def view(self, values: ParameterValues) -> Any:
         """Return the object that a call with ``values`` sees: shared state, own parameters."""
-        view: Any = object.__new__(type(self.instance))
-        view.__dict__ = self.instance.__dict__
-        object.__setattr__(view, _SHARED, self.instance)
+        view: Any = object.__new__(type(self._instance))
+        view.__dict__ = self._instance.__dict__
+        object.__setattr__(view, _SHARED, self._instance)
         object.__setattr__(view, parameters.VALUES, values)
         object.__setattr__(view, parameters.READS, None)
         return view
@@ -75,6 +80,7 @@ class Instances:
     def __init__(self, service: services.Service, settings: conf.Settings) -> None:
         self._service = service
         self._settings = settings
+        self._defaults = parameters.complete(service.parameters, {})
         self._view_class = _view_class(service.target)
         self._loaded: list[Loaded] = []  # least recently used first
         self._lock = threading.Lock()
@@ -93,11 +99,11 @@ class Instances:
         """
         if any(parameter.is_required for parameter in self._service.parameters.values()):
             return None
-        return self._life(self._defaults())
+        return self._life(self._defaults)
 
     def adopt(self, life: lifecycle.Entered) -> None:
         """Take over the instance of the default parameters."""
-        self._add(life, self._defaults(), is_pinned=True)
+        self._add(Loaded(life=life, values=self._defaults, is_pinned=True))
 
     def take(self, values: ParameterValues) -> Loaded | None:
         """Return a suitable instance and count its use, without waiting; from any thread."""
@@ -172,8 +178,7 @@ class Instances:
         builds = list(self._builds.values())
         for build in builds:
             build.cancel()
-        if builds:
-            await asyncio.wait(builds)
+        await asyncio.gather(*builds, return_exceptions=True)
         with self._lock:
             lives = [loaded.life for loaded in self._loaded]
             self._loaded.clear()
@@ -198,7 +203,7 @@ class Instances:
                     raise errors.BodyExited(  # an exit of a hook ends no process
                         f"an on_enter hook of {life.name} raised {cause!r}; raise an Exception"
                     ) from cause
-                self._add(life, values, is_pinned=False)
+                self._add(Loaded(life=life, values=values))
         finally:
             del self._builds[key]
 
@@ -206,16 +211,10 @@ class Instances:
         manager = _entered(self._service, self._view_class, values)
         return lifecycle.Entered(self._service.key, manager, self._settings.exit_timeout)
 
-    def _add(self, life: lifecycle.Entered, values: ParameterValues, *, is_pinned: bool) -> None:
-        instance = life.value.result()
-        reads: frozenset[str] = getattr(instance, parameters.READS)
-        text = _text(values, reads)
-        loaded = Loaded(
-            instance=instance, life=life, reads=reads, text=text, values=values, is_pinned=is_pinned
-        )
+    def _add(self, loaded: Loaded) -> None:
         with self._lock:
             self._loaded.append(loaded)
-        logger.info("pid %d has loaded %s with %.200s", os.getpid(), self._service.key, text)
+        logger.info("pid %d has loaded %s with %.200s", os.getpid(), self._service.key, loaded.text)
 
     # -- making room --
 
@@ -273,9 +272,6 @@ class Instances:
                 spare[0].is_drained = True
             return idle
 
-    def _defaults(self) -> dict[str, Any]:
-        return parameters.complete(self._service.parameters, {})
-
 
 @contextlib.asynccontextmanager
 async def _entered(
@@ -312,17 +308,13 @@ async def _run_hook(instance: Any, name: str) -> None:
     await (hook() if inspect.iscoroutinefunction(hook) else loop.in_thread(hook))
 
 
-def _text(values: ParameterValues, names: frozenset[str]) -> str:
-    return parameters.canonical({name: values[name] for name in names})
-
-
 def _view_class(cls: type) -> type:
     """A subclass with room for parameter values beside the shared state of ``cls``."""
     names = {name for base in cls.__mro__ for name in vars(base)}
     static = {name: inspect.getattr_static(cls, name) for name in names}
     body = {
         **{
-            name: _SharedSlot(slot)
+            name: _shared(slot)
             for name, slot in static.items()
             if isinstance(slot, types.MemberDescriptorType)
         },
@@ -336,20 +328,13 @@ def _view_class(cls: type) -> type:
     return type(cls.__name__, (cls,), body)
 
 
-class _SharedSlot:
+def _shared(slot: types.MemberDescriptorType) -> property:
     """An attribute that the user's class keeps in ``__slots__``, outside the shared dict."""
-
-    def __init__(self, slot: types.MemberDescriptorType) -> None:
-        self._slot = slot
-
-    def __get__(self, view: Any, owner: type) -> Any:
-        return self._slot if view is None else self._slot.__get__(_state(view), owner)
-
-    def __set__(self, view: Any, value: object) -> None:
-        self._slot.__set__(_state(view), value)
-
-    def __delete__(self, view: Any) -> None:
-        self._slot.__delete__(_state(view))
+    return property(
+        lambda view: slot.__get__(_state(view)),
+        lambda view, value: slot.__set__(_state(view), value),
+        lambda view: slot.__delete__(_state(view)),
+    )
 
 
 def _state(view: Any) -> Any:

@@ -35,12 +35,7 @@ _LIBRARIES = tuple(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", 
 
 
 class Host:
-    """A loop and the thread that runs it: the caller's, or one of its own.
-
-    Args:
-        hosted: the loop of this thread; ``None`` for one of its own, which runs between ``start``
-            and ``stop``.
-    """
+    """A loop and the thread that runs it: the caller's, or without ``hosted`` one of its own."""
 
     def __init__(self, hosted: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = hosted or asyncio.new_event_loop()
@@ -205,7 +200,7 @@ def blocked_load(
     """Log what blocks ``host`` while it loads ``entering``, and return it as an error."""
     running, stack = asyncio.current_task(host.loop), host.stack()
     late = [life for life in entering if not life.value.done()]
-    named = [life for life in late if life.is_life(running)]  # none: a task that one of them made
+    named = [life for life in late if life.task is running]  # none: a task that one of them made
     names = [life.name for life in named or late] or ["the event loop"]
     why = (
         f"still blocks the event loop after gw_start_timeout={timeout:.0f} s, at {_place(stack)}: "

@@ -10,7 +10,7 @@ from celery import bootsteps
 from celery.worker import state
 
 from gw_celery import signals
-from gw_celery.runtime import fatal_exit
+from gw_celery.runtime import lifecycle
 from gw_celery.worker import serving, start_notices
 from gw_celery.worker.pipes import Pipes
 
@@ -65,7 +65,7 @@ class ChildrenStep(bootsteps.StartStopStep):
                 "broker: %s",
                 *failure,
             )
-            worker.exitcode = state.should_stop = fatal_exit.EX_FAILURE
+            worker.exitcode = state.should_stop = lifecycle.EX_FAILURE
 
 
 class ScalingStep(bootsteps.StartStopStep):

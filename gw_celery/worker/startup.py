@@ -16,7 +16,7 @@ from celery import concurrency
 from gw_celery import conf, errors
 from gw_celery.client import beat_tasks, preset, registration
 from gw_celery.declare import gpu, registry, services
-from gw_celery.runtime import fatal_exit
+from gw_celery.runtime import lifecycle
 from gw_celery.worker import (
     bootsteps,
     commands,
@@ -53,7 +53,7 @@ def prepare_or_exit(worker: Any, registries: Sequence[registry.Registry]) -> ser
     Raises:
         SystemExit: with the reason in the log.
     """
-    with fatal_exit.fatal_errors(lambda reason: _note(worker, reason)):
+    with lifecycle.fatal_errors(lambda reason: _note(worker, reason)):
         return prepare(worker, registries)
 
 
@@ -63,7 +63,7 @@ def load_or_exit(plan: serving.Plan, pipes: Pipes) -> None:
     Raises:
         SystemExit: when something fails; the worker learns the reason, and stops.
     """
-    with fatal_exit.fatal_errors(pipes.report), pipes.stop_check() as check:
+    with lifecycle.fatal_errors(pipes.report), pipes.stop_check() as check:
         if plan.pool == "prefork":
             forks.refuse_cuda()
         serving.start(plan, check)

@@ -12,7 +12,7 @@ from celery import Celery
 from celery.app import amqp
 
 from gw_celery.runtime import greenlet_bridge
-from tests.unit.runtime.tracers import DEADLINE, Around, Free, run, stepped
+from tests.unit.runtime.tracers import DEADLINE, Around, run, stepped
 
 colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="none")
 
@@ -88,7 +88,7 @@ def test_the_loop_and_other_inputs_go_on_while_every_thread_is_blocked(
     async def act() -> list[str]:
         release = threading.Event()
         blocked = [
-            asyncio.create_task(greenlet_bridge.step(lambda: off(release.wait, DEADLINE), Free()))
+            asyncio.create_task(greenlet_bridge.step(lambda: off(release.wait, DEADLINE)))
             for _ in range(5)
         ]
         ended: list[str] = []
@@ -99,7 +99,7 @@ def test_the_loop_and_other_inputs_go_on_while_every_thread_is_blocked(
             ended.append(name)
 
         await asyncio.gather(
-            other("a"), greenlet_bridge.step(lambda: greenlet_bridge.drive(other("b")), Free())
+            other("a"), greenlet_bridge.step(lambda: greenlet_bridge.drive(other("b")))
         )
         assert not any(one.done() for one in blocked)
         release.set()
@@ -119,7 +119,7 @@ def test_an_input_that_is_interrupted_does_not_wait_for_its_thread(
             began.set()
             release.wait(DEADLINE)
 
-        tracing = asyncio.create_task(greenlet_bridge.step(lambda: off(block), Free()))
+        tracing = asyncio.create_task(greenlet_bridge.step(lambda: off(block)))
         assert await asyncio.to_thread(began.wait, DEADLINE)
         tracing.cancel()
         try:
@@ -167,7 +167,7 @@ def test_a_task_that_is_sent_from_elsewhere_is_published_in_place(
 def test_more_senders_than_threads_all_publish(publisher: Celery) -> None:
     async def act() -> None:
         send = lambda: publisher.send_task("proj.embed", queue="many")  # noqa: E731
-        await asyncio.gather(*(greenlet_bridge.step(send, Free()) for _ in range(50)))
+        await asyncio.gather(*(greenlet_bridge.step(send) for _ in range(50)))
 
     run(act)
     assert queued(publisher, "many") == 50
@@ -217,7 +217,7 @@ def test_a_child_task_of_a_body_publishes_while_inputs_hold_every_producer(
 
         taken: list[bool] = []
         held = [
-            asyncio.create_task(greenlet_bridge.step(hold, Free()))
+            asyncio.create_task(greenlet_bridge.step(hold))
             for _ in range(publisher.amqp.producer_pool.limit)
         ]
         await holding.wait()
