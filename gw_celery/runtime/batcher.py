@@ -402,7 +402,7 @@ def _listed(
 
 
 def _entries(method: services.Method, count: int, answer: Any) -> list[Any]:
-    """Return the entries of a batched body's answer: a list, tuple, array or tensor of ``count``."""
+    """Return the entries of a batched body's answer: a list, tuple, array or tensor."""
     is_listed = not isinstance(answer, str | bytes | bytearray) and (
         isinstance(answer, Sequence) or hasattr(answer, "__array__")
     )
