@@ -457,7 +457,7 @@ def test_an_instance_is_in_use_until_its_call_is_over_though_no_input_waits_any_
             self.loaded = self.name
 
         @gw.on_exit()
-        def unload(self) -> None:
+        async def unload(self) -> None:
             log.append(f"{self.loaded} left")
 
         @gw.method()
