@@ -192,14 +192,25 @@ def test_a_hard_limit_ends_the_wait_and_cancels_the_body(app) -> None:
 
 
 def test_limits_that_the_pool_enforces_are_not_the_childs(app) -> None:
-    @app.remote(soft_time_limit=1e-9, time_limit=1e-9)
-    async def rest():
-        for _ in range(3):
-            await asyncio.sleep(0)
-        return "rested"
+    @app.cls
+    class Model:
+        name: str = gw.parameter(default="small")
 
+        @gw.on_enter()
+        async def load(self):
+            self.loaded = self.name
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+        @gw.method(soft_time_limit=1e-9, time_limit=1e-9)
+        def predict(self):
+            return self.loaded
+
+    (service,) = app.registry.services.values()
+    name = service.methods["predict"].task_name
     with child_harness.child_of(app) as child:
-        assert child.outcome(child.run(rest.name)) == (Report.DONE, "'rested'")
+        number = child.run(name, headers={"gw_params": '{"name":"large"}'})
+        assert child.outcome(number) == (Report.DONE, "'large'")
 
 
 @pytest.mark.parametrize("method", ["fail", "fail_too"])

@@ -78,6 +78,7 @@ def test_a_failed_start_can_be_tried_again(app) -> None:
 
     Model.is_broken = False
     assert Model().predict.local() == "ready"
+    assert log == ["enter Weights"]
 
 
 def test_a_context_that_failed_is_not_entered_for_those_that_leave(app) -> None:
