@@ -19,7 +19,7 @@ from kombu.utils.imports import symbol_by_name
 
 from gw_celery import codec, conf, errors, signals
 from gw_celery.client import bound, execution, queue_time, results, task_context
-from gw_celery.declare import registry, services
+from gw_celery.declare import check, registry, services
 
 #: Set on a request once its body has begun: a call of the task from inside it is a new call.
 _BEGUN = "gw_begun"

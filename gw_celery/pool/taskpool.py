@@ -29,7 +29,7 @@ from gw_celery.policy import speed_bands
 from gw_celery.pool import dead_letters, origin, requests, supervisor
 from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Scaling, Worker
-from gw_celery.runtime import fatal_exit
+from gw_celery.runtime import lifecycle
 from gw_celery.transport import broker
 from gw_celery.worker import consumer, gate, health
 from gw_celery.worker import plan as worker_plan
@@ -147,7 +147,7 @@ class TaskPool(BasePool):
     # -- the life of the worker --
 
     def on_start(self) -> None:
-        with fatal_exit.fatal_errors():
+        with lifecycle.fatal_errors():
             self.health.start()
         app, hostname = self.options["initargs"]
         self.cluster = membership.Membership(

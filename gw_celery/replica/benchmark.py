@@ -27,7 +27,7 @@ from gw_celery.policy import scores
 from gw_celery.protocol import frames, headers, snapshot
 from gw_celery.replica import input as replica_input
 from gw_celery.replica import tracer
-from gw_celery.runtime import batch_items, loop
+from gw_celery.runtime import batcher, loop
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class Measurement:
         # A task of its own, and so a context: it is the input's.
         followed = task_context.bind()
         replica_input.current.set(call.input)
-        batch_items.joining.set(call.input)
+        batcher.joining.set(call.input)
         limits = self._limits(call)
         call.began = time.perf_counter()
         try:

@@ -19,7 +19,7 @@ from gw_celery import errors
 from gw_celery.client import execution
 from gw_celery.protocol import frames
 from gw_celery.replica import queue_time
-from gw_celery.runtime import async_exception, body_guard
+from gw_celery.runtime import body
 
 if TYPE_CHECKING:
     from gw_celery.replica import early_ack_records
@@ -90,7 +90,7 @@ class Input:
 
     def __post_init__(self) -> None:
         self._thread = 0
-        self._thrown: async_exception.Thrown | None = None
+        self._thrown: body.Thrown | None = None
         self._instead: BaseException | None = None
         self._is_stopped = False
         # Reentrant: an exception raised in this thread can interrupt `_leave_body` itself.
@@ -140,7 +140,7 @@ class Input:
         """Run the body, open to what is raised from outside."""
         try:
             self._enter_body()
-            with body_guard.Contained():  # of the project's other tasks, too
+            with body.Contained():  # of the project's other tasks, too
                 answer = run(*args, **kwargs)
         except (asyncio.CancelledError, execution.Revoked) as exc:
             if self.rejection is not None:
@@ -189,7 +189,7 @@ class Input:
             self._instead = exc
             self.task.cancel()
         else:
-            self._thrown = async_exception.Thrown(
+            self._thrown = body.Thrown(
                 self._thread, execution.Revoked if exc is None else type(exc)
             )
 

@@ -31,11 +31,10 @@ from gw_celery.replica import input as replica_input
 from gw_celery.runtime import (
     batcher,
     django_connections,
-    fatal_exit,
+    greenlet_bridge,
     in_process,
+    lifecycle,
     loop,
-    offload,
-    watchdog,
 )
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ def load(setup: dict[str, Any], link: ParentLink) -> Any:
     _set_up_logging(app, hostname)
     platforms.set_mp_process_title("gw_celery", hostname=hostname)
     trace.setup_worker_optimizations(app, hostname)
-    app.amqp = offload.publishing(type(app.amqp), around)(app=app)
+    app.amqp = greenlet_bridge.publishing(type(app.amqp), around)(app=app)
     tracer.prepare(app, hostname)
     worker_state.reset_state()
     return app
@@ -163,7 +162,7 @@ async def _serve(channel: socket.socket, link: ParentLink, app: Any, setup: dict
     if has_entered:
         link.report(frames.Report.ENTERED)
         link.beat()
-        watchdog.Watchdog(loop.Host(running), _in_flight).start()
+        loop.Watchdog(loop.Host(running), _in_flight).start()
         await link.leaving.wait()
         await services.leave()
     return 0
@@ -292,7 +291,7 @@ def _close_connections() -> None:
 
 def _failure(exc: BaseException) -> tuple[frames.Report, str]:
     """Log why this child cannot serve, and return the report that says it to the parent."""
-    fatal_exit.log_causes(exc)
+    lifecycle.log_causes(exc)
     if not isinstance(exc, errors.StartupError):
         logger.error("the app failed to load", exc_info=exc)
     return frames.Report.FAILED, f"{type(exc).__name__}: {exc}"[:_LONGEST_REASON]

@@ -18,7 +18,7 @@ from kombu.utils.encoding import safe_repr
 from gw_celery.declare import services
 from gw_celery.protocol import frames
 from gw_celery.replica import input as replica_input
-from gw_celery.runtime import batch_items, body_guard, in_process, loop
+from gw_celery.runtime import batcher, body, in_process, loop
 
 _LONGEST_DETAIL = 200
 #: What stands for the answer of a class without an instance: its parameters have no defaults.
@@ -70,24 +70,24 @@ class Probes:
 
     async def _called(self, service: services.Service, name: str) -> Any:
         method = service.methods[name]
-        owner = self._runtime.instances_of(service)
+        owner = self._runtime.instances[service.key]
         loaded = owner.take_any()
         if loaded is None:
             return _NOTHING_LOADED
         try:
             bound = getattr(loaded.view(loaded.values), name)
-            args, kwargs = batch_items.of_one_input(method, (), {})
+            args, kwargs = batcher.of_one_input(method, (), {})
             answer = await self._run(service, method, lambda: bound(*args, **kwargs))
         finally:
             owner.give_back(loaded)
-        return batch_items.only_answer(method, answer)
+        return batcher.only_answer(method, answer)
 
     async def _run(
         self, service: services.Service, method: services.Method, run: Callable[[], Any]
     ) -> Any:
         if not method.is_async:
-            return await loop.in_thread(body_guard.call, self._around, run)
-        with body_guard.Contained():
+            return await loop.in_thread(body.call, self._around, run)
+        with body.Contained():
             probes = (probe for probe in service.probes if probe.method == method.name)
             limits = (probe.timeout_s for probe in probes)
             async with asyncio.timeout(max(limits, default=None)):

@@ -19,7 +19,7 @@ from celery.exceptions import BackendStoreError
 from gw_celery.client import execution
 from gw_celery.protocol import frames
 from gw_celery.replica import input as replica_input
-from gw_celery.runtime import greenlet_bridge, offload
+from gw_celery.runtime import greenlet_bridge
 from gw_celery.transport import result_writer
 
 #: Around the storing of a result: callbacks, errbacks and chords, which publish.
@@ -53,7 +53,7 @@ def install(
     if not isinstance(url, str):
         return
     base, address = backends.by_url(url, app.loader)
-    threads = offload.Offload("store", 16, around)
+    threads = greenlet_bridge.Offload("store", 16, around)
     if base is not RedisBackend:
         Installed = off_loop(base, threads)
     else:
@@ -66,7 +66,9 @@ def install(
     app.backend_cls = f"{name}+{address}" if address else name
 
 
-def off_loop(base: type, threads: offload.Offload, names: Iterable[str] = _BLOCKING) -> type:
+def off_loop(
+    base: type, threads: greenlet_bridge.Offload, names: Iterable[str] = _BLOCKING
+) -> type:
     """Return ``base`` with its reads and writes in a thread while the tracer's greenlet waits."""
 
     def moved(name: str) -> Callable[..., Any]:

@@ -24,11 +24,10 @@ from gw_celery.protocol import frames
 from gw_celery.replica import early_ack_records, queue_time
 from gw_celery.replica import input as replica_input
 from gw_celery.runtime import (
-    batch_items,
+    batcher,
     django_connections,
     greenlet_bridge,
     loop,
-    offload,
 )
 
 T = TypeVar("T")
@@ -71,8 +70,8 @@ class ReplicaInputs:
         self._link = link
         self._records = records
         self._max_queue_time = conf.read(app.conf).max_queue_time
-        self._threads = offload.Offload("body", threads, around)
-        self._connections = django_connections.Shared(app)
+        self._threads = greenlet_bridge.Offload("body", threads, around)
+        self._close_outdated = django_connections.closing_outdated(app)
         self._tasks = loop.Tasks()
 
     def start(
@@ -118,7 +117,7 @@ class ReplicaInputs:
     async def _run(self, input: replica_input.Input, *content: Any) -> None:
         followed = task_context.bind()
         replica_input.current.set(input)
-        batch_items.joining.set(input)
+        batcher.joining.set(input)
         try:
             report = await self._outcome(input, *content)
         except BaseException as exc:
@@ -165,9 +164,10 @@ class ReplicaInputs:
         """Return ``run()`` from where the tracer of an input runs: on the loop, or in a thread."""
         if not greenlet_bridge.runs_on_loop(self._app.tasks.get(input.name)):
             return await self._threads.run(run)
-        await self._connections.close_outdated()
+        if self._close_outdated is not None:
+            await self._close_outdated()
         input.task = asyncio.current_task()
-        return await greenlet_bridge.step(run, input)
+        return await greenlet_bridge.step(run, input.take_interrupt)
 
     def limit(self, number: int, seconds: float) -> None:
         """Raise a soft time limit in one input."""

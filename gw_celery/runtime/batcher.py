@@ -8,12 +8,13 @@ import contextvars
 import dataclasses
 import functools
 import gc
+import inspect
 import logging
 import operator
 import sys
 import time
 import traceback
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -24,34 +25,76 @@ from gw_celery import errors, types
 from gw_celery.client import execution
 from gw_celery.declare import services
 from gw_celery.policy import batching
-from gw_celery.runtime import batch_items, body_guard, greenlet_bridge, offload
+from gw_celery.runtime import body, greenlet_bridge
 
 logger = logging.getLogger(__name__)
 
 
-class Clock(Protocol):
-    """The present time, in seconds since any point, and callbacks on the running loop."""
+class Joining(Protocol):
+    """An input of the replica that may join a batch."""
 
-    def now(self) -> float: ...
+    @property
+    def runs_alone(self) -> bool: ...
+
+    def record_early_ack(self) -> Awaitable[None] | None:
+        """Have on record what must be before the input starts; ``None`` for nothing."""
+
+    def begin(self) -> bool:
+        """Start; whether the input still wants to."""
+
+
+#: Keys of the services whose slots the body holds.
+held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "gw_held", default=frozenset()
+)
+#: The input that the body belongs to; ``None`` for a call that many share.
+joining: contextvars.ContextVar[Joining | None] = contextvars.ContextVar("gw_joining", default=None)
+#: Whether a batch waits for the body, which may be one that it awaits.
+is_in_batch: contextvars.ContextVar[bool] = contextvars.ContextVar("gw_in_batch", default=False)
+
+
+class Clock:
+    """The clock of this machine, as its loops have it; a test may have one of its own."""
+
+    def now(self) -> float:
+        """The present time, in seconds since any point."""
+        return time.monotonic()
 
     def call_at(
         self, when: float, callback: Callable[[], object], context: contextvars.Context
     ) -> Any:
         """Call ``callback`` once it is ``when``, unless ``cancel()`` of what returns is called."""
-
-
-class Monotonic:
-    """The clock of this machine, as its loops have it."""
-
-    def now(self) -> float:
-        return time.monotonic()
-
-    def call_at(
-        self, when: float, callback: Callable[[], object], context: contextvars.Context
-    ) -> asyncio.TimerHandle:
         # By the delay: a loop may count from another point than this clock.
         delay = max(0.0, when - self.now())
         return asyncio.get_running_loop().call_later(delay, callback, context=context)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class BatchItem(batching.Waiting):
+    """One input of a batched method, from when it waits until it has its answer."""
+
+    #: The body, bound to the instance whose parameters the inputs of a batch share.
+    fn: Callable[..., Any]
+    #: Held while the call runs: it may outlive every input that asked for it.
+    using: Callable[[], AbstractContextManager[Any]]
+    #: Every parameter of the body, by name.
+    arguments: Mapping[str, Any]
+    joining: Joining | None
+    #: Whether the input failed, and its answer or exception.
+    outcome: asyncio.Future[tuple[bool, Any]]
+
+    def begin(self) -> bool:
+        """Join a call; whether it still wants to."""
+        return not self.outcome.done() and (self.joining is None or self.joining.begin())
+
+    def answer(self, entry: Any) -> None:
+        if isinstance(entry, BaseException) and not isinstance(entry, Exception):
+            entry = errors.BodyExited(f"the body answered with {entry!r}: answer with an Exception")
+        self.settle(isinstance(entry, Exception), entry)
+
+    def settle(self, is_failure: bool, value: Any) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result((is_failure, value))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -59,7 +102,7 @@ class Batchers:
     """The batchers of a replica, each made when its method is first called."""
 
     #: Calls what it is given, with whatever must surround work in a thread.
-    around: Callable[..., Any] = body_guard.call
+    around: Callable[..., Any] = operator.call
     #: Sends what the inputs reported as they began, before the body can do any harm.
     tell: Callable[[], None] = lambda: None
     #: Receives the task whose call goes on though no input waits for it, and cannot be ended.
@@ -67,7 +110,7 @@ class Batchers:
     #: Seconds that such a call has to end.
     grace: float = 5.0
     #: By which inputs wait.
-    clock: Clock = dataclasses.field(default_factory=Monotonic)
+    clock: Clock = dataclasses.field(default_factory=Clock)
     #: Of the calls: it belongs to no input.
     context: contextvars.Context = dataclasses.field(default_factory=contextvars.copy_context)
     #: The replica takes nothing new: nothing waits for others.
@@ -90,13 +133,7 @@ class Batchers:
 
 
 class Batcher:
-    """One batched method of this replica; everything here runs on its loop.
-
-    Args:
-        service: whose slots the body holds.
-        method: the declaration, with the bounds of a batch.
-        host: those of its replica.
-    """
+    """One batched method of this replica; everything here runs on its loop."""
 
     def __init__(self, service: services.Service, method: services.Method, host: Batchers) -> None:
         declared = method.batched
@@ -112,12 +149,12 @@ class Batcher:
             wait=declared.wait_ms / 1000,
             cost=declared.max_batch_cost,
         )
-        self._threads = offload.Offload(
+        self._threads = greenlet_bridge.Offload(
             f"batch-{method.name}", declared.max_running_batches, host.around
         )
-        self._waiting: batching.Buffers[batch_items.BatchItem] = batching.Buffers()
+        self._waiting: batching.Buffers[BatchItem] = batching.Buffers()
         #: The calls that run, and the inputs that wait for each: none once it is given up.
-        self._running: dict[asyncio.Task[None], list[batch_items.BatchItem]] = {}
+        self._running: dict[asyncio.Task[None], list[BatchItem]] = {}
         self._timer: Any = None
         self._is_forming = False
 
@@ -146,16 +183,16 @@ class Batcher:
             Exception: that the body put in the place of this answer, or raised for this input;
                 for a ``Retry`` in its place, what ``retry()`` of the input's task raises.
         """
-        joining = batch_items.joining.get()
-        item = batch_items.BatchItem(
+        joined = joining.get()
+        item = BatchItem(
             fn=fn,
             using=using,
-            arguments=batch_items.bind(self._method, args, kwargs),
+            arguments=_bind(self._method, args, kwargs),
             key=self._key(key, args, kwargs),
             cost=self._cost(args, kwargs),
             since=self._clock.now(),
-            joining=joining,
-            is_urgent=joining is not None and joining.runs_alone,
+            joining=joined,
+            is_urgent=joined is not None and joined.runs_alone,
             outcome=asyncio.get_running_loop().create_future(),
         )
         self._waiting.put(item)
@@ -166,8 +203,9 @@ class Batcher:
             if not self._waiting.remove(item):
                 self._give_up_deserted()
             raise
-        if isinstance(value, Retry):
-            _try_again(value)
+        if isinstance(value, Retry):  # the body has no request to call ``retry()`` of
+            when = {"countdown" if isinstance(value.when, int | float) else "eta": value.when}
+            current_task.retry(exc=value.exc, **when)
         if is_failure:
             raise value
         return value
@@ -217,22 +255,18 @@ class Batcher:
         while len(self._running) < self._declared.max_running_batches:
             now = self._clock.now()
             batch = self._waiting.next_batch(self._bounds, now, is_draining=self._host.is_draining)
-            if batch is not None:
-                self._start(batch)
-                continue
-            wait = self._waiting.due_in(self._bounds, now)
-            if wait is not None:
-                self._timer = self._clock.call_at(now + wait, self._form, self._host.context)
-            return
-
-    def _start(self, batch: batching.Batch[batch_items.BatchItem]) -> None:
-        task = asyncio.get_running_loop().create_task(
-            self._serve(batch.members, batch.flush),
-            name=f"batch of {self._method.task_name}",
-            context=self._host.context.copy(),
-        )
-        self._running[task] = batch.members
-        task.add_done_callback(self._ended)
+            if batch is None:
+                wait = self._waiting.due_in(self._bounds, now)
+                if wait is not None:
+                    self._timer = self._clock.call_at(now + wait, self._form, self._host.context)
+                return
+            task = asyncio.get_running_loop().create_task(
+                self._serve(batch.members, batch.flush),
+                name=f"batch of {self._method.task_name}",
+                context=self._host.context.copy(),
+            )
+            self._running[task] = batch.members
+            task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
@@ -255,28 +289,29 @@ class Batcher:
 
     # -- running --
 
-    async def _serve(self, items: list[batch_items.BatchItem], flush: batching.Flush) -> None:
+    async def _serve(self, items: list[BatchItem], flush: batching.Flush) -> None:
         """Answer every input, in as many calls as it takes."""
         parts = [items]
-        batch_items.held.set(frozenset({self._service.key}))
-        batch_items.is_in_batch.set(True)
+        held.set(frozenset({self._service.key}))
+        is_in_batch.set(True)
         try:
             with items[0].using():
                 while parts:
                     first, *rest = _cut(parts[0], self._bounds.size)
-                    records = [on for item in first if (on := item.record_early_ack()) is not None]
-                    if records:
-                        await asyncio.gather(*records)
+                    wanted = [item.joining for item in first if not item.outcome.done()]
+                    # What is acknowledged as it begins is on record by then.
+                    records = [joined.record_early_ack() for joined in wanted if joined is not None]
+                    await asyncio.gather(*filter(None, records))
                     part = [item for item in first if item.begin()]
                     parts = await self._answered(part, flush) + rest + parts[1:]
         except Exception as exc:  # ours: no input may wait for ever because of it
             logger.exception("a batch of %s broke off", self._method.task_name)
             for item in items:
-                item.fail(exc)
+                item.settle(True, exc)
 
     async def _answered(
-        self, part: list[batch_items.BatchItem], flush: batching.Flush
-    ) -> list[list[batch_items.BatchItem]]:
+        self, part: list[BatchItem], flush: batching.Flush
+    ) -> list[list[BatchItem]]:
         """Call the body for ``part``; returns the parts to call it for again."""
         if not part:
             return []
@@ -285,32 +320,28 @@ class Batcher:
         except Exception as exc:
             return self._failed(part, exc)
         try:
-            listed = batch_items.entries(self._method, len(part), answer)
+            entries = _entries(self._method, len(part), answer)
         except Exception as exc:
             for item in part:
-                item.fail(exc)
+                item.settle(True, exc)
             return []
-        for item, entry in zip(part, listed, strict=True):
+        for item, entry in zip(part, entries, strict=True):
             item.answer(entry)
         return []
 
-    async def _call(self, part: list[batch_items.BatchItem], flush: batching.Flush) -> Any:
+    async def _call(self, part: list[BatchItem], flush: batching.Flush) -> Any:
         now = self._clock.now()
         waited = tuple(now - item.since for item in part)
         execution.batch.set(types.Batch(size=len(part), flush=flush.value, waited=waited))
         fn = part[0].fn
-        args, kwargs = batch_items.listed(self._method, [item.arguments for item in part])
+        args, kwargs = _listed(self._method, [item.arguments for item in part])
         self._host.tell()
-        if self._method.is_async:
-            return await greenlet_bridge.step(
-                lambda: greenlet_bridge.drive(self._body(fn, args, kwargs))
-            )
-        return await self._threads.run(body_guard.call_for_future, fn, *args, **kwargs)
-
-    async def _body(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if not self._method.is_async:
+            return await self._threads.run(body.call, fn, *args, **kwargs)
         try:
-            with body_guard.Contained():
-                return await fn(*args, **kwargs)
+            return await greenlet_bridge.step(
+                lambda: body.call(greenlet_bridge.drive, fn(*args, **kwargs))
+            )
         except asyncio.CancelledError as exc:
             # Only the body itself cancels a call that an input waits for.
             if (task := asyncio.current_task()) is not None:
@@ -320,19 +351,28 @@ class Batcher:
 
     # -- recovering --
 
-    def _failed(
-        self, part: list[batch_items.BatchItem], exc: Exception
-    ) -> list[list[batch_items.BatchItem]]:
+    def _failed(self, part: list[BatchItem], exc: Exception) -> list[list[BatchItem]]:
         """Isolate the input that the call failed for; returns the parts to try."""
         if all(item.outcome.done() for item in part):
             return []
-        is_memory = _is_out_of_memory(exc)
+        # By the name of torch's class: torch is not imported.
+        is_memory = any(cls.__name__ == "OutOfMemoryError" for cls in type(exc).__mro__)
         if is_memory:
             _free_memory(exc)
-            self._take_less(len(part), exc)
+            if len(part) > 1:
+                self._bounds = self._bounds.halved(len(part))
+                logger.warning(
+                    "a call of %s ran out of the device's memory with %d inputs (%s): until this "
+                    "replica restarts, it takes %d at most; lower max_batch_size, or bound "
+                    "size_fn's sum",
+                    self._method.task_name,
+                    len(part),
+                    type(exc).__name__,
+                    self._bounds.size,
+                )
         if len(part) == 1 or (self._declared.on_error == "fail" and not is_memory):
             for item in part:
-                item.fail(exc)
+                item.settle(True, exc)
             return []
         logger.info(
             "a call of %s for %d inputs raised %r and is tried again in parts",
@@ -342,33 +382,63 @@ class Batcher:
         )
         return _cut(part, self._bounds.size if is_memory else (len(part) + 1) // 2)
 
-    def _take_less(self, size: int, exc: Exception) -> None:
-        if size == 1:
-            return
-        self._bounds = self._bounds.halved(size)
-        logger.warning(
-            "a call of %s ran out of the device's memory with %d inputs (%s): until this replica "
-            "restarts, it takes %d at most; lower max_batch_size, or bound size_fn's sum",
-            self._method.task_name,
-            size,
-            type(exc).__name__,
-            self._bounds.size,
+
+def _bind(method: services.Method, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every parameter of the body with the value that one caller gave, or its default."""
+    bound = method.signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _listed(
+    method: services.Method, inputs: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of one call for ``inputs``: each parameter is a list."""
+    lists = {
+        name: [arguments[name] for arguments in inputs] for name in method.signature.parameters
+    }
+    call = inspect.BoundArguments(method.signature, lists)
+    return call.args, call.kwargs
+
+
+def _entries(method: services.Method, count: int, answer: Any) -> list[Any]:
+    """Return the entries of a batched body's answer: a list, tuple, array or tensor."""
+    is_listed = not isinstance(answer, str | bytes | bytearray) and (
+        isinstance(answer, Sequence) or hasattr(answer, "__array__")
+    )
+    size: int | None = None
+    with contextlib.suppress(TypeError):  # a number, a generator, an array without dimensions
+        size = len(answer)
+    if not is_listed or size != count:
+        raise errors.UsageError(
+            f"{method.task_name} got {count} input{'' if count == 1 else 's'} and answered with a "
+            f"{type(answer).__name__} of {'no' if size is None else size} entries; a batched "
+            f"function returns a list with one entry for each input"
         )
+    return list(answer)
 
 
-def _try_again(asked: Retry) -> None:
-    """Send the input again, for a body that has no request to call ``retry()`` of."""
-    when = {"countdown" if isinstance(asked.when, int | float) else "eta": asked.when}
-    current_task.retry(exc=asked.exc, **when)
+def of_one_input(
+    method: services.Method, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call for one input alone: a batched body takes lists of one."""
+    if method.batched is None:
+        return args, kwargs
+    return _listed(method, [_bind(method, args, kwargs)])
 
 
-def _cut(items: list[batch_items.BatchItem], size: int) -> list[list[batch_items.BatchItem]]:
+def only_answer(method: services.Method, answer: Any) -> Any:
+    """Return what a call for one input alone answers to it, or raise what stands in its place."""
+    if method.batched is None:
+        return answer
+    (entry,) = _entries(method, 1, answer)
+    if isinstance(entry, Exception):
+        raise entry
+    return entry
+
+
+def _cut(items: list[BatchItem], size: int) -> list[list[BatchItem]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _is_out_of_memory(exc: Exception) -> bool:
-    """Whether a device ran out of memory, by the name of torch's class: torch is not imported."""
-    return any(cls.__name__ == "OutOfMemoryError" for cls in type(exc).__mro__)
 
 
 def _free_memory(exc: Exception) -> None:

@@ -1,142 +1,122 @@
-"""Run the body of one call: find its instance, wrap what is batched, enforce its limits."""
+"""What a body raises that is no ``Exception``, and what is raised in it from another thread.
+
+Celery's tracer lets the former through. It takes a ``SystemExit`` for the end of its process:
+prefork delivers the input again, and loads the model again for it, for ever. Anything else, such as
+the panic of a library written in Rust, kills the solo worker.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
-import functools
-import json
-from collections.abc import Callable, Coroutine, Hashable, Mapping
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+import ctypes
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import greenlet
+from billiard import common
+from celery.exceptions import WorkerShutdown, WorkerTerminate
+from kombu.utils.encoding import safe_repr
+
+from gw_celery import errors
 from gw_celery.client import execution
-from gw_celery.declare import parameters, services
-from gw_celery.protocol import headers
-from gw_celery.runtime import batch_items, body_guard, greenlet_bridge, instances
-from gw_celery.types import ParameterValues
-
-if TYPE_CHECKING:
-    from gw_celery.runtime import in_process
 
 T = TypeVar("T")
 
+#: Turns: far more than the interpreter needs to deliver what is pending.
+_LONGEST_WAIT = 10_000_000
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """One call of one method, with the limits of its task in seconds."""
 
-    service: services.Service
-    method: services.Method
-    #: Of every parameter of its service.
-    values: ParameterValues
-    soft_limit: float | None = None
-    hard_limit: float | None = None
-    #: The user's arguments, behind the task itself where it is declared with ``bind=True``.
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+class Contained:
+    """Runs a body; what it raises that is no ``Exception`` becomes a ``BodyExited``.
 
-    @classmethod
-    def of(
-        cls,
-        task: Any,
-        sent: Mapping[str, Any] | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Call:
-        """Return one call of ``task`` with the parameters that the headers ``sent`` carry.
+    What ends the process, and what asyncio interrupts a body with, is left alone. A class and no
+    generator: the frames of contextlib would show in the traceback of the task.
+    """
 
-        They are checked again: no handle may have made the message.
-        """
-        request, service = task.request, task.gw_service
-        hard, soft = request.timelimit or (None, None)
-        values: ParameterValues = {}
-        text = (sent or {}).get(headers.PARAMETERS)
-        if text or service.parameters:
-            given = json.loads(text) if text else {}
-            bound = parameters.bind(service.name, service.parameters, given)
-            values = parameters.complete(service.parameters, bound)
-        return cls(
-            service=service,
-            method=task.gw_method,
-            values=values,
-            soft_limit=soft or task.soft_time_limit,
-            hard_limit=hard or task.time_limit,
-            args=args,
-            kwargs=kwargs,
+    def __enter__(self) -> None:
+        self._task = _current_task()
+
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        if exc is None or isinstance(exc, Exception | execution.Stopped):
+            return
+        if self._is_from_outside(exc):
+            return
+        consequence = "is no Exception, and would leave its task without an answer"
+        if isinstance(exc, SystemExit | KeyboardInterrupt):
+            consequence = "would end its process"
+        raise errors.BodyExited(
+            f"the body raised {safe_repr(exc)}, which {consequence}; raise an Exception to fail "
+            f"its task"
+        ) from exc
+
+    def _is_from_outside(self, exc: BaseException) -> bool:
+        """Whether it was raised in the body, and not by it."""
+        if isinstance(exc, SystemExit | KeyboardInterrupt):
+            return _ends_process(exc)
+        if isinstance(exc, asyncio.CancelledError):
+            return self._task is not None and self._task.cancelling() > 0
+        # What closes a coroutine or a greenlet that is stepped no more does not do so from the
+        # task that stepped it.
+        is_closing = isinstance(exc, GeneratorExit | greenlet.GreenletExit)
+        return is_closing and self._task is not _current_task()
+
+
+def call(fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    """Run a synchronous body, contained, in a thread that a coroutine waits for."""
+    try:
+        with Contained():
+            return fn(*args, **kwargs)
+    except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
+        raise RuntimeError(f"the body raised {exc!r}") from exc
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    return None if asyncio._get_running_loop() is None else asyncio.current_task()
+
+
+def _ends_process(exc: BaseException) -> bool:
+    """Whether a handler of signals raised it, which interrupts what the main thread does."""
+    if isinstance(exc, WorkerShutdown | WorkerTerminate):  # Celery's, on solo
+        return True
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    if common._should_have_exited[0]:  # billiard's, in a child of prefork that is told to end
+        return True
+    # Ctrl-C of a user who runs a body in a shell or in a test.
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return isinstance(exc, KeyboardInterrupt) and is_default
+
+
+class Thrown:
+    """An exception of ``kind`` on its way into ``thread``; it knows when it has arrived.
+
+    It is never taken back: on CPython 3.11 and 3.12 taking it back leaves the interpreter looking
+    for it for ever, and the thread hangs as soon as a profiler or debugger traces it.
+    """
+
+    def __init__(self, thread: int, kind: type[BaseException]) -> None:
+        self.has_arrived = False
+
+        def arrive(exc: BaseException, *args: object) -> None:
+            kind.__init__(exc, *args)
+            self.has_arrived = True
+
+        # Only a class can be thrown. Its own subclass is known by the name of `kind`.
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        self._kind: type[BaseException] = type(
+            kind.__name__, (kind,), {"__init__": arrive, **names}
+        )
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread), ctypes.py_object(self._kind)
         )
 
-
-def run(runtime: in_process.Process, call: Call) -> Any:
-    """Run ``call`` to its end and return its answer, from Celery's tracer."""
-    if call.method.is_async or (call.method.batched and runtime.batchers):
-        return _wait_within_limits(runtime, call, run_async(runtime, call))
-    return _run_sync(runtime, call)
-
-
-async def run_async(runtime: in_process.Process, call: Call) -> Any:
-    """Run ``call`` on the loop, where an asynchronous caller can await it."""
-    held = batch_items.held.set(batch_items.held.get() | {call.service.key})
-    batch = execution.batch.set(None)
-    try:
-        if not call.service.is_class:
-            return await _answer(runtime, call, call.method.function)
-        values, owner = call.values, runtime.instances_of(call.service)
-        loaded = owner.take(values)
-        if loaded is None:
-            if (joining := batch_items.joining.get()) is not None:
-                # Before it joins a batch: limits bound the wait, and a load can kill the process.
-                joining.begin()
-            loaded = await owner.load(values)
+    def wait(self) -> None:
+        """In its thread: let it arrive here, where it does nothing, if it has not arrived yet."""
         try:
-            bound: Callable[..., Any] = getattr(loaded.view(values), call.method.name)
-            key, using = loaded.batch_key(values), functools.partial(owner.using, loaded)
-            return await _answer(runtime, call, bound, key=key, using=using)
-        finally:
-            owner.give_back(loaded)
-    finally:
-        execution.batch.reset(batch)
-        batch_items.held.reset(held)
-
-
-def _run_sync(runtime: in_process.Process, call: Call) -> Any:
-    use = instances.Use(runtime.instances_of(call.service), call.values)
-    try:
-        if not use.take():
-            _wait_within_limits(runtime, call, use.load())
-        bound: Callable[..., Any] = getattr(use.view(), call.method.name)
-        args, kwargs = batch_items.of_one_input(call.method, call.args, call.kwargs)
-        return batch_items.only_answer(call.method, body_guard.call(bound, *args, **kwargs))
-    finally:
-        use.end()
-
-
-def _wait_within_limits(runtime: in_process.Process, call: Call, work: Coroutine[Any, Any, T]) -> T:
-    """Wait for the loop as part of the input: what stops the input ends the wait."""
-    if runtime.is_on_loop():
-        return greenlet_bridge.drive(work)
-    has_limits = runtime.enforces_limits
-    soft, hard = (call.soft_limit, call.hard_limit) if has_limits else (None, None)
-    grace = runtime.settings.cancel_timeout
-    return greenlet_bridge.LoopCall(runtime.loop, work).run(grace, soft_limit=soft, hard_limit=hard)
-
-
-async def _answer(
-    runtime: in_process.Process,
-    call: Call,
-    fn: Callable[..., Any],
-    *,
-    key: Hashable = None,
-    using: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> Any:
-    if call.method.batched is not None and runtime.batchers is not None:
-        batcher = runtime.batchers.of(call.service, call.method)
-        return await batcher.submit(fn, call.args, call.kwargs, key=key, using=using)
-    args, kwargs = batch_items.of_one_input(call.method, call.args, call.kwargs)
-    if call.method.is_async:
-        with body_guard.Contained():
-            answer = await fn(*args, **kwargs)
-    else:  # it must not stop the loop that it shares with the body that awaits it
-        answer = await asyncio.to_thread(body_guard.call_for_future, fn, *args, **kwargs)
-    return batch_items.only_answer(call.method, answer)
+            for _ in range(_LONGEST_WAIT):
+                if self.has_arrived:
+                    return
+        except self._kind:
+            return

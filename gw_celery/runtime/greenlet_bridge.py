@@ -17,16 +17,18 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, Generic, Protocol, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
 
 import greenlet
 from celery import signals
-from celery.app import trace
+from celery.app import amqp, trace
 from celery.exceptions import SoftTimeLimitExceeded
+from kombu import pools
 
 from gw_celery import errors
 from gw_celery.client import execution, task_context
-from gw_celery.runtime import body_guard
+from gw_celery.runtime import body
 
 T = TypeVar("T")
 
@@ -42,16 +44,11 @@ _RECEIVERS = (
 )
 
 
-class Interrupted(Protocol):
-    """Whose coroutine is interrupted by cancelling what it waits for."""
-
-    def take_interrupt(self) -> BaseException | None: ...
-
-
 class _Stepping(greenlet.greenlet):
-    """A greenlet that steps one coroutine; ``call`` can replace a cancellation."""
+    """A greenlet that steps one coroutine."""
 
-    call: Interrupted | None
+    #: Asked for what stands behind a cancellation, and is raised in its place.
+    take_interrupt: Callable[[], BaseException | None]
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -77,8 +74,8 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
             advance, argument = coroutine.send, current.parent.switch(waited_for)
         except BaseException as exc:
             advance, argument = coroutine.throw, exc
-            if isinstance(exc, asyncio.CancelledError) and current.call is not None:
-                argument = current.call.take_interrupt() or exc
+            if isinstance(exc, asyncio.CancelledError):
+                argument = current.take_interrupt() or exc
 
 
 def can_park() -> bool:
@@ -92,23 +89,24 @@ def would_block_loop() -> bool:
     return not can_park() and asyncio._get_running_loop() is not None
 
 
-async def step(fn: Callable[[], T], call: Interrupted | None = None) -> T:
+async def step(
+    fn: Callable[[], T], take_interrupt: Callable[[], BaseException | None] = lambda: None
+) -> T:
     """Run a synchronous ``fn`` in a greenlet of its own, which ``drive`` parks while it waits.
 
-    Args:
-        fn: what is run; its answer is returned.
-        call: what a cancellation is asked for, as something else may stand behind it.
+    ``take_interrupt`` is asked for what stands behind a cancellation, if anything does.
     """
-    return await _stepped(fn, call)
-
-
-@types.coroutine
-def _stepped(fn: Callable[[], T], call: Interrupted | None) -> Generator[Any, Any, T]:
     stepping = _Stepping(fn)
-    stepping.call = call
+    stepping.take_interrupt = take_interrupt
     # The greenlet shares the context of the task, so that context variables set in the body are
     # seen by what it awaits.
     stepping.gr_context = greenlet.getcurrent().gr_context
+    answer: T = await _stepped(stepping)
+    return answer
+
+
+@types.coroutine
+def _stepped(stepping: _Stepping) -> Generator[Any, Any, Any]:
     waited_for = stepping.switch()
     while not stepping.dead:
         try:
@@ -117,7 +115,7 @@ def _stepped(fn: Callable[[], T], call: Interrupted | None) -> Generator[Any, An
             waited_for = stepping.throw(exc)
         else:
             waited_for = stepping.switch(sent)
-    return waited_for  # type: ignore[no-any-return]
+    return waited_for
 
 
 def runs_on_loop(task: Any) -> bool:
@@ -135,14 +133,28 @@ def _never_blocks(task: Any) -> bool:
 
 
 class LoopCall(Generic[T]):
-    """One coroutine that runs on a loop, in the caller's context, for a thread that waits."""
+    """One coroutine that runs on a loop, in the caller's context, for a thread that waits.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
+    Args:
+        loop: where it runs.
+        coroutine: what runs.
+        soft_limit: seconds until a ``SoftTimeLimitExceeded`` is raised in it.
+        hard_limit: seconds until it is cancelled, and ``HardLimit`` raised in the thread.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        coroutine: Coroutine[Any, Any, T],
+        soft_limit: float | None = None,
+        hard_limit: float | None = None,
+    ) -> None:
         self._loop = loop
         self._coroutine = coroutine
+        self._soft_limit = soft_limit
+        self._hard_limit = hard_limit
         self._context = contextvars.copy_context()
         self._followed = self._context.run(task_context.follow)
-        self._limits: tuple[float | None, float | None] = None, None
         self._timers: list[asyncio.TimerHandle] = []
         self._task: asyncio.Task[T] | None = None
         self._interrupt: BaseException | None = None
@@ -153,13 +165,7 @@ class LoopCall(Generic[T]):
         self._over = threading.Lock()
         self._over.acquire()
 
-    def run(
-        self,
-        cancel_timeout: float,
-        meanwhile: Callable[[], None] = lambda: None,
-        soft_limit: float | None = None,
-        hard_limit: float | None = None,
-    ) -> T:
+    def run(self, cancel_timeout: float, meanwhile: Callable[[], None] = lambda: None) -> T:
         """Start the coroutine, wait for it, and return or raise its outcome.
 
         A ``SoftTimeLimitExceeded`` that interrupts the wait is raised *in the coroutine*, as a
@@ -169,12 +175,16 @@ class LoopCall(Generic[T]):
         Args:
             cancel_timeout: seconds that the coroutine has to end once it is cancelled.
             meanwhile: called a few times a second; what it raises interrupts the wait, too.
-            soft_limit: seconds until a ``SoftTimeLimitExceeded`` is raised in the coroutine.
-            hard_limit: seconds until the coroutine is cancelled, and ``HardLimit`` raised here.
         """
-        self._limits = soft_limit, hard_limit
         try:
-            self._wait(meanwhile)
+            while not self._is_over:
+                try:
+                    self._loop.call_soon_threadsafe(self._start)
+                    # In turns: what another thread raises in this one does not end a wait.
+                    while not self._ends_within(_INTERVAL):
+                        meanwhile()
+                except SoftTimeLimitExceeded as limit:
+                    self._loop.call_soon_threadsafe(self._cancel, limit)
         except BaseException as exc:
             self._loop.call_soon_threadsafe(self._cancel)
             if not isinstance(exc, execution.Stopped):
@@ -182,11 +192,13 @@ class LoopCall(Generic[T]):
             raise
         finally:
             self._followed.end()
-        return self._outcome()
-
-    def interrupt(self, exc: BaseException) -> None:
-        """Raise ``exc`` in the coroutine at its next (or present) wait; from any thread."""
-        self._loop.call_soon_threadsafe(self._cancel, exc)
+        if self._abandoned is not None:
+            raise self._abandoned
+        if self._task is None:
+            raise RuntimeError("the call ended before it began")
+        if self._task.cancelled():
+            raise self._interrupt or errors.GWCeleryError("the body of the task cancelled itself")
+        return self._task.result()
 
     def take_interrupt(self) -> BaseException | None:
         """Return the exception that stands in for a cancellation, once."""
@@ -194,17 +206,6 @@ class LoopCall(Generic[T]):
         if exc is not None and self._task is not None:
             self._task.uncancel()
         return exc
-
-    def _wait(self, meanwhile: Callable[[], None]) -> None:
-        while True:
-            try:
-                self._loop.call_soon_threadsafe(self._start)
-                # In turns: what another thread raises in this one does not end a wait.
-                while not self._ends_within(_INTERVAL):
-                    meanwhile()
-                return
-            except SoftTimeLimitExceeded as limit:
-                self.interrupt(limit)
 
     def _ends_within(self, seconds: float) -> bool:
         return self._is_over or self._over.acquire(timeout=seconds)
@@ -218,25 +219,22 @@ class LoopCall(Generic[T]):
         """Start the coroutine, unless it has been: an exception may have come in between."""
         if self._task is not None:
             return
-        soft_limit, hard_limit = self._limits
-        self._task = self._loop.create_task(self._await(), context=self._context)
+        # Contained: asyncio would end the loop with an exit.
+        stepping = step(lambda: body.call(drive, self._coroutine), self.take_interrupt)
+        self._task = self._loop.create_task(stepping, context=self._context)
         self._task.add_done_callback(self._finish)
-        if soft_limit:
-            soft = SoftTimeLimitExceeded(soft_limit)
-            self._timers.append(self._loop.call_later(soft_limit, self._cancel, soft))
-        if hard_limit:
-            hard = execution.HardLimit(hard_limit)
-            self._timers.append(self._loop.call_later(hard_limit, self._abandon, hard))
+        if self._soft_limit:
+            soft = SoftTimeLimitExceeded(self._soft_limit)
+            self._timers.append(self._loop.call_later(self._soft_limit, self._cancel, soft))
+        if self._hard_limit:
+            hard = execution.HardLimit(self._hard_limit)
+            self._timers.append(self._loop.call_later(self._hard_limit, self._abandon, hard))
 
     def _finish(self, _: asyncio.Task[T]) -> None:
         for timer in self._timers:
             timer.cancel()
         self._coroutine.close()  # it never began when it was cancelled before its first step
         self._end()
-
-    async def _await(self) -> T:
-        with body_guard.Contained():  # asyncio would end the loop with an exit
-            return await step(lambda: drive(self._coroutine), self)
 
     def _cancel(self, instead: BaseException | None = None) -> None:
         self._start()
@@ -250,11 +248,80 @@ class LoopCall(Generic[T]):
             self._cancel()
             self._end()
 
-    def _outcome(self) -> T:
-        if self._abandoned is not None:
-            raise self._abandoned
-        if self._task is None:
-            raise RuntimeError("the call ended before it began")
-        if self._task.cancelled():
-            raise self._interrupt or errors.GWCeleryError("the body of the task cancelled itself")
-        return self._task.result()
+
+class Offload:
+    """Bounded threads for one kind of blocking call; anywhere but in a greenlet it runs in place.
+
+    On the loop, Celery's publishing and storing would hold up every other input.
+    """
+
+    def __init__(self, name: str, threads: int, around: Callable[..., Any]) -> None:
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"gw-{name}")
+        #: Runs each call: database hygiene belongs into the thread of the call.
+        self._around = around
+
+    def __call__(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Return ``fn(*args, **kwargs)``."""
+        if not can_park():
+            return fn(*args, **kwargs)
+        return drive(self.run(fn, *args, **kwargs))
+
+    async def run(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Return ``fn(*args, **kwargs)``, from a thread, in the context of the caller."""
+        call = functools.partial(contextvars.copy_context().run, self._around, fn, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+class _Producers:
+    """A pool of producers; taking one, which may connect, happens off the loop.
+
+    A task of the event loop that is not the body of an input, such as a child of
+    ``asyncio.gather``, cannot be parked. It would block the loop for a producer that only the loop
+    gives back, so that it has a pool of its own.
+    """
+
+    def __init__(self, pool: Any, blocking: Any, offload: Offload) -> None:
+        self._pool = pool
+        self._blocking = blocking
+        self._offload = offload
+
+    def acquire(self, *args: Any, **kwargs: Any) -> Any:
+        if would_block_loop():
+            return self._blocking.acquire(*args, **kwargs)
+        return self._offload(self._pool.acquire, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+
+def publishing(base: type[amqp.AMQP], around: Callable[..., Any]) -> type[amqp.AMQP]:
+    """Return ``base`` with its publishing taken off the loop.
+
+    Taking a producer and using it have threads of their own: threads that hold one must not
+    wait behind threads that want one.
+    """
+    taking, sending = Offload("producers", 8, around), Offload("publish", 8, around)
+
+    class OffLoop(base):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._making = threading.Lock()
+            self._blocking: Any = None
+
+        @property
+        def producer_pool(self) -> Any:
+            # Two threads that ask first would each make a pool; one is dropped with its
+            # connection, and RabbitMQ may drop what that has just published.
+            with self._making:
+                pool = super().producer_pool
+                if self._blocking is None:
+                    connections = self.app.connection_for_write().Pool(limit=pool.limit)
+                    self._blocking = pools.ProducerPool(connections, limit=pool.limit)
+            return _Producers(pool, self._blocking, taking)
+
+        def _create_task_sender(self) -> Any:
+            send = super()._create_task_sender()
+            return lambda *args, **kwargs: sending(send, *args, **kwargs)
+
+    OffLoop.__name__ = base.__name__
+    return OffLoop

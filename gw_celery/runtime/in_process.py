@@ -11,29 +11,40 @@ import atexit
 import contextlib
 import functools
 import inspect
+import json
 import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 from celery import _state
 from celery.app.base import pydantic_wrapper
 
 from gw_celery import conf, errors
 from gw_celery.client import execution, task_context
-from gw_celery.declare import registry, services
+from gw_celery.declare import parameters, registry, services
+from gw_celery.protocol import headers
 from gw_celery.runtime import (
-    batch_items,
     batcher,
     body,
     greenlet_bridge,
     instances,
     lifecycle,
     loop,
-    watchdog,
 )
+from gw_celery.types import ParameterValues
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +66,12 @@ class Process:
         #: Where the inputs of batched methods gather; ``None`` where each has a call of its own.
         self.batchers = batchers
         self.pid = os.getpid()
-        self._loop = loop.LoopThread() if host is None else host
-        self.loop = self._loop.loop
+        self._host = host or loop.Host()
+        self.loop = self._host.loop
         self._contexts: dict[str, lifecycle.Entered] = {}
         self._served: set[str] = set()
-        self._instances: dict[str, instances.Instances] = {}
+        #: Of each class task that this process serves, by its service.
+        self.instances: dict[str, instances.Instances] = {}
         self._growing = asyncio.Lock()
         self._entering: list[lifecycle.Entered] = []
         self._is_blocked = False
@@ -67,7 +79,7 @@ class Process:
     def start(self) -> None:
         """Start the loop, and make Celery's current task follow the body onto it."""
         task_context.install()
-        self._loop.start()
+        self._host.start()
 
     def enter(
         self,
@@ -93,9 +105,9 @@ class Process:
         def watch() -> None:
             check()
             # The loop enforces the deadline, unless what loads blocks it.
-            if time.monotonic() >= deadline and not self._loop.answers(grace):
+            if time.monotonic() >= deadline and not self._host.answers(grace):
                 self._is_blocked = True
-                raise watchdog.blocked_load(self._loop, self._entering, self.settings.start_timeout)
+                raise loop.blocked_load(self._host, self._entering, self.settings.start_timeout)
 
         grace = self.settings.cancel_timeout
         greenlet_bridge.LoopCall(self.loop, coroutine).run(grace, meanwhile=watch)
@@ -115,7 +127,7 @@ class Process:
         What is still entering is cancelled. A loop that a load blocks cannot leave anything.
         """
         if self._is_blocked:
-            self._loop.stop(timeout=0.0)
+            self._host.stop(timeout=0.0)
             return
         bound = self.settings.exit_timeout
         future = asyncio.run_coroutine_threadsafe(self.leave(), self.loop)
@@ -124,7 +136,7 @@ class Process:
             future.result(2 * bound + 5)
         except TimeoutError:
             logger.error("pid %d did not leave its contexts in %.0f s", self.pid, 2 * bound + 5)
-        self._loop.stop(timeout=5.0)
+        self._host.stop(timeout=5.0)
 
     def serves(self, service_key: str) -> bool:
         return service_key in self._served
@@ -140,16 +152,8 @@ class Process:
             raise KeyError(key)
         return life.value.result()
 
-    def instances_of(self, service: services.Service) -> instances.Instances:
-        """Return the instances of a class task that this process serves."""
-        return self._instances[service.key]
-
     def is_on_loop(self) -> bool:
-        return self._loop.is_current()
-
-    def run(self, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the input of ``task`` that Celery's tracer has now, and return its answer."""
-        return body.run(self, body.Call.of(task, task.request.headers, args, kwargs))
+        return self._host.is_current()
 
     def can_run(self, task: Any) -> bool:
         """Whether a body that awaits ``task`` gets its answer here, without a message.
@@ -163,15 +167,36 @@ class Process:
         key = task.gw_service.key
         if not (self.is_on_loop() and self.serves(key)):
             return False
-        if key not in batch_items.held.get():
+        if key not in batcher.held.get():
             return True
         gathers = self._gathers(task)
-        if gathers and batch_items.is_in_batch.get():
+        if gathers and batcher.is_in_batch.get():
             raise errors.UsageError(
                 f"{task.name} is awaited in a batch of its own service, and would wait for that "
                 f"batch to end: call self.{task.gw_method.name}(...) with lists, or await it before"
             )
         return gathers
+
+    def run(self, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the input of ``task`` that Celery's tracer has now, and return its answer."""
+        service, method = _declared(task)
+        values = _values(service, task.request.headers)
+        if method.is_async or (method.batched and self.batchers):
+            return self._wait_within_limits(task, self._answer(task, values, args, kwargs))
+        owner = self.instances[service.key]
+        loaded = owner.take(values)
+        if loaded is None:
+            with owner.awaiting(values):
+                while (loaded := owner.take(values)) is None:
+                    self._wait_within_limits(task, owner.build(values))
+        try:
+            fn: Callable[..., Any] = getattr(loaded.view(values), method.name)
+            args, kwargs = batcher.of_one_input(method, args, kwargs)
+            with body.Contained():
+                answer = fn(*args, **kwargs)
+            return batcher.only_answer(method, answer)
+        finally:
+            owner.give_back(loaded)
 
     async def run_async(
         self, task: Any, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -183,14 +208,65 @@ class Process:
         caller gets.
         """
         task.check_arguments(args, kwargs)
-        if task.gw_method.is_bound:
+        service, method = _declared(task)
+        if method.is_bound:
             args = (task, *args)
-        sent = options.get("headers")
-        if not task.gw_method.options.get("pydantic"):
-            return await body.run_async(self, body.Call.of(task, sent, args, kwargs))
+        values = _values(service, options.get("headers"))
+        if not method.options.get("pydantic"):
+            return await self._answer(task, values, args, kwargs)
         validate, dump = _pydantic(task)
         args, kwargs = validate(*args, **kwargs)
-        return dump(await body.run_async(self, body.Call.of(task, sent, args, kwargs)))
+        return dump(await self._answer(task, values, args, kwargs))
+
+    async def _answer(
+        self, task: Any, values: ParameterValues, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one input of ``task`` on the loop, with these parameters of its service."""
+        service, method = _declared(task)
+        fn, key = method.function, None
+        using: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        owner, loaded = self.instances[service.key] if service.is_class else None, None
+        held = batcher.held.set(batcher.held.get() | {service.key})
+        batch = execution.batch.set(None)
+        try:
+            if owner is not None:
+                loaded = owner.take(values)
+                if loaded is None:
+                    if (joining := batcher.joining.get()) is not None:
+                        # Before it joins a batch: limits bound the wait, and a load can kill the
+                        # process.
+                        joining.begin()
+                    with owner.awaiting(values):
+                        while (loaded := owner.take(values)) is None:
+                            await owner.build(values)
+                fn = getattr(loaded.view(values), method.name)
+                key, using = loaded.batch_key(values), functools.partial(owner.using, loaded)
+            if method.batched is not None and self.batchers is not None:
+                gathering = self.batchers.of(service, method)
+                return await gathering.submit(fn, args, kwargs, key=key, using=using)
+            args, kwargs = batcher.of_one_input(method, args, kwargs)
+            if method.is_async:
+                with body.Contained():
+                    answer = await fn(*args, **kwargs)
+            else:  # it must not stop the loop that it shares with the body that awaits it
+                answer = await asyncio.to_thread(body.call, fn, *args, **kwargs)
+            return batcher.only_answer(method, answer)
+        finally:
+            if owner is not None and loaded is not None:
+                owner.give_back(loaded)
+            execution.batch.reset(batch)
+            batcher.held.reset(held)
+
+    def _wait_within_limits(self, task: Any, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for the loop as part of the input: what stops the input ends the wait."""
+        if self.is_on_loop():
+            return greenlet_bridge.drive(work)
+        soft, hard = None, None
+        if self.enforces_limits:
+            hard, soft = task.request.timelimit or (None, None)
+            soft, hard = soft or task.soft_time_limit, hard or task.time_limit
+        waiting = greenlet_bridge.LoopCall(self.loop, work, soft, hard)
+        return waiting.run(self.settings.cancel_timeout)
 
     async def call_eagerly(self, task: Any, send: Callable[[], Any]) -> Any:
         """Return ``send()``, an eager call of ``task``, without blocking the loop of its caller.
@@ -201,7 +277,18 @@ class Process:
         """
         parent = _state.get_current_task()
         request = None if parent is None else parent.request_stack.top
-        child = functools.partial(_as_child, parent, request, send)
+
+        def child() -> Any:
+            with contextlib.ExitStack() as stack:
+                stack.callback(task_context.bind().end)
+                if parent is not None and request is not None:
+                    # Celery takes the parent of an eager call from the stacks of its caller.
+                    _state._task_stack.push(parent)
+                    stack.callback(_state._task_stack.pop)
+                    parent.request_stack.push(request)
+                    stack.callback(parent.request_stack.pop)
+                return send()
+
         if not (self._gathers(task) and greenlet_bridge.runs_on_loop(task)):
             return await asyncio.to_thread(child)
         stepped = greenlet_bridge.step(child)
@@ -214,42 +301,37 @@ class Process:
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
     ) -> None:
         """As ``enter``, for a caller on the loop: nothing watches for a load that blocks it."""
+        keys = {service.key for service in served}
         async with self._growing:
-            keys = {service.key for service in served}
-            contexts = [
-                context
+            entered = {
+                context.key: lifecycle.Entered(
+                    context.key, _opened(context), self.settings.exit_timeout
+                )
                 for declared in registries
                 if keys & declared.services.keys()
                 for context in declared.contexts.values()
                 if context.key not in self._contexts
-            ]
-            added = [service for service in served if service.key not in self._served]
-            await self._enter(contexts, [service for service in added if service.is_class])
+            }
+            made = {
+                service.key: instances.Instances(service, self.settings)
+                for service in served
+                if service.is_class and service.key not in self._served
+            }
+            defaults = {key: life for key, owner in made.items() if (life := owner.enter_default())}
+            self._contexts |= entered
+            self._entering = [*entered.values(), *defaults.values()]
+            try:
+                await lifecycle.settle_all(self._entering, self.settings.start_timeout)
+            except (errors.StartupError, asyncio.CancelledError):
+                for key in entered:
+                    del self._contexts[key]
+                raise
+            finally:
+                self._entering = []
+            for key, life in defaults.items():
+                made[key].adopt(life)
+            self.instances |= made
             self._served |= keys
-
-    async def _enter(
-        self, contexts: Sequence[registry.Context], classes: Sequence[services.Service]
-    ) -> None:
-        made = {service.key: instances.Instances(service, self.settings) for service in classes}
-        bound = self.settings.exit_timeout
-        entered = {
-            context.key: lifecycle.Entered(context.key, _opened(context), bound)
-            for context in contexts
-        }
-        defaults = {key: life for key, owner in made.items() if (life := owner.enter_default())}
-        self._contexts.update(entered)
-        self._entering = [*entered.values(), *defaults.values()]
-        try:
-            await lifecycle.settle_all(self._entering, self.settings.start_timeout)
-        except (errors.StartupError, asyncio.CancelledError):
-            for key in entered:
-                del self._contexts[key]
-            raise
-        finally:
-            self._entering = []
-        for key, life in defaults.items():
-            made[key].adopt(life)
-        self._instances.update(made)
 
     async def leave(self) -> None:
         """Leave all instances in parallel, then all contexts; cancel what is still entering."""
@@ -257,11 +339,11 @@ class Process:
             life.abandon()
         async with self._growing:  # a growth that is interrupted leaves what it entered
             # An exit hook may use a context that it has kept.
-            await asyncio.gather(*(owner.leave() for owner in self._instances.values()))
+            await asyncio.gather(*(owner.leave() for owner in self.instances.values()))
             await lifecycle.leave_all(list(self._contexts.values()))
             self._served.clear()
             self._contexts.clear()
-            self._instances.clear()
+            self.instances.clear()
 
 
 @contextlib.asynccontextmanager
@@ -276,48 +358,44 @@ async def _opened(context: registry.Context) -> AsyncIterator[Any]:
         await loop.in_thread(manager.__exit__, None, None, None)
 
 
-def _as_child(parent: Any, request: Any, send: Callable[[], Any]) -> Any:
-    own = task_context.bind()
-    try:
-        if request is None:
-            return send()
-        # Celery takes the parent of an eager call from the stacks of its caller.
-        _state._task_stack.push(parent)
-        parent.request_stack.push(request)
-        try:
-            return send()
-        finally:
-            parent.request_stack.pop()
-            _state._task_stack.pop()
-    finally:
-        own.end()
+def _declared(task: Any) -> tuple[services.Service, services.Method]:
+    return task.gw_service, task.gw_method
+
+
+def _values(service: services.Service, sent: Mapping[str, Any] | None) -> ParameterValues:
+    """Return every parameter's value for a call with the headers ``sent``.
+
+    They are checked again: no handle may have made the message.
+    """
+    text = (sent or {}).get(headers.PARAMETERS)
+    if not text and not service.parameters:
+        return {}
+    bound = parameters.bind(service.name, service.parameters, json.loads(text) if text else {})
+    return parameters.complete(service.parameters, bound)
 
 
 @functools.cache
 def _pydantic(task: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
     """Celery's own conversion of the arguments, and of the answer."""
-    signature: inspect.Signature = task.gw_method.task_signature
+    method: services.Method = task.gw_method
     answer = inspect.Parameter("_gw_answer", inspect.Parameter.POSITIONAL_ONLY)
+
+    def wrapped(fn: Callable[..., Any], signature: inspect.Signature) -> Any:
+        fn = functools.wraps(method.function)(fn)  # the annotations are the body's
+        fn.__signature__ = signature  # type: ignore[attr-defined]
+        return pydantic_wrapper(
+            task.app,
+            fn,
+            task.name,
+            method.options.get("pydantic_strict", False),
+            method.options.get("pydantic_context"),
+            method.options.get("pydantic_dump_kwargs"),
+        )
+
     return (
-        _wrapped(task, lambda *args, **kwargs: (args, kwargs), signature),
-        _wrapped(task, lambda answer: answer, signature.replace(parameters=[answer])),
+        wrapped(lambda *args, **kwargs: (args, kwargs), method.task_signature),
+        wrapped(lambda answer: answer, method.task_signature.replace(parameters=[answer])),
     )
-
-
-def _wrapped(task: Any, fn: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
-    """Wrap ``fn`` as Celery wraps the body: the annotations are the body's."""
-    fn = functools.wraps(task.gw_method.function)(fn)
-    fn.__signature__ = signature  # type: ignore[attr-defined]
-    options = task.gw_method.options
-    wrapped: Callable[..., Any] = pydantic_wrapper(
-        task.app,
-        fn,
-        task.name,
-        options.get("pydantic_strict", False),
-        options.get("pydantic_context"),
-        options.get("pydantic_dump_kwargs"),
-    )
-    return wrapped
 
 
 _starting = threading.Lock()

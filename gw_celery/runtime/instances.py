@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import itertools
 import logging
 import os
 import threading
@@ -30,7 +29,6 @@ from gw_celery.types import ParameterValues
 
 logger = logging.getLogger(__name__)
 
-_numbers = itertools.count(1)
 #: Attribute of a view: the instance whose state it shares; ``None`` in that instance.
 _SHARED = "_gw_shared"
 
@@ -39,35 +37,38 @@ _SHARED = "_gw_shared"
 class Loaded:
     """One instance with the parameter values that its state depends on."""
 
-    instance: Any
     life: lifecycle.Entered
-    reads: frozenset[str]
-    #: The canonical text of what was read: as values, 1 and True are equal.
-    text: str
     #: All the values that it was loaded with.
     values: ParameterValues
-    is_pinned: bool
+    is_pinned: bool = False
     in_use: int = 0
     #: It takes no further call, and is left when those that use it have ended.
     is_drained: bool = False
-    #: Tells it from every other instance of this process, also from those that are gone.
-    number: int = dataclasses.field(default_factory=_numbers.__next__)
+
+    def __post_init__(self) -> None:
+        self._instance = self.life.value.result()
+        self._reads: frozenset[str] = getattr(self._instance, parameters.READS)
+        #: The canonical text of what was read: as values, 1 and True are equal.
+        self.text = self._text(self.values)
 
     def suits(self, values: ParameterValues) -> bool:
-        return _text(values, self.reads) == self.text
+        return self._text(values) == self.text
 
-    def batch_key(self, values: ParameterValues) -> tuple[int, str]:
+    def _text(self, values: ParameterValues) -> str:
+        return parameters.canonical({name: values[name] for name in self._reads})
+
+    def batch_key(self, values: ParameterValues) -> tuple[Loaded, str]:
         """Return what inputs must have in common to share one call.
 
         That is this instance and every parameter, for a body may read any of them.
         """
-        return self.number, parameters.canonical(values)
+        return self, parameters.canonical(values)
 
     def view(self, values: ParameterValues) -> Any:
         """Return the object that a call with ``values`` sees: shared state, own parameters."""
-        view: Any = object.__new__(type(self.instance))
-        view.__dict__ = self.instance.__dict__
-        object.__setattr__(view, _SHARED, self.instance)
+        view: Any = object.__new__(type(self._instance))
+        view.__dict__ = self._instance.__dict__
+        object.__setattr__(view, _SHARED, self._instance)
         object.__setattr__(view, parameters.VALUES, values)
         object.__setattr__(view, parameters.READS, None)
         return view
@@ -79,6 +80,7 @@ class Instances:
     def __init__(self, service: services.Service, settings: conf.Settings) -> None:
         self._service = service
         self._settings = settings
+        self._defaults = parameters.complete(service.parameters, {})
         self._view_class = _view_class(service.target)
         self._loaded: list[Loaded] = []  # least recently used first
         self._lock = threading.Lock()
@@ -88,7 +90,7 @@ class Instances:
         # Of no call: an instance outlives those that it was built for.
         self._context = contextvars.copy_context()
         # Told that an instance may have become idle, while a build waits for that.
-        self._on_idle: Callable[[], object] | None = None
+        self._on_idle: Callable[[], object] = lambda: None
 
     def enter_default(self) -> lifecycle.Entered | None:
         """Begin to enter the instance of the default parameters; ``None`` where one has none.
@@ -97,11 +99,11 @@ class Instances:
         """
         if any(parameter.is_required for parameter in self._service.parameters.values()):
             return None
-        return self._life(self._defaults())
+        return self._life(self._defaults)
 
     def adopt(self, life: lifecycle.Entered) -> None:
         """Take over the instance of the default parameters."""
-        self._add(life, self._defaults(), is_pinned=True)
+        self._add(Loaded(life=life, values=self._defaults, is_pinned=True))
 
     def take(self, values: ParameterValues) -> Loaded | None:
         """Return a suitable instance and count its use, without waiting; from any thread."""
@@ -118,10 +120,9 @@ class Instances:
         """Count a use of the default instance, or of the last one used where there is none."""
         with self._lock:
             usable = [loaded for loaded in self._loaded if not loaded.is_drained]
-            pinned = [loaded for loaded in usable if loaded.is_pinned]
             if not usable:
                 return None
-            chosen = (pinned or usable)[-1]
+            chosen = next((loaded for loaded in usable if loaded.is_pinned), usable[-1])
             chosen.in_use += 1
             return chosen
 
@@ -129,7 +130,7 @@ class Instances:
         """End one use of an instance; from any thread."""
         with self._lock:
             loaded.in_use -= 1
-            self._tell_idle()
+            self._on_idle()
 
     @contextlib.contextmanager
     def using(self, loaded: Loaded) -> Iterator[None]:
@@ -141,8 +142,21 @@ class Instances:
         finally:
             self.give_back(loaded)
 
-    async def load(self, values: ParameterValues) -> Loaded:
-        """Return a suitable instance, entering a new one when there is none; on the loop.
+    @contextlib.contextmanager
+    def awaiting(self, values: ParameterValues) -> Iterator[None]:
+        """Keep what is built for a call until it takes that; from any thread."""
+        token = object()
+        try:
+            with self._lock:
+                self._awaited[token] = values
+            yield
+        finally:
+            with self._lock:
+                self._awaited.pop(token, None)
+                self._on_idle()
+
+    async def build(self, values: ParameterValues) -> None:
+        """Enter a suitable instance unless there is one; on the loop.
 
         Concurrent first uses build it once. A build that fails raises in all that wait for it,
         and is not kept; one whose callers give up goes on for the next, once it has begun.
@@ -150,24 +164,21 @@ class Instances:
         Raises:
             UsageError: where ``gw_max_instances`` leaves no room beside the default instance.
         """
-        token = object()
-        self._awaited[token] = values
-        try:
-            while (loaded := self.take(values)) is None:
-                await asyncio.shield(self._build(values))
-            return loaded
-        finally:
-            del self._awaited[token]
-            with self._lock:
-                self._tell_idle()
+        key = parameters.canonical(values)
+        if key not in self._builds:
+            self._builds[key] = asyncio.get_running_loop().create_task(
+                self._build(key, values), context=self._context.copy()
+            )
+            # What it raises is retrieved here: callers that gave up have not done so.
+            self._builds[key].add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.shield(self._builds[key])
 
     async def leave(self) -> None:
         """Leave every instance, in parallel; a build under way is cancelled."""
         builds = list(self._builds.values())
         for build in builds:
             build.cancel()
-        if builds:
-            await asyncio.wait(builds)
+        await asyncio.gather(*builds, return_exceptions=True)
         with self._lock:
             lives = [loaded.life for loaded in self._loaded]
             self._loaded.clear()
@@ -175,49 +186,35 @@ class Instances:
 
     # -- building --
 
-    def _build(self, values: ParameterValues) -> asyncio.Task[None]:
-        """Return the task that builds an instance for ``values``: one for all that wait for it."""
-        key = parameters.canonical(values)
-        if key not in self._builds or self._builds[key].done():
-            build = self._builds[key] = asyncio.get_running_loop().create_task(
-                self._build_missing(values), context=self._context.copy()
-            )
-            build.add_done_callback(functools.partial(self._forget, key))
-        return self._builds[key]
-
-    def _forget(self, key: str, build: asyncio.Task[None]) -> None:
-        if self._builds.get(key) is build:
+    async def _build(self, key: str, values: ParameterValues) -> None:
+        try:
+            async with self._building:
+                if any(loaded.suits(values) for loaded in self._loaded):
+                    return  # of other values, but of the same that shape the state
+                if not await self._has_room_for(values):
+                    return
+                life = self._life(values)
+                try:
+                    await lifecycle.settle_all([life], self._settings.start_timeout)
+                except errors.StartupError as failed:
+                    cause = failed.causes[life.name]
+                    if isinstance(cause, Exception):
+                        raise cause from None
+                    raise errors.BodyExited(  # an exit of a hook ends no process
+                        f"an on_enter hook of {life.name} raised {cause!r}; raise an Exception"
+                    ) from cause
+                self._add(Loaded(life=life, values=values))
+        finally:
             del self._builds[key]
-        if not build.cancelled():
-            build.exception()  # retrieved: callers that gave up have not done so
-
-    async def _build_missing(self, values: ParameterValues) -> None:
-        async with self._building:
-            if any(loaded.suits(values) for loaded in self._loaded):
-                return  # of other values, but of the same that shape the state
-            if not await self._has_room_for(values):
-                return
-            life = self._life(values)
-            try:
-                await lifecycle.settle_all([life], self._settings.start_timeout)
-            except errors.StartupError as failed:
-                raise _as_error(life.name, failed.causes[life.name]) from None
-            self._add(life, values, is_pinned=False)
 
     def _life(self, values: ParameterValues) -> lifecycle.Entered:
         manager = _entered(self._service, self._view_class, values)
         return lifecycle.Entered(self._service.key, manager, self._settings.exit_timeout)
 
-    def _add(self, life: lifecycle.Entered, values: ParameterValues, *, is_pinned: bool) -> None:
-        instance = life.value.result()
-        reads: frozenset[str] = getattr(instance, parameters.READS)
-        text = _text(values, reads)
-        loaded = Loaded(
-            instance=instance, life=life, reads=reads, text=text, values=values, is_pinned=is_pinned
-        )
+    def _add(self, loaded: Loaded) -> None:
         with self._lock:
             self._loaded.append(loaded)
-        logger.info("pid %d has loaded %s with %.200s", os.getpid(), self._service.key, text)
+        logger.info("pid %d has loaded %s with %.200s", os.getpid(), self._service.key, loaded.text)
 
     # -- making room --
 
@@ -229,28 +226,24 @@ class Instances:
         try:
             while len(self._loaded) >= self._settings.max_instances:
                 freed.clear()
-                if values not in self._awaited.values():
+                with self._lock:
+                    is_awaited = values in self._awaited.values()
+                if not is_awaited:
                     return False
                 if (idle := self._idle()) is None:
                     await freed.wait()
-                else:
-                    await self._evict(idle)
+                    continue
+                key, text = self._service.key, idle.text
+                logger.info("pid %d leaves %s with %.200s", os.getpid(), key, text)
+                await idle.life.leave()
+                with self._lock:
+                    self._loaded.remove(idle)
             return True
         finally:
             with self._lock:
-                self._on_idle = None
+                self._on_idle = lambda: None
                 for loaded in self._loaded:
                     loaded.is_drained = False
-
-    async def _evict(self, idle: Loaded) -> None:
-        logger.info("pid %d leaves %s with %.200s", os.getpid(), self._service.key, idle.text)
-        await idle.life.leave()
-        with self._lock:
-            self._loaded.remove(idle)
-
-    def _tell_idle(self) -> None:
-        if self._on_idle is not None:
-            self._on_idle()
 
     def _idle(self) -> Loaded | None:
         """Return the least recently used idle instance, drained.
@@ -266,63 +259,18 @@ class Instances:
                     f"no room beside the instance of its default parameters, which is always kept: "
                     f"set it to {self._settings.max_instances + 1} or more"
                 )
-            spare = [loaded for loaded in unpinned if not self._is_awaited(loaded)]
+            # Not one that was just built for a call that has not taken it yet.
+            spare = [
+                loaded
+                for loaded in unpinned
+                if loaded.is_drained or not any(map(loaded.suits, self._awaited.values()))
+            ]
             idle = next((loaded for loaded in spare if not loaded.in_use), None)
             if idle is not None:
                 idle.is_drained = True
             elif spare and not any(loaded.is_drained for loaded in spare):
                 spare[0].is_drained = True
             return idle
-
-    def _is_awaited(self, loaded: Loaded) -> bool:
-        """Whether it was just built for a call that has not taken it yet."""
-        return not loaded.is_drained and any(map(loaded.suits, self._awaited.values()))
-
-    def _defaults(self) -> dict[str, Any]:
-        return parameters.complete(self._service.parameters, {})
-
-
-class Use:
-    """One call's use of an instance, for a caller that may stop waiting at any moment.
-
-    It is counted once at most, and given back also where a load ends after its caller gave up.
-    """
-
-    def __init__(self, owner: Instances, values: ParameterValues) -> None:
-        self._owner = owner
-        self._values = values
-        self._loaded: Loaded | None = None
-        self._is_over = False
-        # Reentrant: an exception that is raised in a thread can interrupt `end` itself.
-        self._lock = threading.RLock()
-
-    def take(self) -> bool:
-        """Use a suitable instance that is there; whether one was. From any thread."""
-        self._loaded = self._owner.take(self._values)
-        return self._loaded is not None
-
-    async def load(self) -> None:
-        """Use a suitable instance once there is one; on the loop."""
-        loaded = await self._owner.load(self._values)
-        with self._lock:
-            if not self._is_over:
-                self._loaded = loaded
-                return
-        self._owner.give_back(loaded)
-
-    def view(self) -> Any:
-        """The object that the call sees."""
-        if self._loaded is None:
-            raise RuntimeError("nothing was taken or loaded")
-        return self._loaded.view(self._values)
-
-    def end(self) -> None:
-        """Give back what is used; from any thread."""
-        with self._lock:
-            self._is_over = True
-            loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            self._owner.give_back(loaded)
 
 
 @contextlib.asynccontextmanager
@@ -360,23 +308,16 @@ async def _run_hook(instance: Any, name: str) -> None:
     await (hook() if inspect.iscoroutinefunction(hook) else loop.in_thread(hook))
 
 
-def _text(values: ParameterValues, names: frozenset[str]) -> str:
-    return parameters.canonical({name: values[name] for name in names})
-
-
-def _as_error(name: str, cause: BaseException) -> Exception:
-    """Return ``cause`` as what may be raised in an input: an exit of a hook ends no process."""
-    if isinstance(cause, Exception):
-        return cause
-    error = errors.BodyExited(f"an on_enter hook of {name} raised {cause!r}; raise an Exception")
-    error.__cause__ = cause
-    return error
-
-
 def _view_class(cls: type) -> type:
     """A subclass with room for parameter values beside the shared state of ``cls``."""
+    names = {name for base in cls.__mro__ for name in vars(base)}
+    static = {name: inspect.getattr_static(cls, name) for name in names}
     body = {
-        **{name: _SharedSlot(slot) for name, slot in _slots(cls).items()},
+        **{
+            name: _shared(slot)
+            for name, slot in static.items()
+            if isinstance(slot, types.MemberDescriptorType)
+        },
         "__slots__": (parameters.VALUES, parameters.READS, _SHARED),
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -387,30 +328,15 @@ def _view_class(cls: type) -> type:
     return type(cls.__name__, (cls,), body)
 
 
-class _SharedSlot:
+def _shared(slot: types.MemberDescriptorType) -> property:
     """An attribute that the user's class keeps in ``__slots__``, outside the shared dict."""
-
-    def __init__(self, slot: types.MemberDescriptorType) -> None:
-        self._slot = slot
-
-    def __get__(self, view: Any, owner: type) -> Any:
-        return self._slot if view is None else self._slot.__get__(_state(view), owner)
-
-    def __set__(self, view: Any, value: object) -> None:
-        self._slot.__set__(_state(view), value)
-
-    def __delete__(self, view: Any) -> None:
-        self._slot.__delete__(_state(view))
+    return property(
+        lambda view: slot.__get__(_state(view)),
+        lambda view, value: slot.__set__(_state(view), value),
+        lambda view: slot.__delete__(_state(view)),
+    )
 
 
 def _state(view: Any) -> Any:
     shared = getattr(view, _SHARED)
     return view if shared is None else shared
-
-
-def _slots(cls: type) -> dict[str, types.MemberDescriptorType]:
-    names = {name for base in cls.__mro__ for name in vars(base)}
-    static = {name: inspect.getattr_static(cls, name) for name in names}
-    return {
-        name: slot for name, slot in static.items() if isinstance(slot, types.MemberDescriptorType)
-    }

@@ -1,4 +1,4 @@
-"""Enter contexts and ``on_enter`` hooks in parallel, and leave them again.
+"""Enter contexts and ``on_enter`` hooks in parallel, leave them again, end where they fail.
 
 Each unit lives in a task of its own from entering to leaving, because libraries built on anyio
 require that a cancel scope is left in the task that entered it.
@@ -7,14 +7,20 @@ require that a cancel scope is left in the task that entered it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from gw_celery import errors
 
 logger = logging.getLogger(__name__)
+
+EX_FAILURE = 1
+EX_CONFIG = 78
 
 
 class Entered:
@@ -28,33 +34,26 @@ class Entered:
         self.value: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._leave = asyncio.Event()
         self._exit_timeout = exit_timeout
-        self._life = asyncio.create_task(self._live(), name=f"gw-{name}")
+        #: Enters and leaves the unit.
+        self.task = asyncio.create_task(self._live(), name=f"gw-{name}")
 
     @property
     def failure(self) -> BaseException | None:
         """What ended the entering, if it is over and failed."""
-        if not self.value.done():
-            return None
-        if self.value.cancelled():
-            return asyncio.CancelledError("cancelled while entering")
-        return self.value.exception()
-
-    def is_life(self, task: asyncio.Task[Any] | None) -> bool:
-        """Whether ``task`` is the one that enters and leaves the unit."""
-        return task is self._life
+        return self.value.exception() if self.value.done() else None
 
     def abandon(self) -> None:
         """Cancel the entering; what is entered already stays so."""
         if not self.value.done():
-            self._life.cancel()
+            self.task.cancel()
 
     async def leave(self) -> None:
         """Leave the unit when it is entered; errors and time-outs are logged, never raised."""
         self._leave.set()
-        _, late = await asyncio.wait([self._life], timeout=self._exit_timeout)
+        _, late = await asyncio.wait([self.task], timeout=self._exit_timeout)
         if late:
             # Not awaited: what swallows the cancellation must not hold up the others.
-            self._life.cancel()
+            self.task.cancel()
             logger.error(
                 "%s did not leave within %.0f s and was left behind (setting gw_exit_timeout)",
                 self.name,
@@ -63,15 +62,13 @@ class Entered:
 
     async def _live(self) -> None:
         try:
-            entered = await self._manager.__aenter__()
-        except asyncio.CancelledError:
-            self.value.cancel()
-            return
+            self.value.set_result(await self._manager.__aenter__())
         except BaseException as exc:
-            self.value.set_exception(exc)
+            is_cancelled = isinstance(exc, asyncio.CancelledError)
+            cause = asyncio.CancelledError("cancelled while entering") if is_cancelled else exc
+            self.value.set_exception(cause)
             self.value.exception()  # retrieved: `failure` reports it
             return
-        self.value.set_result(entered)
         await self._leave.wait()
         try:
             await self._manager.__aexit__(None, None, None)
@@ -111,3 +108,29 @@ async def leave_all(lives: Sequence[Entered]) -> None:
     for life in lives:
         life.abandon()
     await asyncio.gather(*(life.leave() for life in lives))
+
+
+@contextlib.contextmanager
+def fatal_errors(report: Callable[[str], None] = lambda reason: None) -> Iterator[None]:
+    """Turn any exception into a logged reason and ``SystemExit``: Celery would log it and go on.
+
+    ``report`` is called with the reason as text, too.
+    """
+    try:
+        yield
+    except Exception as exc:
+        if logging.getLogger().hasHandlers():
+            log_causes(exc)
+        else:  # Celery has not set up logging yet
+            sys.stderr.write(f"gw_celery: {type(exc).__name__}: {exc}\n")
+        report(str(exc))
+        code = EX_CONFIG if isinstance(exc, errors.ConfigurationError) else EX_FAILURE
+        raise SystemExit(code) from exc
+
+
+def log_causes(exc: BaseException) -> None:
+    """Log that this process cannot serve, and each class that failed to load with its traceback."""
+    logger.critical("pid %d cannot serve: %s", os.getpid(), exc)
+    if isinstance(exc, errors.StartupError):
+        for name, cause in exc.causes.items():
+            logger.error("%s failed to load", name, exc_info=cause)

@@ -1,8 +1,7 @@
-"""An event loop on a thread of its own, and sync hooks in theirs.
+"""The event loop of a process that serves, the threads of sync hooks, and what watches the loop.
 
-A process that serves has one such loop for as long as it lives. Stock pools keep the main thread
-(prefork, solo) for Celery, so the loop has one to itself: what a context started goes on between
-two tasks.
+Stock pools keep the main thread (prefork, solo) for Celery, so the loop has one to itself: what a
+context started goes on between two tasks.
 """
 
 from __future__ import annotations
@@ -11,31 +10,50 @@ import asyncio
 import concurrent.futures
 import contextvars
 import logging
+import math
+import os
 import sys
+import sysconfig
 import threading
+import time
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
+
+from gw_celery import errors
+from gw_celery.runtime import lifecycle
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = "put what computes or blocks into `await asyncio.to_thread(...)`, or into a plain `def`"
+#: Inputs that are named where any of them may be to blame.
+_MAX_NAMES = 3
+_PATHS = sysconfig.get_paths()
+_LIBRARIES = tuple(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
 
 class Host:
-    """A loop and the thread that runs it, the caller's; the code that made the loop ends it."""
+    """A loop and the thread that runs it: the caller's, or without ``hosted`` one of its own."""
 
-    def __init__(
-        self, hosted: asyncio.AbstractEventLoop, thread: threading.Thread | None = None
-    ) -> None:
-        self.loop = hosted
-        self._thread = thread or threading.current_thread()
+    def __init__(self, hosted: asyncio.AbstractEventLoop | None = None) -> None:
+        self.loop = hosted or asyncio.new_event_loop()
+        self._thread = threading.current_thread()
+        if hosted is None:
+            self._thread = threading.Thread(target=self._run, name="gw-loop", daemon=True)
+        self._is_stopping = False
 
     def start(self) -> None:
-        """Begin to run the loop, where it is ours."""
+        if not self._thread.is_alive():
+            self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """End the loop, where it is ours; waits ``timeout`` seconds at most."""
+        """Cancel what is left on the loop and end it; waits ``timeout`` seconds at most."""
+        self._is_stopping = True
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(timeout)
 
     def is_current(self) -> bool:
         """Whether the caller runs on this loop's thread."""
@@ -47,57 +65,29 @@ class Host:
         self.loop.call_soon_threadsafe(answered.set)
         return answered.wait(within)
 
-    def running_task(self) -> asyncio.Task[Any] | None:
-        """The task whose step the loop runs right now; from any thread."""
-        return asyncio.current_task(self.loop)
-
     def stack(self) -> traceback.StackSummary:
         """What the loop's thread is doing right now, the innermost call last."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         return traceback.extract_stack(frame) if frame else traceback.StackSummary()
 
-
-class LoopThread(Host):
-    """Owns the thread and its loop; ``stop`` cancels what is left on it, and ends both."""
-
-    def __init__(self, name: str = "gw-loop") -> None:
-        thread = threading.Thread(target=self._run, name=name, daemon=True)
-        super().__init__(asyncio.new_event_loop(), thread)
-        self._is_stopping = False
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self, timeout: float) -> None:
-        self._is_stopping = True
-        if self._thread.is_alive():
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self._thread.join(timeout)
-
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         try:
             while not self._is_stopping:
-                self._run_until_stopped()
-            self._cancel_rest()
+                try:
+                    self.loop.run_forever()
+                except (SystemExit, KeyboardInterrupt) as exc:
+                    # A task that a body created raised it; asyncio lets it out of the loop, which
+                    # must outlive it.
+                    logger.error("%r was raised in a background task and is ignored", exc)
+            rest = asyncio.all_tasks(self.loop)
+            for task in rest:
+                task.cancel()
+            if rest:
+                self.loop.run_until_complete(asyncio.wait(rest, timeout=1.0))
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         finally:
             self.loop.close()
-
-    def _run_until_stopped(self) -> None:
-        try:
-            self.loop.run_forever()
-        except (SystemExit, KeyboardInterrupt) as exc:
-            # A task that a body created raised it; asyncio lets it out of the loop, which
-            # must outlive it.
-            logger.error("%r was raised in a background task and is ignored", exc)
-
-    def _cancel_rest(self) -> None:
-        rest = asyncio.all_tasks(self.loop)
-        for task in rest:
-            task.cancel()
-        if rest:
-            self.loop.run_until_complete(asyncio.wait(rest, timeout=1.0))
-        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
 
 
 class Tasks:
@@ -143,3 +133,85 @@ async def in_thread(fn: Callable[..., T], *args: Any) -> T:
 
     threading.Thread(target=run, name=f"gw-hook-{fn.__qualname__}", daemon=True).start()
     return await asyncio.wrap_future(future)
+
+
+class Watchdog:
+    """Logs that the loop ``host`` is late; ``in_flight`` names the inputs of this process.
+
+    The loop cannot: while something blocks it none of its timers run. A thread watches it.
+    """
+
+    #: Seconds that the loop may be late before it is logged.
+    limit = 1.0
+    #: Seconds between two lines at least.
+    silence = 10.0
+
+    def __init__(self, host: Host, in_flight: Callable[[], Iterable[str]]) -> None:
+        self._host = host
+        self._in_flight = in_flight
+        self._interval = self.limit / 4
+        self._turned_at, self._logged_at = time.monotonic(), -math.inf
+        self._is_over = threading.Event()
+
+    def start(self) -> None:
+        """Begin, on the loop; the thread ends with the process, or with ``stop``."""
+        self._turn()
+        threading.Thread(target=self._run, name="gw-watchdog", daemon=True).start()
+
+    def stop(self) -> None:
+        self._is_over.set()
+
+    def _turn(self) -> None:
+        # Where a call held the GIL the thread could not run either.
+        self._look(lambda: f"a call held the GIL; in flight: {self._suspects()}")
+        self._turned_at = time.monotonic()
+        if not self._is_over.is_set():
+            self._host.loop.call_later(self._interval, self._turn)
+
+    def _run(self) -> None:
+        while not self._is_over.wait(self._interval):
+            self._look(self._culprit)
+
+    def _look(self, culprit: Callable[[], str]) -> None:
+        now = time.monotonic()
+        late = now - self._turned_at - self._interval
+        has_logged = self._logged_at >= self._turned_at or now - self._logged_at < self.silence
+        if late > self.limit and not has_logged:
+            self._logged_at = now
+            text = "pid %d: the event loop is %.1f s late, because of %s; %s"
+            logger.warning(text, os.getpid(), late, culprit(), _REMEDY)
+
+    def _culprit(self) -> str:
+        running, place = asyncio.current_task(self._host.loop), _place(self._host.stack())
+        name = "" if running is None else running.get_name()
+        if not name or name.startswith("Task-"):  # one that a body created has no name of its own
+            name = f"{name or 'a callback'} (in flight: {self._suspects()})"
+        return f"{name}, at {place}"
+
+    def _suspects(self) -> str:
+        names = sorted(self._in_flight())
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        return (", ".join(names[:_MAX_NAMES]) or "nothing") + more
+
+
+def blocked_load(
+    host: Host, entering: Sequence[lifecycle.Entered], timeout: float
+) -> errors.StartupError:
+    """Log what blocks ``host`` while it loads ``entering``, and return it as an error."""
+    running, stack = asyncio.current_task(host.loop), host.stack()
+    late = [life for life in entering if not life.value.done()]
+    named = [life for life in late if life.task is running]  # none: a task that one of them made
+    names = [life.name for life in named or late] or ["the event loop"]
+    why = (
+        f"still blocks the event loop after gw_start_timeout={timeout:.0f} s, at {_place(stack)}: "
+        f"load in `await asyncio.to_thread(...)`, or in a plain `def`"
+    )
+    lines = "".join(stack.format())
+    logger.error("pid %d: %s %s; it is at:\n%s", os.getpid(), ", ".join(names), why, lines)
+    return errors.StartupError(dict.fromkeys(names, TimeoutError(why)))
+
+
+def _place(stack: traceback.StackSummary) -> str:
+    """The innermost line that is not a library's."""
+    own = [frame for frame in stack if not frame.filename.startswith(_LIBRARIES)]
+    return "".join(f"{at.filename}:{at.lineno} in {at.name}" for at in (own or stack)[-1:]) or "?"

@@ -43,7 +43,7 @@ def in_process(app: App, *, clock: batcher.Clock | None = None) -> Iterator[None
     before = conf.task_always_eager, runtime.batchers
     conf.task_always_eager = True
     if runtime.batchers is None or clock is not None:
-        runtime.batchers = batcher.Batchers(clock=clock or batcher.Monotonic())
+        runtime.batchers = batcher.Batchers(clock=clock or batcher.Clock())
     try:
         runtime.enter([app.registry], list(app.registry.services.values()))
         yield
@@ -64,7 +64,7 @@ class _Timer:
         self.is_cancelled = True
 
 
-class FakeClock:
+class FakeClock(batcher.Clock):
     """Stands still until ``advance``; what waits for a time is called when that has come.
 
     Any thread may use it, whatever loop the timers are of.

@@ -21,7 +21,7 @@ from celery.worker import state
 
 from gw_celery import errors, signals
 from gw_celery.client import execution
-from gw_celery.runtime import fatal_exit, in_process
+from gw_celery.runtime import in_process, lifecycle
 from gw_celery.worker.plan import Plan, log_notices
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def load_or_exit(plan: Plan, pipes: Pipes) -> None:
         SystemExit: when something fails, and the worker learns the reason, and stops; and when the
             process should give up. What has entered is then left.
     """
-    with fatal_exit.fatal_errors(pipes.report), pipes.stop_check() as check:
+    with lifecycle.fatal_errors(pipes.report), pipes.stop_check() as check:
         if plan.pool == "prefork":
             refuse_cuda()
         runtime = in_process.Process(plan.settings, enforces_limits=plan.pool != "prefork")
@@ -192,4 +192,4 @@ class ServingStep(bootsteps.StartStopStep):
                 "broker: %s",
                 *failure,
             )
-            worker.exitcode = state.should_stop = fatal_exit.EX_FAILURE
+            worker.exitcode = state.should_stop = lifecycle.EX_FAILURE

@@ -20,7 +20,7 @@ from gw_celery import conf, errors
 from gw_celery.client import beat_tasks, preset, task
 from gw_celery.declare import gpu, registry
 from gw_celery.gpus import allocation, devices
-from gw_celery.runtime import fatal_exit
+from gw_celery.runtime import lifecycle
 from gw_celery.transport import broker
 from gw_celery.worker import commands, consumer, gate, serving
 from gw_celery.worker.plan import GPU_POOL, OPTIONS, Plan, WorkerOptions
@@ -49,7 +49,7 @@ def prepare_or_exit(worker: Any, registries: Sequence[registry.Registry]) -> Pla
             with contextlib.suppress(OSError), open(path, "a") as log:
                 log.write(f"gw_celery: {reason}\n")
 
-    with fatal_exit.fatal_errors(note):
+    with lifecycle.fatal_errors(note):
         return prepare(worker, registries)
 
 

@@ -31,7 +31,7 @@ def test_a_cancellation_stays_one_in_a_process_that_ends() -> None:
         def trace() -> Any:
             return keep(lambda: input.run_body(lambda: greenlet_bridge.drive(body()), (), {}))
 
-        return await greenlet_bridge.step(trace, input)
+        return await greenlet_bridge.step(trace, input.take_interrupt)
 
     assert type(run(act)) is asyncio.CancelledError
 

@@ -21,7 +21,7 @@ from gw_celery import conf
 from gw_celery.client import execution
 from gw_celery.replica import input as replica_input
 from gw_celery.replica import result_backends
-from gw_celery.runtime import in_process, offload
+from gw_celery.runtime import greenlet_bridge, in_process
 from gw_celery.transport import result_writer
 from tests.unit.runtime.tracers import DEADLINE, Around, Reports, an_input, stepped
 
@@ -41,7 +41,7 @@ def installed_later() -> Iterator[None]:
 @pytest.fixture
 def cache(celery_app: Celery, around: Around) -> CacheBackend:
     """Celery's memory backend, its writes taken off the loop."""
-    made = result_backends.off_loop(CacheBackend, offload.Offload("store", 2, around))
+    made = result_backends.off_loop(CacheBackend, greenlet_bridge.Offload("store", 2, around))
     assert (made.__name__, issubclass(made, CacheBackend)) == ("CacheBackend", True)
     return made(app=celery_app, url="memory://")
 

@@ -1,52 +1,34 @@
+"""What becomes of one body: its arguments, its answer, what it raises, and what interrupts it."""
+
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import greenlet
 import pytest
 from billiard import common
 from celery import current_task
-from celery.exceptions import SoftTimeLimitExceeded, WorkerShutdown, WorkerTerminate
+from celery.exceptions import (
+    SoftTimeLimitExceeded,
+    TimeLimitExceeded,
+    WorkerShutdown,
+    WorkerTerminate,
+)
 
 import gw_celery as gw
-from gw_celery import conf, errors
-from gw_celery.client import execution
-from gw_celery.declare import parameters, services
-from gw_celery.runtime import async_exception, body, in_process
+from gw_celery import errors
+from tests import child_harness
+from tests.child_harness import Outcome, Report
+from tests.processes import eventually
 
 LONG = 60.0
 
 
-@pytest.fixture
-def run(app: gw.App):
-    """A function that runs one input of the only service, as the tracer of a stock pool does."""
-    runtime = in_process.Process(conf.Settings(cancel_timeout=LONG))
-    runtime.start()
-    execution.install(runtime)
-
-    def run(method: str, *args: Any, **given: Any) -> Any:
-        (service,) = app.registry.services.values()
-        runtime.enter([app.registry], [service])
-        return body.run(runtime, one_input(service, method, args, **given))
-
-    return run
-
-
-def one_input(service: services.Service, method: str, args: tuple, **given: Any) -> body.Call:
-    known = {
-        "service": service,
-        "method": service.methods[method],
-        "values": parameters.complete(service.parameters, given.pop("given", {})),
-        "args": args,
-    }
-    return body.Call(**{**known, **given})
-
-
-def answering(app: gw.App, answer: Callable[[list[Any]], Any], *, is_async: bool) -> None:
-    """Declare a batched class whose method ``embed`` answers with ``answer(texts)``."""
+def answering(app: gw.App, answer: Callable[[list[Any]], Any], *, is_async: bool) -> Any:
+    """Return a batched method that answers with ``answer([texts, languages])``."""
 
     class Embedder:
         @gw.method()
@@ -60,18 +42,18 @@ def answering(app: gw.App, answer: Callable[[list[Any]], Any], *, is_async: bool
         async def embed(self, texts, language="en"):
             return answer([texts, language])
 
-    app.cls(AsyncEmbedder if is_async else Embedder)
+    return app.cls(AsyncEmbedder if is_async else Embedder)().embed
 
 
 EITHER = pytest.mark.parametrize("is_async", [False, True])
 
 
 @EITHER
-def test_a_batched_method_gets_lists_of_one_with_its_defaults(app, run, is_async: bool) -> None:
-    answering(app, lambda got: [got], is_async=is_async)
+def test_a_batched_method_gets_lists_of_one_with_its_defaults(app, is_async: bool) -> None:
+    embed = answering(app, lambda got: [got], is_async=is_async)
 
-    assert run("embed", "a text") == [["a text"], ["en"]]
-    assert run("embed", "a text", kwargs={"language": "de"}) == [["a text"], ["de"]]
+    assert embed.local("a text") == [["a text"], ["en"]]
+    assert embed.local("a text", language="de") == [["a text"], ["de"]]
 
 
 class Array:
@@ -91,10 +73,10 @@ class Array:
 
 @EITHER
 @pytest.mark.parametrize("answer", [["one"], ("one",), Array("one")])
-def test_the_answer_of_one_input_is_taken_out_of_the_list(app, run, is_async, answer) -> None:
-    answering(app, lambda _: answer, is_async=is_async)
+def test_the_answer_of_one_input_is_taken_out_of_the_list(app, is_async, answer) -> None:
+    embed = answering(app, lambda _: answer, is_async=is_async)
 
-    assert run("embed", "a text") == "one"
+    assert embed.local("a text") == "one"
 
 
 @EITHER
@@ -113,23 +95,23 @@ def test_the_answer_of_one_input_is_taken_out_of_the_list(app, run, is_async, an
     ],
 )
 def test_an_answer_of_another_length_or_kind_is_an_error_with_both(
-    app, run, is_async, answer, said
+    app, is_async, answer, said
 ) -> None:
-    answering(app, lambda _: answer, is_async=is_async)
+    embed = answering(app, lambda _: answer, is_async=is_async)
 
     with pytest.raises(gw.UsageError, match=f"got 1 input and answered with {said}"):
-        run("embed", "a text")
+        embed.local("a text")
 
 
 @EITHER
-def test_an_exception_in_a_batched_answer_is_raised(app, run, is_async) -> None:
-    answering(app, lambda _: [KeyError("unknown language")], is_async=is_async)
+def test_an_exception_in_a_batched_answer_is_raised(app, is_async) -> None:
+    embed = answering(app, lambda _: [KeyError("unknown language")], is_async=is_async)
 
     with pytest.raises(KeyError, match="unknown language"):
-        run("embed", "a text")
+        embed.local("a text")
 
 
-def test_a_stop_iteration_in_a_thread_ends_the_wait_of_who_awaits_it(app, run) -> None:
+def test_a_stop_iteration_in_a_thread_ends_the_wait_of_who_awaits_it(app, serve) -> None:
     @app.cls
     class Inner:
         @gw.method()
@@ -140,34 +122,31 @@ def test_a_stop_iteration_in_a_thread_ends_the_wait_of_who_awaits_it(app, run) -
     async def outer():
         await asyncio.wait_for(Inner().stop(), 10)
 
-    inner, service = app.registry.services.values()
-    runtime = execution.current()
-    assert runtime is not None
-    runtime.enter([app.registry], [inner, service])
+    serve()
     with pytest.raises(RuntimeError, match="StopIteration"):
-        body.run(runtime, one_input(service, "outer", ()))
+        outer.local()
 
 
-def test_a_batched_function_gets_lists_of_one(app, run) -> None:
+def test_a_batched_function_gets_lists_of_one(app) -> None:
     @app.remote
     @gw.batched(max_batch_size=2)
     async def embed(texts):
         return [len(texts)]
 
-    assert run("embed", "a text") == 1
+    assert embed.local("a text") == 1
 
 
-def test_a_sync_method_runs_in_the_thread_of_the_tracer(app, run) -> None:
+def test_a_sync_method_runs_in_the_thread_of_the_tracer(app) -> None:
     @app.cls
     class Model:
         @gw.method()
         def predict(self):
             return threading.current_thread()
 
-    assert run("predict") is threading.current_thread()
+    assert Model().predict.local() is threading.current_thread()
 
 
-def test_a_sync_method_that_is_awaited_does_not_block_the_loop(app, run) -> None:
+def test_a_sync_method_that_is_awaited_does_not_block_the_loop(app, serve) -> None:
     @app.cls
     class Slow:
         @gw.method()
@@ -180,121 +159,82 @@ def test_a_sync_method_that_is_awaited_does_not_block_the_loop(app, run) -> None
         return await Slow().wait()
 
     went_on = threading.Event()
-    runtime = execution.current()
-    runtime.enter([app.registry], list(app.registry.services.values()))
-
+    serve()
     assert ask.local() == (True, True)
 
 
-def test_an_async_body_runs_on_the_loop(app, run) -> None:
-    @app.remote
-    async def where():
-        return execution.current().is_on_loop()
+def waiting(app: gw.App, how: list[str], **options: Any) -> Any:
+    """Return a task whose body waits, and notes how it ended."""
 
-    assert run("where") is True
+    @app.remote(**options)
+    async def wait():
+        try:
+            await asyncio.Event().wait()
+        except BaseException as exc:
+            how.append(type(exc).__name__)
+            raise
 
-
-class Waiting:
-    """Declares a body that waits, and knows when it began and how it ended."""
-
-    def __init__(self, app: gw.App) -> None:
-        self.began = threading.Event()
-        self.ended = threading.Event()
-        self.how = ""
-
-        @app.remote
-        async def wait():
-            self.began.set()
-            try:
-                await asyncio.Event().wait()
-            except BaseException as exc:
-                self.how = type(exc).__name__
-                raise
-            finally:
-                self.ended.set()
+    return wait
 
 
-def test_a_soft_limit_is_raised_in_the_body(app, run) -> None:
-    waiting = Waiting(app)
-
+def test_a_soft_limit_is_raised_in_the_body(app) -> None:
+    how: list[str] = []
     with pytest.raises(SoftTimeLimitExceeded):
-        run("wait", soft_limit=0.01)
-    assert waiting.how == "SoftTimeLimitExceeded"
+        waiting(app, how, soft_time_limit=0.01).local()
+    assert how == ["SoftTimeLimitExceeded"]
 
 
-def test_a_hard_limit_ends_the_wait_and_cancels_the_body(app, run) -> None:
-    waiting = Waiting(app)
-
-    with pytest.raises(execution.HardLimit):
-        run("wait", hard_limit=0.01)
-    waiting.ended.wait(LONG)
-    assert waiting.how == "CancelledError"
+def test_a_hard_limit_ends_the_wait_and_cancels_the_body(app) -> None:
+    how: list[str] = []
+    with pytest.raises(TimeLimitExceeded):
+        waiting(app, how, time_limit=0.01).local()
+    assert eventually(lambda: how) == ["CancelledError"]
 
 
-@contextlib.contextmanager
-def revoked_once(began: threading.Event) -> Iterator[None]:
-    """Raise in this thread what a child raises there in an input that is revoked."""
-    thread = threading.get_ident()
-
-    def revoke() -> None:
-        began.wait(LONG)
-        async_exception.Thrown(thread, execution.Revoked)
-
-    helper = threading.Thread(target=revoke)
-    helper.start()
-    try:
-        yield
-    finally:
-        helper.join()
-
-
-def test_a_revoked_input_ends_the_wait_and_cancels_the_body(app, run) -> None:
-    waiting = Waiting(app)
-
-    with revoked_once(waiting.began), pytest.raises(execution.Revoked):
-        run("wait")
-    waiting.ended.wait(LONG)
-    assert waiting.how == "CancelledError"
-
-
-def test_limits_that_the_pool_enforces_are_not_ours(app) -> None:
-    runtime = in_process.Process(conf.Settings(), enforces_limits=False)
-    runtime.start()
-    execution.install(runtime)
-
-    @app.remote
-    async def rest():
-        for _ in range(3):
-            await asyncio.sleep(0)
-        return "rested"
-
-    (service,) = app.registry.services.values()
-    runtime.enter([app.registry], [service])
-    one = one_input(service, "rest", (), soft_limit=1e-9, hard_limit=1e-9)
-    assert body.run(runtime, one) == "rested"
-
-
-def test_an_instance_is_given_back_when_its_body_fails(app, run) -> None:
+def test_limits_that_the_pool_enforces_are_not_the_childs(app) -> None:
     @app.cls
     class Model:
+        name: str = gw.parameter(default="small")
+
+        @gw.on_enter()
+        async def load(self):
+            self.loaded = self.name
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+        @gw.method(soft_time_limit=1e-9, time_limit=1e-9)
+        def predict(self):
+            return self.loaded
+
+    (service,) = app.registry.services.values()
+    name = service.methods["predict"].task_name
+    with child_harness.child_of(app) as child:
+        number = child.run(name, headers={"gw_params": '{"name":"large"}'})
+        assert child.outcome(number) == (Report.DONE, "'large'")
+
+
+@pytest.mark.parametrize("method", ["fail", "fail_too"])
+def test_an_instance_is_given_back_when_its_body_fails(app, method: str) -> None:
+    @app.cls
+    class Model:
+        name: str = gw.parameter()
+
         @gw.method()
         async def fail(self):
-            raise ValueError
+            raise ValueError(self.name)
 
         @gw.method()
         def fail_too(self):
-            raise ValueError
+            raise ValueError(self.name)
 
-    for method in ("fail", "fail_too"):
-        with pytest.raises(ValueError):
-            run(method)
-    (service,) = app.registry.services.values()
-    (loaded,) = execution.current().instances_of(service)._loaded
-    assert loaded.in_use == 0
+    app.celery.conf.gw_max_instances = 1
+    for name in ("a", "b"):  # one of which must go for the other
+        with pytest.raises(ValueError, match=name):
+            getattr(Model(name=name), method).local()
 
 
-def raising(app: gw.App, exc: BaseException) -> None:
-    """Declare a class whose synchronous bodies raise ``exc``."""
+def raising(app: gw.App, exc: BaseException) -> Any:
+    """Return an object whose bodies raise ``exc``."""
 
     @app.cls
     class Model:
@@ -307,24 +247,66 @@ def raising(app: gw.App, exc: BaseException) -> None:
         def leave_batch(self):
             raise exc
 
+        @gw.method()
+        async def leave_async(self):
+            await asyncio.sleep(0)
+            raise exc
 
-@pytest.mark.parametrize("method", ["leave", "leave_batch"])
-def test_an_exit_of_a_synchronous_body_is_its_failure(app, run, method: str) -> None:
-    exc = SystemExit(3)
-    raising(app, exc)
+    return Model()
 
-    with pytest.raises(errors.BodyExited, match=r"SystemExit\(3\)") as caught:
-        run(method)
+
+class Panic(BaseException):
+    """As a library written in Rust raises."""
+
+
+@pytest.mark.parametrize("method", ["leave", "leave_batch", "leave_async"])
+@pytest.mark.parametrize(
+    "exc",
+    [
+        Panic("index out of bounds"),
+        BaseExceptionGroup("two", [Panic(), ValueError()]),
+        GeneratorExit(),
+        asyncio.CancelledError(),
+        greenlet.GreenletExit(),
+        SystemExit(3),
+    ],
+    ids=repr,
+)
+def test_what_a_body_raises_that_is_no_exception_is_its_failure(app, method: str, exc) -> None:
+    model = raising(app, exc)
+
+    with pytest.raises(errors.BodyExited) as caught:
+        getattr(model, method).local()
     assert caught.value.__cause__ is exc
+    assert repr(exc) in str(caught.value)
 
 
-def test_an_interrupt_of_a_synchronous_body_in_a_thread_is_its_failure(app, run) -> None:
-    raising(app, KeyboardInterrupt())
+def test_a_body_that_is_cancelled_by_one_that_awaits_it_has_not_failed(app, serve) -> None:
+    @app.remote
+    async def inner(began):
+        began.set()
+        await asyncio.Event().wait()
+
+    @app.remote
+    async def outer():
+        began = asyncio.Event()
+        waiting = asyncio.ensure_future(inner(began))
+        await began.wait()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        return waiting.cancelled()
+
+    serve()
+    assert outer.local() is True
+
+
+def test_an_interrupt_of_a_synchronous_body_in_a_thread_is_its_failure(app) -> None:
+    model = raising(app, KeyboardInterrupt())
     caught: list[BaseException] = []
 
     def trace() -> None:
         try:
-            run("leave")
+            model.leave.local()
         except BaseException as exc:
             caught.append(exc)
 
@@ -335,23 +317,23 @@ def test_an_interrupt_of_a_synchronous_body_in_a_thread_is_its_failure(app, run)
 
 
 @pytest.mark.parametrize("exc", [WorkerShutdown(0), WorkerTerminate(1), KeyboardInterrupt()])
-def test_what_ends_the_worker_or_comes_from_the_keyboard_is_not_the_bodys(app, run, exc) -> None:
-    raising(app, exc)
+def test_what_ends_the_worker_or_comes_from_the_keyboard_is_not_the_bodys(app, exc) -> None:
+    model = raising(app, exc)
 
     with pytest.raises(type(exc)) as caught:
-        run("leave")
+        model.leave.local()
     assert caught.value is exc
 
 
-def test_an_exit_in_a_process_that_was_told_to_end_ends_it(app, run, monkeypatch) -> None:
-    raising(app, SystemExit(-241))
+def test_an_exit_in_a_process_that_was_told_to_end_ends_it(app, monkeypatch) -> None:
+    model = raising(app, SystemExit(-241))
     monkeypatch.setattr(common, "_should_have_exited", [True])  # as billiard's handler of signals
 
     with pytest.raises(SystemExit):
-        run("leave")
+        model.leave.local()
 
 
-def test_a_body_that_awaits_one_that_exits_gets_its_failure(app, run) -> None:
+def test_a_body_that_awaits_one_that_exits_gets_its_failure(app, serve) -> None:
     @app.cls
     class Model:
         @gw.method()
@@ -369,8 +351,7 @@ def test_a_body_that_awaits_one_that_exits_gets_its_failure(app, run) -> None:
         except errors.BodyExited as exc:
             return repr(exc.__cause__)
 
-    execution.current().enter([app.registry], list(app.registry.services.values()))
-
+    serve()
     assert ask.local("leave") == "SystemExit(3)"
     assert ask.local("leave_too") == "SystemExit(4)"
 
@@ -378,10 +359,11 @@ def test_a_body_that_awaits_one_that_exits_gets_its_failure(app, run) -> None:
 class Loading:
     """Declares a class whose load of another model than the default waits for the test."""
 
-    def __init__(self, app: gw.App) -> None:
+    def __init__(self, app: gw.App, **limits: float) -> None:
         self.began = threading.Event()
         self.goes_on = threading.Event()
         loading = self
+        app.celery.conf.gw_max_instances = 2
 
         @app.cls
         class Model:
@@ -394,46 +376,53 @@ class Loading:
                     loading.began.set()
                     loading.goes_on.wait(LONG)
 
-            @gw.method()
+            @gw.method(**limits)
             def predict(self):
                 return self.loaded
 
-            @gw.method()
+            @gw.method(**limits)
             async def predict_async(self):
                 return self.loaded
 
-    def end(self, app: gw.App) -> Any:
-        """Let the load go on; returns the instance that it made, once it is there."""
+            @gw.method()
+            def unlimited(self):
+                return self.loaded
+
+        self.model: Any = Model
+
+    def end(self) -> None:
+        """Let the load go on; what it made is used, and can go for another."""
         self.goes_on.set()
-        (service,) = app.registry.services.values()
-        return execution.current().instances_of(service)
+        assert self.model(name="large").unlimited.local() == "large"
+        assert self.model(name="other").unlimited.local() == "other"
 
 
-LARGE = {"name": "large"}
 METHODS = pytest.mark.parametrize("method", ["predict", "predict_async"])
 
 
 @METHODS
 @pytest.mark.parametrize(
     ("limit", "error"),
-    [("soft_limit", SoftTimeLimitExceeded), ("hard_limit", execution.HardLimit)],
+    [("soft_time_limit", SoftTimeLimitExceeded), ("time_limit", TimeLimitExceeded)],
 )
-def test_a_limit_ends_the_wait_for_a_load_which_goes_on(app, run, method, limit, error) -> None:
-    loading = Loading(app)
-
+def test_a_limit_ends_the_wait_for_a_load_which_goes_on(app, method, limit, error) -> None:
+    loading = Loading(app, **{limit: 0.05})
     with pytest.raises(error):
-        run(method, given=LARGE, **{limit: 0.05})
-    owner = loading.end(app)
-    assert run(method, given=LARGE) == "large"
-    assert [one.in_use for one in owner._loaded] == [0, 0]
+        getattr(loading.model(name="large"), method).local()
+    loading.end()
 
 
 @METHODS
-def test_a_revoked_input_does_not_wait_for_its_load(app, run, method: str) -> None:
+def test_a_revoked_input_does_not_wait_for_its_load(app, method: str) -> None:
     loading = Loading(app)
-
-    with revoked_once(loading.began), pytest.raises(execution.Revoked):
-        run(method, given=LARGE)
-    owner = loading.end(app)
-    assert run(method, given=LARGE) == "large"
-    assert [one.in_use for one in owner._loaded] == [0, 0]
+    (service,) = app.registry.services.values()
+    name, headers = service.methods[method].task_name, {"gw_params": '{"name":"large"}'}
+    with child_harness.child_of(app) as child:
+        revoked = child.run(name, headers=headers)
+        assert loading.began.wait(LONG)
+        child.stop(revoked)
+        assert child.outcome(revoked) == (Report.ERROR, Outcome.IGNORE, "Ignore")
+        loading.goes_on.set()
+        for model in ("large", "other"):  # for which the one that was loaded can go
+            number = child.run(name, headers={"gw_params": f'{{"name":"{model}"}}'})
+            assert child.outcome(number) == (Report.DONE, f"'{model}'")

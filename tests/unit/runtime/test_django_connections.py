@@ -58,7 +58,7 @@ def test_without_django_the_work_is_called_as_it_is() -> None:
 
 
 @pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> django_connections.Shared:
+def close_outdated(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> Any:
     """The connections of a Django project, whose clock stands at 100 s."""
 
     def by_name(name: str) -> Any:
@@ -70,24 +70,19 @@ def shared(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> django_connection
     monkeypatch.setattr(django_connections, "symbol_by_name", by_name)
     monkeypatch.setattr(django_connections.time, "monotonic", lambda: 100.0)
     fixups = [types.SimpleNamespace(worker_fixup=Cleaner(log))]
-    return django_connections.Shared(types.SimpleNamespace(_fixups=fixups))
+    return django_connections.closing_outdated(types.SimpleNamespace(_fixups=fixups))
 
 
 def test_connections_of_asynchronous_bodies_are_looked_at_once_a_second(
-    shared: django_connections.Shared, log: list[str], monkeypatch: pytest.MonkeyPatch
+    close_outdated: Any, log: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asyncio.run(shared.close_outdated())
-    asyncio.run(shared.close_outdated())
+    asyncio.run(close_outdated())
+    asyncio.run(close_outdated())
     assert log == ["old connections"]
     monkeypatch.setattr(django_connections.time, "monotonic", lambda: 101.0)
-    asyncio.run(shared.close_outdated())
+    asyncio.run(close_outdated())
     assert log == ["old connections"] * 2
 
 
-def test_without_django_asynchronous_bodies_have_no_connections_to_look_at(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    imported: list[str] = []
-    monkeypatch.setattr(django_connections, "symbol_by_name", imported.append)
-    asyncio.run(django_connections.Shared(types.SimpleNamespace(_fixups=[])).close_outdated())
-    assert imported == []
+def test_without_django_asynchronous_bodies_have_no_connections_to_look_at() -> None:
+    assert django_connections.closing_outdated(types.SimpleNamespace(_fixups=[])) is None

@@ -5,14 +5,16 @@ import contextlib
 import contextvars
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+import greenlet
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 
 from gw_celery import errors
 from gw_celery.client import execution
+from gw_celery.runtime import body as body_runtime
 from gw_celery.runtime import greenlet_bridge, loop
 
 LONG = 60.0
@@ -20,20 +22,20 @@ colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="
 
 
 @pytest.fixture
-def thread() -> Iterator[loop.LoopThread]:
-    thread = loop.LoopThread("gw-test")
+def thread() -> Iterator[loop.Host]:
+    thread = loop.Host()
     thread.start()
     yield thread
     thread.stop(5)
 
 
 def call(
-    thread: loop.LoopThread, coroutine: Coroutine[Any, Any, Any]
+    thread: loop.Host, coroutine: Coroutine[Any, Any, Any], **limits: float
 ) -> greenlet_bridge.LoopCall[Any]:
-    return greenlet_bridge.LoopCall(thread.loop, coroutine)
+    return greenlet_bridge.LoopCall(thread.loop, coroutine, **limits)
 
 
-def run(thread: loop.LoopThread, coroutine: Coroutine[Any, Any, Any]) -> Any:
+def run(thread: loop.Host, coroutine: Coroutine[Any, Any, Any]) -> Any:
     return call(thread, coroutine).run(LONG)
 
 
@@ -69,7 +71,7 @@ class Body:
         return "never"
 
 
-def test_a_coroutine_runs_on_the_loop_and_its_answer_comes_back(thread: loop.LoopThread) -> None:
+def test_a_coroutine_runs_on_the_loop_and_its_answer_comes_back(thread: loop.Host) -> None:
     async def body() -> tuple[int, bool]:
         await asyncio.sleep(0)
         return 25, thread.is_current()
@@ -78,7 +80,7 @@ def test_a_coroutine_runs_on_the_loop_and_its_answer_comes_back(thread: loop.Loo
     assert not thread.is_current()
 
 
-def test_an_error_comes_back_as_itself(thread: loop.LoopThread) -> None:
+def test_an_error_comes_back_as_itself(thread: loop.Host) -> None:
     error = KeyError("x")
 
     async def body() -> None:
@@ -90,23 +92,23 @@ def test_an_error_comes_back_as_itself(thread: loop.LoopThread) -> None:
     assert caught.value is error
 
 
-def interrupted(thread: loop.LoopThread, body: Body, exc: BaseException) -> Any:
-    running = call(thread, body.run())
+def once(began: threading.Event, exc: BaseException) -> Callable[[], None]:
+    """Raise ``exc`` in the waiting thread, as a signal does, once the body runs."""
+    left = [exc]
 
     def interrupt() -> None:
-        body.began.wait(LONG)
-        running.interrupt(exc)
+        if left and began.wait(LONG):
+            raise left.pop()
 
-    helper = threading.Thread(target=interrupt)
-    helper.start()
-    try:
-        return running.run(LONG)
-    finally:
-        helper.join()
+    return interrupt
+
+
+def interrupted(thread: loop.Host, body: Body, exc: BaseException) -> Any:
+    return call(thread, body.run()).run(LONG, once(body.began, exc))
 
 
 def test_a_soft_limit_is_raised_in_the_coroutine_and_cancels_what_it_awaits(
-    thread: loop.LoopThread,
+    thread: loop.Host,
 ) -> None:
     body = Body()
     limit = SoftTimeLimitExceeded(3)
@@ -118,11 +120,11 @@ def test_a_soft_limit_is_raised_in_the_coroutine_and_cancels_what_it_awaits(
     assert body.saw == ["inner was cancelled", "soft limit"]
 
 
-def test_a_coroutine_may_answer_after_a_soft_limit(thread: loop.LoopThread) -> None:
+def test_a_coroutine_may_answer_after_a_soft_limit(thread: loop.Host) -> None:
     assert interrupted(thread, Body(answers=True), SoftTimeLimitExceeded()) == ("partial")
 
 
-def test_a_body_can_await_again_after_a_soft_limit(thread: loop.LoopThread) -> None:
+def test_a_body_can_await_again_after_a_soft_limit(thread: loop.Host) -> None:
     began = threading.Event()
 
     async def body() -> int:
@@ -135,63 +137,45 @@ def test_a_body_can_await_again_after_a_soft_limit(thread: loop.LoopThread) -> N
         task = asyncio.current_task()
         return task.cancelling() if task else -1
 
-    running = call(thread, body())
-    helper = threading.Thread(
-        target=lambda: (began.wait(LONG), running.interrupt(SoftTimeLimitExceeded()))
-    )
-    helper.start()
-    assert running.run(LONG) == 0
-    helper.join()
+    assert call(thread, body()).run(LONG, once(began, SoftTimeLimitExceeded())) == 0
 
 
-def test_an_interruption_before_the_first_step_is_raised_as_itself(
-    thread: loop.LoopThread,
-) -> None:
+def test_an_interruption_before_the_first_step_is_raised_as_itself(thread: loop.Host) -> None:
     async def body() -> None:
         raise AssertionError("started")
 
     release = threading.Event()
     thread.loop.call_soon_threadsafe(release.wait, LONG)
-    running = call(thread, body())
-    limit = SoftTimeLimitExceeded(1)
+    limits = [SoftTimeLimitExceeded(1)]
 
     def interrupt() -> None:
         """The loop is busy until both the start and the interruption are in its queue."""
-        running.interrupt(limit)
+        if limits:
+            raise limits.pop()
         release.set()
 
-    with pytest.raises(SoftTimeLimitExceeded) as caught:
-        running.run(LONG, interrupt)
-    assert caught.value is limit
+    with pytest.raises(SoftTimeLimitExceeded):
+        call(thread, body()).run(LONG, interrupt)
 
 
-def test_a_hard_limit_answers_at_once_and_cancels_the_coroutine(thread: loop.LoopThread) -> None:
+def test_a_hard_limit_answers_at_once_and_cancels_the_coroutine(thread: loop.Host) -> None:
     body = Body()
     with pytest.raises(execution.HardLimit):
-        call(thread, body.run()).run(LONG, hard_limit=0.05)
+        call(thread, body.run(), hard_limit=0.05).run(LONG)
 
     assert run(thread, asyncio.sleep(0, body.saw)) == ["inner was cancelled", "cancelled"]
 
 
-def test_what_interrupts_the_waiting_thread_cancels_the_coroutine(
-    thread: loop.LoopThread, monkeypatch
-) -> None:
+def test_what_interrupts_the_waiting_thread_cancels_the_coroutine(thread: loop.Host) -> None:
     body = Body()
-    running = call(thread, body.run())
-
-    def interrupt() -> None:
-        """As a signal does, once the body runs."""
-        body.began.wait(LONG)
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        running.run(LONG, interrupt)
+        interrupted(thread, body, KeyboardInterrupt())
 
     assert body.saw == ["inner was cancelled", "cancelled"]
 
 
 def test_what_stops_the_input_does_not_wait_for_a_coroutine_that_goes_on(
-    thread: loop.LoopThread,
+    thread: loop.Host,
 ) -> None:
     began, may_end = threading.Event(), asyncio.Event()
 
@@ -201,34 +185,17 @@ def test_what_stops_the_input_does_not_wait_for_a_coroutine_that_goes_on(
             with contextlib.suppress(asyncio.CancelledError):
                 await may_end.wait()
 
-    def revoke() -> None:
-        began.wait(LONG)
-        raise execution.Revoked
-
-    running = call(thread, body())
     start = time.monotonic()
     with pytest.raises(execution.Revoked):
-        running.run(LONG, revoke)
+        call(thread, body()).run(LONG, once(began, execution.Revoked()))
     assert time.monotonic() - start < LONG / 2
     thread.loop.call_soon_threadsafe(may_end.set)
     assert run(thread, asyncio.sleep(0, "alive")) == "alive"
 
 
-def test_a_soft_limit_in_the_waiting_thread_reaches_the_coroutine(thread: loop.LoopThread) -> None:
-    body = Body(answers=True)
-    running = call(thread, body.run())
-
-    def limit() -> None:
-        if "soft limit" not in body.saw and body.began.wait(LONG):
-            raise SoftTimeLimitExceeded
-
-    assert running.run(LONG, limit) == "partial"
-    assert body.saw == ["inner was cancelled", "soft limit"]
-
-
 @pytest.mark.parametrize("exc", [SystemExit(3), KeyboardInterrupt()])
 def test_an_exit_in_a_body_fails_that_body_and_leaves_the_loop_alive(
-    thread: loop.LoopThread, exc: BaseException
+    thread: loop.Host, exc: BaseException
 ) -> None:
     async def body() -> None:
         await asyncio.sleep(0)
@@ -241,9 +208,7 @@ def test_an_exit_in_a_body_fails_that_body_and_leaves_the_loop_alive(
     assert run(thread, asyncio.sleep(0, "alive")) == "alive"
 
 
-def test_an_exit_in_a_background_task_leaves_the_loop_alive(
-    thread: loop.LoopThread, caplog
-) -> None:
+def test_an_exit_in_a_background_task_leaves_the_loop_alive(thread: loop.Host, caplog) -> None:
     async def leave() -> None:
         raise SystemExit(3)
 
@@ -258,7 +223,7 @@ def test_an_exit_in_a_background_task_leaves_the_loop_alive(
     assert "background task" in caplog.text
 
 
-def test_a_body_that_cancels_itself_fails_with_the_reason(thread: loop.LoopThread) -> None:
+def test_a_body_that_cancels_itself_fails_with_the_reason(thread: loop.Host) -> None:
     async def body() -> None:
         raise asyncio.CancelledError
 
@@ -274,7 +239,7 @@ def test_a_body_that_cancels_itself_fails_with_the_reason(thread: loop.LoopThrea
         run(thread, body_of_a_task())
 
 
-def test_context_variables_of_the_caller_are_seen_and_kept_apart(thread: loop.LoopThread) -> None:
+def test_context_variables_of_the_caller_are_seen_and_kept_apart(thread: loop.Host) -> None:
     async def nested() -> str:
         return colour.get()
 
@@ -292,7 +257,7 @@ def test_context_variables_of_the_caller_are_seen_and_kept_apart(thread: loop.Lo
         colour.reset(token)
 
 
-def test_a_sync_call_inside_a_body_can_wait_for_the_loop(thread: loop.LoopThread) -> None:
+def test_a_sync_call_inside_a_body_can_wait_for_the_loop(thread: loop.Host) -> None:
     went_on = asyncio.Event()
 
     async def other() -> None:
@@ -315,7 +280,7 @@ def test_a_sync_call_inside_a_body_can_wait_for_the_loop(thread: loop.LoopThread
 
 
 def test_an_error_of_a_nested_sync_call_is_raised_where_it_was_called(
-    thread: loop.LoopThread,
+    thread: loop.Host,
 ) -> None:
     async def nested() -> None:
         await asyncio.sleep(0)
@@ -331,7 +296,7 @@ def test_an_error_of_a_nested_sync_call_is_raised_where_it_was_called(
     assert run(thread, body()) == "nested"
 
 
-def test_a_soft_limit_reaches_a_nested_sync_call(thread: loop.LoopThread) -> None:
+def test_a_soft_limit_reaches_a_nested_sync_call(thread: loop.Host) -> None:
     inner = Body()
 
     async def body() -> str:
@@ -341,17 +306,12 @@ def test_a_soft_limit_reaches_a_nested_sync_call(thread: loop.LoopThread) -> Non
             return "caught outside"
         return "missed"
 
-    running = call(thread, body())
-    helper = threading.Thread(
-        target=lambda: (inner.began.wait(LONG), running.interrupt(SoftTimeLimitExceeded()))
-    )
-    helper.start()
-    assert running.run(LONG) == "caught outside"
-    helper.join()
+    limit = once(inner.began, SoftTimeLimitExceeded())
+    assert call(thread, body()).run(LONG, limit) == "caught outside"
     assert inner.saw == ["inner was cancelled", "soft limit"]
 
 
-def test_a_sync_call_in_a_task_that_the_body_created_is_refused(thread: loop.LoopThread) -> None:
+def test_a_sync_call_in_a_task_that_the_body_created_is_refused(thread: loop.Host) -> None:
     async def nested() -> None:
         raise AssertionError("started")
 
@@ -365,7 +325,7 @@ def test_a_sync_call_in_a_task_that_the_body_created_is_refused(thread: loop.Loo
         run(thread, body())
 
 
-def test_a_timeout_of_the_body_is_its_own(thread: loop.LoopThread) -> None:
+def test_a_timeout_of_the_body_is_its_own(thread: loop.Host) -> None:
     async def body() -> str:
         try:
             async with asyncio.timeout(0):
@@ -375,3 +335,55 @@ def test_a_timeout_of_the_body_is_its_own(thread: loop.LoopThread) -> None:
         return "missed"
 
     assert run(thread, body()) == "timed out"
+
+
+# -- a body that is stepped no more --
+
+
+def test_a_body_that_is_closed_at_its_wait_ends_without_a_word() -> None:
+    seen: list[str] = []
+
+    async def body() -> None:
+        try:
+            with body_runtime.Contained():
+                await asyncio.get_running_loop().create_future()
+        except BaseException as exc:
+            seen.append(type(exc).__name__)
+            raise
+
+    async def main() -> None:
+        coroutine = body()
+
+        async def step() -> None:
+            coroutine.send(None)
+
+        await asyncio.create_task(step())
+        coroutine.close()
+
+    asyncio.run(main())
+    assert seen == ["GeneratorExit"]
+
+
+def test_a_greenlet_that_is_stepped_no_more_ends_without_a_log_line() -> None:
+    seen: list[str] = []
+
+    def body() -> None:
+        try:
+            with body_runtime.Contained():
+                greenlet.getcurrent().parent.switch()
+        except BaseException as exc:
+            seen.append(type(exc).__name__)
+            raise
+
+    async def main() -> None:
+        kept: list[greenlet.greenlet] = []
+
+        async def step() -> None:
+            kept.append(greenlet.greenlet(body))
+            kept[0].switch()
+
+        await asyncio.create_task(step())
+        kept.clear()
+
+    asyncio.run(main())
+    assert seen == ["GreenletExit"]

@@ -1,28 +1,23 @@
+"""Contexts and hooks of what a process serves, and the loop that they share with bodies."""
+
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import os
 import re
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 from celery import current_task
 
 import gw_celery as gw
-from gw_celery import conf, errors
-from gw_celery.client import execution
-from gw_celery.runtime import in_process
-from tests.processes import eventually
+from gw_celery import errors
+from gw_celery.testing import in_process
 
 LONG = 60.0
-
-
-@pytest.fixture
-def runtime() -> in_process.Process:
-    runtime = in_process.Process(conf.Settings())
-    runtime.start()
-    execution.install(runtime)
-    return runtime
 
 
 def context_of(app: gw.App, log: list[str], name: str):
@@ -38,11 +33,7 @@ def context_of(app: gw.App, log: list[str], name: str):
     return app.context()(Context)
 
 
-def entered(app: gw.App, runtime: in_process.Process) -> None:
-    runtime.enter([app.registry], list(app.registry.services.values()))
-
-
-def test_contexts_enter_once_when_a_service_of_their_app_is_served(app, runtime) -> None:
+def test_contexts_enter_once_when_a_service_of_their_app_is_served(app) -> None:
     log: list[str] = []
     weights = context_of(app, log, "Weights")
 
@@ -52,32 +43,17 @@ def test_contexts_enter_once_when_a_service_of_their_app_is_served(app, runtime)
     @app.remote
     async def second(): ...
 
-    one, two = app.registry.services.values()
-    runtime.enter([app.registry], [one])
-    runtime.enter([app.registry], [one, two])
-
-    assert log == ["enter Weights"]
-    assert app.get_context(weights) == "Weights"
-    assert runtime.serves(one.key)
-    assert runtime.serves(two.key)
-    execution.install(None)
-    runtime.stop()
+    other = gw.App("other", celery=app.celery)
+    context_of(other, log, "Elsewhere")
+    with in_process(other):  # which has nothing to serve
+        first.local()
+        second.local()
+        assert log == ["enter Weights"]
+        assert app.get_context(weights) == "Weights"
     assert log == ["enter Weights", "leave Weights"]
 
 
-def test_contexts_of_an_app_that_is_not_served_are_not_made(app, runtime, celery_app) -> None:
-    log: list[str] = []
-    other = gw.App("other", celery=celery_app)
-    context_of(other, log, "Elsewhere")
-
-    @app.remote
-    async def here(): ...
-
-    runtime.enter([app.registry, other.registry], list(app.registry.services.values()))
-    assert log == []
-
-
-def test_a_failed_start_serves_nothing_and_can_be_tried_again(app, runtime) -> None:
+def test_a_failed_start_can_be_tried_again(app) -> None:
     log: list[str] = []
     context_of(app, log, "Weights")
 
@@ -94,18 +70,18 @@ def test_a_failed_start_serves_nothing_and_can_be_tried_again(app, runtime) -> N
         def predict(self):
             return "ready"
 
-    with pytest.raises(errors.StartupError, match=r"Model: OSError: no weights"):
-        entered(app, runtime)
-    (service,) = app.registry.services.values()
-    assert not runtime.serves(service.key)
-    assert log in ([], ["enter Weights", "leave Weights"])
+    for _ in range(2):
+        with pytest.raises(errors.StartupError, match=r"Model: OSError: no weights"):
+            Model().predict.local()
+        assert log in ([], ["enter Weights", "leave Weights"])
+        log.clear()
 
     Model.is_broken = False
-    entered(app, runtime)
-    assert runtime.serves(service.key)
+    assert Model().predict.local() == "ready"
+    assert log == ["enter Weights"]
 
 
-def test_a_context_that_failed_is_not_entered_for_those_that_leave(app, runtime) -> None:
+def test_a_context_that_failed_is_not_entered_for_those_that_leave(app) -> None:
     said: list[str] = []
     other_entered = asyncio.Event()
 
@@ -132,7 +108,7 @@ def test_a_context_that_failed_is_not_entered_for_those_that_leave(app, runtime)
     async def body(): ...
 
     with pytest.raises(errors.StartupError):
-        entered(app, runtime)
+        body.local()
     assert ["is not entered yet" in one for one in said] == [True]
 
 
@@ -153,7 +129,7 @@ def test_the_wording_of_a_process_that_serves_nothing(app) -> None:
     assert "this is not a GPU worker" in str(caught.value)
 
 
-def test_the_wording_of_a_context_that_is_not_entered_yet(app, runtime) -> None:
+def test_the_wording_of_a_context_that_is_not_entered_yet(app) -> None:
     said: list[str] = []
 
     @app.context()
@@ -178,11 +154,11 @@ def test_the_wording_of_a_context_that_is_not_entered_yet(app, runtime) -> None:
     async def body(): ...
 
     with pytest.raises(errors.StartupError):
-        entered(app, runtime)
+        body.local()
     assert "Late is not entered yet in process" in said[0]
 
 
-def test_bodies_and_contexts_share_one_loop(app, runtime) -> None:
+def test_bodies_and_contexts_share_one_loop(app) -> None:
     @app.context()
     class Loop:
         async def __aenter__(self):
@@ -194,11 +170,10 @@ def test_bodies_and_contexts_share_one_loop(app, runtime) -> None:
     async def is_shared():
         return app.get_context(Loop) is asyncio.get_running_loop()
 
-    entered(app, runtime)
     assert is_shared.local() is True
 
 
-def test_stopping_ends_the_thread_and_cancels_what_is_left_on_the_loop(app, runtime) -> None:
+def test_stopping_ends_the_thread_and_cancels_what_is_left_on_the_loop(app) -> None:
     ended = threading.Event()
 
     async def linger() -> None:
@@ -211,21 +186,31 @@ def test_stopping_ends_the_thread_and_cancels_what_is_left_on_the_loop(app, runt
     async def start():
         app.lingering = asyncio.create_task(linger())
         await asyncio.sleep(0)
+        return asyncio.get_running_loop(), threading.current_thread()
 
-    entered(app, runtime)
-    start.local()
-    execution.install(None)
-    runtime.stop()
+    with in_process(app):
+        loop, thread = start.local()
 
     assert ended.is_set()
-    assert runtime.loop.is_closed()
+    assert loop.is_closed()
+    assert not thread.is_alive()
 
 
-def test_a_process_of_another_pid_is_not_this_one(runtime, monkeypatch) -> None:
-    assert execution.current() is runtime
-    monkeypatch.setattr(runtime, "pid", runtime.pid + 1)
-    assert execution.current() is None
-    monkeypatch.undo()
+def test_a_fork_of_a_process_that_serves_has_a_loop_of_its_own(app) -> None:
+    @app.remote
+    async def pid():
+        return os.getpid()
+
+    forking = multiprocessing.get_context("fork")
+    answers = forking.SimpleQueue()
+    with in_process(app):
+        assert pid.local() == os.getpid()
+        child = forking.Process(target=lambda: answers.put(pid.local()))
+        child.start()
+        child.join(LONG)
+        child.kill()
+    assert child.exitcode == 0
+    assert answers.get() == child.pid
 
 
 class Blocked:
@@ -247,19 +232,22 @@ class Blocked:
 
 def test_a_context_that_blocks_the_loop_is_given_up_at_the_deadline(app, caplog) -> None:
     blocked = Blocked(app)
-    runtime = in_process.Process(conf.Settings(start_timeout=0.05, cancel_timeout=0.05))
-    runtime.start()
+    app.celery.conf.update(gw_start_timeout=0.05, gw_cancel_timeout=0.05)
 
-    with pytest.raises(errors.StartupError, match="TimeoutError: still blocks the event") as late:
-        entered(app, runtime)
-    runtime.stop()  # at once: nothing can be left on a loop that is blocked
+    began = time.monotonic()
+    with (
+        pytest.raises(errors.StartupError, match="TimeoutError: still blocks the event") as late,
+        in_process(app),
+    ):
+        raise AssertionError("served")
+    # Nothing can be left on a loop that is blocked.
+    assert time.monotonic() - began < app.celery.conf.get("gw_exit_timeout", 10.0)
 
     assert "await asyncio.to_thread(...)" in str(late.value)
     assert "release.wait(LONG)" in caplog.text
     (line,) = [one for one in caplog.messages if "still blocks the event loop" in one]
     assert re.search(r"Weights .* at \S+test_in_process.py:\d+ in __aenter__: load in", line)
     blocked.release.set()
-    eventually(runtime.loop.is_closed)
 
 
 def slow(app: gw.App, log: list[str]) -> threading.Event:
@@ -285,41 +273,25 @@ def slow(app: gw.App, log: list[str]) -> threading.Event:
     @app.remote
     async def body(): ...
 
+    app.body = body
     return has_entered
 
 
-def test_a_load_that_is_given_up_leaves_what_has_entered(app, runtime) -> None:
-    log: list[str] = []
-    has_entered = slow(app, log)
-
-    def check() -> None:
-        if has_entered.is_set():
-            raise SystemExit(0)
-
-    with pytest.raises(SystemExit):
-        runtime.enter([app.registry], list(app.registry.services.values()), check)
-    runtime.stop()
-    execution.install(None)
-
-    assert log == ["leave Fast"]
-
-
-def test_stopping_ends_a_load_of_another_thread(app, runtime) -> None:
+def test_stopping_ends_a_load_of_another_thread(app) -> None:
     log: list[str] = []
     has_entered = slow(app, log)
     raised: list[BaseException] = []
 
     def enter() -> None:
         try:
-            entered(app, runtime)
+            app.body.local()
         except errors.StartupError as exc:
             raised.append(exc)
 
-    thread = threading.Thread(target=enter, daemon=True)
-    thread.start()
-    has_entered.wait(LONG)
-    execution.install(None)
-    runtime.stop()
+    with in_process(gw.App("other", celery=app.celery)):
+        thread = threading.Thread(target=enter, daemon=True)
+        thread.start()
+        assert has_entered.wait(LONG)
     thread.join(LONG)
 
     assert log == ["leave Fast"]
@@ -348,15 +320,14 @@ def in_background(app: gw.App, ask: Callable[[], object]) -> None:
     app.begin, app.listen = begin, listen
 
 
-def test_a_task_that_outlives_its_body_never_has_the_request_of_another(app, runtime) -> None:
+def test_a_task_that_outlives_its_body_never_has_the_request_of_another(app) -> None:
     in_background(app, lambda: bool(current_task))
-    entered(app, runtime)
 
     assert app.begin.local() is not None
     assert app.listen.local() == [False, False]
 
 
-def test_a_task_of_a_context_never_has_the_request_of_a_body(app, runtime) -> None:
+def test_a_task_of_a_context_never_has_the_request_of_a_body(app) -> None:
     go, said = asyncio.Event(), asyncio.Queue()
 
     async def beat() -> None:
@@ -375,5 +346,47 @@ def test_a_task_of_a_context_never_has_the_request_of_a_body(app, runtime) -> No
         go.set()
         return await said.get(), bool(current_task)
 
-    entered(app, runtime)
     assert listen.local() == (False, True)
+
+
+class Recorded:
+    """A context that knows the threads that it was made, entered and left in."""
+
+    def __init__(self, threads: list[threading.Thread]) -> None:
+        self.threads = threads
+        threads.append(threading.current_thread())
+
+
+class InThreads(Recorded):
+    def __enter__(self) -> str:
+        self.threads.append(threading.current_thread())
+        return "entered"
+
+    def __exit__(self, *exc: object) -> None:
+        self.threads.append(threading.current_thread())
+
+
+class OnLoop(Recorded):
+    async def __aenter__(self) -> str:
+        self.threads.append(threading.current_thread())
+        return "entered"
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.threads.append(threading.current_thread())
+
+
+@pytest.mark.parametrize(
+    ("cls", "on_loop"), [(InThreads, [False] * 3), (OnLoop, [False, True, True])]
+)
+def test_a_context_is_made_and_a_sync_one_entered_and_left_in_threads(app, cls, on_loop) -> None:
+    threads: list[threading.Thread] = []
+    app.context(threads)(type("Context", (cls,), {}))
+
+    @app.remote
+    async def where():
+        return threading.current_thread()
+
+    with in_process(app):
+        loop = where.local()
+    assert [thread is loop for thread in threads] == on_loop
+    assert threading.current_thread() not in threads

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 import gw_celery as gw
-from tests.unit.runtime.owners import Model, Owner
+from tests.unit.runtime.served import Model, Owner, serving
 
 
 @pytest.fixture(autouse=True)
@@ -18,66 +16,56 @@ def _forgotten() -> None:
 
 
 def test_a_call_parameter_costs_nothing() -> None:
-    async def main() -> None:
-        owner = await Owner(Model).start()
+    async def main(owner: Owner) -> None:
         for tenths in range(1, 10):
             answer = await owner.call(threshold=tenths / 10)
             assert answer == ("small", "small", tenths / 10)
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Model, main)
     assert Model.loads == ["small"]
 
 
 def test_ten_models_load_ten_times_and_three_are_alive_at_most() -> None:
-    async def main() -> None:
-        owner = await Owner(Model).start()
+    async def main(owner: Owner) -> None:
         for number in range(10):
             assert (await owner.call(name=f"model {number}"))[0] == f"model {number}"
             assert "small" in Model.alive
         assert (await owner.call())[0] == "small"
         assert Model.alive == ["small", "model 8", "model 9"]
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Model, main)
     assert Model.loads == ["small", *(f"model {number}" for number in range(10))]
     assert Model.most == 3
     assert Model.alive == []
 
 
 def test_the_least_recently_used_one_is_evicted() -> None:
-    async def main() -> None:
-        owner = await Owner(Model).start()
+    async def main(owner: Owner) -> None:
         for name in ("a", "b", "a", "c"):
             await owner.call(name=name)
 
         assert sorted(Model.alive) == ["a", "c", "small"]
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Model, main)
 
 
 def test_concurrent_first_uses_build_it_once() -> None:
-    async def main() -> None:
-        owner = await Owner(Model).start()
+    async def main(owner: Owner) -> None:
         answers = await asyncio.gather(
             *(owner.call(name="large", threshold=tenths / 10) for tenths in range(1, 6))
         )
         assert {answer[0] for answer in answers} == {"large"}
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Model, main)
     assert Model.loads == ["small", "large"]
 
 
 def test_what_was_built_for_a_caller_is_not_evicted_before_it_is_taken() -> None:
-    async def main() -> None:
-        owner = await Owner(Model, most=2).start()
+    async def main(owner: Owner) -> None:
         answers = await asyncio.gather(*(owner.call(name=name) for name in "abc"))
         assert [answer[0] for answer in answers] == ["a", "b", "c"]
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Model, main, most=2)
     assert Model.loads == ["small", "a", "b", "c"]
 
 
@@ -99,9 +87,7 @@ class Fragile:
 
 
 def test_a_failed_build_fails_those_who_wait_and_is_not_kept() -> None:
-    async def main() -> None:
-        Fragile.builds, Fragile.is_broken = [], True
-        owner = await Owner(Fragile).start()
+    async def main(owner: Owner) -> None:
         answers = await asyncio.gather(
             *(owner.call(name="large") for _ in range(3)), return_exceptions=True
         )
@@ -110,14 +96,13 @@ def test_a_failed_build_fails_those_who_wait_and_is_not_kept() -> None:
 
         Fragile.is_broken = False
         assert await owner.call(name="large") == "large"
-        await owner.stop()
 
-    asyncio.run(main())
+    Fragile.builds, Fragile.is_broken = [], True
+    serving(Fragile, main)
 
 
 def test_a_caller_that_gives_up_leaves_the_build_to_the_others() -> None:
-    async def main() -> None:
-        owner = await Owner(Model).start()
+    async def main(owner: Owner) -> None:
         first = asyncio.ensure_future(owner.call(name="large"))
         await asyncio.sleep(0)
         second = asyncio.ensure_future(owner.call(name="large"))
@@ -126,15 +111,13 @@ def test_a_caller_that_gives_up_leaves_the_build_to_the_others() -> None:
 
         assert (await second)[0] == "large"
         assert Model.loads == ["small", "large"]
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Model, main)
     assert Model.alive == []
 
 
 def test_what_a_caller_that_gave_up_had_built_is_left_at_the_end() -> None:
-    async def main() -> None:
-        owner = await Owner(Model).start()
+    async def main(owner: Owner) -> None:
         only = asyncio.ensure_future(owner.call(name="large"))
         await Model.has_begun.wait()
         only.cancel()
@@ -142,27 +125,31 @@ def test_what_a_caller_that_gave_up_had_built_is_left_at_the_end() -> None:
 
         assert (await owner.call(name="large"))[0] == "large"
         assert Model.loads == ["small", "large"]
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Model, main)
     assert Model.alive == []
 
 
 def test_without_a_default_nothing_is_loaded_before_a_call() -> None:
+    loads: list[str] = []
+
     class Required:
         name: str = gw.parameter()
+
+        @gw.on_enter()
+        def load(self) -> None:
+            loads.append(self.name)
 
         @gw.method()
         def predict(self) -> str:
             return self.name
 
-    async def main() -> None:
-        owner = await Owner(Required).start()
-        assert owner.default is None
+    async def main(owner: Owner) -> None:
+        assert loads == []
         assert await owner.call(name="large") == "large"
-        await owner.stop()
+        assert loads == ["large"]
 
-    asyncio.run(main())
+    serving(Required, main)
 
 
 def test_a_scope_overrides_what_was_observed() -> None:
@@ -180,15 +167,13 @@ def test_a_scope_overrides_what_was_observed() -> None:
         def predict(self) -> str:
             return self.unread + self.read
 
-    async def main() -> None:
-        owner = await Owner(Scoped).start()
+    async def main(owner: Owner) -> None:
         assert await owner.call(read="b") == "ab"
         assert loads == ["a"]
         assert await owner.call(unread="c", read="d") == "cd"
         assert loads == ["a", "d"]
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Scoped, main)
 
 
 def test_what_a_constructor_reads_shapes_the_loaded_state() -> None:
@@ -196,20 +181,19 @@ def test_what_a_constructor_reads_shapes_the_loaded_state() -> None:
         name: str = gw.parameter(default="small")
 
         def __init__(self) -> None:
-            self.thread = threading.current_thread().name
+            self.thread = threading.current_thread()
             self.made_with = self.name
 
         @gw.method()
-        def predict(self) -> str:
-            return self.made_with
+        def predict(self) -> tuple[str, threading.Thread]:
+            return self.made_with, self.thread
 
-    async def main() -> None:
-        owner = await Owner(Made).start()
-        assert await owner.call(name="large") == "large"
-        assert owner.default.value.result().thread != threading.current_thread().name
-        await owner.stop()
+    async def main(owner: Owner) -> None:
+        name, thread = await owner.call(name="large")
+        assert name == "large"
+        assert thread is not threading.current_thread()  # that of the loop
 
-    asyncio.run(main())
+    serving(Made, main)
 
 
 def test_what_a_call_keeps_on_self_is_there_for_the_next() -> None:
@@ -225,13 +209,11 @@ def test_what_a_call_keeps_on_self_is_there_for_the_next() -> None:
             self.count += self.step
             return self.count
 
-    async def main() -> None:
-        owner = await Owner(Counting).start()
+    async def main(owner: Owner) -> None:
         assert await owner.call() == 1
         assert await owner.call(step=10) == 11
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Counting, main)
 
 
 def test_true_and_one_are_different_values() -> None:
@@ -248,12 +230,10 @@ def test_true_and_one_are_different_values() -> None:
         def predict(self) -> str:
             return repr(self.value)
 
-    async def main() -> None:
-        owner = await Owner(Loose).start()
+    async def main(owner: Owner) -> None:
         assert await owner.call(value=True) == "True"
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Loose, main)
     assert repr(loads) == "[1, True]"
 
 
@@ -294,20 +274,12 @@ class Derived(Base):
 def test_hooks_run_base_first_and_every_exit_hook_runs_in_reverse(caplog) -> None:
     Base.log.clear()
 
-    async def main() -> None:
-        owner = await Owner(Derived).start()
+    async def main(owner: Owner) -> None:
         assert await owner.call() == "derived base"
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Derived, main)
     assert Base.log == ["connect", "load", "unload", "disconnect"]
     assert "Derived.fail failed" in caplog.text
-
-
-@contextmanager
-def noted_thread(names: list[str]) -> Iterator[None]:
-    names.append(threading.current_thread().name)
-    yield
 
 
 def test_sync_hooks_run_in_threads_of_their_own_and_async_ones_on_the_loop() -> None:
@@ -325,14 +297,12 @@ def test_sync_hooks_run_in_threads_of_their_own_and_async_ones_on_the_loop() -> 
         @gw.method()
         def predict(self) -> None: ...
 
-    async def main() -> None:
-        owner = await Owner(Hooked).start()
-        await owner.stop()
+    async def main(owner: Owner) -> None:
+        names.append(threading.current_thread().name)
 
-    asyncio.run(main())
-    mine = threading.current_thread().name
+    serving(Hooked, main)
     assert names[0].startswith("gw-hook-")
-    assert names[1] == mine
+    assert names[1] == names[2]
 
 
 class Slotted:
@@ -347,6 +317,10 @@ class Slotted:
         self.calls = 0
 
     @gw.method()
+    def forget(self) -> None:
+        del self.weights
+
+    @gw.method()
     def predict(self) -> tuple[list[str], float, int]:
         self.weights = [*self.weights, str(self.threshold)]
         self.calls += 1
@@ -354,15 +328,12 @@ class Slotted:
 
 
 def test_attributes_in_slots_are_shared_by_the_calls_as_those_in_the_dict_are() -> None:
-    async def main() -> None:
-        owner = await Owner(Slotted).start()
+    async def main(owner: Owner) -> None:
         await owner.call(threshold=0.1)
 
         assert await owner.call(threshold=0.2) == (["loaded", "0.1", "0.2"], 0.2, 2)
-        view = (await owner.taken()).view(owner.values())
-        del view.weights
+        await owner.handle().forget()
         with pytest.raises(AttributeError, match="weights"):
             await owner.call()
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Slotted, main)

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 import gw_celery as gw
-from gw_celery.runtime import instances
-from tests.unit.runtime.owners import Model, Owner
+from tests.unit.runtime.served import Owner, serving
 
 
 class Base:
@@ -118,16 +117,12 @@ class Loader:
     ],
 )
 def test_a_read_while_it_loads_makes_a_load_parameter(cls: type) -> None:
-    async def main() -> None:
-        owner = await Owner(cls).start()
+    async def main(owner: Owner) -> None:
         assert await owner.call(threshold=0.9) == ("small", 0.9)
         assert await owner.call(name="large", threshold=0.1) == ("large", 0.1)
-        loaded = await owner.taken()
-        assert loaded.reads == {"name"}
-        assert loaded.is_pinned
-        await owner.stop()
+        assert await owner.call() == ("small", 0.5)
 
-    asyncio.run(main())
+    serving(cls, main)
 
 
 class Choosy:
@@ -148,17 +143,15 @@ class Choosy:
 
 
 def test_a_read_that_depends_on_another_value_shapes_those_instances_only() -> None:
-    async def main() -> None:
-        owner = await Owner(Choosy).start()
+    async def main(owner: Owner) -> None:
         assert await owner.call(precision=4) == ("full", 4)
         assert await owner.call(mode="quantized", precision=4) == ("quantized 4", 4)
         assert await owner.call(mode="quantized") == ("quantized 8", 8)
         assert await owner.call(mode="full", precision=2) == ("full", 2)
         assert await owner.call(mode="quantized", precision=4) == ("quantized 4", 4)
-        await owner.stop()
 
     Choosy.loads = []
-    asyncio.run(main())
+    serving(Choosy, main)
     assert Choosy.loads == ["full", "quantized 4", "quantized 8"]
 
 
@@ -176,15 +169,13 @@ def test_an_int_where_a_float_is_declared_is_the_same_value() -> None:
         def predict(self) -> str:
             return repr(self.scale)
 
-    async def main() -> None:
-        owner = await Owner(Scaled).start()
+    async def main(owner: Owner) -> None:
         assert [await owner.call(**given) for given in ({}, {"scale": 1}, {"scale": 1.0})] == [
             "1.0"
         ] * 3
-        assert (await owner.taken(scale=2)) is (await owner.taken(scale=2.0))
-        await owner.stop()
+        assert [await owner.call(scale=scale) for scale in (2, 2.0)] == ["2.0"] * 2
 
-    asyncio.run(main())
+    serving(Scaled, main)
     assert loads == [1.0, 2.0]
 
 
@@ -206,20 +197,22 @@ class Kept:
         Kept.left.append((self.name, self.threshold))
 
     @gw.method()
+    def loaded_by(self) -> str:
+        return self.read_name()
+
+    @gw.method()
     def predict(self) -> tuple[str, float]:
         return self.read_name(), self.read_threshold()
 
 
 def test_a_call_parameter_is_not_read_through_the_self_of_the_load() -> None:
-    async def main() -> None:
-        owner = await Owner(Kept).start()
+    async def main(owner: Owner) -> None:
         with pytest.raises(gw.UsageError, match=r"'threshold' was read .* hand over `self.thresho"):
             await owner.call(threshold=0.9)
-        assert (await owner.taken()).instance.read_name() == "small"
-        await owner.stop()
+        assert await owner.handle().loaded_by() == "small"
 
     Kept.left = []
-    asyncio.run(main())
+    serving(Kept, main)
     # An exit hook has no caller to be wrong about.
     assert Kept.left == [("small", 0.5)]
 
@@ -243,38 +236,11 @@ class Listed:
 
 
 def test_what_a_body_does_to_a_list_is_its_own() -> None:
-    async def main() -> None:
-        owner = await Owner(Listed).start()
+    async def main(owner: Owner) -> None:
         for _ in range(2):
             assert await owner.call() == ["a", "more"]
-            call = instances.Use(owner.instances, owner.values(labels=["b", "c"]))
-            await call.load()
-            assert call.view().predict() == ["b", "c", "more"]
-            call.end()
-        await owner.stop()
+            assert await owner.call(labels=["b", "c"]) == ["b", "c", "more"]
 
     Listed.left = []
-    asyncio.run(main())
+    serving(Listed, main)
     assert sorted(Listed.left) == [["a"], ["b", "c"]]
-
-
-def test_a_batch_key_tells_instances_and_every_parameter_apart() -> None:
-    async def main() -> None:
-        owner = await Owner(Model).start()
-
-        async def key(**given: Any) -> tuple[int, str]:
-            loaded = await owner.taken(**given)
-            owner.instances.give_back(loaded)
-            return loaded.batch_key(owner.values(**given))
-
-        assert await key() == await key(threshold=0.5, name="small")
-        assert await key(threshold=1) == await key(threshold=1.0)
-        different = [await key(), await key(threshold=1), await key(name="a"), await key(name="b")]
-        # Loaded again, it is another instance.
-        await key(name="c")
-        different.append(await key(name="a"))
-        assert len(set(different)) == 5
-        await owner.stop()
-
-    Model.forget()
-    asyncio.run(main())

@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import gc
 import random
-import threading
 import traceback
 import weakref
 from typing import Any
@@ -14,8 +13,7 @@ from typing import Any
 import pytest
 
 import gw_celery as gw
-from gw_celery.runtime import instances
-from tests.unit.runtime.owners import LONG, Model, Owner
+from tests.unit.runtime.served import Model, Owner, serving
 
 
 @pytest.fixture(autouse=True)
@@ -29,105 +27,82 @@ async def everything_else() -> None:
         await asyncio.sleep(0)
 
 
-class Shelf:
-    """An owner of ``Model`` whose instances are taken and given back one by one."""
-
-    def __init__(self, owner: Owner) -> None:
-        self.owner = owner
-
-    def taking(self, name: str) -> asyncio.Future[instances.Loaded]:
-        return asyncio.ensure_future(self.owner.taken(name=name))
-
-    async def back(self, loaded: instances.Loaded) -> None:
-        """Give back from a thread, as a synchronous body does."""
-        thread = threading.Thread(target=self.owner.instances.give_back, args=(loaded,))
-        thread.start()
-        await asyncio.to_thread(thread.join)
-        await everything_else()
-
-
-async def shelf() -> Shelf:
-    return Shelf(await Owner(Model).start())
-
-
 def test_where_all_are_busy_another_waits_for_one_to_become_idle() -> None:
-    async def main() -> None:
-        of = await shelf()
-        a, b = await of.taking("a"), await of.taking("b")
-        c = of.taking("c")
+    async def main(owner: Owner) -> None:
+        a, b = [await owner.holding(name).begun() for name in "ab"]
+        c = owner.holding("c")
         await everything_else()
-        assert not c.done()
+        assert not c.has_begun
         assert sorted(Model.alive) == ["a", "b", "small"]
 
-        await of.back(b)
-        assert (await c).instance.name == "c"
+        await b.end()
+        await c.begun()
         assert sorted(Model.alive) == ["a", "c", "small"]
-        await of.back(a)
-        await of.owner.stop()
+        assert await c.end() == "c"
+        await a.end()
 
-    asyncio.run(main())
+    serving(Model, main)
     assert Model.most == 3
 
 
 def test_calls_that_overlap_for_ever_let_another_in() -> None:
-    async def main() -> None:
-        of = await shelf()
-        a, b = await of.taking("a"), await of.taking("b")
-        c = of.taking("c")
+    async def main(owner: Owner) -> None:
+        a, b = [await owner.holding(name).begun() for name in "ab"]
+        c = owner.holding("c")
         await everything_else()
-        again = of.taking("a")  # behind c, for its turn came first
+        again = owner.holding("a")  # behind c, for its turn came first
         await everything_else()
-        assert not again.done()
-        assert (await of.owner.taken()).is_pinned
-        assert await of.taking("b") is b
+        assert not again.has_begun
+        assert (await owner.call())[0] == "small"
+        assert (await owner.call(name="b"))[0] == "b"
 
-        await of.back(a)
-        await of.back(await c)
-        assert (await again).instance.name == "a"
-        await of.owner.stop()
+        await a.end()
+        await (await c.begun()).end()
+        assert await (await again.begun()).end() == "a"
+        await b.end()
 
-    asyncio.run(main())
+    serving(Model, main)
     assert Model.loads == ["small", "a", "b", "c", "a"]
     assert Model.most == 3
 
 
 def test_a_build_that_no_call_waits_for_drains_nothing() -> None:
-    async def main() -> None:
-        of = await shelf()
-        a, _ = await of.taking("a"), await of.taking("b")
-        c = of.taking("c")
+    async def main(owner: Owner) -> None:
+        held = [await owner.holding(name).begun() for name in "ab"]
+        c = owner.holding("c")
         await everything_else()
-        again = of.taking("a")
+        again = owner.holding("a")
         await everything_else()
-        c.cancel()
+        assert not again.has_begun
+        c.call.cancel()
         await everything_else()
 
-        assert await again is a
-        assert await of.taking("a") is a
-        await of.owner.stop()
+        assert await (await again.begun()).end() == "a"
+        assert (await owner.call(name="a"))[0] == "a"
+        for call in held:
+            await call.end()
 
-    asyncio.run(main())
+    serving(Model, main)
     assert Model.loads == ["small", "a", "b"]
 
 
 @pytest.mark.parametrize("turns", range(8))
 def test_who_comes_while_the_others_give_up_has_a_load_of_their_own(turns: int) -> None:
-    async def main() -> None:
-        of = await shelf()
-        a, _ = await of.taking("a"), await of.taking("b")
-        c = of.taking("c")
+    async def main(owner: Owner) -> None:
+        a, b = [await owner.holding(name).begun() for name in "ab"]
+        c = owner.holding("c")
         await everything_else()
-        c.cancel()
+        c.call.cancel()
         for _ in range(turns):
             await asyncio.sleep(0)
-        again = of.taking("c")
+        again = owner.holding("c")
         await everything_else()
 
-        await of.back(a)
-        assert (await again).instance.name == "c"
-        await of.owner.stop()
+        await a.end()
+        assert await (await again.begun()).end() == "c"
+        await b.end()
 
-    asyncio.run(main())
+    serving(Model, main)
     assert Model.loads == ["small", "a", "b", "c"]
 
 
@@ -135,13 +110,11 @@ def test_calls_of_many_models_in_any_order_load_each_once_and_three_are_alive() 
     names = [f"model {number}" for number in range(10)] * 10
     random.Random(7).shuffle(names)
 
-    async def main() -> None:
-        owner = await Owner(Model).start()
+    async def main(owner: Owner) -> None:
         answers = await asyncio.gather(*(owner.call(name=name) for name in names))
         assert [answer[0] for answer in answers] == names
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Model, main)
     assert sorted(Model.loads) == sorted({"small", *names})
     assert Model.most == 3
     assert Model.alive == []
@@ -176,15 +149,12 @@ def swapped(how: str, **settings: float) -> list[str]:
     """What is noted when ``a`` has to go for ``b``, up to the answer of ``b``."""
     Tidy.log, Tidy.how = [], how
 
-    async def main() -> list[str]:
-        owner = await Owner(Tidy, 2, **settings).start()
+    async def main(owner: Owner) -> list[str]:
         assert await owner.call(name="a") == "a"
         assert await owner.call(name="b") == "b"
-        noted = list(Tidy.log)
-        await owner.stop()
-        return noted
+        return list(Tidy.log)
 
-    return asyncio.run(main())
+    return serving(Tidy, main, 2, **settings)
 
 
 def test_an_evicted_instance_has_left_before_the_next_one_enters() -> None:
@@ -215,14 +185,12 @@ def test_an_exit_hook_that_does_not_end_is_left_behind_at_its_limit(caplog) -> N
 
 
 def test_where_only_the_default_fits_another_is_refused_with_the_setting_to_raise() -> None:
-    async def main() -> None:
-        owner = await Owner(Model, most=1).start()
+    async def main(owner: Owner) -> None:
         with pytest.raises(gw.UsageError, match=r"gw_max_instances=1 .* set it to 2 or more"):
             await owner.call(name="large")
         assert (await owner.call())[0] == "small"
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Model, main, most=1)
     assert Model.most == 1
 
 
@@ -230,13 +198,11 @@ def test_without_a_default_none_is_pinned() -> None:
     class Required(Tidy):
         name: str = gw.parameter()
 
-    async def main() -> None:
-        owner = await Owner(Required, most=1).start()
+    async def main(owner: Owner) -> None:
         assert [await owner.call(name=name) for name in "aba"] == ["a", "b", "a"]
-        await owner.stop()
 
     Tidy.log, Tidy.how = [], "slowly"
-    asyncio.run(main())
+    serving(Required, main, most=1)
     entered_and_left = [f"{what} {name}" for name in "aba" for what in ("enter", "exit")]
     assert Tidy.log == entered_and_left
 
@@ -252,7 +218,10 @@ class Stuck:
         if self.name == "exits":
             raise SystemExit(3)
         if self.name == "hangs":
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                Stuck.left.append("hangs was cancelled")
 
     @gw.on_exit()
     def unload(self) -> None:
@@ -269,44 +238,37 @@ def _unstuck() -> None:
 
 
 def test_a_load_that_hangs_ends_at_its_limit_and_holds_up_no_other_for_ever() -> None:
-    async def main() -> None:
-        owner = await Owner(Stuck, start_timeout=0.05).start()
+    async def main(owner: Owner) -> None:
         answers = await asyncio.gather(
             owner.call(name="hangs"), owner.call(name="large"), return_exceptions=True
         )
         assert isinstance(answers[0], TimeoutError)
         assert "setting gw_start_timeout" in str(answers[0])
         assert answers[1] == "large"
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Stuck, main, start_timeout=0.05)
 
 
 def test_an_exit_in_a_load_fails_its_callers_and_ends_no_process() -> None:
-    async def main() -> None:
-        owner = await Owner(Stuck).start()
+    async def main(owner: Owner) -> None:
         with pytest.raises(gw.BodyExited, match=r"SystemExit\(3\)"):
             await owner.call(name="exits")
         assert await owner.call(name="large") == "large"
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Stuck, main)
 
 
 def test_a_load_under_way_is_cancelled_when_everything_is_left() -> None:
-    async def main() -> None:
-        owner = await Owner(Stuck).start()
-        loading = asyncio.ensure_future(owner.call(name="hangs"))
-        queued = asyncio.ensure_future(owner.call(name="large"))
+    async def main(owner: Owner) -> list[asyncio.Future[Any]]:
+        calls = [asyncio.ensure_future(owner.call(name=name)) for name in ("hangs", "large")]
         await everything_else()
         assert "hangs" in Stuck.began
-        await owner.stop()
-        await asyncio.wait([loading, queued], timeout=LONG)
-        assert loading.cancelled()
-        assert queued.cancelled()
+        return calls
 
-    asyncio.run(main())
-    assert Stuck.left == ["small"]
+    loading, queued = serving(Stuck, main)
+    assert loading.cancelled()
+    assert queued.cancelled()
+    assert Stuck.left == ["hangs was cancelled", "small"]
 
 
 def test_the_callers_of_a_failed_load_each_see_the_same_short_traceback() -> None:
@@ -328,13 +290,10 @@ def test_the_callers_of_a_failed_load_each_see_the_same_short_traceback() -> Non
             return len(traceback.extract_tb(exc.__traceback__))
         return 0
 
-    async def main() -> list[int]:
-        owner = await Owner(Broken).start()
-        seen = await asyncio.gather(*(frames(owner) for _ in range(20)))
-        await owner.stop()
-        return seen
+    async def main(owner: Owner) -> list[int]:
+        return await asyncio.gather(*(frames(owner) for _ in range(20)))
 
-    seen = asyncio.run(main())
+    seen = serving(Broken, main)
     assert len(set(seen)) == 1
     assert seen[0] > 0
 
@@ -353,13 +312,11 @@ def test_a_load_belongs_to_no_call_in_particular() -> None:
         @gw.method()
         def predict(self) -> None: ...
 
-    async def main() -> None:
-        owner = await Owner(Aware).start()
+    async def main(owner: Owner) -> None:
         caller.set("me")
         await owner.call(name="large")
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Aware, main)
     assert seen == ["small none", "large none"]
 
 
@@ -382,8 +339,7 @@ def test_what_was_evicted_is_gone_without_a_garbage_collection() -> None:
         def predict(self) -> str:
             return self.loaded
 
-    async def main() -> None:
-        owner = await Owner(Heavy, most=2).start()
+    async def main(owner: Owner) -> None:
         gc.disable()
         try:
             for name in "abc":
@@ -395,6 +351,5 @@ def test_what_was_evicted_is_gone_without_a_garbage_collection() -> None:
                 await asyncio.sleep(0.01)
         finally:
             gc.enable()
-        await owner.stop()
 
-    asyncio.run(main())
+    serving(Heavy, main, most=2)

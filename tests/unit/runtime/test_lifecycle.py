@@ -1,62 +1,36 @@
+"""How the contexts of a process enter and leave: all at once, and each whatever the others do."""
+
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
 
+import gw_celery as gw
 from gw_celery import errors
-from gw_celery.declare import registry
-from gw_celery.runtime import in_process, lifecycle
+from gw_celery.testing import in_process
 
 LONG = 60.0
 
-
-class Probe:
-    """A unit that writes down what happens to it, and does what it is told."""
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name = name
-        self.log = log
-        self.tasks: list[asyncio.Task[None] | None] = []
-        self.enter: Callable[[], Awaitable[object]] = self._nothing
-        self.leave: Callable[[], Awaitable[object]] = self._nothing
-
-    async def _nothing(self) -> None: ...
-
-    def life(self, exit_timeout: float = LONG) -> lifecycle.Entered:
-        return lifecycle.Entered(self.name, self, exit_timeout)
-
-    async def __aenter__(self) -> str:
-        self.tasks.append(asyncio.current_task())
-        try:
-            await self.enter()
-        except asyncio.CancelledError:
-            self.log.append(f"cancel {self.name}")
-            raise
-        self.log.append(f"enter {self.name}")
-        return f"value of {self.name}"
-
-    async def __aexit__(self, *exc: object) -> None:
-        self.tasks.append(asyncio.current_task())
-        await self.leave()
-        self.log.append(f"leave {self.name}")
+Act = Callable[[], Awaitable[object]]
 
 
-def probes(*names: str) -> tuple[list[Probe], list[str]]:
-    log: list[str] = []
-    return [Probe(name, log) for name in names], log
+async def nothing() -> None: ...
 
 
-def failing(exc: BaseException) -> Callable[[], Awaitable[object]]:
-    async def enter() -> None:
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+def failing(exc: BaseException) -> Act:
+    async def act() -> None:
         raise exc
 
-    return enter
+    return act
 
 
-def swallowing(release: asyncio.Event, log: list[str]) -> Callable[[], Awaitable[object]]:
+def swallowing(release: asyncio.Event, log: list[str]) -> Act:
     """Wait for ``release``, and ignore cancellation."""
 
     async def wait() -> None:
@@ -69,135 +43,133 @@ def swallowing(release: asyncio.Event, log: list[str]) -> Callable[[], Awaitable
     return wait
 
 
-async def forever() -> None:
-    await asyncio.Event().wait()
+class Contexts:
+    """Contexts of an App with one service, which write down what happens to them."""
+
+    def __init__(self, app: gw.App) -> None:
+        self.app = app
+        self.log: list[str] = []
+        self.tasks: list[asyncio.Task[None] | None] = []
+        app.celery.conf.update(gw_start_timeout=LONG, gw_exit_timeout=LONG)
+
+        @app.remote
+        async def body() -> None: ...
+
+    def add(self, name: str, enter: Act = nothing, leave: Act = nothing) -> type:
+        contexts = self
+
+        class Context:
+            async def __aenter__(self) -> str:
+                contexts.tasks.append(asyncio.current_task())
+                try:
+                    await enter()
+                except asyncio.CancelledError:
+                    contexts.log.append(f"cancel {name}")
+                    raise
+                contexts.log.append(f"enter {name}")
+                return f"value of {name}"
+
+            async def __aexit__(self, *exc: object) -> None:
+                contexts.tasks.append(asyncio.current_task())
+                await leave()
+                contexts.log.append(f"leave {name}")
+
+        Context.__qualname__ = name
+        return self.app.context()(Context)
+
+    def failed(self) -> errors.StartupError:
+        """Serve the App, which fails."""
+        with pytest.raises(errors.StartupError) as caught, in_process(self.app):
+            raise AssertionError("served")
+        return caught.value
 
 
-def test_units_enter_in_parallel() -> None:
-    async def main() -> None:
-        (first, second), log = probes("first", "second")
-        met = asyncio.Barrier(2)
-        first.enter = second.enter = met.wait  # each needs the other to be entering, too
-
-        lives = [first.life(), second.life()]
-        await lifecycle.settle_all(lives, LONG)
-
-        assert [life.value.result() for life in lives] == ["value of first", "value of second"]
-        await lifecycle.leave_all(lives)
-        assert sorted(log[2:]) == ["leave first", "leave second"]
-
-    asyncio.run(main())
+@pytest.fixture
+def contexts(app: gw.App) -> Contexts:
+    return Contexts(app)
 
 
-def test_units_leave_in_parallel() -> None:
-    async def main() -> None:
-        (first, second), log = probes("first", "second")
-        met = asyncio.Barrier(2)
-        first.leave = second.leave = met.wait  # each needs the other to be leaving, too
-        lives = [first.life(), second.life()]
-        await lifecycle.settle_all(lives, LONG)
-
-        await lifecycle.leave_all(lives)
-        assert sorted(log[2:]) == ["leave first", "leave second"]
-
-    asyncio.run(main())
+def names(error: errors.StartupError) -> list[str]:
+    return sorted(name.rpartition(".")[2] for name in error.causes)
 
 
-def test_entering_and_leaving_happen_in_the_same_task() -> None:
-    async def main() -> None:
-        (unit,), _ = probes("model")
-        life = unit.life()
-        await lifecycle.settle_all([life], LONG)
-        await lifecycle.leave_all([life])
+def test_contexts_enter_in_parallel_and_leave_in_parallel(contexts: Contexts) -> None:
+    entering, leaving = asyncio.Barrier(2), asyncio.Barrier(2)  # each needs the other one
+    added = [contexts.add(name, entering.wait, leaving.wait) for name in ("first", "second")]
 
-        assert unit.tasks[0] is unit.tasks[1]
-        assert unit.tasks[0] is not asyncio.current_task()
-
-    asyncio.run(main())
+    with in_process(contexts.app):
+        values = [contexts.app.get_context(context) for context in added]
+    assert values == ["value of first", "value of second"]
+    assert sorted(contexts.log[2:]) == ["leave first", "leave second"]
 
 
-def test_one_that_fails_cancels_the_rest_and_those_that_entered_are_left() -> None:
-    async def main() -> None:
-        (entered, broken, slow), log = probes("entered", "broken", "slow")
-        broken.enter = failing(OSError("no weights"))
-        slow.enter = forever
-
-        with pytest.raises(errors.StartupError) as caught:
-            await lifecycle.settle_all([entered.life(), broken.life(), slow.life()], LONG)
-
-        assert log == ["enter entered", "cancel slow", "leave entered"]
-        assert list(caught.value.causes) == ["broken"]
-        assert "broken: OSError: no weights" in str(caught.value)
-
-    asyncio.run(main())
+def test_entering_and_leaving_happen_in_the_same_task(contexts: Contexts) -> None:
+    contexts.add("model")
+    with in_process(contexts.app):
+        pass
+    entered, left = contexts.tasks
+    assert entered is left is not None
 
 
-def test_one_that_enters_in_spite_of_being_cancelled_is_left() -> None:
-    async def main() -> None:
-        (stubborn, broken), log = probes("stubborn", "broken")
+def test_one_that_fails_cancels_the_rest_and_those_that_entered_are_left(
+    contexts: Contexts,
+) -> None:
+    contexts.add("entered")
+    contexts.add("broken", failing(OSError("no weights")))
+    contexts.add("slow", forever)
 
-        async def enter_anyhow() -> None:
-            try:
-                await forever()
-            except asyncio.CancelledError:
-                log.append("swallowed")
-
-        stubborn.enter = enter_anyhow
-        broken.enter = failing(OSError())
-
-        with pytest.raises(errors.StartupError):
-            await lifecycle.settle_all([stubborn.life(), broken.life()], LONG)
-
-        assert log == ["swallowed", "enter stubborn", "leave stubborn"]
-
-    asyncio.run(main())
+    error = contexts.failed()
+    assert contexts.log == ["enter entered", "cancel slow", "leave entered"]
+    assert names(error) == ["broken"]
+    assert "broken: OSError: no weights" in str(error)
 
 
-def test_all_causes_are_reported_together() -> None:
-    async def main() -> None:
-        (first, second), _ = probes("first", "second")
-        met = asyncio.Barrier(2)
+def test_one_that_enters_in_spite_of_being_cancelled_is_left(contexts: Contexts) -> None:
+    async def enter_anyhow() -> None:
+        try:
+            await forever()
+        except asyncio.CancelledError:
+            contexts.log.append("swallowed")
 
-        async def fail_together() -> None:
-            await met.wait()
-            raise ValueError("both")
+    contexts.add("stubborn", enter_anyhow)
+    contexts.add("broken", failing(OSError()))
 
-        first.enter = second.enter = fail_together
+    contexts.failed()
+    assert contexts.log == ["swallowed", "enter stubborn", "leave stubborn"]
 
-        with pytest.raises(errors.StartupError) as caught:
-            await lifecycle.settle_all([first.life(), second.life()], LONG)
 
-        assert sorted(caught.value.causes) == ["first", "second"]
-        assert "2 of the classes to load failed" in str(caught.value)
+def test_all_causes_are_reported_together(contexts: Contexts) -> None:
+    met = asyncio.Barrier(2)
 
-    asyncio.run(main())
+    async def fail_together() -> None:
+        await met.wait()
+        raise ValueError("both")
+
+    for name in ("first", "second"):
+        contexts.add(name, fail_together)
+
+    error = contexts.failed()
+    assert names(error) == ["first", "second"]
+    assert "2 of the classes to load failed" in str(error)
 
 
 @pytest.mark.parametrize("exc", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError()])
-def test_what_is_no_exception_fails_the_start_too(exc: BaseException) -> None:
-    async def main() -> None:
-        (broken,), _ = probes("broken")
-        broken.enter = failing(exc)
-
-        with pytest.raises(errors.StartupError, match="broken"):
-            await lifecycle.settle_all([broken.life()], LONG)
-
-    asyncio.run(main())
+def test_what_is_no_exception_fails_the_start_too(contexts: Contexts, exc: BaseException) -> None:
+    contexts.add("broken", failing(exc))
+    error = contexts.failed()
+    assert names(error) == ["broken"]
+    assert type(exc).__name__ in str(error)
 
 
-def test_a_start_that_takes_too_long_names_who_was_late() -> None:
-    async def main() -> None:
-        (entered, slow), log = probes("entered", "slow")
-        slow.enter = forever
+def test_a_start_that_takes_too_long_names_those_that_were_late(contexts: Contexts) -> None:
+    contexts.app.celery.conf.gw_start_timeout = 0.05
+    contexts.add("entered")
+    contexts.add("slow", forever)
 
-        with pytest.raises(errors.StartupError) as caught:
-            await lifecycle.settle_all([entered.life(), slow.life()], timeout=0.01)
-
-        assert list(caught.value.causes) == ["slow"]
-        assert "gw_start_timeout" in str(caught.value)
-        assert log == ["enter entered", "cancel slow", "leave entered"]
-
-    asyncio.run(main())
+    error = contexts.failed()
+    assert names(error) == ["slow"]
+    assert "gw_start_timeout" in str(error)
+    assert contexts.log == ["enter entered", "cancel slow", "leave entered"]
 
 
 @pytest.mark.parametrize(
@@ -208,107 +180,32 @@ def test_a_start_that_takes_too_long_names_who_was_late() -> None:
     ],
     ids=["fails", "takes too long"],
 )
-def test_one_that_does_not_leave_skips_no_other(leave, limit, said, caplog) -> None:
-    async def main() -> None:
-        (broken, other), log = probes("broken", "other")
-        broken.leave = leave
-        lives = [broken.life(exit_timeout=limit), other.life()]
-        await lifecycle.settle_all(lives, LONG)
-        await lifecycle.leave_all(lives)
-
-        assert log[-1] == "leave other"
-
-    asyncio.run(main())
-    assert [one for one in said if one not in caplog.text] == []
+def test_one_that_does_not_leave_skips_no_other(
+    contexts: Contexts, leave: Act, limit: float, said: list[str], caplog
+) -> None:
+    contexts.app.celery.conf.gw_exit_timeout = limit
+    contexts.add("broken", leave=leave)
+    contexts.add("other")
+    with in_process(contexts.app):
+        pass
+    assert contexts.log[-1] == "leave other"
+    assert [text for text in said if text not in caplog.text] == []
 
 
-def test_one_that_ignores_its_limit_holds_no_other_up(caplog) -> None:
-    async def main() -> None:
-        (stubborn, other), log = probes("stubborn", "other")
-        release = asyncio.Event()
-        stubborn.leave = swallowing(release, log)
-        lives = [stubborn.life(exit_timeout=0.01), other.life()]
-        await lifecycle.settle_all(lives, LONG)
-        await lifecycle.leave_all(lives)
-
-        assert {"leave other", "swallowed"} <= set(log)
-        release.set()
-
-    asyncio.run(main())
+def test_one_that_ignores_its_limit_holds_no_other_up(contexts: Contexts, caplog) -> None:
+    contexts.app.celery.conf.gw_exit_timeout = 0.05
+    contexts.add("stubborn", leave=swallowing(asyncio.Event(), contexts.log))
+    contexts.add("other")
+    with in_process(contexts.app):
+        pass
+    assert {"leave other", "swallowed"} <= set(contexts.log)
     assert "stubborn did not leave" in caplog.text
 
 
-def test_one_that_never_stops_entering_does_not_hold_up_a_failed_start() -> None:
-    async def main() -> None:
-        (stubborn, broken), log = probes("stubborn", "broken")
-        release = asyncio.Event()
-        stubborn.enter = swallowing(release, log)
-        broken.enter = failing(OSError("no weights"))
+def test_one_that_never_stops_entering_does_not_hold_up_a_failed_start(contexts: Contexts) -> None:
+    contexts.app.celery.conf.gw_exit_timeout = 0.05
+    contexts.add("stubborn", swallowing(asyncio.Event(), contexts.log))
+    contexts.add("broken", failing(OSError("no weights")))
 
-        with pytest.raises(errors.StartupError, match="no weights"):
-            await lifecycle.settle_all([stubborn.life(0.01), broken.life()], LONG)
-        assert "swallowed" in log
-        release.set()
-
-    asyncio.run(main())
-
-
-def test_a_start_that_is_cancelled_leaves_those_that_entered() -> None:
-    async def main() -> None:
-        (entered, slow), log = probes("entered", "slow")
-        slow.enter = forever
-        lives = [entered.life(), slow.life()]
-        starting = asyncio.create_task(lifecycle.settle_all(lives, LONG))
-        await lives[0].value
-
-        starting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await starting
-        assert log == ["enter entered", "cancel slow", "leave entered"]
-
-    asyncio.run(main())
-
-
-class Recorded:
-    """A context that knows the threads that it was made, entered and left in."""
-
-    def __init__(self, threads: list[str]) -> None:
-        self.threads = threads
-        threads.append(threading.current_thread().name)
-
-
-class InThreads(Recorded):
-    def __enter__(self) -> str:
-        self.threads.append(threading.current_thread().name)
-        return "entered"
-
-    def __exit__(self, *exc: object) -> None:
-        self.threads.append(threading.current_thread().name)
-
-
-class OnLoop(Recorded):
-    async def __aenter__(self) -> str:
-        self.threads.append(threading.current_thread().name)
-        return "entered"
-
-    async def __aexit__(self, *exc: object) -> None:
-        self.threads.append(threading.current_thread().name)
-
-
-async def lived(cls: type) -> list[str]:
-    threads: list[str] = []
-    opened = in_process._opened(registry.Context(cls=cls, args=(threads,), kwargs={}))
-    life = lifecycle.Entered("context", opened, LONG)
-    await lifecycle.settle_all([life], LONG)
-    assert life.value.result() == "entered"
-    await lifecycle.leave_all([life])
-    return threads
-
-
-def test_a_context_is_made_and_a_sync_one_entered_and_left_in_threads() -> None:
-    mine = threading.current_thread().name
-
-    assert mine not in asyncio.run(lived(InThreads))
-    made, *others = asyncio.run(lived(OnLoop))
-    assert made != mine
-    assert others == [mine, mine]
+    assert "no weights" in str(contexts.failed())
+    assert "swallowed" in contexts.log

@@ -11,15 +11,15 @@ import pytest
 from celery import Celery
 from celery.app import amqp
 
-from gw_celery.runtime import greenlet_bridge, offload
-from tests.unit.runtime.tracers import DEADLINE, Around, Free, run, stepped
+from gw_celery.runtime import greenlet_bridge
+from tests.unit.runtime.tracers import DEADLINE, Around, run, stepped
 
 colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="none")
 
 
 @pytest.fixture
-def off(around: Around) -> Iterator[offload.Offload]:
-    made = offload.Offload("test", 2, around)
+def off(around: Around) -> Iterator[greenlet_bridge.Offload]:
+    made = greenlet_bridge.Offload("test", 2, around)
     yield made
     made._threads.shutdown()
 
@@ -29,7 +29,7 @@ def where() -> str:
 
 
 def test_in_a_tracers_greenlet_a_call_runs_in_a_thread(
-    off: offload.Offload, around: Around
+    off: greenlet_bridge.Offload, around: Around
 ) -> None:
     assert stepped(lambda: off(where)).startswith("gw-test")
     assert len(around.threads) == 1
@@ -37,7 +37,7 @@ def test_in_a_tracers_greenlet_a_call_runs_in_a_thread(
 
 
 def test_anywhere_else_it_runs_in_place_and_nothing_surrounds_it(
-    off: offload.Offload, around: Around
+    off: greenlet_bridge.Offload, around: Around
 ) -> None:
     async def act() -> str:
         return off(where)
@@ -47,13 +47,15 @@ def test_anywhere_else_it_runs_in_place_and_nothing_surrounds_it(
     assert around.threads == []
 
 
-def test_a_call_within_a_call_stays_in_its_thread(off: offload.Offload, around: Around) -> None:
+def test_a_call_within_a_call_stays_in_its_thread(
+    off: greenlet_bridge.Offload, around: Around
+) -> None:
     outer, inner = stepped(lambda: off(lambda: (where(), off(where))))
     assert outer == inner
     assert len(around.threads) == 1
 
 
-def test_arguments_and_answer_pass(off: offload.Offload) -> None:
+def test_arguments_and_answer_pass(off: greenlet_bridge.Offload) -> None:
     def fn(*args: int, **kwargs: int) -> tuple[Any, Any]:
         return args, kwargs
 
@@ -61,7 +63,7 @@ def test_arguments_and_answer_pass(off: offload.Offload) -> None:
     assert off(fn, 1, 2, a=3) == ((1, 2), {"a": 3})
 
 
-def test_an_error_comes_back_as_itself(off: offload.Offload) -> None:
+def test_an_error_comes_back_as_itself(off: greenlet_bridge.Offload) -> None:
     error = KeyError("x")
 
     def fail() -> None:
@@ -72,7 +74,7 @@ def test_an_error_comes_back_as_itself(off: offload.Offload) -> None:
     assert caught.value is error
 
 
-def test_the_context_of_the_input_is_there_in_the_thread(off: offload.Offload) -> None:
+def test_the_context_of_the_input_is_there_in_the_thread(off: greenlet_bridge.Offload) -> None:
     def tracer() -> str:
         colour.set("blue")
         return off(colour.get)
@@ -81,12 +83,12 @@ def test_the_context_of_the_input_is_there_in_the_thread(off: offload.Offload) -
 
 
 def test_the_loop_and_other_inputs_go_on_while_every_thread_is_blocked(
-    off: offload.Offload,
+    off: greenlet_bridge.Offload,
 ) -> None:
     async def act() -> list[str]:
         release = threading.Event()
         blocked = [
-            asyncio.create_task(greenlet_bridge.step(lambda: off(release.wait, DEADLINE), Free()))
+            asyncio.create_task(greenlet_bridge.step(lambda: off(release.wait, DEADLINE)))
             for _ in range(5)
         ]
         ended: list[str] = []
@@ -97,7 +99,7 @@ def test_the_loop_and_other_inputs_go_on_while_every_thread_is_blocked(
             ended.append(name)
 
         await asyncio.gather(
-            other("a"), greenlet_bridge.step(lambda: greenlet_bridge.drive(other("b")), Free())
+            other("a"), greenlet_bridge.step(lambda: greenlet_bridge.drive(other("b")))
         )
         assert not any(one.done() for one in blocked)
         release.set()
@@ -107,7 +109,9 @@ def test_the_loop_and_other_inputs_go_on_while_every_thread_is_blocked(
     assert run(act) == ["a", "b"]
 
 
-def test_an_input_that_is_interrupted_does_not_wait_for_its_thread(off: offload.Offload) -> None:
+def test_an_input_that_is_interrupted_does_not_wait_for_its_thread(
+    off: greenlet_bridge.Offload,
+) -> None:
     async def act() -> Any:
         began, release = threading.Event(), threading.Event()
 
@@ -115,7 +119,7 @@ def test_an_input_that_is_interrupted_does_not_wait_for_its_thread(off: offload.
             began.set()
             release.wait(DEADLINE)
 
-        tracing = asyncio.create_task(greenlet_bridge.step(lambda: off(block), Free()))
+        tracing = asyncio.create_task(greenlet_bridge.step(lambda: off(block)))
         assert await asyncio.to_thread(began.wait, DEADLINE)
         tracing.cancel()
         try:
@@ -131,7 +135,7 @@ def test_an_input_that_is_interrupted_does_not_wait_for_its_thread(off: offload.
 
 @pytest.fixture
 def publisher(celery_app: Celery, around: Around) -> Celery:
-    celery_app.amqp = offload.publishing(amqp.AMQP, around)(app=celery_app)
+    celery_app.amqp = greenlet_bridge.publishing(amqp.AMQP, around)(app=celery_app)
     return celery_app
 
 
@@ -141,7 +145,7 @@ def queued(app: Celery, queue: str) -> int:
 
 
 def test_the_class_keeps_its_name(around: Around) -> None:
-    assert offload.publishing(amqp.AMQP, around).__name__ == "AMQP"
+    assert greenlet_bridge.publishing(amqp.AMQP, around).__name__ == "AMQP"
 
 
 def test_a_task_that_is_sent_from_a_tracer_is_published_off_the_loop(
@@ -163,7 +167,7 @@ def test_a_task_that_is_sent_from_elsewhere_is_published_in_place(
 def test_more_senders_than_threads_all_publish(publisher: Celery) -> None:
     async def act() -> None:
         send = lambda: publisher.send_task("proj.embed", queue="many")  # noqa: E731
-        await asyncio.gather(*(greenlet_bridge.step(send, Free()) for _ in range(50)))
+        await asyncio.gather(*(greenlet_bridge.step(send) for _ in range(50)))
 
     run(act)
     assert queued(publisher, "many") == 50
@@ -189,7 +193,7 @@ def test_threads_that_publish_first_together_share_one_pool(
                 self._producer_pool = made[-1]
             return self._producer_pool
 
-    pools = offload.publishing(SlowPools, around)(app=celery_app)
+    pools = greenlet_bridge.publishing(SlowPools, around)(app=celery_app)
     with ThreadPoolExecutor(2) as threads:
         got = list(threads.map(lambda _: pools.producer_pool._pool, range(2)))
     assert got == made * 2
@@ -213,7 +217,7 @@ def test_a_child_task_of_a_body_publishes_while_inputs_hold_every_producer(
 
         taken: list[bool] = []
         held = [
-            asyncio.create_task(greenlet_bridge.step(hold, Free()))
+            asyncio.create_task(greenlet_bridge.step(hold))
             for _ in range(publisher.amqp.producer_pool.limit)
         ]
         await holding.wait()

@@ -13,13 +13,6 @@ from gw_celery.runtime import greenlet_bridge
 DEADLINE = 30.0
 
 
-class Free:
-    """An input that is never interrupted."""
-
-    def take_interrupt(self) -> None:
-        return None
-
-
 class Around:
     """What surrounds work in a thread; notes in which."""
 
@@ -43,7 +36,7 @@ def run(act: Callable[[], Awaitable[Any]]) -> Any:
 
 def stepped(fn: Callable[[], Any]) -> Any:
     """Run ``fn`` as Celery's tracer runs for an asynchronous body."""
-    return run(lambda: greenlet_bridge.step(fn, Free()))
+    return run(lambda: greenlet_bridge.step(fn))
 
 
 class Reports:

@@ -9,7 +9,7 @@ import redis.exceptions
 from gw_celery.replica import result_backends
 from gw_celery.runtime import greenlet_bridge
 from gw_celery.transport import client, result_writer
-from tests.unit.runtime.tracers import Free, Reports, run
+from tests.unit.runtime.tracers import Reports, run
 
 LOST = redis.exceptions.ConnectionError("gone")
 
@@ -356,7 +356,7 @@ def test_each_backend_has_one_client_of_its_own(monkeypatch: pytest.MonkeyPatch)
         return Server()
 
     def reads(backend: Any) -> Any:
-        return greenlet_bridge.step(lambda: backend.get("key"), Free())
+        return greenlet_bridge.step(lambda: backend.get("key"))
 
     async def act() -> None:
         for _ in range(2):
