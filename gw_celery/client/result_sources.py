@@ -19,7 +19,7 @@ from kombu.utils.encoding import bytes_to_str
 
 from gw_celery import errors
 from gw_celery.policy import backoff
-from gw_celery.transport import client as transport_client
+from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class RedisSource(Source):
         """Hold the connections for as long as the process lives, making them anew when lost."""
         while True:
             try:
-                async with transport_client.of(self._backend, socket_timeout=None) as client:
+                async with find.async_client(self._backend, socket_timeout=None) as client:
                     await self._follow(client)
             except* Exception as lost:
                 # Whatever it is: nothing else would answer the callers that wait.

@@ -19,7 +19,7 @@ from gw_celery import background_thread
 from gw_celery.cluster import early_acks, liveness, lost_inputs, poison_counts, queue_lengths
 from gw_celery.policy import queue_time
 from gw_celery.protocol import snapshot, worker_record
-from gw_celery.transport import broker, find
+from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
@@ -477,6 +477,6 @@ def _checked(answers: Iterator[Any]) -> Iterator[Any]:
 
 def _declared_lengths(app: Any, timeout: float) -> queue_lengths.DeclaredLengths | None:
     with app.connection_for_read() as connection:
-        if broker.is_rabbitmq(connection):
+        if find.is_rabbitmq(connection):
             return queue_lengths.DeclaredLengths(app, timeout)
     return None

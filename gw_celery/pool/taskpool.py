@@ -33,7 +33,7 @@ from gw_celery.pool import (
 from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Scaling, Worker
 from gw_celery.runtime import fatal_exit
-from gw_celery.transport import broker
+from gw_celery.transport import find
 from gw_celery.worker import gate, health, serving, start_notices
 
 signals.listen()
@@ -363,7 +363,7 @@ def _bands(
 ) -> speed_bands.Bands | None:
     """The bands of a worker; ``None`` where the broker has no priorities, or others are unknown."""
     with app.connection_for_read() as connection:
-        if cluster.is_alone or not broker.is_rabbitmq(connection):
+        if cluster.is_alone or not find.is_rabbitmq(connection):
             return None
     cluster.read_others()
     return speed_bands.Bands(keys)

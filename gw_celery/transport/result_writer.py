@@ -17,7 +17,7 @@ from typing import Any
 import redis.asyncio
 import redis.exceptions
 
-from gw_celery.transport import client as transport_client
+from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
@@ -169,5 +169,5 @@ def of(
     on_outage: Callable[[str], None],
 ) -> Writer:
     """Return a writer of its own for the results of ``backend``."""
-    client = transport_client.of(backend, socket_timeout=_SOCKET_TIMEOUT)
+    client = find.async_client(backend, socket_timeout=_SOCKET_TIMEOUT)
     return Writer(client, store_timeout, others_in_flight, on_outage)

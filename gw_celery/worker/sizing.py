@@ -15,7 +15,7 @@ from billiard import cpu_count
 from gw_celery import conf, errors
 from gw_celery.declare import gpu, registry
 from gw_celery.gpus import allocation, devices, discovery
-from gw_celery.transport import broker
+from gw_celery.transport import find
 from gw_celery.worker import serving
 from gw_celery.worker.options import WorkerOptions
 
@@ -111,7 +111,7 @@ def _require_lengths(worker: Any, least: int) -> None:
     if least:
         return
     with worker.app.connection_for_read() as connection:
-        if not broker.tells_lengths(connection):
+        if not find.tells_lengths(connection):
             raise errors.ConfigurationError(
                 f"a worker that may have no replica must know what waits in its queues, and the "
                 f"transport {connection.transport_cls!r} does not tell: let one stay "

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from gw_celery.declare import gpu
-from gw_celery.transport import broker
+from gw_celery.transport import find
 from gw_celery.worker import serving
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _log_unlimited(app: Any, plan: serving.Plan) -> None:
     tasks = [app.tasks[method.task_name] for method in methods]
     unlimited = sorted(task.name for task in tasks if task.acks_late and not task.time_limit)
     with app.connection_for_read() as connection:
-        transport = broker.redis_transport(connection)
+        transport = find.redis_transport(connection)
     if unlimited and transport is not None:
         options = app.conf.broker_transport_options or {}
         logger.warning(

@@ -9,7 +9,7 @@ import pytest
 import redis
 from kombu import Connection
 
-from gw_celery.transport import pop
+from gw_celery.transport import transport
 from tests.processes import eventually
 from tests.unit.worker.redis_readers import (
     calls,
@@ -33,7 +33,7 @@ def test_messages_are_taken_in_order_and_many_at_a_time(
             read.append(len(reader.messages))
         assert reader.numbers() == list(range(100))
     steps = [after - before for before, after in pairwise(read)]
-    assert (steps[:2], max(steps)) == ([1, pop.MOST], pop.MOST)
+    assert (steps[:2], max(steps)) == ([1, transport.MOST], transport.MOST)
 
 
 def test_urgent_messages_come_first(server: redis.Redis, redis_url: str) -> None:

@@ -8,7 +8,7 @@ import redis.exceptions
 
 from gw_celery.replica import result_backends
 from gw_celery.runtime import greenlet_bridge
-from gw_celery.transport import client, result_writer
+from gw_celery.transport import find, result_writer
 from tests.unit.runtime.tracers import Free, Reports, run
 
 LOST = redis.exceptions.ConnectionError("gone")
@@ -362,7 +362,7 @@ def test_each_backend_has_one_client_of_its_own(monkeypatch: pytest.MonkeyPatch)
         for _ in range(2):
             await settled(reads(one), reads(other))
 
-    monkeypatch.setattr(client, "of", client_of)
+    monkeypatch.setattr(find, "async_client", client_of)
     backend = result_backends.grouped(object, 5, Reports())
     one, other = backend(), backend()
     run(act)

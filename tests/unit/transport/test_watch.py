@@ -12,7 +12,7 @@ import redis
 from kombu import Queue
 from kombu.asynchronous import Hub
 
-from gw_celery.transport import watch as transport_watch
+from gw_celery.transport import transport as transport_watch
 from tests.processes import eventually
 from tests.unit.worker.redis_readers import Reader, calls, reading, send, tags, unacknowledged
 
@@ -233,10 +233,10 @@ def test_a_link_that_is_silent_ends_the_connection(start: Any) -> None:
     worker.fall_idle()
     due = worker.watch._look_at
     assert due is not None
-    assert worker.watch.is_waiting(due - 0.1)
-    assert not worker.watch.is_waiting(due)  # asks over the link, too
+    assert not worker.watch.is_due(due - 0.1)
+    assert worker.watch.is_due(due)  # asks over the link, too
     with pytest.raises(redis.ConnectionError, match=r"did not answer for 1000 s"):
-        worker.watch.is_waiting(due)
+        worker.watch.is_due(due + 1001)
 
 
 def test_a_link_that_answers_is_kept(start: Any) -> None:
@@ -245,7 +245,7 @@ def test_a_link_that_answers_is_kept(start: Any) -> None:
         worker.fall_idle()
         due = worker.watch._look_at
         assert due is not None
-        assert not worker.watch.is_waiting(due)
+        assert worker.watch.is_due(due)
         eventually(lambda: worker.turn() or not worker.watch._owes_answer, 10, 0)
         worker.watch.wake()
 
