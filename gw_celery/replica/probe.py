@@ -17,7 +17,7 @@ from kombu.utils.encoding import safe_repr
 
 from gw_celery.declare import services
 from gw_celery.protocol import frames
-from gw_celery.replica import input as replica_input
+from gw_celery.replica import tracer
 from gw_celery.runtime import batch_items, body_guard, in_process, loop
 
 _LONGEST_DETAIL = 200
@@ -39,7 +39,7 @@ class Probes:
         self,
         runtime: in_process.Process,
         served: Iterable[services.Service],
-        link: replica_input.Link,
+        link: tracer.Link,
         around: Callable[..., Any],
     ) -> None:
         self._runtime = runtime
