@@ -122,13 +122,7 @@ class _Call:
 
 
 class _Measurement:
-    """The benchmark of one task; on the loop of the replica.
-
-    Args:
-        task: the Celery task, its body open to limits.
-        inputs: those of this replica.
-        grace: seconds that an input has to end that was stopped.
-    """
+    """The benchmark of one task, whose inputs have ``grace`` seconds to end once stopped."""
 
     def __init__(self, task: Any, inputs: tracer.ReplicaInputs, grace: float) -> None:
         self._task = task

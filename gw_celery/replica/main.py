@@ -255,24 +255,24 @@ async def close_connections(timeout: float) -> None:
     RabbitMQ may drop what came last over a connection that is cut: closing waits for its answer,
     which comes after everything was taken. A pool's own ``force_close_all`` only cuts.
     """
+
+    def close() -> None:
+        for pool in list(pools.connections.values()):
+            connections: list[Any] = []
+            with contextlib.suppress(exceptions.LimitExceeded):
+                connections.extend(pool.acquire(block=False) for _ in range(pool.limit or 0))
+            for connection in connections:
+                if connection.connected:
+                    connection.close()
+                connection.release()
+
     try:
         async with asyncio.timeout(timeout):
-            await asyncio.to_thread(_close_connections)
+            await asyncio.to_thread(close)
     except TimeoutError:
         logger.warning("the broker did not answer the end of a connection in %.0f s", timeout)
     except Exception as exc:
         logger.warning("a connection to the broker could not be closed: %r", exc)
-
-
-def _close_connections() -> None:
-    for pool in list(pools.connections.values()):
-        connections: list[Any] = []
-        with contextlib.suppress(exceptions.LimitExceeded):
-            connections.extend(pool.acquire(block=False) for _ in range(pool.limit or 0))
-        for connection in connections:
-            if connection.connected:
-                connection.close()
-            connection.release()
 
 
 def _failure(exc: BaseException) -> tuple[frames.Report, str]:

@@ -196,7 +196,7 @@ class Channel(redis.Channel):
     QoS = QoS
 
     #: There may be messages: the last answer held one, or Redis has told of a change.
-    _has_backlog = False
+    has_backlog = False
     #: The command of ours whose answer is to come.
     _asked: str | None = None
     #: How many messages were asked for.
@@ -233,7 +233,7 @@ class Channel(redis.Channel):
         queues = self.active_queues
         if not (queues and self._can_record()):
             super()._brpop_start(timeout)
-        elif self._has_backlog:
+        elif self.has_backlog:
             self._ask_for_messages(self._queue_cycle.consume(len(queues)))
         elif (watch := self._following()) is None:
             super()._brpop_start(timeout)
@@ -250,17 +250,15 @@ class Channel(redis.Channel):
         # Other orders than the default empty one queue after the other.
         width = len(queues) if self.queue_order_strategy == "round_robin" else 1
         keys = [self.unacked_key, self.unacked_index_key, *(key for _, key in lists)]
-        self._asked_for = self._most_to_take()
+        if "can_consume" in vars(self.qos):  # Celery counts otherwise (worker_disable_prefetch)
+            self._asked_for = 1
+        else:
+            free: int | None = self.qos.can_consume_max_estimate()
+            self._asked_for = MOST if free is None else max(1, min(MOST, free))
         limits = (self._asked_for, LARGEST, width)
         self._ask(
             "EVALSHA", self._script, len(keys), *keys, *limits, *(queue for queue, _ in lists)
         )
-
-    def _most_to_take(self) -> int:
-        if "can_consume" in vars(self.qos):  # Celery counts otherwise (worker_disable_prefetch)
-            return 1
-        free: int | None = self.qos.can_consume_max_estimate()
-        return MOST if free is None else max(1, min(MOST, free))
 
     def _ask(self, command: str, *args: Any) -> None:
         self._asked = command
@@ -290,7 +288,7 @@ class Channel(redis.Channel):
             return None
         try:
             if self._watch is None:
-                self._watch = Watch(self._connparams(), hub, self._note_backlog)
+                self._watch = Watch(self, hub)
             self._watch.follow(self.client.connection)
         except ResponseError as exc:
             self._may_watch = False
@@ -301,9 +299,6 @@ class Channel(redis.Channel):
                 exc,
             )
         return self._watch
-
-    def _note_backlog(self) -> None:
-        self._has_backlog = True
 
     def _close_watch(self) -> None:
         watch, self._watch = self._watch, None
@@ -318,14 +313,14 @@ class Channel(redis.Channel):
             return self._deliver_taken(self._read_answer() or [])
         if self._asked == "EXISTS":
             if self._read_answer():
-                self._has_backlog = True
+                self.has_backlog = True
                 if self._watch is not None:
                     self._watch.wake()  # the lists are read again when these messages are taken
             raise Empty
         try:
             answer = super()._brpop_read(**options)
         except Empty:
-            self._has_backlog = False
+            self.has_backlog = False
             raise
         except self.connection_errors:
             raise
@@ -333,7 +328,7 @@ class Channel(redis.Channel):
             # It is popped, and would end this worker; kombu knows nothing better to do with it.
             logger.critical("a message could not be read, dropped: %r", exc, exc_info=True)
             answer = True
-        self._has_backlog = True
+        self.has_backlog = True
         return answer
 
     def _read_answer(self) -> Any:
@@ -357,7 +352,7 @@ class Channel(redis.Channel):
     def _deliver_taken(self, taken: list[bytes]) -> bool:
         # Fewer than there was room for: the lists are empty, but for what comes just now.
         is_cut = sum(map(len, taken[2::3])) >= LARGEST
-        self._has_backlog = is_cut or len(taken) >= 3 * self._asked_for
+        self.has_backlog = is_cut or len(taken) >= 3 * self._asked_for
         if not taken:
             raise Empty
         messages = list(self._messages(taken))
@@ -454,15 +449,14 @@ class Watch:
     https://redis.io/docs/latest/develop/reference/client-side-caching/ (two connections).
 
     Args:
-        parameters: of the connection to the server, as kombu makes them.
+        channel: what reads the lists, and is told that there may be messages.
         hub: the event loop of the worker.
-        told: called when something has changed.
     """
 
-    def __init__(self, parameters: dict[str, Any], hub: Any, told: Callable[[], None]) -> None:
+    def __init__(self, channel: Channel, hub: Any) -> None:
+        self._channel = channel
         self._hub = hub
-        self._told = told
-        given = {**parameters, "protocol": 2, "decode_responses": False}
+        given = {**channel._connparams(), "protocol": 2, "decode_responses": False}
         # So that `CLIENT LIST` tells what the connection is for.
         for name, default in (("socket_timeout", 5.0), ("client_name", "gw_celery-watch")):
             if given.get(name) is None:
@@ -530,7 +524,7 @@ class Watch:
                 self._owes_answer = False
                 if answer[0] == b"message":
                     self.wake()
-                    self._told()
+                    self._channel.has_backlog = True
         except (OSError, RedisConnectionError):
             self.close()
             raise

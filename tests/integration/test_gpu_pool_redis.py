@@ -14,7 +14,7 @@ import pooled
 import pytest
 import redis
 
-from tests import outages, pooling
+from tests import outages, pooling, services
 from tests.pooling import StartPooled
 from tests.processes import StartWorker, eventually
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def server(redis_url: str) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(redis_url.replace("redis+socket://", "unix://")) as client:
+    with services.redis_at(redis_url) as client:
         yield client
 
 

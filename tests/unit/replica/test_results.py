@@ -18,7 +18,7 @@ from celery.utils import imports
 
 import gw_celery as gw
 from gw_celery.testing import connections
-from tests import child_harness, outages
+from tests import child_harness, outages, services
 from tests.child_harness import DEADLINE, Order, Outcome, Report
 from tests.processes import eventually
 
@@ -28,8 +28,7 @@ UNSTORED = (Report.ERROR, Outcome.UNSTORED)
 
 @pytest.fixture
 def results(result_url: str) -> Iterator[redis.Redis]:
-    url = result_url.replace("redis+socket://", "unix://").replace("virtual_host=", "db=")
-    with redis.Redis.from_url(url) as client:
+    with services.redis_at(result_url) as client:
         yield client
 
 
