@@ -24,7 +24,7 @@ import itertools
 import socket
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -205,6 +205,10 @@ class Child:
         """Return when the child has carried out all orders so far, and its loop has turned."""
         running = asyncio.run_coroutine_threadsafe(self._turn(), self._running)
         running.result(DEADLINE)
+
+    def call(self, fn: Callable[[], Any]) -> None:
+        """Call ``fn`` on the loop of the child."""
+        self._running.call_soon_threadsafe(fn)
 
     async def _turn(self) -> None:
         # The orders are in the socket: the loop reads it at each of its turns.

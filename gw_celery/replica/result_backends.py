@@ -29,15 +29,16 @@ from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
-#: Around the storing of a result: callbacks, errbacks and chords, which publish.
-_STEPS = (
+#: What publishes besides: errbacks and chords.
+_PUBLISHING = ("mark_as_failure", "on_chord_part_return")
+_BLOCKING = (
+    *_PUBLISHING,
     "mark_as_done",
-    "mark_as_failure",
     "mark_as_retry",
     "mark_as_started",
-    "on_chord_part_return",
+    "get_task_meta",
+    "store_result",
 )
-_BLOCKING = (*_STEPS, "get_task_meta", "store_result")
 #: What a server that is away raises.
 _LOST = (OSError, redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 #: Seconds until a server that is away is asked again.
@@ -70,7 +71,7 @@ def install(app: Any, around: Callable[..., Any], store_timeout: float, link: tr
     if base is not RedisBackend:
         Installed = off_loop(base, threads)
     else:
-        Installed = grouped(off_loop(base, threads, _STEPS), store_timeout, link)
+        Installed = grouped(off_loop(base, threads, _PUBLISHING), store_timeout, link)
         # One client for all threads: redis-py's is made for that.
         app.conf.result_backend_thread_safe = True
     # A name and not the class: Celery takes the address of the server from the same string, and
@@ -101,13 +102,6 @@ def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:
     """
 
     class Grouped(base):
-        def mark_as_done(
-            self, task_id: str, result: Any, request: Any = None, *rest: Any, **named: Any
-        ) -> Any:
-            if not greenlet_bridge.can_park() or (request and request.chord):
-                return super().mark_as_done(task_id, result, request, *rest, **named)
-            return RedisBackend.mark_as_done(self, task_id, result, request, *rest, **named)
-
         def store_result(self, *args: Any, **kwargs: Any) -> Any:
             return None if tracer.is_benchmark() else super().store_result(*args, **kwargs)
 

@@ -314,8 +314,6 @@ class Channel(redis.Channel):
         if self._asked == "EXISTS":
             if self._read_answer():
                 self.has_backlog = True
-                if self._watch is not None:
-                    self._watch.wake()  # the lists are read again when these messages are taken
             raise Empty
         try:
             answer = super()._brpop_read(**options)

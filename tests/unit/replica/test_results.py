@@ -364,6 +364,59 @@ def test_what_was_given_up_is_unstored_and_no_failure_of_the_task(
         assert server.states([child.id(number) for number in (1, 2, 3)]) == {"PENDING", "SUCCESS"}
 
 
+def test_a_server_that_is_back_at_once_is_not_told_that_the_task_has_failed(
+    app: gw.App, result_url: str, results: redis.Redis
+) -> None:
+    """What the tracer stores when a write of its was given up."""
+    task = declare(app, answers)
+    with child_harness.child_of(app, backend=result_url, gw_store_timeout=1e-6) as child:
+        assert child.outcome(child.run(task, 0))[0] == Report.DONE
+        (client,) = child.clients
+        send, sent = client.pipeline, []
+
+        def send_but_the_second(**options: Any) -> Any:
+            sent.append(options)
+            if len(sent) == 2:
+                raise redis.ConnectionError("away for a moment")
+            return send(**options)
+
+        client.pipeline = send_but_the_second
+        number = child.run(task, 1)
+        assert child.outcome(number)[:2] == UNSTORED
+        assert status(results, child, number) is None
+
+
+def test_results_that_are_ready_soon_after_each_other_share_round_trips(
+    app: gw.App, result_url: str
+) -> None:
+    go = asyncio.Event()
+
+    @app.remote()
+    @gw.concurrent(max_inputs=2)
+    async def wait(x: float) -> float:
+        await (asyncio.sleep(x) if go.is_set() else go.wait())
+        await asyncio.sleep(x)
+        return x
+
+    with child_harness.child_of(app, backend=result_url) as child:
+        go.set()
+        assert child.outcome(child.run(wait.name, 0))[0] == Report.DONE
+        go.clear()
+        (client,) = child.clients
+        send, sent = client.pipeline, []
+
+        def note(**options: Any) -> Any:
+            sent.append(options)
+            return send(**options)
+
+        client.pipeline = note
+        numbers = [child.run(wait.name, x) for x in (0, 0.001)]
+        child.settle()
+        child.call(go.set)
+        assert {child.outcome(number)[0] for number in numbers} == {Report.DONE}
+        assert len(sent) == 2, "one to look at what is stored, and one to store"
+
+
 def test_an_input_that_is_stopped_while_it_waits_for_a_server_disturbs_no_other(
     app: gw.App, server: outages.Outage
 ) -> None:
