@@ -345,6 +345,7 @@ def test_results_wait_for_a_server_that_is_away_and_the_parent_is_told(
         eventually(lambda: child.outages() == [reason, ""])
 
 
+@pytest.mark.filterwarnings("ignore:Exception raised outside body")
 def test_what_was_given_up_is_unstored_and_no_failure_of_the_task(
     app: gw.App, task: str, server: outages.Outage
 ) -> None:
@@ -364,6 +365,7 @@ def test_what_was_given_up_is_unstored_and_no_failure_of_the_task(
         assert server.states([child.id(number) for number in (1, 2, 3)]) == {"PENDING", "SUCCESS"}
 
 
+@pytest.mark.filterwarnings("ignore:Exception raised outside body")
 def test_a_server_that_is_back_at_once_is_not_told_that_the_task_has_failed(
     app: gw.App, result_url: str, results: redis.Redis
 ) -> None:
