@@ -12,7 +12,8 @@ that can be held. The test writes the parent's orders and reads the child's repo
   ``child.stop``, ``child.send`` are other orders.
 - ``child.outcome(number)`` waits for the report that ends an input, and ``child.told(number)``
   returns the kinds of all reports about it so far.
-- ``child.store`` holds what is written to the result backend while ``child.store.go`` is clear.
+- ``child.store`` holds what is written to the result backend while ``child.store.go`` is clear;
+  with ``child_of(app, backend=url)`` the results are written to another one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import itertools
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +40,7 @@ from gw_celery import conf
 from gw_celery.protocol import frames
 from gw_celery.replica import main, result_backends, tracer
 from gw_celery.runtime import django_connections
+from gw_celery.transport import find
 from tests.processes import eventually
 
 Order, Report, Outcome = frames.Order, frames.Report, frames.Outcome
@@ -55,8 +57,11 @@ class Store:
         self.go.set()
         self.is_held = threading.Event()
         self.states: list[str] = []
+        #: The threads that wrote, and read.
+        self.threads: list[str] = []
 
     def write(self, state: str) -> None:
+        self.threads.append(threading.current_thread().name)
         if not self.go.is_set():
             self.is_held.set()
             assert self.go.wait(DEADLINE)
@@ -73,6 +78,10 @@ class HeldBackend(CacheBackend):
         self.store.write(state)
         return super()._store_result(task_id, result, state, *args, **more)
 
+    def get_task_meta(self, *args: Any, **more: Any) -> Any:
+        self.store.threads.append(threading.current_thread().name)
+        return super().get_task_meta(*args, **more)
+
 
 class _Link(main.ParentLink):
     def connection_lost(self, exc: Exception | None) -> None:
@@ -82,8 +91,10 @@ class _Link(main.ParentLink):
 class Child:
     """The child, and its parent's end of the socket."""
 
-    def __init__(self, app: gw.App, celery_app: Celery) -> None:
+    def __init__(self, app: gw.App, celery_app: Celery, backend: str, worker: str | None) -> None:
         self._app = celery_app
+        self._backend = backend
+        self._worker = worker
         self._queues = [service.queue for service in app.registry.services.values()]
         self._ours, self._theirs = socket.socketpair()
         self._ours.settimeout(0.02)
@@ -93,16 +104,19 @@ class Child:
         self._name = uuid.uuid4()
         self._failure: BaseException | None = None
         self.reports: list[list[Any]] = []
+        #: Of the server of its results, which a process need not close.
+        self.clients: list[Any] = []
         #: The tasks of the loop that a child which has left would not have ended.
         self.left_behind: list[str] = []
         self.store = HeldBackend.store = Store()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        self._app.backend_cls = f"{__name__}:HeldBackend+memory://"
+        self._app.backend_cls = self._backend
         link = _Link()
         around = django_connections.around(self._app)
-        result_backends.install(self._app, around, 5.0, link)
+        store_timeout = conf.read(self._app.conf).store_timeout
+        result_backends.install(self._app, around, store_timeout, link)
         self._app.finalize()
         tracer.prepare(self._app, "unit@host")
         trace._localized[:] = [self._app._tasks, None, "unit@host"]
@@ -130,7 +144,7 @@ class Child:
             transport, _ = await self._running.create_connection(
                 lambda: self._link, sock=self._theirs
             )
-            setup = {"hostname": "unit@host", "queues": self._queues, "worker": None}
+            setup = {"hostname": "unit@host", "queues": self._queues, "worker": self._worker}
             services = main.Services(self._link, self._app, setup)
             await services.enter()
         except BaseException as exc:
@@ -140,6 +154,8 @@ class Child:
             self._entered.set()
         await self._link.leaving.wait()
         await services.leave()
+        for client in self.clients:
+            await client.aclose()
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         self.left_behind = sorted(task.get_name() for task in rest)
         transport.abort()
@@ -154,17 +170,30 @@ class Child:
         """Send orders in one frame: nothing happens in the child between them."""
         self._ours.sendall(frames.pack_orders(orders))
 
-    def run(self, name: str, *args: Any, alone: bool = False, **request: Any) -> int:
-        """Send an input of the task ``name``; what else is given are headers of its message."""
+    def run(
+        self,
+        name: str,
+        *args: Any,
+        alone: bool = False,
+        embed: Mapping[str, Any] | None = None,
+        **request: Any,
+    ) -> int:
+        """Send an input of the task ``name``; what else is given are headers of its message.
+
+        Args:
+            alone: it runs alone.
+            embed: what its message holds beside the arguments: callbacks, a chord.
+        """
         number = next(self._numbers)
-        sent = {"id": self._id(number), "task": name, "delivery_info": {}, **request}
-        body = (args, {}, {})
+        sent = {"id": self.id(number), "task": name, "delivery_info": {}, **request}
+        body = (args, {}, dict(embed or {}))
         order = Order.RUN_ALONE if alone else Order.RUN
         self.send(order, number, name, sent["id"], sent, body, None, None)
         return number
 
-    def _id(self, number: int) -> str:
-        return f"{self._name}-{number}"  # the memory of the backend is one for all tests
+    def id(self, number: int) -> str:
+        """The task's id of an input; the memory of the backend is one for all tests."""
+        return f"{self._name}-{number}"
 
     def soft(self, number: int, seconds: float = 5.0) -> None:
         self.send(Order.SOFT, number, seconds)
@@ -176,6 +205,10 @@ class Child:
         """Return when the child has carried out all orders so far, and its loop has turned."""
         running = asyncio.run_coroutine_threadsafe(self._turn(), self._running)
         running.result(DEADLINE)
+
+    def call(self, fn: Callable[[], Any]) -> None:
+        """Call ``fn`` on the loop of the child."""
+        self._running.call_soon_threadsafe(fn)
 
     async def _turn(self) -> None:
         # The orders are in the socket: the loop reads it at each of its turns.
@@ -201,7 +234,12 @@ class Child:
 
     def result(self, number: int) -> Any:
         """What the result backend has for an input."""
-        return self._app.AsyncResult(self._id(number)).result
+        return self._app.AsyncResult(self.id(number)).result
+
+    def outages(self) -> list[str]:
+        """Why the result backend was reported away, and ``""`` each time that it was back."""
+        self._receive()
+        return [report[1] for report in self.reports if report[0] == Report.OUTAGE]
 
     def answer(self, kind: Report, number: int) -> list[Any]:
         """What a probe or a benchmark reported under its number."""
@@ -223,14 +261,35 @@ class Child:
 
 
 @contextmanager
-def child_of(app: gw.App, **settings: Any) -> Iterator[Child]:
-    """Have a child serve all that ``app`` has declared; ``settings`` are Celery's and ours."""
+def child_of(
+    app: gw.App,
+    *,
+    backend: str = f"{__name__}:HeldBackend+memory://",
+    worker: str | None = None,
+    **settings: Any,
+) -> Iterator[Child]:
+    """Have a child serve all that ``app`` has declared.
+
+    Args:
+        backend: URL of the result backend; by default the memory that the test can hold.
+        worker: the start of the worker that its records of early acknowledgements are kept for.
+        settings: Celery's and ours.
+    """
     celery_app: Any = app.celery
     celery_app.conf.update(settings)
     conf.read(celery_app.conf)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main.gw_celery_signals, "registries", lambda: (app.registry,))
-        child = Child(app, celery_app)
+        patch.setattr(main, "CLOSE_TIMEOUT", 0.2)
+        patch.setattr(result_backends, "PAUSE", 0.02)
+        child = Child(app, celery_app, backend, worker)
+        connect = find.async_client
+
+        def noted(*args: Any, **options: Any) -> Any:
+            child.clients.append(connect(*args, **options))
+            return child.clients[-1]
+
+        patch.setattr(find, "async_client", noted)
         child.start()
         try:
             yield child

@@ -25,6 +25,13 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def redis_at(url: str) -> redis.Redis:
+    """Return a client of the embedded server that Celery knows by this URL."""
+    return redis.Redis.from_url(
+        url.replace("redis+socket://", "unix://").replace("virtual_host=", "db=")
+    )
+
+
 @contextmanager
 def redis_on_tcp(port: int = 6379) -> Iterator[tuple[str, str]]:
     """Claim two empty databases of the Redis on its standard port; empty them at the end."""

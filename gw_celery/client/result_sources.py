@@ -19,7 +19,7 @@ from kombu.utils.encoding import bytes_to_str
 
 from gw_celery import errors
 from gw_celery.policy import backoff
-from gw_celery.transport import client as transport_client
+from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class RedisSource(Source):
 
     async def _follow(self) -> None:
         async with (
-            transport_client.of(self._backend, socket_timeout=None) as client,
+            find.async_client(self._backend, socket_timeout=None) as client,
             client.pubsub(ignore_subscribe_messages=True) as pubsub,
         ):
             self._changes.update(self.waiting)

@@ -22,7 +22,7 @@ from gw_celery import background_thread
 from gw_celery.cluster import early_acks, liveness, poison_counts, queue_lengths
 from gw_celery.policy import queue_time
 from gw_celery.protocol import snapshot, worker_record
-from gw_celery.transport import broker, find
+from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Membership(background_thread.BackgroundThread):
             )
         self._declared: queue_lengths.DeclaredLengths | None = None
         with app.connection_for_read() as connection:
-            if broker.is_rabbitmq(connection):
+            if find.is_rabbitmq(connection):
                 wait = min(_LONGEST_WAIT, ttl * _RABBITMQ_PART)
                 self._declared = queue_lengths.DeclaredLengths(app, wait)
         #: The lists of each queue in Redis, one for each priority; found anew on each connection.

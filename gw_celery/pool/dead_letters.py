@@ -24,7 +24,7 @@ from kombu.utils import json
 from gw_celery import background_thread, conf
 from gw_celery.pool import requests
 from gw_celery.protocol import headers
-from gw_celery.transport import broker
+from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def connect(app: Any) -> Any:
 
 def queue_of(app: Any, connection: Any, settings: conf.Settings) -> DeadLetterQueue:
     """Return the dead-letter queue that ``settings`` name; ``connection`` is the caller's."""
-    is_redis = broker.redis_transport(connection) is not None
+    is_redis = find.redis_transport(connection) is not None
     return (RedisQueue if is_redis else DeadLetterQueue)(app, connection, settings)
 
 

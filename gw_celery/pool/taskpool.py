@@ -30,7 +30,7 @@ from gw_celery.pool import dead_letters, origin, requests, supervisor
 from gw_celery.protocol import frames
 from gw_celery.protocol.snapshot import Scaling, Worker
 from gw_celery.runtime import lifecycle
-from gw_celery.transport import broker
+from gw_celery.transport import find
 from gw_celery.worker import consumer, gate, health
 from gw_celery.worker import plan as worker_plan
 
@@ -174,7 +174,7 @@ class TaskPool(BasePool):
         if signals.plan() is not None:
             queues = self.plan.service_queues
             with app.connection_for_read() as connection:
-                has_priorities = broker.is_rabbitmq(connection)
+                has_priorities = find.is_rabbitmq(connection)
             if has_priorities and not self.cluster.is_alone:
                 self.cluster.read_others()
                 self.bands = speed_bands.Bands(queues.values())

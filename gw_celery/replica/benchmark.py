@@ -22,10 +22,9 @@ from celery.app.task import Context
 
 from gw_celery import conf
 from gw_celery.client import execution, task_context
-from gw_celery.declare import markers, services
+from gw_celery.declare import services
 from gw_celery.policy import scores
 from gw_celery.protocol import frames, headers, snapshot
-from gw_celery.replica import input as replica_input
 from gw_celery.replica import tracer
 from gw_celery.runtime import batcher, loop
 
@@ -33,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 #: Characters of a failure that are reported.
 _LONGEST = 1000
-
-
 #: Seconds to stop in, over those that an input has to end.
 _MARGIN = 1.0
 
@@ -48,7 +45,7 @@ class Benchmarks:
         link: the way to the parent.
     """
 
-    def __init__(self, app: Any, inputs: tracer.ReplicaInputs, link: replica_input.Link) -> None:
+    def __init__(self, app: Any, inputs: tracer.ReplicaInputs, link: tracer.Link) -> None:
         self._app = app
         self._grace = conf.read(app.conf).cancel_timeout
         self._inputs = inputs
@@ -89,11 +86,12 @@ class Benchmarks:
         if getattr(task, "gw_method", None) is None:
             raise scores.NoScore("no task of this name is served here")
         logger.info("the benchmark of %s begins", name)
-        measurement = Measurement(task, self._inputs, self._grace)
+        measurement = _Measurement(task, self._inputs, self._grace)
         bound = asyncio.timeout(within)
         try:
             async with bound:
-                score = await measurement.run()
+                await measurement.run_round()  # is not counted
+                rounds = [await measurement.run_round() for _ in range(measurement.source.runs)]
         except TimeoutError as exc:
             if not bound.expired():
                 raise
@@ -102,56 +100,55 @@ class Benchmarks:
             raise scores.NoScore(
                 f"it was not over after {within:.0f} s (setting gw_benchmark_timeout)"
             ) from exc
+        score = scores.of(name, rounds)
         logger.info("the score of %s is %.4g/s", name, score.value)
         return score
 
 
-class Measurement:
-    """The benchmark of one task; on the loop of the replica.
+@dataclasses.dataclass
+class _Call:
+    """One input of a round, and what became of it."""
 
-    Args:
-        task: the Celery task, its body open to limits.
-        inputs: those of this replica.
-        grace: seconds that an input has to end that was stopped.
-    """
+    input: tracer.Input
+    kwargs: dict[str, Any]
+    workload: float
+    began: float = 0.0
+    ended: float = 0.0
+    failure: str | None = None
+
+    def stop(self, limit: float) -> None:
+        """End it at its time limit."""
+        self.failure = f"TimeLimitExceeded: {limit:g} s"
+        self.input.stop()
+
+
+class _Measurement:
+    """The benchmark of one task, whose inputs have ``grace`` seconds to end once stopped."""
 
     def __init__(self, task: Any, inputs: tracer.ReplicaInputs, grace: float) -> None:
         self._task = task
         self._inputs = inputs
         self._grace = grace
         self._method: services.Method = task.gw_method
-        self._parallel = parallel(task.gw_service, self._method)
-        self._source = _declared(self._method)
+        if self._method.benchmark is None:
+            raise scores.NoScore(f"{task.name} declares no benchmark")
+        self.source = self._method.benchmark
+        most: int = task.gw_service.max_inputs
+        #: How many inputs a round starts together: as many as the benchmark says, and no more than
+        #: a replica takes. Batches are measured full.
+        self._parallel = min(self.source.concurrency, most)
+        if self._method.batched is not None:
+            size = self._method.batched.max_batch_size
+            self._parallel = min(-(-self.source.concurrency // size), most // size) * size
         # The same inputs each time, so that two measures differ by the replica alone.
-        self._random = random.Random(self._method.task_name)
+        self._random = random.Random(task.name)
         self._has_logged = self._has_warned = False
         #: An input goes on that was stopped, and cannot be ended.
         self.is_stuck = False
 
-    async def run(self) -> snapshot.TaskScore:
-        """Return the score, after a pass that is not counted.
-
-        Raises:
-            NoScore: when no input succeeds, or the generator gives none.
-        """
-        await self._round()
-        rounds = [await self._round() for _ in range(self._source.runs)]
-        return scores.of(self._method.task_name, rounds)
-
-    async def _round(self) -> scores.Round:
-        calls = await loop.in_thread(self._calls)
-        await self._run_together(calls)
-        succeeded = [call for call in calls if call.failure is None]
-        failures = [call.failure for call in calls if call.failure is not None]
-        return scores.Round(
-            elapsed=max(call.ended for call in calls) - min(call.began for call in calls),
-            workload=sum(call.workload for call in succeeded),
-            latencies=tuple(call.ended - call.began for call in succeeded),
-            failures=len(failures),
-            failure=failures[0] if failures else "",
-        )
-
-    async def _run_together(self, calls: list[_Call]) -> None:
+    async def run_round(self) -> scores.Round:
+        """Run inputs together; those that still run when this is cancelled are stopped."""
+        calls = await loop.in_thread(self._draw)
         tasks = [asyncio.create_task(self._run(call)) for call in calls]
         try:
             await asyncio.wait(tasks)
@@ -164,46 +161,71 @@ class Measurement:
                     call.input.stop()
                 _, going_on = await asyncio.wait(left, timeout=self._grace)
                 self.is_stuck = bool(going_on)
+        succeeded = [call for call in calls if call.failure is None]
+        failures = [call.failure for call in calls if call.failure is not None]
+        return scores.Round(
+            elapsed=max(call.ended for call in calls) - min(call.began for call in calls),
+            workload=sum(call.workload for call in succeeded),
+            latencies=tuple(call.ended - call.began for call in succeeded),
+            failures=len(failures),
+            failure=failures[0] if failures else "",
+        )
 
     async def _run(self, call: _Call) -> None:
         # A task of its own, and so a context: it is the input's.
         followed = task_context.bind()
-        replica_input.current.set(call.input)
+        tracer.current.set(call.input)
         batcher.joining.set(call.input)
-        limits = self._limits(call)
+        # The limits of the task end an input of it, as the worker does in traffic.
+        soft, hard = self._task.soft_time_limit, self._task.time_limit
+        later = asyncio.get_running_loop().call_later
+        limits = [later(soft, call.input.limit, soft)] if soft else []
+        limits += [later(hard, call.stop, hard)] if hard else []
         call.began = time.perf_counter()
         try:
-            await self._inputs.call(call.input, call.run)
+            await self._inputs.call(call.input, lambda: self._call_body(call))
         except (Exception, execution.Stopped) as exc:
             call.failure = call.failure or f"{type(exc).__name__}: {exc}"[:_LONGEST]
             if not self._has_logged:
                 self._has_logged = True
-                logger.warning("an input of the benchmark of %s failed", call.name, exc_info=exc)
+                logger.warning(
+                    "an input of the benchmark of %s failed", self._task.name, exc_info=exc
+                )
         finally:
             call.ended = time.perf_counter()
             followed.end()
             for limit in limits:
                 limit.cancel()
 
-    def _limits(self, call: _Call) -> list[asyncio.TimerHandle]:
-        """Have the limits of the task end an input of it, as the worker does in traffic."""
-        soft, hard = self._task.soft_time_limit, self._task.time_limit
-        later = asyncio.get_running_loop().call_later
-        timers = [later(soft, call.input.limit, soft)] if soft else []
-        return [*timers, later(hard, call.stop, hard)] if hard else timers
+    def _call_body(self, call: _Call) -> Any:
+        """Call ``run`` of the task, with a request of its own on Celery's stacks.
+
+        It counts as one that was called directly: ``retry()`` raises what made it necessary, and
+        sends nothing.
+        """
+        id_, task = call.input.task_id, self._task
+        _state._task_stack.push(task)
+        task.request_stack.push(Context(id=id_, task=task.name, args=(), kwargs=call.kwargs))
+        try:
+            return task.run(**call.kwargs)
+        finally:
+            task.request_stack.pop()
+            _state._task_stack.pop()
 
     # -- inputs --
 
-    def _calls(self) -> list[_Call]:
-        samples = self._samples()
-        return [_Call(self._task, sample, self._workload(sample)) for sample in samples]
-
-    def _samples(self) -> list[dict[str, Any]]:
+    def _draw(self) -> list[_Call]:
         """Draw the inputs of one round; in a thread, for the generator may take its time."""
-        if self._source.generator is None:
-            samples = self._random.choices(self._source.dataset, k=self._parallel)
-            return [dict(copy.deepcopy(sample)) for sample in samples]  # a body may change it
-        return [self._generate(self._source.generator) for _ in range(self._parallel)]
+        if (generator := self.source.generator) is None:
+            drawn = self._random.choices(self.source.dataset, k=self._parallel)
+            samples = [dict(copy.deepcopy(sample)) for sample in drawn]  # a body may change it
+        else:
+            samples = [self._generate(generator) for _ in range(self._parallel)]
+        name = self._task.name
+        return [
+            _Call(tracer.Input(0, name, str(uuid.uuid4()), None), sample, self._workload(sample))
+            for sample in samples
+        ]
 
     def _generate(self, generator: Callable[[], Any]) -> dict[str, Any]:
         name = f"benchmark_generator of {self._task.name}"
@@ -247,55 +269,3 @@ class Measurement:
                 headers.DEFAULT_WORKLOAD,
             )
         return headers.DEFAULT_WORKLOAD
-
-
-class _Call:
-    """One input of a round, and what became of it."""
-
-    def __init__(self, task: Any, kwargs: dict[str, Any], workload: float) -> None:
-        self._task = task
-        self._kwargs = kwargs
-        self.workload = workload
-        self.name: str = task.name
-        self.input = replica_input.Input(0, self.name, str(uuid.uuid4()), link=None)
-        self.began = self.ended = 0.0
-        self.failure: str | None = None
-
-    def run(self) -> Any:
-        """Call ``run`` of the task, with a request of its own on Celery's stacks.
-
-        It counts as one that was called directly: ``retry()`` raises what made it necessary, and
-        sends nothing.
-        """
-        id_, kwargs = self.input.task_id, self._kwargs
-        _state._task_stack.push(self._task)
-        self._task.request_stack.push(Context(id=id_, task=self.name, args=(), kwargs=kwargs))
-        try:
-            return self._task.run(**kwargs)
-        finally:
-            self._task.request_stack.pop()
-            _state._task_stack.pop()
-
-    def stop(self, limit: float) -> None:
-        """End it at its time limit."""
-        self.failure = f"TimeLimitExceeded: {limit:g} s"
-        self.input.stop()
-
-
-def parallel(service: services.Service, method: services.Method) -> int:
-    """Return how many inputs a round of the benchmark starts together.
-
-    As many as the benchmark says, and no more than a replica takes. Batches are measured full: for
-    a batched method it is the next multiple of ``max_batch_size``.
-    """
-    wanted, most = _declared(method).concurrency, service.max_inputs
-    if method.batched is None:
-        return min(wanted, most)
-    size = method.batched.max_batch_size
-    return min(-(-wanted // size), most // size) * size
-
-
-def _declared(method: services.Method) -> markers.Benchmark:
-    if method.benchmark is None:
-        raise scores.NoScore(f"{method.task_name} declares no benchmark")
-    return method.benchmark

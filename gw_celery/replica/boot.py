@@ -15,8 +15,6 @@ from typing import Any
 
 from gw_celery.protocol import frames
 
-logger = logging.getLogger(__name__)
-
 _OF_THE_GROUP = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -26,10 +24,19 @@ def main(argv: list[str]) -> None:
     channel = socket.socket(fileno=int(argv[1]))
     os.set_inheritable(channel.fileno(), False)
     setup = _first_frame(channel)
-    _refuse_another_version(channel, setup.get("version", "an older version"))
+    version = setup.get("version", "an older version")
+    if version != frames.version():  # an upgrade under a running worker
+        reason = (
+            f"restart this worker: gw_celery was upgraded while it ran, so that it is {version} "
+            f"and a new child {frames.version()}"
+        )
+        channel.sendall(frames.pack_reports([(frames.Report.FAILED, reason)]))
+        os._exit(1)
+    # The parent's path is what finds anything else.
     sys.path[:] = setup["path"]
-    _die_with(setup["parent"])
-    # Not earlier: the parent's path is what finds it.
+    importlib.import_module("celery.platforms").set_pdeathsig("SIGKILL")
+    if os.getppid() != setup["parent"]:  # it died before
+        os._exit(1)
     code = importlib.import_module("gw_celery.replica.main").run(channel, setup)
     logging.shutdown()
     sys.stdout.flush()
@@ -44,50 +51,29 @@ def _ignore_the_terminal() -> None:
     By handlers that do nothing: what a body starts would inherit an ignored signal, and could not
     be terminated. A new program gets the defaults by itself, a fork by our doing.
     """
+
+    def restore() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_GROUP)
+
     for number in _OF_THE_GROUP:
         signal.signal(number, lambda number, frame: None)
     # Blocked meanwhile: a signal that came before the defaults are back would do nothing.
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_GROUP),
-        after_in_child=_restore_signals,
+        after_in_child=restore,
     )
-
-
-def _restore_signals() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_GROUP)
-
-
-def _refuse_another_version(channel: socket.socket, version: str) -> None:
-    """End this process when it imports what an upgrade installed under a running worker."""
-    if version != frames.version():
-        reason = (
-            f"restart this worker: gw_celery was upgraded while it ran, so that it is {version} "
-            f"and a new child {frames.version()}"
-        )
-        channel.sendall(frames.pack_reports([(frames.Report.FAILED, reason)]))
-        os._exit(1)
-
-
-def _die_with(parent: int) -> None:
-    from celery import platforms
-
-    platforms.set_pdeathsig("SIGKILL")
-    if os.getppid() != parent:  # it died before
-        os._exit(1)
 
 
 def _first_frame(channel: socket.socket) -> dict[str, Any]:
     unpacker = frames.Unpacker(frames.MAX_PARENT_FRAME_BYTES)
-    while True:
-        data = channel.recv(65536)
-        if not data:
-            os._exit(1)
+    while data := channel.recv(65536):
         for payload in unpacker.feed(data):
             ((setup,),) = frames.unpack_orders(payload)
             return dict(setup)
+    os._exit(1)
 
 
 if __name__ == "__main__":

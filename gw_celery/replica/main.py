@@ -26,8 +26,7 @@ from gw_celery import signals as gw_celery_signals
 from gw_celery.client import execution, preset
 from gw_celery.declare import registry
 from gw_celery.protocol import frames
-from gw_celery.replica import benchmark, early_ack_records, probe, result_backends, tracer
-from gw_celery.replica import input as replica_input
+from gw_celery.replica import benchmark, probe, result_backends, tracer
 from gw_celery.runtime import (
     batcher,
     django_connections,
@@ -42,7 +41,7 @@ logger = logging.getLogger(__name__)
 #: Seconds between two signs of life.
 _BEAT = 1.0
 #: Seconds that the end of a child waits for the broker to take what was published last.
-_CLOSE_TIMEOUT = 2.0
+CLOSE_TIMEOUT = 2.0
 #: Characters of the reason that the parent is told; the log has all of it.
 _LONGEST_REASON = 4096
 
@@ -76,17 +75,7 @@ def load(setup: dict[str, Any], link: ParentLink) -> Any:
     app.loader.init_worker()  # sets up Django
     app.loader.init_worker_process()
     result_backends.install(app, around, settings.store_timeout, link)
-    _set_up_logging(app, hostname)
-    platforms.set_mp_process_title("gw_celery", hostname=hostname)
-    trace.setup_worker_optimizations(app, hostname)
-    app.amqp = greenlet_bridge.publishing(type(app.amqp), around)(app=app)
-    tracer.prepare(app, hostname)
-    worker_state.reset_state()
-    return app
-
-
-def _set_up_logging(app: Any, hostname: str) -> None:
-    """As Celery does in the children of prefork: what the parent chose is in the environment."""
+    # As Celery does in the children of prefork: what the parent chose is in the environment.
     environment = conf.environment()
     app.log.setup(
         int(environment.get("CELERY_LOG_LEVEL") or 0),
@@ -95,6 +84,12 @@ def _set_up_logging(app: Any, hostname: str) -> None:
         str(environment.get("CELERY_LOG_REDIRECT_LEVEL")),
         hostname=hostname,
     )
+    platforms.set_mp_process_title("gw_celery", hostname=hostname)
+    trace.setup_worker_optimizations(app, hostname)
+    app.amqp = greenlet_bridge.publishing(type(app.amqp), around)(app=app)
+    tracer.prepare(app, hostname)
+    worker_state.reset_state()
+    return app
 
 
 class ParentLink(asyncio.Protocol):
@@ -139,14 +134,11 @@ class ParentLink(asyncio.Protocol):
         now = time.monotonic()
         lag = max(0.0, now - (self._beat_at or now))
         self._beat_at = now + _BEAT
-        self.report(frames.Report.BEAT, lag, _resident_bytes())
+        resident_bytes = 0
+        with contextlib.suppress(psutil.Error):
+            resident_bytes = int(psutil.Process().memory_info().rss)
+        self.report(frames.Report.BEAT, lag, resident_bytes)
         asyncio.get_running_loop().call_later(_BEAT, self.beat)
-
-
-def _resident_bytes() -> int:
-    with contextlib.suppress(psutil.Error):
-        return int(psutil.Process().memory_info().rss)
-    return 0
 
 
 async def _serve(channel: socket.socket, link: ParentLink, app: Any, setup: dict[str, Any]) -> int:
@@ -162,15 +154,14 @@ async def _serve(channel: socket.socket, link: ParentLink, app: Any, setup: dict
     if has_entered:
         link.report(frames.Report.ENTERED)
         link.beat()
-        loop.Watchdog(loop.Host(running), _in_flight).start()
+        inputs = tracer.in_flight
+        loop.Watchdog(
+            loop.Host(running),
+            lambda: [f"{input.name}[{input.task_id}]" for input in list(inputs.values())],
+        ).start()
         await link.leaving.wait()
         await services.leave()
     return 0
-
-
-def _in_flight() -> list[str]:
-    inputs = list(replica_input.in_flight.values())
-    return [f"{input.name}[{input.task_id}]" for input in inputs]
 
 
 class Services:
@@ -201,7 +192,9 @@ class Services:
             batchers=batchers,
         )
         threads = sum(service.max_inputs for service in self._served) + 1  # one for plain tasks
-        records = early_ack_records.of(app, setup["worker"])
+        worker, records = setup["worker"], None
+        if worker is not None and hasattr(app.backend, "command"):
+            records = result_backends.EarlyAckRecords(app, worker)
         inputs = tracer.ReplicaInputs(app, link, threads, around, records)
         self._benchmarks = benchmark.Benchmarks(app, inputs, link)
         self._probes = probe.Probes(self._runtime, self._served, link, around)
@@ -235,7 +228,14 @@ class Services:
         self._runtime.start()
         execution.install(self._runtime)
         await self._runtime.grow(self._registries, self._served)
-        _send_process_init(self._hostname)
+        # Celery logs what the user's receivers raise and goes on, this does not.
+        causes: dict[str, BaseException] = {
+            getattr(receiver, "__qualname__", repr(receiver)): outcome
+            for receiver, outcome in signals.worker_process_init.send(sender=self._hostname)
+            if isinstance(outcome, Exception)
+        }
+        if causes:
+            raise errors.StartupError(causes)
         logger.info("pid %d has loaded %d services", os.getpid(), len(self._served))
 
     async def leave(self) -> None:
@@ -245,22 +245,7 @@ class Services:
         execution.install(None)
         await self._runtime.leave()
         signals.worker_process_shutdown.send(sender=self._hostname, pid=os.getpid(), exitcode=0)
-        await close_connections(_CLOSE_TIMEOUT)
-
-
-def _send_process_init(hostname: str) -> None:
-    """Call the user's receivers; Celery logs what they raise and goes on, this does not.
-
-    Raises:
-        StartupError: naming each receiver that raised.
-    """
-    causes: dict[str, BaseException] = {
-        getattr(receiver, "__qualname__", repr(receiver)): outcome
-        for receiver, outcome in signals.worker_process_init.send(sender=hostname)
-        if isinstance(outcome, Exception)
-    }
-    if causes:
-        raise errors.StartupError(causes)
+        await close_connections(CLOSE_TIMEOUT)
 
 
 async def close_connections(timeout: float) -> None:
@@ -269,24 +254,24 @@ async def close_connections(timeout: float) -> None:
     RabbitMQ may drop what came last over a connection that is cut: closing waits for its answer,
     which comes after everything was taken. A pool's own ``force_close_all`` only cuts.
     """
+
+    def close() -> None:
+        for pool in list(pools.connections.values()):
+            connections: list[Any] = []
+            with contextlib.suppress(exceptions.LimitExceeded):
+                connections.extend(pool.acquire(block=False) for _ in range(pool.limit or 0))
+            for connection in connections:
+                if connection.connected:
+                    connection.close()
+                connection.release()
+
     try:
         async with asyncio.timeout(timeout):
-            await asyncio.to_thread(_close_connections)
+            await asyncio.to_thread(close)
     except TimeoutError:
         logger.warning("the broker did not answer the end of a connection in %.0f s", timeout)
     except Exception as exc:
         logger.warning("a connection to the broker could not be closed: %r", exc)
-
-
-def _close_connections() -> None:
-    for pool in list(pools.connections.values()):
-        connections: list[Any] = []
-        with contextlib.suppress(exceptions.LimitExceeded):
-            connections.extend(pool.acquire(block=False) for _ in range(pool.limit or 0))
-        for connection in connections:
-            if connection.connected:
-                connection.close()
-            connection.release()
 
 
 def _failure(exc: BaseException) -> tuple[frames.Report, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from kombu.utils.encoding import safe_repr
 
 from gw_celery.declare import services
 from gw_celery.protocol import frames
-from gw_celery.replica import input as replica_input
+from gw_celery.replica import tracer
 from gw_celery.runtime import batcher, body, in_process, loop
 
 _LONGEST_DETAIL = 200
@@ -39,7 +40,7 @@ class Probes:
         self,
         runtime: in_process.Process,
         served: Iterable[services.Service],
-        link: replica_input.Link,
+        link: tracer.Link,
         around: Callable[..., Any],
     ) -> None:
         self._runtime = runtime
@@ -58,17 +59,23 @@ class Probes:
         """Stop what still runs; threads end with the process."""
         self._tasks.cancel()
 
-    async def _answer(self, number: int, service: str, method: str) -> None:
+    async def _answer(self, number: int, service: str, name: str) -> None:
         began = time.monotonic()
         try:
-            is_ok, detail = judge(await self._called(self._services[service], method))
+            answer = await self._call(self._services[service], name)
+            detail = "" if answer is None else safe_repr(answer)
+            if isinstance(answer, Mapping) and "ok" in answer:
+                is_ok = bool(answer["ok"])
+            else:  # numpy's and torch's False, too
+                is_boolean = str(getattr(answer, "dtype", "")).removeprefix("torch.") == "bool"
+                is_ok = answer is not False and (bool(answer) or not is_boolean)
         except Exception as exc:
             is_ok, detail = False, f"{type(exc).__name__}: {exc}".rstrip(": ")
         seconds = time.monotonic() - began
         text = frames.cut(" ".join(detail.split()), _LONGEST_DETAIL)
         self._link.report(frames.Report.PROBED, number, is_ok, text, seconds)
 
-    async def _called(self, service: services.Service, name: str) -> Any:
+    async def _call(self, service: services.Service, name: str) -> Any:
         method = service.methods[name]
         owner = self._runtime.instances[service.key]
         loaded = owner.take_any()
@@ -77,33 +84,14 @@ class Probes:
         try:
             bound = getattr(loaded.view(loaded.values), name)
             args, kwargs = batcher.of_one_input(method, (), {})
-            answer = await self._run(service, method, lambda: bound(*args, **kwargs))
+            if not method.is_async:
+                run = functools.partial(bound, *args, **kwargs)
+                answer = await loop.in_thread(body.call, self._around, run)
+            else:
+                limits = (probe.timeout_s for probe in service.probes if probe.method == name)
+                with body.Contained():
+                    async with asyncio.timeout(max(limits, default=None)):
+                        answer = await bound(*args, **kwargs)
         finally:
             owner.give_back(loaded)
         return batcher.only_answer(method, answer)
-
-    async def _run(
-        self, service: services.Service, method: services.Method, run: Callable[[], Any]
-    ) -> Any:
-        if not method.is_async:
-            return await loop.in_thread(body.call, self._around, run)
-        with body.Contained():
-            probes = (probe for probe in service.probes if probe.method == method.name)
-            limits = (probe.timeout_s for probe in probes)
-            async with asyncio.timeout(max(limits, default=None)):
-                return await run()
-
-
-def judge(answer: Any) -> tuple[bool, str]:
-    """Say whether a probe that returned ``answer`` has passed, and what it returned.
-
-    ``False`` fails, numpy's and torch's too; so does a mapping whose ``ok`` is falsy.
-    """
-    if isinstance(answer, Mapping) and "ok" in answer:
-        return bool(answer["ok"]), safe_repr(answer)
-    return not _is_false(answer), "" if answer is None else safe_repr(answer)
-
-
-def _is_false(answer: Any) -> bool:
-    is_boolean = str(getattr(answer, "dtype", "")).removeprefix("torch.") == "bool"
-    return answer is False or (is_boolean and not answer)

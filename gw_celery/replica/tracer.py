@@ -7,24 +7,30 @@ and receivers that could block, in a thread. Either way the outcome is reported 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import dataclasses
+import datetime as dt
+import enum
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import kombu.serialization
 from billiard.einfo import ExceptionWithTraceback
 from celery.app import trace
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.utils.encoding import safe_repr, safe_str
 
-from gw_celery import conf
+from gw_celery import conf, errors
 from gw_celery.client import execution, task_context
-from gw_celery.protocol import frames
-from gw_celery.replica import early_ack_records, queue_time
-from gw_celery.replica import input as replica_input
+from gw_celery.protocol import frames, headers
 from gw_celery.runtime import (
     batcher,
+    body,
     django_connections,
     greenlet_bridge,
     loop,
@@ -46,6 +52,228 @@ _OUTCOMES: dict[type[Exception], frames.Outcome] = {
     Ignore: frames.Outcome.IGNORE,
 }
 
+#: The input whose tracer runs in this context.
+current: contextvars.ContextVar[Input | None] = contextvars.ContextVar("gw_input", default=None)
+
+#: The inputs that this process holds, by their number.
+in_flight: dict[int, Input] = {}
+
+
+class Link(Protocol):
+    """The way to the parent."""
+
+    def report(self, kind: frames.Report, *content: Any) -> None: ...
+
+
+class Records(Protocol):
+    """What tells other workers of the inputs that are acknowledged when they begin."""
+
+    async def begin(self, input: Input, arguments: Any) -> None: ...
+    def end(self, input: Input) -> None: ...
+
+
+class Phase(enum.Enum):
+    """Whether something may be raised in an input."""
+
+    #: Not yet: what comes now is raised when its tracer reaches the body.
+    BEFORE = enum.auto()
+    #: Yes. A batched input may wait in here for its batch, and has not begun.
+    BODY = enum.auto()
+    #: Not any more: its tracer stores the result.
+    AFTER = enum.auto()
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Input:
+    """An input between its arrival in the replica and its answer.
+
+    What is raised from outside is raised between the start and the end of the body, never while
+    Celery's tracer stores a result.
+    """
+
+    number: int
+    name: str
+    task_id: str
+    #: ``None`` for the input of a benchmark, of which nothing outside this process may learn.
+    link: Link | None
+    _: dataclasses.KW_ONLY
+    #: The headers of its message.
+    request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    #: It was in flight when a child died, and waits for no other input.
+    runs_alone: bool = False
+    #: It waits for others, to begin in a batch with them.
+    gathers: bool = False
+    #: When its answer is not wanted any more, unless it has begun.
+    expires: dt.datetime | None = None
+    #: Seconds that it may wait until it begins.
+    max_queue_time: float | None = None
+    #: It is acknowledged when it begins, and must be on record before.
+    acks_early: bool = False
+    #: Writes that record; ``None`` where there is nothing to write, or no more.
+    record: Callable[[], Awaitable[None]] | None = None
+    #: What fails it in place of its body.
+    rejection: Exception | None = None
+    #: The parent was told that it begins.
+    has_begun: bool = False
+    #: Its message could be read, and Celery's tracer has taken over.
+    is_traced: bool = False
+    #: Why a write of its tracer to the result backend was given up.
+    store_error: Exception | None = None
+    #: The asyncio task that runs the tracer; ``None`` while a thread does.
+    task: asyncio.Task[Any] | None = None
+    phase: Phase = Phase.BEFORE
+
+    def __post_init__(self) -> None:
+        self._thread = 0
+        self._thrown: body.Thrown | None = None
+        self._instead: BaseException | None = None
+        self._is_stopped = False
+        # Reentrant: an exception raised in this thread can interrupt `_leave_body` itself.
+        self._lock = threading.RLock()
+
+    # -- its start --
+
+    def record_early_ack(self) -> Awaitable[None] | None:
+        """Write the record that must be there before an early acknowledgement, once."""
+        record, self.record = self.record, None
+        return None if record is None else record()
+
+    def begin(self) -> bool:
+        """Report that the input begins, once; return whether its answer is still wanted.
+
+        Limits count from here, and an early acknowledgement happens here: an input that waits for
+        its batch has not begun.
+        """
+        if self.has_begun or self._is_stopped:
+            return not self._is_stopped
+        if self.expires is not None and dt.datetime.now(self.expires.tzinfo) > self.expires:
+            self._report(frames.Report.EXPIRED, self.number)
+            self.stop()
+            return False
+        self.has_begun = True
+        self._report(frames.Report.ACCEPT, self.number, time.monotonic())
+        # Celery's tracer stores a rejection as any failure: callbacks and chords learn of it, and
+        # nothing that waits for the result backend is in the worker's loop.
+        self.rejection = self._queue_time_exceeded()
+        if self.rejection is not None:
+            self.stop()
+        return self.rejection is None
+
+    def _queue_time_exceeded(self) -> errors.QueueTimeExceeded | None:
+        if self.max_queue_time is None:
+            return None
+        delivery = self.request.get("delivery_info") or {}
+        # One that the broker delivers again may have run meanwhile: it cannot be said.
+        if delivery.get("redelivered") or self.request.get("x-delivery-count"):
+            return None
+        waited = headers.waited(self.request, time.time())
+        if waited <= self.max_queue_time:
+            return None
+        queue = str(delivery.get("routing_key") or "")
+        return errors.QueueTimeExceeded(self.name, queue, self.max_queue_time, waited, True)
+
+    def _report(self, kind: frames.Report, *content: Any) -> None:
+        if self.link is not None:
+            self.link.report(kind, *content)
+
+    # -- its body --
+
+    def run_body(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run the body, open to what is raised from outside."""
+        try:
+            self._enter_body()
+            with body.Contained():  # of the project's other tasks, too
+                answer = run(*args, **kwargs)
+        except (asyncio.CancelledError, execution.Revoked) as exc:
+            if self.rejection is not None:
+                raise self.rejection from None
+            if self._is_stopped or isinstance(exc, execution.Revoked):
+                raise execution.Revoked from None
+            if execution.current() is None:  # it ends, and the broker has the message still
+                raise
+            reason = "the body cancelled its own task; raise an Exception to fail it"
+            raise errors.BodyExited(reason) from exc
+        finally:
+            try:
+                self._leave_body()
+            finally:
+                self.phase = Phase.AFTER
+        if self._is_stopped:  # it swallowed the cancellation; its answer is not wanted
+            raise execution.Revoked
+        return answer
+
+    def _enter_body(self) -> None:
+        with self._lock:
+            self._thread = threading.get_ident()
+            self.phase = Phase.BODY
+            instead, self._instead = self._instead, None
+        if self._is_stopped or instead is not None:
+            raise instead or execution.Revoked()
+
+    def _leave_body(self) -> None:
+        with self._lock:
+            self.phase = Phase.AFTER
+            if self.task is not None and self._is_stopped:
+                self.task.uncancel()
+        if self._thrown is not None:
+            self._thrown.wait()
+
+    def limit(self, seconds: float) -> None:
+        """Raise ``SoftTimeLimitExceeded`` in the body."""
+        self._raise(SoftTimeLimitExceeded(seconds))
+
+    def stop(self) -> None:
+        """Cancel the body, once; its answer is not wanted any more."""
+        if not self._is_stopped:
+            self._is_stopped = True
+            self._raise(None)
+
+    def take_interrupt(self) -> BaseException | None:
+        """Return what stands in for a cancellation that reaches the body's coroutine, once."""
+        instead, self._instead = self._instead, None
+        if instead is not None and self.task is not None:
+            self.task.uncancel()
+        return instead
+
+    def _raise(self, exc: BaseException | None) -> None:
+        with self._lock:
+            if self.phase is Phase.AFTER:
+                return
+            if self.phase is Phase.BEFORE or self.task is not None:
+                self._instead = exc
+            if self.phase is Phase.BODY and self.task is not None:
+                self.task.cancel()
+            elif self.phase is Phase.BODY:
+                kind = execution.Revoked if exc is None else type(exc)
+                self._thrown = body.Thrown(self._thread, kind)
+
+
+def is_benchmark() -> bool:
+    """Whether what runs in this context is the input of a benchmark."""
+    input = current.get()
+    return input is not None and input.link is None
+
+
+def prepare(app: Any, hostname: str) -> None:
+    """Build the tracer of every task, its body open to limits."""
+    for name, task in app.tasks.items():
+        task_context.follow_requests(task)
+        task.run = open_body(task.run)
+        task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
+
+
+def open_body(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the ``run`` of a task, so that limits reach it; a nested call is part of its caller."""
+
+    @functools.wraps(run)
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        input = current.get()
+        if input is None or input.phase is not Phase.BEFORE:
+            return run(*args, **kwargs)
+        return input.run_body(run, args, kwargs)
+
+    return opened
+
 
 class ReplicaInputs:
     """The inputs that this replica holds, in the order of their way; on its loop.
@@ -61,10 +289,10 @@ class ReplicaInputs:
     def __init__(
         self,
         app: Any,
-        link: replica_input.Link,
+        link: Link,
         threads: int,
         around: Callable[..., Any],
-        records: early_ack_records.Records | None = None,
+        records: Records | None,
     ) -> None:
         self._app = app
         self._link = link
@@ -97,7 +325,10 @@ class ReplicaInputs:
         task = self._app.tasks.get(name)
         service, method = getattr(task, "gw_service", None), getattr(task, "gw_method", None)
         gathers = method is not None and method.batched is not None
-        input = replica_input.Input(
+        expires: dt.datetime | None = None
+        if gathers and (given := request.get("expires")):  # as Celery reads it in the parent
+            expires = maybe_make_aware(maybe_iso8601(given), self._app.timezone)
+        input = Input(
             number,
             name,
             task_id,
@@ -105,18 +336,18 @@ class ReplicaInputs:
             request=request,
             runs_alone=runs_alone,
             gathers=gathers,
-            expires=queue_time.expiry(self._app, request) if gathers else None,
+            expires=expires,
             max_queue_time=service and (service.placement.max_queue_time or self._max_queue_time),
-            records=self._records if self._records and self._records.has(name) else None,
+            acks_early=self._records is not None and task is not None and not task.acks_late,
         )
-        replica_input.in_flight[number] = input
-        if not gathers and input.records is None:
+        in_flight[number] = input
+        if not gathers and not input.acks_early:
             input.begin()
         self._tasks.start(self._run(input, *content), f"{name}[{task_id}]")
 
-    async def _run(self, input: replica_input.Input, *content: Any) -> None:
+    async def _run(self, input: Input, *content: Any) -> None:
         followed = task_context.bind()
-        replica_input.current.set(input)
+        current.set(input)
         batcher.joining.set(input)
         try:
             report = await self._outcome(input, *content)
@@ -124,19 +355,19 @@ class ReplicaInputs:
             report = _escaped(input, exc)
         finally:
             followed.end()
-            replica_input.in_flight.pop(input.number, None)
+            in_flight.pop(input.number, None)
             # A task that the body left behind keeps its context, but not the arguments in here.
             input.request = {}
-        if self._records is not None:
-            self._records.end(input.number)
+        if input.acks_early and self._records is not None:
+            self._records.end(input)
         if report[0] != frames.Report.GONE:
             input.begin()  # unless it has: an error of what could not be read is no start
         self._link.report(*report)
 
-    async def _outcome(self, input: replica_input.Input, *content: Any) -> Report:
+    async def _outcome(self, input: Input, *content: Any) -> Report:
         arguments = await self._decoded(*content)
-        if input.records is not None:
-            input.arguments = arguments
+        if input.acks_early and self._records is not None:
+            input.record = functools.partial(self._records.begin, input, arguments)
         # The parent acknowledges it when it hears of the start: not before it is on record.
         if not input.gathers and (recording := input.record_early_ack()) is not None:
             await recording
@@ -147,7 +378,10 @@ class ReplicaInputs:
         run = functools.partial(trace.fast_trace_task, *message, None, None)
         failed, answer, runtime = await self.call(input, run)
         if failed:
-            return failure(input.number, _unwrapped(answer.exception), safe_str(answer.traceback))
+            exc = answer.exception
+            if isinstance(exc, ExceptionWithTraceback):  # billiard's, for its way through a pickle
+                exc = exc.exc
+            return failure(input.number, exc, safe_str(answer.traceback))
         text = frames.cut(str(answer), _LONGEST_TEXT)
         return frames.Report.DONE, input.number, text, float(runtime or 0.0)
 
@@ -160,7 +394,7 @@ class ReplicaInputs:
         )
         return load() if len(body) <= _LARGE else await self._threads.run(load)
 
-    async def call(self, input: replica_input.Input, run: Callable[[], T]) -> T:
+    async def call(self, input: Input, run: Callable[[], T]) -> T:
         """Return ``run()`` from where the tracer of an input runs: on the loop, or in a thread."""
         if not greenlet_bridge.runs_on_loop(self._app.tasks.get(input.name)):
             return await self._threads.run(run)
@@ -171,21 +405,13 @@ class ReplicaInputs:
 
     def limit(self, number: int, seconds: float) -> None:
         """Raise a soft time limit in one input."""
-        if (input := replica_input.in_flight.get(number)) is not None:
+        if (input := in_flight.get(number)) is not None:
             input.limit(seconds)
 
     def stop(self, number: int) -> None:
         """Stop one input; its answer is not wanted any more."""
-        if (input := replica_input.in_flight.get(number)) is not None:
+        if (input := in_flight.get(number)) is not None:
             input.stop()
-
-
-def prepare(app: Any, hostname: str) -> None:
-    """Build the tracer of every task, its body open to limits."""
-    for name, task in app.tasks.items():
-        task_context.follow_requests(task)
-        task.run = replica_input.open_body(task.run)
-        task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
 
 
 # -- what is reported of an input without a result --
@@ -199,7 +425,7 @@ def failure(number: int, exc: BaseException, traceback: str) -> Report:
     return _error(number, outcome, exc, safe_repr(shown), traceback)
 
 
-def _escaped(input: replica_input.Input, exc: BaseException) -> Report:
+def _escaped(input: Input, exc: BaseException) -> Report:
     """The report of what no tracer caught.
 
     The tracer stores whatever a body raises, so that what comes out of it is a failed store.
@@ -216,36 +442,28 @@ def _escaped(input: replica_input.Input, exc: BaseException) -> Report:
     return _error(input.number, outcome, exc, safe_repr(exc))
 
 
-def _unwrapped(exc: BaseException) -> BaseException:
-    """Billiard wraps an exception to carry its traceback through a pickle."""
-    return exc.exc if isinstance(exc, ExceptionWithTraceback) else exc
-
-
 def _error(
     number: int, outcome: frames.Outcome, exc: BaseException, text: str, traceback: str = ""
 ) -> Report:
     # Subclasses, such as numpy's, mean the same: the process is out of memory.
     kind = MemoryError if isinstance(exc, MemoryError) else type(exc)
-    return (
-        frames.Report.ERROR,
-        number,
-        outcome,
-        f"{kind.__module__}.{kind.__qualname__}",
-        frames.cut(text, _LONGEST_TEXT),
-        frames.cut(_message(exc), _LONGEST_TEXT),
-        frames.cut(traceback, _LONGEST_TRACEBACK),
-        bool(getattr(exc, "requeue", False)),
-    )
-
-
-def _message(exc: BaseException) -> str:
-    """What was given to the exception: the texts of these two put a prefix before it."""
+    # What was given to the exception: the texts of these two put a prefix before it.
     message: Any = exc
     if isinstance(exc, Reject):
         message = exc.reason
     elif isinstance(exc, Retry):
         message = exc.message or ""
     try:
-        return str(message)
+        message = str(message)
     except Exception:  # the user's own __str__
-        return object.__repr__(message)
+        message = object.__repr__(message)
+    return (
+        frames.Report.ERROR,
+        number,
+        outcome,
+        f"{kind.__module__}.{kind.__qualname__}",
+        frames.cut(text, _LONGEST_TEXT),
+        frames.cut(message, _LONGEST_TEXT),
+        frames.cut(traceback, _LONGEST_TRACEBACK),
+        bool(getattr(exc, "requeue", False)),
+    )

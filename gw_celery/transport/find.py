@@ -1,14 +1,38 @@
-"""Find the Redis in which the workers and clients of a project agree on things, in one place.
+"""What kind of server the broker is, and the Redis in which workers and clients of a project agree.
 
-It is the broker if that is a Redis, else the result backend, else there is none.
+That is the broker if it is a Redis, else the result backend, else there is none. Redis's own
+clients are imported where they are made: they take half of the package's import time.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gw_celery.transport import broker
+if TYPE_CHECKING:
+    import redis.asyncio
+
+#: Parameters of a connection that only the synchronous client takes.
+_SYNC_ONLY = ("max_connections", "retry", "retry_on_timeout", "driver_info")
+
+
+def redis_transport(connection: Any) -> Any | None:
+    """Return kombu's transport class of ``connection`` where it speaks to a Redis, in any form.
+
+    Sentinel is one, too. Nothing connects.
+    """
+    transport = connection.get_transport_cls()
+    return transport if transport.driver_type == "redis" else None
+
+
+def is_rabbitmq(connection: Any) -> bool:
+    """Whether it can prefer some consumers of a queue to others, and tells a queue's length."""
+    return bool(connection.get_transport_cls().driver_type == "amqp")
+
+
+def tells_lengths(connection: Any) -> bool:
+    """Whether one can read how many messages wait in a queue. Nothing connects."""
+    return connection.get_transport_cls().driver_type in ("redis", "amqp")
 
 
 def redis_of(app: Any, timeout: float) -> SharedRedis | None:
@@ -18,10 +42,9 @@ def redis_of(app: Any, timeout: float) -> SharedRedis | None:
         timeout: seconds that any one answer may take.
     """
     with app.connection_for_write() as connection:
-        if broker.redis_transport(connection) is not None:
+        if redis_transport(connection) is not None:
             options = app.conf.broker_transport_options or {}
             return BrokerRedis(app, options.get("global_keyprefix", ""), timeout)
-    # Here: the Redis clients take half of the package's import time.
     from celery.backends.redis import RedisBackend
 
     if isinstance(app.backend, RedisBackend):
@@ -115,3 +138,22 @@ class ResultsRedis(SharedRedis):
         if "path" in options:  # of a Unix socket
             del options["socket_connect_timeout"]
         return backend._create_client(**options)
+
+
+def async_client(backend: Any, *, socket_timeout: float | None) -> redis.asyncio.Redis:
+    """Return a client of its own, on the running loop, for the server of a Redis result backend.
+
+    Args:
+        socket_timeout: seconds until a silent server counts as lost; ``None`` for a subscription,
+            which is silent for as long as nothing ends.
+    """
+    import redis.asyncio
+
+    options = {key: value for key, value in backend.connparams.items() if value is not None}
+    for name in _SYNC_ONLY:
+        options.pop(name, None)
+    cls = options.pop("connection_class", redis.Connection)
+    options["connection_class"] = getattr(redis.asyncio, cls.__name__, redis.asyncio.Connection)
+    options["socket_timeout"] = socket_timeout
+    # Unlike Redis(connection_pool=...), this client closes its connections when it is closed.
+    return redis.asyncio.Redis.from_pool(redis.asyncio.ConnectionPool(**options))

@@ -1,11 +1,8 @@
 """kombu's Redis transport with cheaper, safer taking and acknowledging: same keys, same messages.
 
-While there is a backlog, messages are taken many at a time by ``redis_pop``. What one turn of the
-worker's loop acknowledges shares one round trip. kombu makes a Redis client for every command that
-is not a pop, where one for each channel is enough.
-
-How long a message is unacknowledged is told by the clock of Redis: with kombu, a worker whose own
-clock jumps takes for lost what all others are running.
+While there is a backlog, a script takes many messages at once; while there is none, ``Watch`` waits
+for the first without taking it. What one turn of the worker's loop acknowledges shares one round
+trip, and so does a channel its one client, where kombu makes one for every command but a pop.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterator
 from queue import Empty
 from typing import Any
 
@@ -21,40 +18,98 @@ import kombu
 from kombu.asynchronous import get_event_loop
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
-from kombu.utils.json import dumps
-from redis.exceptions import ResponseError
-
-from gw_celery.transport import pop
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import dumps, loads
+from redis import Connection as RedisConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import InvalidResponse, NoScriptError, ResponseError
 
 logger = logging.getLogger(__name__)
 
 #: kombu publishes no types.
 redis: Any = kombu_redis
 
+#: Takes messages, and records each as unacknowledged in the same step: kombu records what it has
+#: popped afterwards, so that a worker that is killed in between loses it.
+#: KEYS: the hash of unacknowledged messages, their index, then the lists.
+#: ARGV: most messages, most bytes, how many lists take turns, the queue of each list.
+#: Answer: queue, tag and message for each; the tag is "" for one that has none to be found.
+#: The record of a message is what kombu's restoring reads: message, exchange, routing key.
+#: A tag is searched in the end of the message, where kombu writes it: parsing megabytes would keep
+#: all clients waiting. A quote inside of a string is escaped, so that no text can look like one.
+SCRIPT = """
+local most, largest, width = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local now = redis.call('TIME')[1]
+local taken, count, size = {}, 0, 0
+local function tag_of(item)
+  local found = string.match(string.sub(item, -4096), '.*"delivery_tag": ?"([^"]+)"')
+  if found then return found end
+  local is_json, message = pcall(cjson.decode, item)
+  local properties = is_json and type(message) == 'table' and message.properties
+  local tag = type(properties) == 'table' and properties.delivery_tag
+  return type(tag) == 'string' and tag or ''
+end
+for first = 3, #KEYS, width do
+  local found = true
+  while found and count < most and size < largest do
+    found = false
+    for at = first, first + width - 1 do
+      local item = count < most and size < largest and redis.call('RPOP', KEYS[at])
+      if item then
+        found, count, size = true, count + 1, size + #item
+        local queue, tag = ARGV[1 + at], tag_of(item)
+        if tag ~= '' then
+          redis.call('HSET', KEYS[1], tag, '[' .. item .. ', "", ' .. cjson.encode(queue) .. ']')
+          redis.call('ZADD', KEYS[2], now, tag)
+        end
+        table.insert(taken, queue)
+        table.insert(taken, tag)
+        table.insert(taken, item)
+      end
+    end
+  end
+end
+return taken
+"""
+#: Messages of one answer, and their bytes: more would keep Redis and the worker's loop for long.
+MOST = 32
+LARGEST = 1024 * 1024
+#: Seconds after which an idle worker reads its lists again, told or not, and probes the link.
+LOOK_AGAIN = 10.0
+
+#: Tags of messages that a closing connection could not give back. Redis would keep them from
+#: all workers until the visibility timeout.
+_left_behind: set[str] = set()
+#: Those of them whose inputs have ended since.
+_done_behind: set[str] = set()
+
 
 class QoS(redis.QoS):
-    """Acknowledges what one turn of the event loop has finished in one round trip."""
+    """What a worker has taken and not acknowledged.
+
+    For how long is told by the clock of Redis: with kombu, a worker whose own clock jumps takes for
+    lost what all others are running.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._acknowledged: list[str] = []
-        #: Tags that ``redis_pop`` has recorded as unacknowledged.
+        #: Tags that the script has recorded as unacknowledged.
         self.recorded: set[str] = set()
 
     def append(self, message: Any, delivery_tag: str) -> None:
         """Record a message that was taken, if it is not."""
         if delivery_tag in self.recorded:
             self.recorded.discard(delivery_tag)
-            virtual.QoS.append(self, message, delivery_tag)
-            return
-        delivery = message.delivery_info
-        record = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])
-        with self.channel.conn_or_acquire() as client:
-            now = _now(client)
-            pipe = client.pipeline(transaction=False)
-            pipe.hset(self.unacked_key, delivery_tag, record)
-            pipe.zadd(self.unacked_index_key, {delivery_tag: now})
-            pipe.execute()
+        else:
+            delivery = message.delivery_info
+            record = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])
+            with self.channel.conn_or_acquire() as client:
+                now = _now(client)
+                pipe = client.pipeline(transaction=False)
+                pipe.hset(self.unacked_key, delivery_tag, record)
+                pipe.zadd(self.unacked_index_key, {delivery_tag: now})
+                pipe.execute()
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
@@ -95,10 +150,6 @@ class QoS(redis.QoS):
             pipe.hdel(self.unacked_key, *tags)
             pipe.execute()
 
-    def leave_behind(self, tags: Iterable[str]) -> None:
-        """Have the next connection give these messages back."""
-        _left_behind.update(tags)
-
     def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
         """Give back what is unacknowledged for too long; one worker at a time, as in kombu."""
         self._vrestore_count += 1
@@ -111,8 +162,7 @@ class QoS(redis.QoS):
         ):
             last = _now(client) - self.visibility_timeout
             page = (start, num) if num else ()
-            found = client.zrevrangebyscore(self.unacked_index_key, last, 0, *page)
-            for tag in found or []:
+            for tag in client.zrevrangebyscore(self.unacked_index_key, last, 0, *page) or []:
                 self.restore_by_tag(tag, client)
 
     def restore_unacked(self, client: Any = None) -> None:
@@ -137,17 +187,25 @@ def _now(client: Any) -> float:
     return float(seconds) + float(microseconds) / 1e6
 
 
-#: Tags of messages that a closing connection could not give back. Redis would keep them from
-#: all workers until the visibility timeout.
-_left_behind: set[str] = set()
-#: Those of them whose inputs have ended since.
-_done_behind: set[str] = set()
+class Channel(redis.Channel):
+    """Takes many messages at once while there are some; kombu's BRPOP where a server cannot.
 
-
-class Channel(pop.PoppingChannel):
-    """Keeps the client of its connection pool, and what the last connection left undone."""
+    It also keeps the client of its connection pool, and does what the last connection left undone.
+    """
 
     QoS = QoS
+
+    #: There may be messages: the last answer held one, or Redis has told of a change.
+    has_backlog = False
+    #: The command of ours whose answer is to come.
+    _asked: str | None = None
+    #: How many messages were asked for.
+    _asked_for = 0
+    #: Hash of the script, as the server knows it.
+    _script: str | None = None
+    _may_script = True
+    _watch: Watch | None = None
+    _may_watch = True
     _own_client: Any = None
 
     def _create_client(self, asynchronous: bool = False) -> Any:
@@ -158,10 +216,192 @@ class Channel(pop.PoppingChannel):
             kept = self._own_client = super()._create_client()
         return kept
 
+    def _update_queue_cycle(self) -> None:
+        """Called when a queue comes or goes; one that comes has not been looked into."""
+        super()._update_queue_cycle()
+        if self._watch is not None:
+            self._watch.wake()
+
+    # -- asking --
+
     def _brpop_start(self, timeout: Any = None) -> None:
+        """Ask for messages: for many while there are some, else wait until there is one."""
+        # A lost connection may have taken an answer with it.
+        self._asked = None
         if _left_behind or _done_behind:
             self._settle_behind()
-        super()._brpop_start(timeout)
+        queues = self.active_queues
+        if not (queues and self._can_record()):
+            super()._brpop_start(timeout)
+        elif self.has_backlog:
+            self._ask_for_messages(self._queue_cycle.consume(len(queues)))
+        elif (watch := self._following()) is None:
+            super()._brpop_start(timeout)
+        elif watch.is_due(time.monotonic()):
+            self._ask("EXISTS", *(key for _, key in self._lists(queues)))
+
+    def _lists(self, queues: list[str]) -> list[tuple[str, str]]:
+        """Return each list with its queue, the most urgent of all queues first."""
+        steps = self.priority_steps
+        return [(queue, self._q_for_pri(queue, step)) for step in steps for queue in queues]
+
+    def _ask_for_messages(self, queues: list[str]) -> None:
+        lists = self._lists(queues)
+        # Other orders than the default empty one queue after the other.
+        width = len(queues) if self.queue_order_strategy == "round_robin" else 1
+        keys = [self.unacked_key, self.unacked_index_key, *(key for _, key in lists)]
+        if "can_consume" in vars(self.qos):  # Celery counts otherwise (worker_disable_prefetch)
+            self._asked_for = 1
+        else:
+            free: int | None = self.qos.can_consume_max_estimate()
+            self._asked_for = MOST if free is None else max(1, min(MOST, free))
+        limits = (self._asked_for, LARGEST, width)
+        self._ask(
+            "EVALSHA", self._script, len(keys), *keys, *limits, *(queue for queue, _ in lists)
+        )
+
+    def _ask(self, command: str, *args: Any) -> None:
+        self._asked = command
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = time.monotonic()
+        self.client.connection.send_command(command, *args)
+
+    def _can_record(self) -> bool:
+        """Whether the script can take messages, and record them as it does."""
+        if not isinstance(self.qos, QoS) or self.global_keyprefix:
+            return False
+        if self._script is None and self._may_script:
+            try:
+                self._script = self._create_client().script_load(SCRIPT)
+            except ResponseError as exc:
+                self._do_without_script(exc)
+        return self._script is not None
+
+    def _do_without_script(self, exc: ResponseError) -> None:
+        self._may_script, self._script = False, None
+        logger.warning("Redis runs no scripts for us, so messages come singly: %s", exc)
+
+    def _following(self) -> Watch | None:
+        """Return the watch that is told of new messages; ``None`` where there can be none."""
+        hub = get_event_loop()
+        if hub is None or not self._may_watch:
+            return None
+        try:
+            if self._watch is None:
+                self._watch = Watch(self, hub)
+            self._watch.follow(self.client.connection)
+        except ResponseError as exc:
+            self._may_watch = False
+            self._close_watch()
+            logger.warning(
+                "Redis tells us of no new messages, so we wait as kombu does: a worker that is "
+                "killed while it takes the first message after a pause may lose it (%s)",
+                exc,
+            )
+        return self._watch
+
+    def _close_watch(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
+
+    # -- what was answered --
+
+    def _brpop_read(self, **options: Any) -> Any:
+        """Deliver what was asked for; ``Empty`` when there is nothing, as in kombu."""
+        if self._asked == "EVALSHA":
+            return self._deliver_taken(self._read_answer() or [])
+        if self._asked == "EXISTS":
+            if self._read_answer():
+                self.has_backlog = True
+            raise Empty
+        try:
+            answer = super()._brpop_read(**options)
+        except Empty:
+            self.has_backlog = False
+            raise
+        except self.connection_errors:
+            raise
+        except Exception as exc:
+            # It is popped, and would end this worker; kombu knows nothing better to do with it.
+            logger.critical("a message could not be read, dropped: %r", exc, exc_info=True)
+            answer = True
+        self.has_backlog = True
+        return answer
+
+    def _read_answer(self) -> Any:
+        """Return the answer to what was asked; ``None`` when the server refuses."""
+        asked, self._asked = self._asked, None
+        try:
+            return self.client.parse_response(self.client.connection, asked)
+        except NoScriptError:
+            self._script = None  # the server was restarted
+            return None
+        except ResponseError as exc:
+            self._do_without_script(exc)
+            return None
+        except self.connection_errors:
+            self.client.connection.disconnect()
+            raise
+        finally:
+            self._in_poll = None
+            getattr(self, "_flush_brpop_reauth", lambda: None)()  # kombu 5.7
+
+    def _deliver_taken(self, taken: list[bytes]) -> bool:
+        # Fewer than there was room for: the lists are empty, but for what comes just now.
+        is_cut = sum(map(len, taken[2::3])) >= LARGEST
+        self.has_backlog = is_cut or len(taken) >= 3 * self._asked_for
+        if not taken:
+            raise Empty
+        messages = list(self._messages(taken))
+        try:
+            while messages and messages[0][0] in self.connection._callbacks:
+                queue, message = messages.pop(0)
+                self._queue_cycle.rotate(queue)
+                self.connection._deliver(message, queue)
+                if (tag := message["properties"]["delivery_tag"]) in self.qos.recorded:
+                    self.qos.recorded.discard(tag)
+                    self.qos.forget([tag])  # its consumer does not acknowledge
+        finally:
+            # A callback raised, or a queue was closed meanwhile.
+            self._give_back([message for _, message in messages])
+        return True
+
+    def _messages(self, taken: list[bytes]) -> Iterator[tuple[str, Any]]:
+        """Yield queue and message of each; one that is no message is logged and dropped."""
+        for name, found, text in zip(taken[::3], taken[1::3], taken[2::3], strict=True):
+            queue, tag = bytes_to_str(name), bytes_to_str(found)
+            try:
+                message = loads(bytes_to_str(text))
+                own = redis.Channel.Message(message, channel=self).delivery_tag
+                if not isinstance(own, str):
+                    raise TypeError(f"its delivery_tag is {own!r}")
+            except Exception as exc:
+                logger.critical("not a message in %s, dropped: %r: %.200r", queue, exc, text[:200])
+                self.qos.forget([tag] if tag else [])
+                continue
+            if tag == own:
+                self.qos.recorded.add(tag)
+            elif tag:
+                self.qos.forget([tag])
+            yield queue, message
+
+    def _give_back(self, messages: list[Any]) -> None:
+        """Return what was not delivered, the newest first: the oldest is the next again."""
+        while messages:
+            tag = messages[-1]["properties"]["delivery_tag"]
+            try:
+                if tag in self.qos.recorded:
+                    self.qos.restore_by_tag(tag)
+                else:
+                    self.connection._reject_inbound_message(messages[-1])
+            except self.connection_errors:
+                _left_behind.update(message["properties"]["delivery_tag"] for message in messages)
+                raise
+            self.qos.recorded.discard(tag)
+            messages.pop()
+
+    # -- connections that end --
 
     def _settle_behind(self) -> None:
         """Do for the last connection's messages what it could not do any more."""
@@ -181,20 +421,122 @@ class Channel(pop.PoppingChannel):
         """Close, also with the server away: half a close would be tried again without one."""
         if not self.closed:
             if isinstance(self.qos, QoS):
-                self._settle(self.qos.flush_acknowledged)
+                _settle(self.qos.flush_acknowledged)
             if self._in_poll:
-                self._settle(self._brpop_read)
+                _settle(self._brpop_read)
                 self._in_poll = None
             self._close_watch()
         super().close()
 
-    def _settle(self, what: Callable[[], Any]) -> None:
+
+def _settle(what: Callable[[], Any]) -> None:
+    try:
+        what()
+    except Empty:
+        return
+    except Exception as exc:
+        logger.warning("Redis is away while its channel closes: %r", exc)
+
+
+class Watch:
+    """A link on which Redis tells of changes to what another connection reads.
+
+    An idle worker reads that its lists are empty, and is told of the first message ("client-side
+    caching", Redis 6). BRPOP, kombu's way to wait, takes the message before it can be recorded. It
+    also waits a second for the lists that it was sent with, when others may be to be read by then.
+    https://redis.io/docs/latest/develop/reference/client-side-caching/ (two connections).
+
+    Args:
+        channel: what reads the lists, and is told that there may be messages.
+        hub: the event loop of the worker.
+    """
+
+    def __init__(self, channel: Channel, hub: Any) -> None:
+        self._channel = channel
+        self._hub = hub
+        given = {**channel._connparams(), "protocol": 2, "decode_responses": False}
+        # So that `CLIENT LIST` tells what the connection is for.
+        for name, default in (("socket_timeout", 5.0), ("client_name", "gw_celery-watch")):
+            if given.get(name) is None:
+                given[name] = default
+        # redis-py's own PING fails on a subscriber, which is answered otherwise: after a pause in
+        # which every slot was taken it would end the worker. `_probe` is what checks this link.
+        given["health_check_interval"] = 0
+        given.pop("max_connections", None)
+        self._link = given.pop("connection_class", RedisConnection)(**given)
+        self._link.connect()
+        self._id = self._ask("CLIENT", "ID")
+        # A subscriber of the older protocol can be told by itself; reading is the other's.
+        self._ask("SUBSCRIBE", "__redis__:invalidate")
+        self._reader_socket: Any = None
+        #: When the lists are to be read again without having been told; ``None`` for now.
+        self._look_at: float | None = None
+        self._owes_answer = False
+        hub.add_reader(self._link._sock, self._read)
+
+    def follow(self, reader: Any) -> None:
+        """Have Redis tell of changes to what ``reader`` reads from now on.
+
+        Raises:
+            ResponseError: the server or its rules do not allow it.
+        """
+        if self._reader_socket is not reader._sock or reader._sock is None:
+            reader.send_command("CLIENT", "TRACKING", "ON", "REDIRECT", self._id)
+            reader.read_response()
+            self._reader_socket = reader._sock
+            self.wake()
+
+    def is_due(self, now: float) -> bool:
+        """Whether the caller is to read the lists now; if so, not again until something changes."""
+        if self._look_at is not None:
+            if now < self._look_at:
+                return False
+            self._probe()
+        self._look_at = now + LOOK_AGAIN
+        return True
+
+    def wake(self) -> None:
+        """Have the lists read again at the next opportunity."""
+        self._look_at = None
+
+    def close(self) -> None:
+        if self._link._sock is not None:
+            self._hub.remove_reader(self._link._sock)
+        self._link.disconnect()
+
+    def _probe(self) -> None:
+        """A link that is dead without a sound would make each first message wait."""
+        if self._owes_answer:
+            self.close()
+            raise RedisConnectionError(
+                f"Redis did not answer for {LOOK_AGAIN:.0f} s on the connection that tells of "
+                f"new messages"
+            )
+        self._owes_answer = True
+        self._link.send_command("PING")
+
+    def _read(self) -> None:
         try:
-            what()
-        except Empty:
-            return
-        except Exception as exc:
-            logger.warning("Redis is away while its channel closes: %r", exc)
+            while self._link.can_read(timeout=0):
+                answer = self._link.read_response()
+                self._owes_answer = False
+                if answer[0] == b"message":
+                    self.wake()
+                    self._channel.has_backlog = True
+        except (OSError, RedisConnectionError):
+            self.close()
+            raise
+        except InvalidResponse as exc:
+            # Redis 7.0 tells of FLUSHDB, and of any database, in the wrong protocol. Celery
+            # connects again after a ConnectionError only; of anything else the worker would end.
+            self.close()
+            raise RedisConnectionError(
+                f"Redis cannot be read on the connection that tells of new messages: {exc}"
+            ) from exc
+
+    def _ask(self, *command: Any) -> Any:
+        self._link.send_command(*command)
+        return self._link.read_response()
 
 
 class Transport(redis.Transport):

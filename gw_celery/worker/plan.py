@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gw_celery import conf
 from gw_celery.declare import gpu, probes, registry, services
-from gw_celery.transport import broker
+from gw_celery.transport import find
 
 if TYPE_CHECKING:
     from gw_celery.gpus import allocation
@@ -141,7 +141,7 @@ def _log_unlimited(app: Any, plan: Plan) -> None:
     tasks = [app.tasks[method.task_name] for method in methods]
     unlimited = sorted(task.name for task in tasks if task.acks_late and not task.time_limit)
     with app.connection_for_read() as connection:
-        transport = broker.redis_transport(connection)
+        transport = find.redis_transport(connection)
     if unlimited and transport is not None:
         options = app.conf.broker_transport_options or {}
         logger.warning(

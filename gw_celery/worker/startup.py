@@ -21,7 +21,7 @@ from gw_celery.client import beat_tasks, preset, task
 from gw_celery.declare import gpu, registry
 from gw_celery.gpus import allocation, devices
 from gw_celery.runtime import lifecycle
-from gw_celery.transport import broker
+from gw_celery.transport import find
 from gw_celery.worker import commands, consumer, gate, serving
 from gw_celery.worker.plan import GPU_POOL, OPTIONS, Plan, WorkerOptions
 
@@ -276,7 +276,7 @@ def _require_lengths(worker: Any, least: int) -> None:
     if least:
         return
     with worker.app.connection_for_read() as connection:
-        if not broker.tells_lengths(connection):
+        if not find.tells_lengths(connection):
             raise errors.ConfigurationError(
                 f"a worker that may have no replica must know what waits in its queues, and the "
                 f"transport {connection.transport_cls!r} does not tell: let one stay "

@@ -14,8 +14,7 @@ import pooled
 import pytest
 import redis
 
-from gw_celery import testing
-from tests import pooling
+from tests import outages, pooling, services
 from tests.pooling import StartPooled
 from tests.processes import StartWorker, eventually
 
@@ -23,8 +22,8 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def server(redis_server: testing.Server, redis_url: str) -> Iterator[redis.Redis]:
-    with redis.Redis(unix_socket_path=str(redis_server.socket)) as client:
+def server(redis_url: str) -> Iterator[redis.Redis]:
+    with services.redis_at(redis_url) as client:
         yield client
 
 
@@ -203,26 +202,26 @@ def test_what_is_no_message_ends_no_worker(
 def test_a_server_that_is_restarted_forgets_the_script_and_is_told_again(
     start_pooled: StartPooled, tmp_path: Path, ledger_path: Path
 ) -> None:
-    given = {"broker": "", "result": ""}
     names = [f"n{number}" for number in range(200)]
-    with testing.server(tmp_path / "broker") as first:
-        given = {"broker": first.broker_url, "result": first.result_url}
+    with outages.outage(tmp_path / "broker") as broker:
+        given = {"broker": broker.server.broker_url, "result": broker.server.result_url}
         worker = start_pooled(**given)
         with pooling.client(**given) as app:
             for name in names[:100]:
                 app.send_task("pooled.four", (name, 0.02), queue="cpu.four")
         eventually(lambda: len(ended(ledger_path)) > 40, 20)
-    with (
-        testing.server(tmp_path / "broker") as second,
-        redis.Redis(unix_socket_path=str(second.socket)) as client,
-        pooling.client(**given) as app,
-    ):
-        for name in names[100:]:
-            app.send_task("pooled.four", (name, 0.02), queue="cpu.four")
-        eventually(lambda: ended(ledger_path) == set(names), 60)
-        assert "cmdstat_rpop" in client.info("commandstats")
-        eventually(lambda: not client.exists("unacked", "unacked_index"))
-        assert worker.stop() == 0
+        broker.stop()
+        broker.start()
+        with (
+            redis.Redis(unix_socket_path=str(broker.server.socket)) as client,
+            pooling.client(**given) as app,
+        ):
+            for name in names[100:]:
+                app.send_task("pooled.four", (name, 0.02), queue="cpu.four")
+            eventually(lambda: ended(ledger_path) == set(names), 60)
+            assert "cmdstat_rpop" in client.info("commandstats")
+            eventually(lambda: not client.exists("unacked", "unacked_index"))
+            assert worker.stop() == 0
 
 
 def test_a_huge_input_is_served_among_small_ones(

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,24 +12,18 @@ from celery import Celery, current_task, signals
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 
 import gw_celery as gw
-from gw_celery.declare import services
-from gw_celery.policy import scores
-from gw_celery.protocol import snapshot
-from gw_celery.replica import benchmark
 from tests import child_harness
 from tests.child_harness import Order, Report
 
 ONE = [{"x": 1}]
 
 
-def measured(
-    app: gw.App, *, name: str = "", within: float = 30.0, **settings: Any
-) -> snapshot.TaskScore:
-    """The score of a task of the only service, as a replica reports it.
+class NoScore(Exception):
+    """The reason that a child reports."""
 
-    Raises:
-        NoScore: with the reason that it reports.
-    """
+
+def measured(app: gw.App, *, name: str = "", within: float = 30.0, **settings: Any) -> Any:
+    """The score of a task of the only service, as a replica reports it."""
     (service,) = app.registry.services.values()
     method = service.methods[name] if name else next(iter(service.methods.values()))
     with child_harness.child_of(app, **settings) as child:
@@ -36,8 +31,8 @@ def measured(
         answer = json.loads(child.answer(Report.MEASURED, 1)[0])
         assert child.store.states == [], "nothing outside learns of it"
     if "failure" in answer:
-        raise scores.NoScore(answer["failure"])
-    return scores.from_json(answer["score"])
+        raise NoScore(answer["failure"])
+    return SimpleNamespace(**answer["score"])
 
 
 def test_a_pass_that_is_not_counted_comes_before_the_rounds(app: gw.App) -> None:
@@ -158,13 +153,19 @@ def test_a_batched_method_is_measured_in_full_batches(app: gw.App, *, is_async: 
 def test_how_many_inputs_a_round_starts(
     app: gw.App, concurrency: int, max_inputs: int, size: int | None, expected: int
 ) -> None:
-    async def embed(xs: list[int]) -> list[int]: ...
+    began: list[int] = []
+
+    async def embed(xs: Any) -> Any:
+        began.extend(xs if size else [xs])
+        return xs
 
     body: Any = gw.batched(max_batch_size=size)(embed) if size else embed
     body = gw.concurrent(max_inputs=max_inputs)(body)
-    app.remote(benchmark_dataset=[{"xs": 1}], benchmark_concurrency=concurrency)(body)
-    (service,) = app.registry.services.values()
-    assert benchmark.parallel(service, service.methods["embed"]) == expected
+    app.remote(benchmark_dataset=[{"xs": 1}], benchmark_concurrency=concurrency, benchmark_runs=1)(
+        body
+    )
+    measured(app)
+    assert len(began) == 2 * expected
 
 
 def test_a_synchronous_body_runs_in_a_thread_with_the_default_parameters(app: gw.App) -> None:
@@ -221,7 +222,7 @@ def test_whatever_a_body_raises_is_a_failed_call(app: gw.App, failure: BaseExcep
     async def embed(x: int) -> None:
         raise failure
 
-    with pytest.raises(scores.NoScore, match="all of its 2 inputs failed, the first one with"):
+    with pytest.raises(NoScore, match="all of its 2 inputs failed, the first one with"):
         measured(app)
 
 
@@ -263,7 +264,7 @@ def test_retry_sends_nothing_and_fails_the_input(
 
     sent: list[Any] = []
     monkeypatch.setattr(Celery, "send_task", lambda self, *args, **kwargs: sent.append(args))
-    with pytest.raises(scores.NoScore, match="all of its 10 inputs failed"):
+    with pytest.raises(NoScore, match="all of its 10 inputs failed"):
         measured(app)
     assert sent == []
 
@@ -330,7 +331,7 @@ def test_a_generator_that_makes_no_input_is_told_of(app: gw.App, made: Any, why:
     @app.remote(benchmark_generator=make)
     async def embed(x: int) -> None: ...
 
-    with pytest.raises(scores.NoScore, match=why):
+    with pytest.raises(NoScore, match=why):
         measured(app)
 
 
@@ -353,7 +354,7 @@ def test_an_input_ends_at_the_time_limit_of_its_task(app: gw.App, *, is_async: b
             def predict(self, x: int) -> None:
                 hang()
 
-    with pytest.raises(scores.NoScore, match=r"TimeLimitExceeded: 0\.1 s"):
+    with pytest.raises(NoScore, match=r"TimeLimitExceeded: 0\.1 s"):
         measured(app)
 
 
@@ -380,7 +381,7 @@ def test_a_benchmark_that_is_given_up_leaves_nothing_behind(app: gw.App) -> None
         finally:
             ended.append("ended")
 
-    with pytest.raises(scores.NoScore, match="it was not over after 0 s"):
+    with pytest.raises(NoScore, match="it was not over after 0 s"):
         measured(app, within=0.2)
     assert ended == ["ended"] * 3
 
@@ -396,7 +397,7 @@ def test_a_benchmark_is_given_up_though_an_input_cannot_be_ended(app: gw.App) ->
 
     began = time.monotonic()
     try:
-        with pytest.raises(scores.NoScore, match="it was not over"):
+        with pytest.raises(NoScore, match="it was not over"):
             measured(app, within=0.2, gw_cancel_timeout=0.1)
         assert time.monotonic() - began < 20, "before the test's own time was up"
     finally:
@@ -420,12 +421,21 @@ def test_each_method_is_measured_alone(app: gw.App) -> None:
     assert set(called) == {"rank"}
 
 
-def test_a_method_without_a_benchmark_has_no_score() -> None:
+def test_what_cannot_be_measured_has_no_score(app: gw.App) -> None:
+    @app.remote()
     async def embed(x: int) -> None: ...
 
-    app = gw.App("unit")
-    app.remote(embed)
-    (service,) = app.registry.services.values()
-    method: services.Method = service.methods["embed"]
-    with pytest.raises(scores.NoScore, match="declares no benchmark"):
-        benchmark.parallel(service, method)
+    @app.celery.task
+    def plain() -> None: ...
+
+    with child_harness.child_of(app) as child:
+        for number, (name, why) in enumerate(
+            [
+                (embed.name, f"{embed.name} declares no benchmark"),
+                (plain.name, "no task of this name is served here"),
+                ("gone", "no task of this name is served here"),
+            ]
+        ):
+            child.send(Order.BENCHMARK, number, name, 30.0, False)
+            (answer,) = child.answer(Report.MEASURED, number)
+            assert json.loads(answer) == {"failure": why}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -229,6 +230,78 @@ def test_a_cancellation_of_the_bodys_own_making_is_its_failure(app: gw.App) -> N
         for task in (cancels, cancels_its_task):
             outcome = child.outcome(child.run(task.name))
             assert outcome == (Report.ERROR, Outcome.FAILURE, "BodyExited")
+
+
+def test_a_child_that_leaves_fails_no_input_whose_body_it_interrupts(
+    app: gw.App, body: Body
+) -> None:
+    """Its message, which the broker still has, would be acknowledged with a failure."""
+
+    @app.remote()
+    async def work() -> Any:
+        return await body.on_loop()
+
+    with child_harness.child_of(app, task_track_started=True) as child:
+        number = child.run(work.name)
+        assert body.waits.wait(DEADLINE)
+        child.send(Order.LEAVE)
+        child.thread.join(DEADLINE)
+        assert body.saw == ["CancelledError"]
+        assert child.store.states == ["STARTED"]
+        assert child.told(number) == [Report.ACCEPT]
+
+
+def test_a_tasks_run_is_as_written_elsewhere(app: gw.App) -> None:
+    def add(x: int, *, y: int) -> int:
+        """Adds."""
+        return x + y
+
+    task = app.celery.task(add)
+    with child_harness.child_of(app):
+        assert task.run(1, y=2) == 3
+        assert (task.run.__name__, task.run.__doc__) == ("add", "Adds.")
+
+
+def test_a_nested_call_is_part_of_its_callers_body(app: gw.App, body: Body) -> None:
+    @app.celery.task
+    def inner() -> None: ...
+
+    @app.celery.task
+    def outer() -> Any:
+        inner.run()
+        inner()
+        return body.in_thread()
+
+    with child_harness.child_of(app) as child:
+        number = child.run(outer.name)
+        assert body.waits.wait(DEADLINE)
+        child.soft(number)
+        assert child.outcome(number) == FAILED_SOFT
+
+
+def test_a_profiler_works_after_bodies_that_ran_in_a_thread(app: gw.App, body: Body) -> None:
+    """Python 3.11 hangs in it once an exception that was not raised was taken back."""
+    seen: list[str] = []
+
+    @app.celery.task
+    def work() -> Any:
+        return body.in_thread()
+
+    @app.celery.task
+    def profile() -> None:
+        sys.setprofile(lambda frame, event, arg: seen.append(event))
+        (lambda: None)()
+        sys.setprofile(None)
+
+    with child_harness.child_of(app) as child:  # which has one thread for these
+        limited = child.run(work.name)
+        assert body.waits.wait(DEADLINE)
+        child.soft(limited)
+        assert child.outcome(limited) == FAILED_SOFT
+        body.go.set()
+        assert child.outcome(child.run(work.name))[0] == Report.DONE
+        assert child.outcome(child.run(profile.name))[0] == Report.DONE
+    assert "call" in seen
 
 
 # -- too late --

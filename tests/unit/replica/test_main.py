@@ -1,6 +1,7 @@
+"""A child that leaves closes what it published over: the broker has taken the last of it."""
+
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 from kombu import Connection, pools
 
-from gw_celery.replica import main
+import gw_celery as gw
+from tests import child_harness
 
 
 @pytest.fixture
@@ -21,52 +23,59 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made.force_close_all()
 
 
-def connected(pool: Any, count: int) -> list[Any]:
-    """Connections of ``pool`` that were used at the same time, and are not any more."""
-    used = [pool.acquire(block=True) for _ in range(count)]
-    for connection in used:
-        connection.connect()
-        connection.release()
+def leave_after_use(app: gw.App, pool: Any, count: int) -> list[Any]:
+    """Have a child leave that used so many connections of ``pool`` at the same time."""
+    with child_harness.child_of(app):
+        used = [pool.acquire(block=True) for _ in range(count)]
+        for connection in used:
+            connection.connect()
+            connection.release()
     return used
 
 
-def test_every_connection_that_was_used_is_closed(pool: Any) -> None:
-    used = connected(pool, 3)
-    asyncio.run(main.close_connections(5.0))
+def test_every_connection_that_was_used_is_closed(app: gw.App, pool: Any) -> None:
+    used = leave_after_use(app, pool, 3)
     assert [connection.connected for connection in used] == [False] * 3
 
 
-def test_nothing_is_connected_for_it(pool: Any) -> None:
-    asyncio.run(main.close_connections(5.0))
+def test_nothing_is_connected_for_it(app: gw.App, pool: Any) -> None:
+    leave_after_use(app, pool, 0)
     with pool.acquire(block=True) as unused:
         assert not unused.connected
 
 
 def test_a_broker_that_does_not_answer_is_not_waited_for(
-    pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    app: gw.App, pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (used,) = connected(pool, 1)
-    answers = threading.Event()
-    monkeypatch.setattr(used, "close", lambda: answers.wait(60))
+    closing, warned = threading.Event(), threading.Event()
 
-    async def act() -> None:
-        await main.close_connections(0.05)
-        answers.set()  # the loop waits for its threads
+    class Warned(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "did not answer" in record.getMessage():
+                warned.set()
 
-    with caplog.at_level(logging.WARNING):
-        asyncio.run(act())
-    assert "did not answer" in caplog.text
+    def close(self: Any) -> None:
+        closing.set()
+        assert warned.wait(20), "it goes on without an answer; its loop waits for its threads"
+
+    monkeypatch.setattr(Connection, "close", close)
+    root, handler = logging.getLogger(), Warned()
+    root.addHandler(handler)
+    try:
+        leave_after_use(app, pool, 1)
+    finally:
+        root.removeHandler(handler)
+    assert closing.is_set()
+    assert warned.is_set()
 
 
 def test_a_connection_that_is_lost_stops_no_other(
-    pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    app: gw.App, pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (used,) = connected(pool, 1)
-
-    def fail() -> None:
+    def fail(self: Any) -> None:
         raise ConnectionResetError("gone")
 
-    monkeypatch.setattr(used, "close", fail)
-    with caplog.at_level(logging.WARNING):
-        asyncio.run(main.close_connections(5.0))
-    assert "gone" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "close", fail)
+        leave_after_use(app, pool, 1)
+    assert "could not be closed: ConnectionResetError('gone')" in caplog.text

@@ -13,7 +13,6 @@ import pytest
 from celery import current_task
 
 import gw_celery as gw
-from gw_celery.replica import probe
 from tests import child_harness
 from tests.child_harness import Order, Report
 
@@ -52,40 +51,48 @@ def serve(app: gw.App) -> Iterator[Callable[..., Replica]]:
         yield serve
 
 
-@pytest.mark.parametrize(
-    ("answer", "is_ok"),
-    [
-        (None, True),
-        (True, True),
-        (0, True),
-        ("", True),
-        ([], True),
-        ({}, True),
-        ({"loaded": False}, True),
-        ({"ok": True}, True),
-        ({"ok": 1}, True),
-        (False, False),
-        ({"ok": False}, False),
-        ({"ok": None}, False),
-        ({"ok": 0, "why": "no memory"}, False),
-    ],
-)
-def test_only_false_and_a_mapping_that_is_not_ok_fail(answer: Any, is_ok: bool) -> None:
-    assert probe.judge(answer)[0] is is_ok
+class Scalar:
+    """What an array library answers with."""
+
+    def __init__(self, value: bool, dtype: str) -> None:
+        self.value, self.dtype = value, dtype
+
+    def __bool__(self) -> bool:
+        return self.value
 
 
-def test_false_of_an_array_library_is_false() -> None:
-    class Scalar:
-        def __init__(self, value: bool, dtype: str) -> None:
-            self.value, self.dtype = value, dtype
+ANSWERS: list[tuple[Any, bool]] = [
+    (None, True),
+    (True, True),
+    (0, True),
+    ("", True),
+    ([], True),
+    ({}, True),
+    ({"loaded": False}, True),
+    ({"ok": True}, True),
+    ({"ok": 1}, True),
+    (False, False),
+    ({"ok": False}, False),
+    ({"ok": None}, False),
+    ({"ok": 0, "why": "no memory"}, False),
+    (Scalar(False, "bool"), False),
+    (Scalar(False, "torch.bool"), False),
+    (Scalar(True, "bool"), True),
+    (Scalar(True, "torch.bool"), True),
+    (Scalar(False, "float32"), True),
+]
 
-        def __bool__(self) -> bool:
-            return self.value
 
-    for dtype in ("bool", "torch.bool"):
-        assert not probe.judge(Scalar(False, dtype))[0]
-        assert probe.judge(Scalar(True, dtype))[0]
-    assert probe.judge(Scalar(False, "float32"))[0]
+def test_only_false_and_a_mapping_that_is_not_ok_fail(serve: Any) -> None:
+    answers = iter(ANSWERS)
+
+    class Model:
+        @gw.method()
+        async def health(self) -> Any:
+            return next(answers)[0]
+
+    replica = serve(Model)
+    assert [replica.answer("health")[0] for _ in ANSWERS] == [is_ok for _, is_ok in ANSWERS]
 
 
 def test_probes_run_on_the_loop_or_in_a_thread_of_their_own(serve: Any) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import pytest
-
+import gw_celery as gw
 from gw_celery import errors
-from gw_celery.replica import queue_time
+from tests import child_harness
+from tests.child_harness import Outcome, Report
 
 LIMIT = 30.0
 
@@ -17,29 +17,37 @@ def asked(ago: float, **more: Any) -> dict[str, Any]:
     return {"gw-enqueued": time.time() - ago, **more}
 
 
-def test_an_input_that_waited_too_long_is_refused_with_what_it_waited_for() -> None:
-    request = asked(LIMIT + 5, delivery_info={"routing_key": "gpu.embed"})
-    refusal = queue_time.rejection("proj.embed", request, LIMIT)
-    assert refusal is not None
-    assert (refusal.task, refusal.queue, refusal.limit) == ("proj.embed", "gpu.embed", LIMIT)
+def test_an_input_that_waited_too_long_is_refused_with_what_it_waited_for(app: gw.App) -> None:
+    @app.remote()
+    async def embed() -> None: ...
+
+    with child_harness.child_of(app, gw_max_queue_time=LIMIT) as child:
+        number = child.run(embed.name, **asked(LIMIT + 5, delivery_info={"routing_key": "gpu.a"}))
+        assert child.outcome(number) == (Report.ERROR, Outcome.FAILURE, "QueueTimeExceeded")
+        refusal = child.result(number)
+    assert (refusal.task, refusal.queue, refusal.limit) == (embed.name, "gpu.a", LIMIT)
     assert refusal.was_sent
     assert refusal.estimate >= LIMIT + 5
 
 
-@pytest.mark.parametrize(
-    "request_of",
-    [
-        dict,
-        lambda: asked(LIMIT - 10),
-        lambda: asked(-1e6),
-        lambda: {"gw-enqueued": "long ago"},
-        lambda: asked(LIMIT + 1, delivery_info={"redelivered": True}),
-        lambda: asked(LIMIT + 1, **{"x-delivery-count": 1}),
-    ],
-    ids=["foreign", "in time", "from a clock that is ahead", "odd", "redelivered", "quorum"],
-)
-def test_what_cannot_be_called_late_may_begin(request_of: Any) -> None:
-    assert queue_time.rejection("t", request_of(), LIMIT) is None
+def test_what_cannot_be_called_late_may_begin(app: gw.App) -> None:
+    @app.remote()
+    async def embed() -> None: ...
+
+    requests: dict[str, dict[str, Any]] = {
+        "foreign": {},
+        "in time": asked(LIMIT - 10),
+        "from a clock that is ahead": asked(-1e6),
+        "odd": {"gw-enqueued": "long ago"},
+        "redelivered": asked(LIMIT + 1, delivery_info={"redelivered": True}),
+        "quorum": asked(LIMIT + 1, **{"x-delivery-count": 1}),
+    }
+    with child_harness.child_of(app, gw_max_queue_time=LIMIT) as child:
+        outcomes = {
+            name: child.outcome(child.run(embed.name, **request))
+            for name, request in requests.items()
+        }
+    assert outcomes == dict.fromkeys(requests, (Report.DONE, "None"))
 
 
 def test_the_error_says_what_is_the_matter_and_comes_back_as_it_went() -> None:

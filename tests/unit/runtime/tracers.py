@@ -7,7 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from gw_celery.replica import input as replica_input
+from gw_celery.replica import tracer
 from gw_celery.runtime import greenlet_bridge
 
 DEADLINE = 30.0
@@ -49,8 +49,8 @@ class Reports:
         self.sent.append(report)
 
 
-def an_input(link: Reports | None = None, **facts: Any) -> replica_input.Input:
-    return replica_input.Input(1, "proj.embed", "id-1", link or Reports(), **facts)
+def an_input(link: Reports | None = None, **facts: Any) -> tracer.Input:
+    return tracer.Input(1, "proj.embed", "id-1", link or Reports(), **facts)
 
 
 def keep(outcome: Callable[[], Any]) -> Any:

@@ -11,12 +11,12 @@ import redis
 from kombu import Connection, Consumer, Queue
 from kombu.asynchronous import Hub, set_event_loop
 
-from gw_celery import testing
-from gw_celery.transport import transport
+from tests import outages
 from tests.processes import eventually
-from tests.unit.worker.redis_readers import (
+from tests.redis_readers import (
     Reader,
     calls,
+    connect,
     foreign,
     reading,
     send,
@@ -144,9 +144,9 @@ def test_messages_on_their_way_to_a_closing_channel_are_given_back(
 
 
 def test_a_channel_closes_when_its_server_is_gone(tmp_path: Path, hub: Hub) -> None:
-    with testing.server(tmp_path) as gone:
-        send(gone.broker_url, range(20))
-        connection = transport.use(Connection(gone.broker_url))
+    with outages.outage(tmp_path) as broker:
+        send(broker.server.broker_url, range(20))
+        connection = connect(broker.server.broker_url)
         reader = Reader(connection, [Queue("q")], prefetch=10)
         reader.read(5)[0].ack()
         reader.ask()
@@ -157,14 +157,14 @@ def test_a_channel_closes_when_its_server_is_gone(tmp_path: Path, hub: Hub) -> N
     reader.messages[1].ack()
     for callback in hub._pop_ready():
         callback()
-    with testing.server(tmp_path) as back:
-        again = transport.use(Connection(back.broker_url))
+    with outages.outage(tmp_path) as back:
+        again = connect(back.server.broker_url)
         second = Reader(again, [Queue("q")])
         second.read_all()
         # The answer that was on its way when the server ended may be lost: its message is recorded.
         assert len(second.messages) >= 17
         again.close()
-        found = take_with_kombu(back.broker_url)
+        found = take_with_kombu(back.server.broker_url)
         # Two were acknowledged, one of them while the server was away.
         assert len({one.delivery_tag for one in found}) == 18
 
@@ -195,9 +195,9 @@ def test_a_message_that_could_not_be_recorded_is_given_back_too(
 
 
 def test_messages_that_a_lost_server_cut_off_come_again(tmp_path: Path) -> None:
-    with testing.server(tmp_path) as gone:
-        send(gone.broker_url, range(10))
-        connection = transport.use(Connection(gone.broker_url))
+    with outages.outage(tmp_path) as gone:
+        send(gone.server.broker_url, range(10))
+        connection = connect(gone.server.broker_url)
         reader = Reader(connection, [Queue("q")])
 
         def take(message: Any) -> None:
@@ -211,7 +211,7 @@ def test_messages_that_a_lost_server_cut_off_come_again(tmp_path: Path) -> None:
             reader.read(10)
         connection.collect()
         connection.close()
-    with testing.server(tmp_path) as back, reading(back.broker_url) as again:
+    with outages.outage(tmp_path) as back, reading(back.server.broker_url) as again:
         again.read_all()
         assert sorted(again.numbers()) == list(range(10))
 
@@ -250,7 +250,7 @@ def test_a_dropped_connection_s_answer_is_not_waited_for(
     ],
 )
 def test_a_connection_looks_like_celery_s(url: str) -> None:
-    plain, ours = Connection(url), transport.use(Connection(url))
+    plain, ours = Connection(url), connect(url)
     assert ours.info() == plain.info()
     assert ours.as_uri(include_password=True) == plain.as_uri(include_password=True)
     assert ours.clone().get_transport_cls() is ours.get_transport_cls()
@@ -259,7 +259,8 @@ def test_a_connection_looks_like_celery_s(url: str) -> None:
 
 
 def test_only_plain_redis_is_replaced() -> None:
-    for url in ("memory://", "sentinel://host", "amqp://host"):
-        connection = Connection(url)
-        assert transport.use(connection) is connection
-    assert transport.use(Connection("redis://")).get_transport_cls() is (transport.Transport)
+    kinds = {
+        url: connect(url).get_transport_cls() is Connection(url).get_transport_cls()
+        for url in ("memory://", "sentinel://host", "amqp://host", "redis://")
+    }
+    assert [url for url, is_kombus in kinds.items() if not is_kombus] == ["redis://"]

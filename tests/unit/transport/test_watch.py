@@ -3,67 +3,46 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
 
 import pytest
 import redis
 from kombu import Queue
 from kombu.asynchronous import Hub
 
-from gw_celery.transport import watch as transport_watch
 from tests.processes import eventually
-from tests.unit.worker.redis_readers import Reader, calls, reading, send, tags, unacknowledged
+from tests.redis_readers import (
+    Worker,
+    calls,
+    looking_again,
+    reading,
+    send,
+    silencing,
+    tags,
+    unacknowledged,
+)
 
-
-class Worker:
-    """A reader on the event loop of a worker, one turn at a time."""
-
-    def __init__(self, reader: Reader, hub: Hub) -> None:
-        self.reader = reader
-        self.hub = hub
-        reader.connection.register_with_event_loop(hub)
-
-    @property
-    def watch(self) -> transport_watch.Watch:
-        watch: transport_watch.Watch = self.reader.channel._watch
-        return watch
-
-    def turn(self) -> bool:
-        self.hub.call_later(0.02, lambda: None)  # what bounds the turn
-        self.hub.run_once()
-        return False
-
-    def fall_idle(self) -> None:
-        eventually(lambda: self.turn() or self._is_waiting(), 10, 0)
-
-    def _is_waiting(self) -> bool:
-        watch = self.reader.channel._watch
-        return watch is not None and watch._look_at is not None
-
-    def read(self, count: int) -> list[Any]:
-        eventually(lambda: self.turn() or len(self.reader.messages) >= count, 10, 0)
-        return self.reader.numbers()
+Start = Callable[..., Worker]
 
 
 @pytest.fixture
-def start(
-    redis_url: str, server: redis.Redis, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Any]:
+def start(redis_url: str, server: redis.Redis, hub: Hub) -> Iterator[Start]:
     server.config_resetstat()
-    # Looking again now and then would hide that nothing was told.
-    monkeypatch.setattr(transport_watch, "LOOK_AGAIN", 1000.0)
     with ExitStack() as stack:
+        # Looking again now and then would hide that nothing was told.
+        stack.enter_context(looking_again(1000.0))
 
-        def reader(*queues: Queue | str, **options: Any) -> Worker:
-            return Worker(stack.enter_context(reading(redis_url, *queues, **options)), hub)
+        def reader(*queues: str, url: str = redis_url, **options: object) -> Worker:
+            made = stack.enter_context(reading(url, *queues, **options))
+            return Worker(made, hub, server)
 
         yield reader
 
 
 def test_an_idle_worker_that_is_killed_has_taken_nothing(
-    start: Any, server: redis.Redis, redis_url: str
+    start: Start, server: redis.Redis, redis_url: str
 ) -> None:
     start().fall_idle()
     send(redis_url, range(3))
@@ -73,7 +52,7 @@ def test_an_idle_worker_that_is_killed_has_taken_nothing(
 
 
 def test_the_first_message_after_a_pause_is_recorded_as_it_is_taken(
-    start: Any, server: redis.Redis, redis_url: str
+    start: Start, server: redis.Redis, redis_url: str
 ) -> None:
     worker = start()
     for number in range(5):
@@ -84,18 +63,23 @@ def test_the_first_message_after_a_pause_is_recorded_as_it_is_taken(
     assert calls(server, "brpop") == 0
 
 
-def test_a_worker_that_looked_away_for_long_probes_the_link(start: Any, redis_url: str) -> None:
-    worker = start()
+def test_an_idle_worker_probes_the_link_and_keeps_it(
+    start: Start, server: redis.Redis, redis_url: str
+) -> None:
+    # So short that redis-py would ask for a sign of life itself, which a subscriber answers
+    # otherwise.
+    worker = start(transport_options={"health_check_interval": 0.01})
     worker.fall_idle()
-    # All slots were taken for longer than redis-py lets a connection be silent.
-    worker.watch._link.next_health_check = 0.0
-    worker.watch._probe()
-    eventually(lambda: worker.turn() or not worker.watch._owes_answer, 10, 0)
+    with looking_again(0.05):
+        worker.reader.consumer.add_queue(Queue("other"))
+        worker.reader.consumer.consume()
+        before = calls(server, "ping")
+        eventually(lambda: worker.turn() or calls(server, "ping") > before + 10, 10, 0)
     send(redis_url, [1])
     assert worker.read(1) == [1]
 
 
-def test_messages_of_every_queue_and_priority_wake_it(start: Any, redis_url: str) -> None:
+def test_messages_of_every_queue_and_priority_wake_it(start: Start, redis_url: str) -> None:
     worker = start("q", "other")
     sent = [("q", 0), ("other", 0), ("q", 9), ("other", 3)]
     for number, (queue, priority) in enumerate(sent):
@@ -104,17 +88,17 @@ def test_messages_of_every_queue_and_priority_wake_it(start: Any, redis_url: str
         assert worker.read(number + 1)[-1] == number
 
 
-def test_an_idle_worker_asks_nothing(start: Any, server: redis.Redis) -> None:
+def test_an_idle_worker_asks_nothing(start: Start) -> None:
     worker = start()
     worker.fall_idle()
-    asked = calls(server, "exists"), calls(server, "evalsha")
+    asked = worker.asked()
     for _ in range(20):
         worker.turn()
-    assert (calls(server, "exists"), calls(server, "evalsha")) == asked
+    assert worker.asked() == asked
 
 
 def test_a_queue_that_joins_is_looked_into_at_once(
-    start: Any, server: redis.Redis, redis_url: str
+    start: Start, server: redis.Redis, redis_url: str
 ) -> None:
     worker = start("q")
     send(redis_url, [1], queue="late")
@@ -125,7 +109,7 @@ def test_a_queue_that_joins_is_looked_into_at_once(
     assert worker.read(1) == [1]
 
 
-def test_a_message_that_comes_while_it_asks_is_not_overlooked(start: Any, redis_url: str) -> None:
+def test_a_message_that_comes_while_it_asks_is_not_overlooked(start: Start, redis_url: str) -> None:
     worker = start()
     worker.fall_idle()
     send(redis_url, [1])
@@ -142,19 +126,19 @@ def ask_while_empty(worker: Worker, server: redis.Redis) -> None:
     """Have the server say that there is nothing, and leave its answer unread."""
     worker.fall_idle()
     asked = calls(server, "exists")
-    worker.watch.wake()
+    worker.reader.consumer.add_queue(Queue("more"))  # it has not been looked into
+    worker.reader.consumer.consume()
     worker.reader.ask()
     eventually(lambda: calls(server, "exists") > asked)
 
 
 def test_what_is_told_before_the_answer_is_read_is_not_forgotten(
-    start: Any, server: redis.Redis, redis_url: str
+    start: Start, server: redis.Redis, redis_url: str
 ) -> None:
     worker = start()
     ask_while_empty(worker, server)
     send(redis_url, [1])
-    eventually(lambda: worker.watch._link.can_read(timeout=0))
-    worker.watch._read()
+    worker.hear()
     assert worker.read(1) == [1]
     worker.fall_idle()
     send(redis_url, [2])
@@ -162,7 +146,7 @@ def test_what_is_told_before_the_answer_is_read_is_not_forgotten(
 
 
 def test_a_queue_that_joins_before_the_answer_is_read_is_looked_into(
-    start: Any, server: redis.Redis, redis_url: str
+    start: Start, server: redis.Redis, redis_url: str
 ) -> None:
     worker = start()
     send(redis_url, [1], queue="late")
@@ -172,7 +156,7 @@ def test_a_queue_that_joins_before_the_answer_is_read_is_looked_into(
     assert worker.read(1) == [1]
 
 
-def test_a_full_window_wakes_no_worker_and_loses_nothing(start: Any, redis_url: str) -> None:
+def test_a_full_window_wakes_no_worker_and_loses_nothing(start: Start, redis_url: str) -> None:
     worker = start(prefetch=1)
     worker.fall_idle()
     send(redis_url, range(3))
@@ -188,7 +172,7 @@ def test_a_full_window_wakes_no_worker_and_loses_nothing(start: Any, redis_url: 
 
 @pytest.mark.parametrize("refused", ["-client|tracking", "-client"])
 def test_where_redis_does_not_tell_it_waits_as_kombu_does(
-    start: Any,
+    start: Start,
     server: redis.Redis,
     redis_url: str,
     refused: str,
@@ -205,16 +189,17 @@ def test_where_redis_does_not_tell_it_waits_as_kombu_does(
     assert calls(server, "brpop") > 0
 
 
-def test_a_link_that_is_cut_ends_the_connection(start: Any, server: redis.Redis) -> None:
+def test_a_link_that_is_cut_ends_the_connection(start: Start, server: redis.Redis) -> None:
     worker = start()
     worker.fall_idle()
-    server.client_kill_filter(_id=str(worker.watch._id))
+    (link,) = [one for one in server.client_list() if one["name"] == "gw_celery-watch"]
+    server.client_kill_filter(_id=link["id"])
     with pytest.raises(redis.ConnectionError):
         eventually(worker.turn, 10, 0)
 
 
 def test_a_database_that_is_flushed_ends_at_most_the_connection(
-    start: Any, server: redis.Redis, redis_url: str
+    start: Start, server: redis.Redis, redis_url: str
 ) -> None:
     worker = start()
     worker.fall_idle()
@@ -228,45 +213,36 @@ def test_a_database_that_is_flushed_ends_at_most_the_connection(
     assert worker.read(1) == [1]
 
 
-def test_a_link_that_is_silent_ends_the_connection(start: Any) -> None:
-    worker = start()
-    worker.fall_idle()
-    due = worker.watch._look_at
-    assert due is not None
-    assert worker.watch.is_waiting(due - 0.1)
-    assert not worker.watch.is_waiting(due)  # asks over the link, too
-    with pytest.raises(redis.ConnectionError, match=r"did not answer for 1000 s"):
-        worker.watch.is_waiting(due)
-
-
-def test_a_link_that_answers_is_kept(start: Any) -> None:
-    worker = start()
-    for _ in range(3):
-        worker.fall_idle()
-        due = worker.watch._look_at
-        assert due is not None
-        assert not worker.watch.is_waiting(due)
-        eventually(lambda: worker.turn() or not worker.watch._owes_answer, 10, 0)
-        worker.watch.wake()
+def test_a_link_that_is_silent_ends_the_connection(
+    start: Start, redis_url: str, tmp_path: Path
+) -> None:
+    with silencing(redis_url, str(tmp_path / "s")) as (url, is_silent), looking_again(0.05):
+        worker = start(url=url)
+        for _ in range(5):
+            worker.turn()
+        is_silent.set()
+        with pytest.raises(redis.ConnectionError, match=r"did not answer for 0 s"):
+            eventually(worker.turn, 10, 0)
 
 
 def test_a_reading_connection_that_was_made_anew_is_followed_again(
-    start: Any, redis_url: str
+    start: Start, redis_url: str
 ) -> None:
     worker = start()
     worker.fall_idle()
     worker.reader.channel.client.connection.disconnect()
-    worker.watch.wake()
+    send(redis_url, [0])  # nothing tells of it
+    assert worker.read(1) == [0]
     worker.fall_idle()
     send(redis_url, [1])
-    assert worker.read(1) == [1]
+    assert worker.read(2) == [0, 1]
 
 
 def test_nothing_is_left_of_it(server: redis.Redis, redis_url: str, hub: Hub) -> None:
     before = {one["id"] for one in server.client_list()}
     with reading(redis_url) as reader:
-        worker = Worker(reader, hub)
+        worker = Worker(reader, hub, server)
         worker.fall_idle()
-        link = worker.watch._link._sock.fileno()
+        (link,) = worker.links()
     assert link not in hub.readers
     eventually(lambda: {one["id"] for one in server.client_list()} <= before)

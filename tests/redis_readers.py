@@ -1,17 +1,42 @@
-"""Readers of a Redis broker that tests drive by hand, and what the server knows of them."""
+"""Readers of a Redis broker that tests drive by hand, and what the server knows of them.
+
+``reading`` gives a consumer over the connection that a worker with the GPU pool has; ``Worker``
+puts one on a worker's event loop.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import redis
 from kombu import Connection, Consumer, Queue
+from kombu.asynchronous import Hub
 
+# -- what is known of the inside: a new layout changes these lines and no others --
 from gw_celery.transport import transport
 from tests.processes import eventually
+
+
+def connect(url: str, **options: Any) -> Any:
+    """Return a connection of kombu as the consumer of a worker has it; not connected yet."""
+    return transport.use(Connection(url, **options))
+
+
+@contextmanager
+def looking_again(seconds: float) -> Iterator[None]:
+    """Have idle workers read their lists again so often, without having been told."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "LOOK_AGAIN", seconds)
+        yield
+
+
+# -- readers --
 
 
 class Reader:
@@ -59,17 +84,113 @@ class Reader:
         self.connection.transport.cycle.on_poll_start()
 
 
+class Worker:
+    """A reader on the event loop of a worker, one turn at a time."""
+
+    def __init__(self, reader: Reader, hub: Hub, server: redis.Redis) -> None:
+        self.reader = reader
+        self.hub = hub
+        self.server = server
+        reader.connection.register_with_event_loop(hub)
+
+    def turn(self) -> bool:
+        self.hub.call_later(0.02, lambda: None)  # what bounds the turn
+        self.hub.run_once()
+        return False
+
+    def asked(self) -> int:
+        """How often the server was asked for messages, or whether there are any."""
+        return sum(calls(self.server, name) for name in ("exists", "evalsha", "brpop"))
+
+    def fall_idle(self) -> None:
+        """Take turns until several of them ask nothing."""
+
+        def is_idle() -> bool:
+            before = self.asked()
+            for _ in range(3):
+                self.turn()
+            return self.asked() == before > 0
+
+        eventually(is_idle, 10, 0)
+
+    def read(self, count: int) -> list[Any]:
+        eventually(lambda: self.turn() or len(self.reader.messages) >= count, 10, 0)
+        return self.reader.numbers()
+
+    def links(self) -> list[int]:
+        """The file descriptors on which Redis tells of changes."""
+        return [
+            fd for fd in self.hub.readers if fd not in self.reader.connection.transport.cycle.fds
+        ]
+
+    def hear(self) -> None:
+        """Read what Redis tells of changes, and nothing else."""
+        for fd in self.links():
+            callback, args = self.hub.readers[fd]
+            callback(*args)
+
+
 @contextmanager
 def reading(url: str, *queues: Queue | str, **options: Any) -> Iterator[Reader]:
     # A channel that closes waits for what it has asked: a second, by default.
     given = {"polling_interval": 0.05, **options.pop("transport_options", {})}
-    connection = transport.use(Connection(url, transport_options=given))
+    connection = connect(url, transport_options=given)
     named = [Queue(name) if isinstance(name, str) else name for name in queues or ("q",)]
     reader = Reader(connection, named, **options)
     try:
         yield reader
     finally:
         connection.close()
+
+
+@contextmanager
+def silencing(url: str, path: str) -> Iterator[tuple[str, threading.Event]]:
+    """Stand between workers and a server; while the event is set, it tells of no changes.
+
+    Args:
+        url: of the server.
+        path: for a socket; the URL of it is what workers connect to.
+    """
+    is_silent, started, stop = threading.Event(), threading.Event(), asyncio.Event()
+    socket = url.removeprefix("redis+socket://").partition("?")[0]
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_server, to_server = await asyncio.open_unix_connection(socket)
+        is_told = asyncio.Event()
+
+        async def ask() -> None:
+            while data := await reader.read(65536):
+                if b"__redis__:invalidate" in data:
+                    is_told.set()
+                to_server.write(data)
+            to_server.close()
+
+        async def answer() -> None:
+            while data := await from_server.read(65536):
+                if not (is_told.is_set() and is_silent.is_set()):
+                    writer.write(data)
+
+        try:
+            await asyncio.gather(ask(), answer())
+        finally:
+            to_server.close()
+            writer.close()
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        async with await asyncio.start_unix_server(accept, path):
+            started.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield url.replace(socket, path), is_silent
+    finally:
+        loops[0].call_soon_threadsafe(stop.set)
+        thread.join(10)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import redis
 from kombu import Connection, Exchange, Queue
 
 from tests.processes import eventually
-from tests.unit.worker.redis_readers import (
+from tests.redis_readers import (
     described,
     foreign,
     reading,
