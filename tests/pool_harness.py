@@ -64,7 +64,7 @@ Order, Report, Outcome = frames.Order, frames.Report, frames.Outcome
 def _keep_plan(patch: pytest.MonkeyPatch) -> None:
     """What is declared and decided for this worker is forgotten after the test."""
     patch.setattr(plan_holder, "_plan", None)
-    patch.setattr(plan_holder, "_registries", [])
+    patch.setattr(plan_holder, "_registries", [*plan_holder._registries])
 
 
 def _is_run(order: tuple[Any, ...]) -> bool:

@@ -17,7 +17,7 @@ from celery.backends.redis import RedisBackend
 from celery.utils import imports
 
 import gw_celery as gw
-from gw_celery.testing import connections
+from gw_celery.testing import workers
 from tests import child_harness, outages, services
 from tests.child_harness import DEADLINE, Order, Outcome, Report
 from tests.processes import eventually
@@ -557,4 +557,4 @@ def test_clients_read_what_a_child_stored(app: gw.App, task: str, result_url: st
         with Celery("client", backend=result_url, set_as_current=False) as client:
             gw.preset(client)
             assert client.AsyncResult(child.id(number)).get(timeout=DEADLINE) == {"a": [1, 2]}
-            connections.close_results(client)
+            workers.close_results(client)
