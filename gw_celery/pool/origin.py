@@ -29,7 +29,7 @@ def find(app: Celery) -> str:
         if name and name.partition(".")[0] not in _NOT_USERS:
             namespace = list(getattr(module, "__dict__", {}).items())
             variables = [variable for variable, value in namespace if value is app]
-            found += [(_rank(name, one, app), f"{name}:{one}") for one in variables]
+            found += [(_rank(name, variable, app), f"{name}:{variable}") for variable in variables]
     if not found:
         raise errors.ConfigurationError(
             f"no module has the Celery app {app.main!r} as a global, so that a child of the pool "

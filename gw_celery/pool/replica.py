@@ -344,7 +344,7 @@ class ReplicaSet:
         queued = [replica for replica in self if replica.is_to_restart]
         queued.sort(key=lambda replica: not replica.is_named)
         # Nothing that it serves would miss one that is not ready.
-        chosen = next((one for one in queued if one.state is State.UNREADY), None)
+        chosen = next((replica for replica in queued if replica.state is State.UNREADY), None)
         if chosen is None and queued and queued[0].is_ready:
             others = [other for other in self if other is not queued[0] and other.should_run]
             if queued[0].is_named or all(other.is_ready for other in others):

@@ -185,7 +185,7 @@ class Services:
             on_stuck=lambda name: link.report(frames.Report.STUCK, name),
             grace=settings.cancel_timeout,
         )
-        self._runtime = in_process.Process(
+        self._runtime = in_process.LocalRuntime(
             settings,
             enforces_limits=False,
             host=loop.Host(asyncio.get_running_loop()),

@@ -38,7 +38,7 @@ class Probes:
 
     def __init__(
         self,
-        runtime: in_process.Process,
+        runtime: in_process.LocalRuntime,
         served: Iterable[services.Service],
         link: tracer.Link,
         around: Callable[..., Any],

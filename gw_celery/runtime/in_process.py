@@ -1,7 +1,7 @@
 """What one process serves: its loop, its entered contexts, its loaded instances.
 
-There is one ``Process`` per process at most. It is made by the worker (never in a web process),
-by eager mode, or by ``gw_celery.testing``.
+A process has one ``LocalRuntime`` at most. It is made by the worker (never in a web process), by
+eager mode, or by ``gw_celery.testing``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-class Process:
+class LocalRuntime:
     """The loaded state of this process; ``start`` enters it, ``stop`` leaves it."""
 
     def __init__(
@@ -401,12 +401,12 @@ def _pydantic(task: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
 _starting = threading.Lock()
 
 
-def started(app: Any) -> Process:
+def started(app: Any) -> LocalRuntime:
     """Return this process's runtime; without one, start one that has entered nothing yet."""
     with _starting:
         runtime = execution.current()
-        if not isinstance(runtime, Process):
-            runtime = Process(conf.read(app.conf))
+        if not isinstance(runtime, LocalRuntime):
+            runtime = LocalRuntime(conf.read(app.conf))
             runtime.start()
             # Celery's current app is the thread's: bodies call tasks that are bound lazily.
             runtime.loop.call_soon_threadsafe(app.set_current)

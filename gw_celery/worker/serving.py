@@ -42,7 +42,7 @@ def load_or_exit(plan: Plan, pipes: Pipes) -> None:
     with lifecycle.fatal_errors(pipes.report), pipes.stop_check() as check:
         if plan.pool == "prefork":
             refuse_cuda()
-        runtime = in_process.Process(plan.settings, enforces_limits=plan.pool != "prefork")
+        runtime = in_process.LocalRuntime(plan.settings, enforces_limits=plan.pool != "prefork")
         runtime.start()
         execution.install(runtime)
         names = ", ".join(service.name for service in plan.served)

@@ -20,7 +20,7 @@ from gw_celery.protocol.worker_record import QueueLoad
             10.0,
             id="workers add up, and one that has served nothing adds no rate",
         ),
-        pytest.param(0.0, [QueueLoad()], 0.0, id="an empty queue, whoever serves it"),
+        pytest.param(0.0, [QueueLoad()], 0.0, id="an empty queue, with any worker"),
         pytest.param(0.0, [QueueLoad(rate=0.1)], 0.0, id="an empty queue of a slow service"),
         pytest.param(10.0, [QueueLoad()], None, id="nothing is known of a rate"),
         pytest.param(10.0, [QueueLoad(rate=0.0)], None, id="nothing serves"),

@@ -126,7 +126,7 @@ def test_a_child_that_writes_something_else_is_killed(start: StartPool, text: st
     child = harness.child(0)
     call = next(order[1] for order in child.orders if order[0] == Order.BENCHMARK)
     child.report([Report.MEASURED, call + 1, "garbage"])
-    assert child.is_alive, "nobody waits for that answer"
+    assert child.is_alive, "nothing waits for that answer"
     child.report([Report.MEASURED, call, text])
     assert child.exit_code == -9
 
