@@ -53,7 +53,7 @@ class App:
             UsageError: always; it is the first thing that Celery asks an app for.
         """
         raise errors.UsageError(
-            f"celery -A found {self!r}, for its module calls it `app`: name the Celery app, as in "
+            f"celery -A found {self!r}, which its module names `app`: name the Celery app, as in "
             f"`celery -A proj:celery`"
         )
 
@@ -117,7 +117,7 @@ class App:
         except KeyError:
             raise errors.ContextLookupError(
                 f"{key} is not entered yet in process {os.getpid()}: contexts enter in parallel, "
-                f"so one cannot look up another while it enters, nor a body before all have entered"
+                f"so look it up after that, in the body of a task"
             ) from None
 
     def remote(

@@ -26,13 +26,13 @@ class Outage:
         """It has failed."""
         if self._since is None:
             self._since = time.monotonic()
-            self._logger.warning("%s: %r; it is tried again until it works", self._what, exc)
+            self._logger.warning("%s: %r; tried again until it works", self._what, exc)
 
     def end(self) -> None:
         """It has worked."""
         if self._since is not None:
             seconds = time.monotonic() - self._since
-            self._logger.warning("over after %.0f s: %s", seconds, self._what)
+            self._logger.warning("this outage is over after %.0f s: %s", seconds, self._what)
             self._since = None
 
 

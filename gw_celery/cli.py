@@ -49,8 +49,8 @@ def status(ctx: click.Context, /, as_json: bool, **reach: Any) -> None:
             click.echo(_table(worker, answers[worker]))
     if not answers:
         raise click.ClickException(
-            f"no worker with the GPU pool answered within {reach['timeout']:g} s: is one started, "
-            f"and does -A name its app?"
+            f"no worker with the GPU pool answered within {reach['timeout']:g} s: start one, "
+            f"or correct -A, which must name its app"
         )
 
 
@@ -82,12 +82,12 @@ def dead(ctx: click.Context, requeue: str | None, as_json: bool) -> None:
     settings = conf.read(app.conf)
     name = settings.dead_letter_queue
     if not name:
-        raise click.ClickException("there is no dead-letter queue: gw_dead_letter_queue is None")
+        raise click.ClickException("gw_dead_letter_queue is None: name a queue to keep messages")
     with dead_letters.connect(app) as connection:
         queue = dead_letters.queue_of(app, connection, settings)
         if requeue is not None:
             if (message := queue.requeue(requeue)) is None:
-                raise click.ClickException(f"no message of task {requeue} lies in the queue {name}")
+                raise click.ClickException(f"no message of task {requeue} is in the queue {name}")
             sent = f"{message.headers.get('task')}[{requeue}]"
             click.echo(f"{sent} is in its queue again, with no deaths")
             return

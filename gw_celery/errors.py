@@ -40,6 +40,10 @@ class UsageError(GWCeleryError, TypeError):
     """Raised when a declared object is called in a way that it does not support."""
 
 
+class UnknownAttribute(UsageError, AttributeError):
+    """Raised for an attribute that a declared object does not have, or that cannot be set."""
+
+
 class BlockingCallError(GWCeleryError, RuntimeError):
     """Raised instead of blocking a running event loop."""
 
@@ -63,7 +67,7 @@ class NotServedError(GWCeleryError):
 
 
 class BodyExited(GWCeleryError):
-    """Raised in place of what a body raised that is no ``Exception``, such as a ``SystemExit``."""
+    """Raised in place of what no task may raise, such as a ``SystemExit`` or ``StopIteration``."""
 
 
 class UnreadableMessage(GWCeleryError, ValueError):

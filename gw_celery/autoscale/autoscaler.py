@@ -17,7 +17,7 @@ from typing import Any
 from celery.worker import autoscale
 from kombu.asynchronous import get_event_loop
 
-from gw_celery import conf, signals
+from gw_celery import conf, errors, signals
 from gw_celery.cluster import membership, queue_lengths
 from gw_celery.policy import demand as policy_demand
 from gw_celery.policy import scaling
@@ -117,7 +117,7 @@ class Autoscaler(autoscale.Autoscaler):
             try:
                 self._judge(reading)
             except Exception:  # out of here it would end the worker's loop
-                logger.exception("the autoscaler failed once, and the pool keeps its size")
+                logger.exception("the autoscaler failed and keeps the pool's size: report this bug")
 
     # -- what operators steer and see --
 
@@ -125,14 +125,14 @@ class Autoscaler(autoscale.Autoscaler):
         """Change the bounds, in slots; returns them, in whole replicas.
 
         Raises:
-            ValueError: for a lower bound over the upper one.
+            ConfigurationError: for a lower bound over the upper one.
         """
         most = self._most if max is None else self._replicas(max)
         least = self._least if min is None else self._replicas(min)
         if not 0 <= least <= most or most < 1:
-            raise ValueError(
-                f"max={most * self._unit} and min={least * self._unit} slots: min must not be "
-                f"over max, nor less than 0, nor max less than 1; give both"
+            raise errors.ConfigurationError(
+                f"max={most * self._unit} and min={least * self._unit} slots: give both, min from "
+                f"0 to max, and max from 1"
             )
         with self.mutex:
             self._set_bounds(most, least)
@@ -288,7 +288,7 @@ class Autoscaler(autoscale.Autoscaler):
         self.pool.cluster.at_zero(is_at_zero=replicas == 0)
         if replicas == worker.desired:
             return
-        logger.info("from %d to %d replicas: %s", worker.desired, replicas, why)
+        logger.info("the pool goes from %d to %d replicas: %s", worker.desired, replicas, why)
         slots = replicas * self._unit - worker.desired_slots
         if slots > 0:
             self.pool.grow(slots)

@@ -89,7 +89,7 @@ def schedule(sender: Any, **_: Any) -> None:
         settings = conf.read(sender.conf)
     except errors.ConfigurationError as exc:
         # Raised here, Celery would swallow it; a worker refuses to start with it.
-        logger.error("beat_schedule gets no entries of ours: %s", exc)
+        logger.error("beat_schedule has no entries of gw_celery: %s", exc)
         return
     if settings.probe_period and probes:
         _add_entry(sender, PROBE, min(settings.probe_period, *probes))

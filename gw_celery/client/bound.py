@@ -231,7 +231,7 @@ class Handle:
                 f"{service.name}.{name} is a hook: the worker calls it when it loads or unloads"
             )
         listed = ", ".join(service.methods)
-        raise AttributeError(
+        raise errors.UnknownAttribute(
             f"{service.name}() has no method {name!r} marked with @gw.method(); it has: {listed}"
         )
 

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextvars
+import functools
 import logging
 import os
 import queue
@@ -247,7 +248,9 @@ class Watcher:
     def _revoke(self, sending: Sending) -> None:
         """Revoke off the caller's thread; nothing waits for it."""
         if sending.exception() is None:
-            self._publisher.submit(sending.result().revoke).add_done_callback(_log_failure)
+            result = sending.result()
+            log_failure = functools.partial(_log_failure, result.id)
+            self._publisher.submit(result.revoke).add_done_callback(log_failure)
 
     def _add(self, task_id: str, waiter: concurrent.futures.Future[Meta]) -> None:
         number = len(self._source.waiting)
@@ -313,7 +316,7 @@ def _require_backend(app: Any) -> None:
     if issubclass(backend, DisabledBackend):
         raise errors.ConfigurationError(
             f"the Celery app {app.main!r} has no result backend (result_backend="
-            f"{app.conf.result_backend!r}), so that no answer would ever come: set result_backend, "
+            f"{app.conf.result_backend!r}), so no answer can come: set result_backend, "
             f"or CELERY_RESULT_BACKEND, to the URL that its workers have (redis://... is the "
             f"quickest), or send the task with .delay()"
         )
@@ -323,6 +326,6 @@ def _too_many(number: int, what: str) -> errors.UsageError:
     return errors.UsageError(f"{number} calls wait {what} already (setting gw_max_waiting)")
 
 
-def _log_failure(revoking: Sending) -> None:
+def _log_failure(task_id: str, revoking: Sending) -> None:
     if exc := revoking.exception():
-        logger.warning("a call that was given up could not be revoked: %r", exc)
+        logger.warning("input %s could not be revoked: %r; it may still run", task_id, exc)

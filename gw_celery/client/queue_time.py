@@ -116,12 +116,12 @@ def _warn(task_name: str, what: str) -> None:
         return
     _warned.add(task_name)
     logger.warning(
-        "workload_calculator of %s %s: the workload of an input is a number from 0 to %g. It "
-        "counts as %g now, and whenever this happens again",
+        "task %s: its workload_calculator %s; an input of unknown workload counts as %g. Return a "
+        "number from 0 to %g",
         task_name,
         what,
-        headers.MOST_WORKLOAD,
         headers.DEFAULT_WORKLOAD,
+        headers.MOST_WORKLOAD,
     )
 
 

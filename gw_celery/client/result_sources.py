@@ -57,7 +57,7 @@ class Source:
         self.waiting: dict[str, list[Waiter]] = {}
         self._backend = backend
         self._interval = interval
-        self._reading = "the result backend"  # or which task's record, for the log
+        self._reading = "the result backend"  # or the record of a task, for the log
         self._backoff = backoff.Backoff(FIRST_DELAY, LONGEST_DELAY)
         self._task: asyncio.Task[None] | None = None
 
@@ -92,8 +92,8 @@ class Source:
                 # Whatever it is: nothing else would answer the callers that wait.
                 exc, delay = failed.exceptions[0], max(self._interval, self._backoff.next())
                 traceback = None if isinstance(exc, self.away) else exc
-                text = "cannot read %s, again in %.1f s: %r"
-                logger.warning(text, self._reading, delay, exc, exc_info=traceback)
+                text = "%s cannot be read: %r; next try in %.1f s"
+                logger.warning(text, self._reading, exc, delay, exc_info=traceback)
                 await asyncio.sleep(delay)
         self._task = None
 
@@ -115,8 +115,8 @@ class Source:
                 return
         except self.unreadable as exc:
             record = errors.SerializationError(
-                f"the answer of {task_id} cannot be read: {exc}; are its types registered here, "
-                f"too?"
+                f"the answer of {task_id} cannot be read: {exc}; register its types in "
+                f"this process, too"
             )
             record.__cause__ = exc
         self._note_change(task_id)
@@ -223,7 +223,7 @@ class PolledSource(Source):
         # The thread is the watcher's own: a backend that blocks delays answers, nothing else.
         while self.waiting:
             for task_id in list(self.waiting):
-                self._reading = task_id
+                self._reading = f"the result of {task_id}"
                 try:
                     self._resolve(task_id, self._backend.get_task_meta, task_id)
                 except Exception:

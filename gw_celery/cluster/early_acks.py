@@ -91,7 +91,7 @@ class LostInputs(background_thread.BackgroundThread):
 
     def __init__(self, app: Any, start: str) -> None:
         super().__init__(
-            "gw-lost-inputs", "the inputs of lost workers cannot be answered", period=math.inf
+            "gw-lost-inputs", "inputs of lost workers cannot be answered", period=math.inf
         )
         self._app = app
         self._own = start
@@ -150,9 +150,8 @@ class LostInputs(background_thread.BackgroundThread):
             backend.client.eval(_TAKE_OVER, 2, *keys, number, taken)
         if numbers:
             logger.error(
-                "worker %s was lost: it left %d inputs that it had acknowledged",
-                lost.rpartition(":")[0],
-                len(numbers),
+                "worker %s is lost with %d acknowledged inputs: each is answered as failed",
+                *(lost.rpartition(":")[0], len(numbers)),
             )
 
     def _answer_all(self) -> bool:
@@ -167,9 +166,11 @@ class LostInputs(background_thread.BackgroundThread):
             try:
                 self._answer(backend, record, lost.rpartition(":")[0])
             except ValueError as exc:
-                logger.error("the record %s cannot be read and is dropped: %s", number, exc)
+                logger.error("the unreadable record %s is dropped: %s", number.decode(), exc)
             except Exception:
-                logger.exception("the failure of a lost input could not be stored; tried again")
+                logger.exception(
+                    "the failure of lost input %s could not be stored; tried again", number.decode()
+                )
                 is_done = False
                 continue
             backend.client.hdel(mine, number)
@@ -186,9 +187,9 @@ class LostInputs(background_thread.BackgroundThread):
         if backend.get_task_meta(task_id, cache=False)["status"] in backend.READY_STATES:
             return  # it ended in the instant in which its worker was killed
         exc = WorkerLostError(
-            f"{name}[{task_id}] was running on {lost}, which was killed or lost its connection to "
-            f"Redis, and had been acknowledged: send it again; acks_late=True would have given it "
-            f"to another worker"
+            f"{name}[{task_id}] was running on {lost}, which was killed or could not reach Redis, "
+            f"and it had been acknowledged: send it again. With acks_late=True the broker gives "
+            f"such an input to another worker"
         )
         # As Celery's request decides it.
         task, ignores = self._app.tasks.get(name), kept["ignore_result"]
@@ -200,4 +201,4 @@ class LostInputs(background_thread.BackgroundThread):
             request=Context({**kept, "delivery_info": {}}),
             store_result=not ignores or bool(getattr(task, "store_errors_even_if_ignored", False)),
         )
-        logger.error("%s", exc)
+        logger.error("the failure of a lost input is stored: %s", exc)

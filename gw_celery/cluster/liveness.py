@@ -205,8 +205,8 @@ class Beats:
             raise exc
         self._has_scripts = self._may_declare = False
         logger.warning(
-            "the shared Redis refuses scripts (%s): until it is started again this worker declares"
-            " no other lost",
+            "Redis refuses scripts: %s. Until its restart this worker declares no other one lost: "
+            "allow SCRIPT LOAD, EVALSHA and EVAL, then restart the worker",
             exc,
         )
 
@@ -214,8 +214,8 @@ class Beats:
         self._life += 1
         self._trust = Trust(self._ttl)
         logger.error(
-            "%s has declared this worker lost, because it was frozen or could not reach Redis for "
-            "over %.0f s: what it had acknowledged early was answered as failed; it goes on as %s",
+            "%s has declared this worker lost: this worker was frozen or could not reach Redis for "
+            "over %.0f s. Its acknowledged inputs are answered as failed. It continues as %s",
             declarer,
             self._ttl,
             self.incarnation,
@@ -232,7 +232,8 @@ class Beats:
         result = client.eval(DECLARE, len(keys), *keys, *arguments)
         if result == _DECLARED:
             logger.warning(
-                "worker %s is lost: it has not been seen for %.0f s", incarnation, self._ttl
+                "worker %s is lost: it has not been seen for %.0f s (setting gw_worker_ttl)",
+                *(incarnation, self._ttl),
             )
         elif result != _WAS_DECLARED or not is_late:
             return

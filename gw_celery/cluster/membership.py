@@ -84,7 +84,7 @@ class Membership(background_thread.BackgroundThread):
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(
-            "gw-cluster", "the other workers cannot be known, nor know of this one", period=_BEAT
+            "gw-cluster", "this worker and the others cannot exchange records", period=_BEAT
         )
         #: This start of the worker; what it acknowledged early is kept by it.
         self.start_id = f"{hostname}:{uuid.uuid4().hex[:16]}"
@@ -152,8 +152,8 @@ class Membership(background_thread.BackgroundThread):
         """Start the thread, where there is something for it to do."""
         if self._shared is None:
             logger.info(
-                "neither the broker nor the result backend is a Redis: this worker stands alone, "
-                "and knows no other"
+                "this worker stands alone: workers exchange records through Redis, and neither the "
+                "broker nor the result backend is one"
             )
         if self._shared is not None or self._followed:
             self.start()

@@ -55,7 +55,7 @@ class DeclaredLengths:
         self._waits = backoff.Backoff(_FIRST_WAIT, _LONGEST_WAIT)
         self._next = 0.0
         self._outage = background_thread.Outage(
-            logger, "the lengths of the queues cannot be read, so that the pool keeps its size"
+            logger, "the queue lengths cannot be read, so the pool keeps its size"
         )
 
     def read(self, queues: Sequence[str]) -> dict[str, Length] | None:

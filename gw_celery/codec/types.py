@@ -120,7 +120,7 @@ class TypeRegistry:
                 raise errors.DeclarationError("version", version, "must be an int of 1 or more")
             if (encode is None) != (decode is None):
                 missing = "encode" if encode is None else "decode"
-                raise errors.DeclarationError(missing, None, "encode and decode go together")
+                raise errors.DeclarationError(missing, None, "give both encode and decode")
             shape = Custom(encode, decode) if encode and decode else shape_of(cls)
             self._add(Entry(cls, _dotted(cls) if name is None else name, version, shape))
             return cls
@@ -319,8 +319,8 @@ def _is_native(cls: type) -> bool:
 
 def _attributes(payload: object) -> dict[str, object]:
     attributes = scalars.expect(dict, payload)
-    if any(type(name) is not str for name in attributes):
-        raise errors.SerializationError("a name of an attribute is not a str")
+    for name in attributes:
+        scalars.expect(str, name)
     return attributes
 
 

@@ -211,7 +211,7 @@ def batched(
         raise errors.DeclarationError("on_error", on_error, 'must be "isolate" or "fail"')
     if (size_fn is None) != (max_batch_cost is None):
         raise errors.DeclarationError(
-            "max_batch_cost", max_batch_cost, "size_fn and max_batch_cost go together"
+            "max_batch_cost", max_batch_cost, "size_fn and max_batch_cost go together: give both"
         )
     mark = Batched(
         max_batch_size=check.integer("max_batch_size", max_batch_size, 1, 1000),

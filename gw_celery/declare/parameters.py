@@ -76,7 +76,7 @@ class Parameter:
     def __set__(self, instance: object, value: object) -> None:
         if value is self:
             return  # the __init__ of a dataclass, which takes this for the field's default
-        raise AttributeError(
+        raise errors.UnknownAttribute(
             f"parameter {self.name!r} is read-only: pass {self.name}={value!r} at the call, "
             f"or keep state in another attribute"
         )

@@ -88,7 +88,7 @@ class Registry:
             first = names.setdefault(method.task_name, method.name)
             if first != method.name:
                 raise errors.DeclarationError(
-                    "name", method.task_name, f"is the task of {service.key}.{first} already"
+                    "name", method.task_name, f"is the task of {service.key}.{first} too: change it"
                 )
         self.services[service.key] = service
 
@@ -106,7 +106,7 @@ class Registry:
             for key in self.contexts:
                 if key in other.contexts:
                     apps = f"App({other.name!r}) and App({self.name!r})"
-                    raise errors.DeclarationError("context", key, f"is registered in {apps}")
+                    raise errors.DeclarationError("context", key, f"is in {apps}: keep one")
             for service in self.services.values():
                 other._require_free(service)
         self.celery_apps.add(celery_app)

@@ -184,7 +184,9 @@ def from_function(fn: AnyFunction, where: Placement, mark: markers.TaskMark) -> 
         )
     is_bound = bool(mark.options.get("bind"))
     if is_bound and hasattr(fn, markers.BATCHED):
-        raise errors.DeclarationError("bind", True, "a batched body serves many requests at once")
+        raise errors.DeclarationError(
+            "bind", True, "a batched body has many requests: leave it out"
+        )
     return Service(
         name=fn.__name__,
         target=fn,
@@ -283,7 +285,7 @@ def _require_instantiable(cls: object) -> None:
     if not inspect.isclass(cls):
         raise errors.DeclarationError("class", cls, "@app.cls decorates a class")
     if markers.SERVICE in vars(cls):
-        raise errors.DeclarationError("class", cls.__qualname__, "is decorated twice")
+        raise errors.DeclarationError("class", cls.__qualname__, "is decorated twice: keep one")
     if not cls.__dictoffset__:
         raise errors.DeclarationError(
             "class", cls.__qualname__, 'keeps no __dict__; add "__dict__" to its __slots__'

@@ -161,7 +161,7 @@ def _devices(nvml: Any, kinds: Collection[str]) -> Iterator[Device]:
                     part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
                     yield _device(nvml, part, index, kinds, whole.token)
         except nvml.NVMLError as exc:  # fallen off the bus, or not ours to see
-            logger.warning("GPU %d is left out: NVML says %s", index, exc)
+            logger.warning("GPU %d is left out: NVML says %s; see nvidia-smi", index, exc)
 
 
 def _device(

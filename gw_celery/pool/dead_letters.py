@@ -247,7 +247,7 @@ class DeadLetters(background_thread.BackgroundThread):
     """Writes the dead letters of one worker; the thread starts with the first one."""
 
     def __init__(self, app: Any, settings: conf.Settings, hostname: str) -> None:
-        super().__init__("gw-dead-letters", "dead letters are not written", period=math.inf)
+        super().__init__("gw-dead-letters", "dead letters cannot be written", period=math.inf)
         self._app = app
         self._settings = settings
         self._hostname = hostname
@@ -265,8 +265,11 @@ class DeadLetters(background_thread.BackgroundThread):
             letter = to_dead_letter(
                 given_up.message, reason=reason, since=since, worker=self._hostname, deaths=deaths
             )
-        except Exception:  # a message that cannot be read again must not cost the worker's loop
-            logger.exception("task %s[%s] has no dead letter", given_up.name, given_up.task_id)
+        except Exception:  # a message that cannot be read must not cost the worker's loop
+            logger.exception(
+                "task %s[%s] has no dead letter: %s",
+                *(given_up.name, given_up.task_id, "its message cannot be read"),
+            )
             return
         if len(self._waiting) >= _MAX_WAITING:
             _log_lost(letter, f"{_MAX_WAITING} others wait for the broker, which is away")
@@ -294,8 +297,10 @@ class DeadLetters(background_thread.BackgroundThread):
                 with connect(self._app) as connection:
                     is_added = queue_of(self._app, connection, self._settings).add(letter)
             except Exception as exc:
-                logger.warning("the dead letter of task %s[%s] waits: %r", *_task(letter), exc)
                 if time.monotonic() < self._give_up_at and not self.is_closed:
+                    logger.warning(
+                        "task %s[%s] has no dead letter yet: %r; tried again", *_task(letter), exc
+                    )
                     self.period = _PAUSE
                     return
                 _log_lost(letter, repr(exc))
@@ -310,8 +315,8 @@ class DeadLetters(background_thread.BackgroundThread):
         queue, (task, task_id) = self._settings.dead_letter_queue, _task(letter)
         if is_added:
             logger.warning(
-                "task %s[%s] lies in the queue %s: look at it with `celery gw dead`, send it again "
-                "with `celery gw dead --requeue %s`",
+                "task %s[%s] is a dead letter in the queue %s: see `celery gw dead`, and send it "
+                "again with `celery gw dead --requeue %s`",
                 *(task, task_id, queue, task_id),
             )
         else:

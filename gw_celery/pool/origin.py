@@ -32,8 +32,8 @@ def find(app: Celery) -> str:
             found += [(_rank(name, variable, app), f"{name}:{variable}") for variable in variables]
     if not found:
         raise errors.ConfigurationError(
-            f"no module has the Celery app {app.main!r} as a global, so that a child of the pool "
-            f"cannot import it: assign it in a module, as in proj/celery.py: app = Celery(...), "
+            f"no module has the Celery app {app.main!r} as a global, so a child of the pool cannot "
+            f"import it: assign it in a module, as in proj/celery.py: app = Celery(...), "
             f"and start the worker with `celery -A proj worker`"
         )
     return min(found)[1]

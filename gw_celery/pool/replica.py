@@ -232,7 +232,7 @@ class Replica:
             child,
             child.state.current.value,
             len(child.requests),
-            self.last_error,
+            self.last_error.rstrip("."),
             wait,
         )
 

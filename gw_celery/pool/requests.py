@@ -149,7 +149,9 @@ class PoolRequest:
             if not revoked():
                 return False
         except Exception:
-            logger.exception("task %s[%s] could not be checked", self.name, self.task_id)
+            logger.exception(
+                "task %s[%s] runs: its revocation could not be checked", self.name, self.task_id
+            )
             return False
         for twin in self.deliveries:  # each is acknowledged by its own request
             twin.was_withdrawn()
@@ -181,8 +183,9 @@ class PoolRequest:
         request = self._celery_request
         if getattr(request, "_already_cancelled", False) and not request.task.acks_late:
             stopped = errors.WorkerStopped(
-                f"{self.name}[{self.task_id}] was running when its worker was shut down, and had "
-                f"been acknowledged: send it again; acks_late=True would give it to another worker"
+                f"{self.name}[{self.task_id}] was running when its worker shut down, and had been "
+                f"acknowledged: send it again. With acks_late=True the broker gives such an input "
+                f"to another worker"
             )
             try:
                 request.task.backend.mark_as_failure(
@@ -192,7 +195,10 @@ class PoolRequest:
                     store_result=request.store_errors,
                 )
             except Exception:  # the backend is away, and the shutdown goes on
-                logger.exception("%s", stopped)
+                logger.exception(
+                    "the failure of task %s[%s] could not be stored: %s",
+                    *(self.name, self.task_id, stopped),
+                )
 
     # -- what Celery hears --
 
@@ -269,7 +275,7 @@ class PoolRequest:
         except Exception:
             # Whatever raises here would end the worker: receivers, backends, custom requests.
             logger.exception(
-                "%s of task %s[%s] raised; the worker goes on", name, self.name, self.task_id
+                "task %s[%s]: its %s raised; the worker goes on", self.name, self.task_id, name
             )
             return False
         return True
@@ -467,12 +473,12 @@ class Requests:
                 reached.tell_hard_limit()
             else:
                 logger.error(
-                    "task %s[%s] did not end %.0f s after it was stopped: %r is replaced (setting "
+                    "%r is replaced: task %s[%s] did not end %.0f s after it was stopped (setting "
                     "gw_cancel_timeout)",
+                    child,
                     reached.name,
                     reached.task_id,
                     self._settings.cancel_timeout,
-                    child,
                 )
                 self._pool.replace(child)
 

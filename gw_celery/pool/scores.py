@@ -17,6 +17,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 
+from gw_celery import errors
 from gw_celery.policy import scores as policy_scores
 from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames, snapshot
@@ -33,7 +34,7 @@ _RECENT = 5.0
 _MOST_SHOWN = 100
 
 
-class Failed(Exception):
+class Failed(errors.GWCeleryError):
     """Raised for a task that has no score, in words for the operator."""
 
 
@@ -127,13 +128,13 @@ class ReplicaScores:
         except Failed as exc:
             why = (
                 f"the benchmark of {task} gave no score: {exc}. A replica is ready when its "
-                f"benchmarks succeed: mend the body, or the inputs of benchmark_dataset or "
+                f"benchmarks succeed: correct the body, or the inputs of benchmark_dataset or "
                 f"benchmark_generator"
             )
             if not progress.was_ready:
                 raise Failed(why) from None
             # It served well before; what is wrong with it, probes can tell.
-            logger.error("%r keeps its score: %s", child, why)
+            logger.error("%r keeps its last score: %s", child, why)
             self._patient_until = now + self._period
         else:
             progress.scores[task] = measured
@@ -198,10 +199,9 @@ class ReplicaScores:
                 now, tallies[key], ready.get(key, 0), has_more=has_more
             ):
                 logger.warning(
-                    "by what the full replicas of this worker serve, the score of %s is %.4g/s, "
-                    "%+.0f %% from the benchmark's %.4g/s; the worker goes by what is served. Have "
-                    "the benchmark's inputs resemble the traffic, and benchmark_concurrency its "
-                    "load",
+                    "service %s: by the traffic of full replicas the score is %.4g/s, %+.0f %% "
+                    "from the benchmark's %.4g/s, and the worker uses it. Make the benchmark's "
+                    "inputs resemble the traffic, and benchmark_concurrency its load",
                     key or "plain tasks",
                     live.served,
                     100 * (live.drift or 0.0),

@@ -29,7 +29,7 @@ _LEAVE_MARGIN = 10.0
 _NAMED = 5
 _LINGERS = (
     "%r has been draining for %.0f s: it waits for inputs that have no time limit, %s. End one "
-    "with `celery control terminate SIGTERM ID`; give them a limit (timeout=, time_limit=)"
+    "with `celery control terminate SIGTERM ID`, and give them a limit (timeout=, time_limit=)"
 )
 _NOT_NEEDED = "Worker exited prematurely: it was not needed any more."
 
@@ -166,7 +166,7 @@ class Supervisor:
                         pass  # what it wrote before it ended
                     self.end(child, None)
                 elif (reason := child.state.overdue(now, child.longest_left(now))) is not None:
-                    logger.error("%r %s: it is killed", child, reason)
+                    logger.error("%r is killed: it %s", child, reason)
                     child.reason = child.reason or reason
                     self.end(child, f"Worker exited prematurely: it {reason}.")
             self._dying = [process for process in self._dying if process.poll() is None]
@@ -228,9 +228,9 @@ class Supervisor:
                 except frames.Garbage:
                     raise
                 except Exception:  # the others' answers must not be lost with it
-                    logger.exception("%r: its report %.100r could not be followed", child, report)
+                    logger.exception("%r: its report %.100r could not be handled", child, report)
         except frames.Garbage as exc:
-            logger.error("%r wrote garbage and is killed: %s", child, exc)
+            logger.error("%r is killed: it wrote garbage: %s", child, exc)
             self.end(child, f"Worker exited prematurely: it wrote garbage ({exc}).")
         except EOFError:
             self.end(child, None)
@@ -258,7 +258,7 @@ class Supervisor:
         elif kind == frames.Report.PROBED:
             self._probes.follow(child, report, now)
         elif kind == frames.Report.STUCK:
-            logger.error("%r has a call of %s that nothing waits for: replaced", child, report[1])
+            logger.error("%r is replaced: a stopped call of task %s did not end", child, report[1])
             self.replace(child)
         elif kind == frames.Report.FAILED:
             child.reason = report[1]
@@ -266,9 +266,13 @@ class Supervisor:
             child.outage = report[1]
             self.pool.slots_changed()
         else:
+            held = child.requests.get(report[1])
             self.requests.follow(child, report, now)
-            if kind == frames.Report.ERROR and report[3] == "builtins.MemoryError":
-                logger.error("%r ran out of memory in a task: it is replaced", child)
+            if held and kind == frames.Report.ERROR and report[3] == "builtins.MemoryError":
+                logger.error(
+                    "%r is replaced: task %s[%s] raised MemoryError in it",
+                    *(child, held.name, held.task_id),
+                )
                 self.replace(child)
 
     def input_ended(self, child: ChildProcess) -> None:

@@ -118,7 +118,7 @@ class TaskPool(BasePool):
     def grow(self, n: int = 1) -> None:
         """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
         if (why := self.refusal(self.limit + n)) is not None:
-            logger.error("the pool grows by less than %d slots: %s", n, why)
+            logger.error("the pool grows by fewer than %d slots: %s", n, why)
         self._resize(self.limit + n)
 
     def refusal(self, slots: int) -> str | None:
@@ -244,14 +244,14 @@ class TaskPool(BasePool):
         if state.should_terminate:
             self.supervisor.give_up_unbegun()
             bound = grace = settings.cancel_timeout
+            setting = "gw_cancel_timeout"
         else:
             bound, grace = settings.shutdown_timeout, 2 * settings.exit_timeout + _LEAVE_MARGIN
+            setting = "gw_shutdown_timeout"
         if not self._wait(lambda: not self.supervisor.requests.in_flight(), bound):
             logger.error(
-                "%d inputs are still running after %.0f s; their replicas are killed (setting "
-                "gw_shutdown_timeout)",
-                self.supervisor.requests.in_flight(),
-                bound,
+                "%d inputs still run %.0f s after the stop began: all children die (setting %s)",
+                *(self.supervisor.requests.in_flight(), bound, setting),
             )
             self.supervisor.kill(_SHUT_DOWN)
         # What was given back to the broker, or answered at its limit, is about to go.
@@ -444,7 +444,7 @@ def _surviving() -> Iterator[None]:
     try:
         yield
     except Exception:
-        logger.exception("the pool failed once and goes on")
+        logger.exception("a round of the pool failed, and the worker goes on: report this bug")
 
 
 def _queues(app: Celery, plan: worker_plan.Plan) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import logging
+import os
 import random
 import time
 import uuid
@@ -77,7 +78,9 @@ class Benchmarks:
         except scores.NoScore as exc:
             answer = {"failure": str(exc)}
         except Exception as exc:  # ours: the parent must not wait for ever because of it
-            logger.exception("the benchmark of %s broke off", name)
+            logger.exception(
+                "pid %d: the benchmark of task %s failed: report this bug", os.getpid(), name
+            )
             answer = {"failure": f"{type(exc).__name__}: {exc}"}
         self._link.report(frames.Report.MEASURED, number, json.dumps(answer))
 
@@ -85,7 +88,7 @@ class Benchmarks:
         task = self._app.tasks.get(name)
         if getattr(task, "gw_method", None) is None:
             raise scores.NoScore("no task of this name is served here")
-        logger.info("the benchmark of %s begins", name)
+        logger.info("pid %d: the benchmark of task %s begins", os.getpid(), name)
         measurement = _Measurement(task, self._inputs, self._grace)
         bound = asyncio.timeout(within)
         try:
@@ -101,7 +104,7 @@ class Benchmarks:
                 f"it was not over after {within:.0f} s (setting gw_benchmark_timeout)"
             ) from exc
         score = scores.of(name, rounds)
-        logger.info("the score of %s is %.4g/s", name, score.value)
+        logger.info("pid %d: the score of task %s is %.4g/s", os.getpid(), name, score.value)
         return score
 
 
@@ -189,7 +192,7 @@ class _Measurement:
             if not self._has_logged:
                 self._has_logged = True
                 logger.warning(
-                    "an input of the benchmark of %s failed", self._task.name, exc_info=exc
+                    "an input of the benchmark of task %s failed", self._task.name, exc_info=exc
                 )
         finally:
             call.ended = time.perf_counter()
@@ -261,11 +264,9 @@ class _Measurement:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "workload_calculator of %s %s for a sample of its benchmark, which it gets by "
-                "name: it counts as %g, so that the score is not in the unit of the traffic. "
-                "Give it the parameters of the task",
-                self._task.name,
-                what,
-                headers.DEFAULT_WORKLOAD,
+                "task %s: its workload_calculator %s for a sample of the benchmark; an input of "
+                "unknown workload counts as %g, and the score is not in the unit of the traffic. "
+                "Let it take the parameters of the task by name",
+                *(self._task.name, what, headers.DEFAULT_WORKLOAD),
             )
         return headers.DEFAULT_WORKLOAD

@@ -27,8 +27,8 @@ def main(argv: list[str]) -> None:
     version = setup.get("version", "an older version")
     if version != frames.version():  # an upgrade under a running worker
         reason = (
-            f"restart this worker: gw_celery was upgraded while it ran, so that it is {version} "
-            f"and a new child {frames.version()}"
+            f"gw_celery was upgraded while this worker ran: it has {version}, and a new child "
+            f"{frames.version()}; restart this worker"
         )
         channel.sendall(frames.pack_reports([(frames.Report.FAILED, reason)]))
         os._exit(1)

@@ -269,14 +269,19 @@ async def close_connections(timeout: float) -> None:
         async with asyncio.timeout(timeout):
             await asyncio.to_thread(close)
     except TimeoutError:
-        logger.warning("the broker did not answer the end of a connection in %.0f s", timeout)
+        logger.warning(
+            "pid %d: the broker did not answer the end of a connection in %.0f s",
+            *(os.getpid(), timeout),
+        )
     except Exception as exc:
-        logger.warning("a connection to the broker could not be closed: %r", exc)
+        logger.warning(
+            "pid %d: a connection to the broker could not be closed: %r", os.getpid(), exc
+        )
 
 
 def _failure(exc: BaseException) -> tuple[frames.Report, str]:
     """Log why this child cannot serve, and return the report that says it to the parent."""
     lifecycle.log_causes(exc)
     if not isinstance(exc, errors.StartupError):
-        logger.error("the app failed to load", exc_info=exc)
+        logger.error("pid %d: %s failed to load", os.getpid(), "the app", exc_info=exc)
     return frames.Report.FAILED, f"{type(exc).__name__}: {exc}"[:_LONGEST_REASON]

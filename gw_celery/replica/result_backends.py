@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -116,7 +117,10 @@ def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:
                 return super().set(key, value, **named)  # Celery 5.6 knows no `expires`
             if isinstance(value, str) and len(value) > self._MAX_STR_VALUE_SIZE:
                 # The server would close the connection, and fail all that share it.
-                raise BackendStoreError(f"a result of {len(value)} characters is too large")
+                raise BackendStoreError(
+                    f"a result of {len(value)} characters is too large: Redis takes "
+                    f"{self._MAX_STR_VALUE_SIZE}; return a reference to the data"
+                )
             return self._run("set", key, value, self.expires if expires is None else expires)
 
         def _run(self, *command: Any) -> Any:
@@ -258,10 +262,8 @@ class Writer:
                 if now() >= end:
                     raise
                 logger.warning(
-                    "%d results wait for the result backend, again in %.0f s: %r",
-                    len(commands),
-                    PAUSE,
-                    lost,
+                    "pid %d: %d commands wait for the result backend: %r; next try in %.0f s",
+                    *(os.getpid(), len(commands), lost, PAUSE),
                 )
                 await asyncio.sleep(PAUSE)
             else:
@@ -306,28 +308,23 @@ class EarlyAckRecords:
         except errors.SerializationError as exc:
             logger.warning(
                 "task %s[%s] has callbacks that cannot be recorded: %s",
-                input.name,
-                input.task_id,
-                exc,
+                *(input.name, input.task_id, exc),
             )
             record = early_acks.write(input.request, None)
         try:
             await self._backend.command("hset", self._key, str(input.number), record)
         except Exception as exc:
             logger.warning(
-                "task %s[%s] starts without a record: if its worker is killed it stays unanswered: "
-                "%r",
-                input.name,
-                input.task_id,
-                exc,
+                "task %s[%s] starts without a record, and has no answer if its worker is lost: %r",
+                *(input.name, input.task_id, exc),
             )
 
     def end(self, input: tracer.Input) -> None:
         """Have the record of an input removed soon."""
-        self._tasks.start(self._remove(input.number), f"record of input {input.number}")
+        self._tasks.start(self._remove(input), f"record of input {input.number}")
 
-    async def _remove(self, number: int) -> None:
+    async def _remove(self, input: tracer.Input) -> None:
         try:
-            await self._backend.command("hdel", self._key, str(number))
+            await self._backend.command("hdel", self._key, str(input.number))
         except Exception as exc:  # its result is there, too
-            logger.warning("the record of input %d stays: %r", number, exc)
+            logger.warning("the record of task %s[%s] stays: %r", input.name, input.task_id, exc)

@@ -191,7 +191,7 @@ class Input:
                 raise execution.Revoked from None
             if execution.current() is None:  # it ends, and the broker has the message still
                 raise
-            reason = "the body cancelled its own task; raise an Exception to fail it"
+            reason = "the body cancelled its own task: raise an Exception to fail it"
             raise errors.BodyExited(reason) from exc
         finally:
             try:
@@ -438,7 +438,8 @@ def _escaped(input: Input, exc: BaseException) -> Report:
     if isinstance(exc, Reject):
         return failure(input.number, exc, "")
     outcome = frames.Outcome.UNSTORED if input.is_traced else frames.Outcome.INTERNAL
-    logger.error("task %s[%s]: %s", input.name, input.task_id, outcome.value, exc_info=exc)
+    what = "outcome could not be stored" if input.is_traced else "message could not be run"
+    logger.error("task %s[%s]: its %s", input.name, input.task_id, what, exc_info=exc)
     return _error(input.number, outcome, exc, safe_repr(exc))
 
 

@@ -11,6 +11,7 @@ import gc
 import inspect
 import logging
 import operator
+import os
 import sys
 import time
 import traceback
@@ -305,7 +306,10 @@ class Batcher:
                     part = [item for item in first if item.begin()]
                     parts = await self._answered(part, flush) + rest + parts[1:]
         except Exception as exc:  # ours: no input may wait for ever because of it
-            logger.exception("a batch of %s broke off", self._method.task_name)
+            logger.exception(
+                "pid %d: a batch of task %s failed: report this bug",
+                *(os.getpid(), self._method.task_name),
+            )
             for item in items:
                 item.settle(True, exc)
 
@@ -346,7 +350,7 @@ class Batcher:
             # Only the body itself cancels a call that an input waits for.
             if (task := asyncio.current_task()) is not None:
                 task.uncancel()
-            reason = "the body cancelled its own task; raise an Exception to fail its inputs"
+            reason = "the body cancelled its own task: raise an Exception to fail its inputs"
             raise errors.BodyExited(reason) from exc
 
     # -- recovering --
@@ -362,9 +366,10 @@ class Batcher:
             if len(part) > 1:
                 self._bounds = self._bounds.halved(len(part))
                 logger.warning(
-                    "a call of %s ran out of the device's memory with %d inputs (%s): until this "
-                    "replica restarts, it takes %d at most; lower max_batch_size, or bound "
-                    "size_fn's sum",
+                    "pid %d: a call of task %s with %d inputs ran out of device memory (%s): until "
+                    "this process ends, its batches have %d inputs at most. Lower max_batch_size, "
+                    "or set size_fn and max_batch_cost",
+                    os.getpid(),
                     self._method.task_name,
                     len(part),
                     type(exc).__name__,
@@ -375,10 +380,8 @@ class Batcher:
                 item.settle(True, exc)
             return []
         logger.info(
-            "a call of %s for %d inputs raised %r and is tried again in parts",
-            self._method.task_name,
-            len(part),
-            exc,
+            "pid %d: a call of task %s with %d inputs raised %r and is tried again in parts",
+            *(os.getpid(), self._method.task_name, len(part), exc),
         )
         return _cut(part, self._bounds.size if is_memory else (len(part) + 1) // 2)
 

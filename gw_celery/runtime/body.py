@@ -47,7 +47,7 @@ class Contained:
         if isinstance(exc, SystemExit | KeyboardInterrupt):
             consequence = "would end its process"
         raise errors.BodyExited(
-            f"the body raised {safe_repr(exc)}, which {consequence}; raise an Exception to fail "
+            f"the body raised {safe_repr(exc)}, which {consequence}: raise an Exception to fail "
             f"its task"
         ) from exc
 
@@ -69,7 +69,7 @@ def call(fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         with Contained():
             return fn(*args, **kwargs)
     except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
-        raise RuntimeError(f"the body raised {exc!r}") from exc
+        raise errors.BodyExited(f"the body raised {exc!r}: raise another Exception") from exc
 
 
 def _current_task() -> asyncio.Task[Any] | None:

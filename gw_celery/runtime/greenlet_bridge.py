@@ -195,9 +195,11 @@ class LoopCall(Generic[T]):
         if self._abandoned is not None:
             raise self._abandoned
         if self._task is None:
-            raise RuntimeError("the call ended before it began")
+            raise errors.WorkerStopped("the process ended before the call began: call it again")
         if self._task.cancelled():
-            raise self._interrupt or errors.GWCeleryError("the body of the task cancelled itself")
+            raise self._interrupt or errors.BodyExited(
+                "the body cancelled its own task: raise an Exception to fail it"
+            )
         return self._task.result()
 
     def take_interrupt(self) -> BaseException | None:

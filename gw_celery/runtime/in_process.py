@@ -135,7 +135,10 @@ class LocalRuntime:
             # Each unit has its own bound; the margin is for the loop to report them.
             future.result(2 * bound + 5)
         except TimeoutError:
-            logger.error("pid %d did not leave its contexts in %.0f s", self.pid, 2 * bound + 5)
+            logger.error(
+                "pid %d did not leave its contexts in %.0f s (setting gw_exit_timeout)",
+                *(self.pid, 2 * bound + 5),
+            )
         self._host.stop(timeout=5.0)
 
     def serves(self, service_key: str) -> bool:

@@ -201,7 +201,7 @@ class Instances:
                     if isinstance(cause, Exception):
                         raise cause from None
                     raise errors.BodyExited(  # an exit of a hook ends no process
-                        f"an on_enter hook of {life.name} raised {cause!r}; raise an Exception"
+                        f"an on_enter hook of {life.name} raised {cause!r}: raise an Exception"
                     ) from cause
                 self._add(Loaded(life=life, values=values))
         finally:
@@ -300,7 +300,9 @@ async def _entered(
         try:
             await _run_hook(instance, name)
         except Exception:  # the hooks behind it run all the same
-            logger.exception("%s.%s failed", type(instance).__qualname__, name)
+            logger.exception(
+                "pid %d: the exit hook %s.%s failed", os.getpid(), type(instance).__qualname__, name
+            )
 
 
 async def _run_hook(instance: Any, name: str) -> None:

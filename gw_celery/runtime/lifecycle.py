@@ -55,9 +55,9 @@ class Entered:
             # Not awaited: what swallows the cancellation must not hold up the others.
             self.task.cancel()
             logger.error(
-                "%s did not leave within %.0f s and was left behind (setting gw_exit_timeout)",
-                self.name,
-                self._exit_timeout,
+                "pid %d: %s did not leave within %.0f s and was left behind (setting "
+                "gw_exit_timeout)",
+                *(os.getpid(), self.name, self._exit_timeout),
             )
 
     async def _live(self) -> None:
@@ -73,7 +73,7 @@ class Entered:
         try:
             await self._manager.__aexit__(None, None, None)
         except Exception:
-            logger.exception("%s failed to leave", self.name)
+            logger.exception("pid %d: %s failed to leave", os.getpid(), self.name)
 
 
 async def settle_all(lives: Sequence[Entered], timeout: float) -> None:
@@ -133,4 +133,4 @@ def log_causes(exc: BaseException) -> None:
     logger.critical("pid %d cannot serve: %s", os.getpid(), exc)
     if isinstance(exc, errors.StartupError):
         for name, cause in exc.causes.items():
-            logger.error("%s failed to load", name, exc_info=cause)
+            logger.error("pid %d: %s failed to load", os.getpid(), name, exc_info=cause)

@@ -79,7 +79,7 @@ class Host:
                 except (SystemExit, KeyboardInterrupt) as exc:
                     # A task that a body created raised it; asyncio lets it out of the loop, which
                     # must outlive it.
-                    logger.error("%r was raised in a background task and is ignored", exc)
+                    logger.error("pid %d: a background task raised %r; ignored", os.getpid(), exc)
             rest = asyncio.all_tasks(self.loop)
             for task in rest:
                 task.cancel()
@@ -127,7 +127,9 @@ async def in_thread(fn: Callable[..., T], *args: Any) -> T:
         try:
             future.set_result(fn(*args))
         except StopIteration as exc:  # cannot cross a future
-            future.set_exception(RuntimeError(repr(exc)))
+            future.set_exception(
+                errors.BodyExited(f"a hook raised {exc!r}: raise another Exception")
+            )
         except BaseException as exc:
             future.set_exception(exc)
 
@@ -207,7 +209,7 @@ def blocked_load(
         f"load in `await asyncio.to_thread(...)`, or in a plain `def`"
     )
     lines = "".join(stack.format())
-    logger.error("pid %d: %s %s; it is at:\n%s", os.getpid(), ", ".join(names), why, lines)
+    logger.error("pid %d: %s %s. Its stack:\n%s", os.getpid(), ", ".join(names), why, lines)
     return errors.StartupError(dict.fromkeys(names, TimeoutError(why)))
 
 

@@ -130,7 +130,7 @@ def _refuse_overload(replayed: trace.Trace, scenario: cluster.Scenario) -> None:
     if replayed.seconds > _LONGEST:
         raise errors.ConfigurationError(
             f"this trace lasts {replayed.seconds:,.0f} s, and {_LONGEST:,} at most are replayed: "
-            f"are all of its times of one kind? else give a part of it"
+            f"give all of its times in one unit, or a part of it"
         )
     seconds = sum(replayed.workloads) / (scenario.score * scenario.most)
     if seconds > 10 * replayed.seconds + 86_400:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from gw_celery import errors
 from gw_celery.app import App
 from gw_celery.client import execution
 from gw_celery.runtime import batcher
@@ -86,10 +87,10 @@ class FakeClock(batcher.Clock):
         time passes, so that the sizes of batches do not depend on the speed of the machine.
 
         Raises:
-            TimeoutError: when something blocks that loop.
+            CallTimeout: when something blocks that loop.
         """
         if not seconds >= 0:
-            raise ValueError(f"advance({seconds!r}): time goes forwards, give 0 or more seconds")
+            raise errors.UsageError(f"advance({seconds!r}): time goes forwards: give 0 or more")
         with self._changing:
             loops = {timer.loop for timer in self._timers}
         for loop in loops - {asyncio._get_running_loop()}:
@@ -97,7 +98,9 @@ class FakeClock(batcher.Clock):
             has_turned = threading.Event()
             loop.call_soon_threadsafe(loop.call_soon, has_turned.set)
             if not has_turned.wait(_LONGEST_TURNS):
-                raise TimeoutError(f"something has blocked the event loop for {_LONGEST_TURNS} s")
+                raise errors.CallTimeout(
+                    f"the event loop is blocked for {_LONGEST_TURNS} s: use await"
+                )
         with self._changing:
             self._now += seconds
             due = [timer for timer in self._timers if self._reaches(timer.when)]
@@ -109,7 +112,7 @@ class FakeClock(batcher.Clock):
         """Wait until something waits for the time to pass; return the seconds until the first.
 
         Raises:
-            TimeoutError: when nothing does after ``timeout`` seconds of real time.
+            CallTimeout: when nothing does after ``timeout`` seconds of real time.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -118,7 +121,9 @@ class FakeClock(batcher.Clock):
                 if self._timers:
                     return min(timer.when for timer in self._timers) - self._now
             if time.monotonic() > deadline:
-                raise TimeoutError(f"nothing waits for this clock after {timeout} s")
+                raise errors.CallTimeout(
+                    f"nothing waits for this clock after {timeout} s: call first"
+                )
             await asyncio.sleep(_INTERVAL)
 
     def call_at(

@@ -279,7 +279,9 @@ class Channel(redis.Channel):
 
     def _do_without_script(self, exc: ResponseError) -> None:
         self._may_script, self._script = False, None
-        logger.warning("Redis runs no scripts for us, so messages come singly: %s", exc)
+        logger.warning(
+            "Redis refuses scripts: %s. Messages come one by one: allow SCRIPT LOAD, EVALSHA", exc
+        )
 
     def _following(self) -> Watch | None:
         """Return the watch that is told of new messages; ``None`` where there can be none."""
@@ -294,8 +296,8 @@ class Channel(redis.Channel):
             self._may_watch = False
             self._close_watch()
             logger.warning(
-                "Redis tells us of no new messages, so we wait as kombu does: a worker that is "
-                "killed while it takes the first message after a pause may lose it (%s)",
+                "Redis refuses CLIENT TRACKING: %s. Allow it: a worker that is killed as it takes "
+                "the first message after a pause may lose it",
                 exc,
             )
         return self._watch
@@ -324,7 +326,7 @@ class Channel(redis.Channel):
             raise
         except Exception as exc:
             # It is popped, and would end this worker; kombu knows nothing better to do with it.
-            logger.critical("a message could not be read, dropped: %r", exc, exc_info=True)
+            logger.critical("an unreadable message is dropped: %r", exc, exc_info=True)
             answer = True
         self.has_backlog = True
         return answer
@@ -377,7 +379,9 @@ class Channel(redis.Channel):
                 if not isinstance(own, str):
                     raise TypeError(f"its delivery_tag is {own!r}")
             except Exception as exc:
-                logger.critical("not a message in %s, dropped: %r: %.200r", queue, exc, text[:200])
+                logger.critical(
+                    "an unreadable message in %s is dropped: %r: %.200r", queue, exc, text[:200]
+                )
                 self.qos.forget([tag] if tag else [])
                 continue
             if tag == own:
@@ -413,7 +417,7 @@ class Channel(redis.Channel):
             try:
                 self.qos.restore_by_tag(tag)
             except ValueError as exc:  # its record is no message, and no worker could read it
-                logger.error("the message %s of a lost connection cannot be read: %r", tag, exc)
+                logger.error("the unreadable message %s is dropped: %r", tag, exc)
                 self.qos.forget([tag])
             _left_behind.discard(tag)
 
@@ -435,7 +439,9 @@ def _settle(what: Callable[[], Any]) -> None:
     except Empty:
         return
     except Exception as exc:
-        logger.warning("Redis is away while its channel closes: %r", exc)
+        logger.warning(
+            "Redis was away when a connection closed: %r; ended inputs may be delivered again", exc
+        )
 
 
 class Watch:

@@ -93,6 +93,8 @@ def _require_consistent(ctx: click.Context) -> None:
         if names <= typed:
             raise click.UsageError(message, ctx)
     if "autoscale" in typed and not ctx.params["autoscale"][0]:
-        raise click.UsageError("--autoscale MAX,MIN: with MAX 0 it would serve nothing", ctx)
+        raise click.UsageError(
+            "--autoscale MAX,MIN: MAX 0 would serve nothing; give 1 or more", ctx
+        )
     if "exclude_queues" in typed and "queues" not in typed:
         raise click.UsageError("-X takes away from what -Q lists: give -Q", ctx)

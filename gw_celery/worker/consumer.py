@@ -55,7 +55,7 @@ def _check(message: Any, largest: int) -> None:
     ):
         raise errors.UnreadableMessage(
             f"the body is {message.payload!r:.200}: a call is [arguments, keyword arguments, "
-            "options], a list and two mappings; mend what sends it"
+            "options], a list and two mappings; correct what sends it"
         )
 
 
@@ -100,12 +100,8 @@ class Consumer(CeleryConsumer):
     def _reject(self, message: Any, exc: Exception) -> None:
         headers = message.headers if isinstance(message.headers, dict) else {}
         logger.critical(
-            "task %s[%s] has a message that cannot be read and is rejected: %r; its first "
-            "bytes: %r",
-            headers.get("task"),
-            headers.get("id"),
-            exc,
-            (message.body or b"")[:200],
+            "the unreadable message of task %s[%s] is rejected: %r; its first bytes: %r",
+            *(headers.get("task"), headers.get("id"), exc, (message.body or b"")[:200]),
             exc_info=exc,
         )
         if not message.acknowledged:
@@ -136,7 +132,10 @@ class Consumer(CeleryConsumer):
         try:
             self.app.backend.mark_as_failure(headers["id"], exc, request=request)
         except Exception:
-            logger.exception("the failure of task %s could not be stored", headers["id"])
+            logger.exception(
+                "the failure of task %s[%s] could not be stored: %s",
+                *(request.task, request.id, exc),
+            )
 
     def cancel_active_requests(self) -> None:
         """At a cold shutdown: what has ended by now, or passed its limit, is no longer active.
@@ -179,14 +178,14 @@ def _decompress(make: Callable[[], Any], largest: int, body: bytes) -> bytes:
         raise errors.MessageTooLarge(f"over {largest}", largest)
     if not decompressor.eof:
         raise errors.UnreadableMessage(
-            f"a compressed body of {len(body)} bytes breaks off: send it again"
+            f"a compressed body of {len(body)} bytes is cut off: send it again"
         )
     return data
 
 
 def _refuse(content_type: str, body: bytes) -> bytes:
     raise errors.UnreadableMessage(
-        f"a body is compressed as {content_type}, whose size cannot be bounded: send it with "
+        f"the body is compressed as {content_type}, whose size cannot be bounded: send it with "
         f"compression='gzip', 'bzip2' or 'lzma'"
     )
 
@@ -207,9 +206,11 @@ def run_meanwhile(hub: Any) -> None:
                 try:
                     callback()
                 except Exception:
-                    logger.warning("an acknowledgement failed", exc_info=True)
+                    logger.warning(
+                        "an acknowledgement failed: its input may be delivered again", exc_info=True
+                    )
     except Exception:
-        logger.warning("the event loop's timers failed while the pool drains", exc_info=True)
+        logger.warning("the event loop's timers failed while the worker stops", exc_info=True)
 
 
 def _is_acknowledgement(callback: Any) -> bool:

@@ -92,7 +92,7 @@ class Health(BackgroundThread):
 
     def __init__(self, settings: conf.Settings, service_queues: Mapping[str, str]) -> None:
         self._file = settings.heartbeat_file
-        super().__init__("gw-health", f"gw_heartbeat_file={self._file!r} cannot be touched")
+        super().__init__("gw-health", f"gw_heartbeat_file={self._file!r} cannot be written")
         self._settings = settings
         self._queues = {service: queue for queue, service in service_queues.items()}
         self._seen = snapshot.Worker(hostname="", desired=1)
@@ -261,7 +261,9 @@ class _Endpoint(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         exc = sys.exception()
         if not isinstance(exc, OSError):  # a client that went away
-            logger.error("a client of the health endpoint could not be answered", exc_info=exc)
+            logger.error(
+                "the health endpoint failed for %s: report this bug", client_address, exc_info=exc
+            )
 
 
 class _Request(http.server.BaseHTTPRequestHandler):
@@ -278,7 +280,7 @@ class _Request(http.server.BaseHTTPRequestHandler):
         try:
             reply = self.server.answer(path)
         except Exception:
-            logger.exception("the answer to GET %s could not be made", path)
+            logger.exception("the health endpoint failed for GET %s: report this bug", path)
             self.send_error(http.HTTPStatus.INTERNAL_SERVER_ERROR)
             return
         if reply is None:

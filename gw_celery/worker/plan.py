@@ -124,13 +124,13 @@ def log_notices(app: Any, plan: Plan) -> None:
     ]
     if features and is_ours:
         logger.warning(
-            "declared, but without effect on this worker, which was given its size "
+            "these declarations have no effect on this worker, which was given its size "
             "(--replicas, --autoscale, -c, gw_replicas): %s",
             "; ".join(features),
         )
     elif features:
         logger.warning(
-            "declared, but without effect on the %s pool: %s", plan.pool, "; ".join(features)
+            "these declarations have no effect on the %s pool: %s", plan.pool, "; ".join(features)
         )
     _log_unlimited(app, plan)
 
@@ -145,8 +145,8 @@ def _log_unlimited(app: Any, plan: Plan) -> None:
     if unlimited and transport is not None:
         options = app.conf.broker_transport_options or {}
         logger.warning(
-            "no time limit: %s. Redis delivers a task again, to run twice, that runs for longer "
-            "than broker_transport_options['visibility_timeout']=%s s: declare a timeout=, or set "
+            "tasks without a time limit: %s. Redis delivers an input a second time that runs for "
+            "over broker_transport_options['visibility_timeout']=%s s: declare timeout=, or set "
             "visibility_timeout over the longest run",
             ", ".join(unlimited),
             options.get("visibility_timeout", transport.Channel.visibility_timeout),

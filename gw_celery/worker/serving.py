@@ -137,7 +137,7 @@ class Pipes:
             poll = select.poll()
             poll.register(self._stop_reader, select.POLLIN)
             if has_signal.is_set() or poll.poll(0):
-                logger.warning("pid %d should stop, so it gives up its load", os.getpid())
+                logger.warning("pid %d was told to stop, and ends its load", os.getpid())
                 raise SystemExit(0)
 
         try:

@@ -156,7 +156,7 @@ def _consume_ticks(app: Any) -> None:
     except KeyError:
         logger.warning(
             "task_queues lacks %s and task_create_missing_queues is off: this worker runs none of "
-            "beat's tasks",
+            "beat's tasks. Add the queue to task_queues",
             beat_tasks.QUEUE,
         )
 
@@ -278,8 +278,8 @@ def _require_lengths(worker: Any, least: int) -> None:
     with worker.app.connection_for_read() as connection:
         if not find.tells_lengths(connection):
             raise errors.ConfigurationError(
-                f"a worker that may have no replica must know what waits in its queues, and the "
-                f"transport {connection.transport_cls!r} does not tell: let one stay "
+                f"a worker that may have no replica must know what waits in its queues, which the "
+                f"transport {connection.transport_cls!r} does not tell: keep one replica "
                 f"(min_workers=1, or --autoscale MAX,1), or use Redis or RabbitMQ"
             )
 
@@ -299,5 +299,5 @@ def _slots_that_fit(slots: Any, allotment: allocation.Allotment, per_replica: in
         return wanted
     if not is_default:
         raise errors.ConfigurationError(f"-c {slots}, of {per_replica} slots a replica: {why}")
-    logger.warning("without -c: %d slots, all that fit here", most)
+    logger.warning("this worker has %d slots, as many as fit here: -c was not given", most)
     return most

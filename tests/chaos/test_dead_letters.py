@@ -83,7 +83,7 @@ def test_what_is_given_up_is_listed_and_can_be_sent_again(
     worker: WorkerProcess, client: Celery, ledger_path: Path
 ) -> None:
     sent = poison(client, "first", headers={"mine": "kept"}, compression="gzip")
-    eventually(lambda: "lies in the queue gw.dead" in worker.log_text())
+    eventually(lambda: "is a dead letter in the queue gw.dead" in worker.log_text())
     for _ in range(2):  # looking takes nothing away
         (one,) = lying(worker)
         assert (one["id"], one["task"], one["queue"]) == (
@@ -100,7 +100,7 @@ def test_what_is_given_up_is_listed_and_can_be_sent_again(
     assert done.returncode == 0, done.stderr
     # The body is what it was, and it is tried as often as a new one: it is not a suspect.
     eventually(lambda: len(pooling.began(ledger_path, "first")) > before, 30)
-    eventually(lambda: worker.log_text().count("lies in the queue gw.dead") == 2, 60)
+    eventually(lambda: worker.log_text().count("is a dead letter in the queue gw.dead") == 2, 60)
     assert len(pooling.began(ledger_path, "first")) == 2 * before
     (again,) = lying(worker)
     assert (again["id"], again["deaths"]) == (sent.id, 1)
@@ -109,7 +109,7 @@ def test_what_is_given_up_is_listed_and_can_be_sent_again(
 def test_an_unknown_id_is_refused(worker: WorkerProcess) -> None:
     done = dead(worker, "--requeue", "absent")
     assert done.returncode == 1
-    assert "no message of task absent lies in the queue gw.dead" in done.stderr
+    assert "no message of task absent is in the queue gw.dead" in done.stderr
     assert lying(worker) == []
 
 
@@ -126,7 +126,7 @@ def test_the_queue_never_grows_beyond_its_bound_and_a_message_is_sent_again_as_i
     with pytest.raises(errors.PoisonedInput):
         first.get(timeout=60)
     ids = [first.id, poison(client, "second").id]
-    eventually(lambda: worker.log_text().count("lies in the queue gw.dead") == 2)
+    eventually(lambda: worker.log_text().count("is a dead letter in the queue gw.dead") == 2)
     poison(client, "third")
     worker.wait_for_log("the queue gw.dead is full with 2")
     assert [letter["id"] for letter in lying(worker)] == ids
@@ -161,7 +161,7 @@ def test_more_are_listed_than_are_read_at_a_time_the_oldest_first(
     settings = {"gw_max_deaths": 1}
     worker = pooling.start(start_worker, ledger_path, broker=broker_url, settings=settings)
     ids = [poison(client, "first").id, *(f"t{number}" for number in range(44))]
-    worker.wait_for_log("lies in the queue gw.dead")
+    worker.wait_for_log("is a dead letter in the queue gw.dead")
     with client.connection_for_write() as connection:
         for name in ids[1:]:  # as other workers write them
             connection.Producer().publish([], routing_key="gw.dead", headers={"id": name})

@@ -126,7 +126,7 @@ def test_a_child_that_writes_garbage_is_killed_and_the_worker_lives(
     assert [one.get(timeout=40) for one in beside] == NAMES
     with pytest.raises(errors.PoisonedInput):
         sent.get(timeout=40)
-    assert "wrote garbage and is killed" in worker.log_text()
+    assert "is killed: it wrote garbage" in worker.log_text()
     assert pooled.add.delay(1).get(timeout=20) == 2
     counts = pooling.counts(ledger_path, NAMES)
     assert (counts["finished once"], counts["lost"]) == (3, 0)

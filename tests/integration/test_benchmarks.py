@@ -192,7 +192,7 @@ def test_full_replicas_correct_a_score_that_no_traffic_confirms(start: Any) -> N
     assert found["measured.rest"]["measured"] == measure
     assert found["measured.rest"]["value"] == found["measured.rest"]["served"] < 0.7 * measure
     assert 0.5 * 4 < found["measured.unmeasured"]["value"] < 1.2 * 4
-    assert worker.log_text().count("goes by what is served") == 1
+    assert worker.log_text().count("and the worker uses it") == 1
 
 
 def test_an_idle_replica_is_measured_again_and_serves_again(start: Any, ledger_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_record_that_cannot_be_read_is_dropped(
     lose("a")
     client.backend.client.hset(RECORDS, "9", garbage)
     assert answer(other(client))
-    assert "cannot be read and is dropped" in caplog.text
+    assert "the unreadable record " in caplog.text
     assert client.AsyncResult("a").state == "FAILURE"
 
 

@@ -251,8 +251,13 @@ def test_a_task_without_limit_that_redis_would_deliver_twice_is_said_once(
     start_served: StartServed,
 ) -> None:
     text = start_served("prefork", concurrency=2).log_text()
-    assert text.count("no time limit: served.unlimited. Redis delivers a task again") == 1
-    assert "broker_transport_options['visibility_timeout']=3600 s: declare a timeout=" in text
+    assert (
+        text.count(
+            "tasks without a time limit: served.unlimited. Redis delivers an input a second time"
+        )
+        == 1
+    )
+    assert "broker_transport_options['visibility_timeout']=3600 s: declare timeout=" in text
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -173,8 +173,8 @@ def test_a_status_without_an_answer_fails_and_says_what_to_look_at(
     result = typed(line)
     assert result.exit_code == 1
     assert result.stderr == (
-        "Error: no worker with the GPU pool answered within 0.5 s: is one started, and does -A "
-        "name its app?\n"
+        "Error: no worker with the GPU pool answered within 0.5 s: start one, or correct -A, which "
+        "must name its app\n"
     )
     if "json" in line:
         assert json.loads(result.stdout) == {}, "programs can read it all the same"

@@ -147,8 +147,8 @@ def test_what_goes_for_want_of_inputs_says_so(
         assert scaled.after(8) == 0
     said = [one.message for one in caplog.records if "replicas: " in one.message]
     assert said == [
-        "from 3 to 1 replicas: no input came, waited or ran for 5 s",
-        "from 1 to 0 replicas: no input came, waited or ran for 5 s",
+        "the pool goes from 3 to 1 replicas: no input came, waited or ran for 5 s",
+        "the pool goes from 1 to 0 replicas: no input came, waited or ran for 5 s",
     ]
     scaled.app.close()
 
@@ -214,7 +214,8 @@ def test_it_says_what_it_saw_and_decided(scaled: Scaled, caplog: pytest.LogCaptu
         scaled.after(3)
     said = [one.message for one in caplog.records if "replicas: " in one.message]
     assert said == [
-        "from 1 to 3 replicas: model needs 2.9 (0/s come, 290 wait, a replica does 10/s)"
+        "the pool goes from 1 to 3 replicas: "
+        "model needs 2.9 (0/s come, 290 wait, a replica does 10/s)"
     ]
     info = scaled.scaler.info()
     assert (info["max"], info["min"], info["current"]) == (20, 5, 15)
@@ -287,6 +288,6 @@ def test_a_decision_that_fails_keeps_the_size_and_the_worker(
     with monkeypatch.context() as patch:
         patch.setattr(scaled.pool, "snapshot", lambda: 1 / 0)
         assert scaled.after(2) == before
-    assert caplog.text.count("the autoscaler failed once, and the pool keeps its size") == 2
+    assert caplog.text.count("the autoscaler failed and keeps the pool's size") == 2
     scaled.queued = 290
     assert scaled.after(3) > before

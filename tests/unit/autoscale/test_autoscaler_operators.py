@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from gw_celery import errors
 from tests.unit.autoscale.handmade import Scaled, other
 
 
 def test_less_than_no_replica_is_refused(scaled: Scaled) -> None:
-    with pytest.raises(ValueError, match="nor less than 0"):
+    with pytest.raises(errors.ConfigurationError, match="min from 0 to max"):
         scaled.scaler.update(max=20, min=-5)
 
 
@@ -41,7 +42,7 @@ def test_less_than_there_are_are_drained_at_once(scaled: Scaled) -> None:
 def test_bounds_that_contradict_each_other_are_refused(
     scaled: Scaled, bounds: dict[str, int]
 ) -> None:
-    with pytest.raises(ValueError, match="give both"):
+    with pytest.raises(errors.ConfigurationError, match="give both"):
         scaled.scaler.update(**bounds)
     assert (scaled.scaler.max_concurrency, scaled.scaler.min_concurrency) == (20, 5)
 

@@ -71,7 +71,7 @@ def success(task_id: str) -> Mapping[str, Any]:
 
 def delays(caplog: pytest.LogCaptureFixture) -> list[float]:
     texts = [record.getMessage() for record in caplog.records if record.name.startswith("gw_")]
-    return [float(re.findall(r"again in (\S+) s", text)[0]) for text in texts]
+    return [float(re.findall(r"next try in (\S+) s", text)[0]) for text in texts]
 
 
 def test_a_backend_that_is_away_is_asked_ever_more_seldom_and_with_one_line_each(
@@ -106,7 +106,7 @@ def test_one_record_that_fails_keeps_no_other_from_being_read(
         return success(task_id)
 
     assert answers(task_of(Scripted, read), "bad", "a", "b") == ["bad", "a", "b"]
-    assert "cannot read bad, again in" in caplog.text
+    assert "the result of bad cannot be read: " in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -282,10 +282,10 @@ def test_nothing_is_taken_from_a_worker_that_woke_up_because_its_declarer_left_i
         client.zadd("gw:alive", {before: 1e9 + project.now - 3 * TTL})
         project.after(TTL)
         assert before not in project.alive()
-        assert "it left" not in caplog.text
+        assert "acknowledged inputs: each" not in caplog.text
         project.workers.pop("b@h")
         project.after(TTL + 5)
-        eventually(lambda: "it left 1 inputs" in caplog.text)
+        eventually(lambda: "with 1 acknowledged inputs: each" in caplog.text)
         eventually(lambda: app.AsyncResult("running").state == "FAILURE")
 
 
@@ -513,7 +513,7 @@ def test_a_redis_that_hangs_holds_neither_the_loop_nor_the_end_up(
 def test_an_outage_is_logged_when_it_begins_and_when_it_ends(
     app: Celery, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    what = "the other workers cannot be known, nor know of this one"
+    what = "this worker and the others cannot exchange records"
     one = Project(app, client).add("a@h")
     one.at_zero(is_at_zero=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -523,8 +523,8 @@ def test_an_outage_is_logged_when_it_begins_and_when_it_ends(
         eventually(lambda: len(rounds) >= 3)
     eventually(lambda: len(caplog.messages) >= 2)
     assert caplog.messages == [
-        f"{what}: ConnectionError('gone'); it is tried again until it works",
-        f"over after {caplog.messages[1].split()[2]} s: {what}",
+        f"{what}: ConnectionError('gone'); tried again until it works",
+        f"this outage is over after {caplog.messages[1].split()[5]} s: {what}",
     ]
     assert one.close()
     assert client.keys("gw:*") == [], "it left"

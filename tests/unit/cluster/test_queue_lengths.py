@@ -157,8 +157,8 @@ def test_a_broker_that_is_away_is_told_once_and_asked_ever_more_rarely(
     project.now += 16.0
     assert read(project)
     assert [message.split(":")[0] for message in caplog.messages] == [
-        "the lengths of the queues cannot be read, so that the pool keeps its size",
-        "over after " + caplog.messages[1].split()[2] + " s",
+        "the queue lengths cannot be read, so the pool keeps its size",
+        "this outage is over after " + caplog.messages[1].split()[5] + " s",
     ]
     rabbit.is_away = True
     assert read(project) is None

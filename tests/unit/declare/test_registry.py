@@ -132,7 +132,7 @@ def test_the_same_task_name_twice_in_one_class_is_refused(app: gw.App) -> None:
     error = refused(app.cls, Model)
 
     assert (error.argument, error.value) == ("name", "search.rank")
-    assert "Model.first already" in error.rule
+    assert "Model.first too" in error.rule
 
 
 def test_two_services_that_would_share_a_queue_by_accident_are_refused(app: gw.App) -> None:

@@ -192,7 +192,7 @@ def test_a_bound_batched_function_is_refused(app: gw.App) -> None:
     error = refused(app.remote(bind=True), gw.batched(max_batch_size=2)(embed))
 
     assert (error.argument, error.value) == ("bind", True)
-    assert "many requests at once" in error.rule
+    assert "many requests: leave it out" in error.rule
 
 
 def test_models_of_a_batched_method_are_refused(app: gw.App) -> None:

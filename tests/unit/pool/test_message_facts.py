@@ -164,7 +164,7 @@ def test_an_input_that_cannot_be_checked_runs(
     delivered.request.revoked = raising(ConnectionError("backend"))
     child.done(busy)
     assert child.runs == [busy.id, ID]
-    assert f"[{ID}] could not be checked" in caplog.text
+    assert f"[{ID}] runs: its revocation could not be checked" in caplog.text
 
 
 @pytest.mark.parametrize(("acks_late", "state_"), [(False, "FAILURE"), (True, "RETRY")])
@@ -183,7 +183,7 @@ def test_a_result_backend_that_is_away_holds_up_no_cold_shutdown(
     backend = delivered.request.task.backend
     monkeypatch.setattr(backend, "mark_as_failure", raising(ConnectionError("gone")))
     delivered.request.cancel(harness.pool)
-    assert f"[{ID}] was running when its worker was shut down" in caplog.text
+    assert f"[{ID}] was running when its worker shut down" in caplog.text
 
 
 def raising(exc: Exception) -> Callable[..., Any]:

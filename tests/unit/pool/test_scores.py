@@ -109,7 +109,7 @@ def test_a_child_without_a_score_leaves_and_says_what_to_do(
     child.die(code=0)
     why = (
         f"the benchmark of {__name__}.embed gave no score: {FAILURE}. A replica is ready when its "
-        f"benchmarks succeed: mend the body, or the inputs of benchmark_dataset or "
+        f"benchmarks succeed: correct the body, or the inputs of benchmark_dataset or "
         f"benchmark_generator"
     )
     assert harness.pool.snapshot().replicas[0].last_error == why
@@ -267,7 +267,7 @@ def test_a_replica_that_fails_when_measured_again_keeps_its_score_for_another_pe
     measure(child)
     pass_days(harness, 1.0)
     measure(child, FAILURE, 16.0, FAILURE)
-    assert "keeps its score: the benchmark of" in caplog.text
+    assert "keeps its last score: the benchmark of" in caplog.text
     assert harness.replica()["state"] == "ready"
     assert values(harness)[0] == 8.0
     assert len(told(child)) == 6
@@ -312,8 +312,8 @@ def test_full_replicas_correct_the_score_and_a_drift_is_told_once(
     serve(harness, 150, 20)
     assert values(harness)[0] == pytest.approx(20.0, rel=0.05)
     assert scores(harness)["embed"].measured == 100.0
-    (message,) = [text for text in caplog.messages if "the score of" in text]
-    assert f"the score of {__name__}.embed is " in message
+    (message,) = [text for text in caplog.messages if "full replicas" in text]
+    assert f"service {__name__}.embed: by the traffic of full replicas" in message
     assert "from the benchmark's 100/s" in message
 
 

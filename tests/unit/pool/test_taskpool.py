@@ -47,7 +47,7 @@ def test_celerys_autoscaler_gets_what_fits_and_the_log_says_so(
 ) -> None:
     on_three_gpus.pool.grow(100)
     assert (on_three_gpus.pool.num_processes, numbers(on_three_gpus)) == (6, [0, 1, 2])
-    assert "grows by less than 100 slots: 51 replicas were asked for, and 3 fit" in caplog.text
+    assert "grows by fewer than 100 slots: 51 replicas were asked for, and 3 fit" in caplog.text
 
 
 def test_what_does_not_fit_is_known_before(on_three_gpus: Harness) -> None:

@@ -98,7 +98,7 @@ def test_a_calculator_with_other_parameters_than_its_task_is_told_of_once(
         await asyncio.sleep(0.005)
 
     assert 1 / 0.1 < measured(app).value <= 1 / 0.005
-    (told,) = [text for text in caplog.messages if "workload_calculator of" in text]
+    (told,) = [text for text in caplog.messages if "its workload_calculator" in text]
     assert "unexpected keyword argument 'x'" in told
 
 

@@ -32,6 +32,6 @@ def test_a_child_of_another_version_asks_for_a_restart_of_its_worker_and_exits(
         assert child.wait(60) == 1
     ((kind, reason),) = frames.unpack_reports(payload)
     assert kind == frames.Report.FAILED
-    assert reason.startswith("restart this worker")
+    assert reason.endswith("; restart this worker")
     assert named in reason
     assert gw.__version__ in reason

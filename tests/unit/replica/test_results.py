@@ -519,7 +519,7 @@ def test_without_redis_an_early_input_starts_all_the_same(
         number = child.run(task, 1, ignore_result=True)
         assert child.outcome(number) == (Report.DONE, "1")
         assert child.told(number) == [Report.ACCEPT, Report.DONE]
-        eventually(lambda: f"the record of input {number} stays" in caplog.text)
+        eventually(lambda: f"the record of task {task}[{child.id(number)}] stays" in caplog.text)
     assert f"{task}[{child.id(number)}] starts without a record" in caplog.text
 
 

@@ -280,7 +280,7 @@ def test_a_call_that_runs_out_of_memory_is_halved_and_the_method_takes_less_from
 
     gathering(test, calls, max_batch_size=16, on_error="fail")
     assert [len(xs) for xs in calls.seen] == [16, 8, *[4] * 8]
-    assert "takes 4 at most" in caplog.text
+    assert "its batches have 4 inputs at most" in caplog.text
 
 
 def test_an_input_that_alone_is_too_large_fails_and_bounds_nothing() -> None:
@@ -503,7 +503,7 @@ def test_a_stop_iteration_in_a_thread_fails_its_input_and_the_next_are_served() 
             return xs
 
     async def test() -> None:
-        with pytest.raises(RuntimeError, match="StopIteration"):
+        with pytest.raises(gw.BodyExited, match="StopIteration"):
             await Model().body(1)
         assert await Model().body(2) == 2
 

@@ -123,7 +123,7 @@ def test_a_stop_iteration_in_a_thread_ends_the_wait_of_who_awaits_it(app, serve)
         await asyncio.wait_for(Inner().stop(), 10)
 
     serve()
-    with pytest.raises(RuntimeError, match="StopIteration"):
+    with pytest.raises(gw.BodyExited, match="StopIteration"):
         outer.local()
 
 

@@ -235,7 +235,7 @@ def test_a_body_that_cancels_itself_fails_with_the_reason(thread: loop.Host) -> 
 
     with pytest.raises(errors.BodyExited, match="CancelledError"):
         run(thread, body())
-    with pytest.raises(errors.GWCeleryError, match="cancelled itself"):
+    with pytest.raises(errors.GWCeleryError, match="cancelled its own task"):
         run(thread, body_of_a_task())
 
 

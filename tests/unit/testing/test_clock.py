@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+import gw_celery as gw
 from gw_celery.testing import FakeClock
 
 CONTEXT = contextvars.copy_context()
@@ -46,7 +47,7 @@ def test_a_cancelled_timer_does_not_ring_even_when_its_time_has_come() -> None:
         timers[1].cancel()
         await turns()
         assert rung == []
-        with pytest.raises(TimeoutError, match="nothing waits for this clock after 0 s"):
+        with pytest.raises(gw.CallTimeout, match="nothing waits for this clock after 0 s"):
             await clock.armed(timeout=0)
 
     asyncio.run(main())
@@ -92,5 +93,5 @@ def test_a_thread_may_move_the_clock_of_a_loop() -> None:
 
 
 def test_time_never_goes_backwards() -> None:
-    with pytest.raises(ValueError, match="time goes forwards"):
+    with pytest.raises(gw.UsageError, match="time goes forwards"):
         FakeClock().advance(-1)

@@ -119,7 +119,7 @@ def test_options_that_a_project_adds_to_celerys_worker_are_there(
         ("-c 4 --replicas 2", "say --replicas N"),
         ("-Q gpu.A100 --gpu A100", "give one of them"),
         ("--autoscale 3,1 --replicas 2", "leave out --replicas"),
-        ("--autoscale 0,0", "with MAX 0 it would serve nothing"),
+        ("--autoscale 0,0", "MAX 0 would serve nothing; give 1 or more"),
         ("-X celery", "give -Q"),
         ("--gpu A10", "did you mean 'A10G'?"),
         ("--gpu a100", "unknown GPU kind"),

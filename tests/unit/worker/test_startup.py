@@ -520,7 +520,7 @@ def test_zero_replicas_are_refused_where_the_worker_learns_of_no_message(
 ) -> None:
     queues, typed = bounded(app, (0, 3)), Typed()
     app.celery.conf.broker_url = broker
-    assert "does not tell: let one stay" in refusal(app.celery, *queues, typed=typed)
+    assert "does not tell: keep one replica" in refusal(app.celery, *queues, typed=typed)
     assert start(app.celery, *queues, typed=typed, autoscale=(3, 1)).scale == (6, 2)
 
 
@@ -595,7 +595,7 @@ def test_only_tasks_that_redis_would_deliver_again_are_named(
         broker_url="redis://localhost", broker_transport_options={"visibility_timeout": 7200}
     )
     start(endless, "gpu", pool="prefork").begin()
-    assert f"no time limit: {__name__}.endless. Redis" in caplog.text
+    assert f"tasks without a time limit: {__name__}.endless. Redis" in caplog.text
     assert "['visibility_timeout']=7200 s" in caplog.text
 
 
