@@ -117,10 +117,9 @@ class ChildProbes:
     ) -> None:
         name = f"its {check.probe.kind} probe {check.name}"
         detail = (check.last.detail if check.last is not None else "") or "no reason given"
-        count = f"{check.failures} of {check.probe.failures}"
-        why = f"{name} failed ({count} in a row: {detail})"
+        why = f"{name} failed ({check.failures} of {check.probe.failures} in a row: {detail})"
         if 0 < check.failures <= check.probe.failures:
-            logger.warning("%r: %s failed (%s in a row: %s)", child, name, count, detail)
+            logger.warning("%r failed a probe: %s", child, why)
         if consequence is Consequence.STARTED:
             self._supervisor.advance(child, now)
         elif consequence in (Consequence.CANNOT_START, Consequence.REPLACE):

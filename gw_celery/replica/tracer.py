@@ -439,7 +439,7 @@ def _escaped(input: Input, exc: BaseException) -> Report:
         return failure(input.number, exc, "")
     outcome = frames.Outcome.UNSTORED if input.is_traced else frames.Outcome.INTERNAL
     what = "outcome could not be stored" if input.is_traced else "message could not be run"
-    logger.error("task %s[%s]: its %s", input.name, input.task_id, what, exc_info=exc)
+    logger.error("task %s[%s] has no result: its %s", input.name, input.task_id, what, exc_info=exc)
     return _error(input.number, outcome, exc, safe_repr(exc))
 
 

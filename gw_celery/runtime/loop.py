@@ -208,8 +208,10 @@ def blocked_load(
         f"still blocks the event loop after gw_start_timeout={timeout:.0f} s, at {_place(stack)}: "
         f"load in `await asyncio.to_thread(...)`, or in a plain `def`"
     )
-    lines = "".join(stack.format())
-    logger.error("pid %d: %s %s. Its stack:\n%s", os.getpid(), ", ".join(names), why, lines)
+    logger.error(
+        "pid %d loads for too long: %s %s. Its stack:\n%s",
+        *(os.getpid(), ", ".join(names), why, "".join(stack.format())),
+    )
     return errors.StartupError(dict.fromkeys(names, TimeoutError(why)))
 
 

@@ -83,7 +83,7 @@ def test_a_killed_workers_early_inputs_fail_and_its_late_ones_run_again(
     eventually(lambda: not records(results, victim))
     (tombstone,) = results.keys("gw:dead:*")
     assert victim.node.encode() in tombstone
-    assert other.log_text().count("it left 3 inputs") == 1
+    assert other.log_text().count("with 3 acknowledged inputs") == 1
     other.stop()
     left = [*results.keys("gw:*"), *results.hkeys("gw:records"), *results.zrange("gw:alive", 0, -1)]
     assert not any(other.node.encode() in key for key in left), "a worker that stops leaves nothing"
@@ -118,7 +118,7 @@ def test_a_worker_that_starts_again_under_its_name_is_another_one(
     with pytest.raises(WorkerLostError, match="was running on same@test"):
         lost.get(timeout=30)
     assert kept.get(timeout=30) == "kept"
-    assert again.log_text().count("it left 1 inputs") == 1
+    assert again.log_text().count("with 1 acknowledged inputs") == 1
 
 
 def test_a_worker_that_is_merely_slow_is_left_alone(

@@ -242,7 +242,7 @@ def test_the_threads_pool_runs_the_tasks_of_a_project_that_are_no_services(
 def test_what_does_not_act_on_a_stock_pool_is_said_once(start_served: StartServed) -> None:
     worker = start_served("prefork", concurrency=2)
     text = worker.log_text()
-    assert text.count("without effect on the prefork pool") == 1
+    assert text.count("have no effect on the prefork pool") == 1
     assert "Classifier: concurrent, batched, min_workers" in text
     assert "square: benchmark" in text
 

@@ -53,6 +53,7 @@ ERRORS = {
     "ServerFailed": Exception,
     "ServerNotFound": Exception,
     "StartupError": Exception,
+    "UnknownAttribute": AttributeError,
     "UnreadableMessage": ValueError,
     "UsageError": TypeError,
     "WorkerStopped": Exception,
