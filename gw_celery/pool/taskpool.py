@@ -250,7 +250,7 @@ class TaskPool(BasePool):
             setting = "gw_shutdown_timeout"
         if not self._wait(lambda: not self.supervisor.requests.in_flight(), bound):
             logger.error(
-                "%d inputs still run %.0f s after the stop began: all children die (setting %s)",
+                "%d inputs run %.0f s after the stop began: their children are killed (setting %s)",
                 *(self.supervisor.requests.in_flight(), bound, setting),
             )
             self.supervisor.kill(_SHUT_DOWN)

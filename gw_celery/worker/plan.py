@@ -145,7 +145,7 @@ def _log_unlimited(app: Any, plan: Plan) -> None:
     if unlimited and transport is not None:
         options = app.conf.broker_transport_options or {}
         logger.warning(
-            "tasks without a time limit: %s. Redis delivers an input a second time that runs for "
+            "tasks without a time limit: %s. Redis delivers an input a second time if it runs for "
             "over broker_transport_options['visibility_timeout']=%s s: declare timeout=, or set "
             "visibility_timeout over the longest run",
             ", ".join(unlimited),

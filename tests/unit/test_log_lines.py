@@ -125,9 +125,9 @@ def test_every_line_of_level_warning_and_above_is_on_the_page() -> None:
     if golden.IS_UPDATE:
         rewrite(lines)
     rows = rows_of_the_page()
-    missing, outdated = lines.keys() - rows.keys(), rows.keys() - lines.keys()
-    assert not missing, f"add these to {PAGE.name}, see the head of this file: {sorted(missing)}"
-    assert not outdated, f"no line of the code is this one of {PAGE.name}: {sorted(outdated)}"
+    missing = sorted(lines.keys() - rows.keys())
+    outdated = sorted(rows.keys() - lines.keys())
+    assert (missing, outdated) == ([], []), f"{PAGE.name}: add {missing}, remove {outdated}"
 
 
 def test_every_line_of_the_page_has_a_meaning_and_a_remedy() -> None:
