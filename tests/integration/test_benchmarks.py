@@ -186,7 +186,7 @@ def test_full_replicas_correct_a_score_that_no_traffic_confirms(start: Any) -> N
             body.apply_async(kwargs={"seconds": 1.0}, ignore_result=True)
     worker = start("rest", "unmeasured")
     measure = score_of(worker, "measured.rest")["measured"]
-    eventually(lambda: "of measured.rest is " in worker.log_text(), 40)
+    eventually(lambda: "service measured.rest: by the traffic of full" in worker.log_text(), 40)
     eventually(lambda: scores(worker)["measured.unmeasured"]["value"], 40)
     found = scores(worker)
     assert found["measured.rest"]["measured"] == measure

@@ -178,7 +178,7 @@ def test_a_call_that_runs_out_of_memory_is_halved_until_it_fits(
     before = len(calls(ledger_path, "fit"))
     assert [one.get(timeout=30) for one in sent(gathered.Small().fit, names)] == names
     assert max(sizes(ledger_path, "fit")[before:]) == 4
-    assert "it takes 4 at most" in worker.log_text()
+    assert "its batches have 4 inputs at most" in worker.log_text()
 
 
 @pytest.mark.parametrize("method", ["rest", "compute"])
