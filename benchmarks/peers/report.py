@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.peers import figures, plot, systems, workloads
 
-RATIOS = "The GPU pool over each other system: rate / worker CPU an answer / PSS"
+RATIOS = "The GPU pool over each other system: rate/worker CPU an answer/PSS"
 RATIO_HEADER = (
     "workload",
     "its p99 over p50",
@@ -108,7 +108,7 @@ def _ratios(result: Result) -> list[list[str]]:
 
 def _ratio(ours: figures.Line, other: figures.Line) -> str:
     columns = ((one.rate.median, one.worker_cpu.median, one.pss.median) for one in (ours, other))
-    return " / ".join(f"{mine / its:.2f}" for mine, its in zip(*columns, strict=True))
+    return "/".join(f"{mine / its:.2f}" for mine, its in zip(*columns, strict=True))
 
 
 def _failures(result: Result) -> list[str]:
