@@ -43,7 +43,10 @@ def text(result: Result) -> str:
 
 def markdown(result: Result) -> str:
     """Return the tables of a page, after the command, the machine and the versions."""
-    versions = "; ".join(f"{name}: {listed}" for name, listed in result.versions.items())
+    by_version: dict[str, list[str]] = {}
+    for name, version in result.versions.items():
+        by_version.setdefault(version, []).append(name)
+    versions = "; ".join(f"{', '.join(names)}: {same}" for same, names in by_version.items())
     parts = [f"`{result.command}` on {result.machine}. {versions}."]
     for heading, rows in _tables(result, figures.page_cells):
         parts += [f"## {heading}", figures.markdown(rows)]
