@@ -25,7 +25,6 @@ from tests.run_page import BLOCK
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 #: Pages whose Python blocks do not run yet.
 NOT_YET = {
-    "declaring.md",
     "gpu-pool.md",
     "batching.md",
     "workload.md",
