@@ -11,7 +11,7 @@ from tests.processes import ROOT
 
 def test_every_setting_is_documented_with_its_default() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
-    documented = dict(re.findall(r"^\| `gw_(\w+)` \| .+? \| `([^`]+)` \|", text, re.MULTILINE))
+    documented = dict(re.findall(r"^\| `gw_(\w+)` \| .+?, `([^`]+)` \|", text, re.MULTILINE))
     defaults = {field.name: field.default for field in dataclasses.fields(conf.Settings)}
     assert documented.keys() == defaults.keys()
     assert {name: _value(text) for name, text in documented.items()} == defaults
