@@ -17,7 +17,7 @@ from tests.unit.refusals import NOT_FINITE
 def documented() -> dict[str, str]:
     """The type of each setting, as docs/configuration.md says it."""
     text = (ROOT / "docs" / "configuration.md").read_text()
-    rows = re.findall(r"^\| `gw_(\w+)` \| (.+?) \| `(.+?)` \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| `gw_(\w+)` \| (.+?), `([^`]+)` \|", text, re.MULTILINE)
     return {name: kind.replace("\\", "") for name, kind, _ in rows}
 
 
