@@ -23,15 +23,6 @@ from tests.processes import ROOT
 from tests.run_page import BLOCK
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-#: Pages whose Python blocks do not run yet.
-NOT_YET = {
-    "gpu-pool.md",
-    "batching.md",
-    "workload.md",
-    "autoscaling.md",
-    "probes.md",
-    "scores.md",
-}
 LANGUAGES = {"python", "console", "yaml", "ini", "json", "promql", "text", ""}
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"\$ |celery |\./run |python -m ")
@@ -39,16 +30,10 @@ INLINE = re.compile(r"`((?:celery|\./run|python -m) [^`]+)`")
 VERBS = re.findall(r"^\./run (\S+)", (ROOT / "run").read_text(), re.MULTILINE)
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
+WITH_PYTHON = [page for page in PAGES if BLOCK.search(page.read_text())]
 
 
-def _run_or_expected_to_fail(page: Path) -> object:
-    marks = [pytest.mark.xfail(strict=False)] if page.name in NOT_YET else []
-    return pytest.param(page, id=page.name, marks=marks)
-
-
-@pytest.mark.parametrize(
-    "page", [_run_or_expected_to_fail(page) for page in PAGES if BLOCK.search(page.read_text())]
-)
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
 def test_the_python_of_a_page_runs_from_its_first_block_to_its_last(
     page: Path, tmp_path: Path
 ) -> None:
