@@ -410,6 +410,28 @@ except gw.CallTimeout:
     assert done.stdout.split("\n")[:2] == ["late", "revoked 1"]
 
 
+def test_a_call_that_is_made_as_its_process_exits_is_refused() -> None:
+    code = """
+import atexit
+from celery import Celery
+import gw_celery as gw
+celery_app = Celery("x", broker="memory://", backend="cache+memory://")
+gw.preset(celery_app)
+@gw.App("x", celery_app).remote
+async def square(x): ...
+def call():
+    try:
+        square.options(timeout=5).spawn(5)
+    except gw.UsageError as refusal:
+        print(refusal)
+atexit.register(call)
+square.spawn(5)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True)
+    assert done.stdout == "this process is exiting: make calls before it does\n"
+
+
 def test_a_process_that_waits_for_no_answer_does_not_load_the_redis_clients() -> None:
     code = """
 import sys
