@@ -127,8 +127,13 @@ class Publisher:
             threading.Thread(target=self._run, name=f"gw-publish-{number}", daemon=True)
             for number in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError:  # the process may have no more: those that have started end
+            for _ in self._threads:
+                self._queue.put(None)
+            raise
 
     @property
     def backlog(self) -> int:
@@ -195,7 +200,6 @@ class Watcher:
         )
         self._thread.start()
         self._loop, self._source = is_up.result()
-        self._publisher = Publisher(self.settings.publish_threads)
         atexit.register(self.close)
 
     async def _live(self, app: Any, is_up: concurrent.futures.Future[_Parts]) -> None:
@@ -206,6 +210,7 @@ class Watcher:
         try:
             # On this thread: Celery gives each thread a result backend of its own.
             source = result_sources.of(app, self.settings.poll_interval)
+            self._publisher = Publisher(self.settings.publish_threads)
         except BaseException as exc:
             is_up.set_exception(exc)
             return

@@ -170,6 +170,20 @@ def test_many_calls_wait_in_one_thread(square) -> None:
     assert asyncio.run(main()) == [n * n for n in range(300)]
 
 
+def test_a_process_that_may_have_no_more_threads_keeps_none_of_a_call(square, monkeypatch) -> None:
+    start, before = threading.Thread.start, threading.enumerate()
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "gw-publish-2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="thread"):
+        square.spawn(5)
+    assert eventually(lambda: set(threading.enumerate()) <= set(before))
+
+
 def test_the_threads_that_publish_share_one_pool_of_producers(square, monkeypatch) -> None:
     """Made before them: threads that came at once would each make one."""
     connect, makers = square.app.connection_for_write, []
