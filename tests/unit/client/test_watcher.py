@@ -184,6 +184,30 @@ def test_a_process_that_may_have_no_more_threads_keeps_none_of_a_call(square, mo
     assert eventually(lambda: set(threading.enumerate()) <= set(before))
 
 
+def test_a_process_that_may_open_no_more_files_is_told_so_and_calls_again_later(
+    square, monkeypatch
+) -> None:
+    outcomes: list[object] = []
+
+    def refuse() -> None:
+        raise OSError("Too many open files")
+
+    def call() -> None:
+        try:
+            outcomes.append(square.options(task_id="1").spawn(5).id)
+        except OSError as refusal:
+            outcomes.append(str(refusal))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.events, "new_event_loop", refuse)
+        calling = threading.Thread(target=call, daemon=True)
+        calling.start()
+        calling.join(10)
+    assert outcomes == ["Too many open files"]
+    call()
+    assert outcomes[1:] == ["1"]
+
+
 def test_the_threads_that_publish_share_one_pool_of_producers(square, monkeypatch) -> None:
     """Made before them: threads that came at once would each make one."""
     connect, makers = square.app.connection_for_write, []
