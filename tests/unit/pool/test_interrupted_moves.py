@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import signal
 from typing import Any
@@ -28,7 +29,8 @@ def is_interrupted(harness: Harness, when: str, step: int) -> bool:
     child = harness.child(0)
     first = harness.submit()
     child.accept(first)
-    second: Any = None if when == "submit" else harness.submit()
+    is_taking = when in ("taken", "taken again")
+    second: Any = None if when == "submit" or is_taking else harness.submit()
     if when == "done":
         child.accept(second)
     failures: list[BaseException] = []
@@ -41,9 +43,10 @@ def is_interrupted(harness: Harness, when: str, step: int) -> bool:
 
     before = signal.signal(signal.SIGQUIT, handle)
     try:
-        with interrupted_move(step, lambda: signal.raise_signal(signal.SIGQUIT)) as reached:
-            if when == "submit":
-                second = harness.submit()
+        interrupt = functools.partial(signal.raise_signal, signal.SIGQUIT)
+        with interrupted_move(step, interrupt, is_taking=is_taking) as reached:
+            if second is None:  # it must not raise: Celery's consumer would reject the message
+                second = harness.submit(is_redelivered=when == "taken again")
             elif when == "accept":
                 child.accept(second)
             else:
@@ -59,7 +62,7 @@ def is_interrupted(harness: Harness, when: str, step: int) -> bool:
     return bool(reached)
 
 
-@pytest.mark.parametrize("when", ["submit", "accept", "done"])
+@pytest.mark.parametrize("when", ["submit", "taken", "taken again", "accept", "done"])
 def test_a_cold_shutdown_in_the_middle_of_a_move_answers_each_input_once(
     monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
