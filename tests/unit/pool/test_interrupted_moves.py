@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,3 +76,18 @@ def test_a_cold_shutdown_in_the_middle_of_a_move_answers_each_input_once(
             if not is_interrupted(harness, when, step):
                 break
     assert step > 1, "the move calls nothing that can be interrupted"
+
+
+def test_a_cold_shutdown_in_a_handler_waits_for_no_decision_of_the_autoscaler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its thread, where there is no event loop, may wait for what the handler interrupted."""
+    monkeypatch.setattr(state, "should_terminate", None)
+    ended: list[str] = []
+    with Harness(cancel_timeout=0.2).running() as harness:
+        harness.pool.autoscaler = SimpleNamespace(end=lambda: ended.append("ended"))
+        shut_down_cold(harness)
+        assert ended == []
+        harness.pool.close()
+        harness.terminate()
+        assert ended == ["ended"]
