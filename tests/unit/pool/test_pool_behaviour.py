@@ -407,6 +407,21 @@ def test_a_drained_replica_finishes_and_stays_stopped_until_it_is_restarted(
     harness.child(0).done(waiting)
 
 
+def test_a_drain_has_time_for_the_longest_limit_though_that_input_was_stopped(
+    harness: Harness,
+) -> None:
+    request = harness.submit(hard=100)
+    child = harness.child_of(request)
+    child.accept(request)
+    harness.pool.hold(0)
+    harness.advance(60.0)
+    harness.revoke(request, terminate=True)
+    harness.advance(2.0)
+    assert child.is_alive, "it may clean up for gw_cancel_timeout, and leave"
+    child.gone(request)
+    assert child.is_leaving
+
+
 def test_a_pool_grows_by_whole_replicas_and_shrinks_without_a_loss(harness: Harness) -> None:
     request, child = running(harness)
     harness.pool.grow(3)
