@@ -344,7 +344,8 @@ class ReplicaSet:
     def next_to_restart(self) -> Replica | None:
         """Return a replica to drain now: when all others are ready, so that one goes at a time."""
         for replica in self:
-            if replica.child is None:  # a new child is as good as a restarted one
+            # A new child is as good as a restarted one; a successor may be older than the order.
+            if replica.child is None and replica.successor is None:
                 replica.is_to_restart = replica.is_named = False
         queued = [replica for replica in self if replica.is_to_restart]
         queued.sort(key=lambda replica: not replica.is_named)

@@ -422,6 +422,27 @@ def test_a_drain_has_time_for_the_longest_limit_though_that_input_was_stopped(
     assert child.is_leaving
 
 
+def test_a_successor_that_loaded_before_a_restart_is_restarted_though_its_predecessor_ends(
+    harness: Harness,
+) -> None:
+    """It may have older code or weights."""
+    child = harness.child(0)
+    child.report(["stuck", "work"])
+    harness.advance(1.0)
+    successor = harness.child(0)
+    harness.pool.restart()
+    child.die()
+    harness.advance(2.0)
+    successor.ready()
+    harness.advance(3.0)
+    assert successor.is_draining
+    successor.die(code=0)
+    harness.advance(2.0)
+    harness.child(0).ready()
+    harness.advance(5.0)
+    assert not harness.child(0).is_draining, "once is enough"
+
+
 def test_a_pool_grows_by_whole_replicas_and_shrinks_without_a_loss(harness: Harness) -> None:
     request, child = running(harness)
     harness.pool.grow(3)
