@@ -407,6 +407,18 @@ def test_a_drained_replica_finishes_and_stays_stopped_until_it_is_restarted(
     harness.child(0).done(waiting)
 
 
+def test_what_a_child_wrote_before_it_ended_counts_though_its_end_is_seen_first(
+    harness: Harness,
+) -> None:
+    request, child = running(harness)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "poll", lambda: None)  # the loop is busy meanwhile
+        child.done(request)
+        child.die()
+        harness.pool.maintain_pool()
+    assert request.heard == ["accepted", "done"]
+
+
 def test_a_drain_has_time_for_the_longest_limit_though_that_input_was_stopped(
     harness: Harness,
 ) -> None:
