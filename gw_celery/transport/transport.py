@@ -336,6 +336,8 @@ class Channel(redis.Channel):
             return self.client.parse_response(self.client.connection, asked)
         except NoScriptError:
             self._script = None  # the server was restarted
+            if self._watch is not None:
+                self._watch.wake()  # what is there was found, and not taken
             return None
         except ResponseError as exc:
             self._do_without_script(exc)
