@@ -314,6 +314,11 @@ class LocalRuntime:
         """As ``enter``, for a caller on the loop: nothing watches for a load that blocks it."""
         keys = {service.key for service in served}
         async with self._growing:
+            made = {
+                service.key: instances.Instances(service, self.settings)
+                for service in served
+                if service.is_class and service.key not in self._served
+            }
             entered = {
                 context.key: lifecycle.Entered(
                     context.key, _opened(context), self.settings.exit_timeout
@@ -322,11 +327,6 @@ class LocalRuntime:
                 if keys & declared.services.keys()
                 for context in declared.contexts.values()
                 if context.key not in self._contexts
-            }
-            made = {
-                service.key: instances.Instances(service, self.settings)
-                for service in served
-                if service.is_class and service.key not in self._served
             }
             defaults = {key: life for key, owner in made.items() if (life := owner.enter_default())}
             self._contexts |= entered
