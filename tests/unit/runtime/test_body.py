@@ -116,6 +116,14 @@ def test_an_exception_in_a_batched_answer_is_raised(app, is_async) -> None:
         embed.local("a text")
 
 
+@EITHER
+def test_an_exit_in_a_batched_answer_is_a_failure_as_in_a_replica(app, is_async) -> None:
+    embed = answering(app, lambda _: [SystemExit(3)], is_async=is_async)
+
+    with pytest.raises(errors.BodyExited, match=r"answered with SystemExit\(3\)"):
+        embed.local("a text")
+
+
 def test_a_stop_iteration_in_a_thread_ends_the_wait_of_who_awaits_it(app, serve) -> None:
     @app.cls
     class Inner:
