@@ -163,6 +163,36 @@ def test_as_many_calls_run_at_a_time_as_declared() -> None:
     assert calls.seen == [[0, 1], [2, 3], [4, 5]]
 
 
+def test_inputs_of_different_parameters_never_share_a_call() -> None:
+    app, calls = app_of_its_own(), []
+
+    @app.cls
+    @gw.concurrent(max_inputs=16)
+    class Model:
+        name: str = gw.parameter(default="small")
+        threshold: float = gw.parameter(default=0.5)
+
+        @gw.on_enter()
+        def load(self) -> None:
+            self.loaded = self.name
+
+        @gw.method()
+        @gw.batched(max_batch_size=8)
+        async def predict(self, xs: list[int]) -> list[Any]:
+            calls.append(xs)
+            return [(self.loaded, self.threshold)] * len(xs)
+
+    given: list[dict[str, Any]] = [{}, {"threshold": 0.5}, {"threshold": 1}, {"threshold": 1.0}]
+    given += [{"name": "large"}, {"name": "large", "threshold": 1.0}]
+
+    async def test() -> Any:
+        return await asyncio.gather(*(Model(**one).predict(x) for x, one in enumerate(given)))
+
+    values = [({"name": "small", "threshold": 0.5} | one).values() for one in given]
+    assert on_loop(app, test) == [tuple(one) for one in values]
+    assert sorted(calls) == [[0, 1], [2, 3], [4], [5]]
+
+
 def test_a_key_that_cannot_be_hashed_fails_its_input_and_says_so() -> None:
     calls = Calls()
 
