@@ -163,7 +163,8 @@ def test_as_many_calls_run_at_a_time_as_declared() -> None:
     assert calls.seen == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_inputs_of_different_parameters_never_share_a_call() -> None:
+@pytest.mark.parametrize("key", [None, lambda x: "the same"])
+def test_inputs_of_different_parameters_never_share_a_call(key: Any) -> None:
     app, calls = app_of_its_own(), []
 
     @app.cls
@@ -177,7 +178,7 @@ def test_inputs_of_different_parameters_never_share_a_call() -> None:
             self.loaded = self.name
 
         @gw.method()
-        @gw.batched(max_batch_size=8)
+        @gw.batched(max_batch_size=8, key=key)
         async def predict(self, xs: list[int]) -> list[Any]:
             calls.append(xs)
             return [(self.loaded, self.threshold)] * len(xs)
