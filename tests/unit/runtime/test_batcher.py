@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -539,6 +540,22 @@ def test_a_stop_iteration_in_a_thread_fails_its_input_and_the_next_are_served() 
         assert await Model().body(2) == 2
 
     on_loop(app, test)
+
+
+def test_the_body_belongs_to_no_input() -> None:
+    caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="nobody")
+    seen: list[str] = []
+
+    async def body(xs: list[int], scale: list[int]) -> list[int]:
+        seen.append(caller.get())
+        return xs
+
+    async def test(submit: Submit) -> None:
+        caller.set("an input")
+        await submit(1)
+
+    gathering(test, body, max_batch_size=8)
+    assert seen == ["nobody"]
 
 
 def test_only_the_body_knows_of_its_batch() -> None:
