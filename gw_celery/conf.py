@@ -213,7 +213,7 @@ def _typed(label: str, value: Any, expected: Any, bounds: tuple[float, float, st
     if kind in (int, float):
         least, most, allowed = bounds or (math.ulp(0.0), math.inf, f"{kind.__name__} over 0")
         is_number = isinstance(value, int | kind) and not isinstance(value, bool)
-        if is_number and math.isfinite(value) and least <= value <= most:
+        if is_number and least <= value <= most and math.isfinite(value):
             return kind(value)
     elif kind is str:
         allowed = "str"

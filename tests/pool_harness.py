@@ -54,7 +54,7 @@ from gw_celery import signals as plan_holder
 
 # -- what is known of the inside: a new layout changes these lines and no others --
 from gw_celery.policy import scores
-from gw_celery.pool import request_table
+from gw_celery.pool import request_table, requests
 from gw_celery.protocol import frames
 
 POOL = "gw_celery.pool:TaskPool"
@@ -78,23 +78,36 @@ def _setup_of(first: tuple[Any, ...]) -> dict[str, Any]:
     return dict(setup)
 
 
+#: What takes an input, until it is in a child.
+_TAKING = (
+    requests.Requests.submit,
+    requests.Requests._admit,
+    requests.Requests.send,
+    request_table.Queue.assign,
+)
+
+
 @contextmanager
-def interrupted_move(step: int, act: Callable[[], None]) -> Iterator[list[str]]:
+def interrupted_move(
+    step: int, act: Callable[[], None], *, is_taking: bool = False
+) -> Iterator[list[str]]:
     """Call ``act`` in the middle of the next move of a request, as the handler of a signal is.
 
     Args:
         step: before which of the functions that the move calls.
         act: what the handler does.
+        is_taking: not in the move itself, but in what takes an input and moves it.
 
     Yields:
         The name of that function, once it was called; empty where the move calls fewer.
     """
     reached: list[str] = []
-    seen, move = itertools.count(), request_table.RequestTable.move.__code__
+    interrupted = _TAKING if is_taking else (request_table.RequestTable.move,)
+    seen, codes = itertools.count(), [function.__code__ for function in interrupted]
 
     def profile(frame: types.FrameType, event: str, argument: Any) -> None:
         caller = frame.f_back
-        is_step = event == "call" and caller is not None and caller.f_code is move
+        is_step = event == "call" and caller is not None and caller.f_code in codes
         if is_step and next(seen) == step:
             sys.setprofile(None)
             reached.append(frame.f_code.co_name)

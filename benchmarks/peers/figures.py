@@ -110,15 +110,29 @@ def cells(line: Line, title: str) -> list[str]:
     ]
 
 
-def markdown(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
-    """A table of Markdown; the numbers are set to the right."""
-    listed = [f"| {' | '.join(row)} |" for row in (header, *rows)]
-    listed.insert(1, "|---|" + "---:|" * (len(header) - 1))
-    return "\n".join(listed)
+#: The columns of docs/benchmarks.md.
+PAGE_HEADER = (*HEADER[:6], HEADER[-1])
+
+
+def page_cells(line: Line, title: str) -> list[str]:
+    """Return one row of a table in the columns of ``PAGE_HEADER``; only the rate has its range."""
+    at_least = "" if line.is_settled else ">= "
+    return [
+        *cells(line, title)[:3],
+        at_least + _short(line.p50.median * 1e3),
+        at_least + _short(line.p99.median * 1e3),
+        _short(line.worker_cpu.median * 1e6),
+        _short(line.pss.median * 2**-20),
+    ]
+
+
+def markdown(rows: Sequence[Sequence[str]], header: Sequence[str] = PAGE_HEADER) -> str:
+    """Return a table for a page: preformatted, because its rows of numbers are read in columns."""
+    return f"```text\n{text(rows, header)}\n```"
 
 
 def text(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
-    """The same table for a terminal."""
+    """Return a table for a terminal."""
     table = [header, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     return "\n".join(
@@ -132,5 +146,5 @@ def short(one: Spread, form: str = "") -> str:
     return median if low == high else f"{median} ({low}-{high})"
 
 
-def _short(value: float, form: str) -> str:
+def _short(value: float, form: str = "") -> str:
     return format(value, form or (".0f" if value >= 10 else ".1f"))

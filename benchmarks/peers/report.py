@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import figures, plot, systems, workloads
 
-RATIOS = "The GPU pool's rate / worker CPU of an answer / PSS, over that of each other system"
+RATIOS = "The GPU pool over each other system: rate/worker CPU an answer/PSS"
 RATIO_HEADER = (
     "workload",
     "its p99 over p50",
     *(name for name in systems.SYSTEMS if name != "ours"),
 )
-#: The page's own words stay; what lies between these is written anew.
+#: `document` replaces what lies between these, and keeps the rest of the page.
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
@@ -35,18 +35,20 @@ class Result:
 
 def text(result: Result) -> str:
     """For a terminal."""
-    parts = [f"{heading}\n{figures.text(rows)}" for heading, rows in _tables(result)]
+    parts = [f"{heading}\n{figures.text(rows)}" for heading, rows in _tables(result, figures.cells)]
     if ratios := _ratios(result):
         parts.append(f"{RATIOS}\n{figures.text(ratios, RATIO_HEADER)}")
     return "\n\n".join([*parts, *_failures(result)])
 
 
 def markdown(result: Result) -> str:
-    """For a page: the tables, and under what they were measured."""
-    versions = "; ".join(f"{name}: {found}" for name, found in result.versions.items())
-    rounds = max((one["round"] for one in result.runs), default=0)
-    parts = [f"`{result.command}` on {result.machine}; rounds: {rounds}. {versions}."]
-    for heading, rows in _tables(result):
+    """Return the tables of a page, after the command, the machine and the versions."""
+    by_version: dict[str, list[str]] = {}
+    for name, version in result.versions.items():
+        by_version.setdefault(version, []).append(name)
+    versions = "; ".join(f"{', '.join(names)}: {same}" for same, names in by_version.items())
+    parts = [f"`{result.command}` on {result.machine}. {versions}."]
+    for heading, rows in _tables(result, figures.page_cells):
         parts += [f"## {heading}", figures.markdown(rows)]
     if ratios := _ratios(result):
         parts += [f"## {RATIOS}", figures.markdown(ratios, RATIO_HEADER)]
@@ -84,16 +86,18 @@ def _lines(result: Result) -> Iterator[tuple[workloads.Workload, list[figures.Li
             yield workload, lines
 
 
-def _tables(result: Result) -> Iterator[tuple[str, list[list[str]]]]:
+def _tables(
+    result: Result, cells: Callable[[figures.Line, str], list[str]]
+) -> Iterator[tuple[str, list[list[str]]]]:
     for workload, lines in _lines(result):
         best = figures.ideal(workload, result.runs)
         heading = workload.title + (f" (ideal: {best:.0f}/s)" if best else "")
-        rows = [figures.cells(one, systems.SYSTEMS[one.system].title) for one in lines]
+        rows = [cells(one, systems.SYSTEMS[one.system].title) for one in lines]
         yield heading[0].upper() + heading[1:], rows
 
 
 def _ratios(result: Result) -> list[list[str]]:
-    """Ours against each other system, of medians: rate, worker CPU of an answer, PSS."""
+    """Return the ratio of ours to each other system, of medians: rate, worker CPU, PSS."""
     rows = []
     for workload, lines in _lines(result):
         by_name = {one.system: one for one in lines}
@@ -107,7 +111,7 @@ def _ratios(result: Result) -> list[list[str]]:
 
 def _ratio(ours: figures.Line, other: figures.Line) -> str:
     columns = ((one.rate.median, one.worker_cpu.median, one.pss.median) for one in (ours, other))
-    return " / ".join(f"{mine / its:.2f}" for mine, its in zip(*columns, strict=True))
+    return "/".join(f"{mine / its:.2f}" for mine, its in zip(*columns, strict=True))
 
 
 def _failures(result: Result) -> list[str]:

@@ -128,8 +128,13 @@ class Publisher:
             threading.Thread(target=self._run, name=f"gw-publish-{number}", daemon=True)
             for number in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError:  # the process may have no more: those that have started end
+            for _ in self._threads:
+                self._queue.put(None)
+            raise
 
     @property
     def backlog(self) -> int:
@@ -192,24 +197,29 @@ class Watcher:
         self._closing = asyncio.Event()
         is_up: concurrent.futures.Future[_Parts] = concurrent.futures.Future()
         self._thread = threading.Thread(
-            target=asyncio.run, args=(self._live(app, is_up),), name="gw-watcher", daemon=True
+            target=self._run, args=(app, is_up), name="gw-watcher", daemon=True
         )
         self._thread.start()
         self._loop, self._source = is_up.result()
-        self._publisher = Publisher(self.settings.publish_threads)
         atexit.register(self.close)
+
+    def _run(self, app: Any, is_up: concurrent.futures.Future[_Parts]) -> None:
+        try:
+            with asyncio.Runner() as runner:  # which fails where no more files can be open
+                runner.run(self._live(app, is_up))
+        except BaseException as exc:
+            if is_up.done():
+                raise
+            is_up.set_exception(exc)
 
     async def _live(self, app: Any, is_up: concurrent.futures.Future[_Parts]) -> None:
         # Here: the Redis clients take half of the package's import time, and most processes
         # that import it never wait for an answer.
         from gw_celery.client import result_sources
 
-        try:
-            # On this thread: Celery gives each thread a result backend of its own.
-            source = result_sources.of(app, self.settings.poll_interval)
-        except BaseException as exc:
-            is_up.set_exception(exc)
-            return
+        # On this thread: Celery gives each thread a result backend of its own.
+        source = result_sources.of(app, self.settings.poll_interval)
+        self._publisher = Publisher(self.settings.publish_threads)
         is_up.set_result((asyncio.get_running_loop(), source))
         await self._closing.wait()
 

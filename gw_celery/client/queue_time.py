@@ -171,7 +171,13 @@ class Waits:
             if asyncio._get_running_loop() is None:
                 return self._read(self._shared, queue)
             reads = (self._shared, queue)
-            threading.Thread(target=self._read, args=reads, name="gw-waits", daemon=True).start()
+            try:
+                threading.Thread(
+                    target=self._read, args=reads, name="gw-waits", daemon=True
+                ).start()
+            except RuntimeError:  # the process may have no more threads now
+                self._reading.release()
+                raise
         return estimate if age < _USABLE else None
 
     def _read(self, shared: find.SharedRedis, queue: str) -> float | None:

@@ -186,12 +186,12 @@ class RedisSource(Source):
         self._changed.clear()
         changes, self._changes = self._changes, set()
         added = changes & self.waiting.keys()
-        if dropped := changes - added:
-            await pubsub.unsubscribe(*(self._prefix + task_id for task_id in dropped))
-        if added:
-            async with asyncio.timeout(ANSWER_TIMEOUT):
+        async with asyncio.timeout(ANSWER_TIMEOUT):  # of either: the first one connects
+            if dropped := changes - added:
+                await pubsub.unsubscribe(*(self._prefix + task_id for task_id in dropped))
+            if added:
                 await pubsub.subscribe(*(self._prefix + task_id for task_id in added))
-            await self._read(client, added)
+        await self._read(client, added)
 
     async def _read(self, client: redis.asyncio.Redis, task_ids: Iterable[str]) -> None:
         if not (ids := list(task_ids)):

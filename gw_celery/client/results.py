@@ -69,7 +69,7 @@ def restored(stored: Any, traceback: str | None) -> Exception:
         made = _made(f"{module or 'builtins'}.{name}", arguments, traceback or "")
     text = _clean(traceback or "", from_end=True)
     if made is None:
-        type_name = _clean(f"{module}.{name}" if module else name)
+        type_name = _clean(f"{module}.{name}" if module else str(name))
         made = errors.RemoteTaskError(type_name, _clean(", ".join(map(str, arguments))), text)
     if text:
         made.__cause__ = errors.RemoteTraceback(text)

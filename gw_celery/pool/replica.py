@@ -65,6 +65,8 @@ class ChildState:
         self._began = now
         #: When it began to drain, or last held what has no limit.
         self._unlimited_at = now
+        #: When the last limit of what it has held since then is reached.
+        self._last_limit_at = now
         self._enter(State.STARTING, now, settings.boot_timeout)
 
     @property
@@ -136,9 +138,12 @@ class ChildState:
         """
         deadline = self.deadline
         if self.current is State.DRAINING and deadline is None:
-            if math.isinf(longest_left):
+            limit_at = now + longest_left
+            if math.isinf(limit_at):
                 self._unlimited_at = now
-            deadline = max(self._unlimited_at + self.settings.drain_timeout, now + longest_left)
+            else:
+                self._last_limit_at = limit_at = max(self._last_limit_at, limit_at)
+            deadline = max(self._unlimited_at + self.settings.drain_timeout, limit_at)
         if deadline is not None and now >= deadline:
             return f"was {self.current.value} for {now - self.since:.0f} s{_SETTINGS[self.current]}"
         if self.last_beat is not None and now - self.last_beat >= self.settings.heartbeat_timeout:
@@ -339,7 +344,8 @@ class ReplicaSet:
     def next_to_restart(self) -> Replica | None:
         """Return a replica to drain now: when all others are ready, so that one goes at a time."""
         for replica in self:
-            if replica.child is None:  # a new child is as good as a restarted one
+            # A new child is as good as a restarted one; a successor may be older than the order.
+            if replica.child is None and replica.successor is None:
                 replica.is_to_restart = replica.is_named = False
         queued = [replica for replica in self if replica.is_to_restart]
         queued.sort(key=lambda replica: not replica.is_named)

@@ -109,7 +109,8 @@ class RequestTable:
         #: By service.
         self.counters: dict[str, Counters] = collections.defaultdict(Counters)
         self.limits = Limits()
-        #: Whether a move is not complete: only the handler of a signal can see that.
+        #: Whether a move is not complete, or the taking of an input: only the handler of a signal
+        #: can see that.
         self.is_moving = False
         self._cancel_timeout = cancel_timeout
         self._by_state: dict[State, dict[int, PoolRequest]] = {
@@ -151,7 +152,7 @@ class RequestTable:
             ValueError: for a state that cannot follow, and for a request that would be settled
                 twice, or ended without it.
         """
-        self.is_moving = True
+        was_moving, self.is_moving = self.is_moving, True
         try:
             before = request.state
             if to not in NEXT_STATES[before] or (child is None) is (to is State.SENT):
@@ -191,7 +192,7 @@ class RequestTable:
             elif to is State.STOPPING:
                 self.limits.add(at + self._cancel_timeout, request, Limit.GRACE)
         finally:
-            self.is_moving = False
+            self.is_moving = was_moving
 
     def _count(
         self, request: PoolRequest, before: State | None, at: float, result: Result | None

@@ -102,8 +102,13 @@ class Supervisor:
     ) -> requests.PoolRequest:
         """Take one input; it starts when a replica has a slot for it."""
         with self.lock:
-            new = self.requests.submit(args, service, options)
-            self._send_waiting()
+            # What raises here costs a message: the handler of a signal settles none meanwhile.
+            self.requests.table.is_moving = True
+            try:
+                new = self.requests.submit(args, service, options)
+                self._send_waiting()
+            finally:
+                self.requests.table.is_moving = False
         return new
 
     def stop(self, stopped: requests.PoolRequest, signum: int) -> None:
@@ -116,7 +121,7 @@ class Supervisor:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether the handler of a signal asks, in the middle of a move."""
+        """Whether the handler of a signal asks, in the middle of a move or of ``submit``."""
         with self.lock:
             return self.requests.table.is_moving
 

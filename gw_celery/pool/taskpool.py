@@ -229,7 +229,9 @@ class TaskPool(BasePool):
         self.supervisor.forget_waiting()
 
     def on_close(self) -> None:
-        self._end_scaling()
+        # Not in ``on_stop``: in the handler of a signal it would wait for what is interrupted.
+        if self.autoscaler is not None:
+            self.autoscaler.end()
         self.supervisor.close()
 
     def on_stop(self) -> None:
@@ -393,7 +395,6 @@ class TaskPool(BasePool):
     def _finish(self) -> None:
         if self._is_over.is_set():
             return
-        self._end_scaling()
         self._is_over.set()
         self.supervisor.sockets.wake()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -406,10 +407,6 @@ class TaskPool(BasePool):
         for thread in (self._dead, self.cluster):
             if thread is not None:
                 thread.close()
-
-    def _end_scaling(self) -> None:
-        if self.autoscaler is not None:
-            self.autoscaler.end()
 
     def _resize(self, slots: int) -> None:
         if (allotment := self.plan.allotment) is not None:

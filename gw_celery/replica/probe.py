@@ -68,7 +68,7 @@ class Probes:
                 is_ok = bool(answer["ok"])
             else:  # numpy's and torch's False, too
                 is_boolean = str(getattr(answer, "dtype", "")).removeprefix("torch.") == "bool"
-                is_ok = answer is not False and (bool(answer) or not is_boolean)
+                is_ok = answer is not False and (not is_boolean or bool(answer))
         except Exception as exc:
             is_ok, detail = False, f"{type(exc).__name__}: {exc}".rstrip(": ")
         seconds = time.monotonic() - began

@@ -88,11 +88,6 @@ class BatchItem(batching.Waiting):
         """Join a call; whether it still wants to."""
         return not self.outcome.done() and (self.joining is None or self.joining.begin())
 
-    def answer(self, entry: Any) -> None:
-        if isinstance(entry, BaseException) and not isinstance(entry, Exception):
-            entry = errors.BodyExited(f"the body answered with {entry!r}: answer with an Exception")
-        self.settle(isinstance(entry, Exception), entry)
-
     def settle(self, is_failure: bool, value: Any) -> None:
         if not self.outcome.done():
             self.outcome.set_result((is_failure, value))
@@ -330,7 +325,7 @@ class Batcher:
                 item.settle(True, exc)
             return []
         for item, entry in zip(part, entries, strict=True):
-            item.answer(entry)
+            item.settle(isinstance(entry, Exception), entry)
         return []
 
     async def _call(self, part: list[BatchItem], flush: batching.Flush) -> Any:
@@ -418,7 +413,12 @@ def _entries(method: services.Method, count: int, answer: Any) -> list[Any]:
             f"{type(answer).__name__} of {'no' if size is None else size} entries; a batched "
             f"function returns a list with one entry for each input"
         )
-    return list(answer)
+    return [
+        errors.BodyExited(f"the body answered with {entry!r}: answer with an Exception")
+        if isinstance(entry, BaseException) and not isinstance(entry, Exception)
+        else entry
+        for entry in answer
+    ]
 
 
 def of_one_input(

@@ -187,19 +187,32 @@ class LocalRuntime:
         if method.is_async or (method.batched and self.batchers):
             return self._wait_within_limits(task, self._answer(task, values, args, kwargs))
         owner = self.instances[service.key]
-        loaded = owner.take(values)
-        if loaded is None:
-            with owner.awaiting(values):
-                while (loaded := owner.take(values)) is None:
-                    self._wait_within_limits(task, owner.build(values))
+        # What its thread and the loop tell each other, for limits may end the wait at any moment:
+        # the instance that the input uses, and ``None`` once it has ended. The second gives back.
+        taken: list[instances.Loaded | None] = []
+
+        async def load() -> None:
+            loaded = await owner.load(values)
+            taken.append(loaded)
+            if taken[0] is None:
+                owner.give_back(loaded)
+
         try:
+            if (loaded := owner.take(values)) is not None:
+                taken.append(loaded)
+            else:
+                self._wait_within_limits(task, load())
+            if (loaded := taken[0]) is None:
+                raise RuntimeError("the load ended without an instance")
             fn: Callable[..., Any] = getattr(loaded.view(values), method.name)
             args, kwargs = batcher.of_one_input(method, args, kwargs)
             with body.Contained():
                 answer = fn(*args, **kwargs)
             return batcher.only_answer(method, answer)
         finally:
-            owner.give_back(loaded)
+            taken.append(None)
+            if taken[0] is not None:
+                owner.give_back(taken[0])
 
     async def run_async(
         self, task: Any, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -239,9 +252,7 @@ class LocalRuntime:
                         # Before it joins a batch: limits bound the wait, and a load can kill the
                         # process.
                         joining.begin()
-                    with owner.awaiting(values):
-                        while (loaded := owner.take(values)) is None:
-                            await owner.build(values)
+                    loaded = await owner.load(values)
                 fn = getattr(loaded.view(values), method.name)
                 key, using = loaded.batch_key(values), functools.partial(owner.using, loaded)
             if method.batched is not None and self.batchers is not None:
@@ -306,6 +317,11 @@ class LocalRuntime:
         """As ``enter``, for a caller on the loop: nothing watches for a load that blocks it."""
         keys = {service.key for service in served}
         async with self._growing:
+            made = {
+                service.key: instances.Instances(service, self.settings)
+                for service in served
+                if service.is_class and service.key not in self._served
+            }
             entered = {
                 context.key: lifecycle.Entered(
                     context.key, _opened(context), self.settings.exit_timeout
@@ -314,11 +330,6 @@ class LocalRuntime:
                 if keys & declared.services.keys()
                 for context in declared.contexts.values()
                 if context.key not in self._contexts
-            }
-            made = {
-                service.key: instances.Instances(service, self.settings)
-                for service in served
-                if service.is_class and service.key not in self._served
             }
             defaults = {key: life for key, owner in made.items() if (life := owner.enter_default())}
             self._contexts |= entered

@@ -142,36 +142,32 @@ class Instances:
         finally:
             self.give_back(loaded)
 
-    @contextlib.contextmanager
-    def awaiting(self, values: ParameterValues) -> Iterator[None]:
-        """Keep what is built for a call until it takes that; from any thread."""
-        token = object()
-        try:
-            with self._lock:
-                self._awaited[token] = values
-            yield
-        finally:
-            with self._lock:
-                self._awaited.pop(token, None)
-                self._on_idle()
+    async def load(self, values: ParameterValues) -> Loaded:
+        """Return a suitable instance and count its use, entering one when there is none.
 
-    async def build(self, values: ParameterValues) -> None:
-        """Enter a suitable instance unless there is one; on the loop.
-
-        Concurrent first uses build it once. A build that fails raises in all that wait for it,
-        and is not kept; one whose callers give up goes on for the next, once it has begun.
+        On the loop. Concurrent first uses build it once. A build that fails raises in all that wait
+        for it, and is not kept; one whose callers give up goes on for the next, once it has begun.
 
         Raises:
             UsageError: where ``gw_max_instances`` leaves no room beside the default instance.
         """
-        key = parameters.canonical(values)
-        if key not in self._builds:
-            self._builds[key] = asyncio.get_running_loop().create_task(
-                self._build(key, values), context=self._context.copy()
-            )
-            # What it raises is retrieved here: callers that gave up have not done so.
-            self._builds[key].add_done_callback(lambda task: task.cancelled() or task.exception())
-        await asyncio.shield(self._builds[key])
+        key, token = parameters.canonical(values), object()
+        self._awaited[token] = values  # keeps what is built for this call until it takes that
+        try:
+            while (loaded := self.take(values)) is None:
+                if key not in self._builds:
+                    build = asyncio.get_running_loop().create_task(
+                        self._build(key, values), context=self._context.copy()
+                    )
+                    # Retrieved here: callers that gave up have not done so.
+                    build.add_done_callback(lambda task: task.cancelled() or task.exception())
+                    self._builds[key] = build
+                await asyncio.shield(self._builds[key])
+            return loaded
+        finally:
+            del self._awaited[token]
+            with self._lock:
+                self._on_idle()
 
     async def leave(self) -> None:
         """Leave every instance, in parallel; a build under way is cancelled."""
@@ -226,9 +222,7 @@ class Instances:
         try:
             while len(self._loaded) >= self._settings.max_instances:
                 freed.clear()
-                with self._lock:
-                    is_awaited = values in self._awaited.values()
-                if not is_awaited:
+                if values not in self._awaited.values():
                     return False
                 if (idle := self._idle()) is None:
                     await freed.wait()

@@ -155,5 +155,7 @@ def async_client(backend: Any, *, socket_timeout: float | None) -> redis.asyncio
     cls = options.pop("connection_class", redis.Connection)
     options["connection_class"] = getattr(redis.asyncio, cls.__name__, redis.asyncio.Connection)
     options["socket_timeout"] = socket_timeout
+    if socket_timeout is None:  # what listens all the time would read the answer to a check
+        options.pop("health_check_interval", None)
     # Unlike Redis(connection_pool=...), this client closes its connections when it is closed.
     return redis.asyncio.Redis.from_pool(redis.asyncio.ConnectionPool(**options))

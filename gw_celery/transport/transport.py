@@ -208,6 +208,23 @@ class Channel(redis.Channel):
     _may_watch = True
     _own_client: Any = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        #: Consumers that do not acknowledge. Celery's mingle has one, and waits for its answers
+        #: without the loop that would hear the watch.
+        self._careless: set[str] = set()
+        super().__init__(*args, **kwargs)
+
+    def basic_consume(
+        self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any
+    ) -> Any:
+        if no_ack:
+            self._careless.add(consumer_tag)
+        return super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
+
+    def basic_cancel(self, consumer_tag: str) -> Any:
+        self._careless.discard(consumer_tag)
+        return super().basic_cancel(consumer_tag)
+
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
             return super()._create_client(asynchronous=True)
@@ -268,7 +285,7 @@ class Channel(redis.Channel):
 
     def _can_record(self) -> bool:
         """Whether the script can take messages, and record them as it does."""
-        if not isinstance(self.qos, QoS) or self.global_keyprefix:
+        if not isinstance(self.qos, QoS) or self._careless or self.global_keyprefix:
             return False
         if self._script is None and self._may_script:
             try:
@@ -338,6 +355,8 @@ class Channel(redis.Channel):
             return self.client.parse_response(self.client.connection, asked)
         except NoScriptError:
             self._script = None  # the server was restarted
+            if self._watch is not None:
+                self._watch.wake()  # what is there was found, and not taken
             return None
         except ResponseError as exc:
             self._do_without_script(exc)
@@ -363,7 +382,7 @@ class Channel(redis.Channel):
                 self.connection._deliver(message, queue)
                 if (tag := message["properties"]["delivery_tag"]) in self.qos.recorded:
                     self.qos.recorded.discard(tag)
-                    self.qos.forget([tag])  # its consumer does not acknowledge
+                    self.qos.forget([tag])  # its consumer, new since then, does not acknowledge
         finally:
             # A callback raised, or a queue was closed meanwhile.
             self._give_back([message for _, message in messages])

@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds that a client has for its request, and for reading the answer.
 _PATIENCE = 2.0
-#: Clients at a time, each with a thread; more wait in the backlog of the socket.
+#: Clients at a time, each with a thread; the oldest is cut off for one more.
 _MOST_CLIENTS = 32
+#: Threads at a time: one whose client was cut off takes a moment to end, or hangs in its answer.
+_MOST_THREADS = 128
 
 #: The file is touched while the loop has turned within so many seconds.
 _FRESH = 3.0
@@ -236,7 +238,7 @@ class _Endpoint(http.server.ThreadingHTTPServer):
         host, port = self.socket.getsockname()[:2]
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self.answer = answer
-        #: The connections that have a thread, the oldest first.
+        #: The connections that have a thread, those that were cut off, too, the oldest first.
         self._clients: dict[Any, bool] = {}
         threading.Thread(target=self.serve_forever, name="gw-http", daemon=True).start()
 
@@ -245,11 +247,13 @@ class _Endpoint(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer a client in a thread; where there are too many, the oldest client is cut off."""
-        if len(clients := list(self._clients)) >= _MOST_CLIENTS:
-            self._clients.pop(clients[0], None)
+        """Answer a client in a thread; where there are too many, the oldest clients are cut off."""
+        if len(clients := list(self._clients)) >= _MOST_THREADS:
+            self.shutdown_request(request)
+            return
+        for oldest in clients[: max(0, len(clients) + 1 - _MOST_CLIENTS)]:
             with contextlib.suppress(OSError):
-                clients[0].shutdown(socket.SHUT_RDWR)
+                oldest.shutdown(socket.SHUT_RDWR)
         self._clients[request] = True
         super().process_request(request, client_address)
 

@@ -170,3 +170,24 @@ def test_an_answer_that_is_there_already_is_found_before_all_are_read_again(
             return await calling(asked, "1")
 
     assert asyncio.run(answered()) == "here"
+
+
+def test_a_call_after_a_silence_is_answered_over_the_same_subscription(
+    app: Celery, asked: Any, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    app.conf.redis_backend_health_check_interval = 0.05
+
+    async def answered(task_id: str) -> Any:
+        answer = calling(asked, task_id)
+        await until(lambda: is_subscribed(app, client, task_id))
+        app.backend.store_result(task_id, int(task_id), "SUCCESS")
+        value = await answer
+        await until(lambda: not is_subscribed(app, client, task_id))
+        await asyncio.sleep(0.1)
+        return value
+
+    async def twice() -> list[Any]:
+        return [await answered(task_id) for task_id in "12"]
+
+    assert asyncio.run(twice()) == [1, 2]
+    assert not caplog.records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import xml.etree.ElementTree as ET
 
@@ -73,7 +74,9 @@ def test_the_report_says_how_ours_compares_and_what_failed():
 
     said = report.markdown(result)
 
-    assert "| slow | 1.20 | 40.00 / 1.00 / 1.00 | - |" in said
+    assert ["slow", "1.20", "40.00/1.00/1.00", "-"] in [
+        re.split(" {2,}", line)[:4] for line in said.splitlines()
+    ]
     assert "- litserve: not installed: no such package" in said
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -30,3 +32,32 @@ def test_redis_notifies_and_every_other_backend_is_asked(
         if is_replica:
             result_backends.install(app, Around(), 5, Reports())
         assert type(result_sources.of(app, 0.5)) is expected
+
+
+def test_a_server_that_falls_silent_is_given_up_though_a_call_is_given_up_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(result_sources, "ANSWER_TIMEOUT", 0.1)
+
+    async def connected_three_times() -> None:
+        connected: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connected.put_nowait(writer)
+
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with Celery("proj", broker="memory://", backend=url, set_as_current=False) as app:
+            source = result_sources.of(app, 0.5)
+            other: result_sources.Waiter = Future()
+            source.add("1", Future())
+            source.add("2", other)
+            async with asyncio.timeout(10):
+                writers = [await connected.get()]
+                source.remove("2", other)
+                writers += [await connected.get(), await connected.get()]
+        server.close()
+        for writer in writers:
+            writer.close()
+
+    asyncio.run(connected_three_times())

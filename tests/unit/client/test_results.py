@@ -323,8 +323,11 @@ def test_a_record_that_describes_no_error_is_a_remote_task_error(
     assert error.type_name == "unknown error"
 
 
-def test_a_stand_in_with_broken_arguments_is_a_remote_task_error(restored: Restored) -> None:
-    mapping = stored("UnpickleableExceptionWrapper", 1, 2, 3, 4, module="x")
+@pytest.mark.parametrize("module", [1, None])
+def test_a_stand_in_with_broken_arguments_is_a_remote_task_error(
+    restored: Restored, module: object
+) -> None:
+    mapping = stored("UnpickleableExceptionWrapper", module, 2, 3, 4, module="x")
 
     assert isinstance(restored(mapping), gw.RemoteTaskError)
 

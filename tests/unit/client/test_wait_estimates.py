@@ -247,3 +247,21 @@ def test_a_redis_that_is_away_admits(tmp_path: Path) -> None:
             away.start()
             eventually(lambda: refusal(patient))
         workers.close_all()
+
+
+def test_a_process_that_may_have_no_more_threads_reads_estimates_again_later(
+    patient: Any, wait: Wait, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def call() -> None:
+        patient.delay()
+
+    wait(patient.gw_service.queue, LIMIT + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="thread"):
+            asyncio.run(call())
+    with pytest.raises(gw.QueueTimeExceeded):
+        patient.delay()

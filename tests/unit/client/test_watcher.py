@@ -170,6 +170,44 @@ def test_many_calls_wait_in_one_thread(square) -> None:
     assert asyncio.run(main()) == [n * n for n in range(300)]
 
 
+def test_a_process_that_may_have_no_more_threads_keeps_none_of_a_call(square, monkeypatch) -> None:
+    start, before = threading.Thread.start, threading.enumerate()
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "gw-publish-2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="thread"):
+        square.spawn(5)
+    assert eventually(lambda: set(threading.enumerate()) <= set(before))
+
+
+def test_a_process_that_may_open_no_more_files_is_told_so_and_calls_again_later(
+    square, monkeypatch
+) -> None:
+    outcomes: list[object] = []
+
+    def refuse() -> None:
+        raise OSError("Too many open files")
+
+    def call() -> None:
+        try:
+            outcomes.append(square.options(task_id="1").spawn(5).id)
+        except OSError as refusal:
+            outcomes.append(str(refusal))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.events, "new_event_loop", refuse)
+        calling = threading.Thread(target=call, daemon=True)
+        calling.start()
+        calling.join(10)
+    assert outcomes == ["Too many open files"]
+    call()
+    assert outcomes[1:] == ["1"]
+
+
 def test_the_threads_that_publish_share_one_pool_of_producers(square, monkeypatch) -> None:
     """Made before them: threads that came at once would each make one."""
     connect, makers = square.app.connection_for_write, []
@@ -408,6 +446,28 @@ except gw.CallTimeout:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == ["late", "revoked 1"]
+
+
+def test_a_call_that_is_made_as_its_process_exits_is_refused() -> None:
+    code = """
+import atexit
+from celery import Celery
+import gw_celery as gw
+celery_app = Celery("x", broker="memory://", backend="cache+memory://")
+gw.preset(celery_app)
+@gw.App("x", celery_app).remote
+async def square(x): ...
+def call():
+    try:
+        square.options(timeout=5).spawn(5)
+    except gw.UsageError as refusal:
+        print(refusal)
+atexit.register(call)
+square.spawn(5)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True)
+    assert done.stdout == "this process is exiting: make calls before it does\n"
 
 
 def test_a_process_that_waits_for_no_answer_does_not_load_the_redis_clients() -> None:

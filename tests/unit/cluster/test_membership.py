@@ -333,6 +333,19 @@ def test_where_scripts_are_refused_workers_know_each_other_and_declare_none(
         assert two.incarnation != before
 
 
+def test_a_cluster_is_known_by_its_refusal_where_the_client_has_no_class_for_it(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser: Any = redis._parsers.base.BaseParser  # as in redis-py before 6
+    classes = {code: cls for code, cls in parser.EXCEPTION_CLASSES.items() if code != "CROSSSLOT"}
+    monkeypatch.setattr(parser, "EXCEPTION_CLASSES", classes)
+    with project.without_scripts(is_cluster=True):
+        project.add("a@h")
+        project.add("b@h")
+        project.after(5)
+        assert project.known("a@h") == ["b@h"]
+
+
 # -- what callers are told --
 
 LIMITED = {"gpu.A100.model": {"model": 2}}

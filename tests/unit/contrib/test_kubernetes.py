@@ -31,7 +31,7 @@ def exported() -> set[str]:
 def settings() -> dict[str, str]:
     """The default of each setting by its name, which tests/unit/test_docs.py compares with code."""
     text = (ROOT / "docs" / "configuration.md").read_text()
-    return dict(re.findall(r"^\| `(gw_\w+)` \| .+? \| `([^`]+)` \|", text, re.MULTILINE))
+    return dict(re.findall(r"^\| `(gw_\w+)` \| .+?, `([^`]+)` \|", text, re.MULTILINE))
 
 
 def documents() -> list[dict[str, Any]]:

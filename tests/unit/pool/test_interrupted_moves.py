@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +30,8 @@ def is_interrupted(harness: Harness, when: str, step: int) -> bool:
     child = harness.child(0)
     first = harness.submit()
     child.accept(first)
-    second: Any = None if when == "submit" else harness.submit()
+    is_taking = when in ("taken", "taken again")
+    second: Any = None if when == "submit" or is_taking else harness.submit()
     if when == "done":
         child.accept(second)
     failures: list[BaseException] = []
@@ -41,9 +44,10 @@ def is_interrupted(harness: Harness, when: str, step: int) -> bool:
 
     before = signal.signal(signal.SIGQUIT, handle)
     try:
-        with interrupted_move(step, lambda: signal.raise_signal(signal.SIGQUIT)) as reached:
-            if when == "submit":
-                second = harness.submit()
+        interrupt = functools.partial(signal.raise_signal, signal.SIGQUIT)
+        with interrupted_move(step, interrupt, is_taking=is_taking) as reached:
+            if second is None:  # it must not raise: Celery's consumer would reject the message
+                second = harness.submit(is_redelivered=when == "taken again")
             elif when == "accept":
                 child.accept(second)
             else:
@@ -59,7 +63,7 @@ def is_interrupted(harness: Harness, when: str, step: int) -> bool:
     return bool(reached)
 
 
-@pytest.mark.parametrize("when", ["submit", "accept", "done"])
+@pytest.mark.parametrize("when", ["submit", "taken", "taken again", "accept", "done"])
 def test_a_cold_shutdown_in_the_middle_of_a_move_answers_each_input_once(
     monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -72,3 +76,18 @@ def test_a_cold_shutdown_in_the_middle_of_a_move_answers_each_input_once(
             if not is_interrupted(harness, when, step):
                 break
     assert step > 1, "the move calls nothing that can be interrupted"
+
+
+def test_a_cold_shutdown_in_a_handler_waits_for_no_decision_of_the_autoscaler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its thread, where there is no event loop, may wait for what the handler interrupted."""
+    monkeypatch.setattr(state, "should_terminate", None)
+    ended: list[str] = []
+    with Harness(cancel_timeout=0.2).running() as harness:
+        harness.pool.autoscaler = SimpleNamespace(end=lambda: ended.append("ended"))
+        shut_down_cold(harness)
+        assert ended == []
+        harness.pool.close()
+        harness.terminate()
+        assert ended == ["ended"]

@@ -407,6 +407,54 @@ def test_a_drained_replica_finishes_and_stays_stopped_until_it_is_restarted(
     harness.child(0).done(waiting)
 
 
+def test_what_a_child_wrote_before_it_ended_counts_though_its_end_is_seen_first(
+    harness: Harness,
+) -> None:
+    request, child = running(harness)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "poll", lambda: None)  # the loop is busy meanwhile
+        child.done(request)
+        child.die()
+        harness.pool.maintain_pool()
+    assert request.heard == ["accepted", "done"]
+
+
+def test_a_drain_has_time_for_the_longest_limit_though_that_input_was_stopped(
+    harness: Harness,
+) -> None:
+    request = harness.submit(hard=100)
+    child = harness.child_of(request)
+    child.accept(request)
+    harness.pool.hold(0)
+    harness.advance(60.0)
+    harness.revoke(request, terminate=True)
+    harness.advance(2.0)
+    assert child.is_alive, "it may clean up for gw_cancel_timeout, and leave"
+    child.gone(request)
+    assert child.is_leaving
+
+
+def test_a_successor_that_loaded_before_a_restart_is_restarted_though_its_predecessor_ends(
+    harness: Harness,
+) -> None:
+    """It may have older code or weights."""
+    child = harness.child(0)
+    child.report(["stuck", "work"])
+    harness.advance(1.0)
+    successor = harness.child(0)
+    harness.pool.restart()
+    child.die()
+    harness.advance(2.0)
+    successor.ready()
+    harness.advance(3.0)
+    assert successor.is_draining
+    successor.die(code=0)
+    harness.advance(2.0)
+    harness.child(0).ready()
+    harness.advance(5.0)
+    assert not harness.child(0).is_draining, "once is enough"
+
+
 def test_a_pool_grows_by_whole_replicas_and_shrinks_without_a_loss(harness: Harness) -> None:
     request, child = running(harness)
     harness.pool.grow(3)

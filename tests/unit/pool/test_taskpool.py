@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from kombu.utils.imports import symbol_by_name
 
 import gw_celery as gw
+from tests import pool_harness
 from tests.pool_harness import Harness
 
 StartPool = Callable[..., Harness]
@@ -99,3 +103,24 @@ def test_operators_see_when_each_tick_of_beat_came_last(harness: Harness) -> Non
     harness.pool.benchmark_tick()
     ages = harness.info()["gw_tick_ages"]
     assert ages == {"probe": pytest.approx(4.0), "benchmark": pytest.approx(1.0)}
+
+
+def test_the_pool_begins_and_ends_the_autoscaler_of_its_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Celery starts one only where there is no event loop, and tells none of the end."""
+    heard: list[str] = []
+    made: Any = symbol_by_name(pool_harness.POOL)
+
+    class Scaled(made):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.autoscaler = SimpleNamespace(
+                begin=lambda: heard.append("begins"), end=lambda: heard.append("ends")
+            )
+
+    monkeypatch.setattr(pool_harness, "POOL", Scaled)
+    with Harness().running() as harness:
+        assert heard == ["begins"]
+        harness.stop()
+    assert heard == ["begins", "ends"]

@@ -61,6 +61,15 @@ class Scalar:
         return self.value
 
 
+class Array:
+    """The answer of a model, which is neither true nor false."""
+
+    dtype = "float32"
+
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value of an array with more than one element is ambiguous")
+
+
 ANSWERS: list[tuple[Any, bool]] = [
     (None, True),
     (True, True),
@@ -80,6 +89,7 @@ ANSWERS: list[tuple[Any, bool]] = [
     (Scalar(True, "bool"), True),
     (Scalar(True, "torch.bool"), True),
     (Scalar(False, "float32"), True),
+    (Array(), True),
 ]
 
 

@@ -366,6 +366,24 @@ def test_what_was_given_up_is_unstored_and_no_failure_of_the_task(
 
 
 @pytest.mark.filterwarnings("ignore:Exception raised outside body")
+def test_a_server_that_refuses_the_question_whether_it_is_back_is_back(
+    app: gw.App, task: str, server: outages.Outage
+) -> None:
+    settings = {"gw_store_timeout": 0.1}
+    with child_harness.child_of(app, backend=server.server.result_url, **settings) as child:
+        assert child.outcome(child.run(task, 0))[0] == Report.DONE
+        (client,) = child.clients
+
+        async def refuse() -> None:
+            raise redis.ResponseError("this user may not ask")
+
+        server.stop()
+        assert child.outcome(child.run(task, 1))[:2] == UNSTORED
+        client.ping = refuse
+        eventually(lambda: child.outages()[1:] == [""])
+
+
+@pytest.mark.filterwarnings("ignore:Exception raised outside body")
 def test_a_server_that_is_back_at_once_is_not_told_that_the_task_has_failed(
     app: gw.App, result_url: str, results: redis.Redis
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -161,6 +162,37 @@ def test_as_many_calls_run_at_a_time_as_declared() -> None:
 
     gathering(test, calls, max_batch_size=2, max_running_batches=2)
     assert calls.seen == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("key", [None, lambda x: "the same"])
+def test_inputs_of_different_parameters_never_share_a_call(key: Any) -> None:
+    app, calls = app_of_its_own(), []
+
+    @app.cls
+    @gw.concurrent(max_inputs=16)
+    class Model:
+        name: str = gw.parameter(default="small")
+        threshold: float = gw.parameter(default=0.5)
+
+        @gw.on_enter()
+        def load(self) -> None:
+            self.loaded = self.name
+
+        @gw.method()
+        @gw.batched(max_batch_size=8, key=key)
+        async def predict(self, xs: list[int]) -> list[Any]:
+            calls.append(xs)
+            return [(self.loaded, self.threshold)] * len(xs)
+
+    given: list[dict[str, Any]] = [{}, {"threshold": 0.5}, {"threshold": 1}, {"threshold": 1.0}]
+    given += [{"name": "large"}, {"name": "large", "threshold": 1.0}]
+
+    async def test() -> Any:
+        return await asyncio.gather(*(Model(**one).predict(x) for x, one in enumerate(given)))
+
+    values = [({"name": "small", "threshold": 0.5} | one).values() for one in given]
+    assert on_loop(app, test) == [tuple(one) for one in values]
+    assert sorted(calls) == [[0, 1], [2, 3], [4], [5]]
 
 
 def test_a_key_that_cannot_be_hashed_fails_its_input_and_says_so() -> None:
@@ -508,6 +540,22 @@ def test_a_stop_iteration_in_a_thread_fails_its_input_and_the_next_are_served() 
         assert await Model().body(2) == 2
 
     on_loop(app, test)
+
+
+def test_the_body_belongs_to_no_input() -> None:
+    caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="nobody")
+    seen: list[str] = []
+
+    async def body(xs: list[int], scale: list[int]) -> list[int]:
+        seen.append(caller.get())
+        return xs
+
+    async def test(submit: Submit) -> None:
+        caller.set("an input")
+        await submit(1)
+
+    gathering(test, body, max_batch_size=8)
+    assert seen == ["nobody"]
 
 
 def test_only_the_body_knows_of_its_batch() -> None:

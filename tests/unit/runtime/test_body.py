@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import sys
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +28,8 @@ from tests.child_harness import Outcome, Report
 from tests.processes import eventually
 
 LONG = 60.0
+#: In the path of our files.
+OURS = "/gw_celery/"
 
 
 def answering(app: gw.App, answer: Callable[[list[Any]], Any], *, is_async: bool) -> Any:
@@ -108,6 +113,14 @@ def test_an_exception_in_a_batched_answer_is_raised(app, is_async) -> None:
     embed = answering(app, lambda _: [KeyError("unknown language")], is_async=is_async)
 
     with pytest.raises(KeyError, match="unknown language"):
+        embed.local("a text")
+
+
+@EITHER
+def test_an_exit_in_a_batched_answer_is_a_failure_as_in_a_replica(app, is_async) -> None:
+    embed = answering(app, lambda _: [SystemExit(3)], is_async=is_async)
+
+    with pytest.raises(errors.BodyExited, match=r"answered with SystemExit\(3\)"):
         embed.local("a text")
 
 
@@ -231,6 +244,48 @@ def test_an_instance_is_given_back_when_its_body_fails(app, method: str) -> None
     for name in ("a", "b"):  # one of which must go for the other
         with pytest.raises(ValueError, match=name):
             getattr(Model(name=name), method).local()
+
+
+def test_whenever_a_limit_comes_as_a_load_ends_the_instance_can_go_for_another(app) -> None:
+    app.celery.conf.gw_max_instances = 1
+    loaded: list[str] = []
+
+    @app.cls
+    class Model:
+        name: str = gw.parameter()
+
+        @gw.on_enter()
+        def load(self):
+            loaded.append(self.name)
+
+        @gw.method(soft_time_limit=5)
+        def predict(self):
+            return self.name
+
+    def is_interrupted(moment: int) -> bool:
+        """Raise at our n-th call from when it has loaded: Python looks for exceptions there."""
+        name, left, before = str(moment), moment, sys.gettrace()
+
+        def interrupt(frame: types.FrameType, event: str, arg: object) -> None:
+            nonlocal left
+            left -= name in loaded and OURS in frame.f_code.co_filename
+            if frame.f_code.co_name == "predict":
+                sys.settrace(before)
+            elif left == 0:
+                raise SoftTimeLimitExceeded("interrupted")
+
+        sys.settrace(interrupt)
+        try:
+            assert Model(name=name).predict.local() == name
+        except SoftTimeLimitExceeded as exc:
+            if exc.args != ("interrupted",):
+                raise AssertionError("the last one cannot go, and this one waits for it") from exc
+        finally:
+            sys.settrace(before)
+        return left <= 0
+
+    moments = next(moment for moment in itertools.count(1) if not is_interrupted(moment))
+    assert moments > 5
 
 
 def raising(app: gw.App, exc: BaseException) -> Any:

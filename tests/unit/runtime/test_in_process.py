@@ -53,6 +53,23 @@ def test_contexts_enter_once_when_a_service_of_their_app_is_served(app) -> None:
     assert log == ["enter Weights", "leave Weights"]
 
 
+def test_a_class_that_cannot_be_served_leaves_no_context_entered(app) -> None:
+    log: list[str] = []
+    context_of(app, log, "Weights")
+
+    @app.cls
+    class Model:
+        def __init_subclass__(cls):
+            raise TypeError("this class is final")
+
+        @gw.method()
+        def predict(self): ...
+
+    with pytest.raises(TypeError, match="final"), in_process(app):
+        raise AssertionError("served")
+    assert log == []
+
+
 def test_a_failed_start_can_be_tried_again(app) -> None:
     log: list[str] = []
     context_of(app, log, "Weights")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 
 import pytest
@@ -128,3 +129,8 @@ def test_exit_hooks_of_class_tasks_may_use_contexts_which_leave_after_them(app: 
     with testing.in_process(app):
         assert Model(size=2).predict.local() == 2
     assert seen == [True]
+
+
+def test_workers_of_a_test_get_the_fake_gpus_that_it_names(gw_fake_gpus) -> None:
+    gw_fake_gpus("A100:2")
+    assert os.environ["GW_FAKE_GPUS"] == "A100:2"

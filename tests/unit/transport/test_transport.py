@@ -93,6 +93,21 @@ def test_a_consumer_that_does_not_acknowledge_leaves_nothing(
         assert not server.exists("unacked", "unacked_index")
 
 
+def test_what_was_taken_for_one_that_acknowledges_is_freed_by_one_that_does_not(
+    server: redis.Redis, redis_url: str
+) -> None:
+    send(redis_url, range(10))
+    with reading(redis_url) as reader:
+        reader.read(1)[0].ack()
+        reader.ask()
+        reader.consumer.cancel()
+        queue, take = Queue("q"), reader.messages.append
+        with Consumer(reader.channel, [queue], on_message=take, no_ack=True):
+            reader.read(10)
+        assert reader.numbers() == list(range(10))
+        assert not server.exists("unacked", "unacked_index")
+
+
 def test_without_acknowledgements_at_all_nothing_is_recorded(
     server: redis.Redis, redis_url: str
 ) -> None:

@@ -156,6 +156,30 @@ def test_a_queue_that_joins_before_the_answer_is_read_is_looked_into(
     assert worker.read(1) == [1]
 
 
+def test_a_queue_that_joins_when_the_server_has_lost_our_script_is_looked_into_at_once(
+    start: Start, server: redis.Redis, redis_url: str
+) -> None:
+    worker = start("q")
+    worker.fall_idle()
+    server.script_flush()
+    send(redis_url, [1], queue="late")
+    worker.reader.consumer.add_queue(Queue("late"))
+    worker.reader.consumer.consume()
+    assert worker.read(1) == [1]
+
+
+def test_answers_that_a_worker_waits_for_before_its_loop_runs_are_not_overlooked(
+    start: Start, redis_url: str
+) -> None:
+    # As Celery's mingle does, at a worker's start.
+    reader = start(no_ack=True).reader
+    while reader.turn():
+        pass
+    send(redis_url, [1])
+    eventually(lambda: reader.turn() or reader.messages, 5, 0)
+    assert reader.numbers() == [1]
+
+
 def test_a_full_window_wakes_no_worker_and_loses_nothing(start: Start, redis_url: str) -> None:
     worker = start(prefetch=1)
     worker.fall_idle()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from celery.worker.consumer import Consumer
 
 from tests.unit.worker.consuming import CLASSIFY, EMBED, PLAIN, Consuming, consuming
 
@@ -127,6 +128,17 @@ def test_a_change_without_a_broker_is_followed_at_once(worker: Consuming) -> Non
     assert worker.consumed == {EMBED, CLASSIFY, PLAIN}
 
 
+def test_many_changes_are_followed_by_one_look_at_the_slots(worker: Consuming) -> None:
+    looks: list[Any] = []
+    measure = worker.pool.snapshot
+    worker.pool.snapshot = lambda: looks.append(None) or measure()
+    for _ in range(3):
+        worker.pool.slots_changed()
+    assert looks == []
+    worker.turn()
+    assert len(looks) == 1
+
+
 def test_a_change_that_was_lost_with_its_connection_holds_up_no_later_one(
     worker: Consuming,
 ) -> None:
@@ -216,8 +228,18 @@ def test_a_service_queue_that_is_cancelled_and_added_again_follows_its_service(
     assert EMBED not in worker.consumed
 
 
-def test_a_queue_that_was_added_survives_a_reconnect(worker: Consuming) -> None:
+@pytest.mark.parametrize("selects", [True, False])
+def test_a_queue_that_was_added_survives_a_reconnect(
+    worker: Consuming, monkeypatch: pytest.MonkeyPatch, selects: bool
+) -> None:
     """Celery 5.6 adds a queue that was deselected to the consumer only."""
+
+    def add_only(self: Any, queue: str, *args: Any, **options: Any) -> None:
+        self.task_consumer.add_queue(self.app.amqp.queues[queue])
+        self.task_consumer.consume()
+
+    if not selects:
+        monkeypatch.setattr(Consumer, "add_task_queue", add_only)
     worker.sees(**ALL)
     worker.cancel(PLAIN)
     worker.add(PLAIN)
@@ -304,7 +326,7 @@ def test_each_connection_starts_from_its_own_prefetch_count(worker: Consuming) -
     worker.sees(**ALL)
     before = worker.consumer
     worker.disconnect()
-    worker.connect(prefetch=4)
+    worker.connect(prefetch=7)
     assert worker.prefetch == 4
     worker.sees(embed=0)
     assert worker.prefetch == 2

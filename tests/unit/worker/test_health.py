@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -92,6 +93,11 @@ def ready(loading: Probed) -> Probed:
     loading.harness.child().ready()
     loading.harness.advance(1.0)
     return loading
+
+
+def count_threads() -> int:
+    """Those of the clients."""
+    return sum("process_request_thread" in thread.name for thread in threading.enumerate())
 
 
 # -- what each path answers --
@@ -294,6 +300,27 @@ def test_answers_that_do_not_end_hold_up_no_other(
 # -- clients of all kinds --
 
 
+def test_threads_whose_answers_do_not_end_are_bounded(
+    ready: Probed, scrape: Callable[[Callable[[], bytes]], None]
+) -> None:
+    goes_on = threading.Event()
+
+    def hang() -> bytes:
+        goes_on.wait(30)
+        return b""
+
+    scrape(hang)
+    with contextlib.ExitStack() as stack:
+        for _ in range(150):
+            (client,) = stack.enter_context(ready.silent_clients(1))
+            client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert client.recv(1) == b"", "it is refused"
+        assert count_threads() <= 128
+        goes_on.set()
+        soon(lambda: count_threads() <= 32)
+    assert ready.fetch("/livez")[0] == 200
+
+
 def test_what_is_not_there_is_not_found_and_nothing_can_be_changed(ready: Probed) -> None:
     assert ready.fetch("/livez?verbose=1")[0] == 200
     assert ready.fetch("/livez", "HEAD") == (200, "application/json", b"")
@@ -325,15 +352,11 @@ def test_a_client_that_asks_byte_by_byte_loses_its_thread_to_another(ready: Prob
 
 
 def test_clients_are_answered_by_so_many_threads_and_no_more(ready: Probed) -> None:
-    def threads() -> int:
-        # A thread whose client is cut off takes a moment to end.
-        return sum("process_request_thread" in thread.name for thread in threading.enumerate())
-
     with ready.silent_clients(100) as silent:
         for client in silent[:68]:
             client.settimeout(1.5)  # less than a silent one may last
             assert client.recv(1) == b"", "the oldest are cut off at once"
-        soon(lambda: threads() <= 32)
+        soon(lambda: count_threads() <= 32)  # each takes a moment to end
     assert ready.fetch("/livez")[0] == 200
 
 
