@@ -1,10 +1,10 @@
-"""How long to wait before something that failed is tried again."""
+"""The delays between attempts of a failing operation; pure, in any process."""
 
 from __future__ import annotations
 
 
 class Backoff:
-    """Delays that double from ``first`` to ``longest`` seconds until ``reset``."""
+    """Delays that double from ``first`` to ``longest`` seconds, until ``reset``."""
 
     def __init__(self, first: float, longest: float) -> None:
         self._first = first
@@ -12,7 +12,7 @@ class Backoff:
         self._next = first
 
     def reset(self) -> None:
-        """Begin anew: it works."""
+        """Restart with the first delay, after a success."""
         self._next = self._first
 
     def next(self) -> float:
