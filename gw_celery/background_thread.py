@@ -64,7 +64,6 @@ class BackgroundThread:
         """Clean up after the last round."""
 
     def start(self) -> None:
-        """Start the thread, unless it is running or closed."""
         with self._starting:
             if self._thread is None and not self.is_closed:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)

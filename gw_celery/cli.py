@@ -114,7 +114,6 @@ def _steer(ctx: click.Context, command: str, replica: int | None, **reach: Any) 
 def _answers(
     ctx: click.Context, command: str, arguments: dict[str, Any], destination: Any, timeout: float
 ) -> dict[str, Any]:
-    """Return the answer of each worker by its name."""
     replies = ctx.obj.app.control.broadcast(
         command,
         arguments=arguments,

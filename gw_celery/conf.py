@@ -151,7 +151,6 @@ def is_django_project() -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Return a copy of the environment, for a child process."""
     return dict(os.environ)
 
 

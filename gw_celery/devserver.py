@@ -81,6 +81,7 @@ class Server:
 
     @property
     def is_running(self) -> bool:
+        """Whether the server process runs."""
         return self._process.poll() is None
 
     def wait(self) -> int:

@@ -20,6 +20,7 @@ class GWCeleryConfig(AppConfig):
     verbose_name = "GPU model serving"
 
     def ready(self) -> None:
+        """Register the checks, apply ``GW_CELERY`` and preset the Celery app; Django calls it."""
         checks.register_all()
         # The system checks report errors, and a worker refuses to start with them.
         with contextlib.suppress(errors.ConfigurationError):

@@ -35,7 +35,6 @@ class Sweep(Task):
     ignore_result = True
 
     def apply_async(self, *args: Any, **options: Any) -> Any:
-        """Send the task like any other, to the queue that workers consume."""
         add_queue(self.app)
         return super().apply_async(*args, **options)
 

@@ -51,6 +51,7 @@ class Spawned:
 
     @property
     def id(self) -> str:
+        """The task id; waits until the call is sent."""
         return str(self._sending.result().id)
 
     def get(self, timeout: float | None = None) -> Any:
@@ -135,7 +136,6 @@ class Publisher:
 
     @property
     def backlog(self) -> int:
-        """The number of publications that have not begun."""
         return self._queue.qsize()
 
     def submit(self, send: Callable[[], Any]) -> Sending:

@@ -116,7 +116,6 @@ class LostInputs(background_thread.BackgroundThread):
         self.wake()
 
     def has_own(self) -> bool:
-        """Return whether inputs of this worker are on record."""
         backend = self._app.backend
         return bool(backend.client.exists(records_key(backend, self._own)))
 

@@ -148,7 +148,6 @@ class Membership(background_thread.BackgroundThread):
     # -- in the thread of the worker's loop --
 
     def begin(self) -> None:
-        """Start the thread if it has something to do."""
         if self._shared is None:
             logger.info(
                 "neither the broker nor the result backend is a Redis: this worker stands alone, "
@@ -170,7 +169,6 @@ class Membership(background_thread.BackgroundThread):
         self.wake()
 
     def read_others(self) -> None:
-        """Read the records of the other workers from now on."""
         self._next_records = 0.0
 
     def observe(self, worker: snapshot.Worker) -> None:

@@ -73,14 +73,12 @@ class Shared:
     # -- in the thread that talks to Redis --
 
     def ask_redis(self, pipe: Any, prefix: str) -> None:
-        """Write a command for each order into a pipeline."""
         while self._orders:
             write, task_id, number = self._orders.popleft()
             self._asked.append((task_id, number))
             write(pipe, f"{prefix}{task_id}")
 
     def answer(self, answers: Iterator[Any]) -> None:
-        """Store Redis's answers to these commands."""
         asked, self._asked = self._asked, []
         for task_id, number in asked:
             answer, count = next(answers), None

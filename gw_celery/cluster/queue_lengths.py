@@ -23,8 +23,6 @@ _NOT_FOUND = 404
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """The number of messages in a queue, or in all queues of a service."""
-
     messages: int
     #: Number of consumers; ``None`` if the broker does not report it.
     consumers: int | None = None

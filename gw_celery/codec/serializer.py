@@ -140,7 +140,6 @@ class Codec:
 
 
 def configure(limits: Limits) -> None:
-    """Set the limits of this process."""
     global _codec
     _codec = Codec(types.registry, limits)
 

@@ -35,8 +35,6 @@ _HEAP_TYPE = 1 << 9
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One version of one registered class."""
-
     cls: type
     name: str
     version: int
@@ -180,8 +178,6 @@ exception_class = registry.exception_class
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Custom:
-    """The two functions that the user gave."""
-
     take: Callable[[Any], object]
     build: Callable[[Any], object]
 

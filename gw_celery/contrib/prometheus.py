@@ -79,9 +79,11 @@ class Page(registry.Collector):
         self._registry.register(self)
 
     def __call__(self) -> bytes:
+        """Return the page in Prometheus' text format."""
         return exposition.generate_latest(self._registry)
 
     def collect(self) -> Iterator[core.Metric]:
+        """Yield the metrics of the last snapshot; the Prometheus registry calls this."""
         worker = self._read()
         yield from _of_worker(worker)
         yield from _of_replicas(worker.replicas)

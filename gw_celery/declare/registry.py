@@ -136,7 +136,6 @@ class Registry:
 
 
 def serving(registries: Iterable[Registry], queues: Iterable[str]) -> list[services.Service]:
-    """Return the services whose queue is among ``queues``."""
     declared = [service for registry in registries for service in registry.services.values()]
     consumed = set(queues)
     return [service for service in declared if service.queue in consumed]

@@ -50,7 +50,6 @@ class Allotment:
 
     @property
     def most(self) -> int:
-        """The number of replicas that fit."""
         return len(self.shares)
 
     def refusal(self, wanted: int) -> str | None:
@@ -169,7 +168,6 @@ def _can_serve(declared: Sequence[gpu.Gpu | None], machine: devices.Machine) -> 
 
 
 def _described(declared: Mapping[str, Sequence[gpu.Gpu | None]]) -> str:
-    """Return the families with their needs, for a message."""
     texts = []
     for name, gpus in sorted(declared.items()):
         needs = dict.fromkeys(str(need) for device in gpus for need in needs_of([device]))

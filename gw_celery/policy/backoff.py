@@ -12,10 +12,8 @@ class Backoff:
         self._next = first
 
     def reset(self) -> None:
-        """Restart with the first delay, after a success."""
         self._next = self._first
 
     def next(self) -> float:
-        """Return the seconds to wait now."""
         delay, self._next = self._next, min(2 * self._next, self._longest)
         return delay

@@ -16,8 +16,6 @@ from typing import Generic, TypeVar
 
 
 class Flush(enum.StrEnum):
-    """Why a batch was closed."""
-
     #: It is full.
     FULL = "full"
     #: Its oldest input has waited for ``wait_ms``, or one must not wait.
@@ -43,8 +41,6 @@ class Bounds:
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Waiting:
-    """One waiting input, since the time ``since``."""
-
     key: Hashable
     since: float
     cost: int = 0

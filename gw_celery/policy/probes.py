@@ -18,8 +18,6 @@ _PAUSE = 2.0
 
 
 class Consequence(enum.Enum):
-    """What follows from an answer of a probe, or from a missing one."""
-
     NOTHING = enum.auto()
     #: A startup probe has passed; it is not called again.
     STARTED = enum.auto()
@@ -42,8 +40,6 @@ _WHEN_FAILING = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The outcome of one call of a probe."""
-
     is_ok: bool
     #: The reason, in a few words.
     detail: str
@@ -179,7 +175,6 @@ class Checks:
 
     @property
     def have_started(self) -> bool:
-        """Whether every startup probe has passed."""
         return all(check.has_passed for check in self if check.probe.kind == "startup")
 
     @property
@@ -192,7 +187,6 @@ class Checks:
         }
 
     def start(self, now: float) -> None:
-        """Start to call the startup probes."""
         for check in self:
             if check.probe.kind == "startup" and not check.has_passed:
                 check.begin(now)
@@ -214,16 +208,13 @@ class Checks:
                 check.end()
 
     def end(self) -> None:
-        """Stop all calls."""
         for check in self:
             check.end()
 
     def due(self, now: float) -> list[Check]:
-        """Return the probes to call now."""
         return [check for check in self if check.is_due(now)]
 
     def find(self, call: int) -> Check | None:
-        """Return the probe with the pending call of this number."""
         return next((check for check in self if check.call == call), None)
 
     def overdue(self, now: float) -> list[tuple[Check, Consequence]]:

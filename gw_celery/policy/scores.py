@@ -167,7 +167,6 @@ class LiveScore:
 
     @property
     def value(self) -> float | None:
-        """Workload per second of one replica; ``None`` if unknown."""
         return self.measured if self.served is None else self.served
 
     @property

@@ -100,5 +100,4 @@ class Bands:
         return has_changed
 
     def names(self) -> dict[str, str]:
-        """Return the name of the band of each service."""
         return {service: band.name.lower() for service, band in self._bands.items()}

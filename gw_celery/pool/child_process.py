@@ -97,7 +97,6 @@ class ChildProcess:
 
     @property
     def unsettled(self) -> list[requests.PoolRequest]:
-        """The inputs in the child that have no answer yet."""
         return [held for held in self.requests.values() if held.settlement is None]
 
     def longest_left(self, now: float) -> float:

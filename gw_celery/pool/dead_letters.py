@@ -103,7 +103,6 @@ def to_message(letter: Any) -> dict[str, Any]:
 
 
 def summary(letter: Any) -> dict[str, Any]:
-    """Return the figures of a dead letter that a list shows."""
     facts = ("deaths", "since", "worker", "reason")
     return {
         "id": letter.headers.get("id"),

@@ -74,7 +74,6 @@ class ChildProbes:
         return checks is None or checks.have_started
 
     def follow(self, child: ChildProcess, report: frames.ReportFields, now: float) -> None:
-        """Process the answer of a probe."""
         self.expect_changes()
         _, call, is_ok, detail, seconds = report
         check = None if child.checks is None else child.checks.find(call)
@@ -136,7 +135,6 @@ class ChildProbes:
             self._fit(child, now)
 
     def _fit(self, child: ChildProcess, now: float) -> None:
-        """Let the child have inputs of the services that are ready in it."""
         unready = set() if child.checks is None else child.checks.unready
         child.slots.unready = unready
         child.state.wants_inputs(now, bool(self._services - unready))

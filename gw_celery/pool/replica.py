@@ -307,7 +307,6 @@ class ReplicaSet:
         self._replicas.pop(replica.number, None)
 
     def complete(self) -> None:
-        """Add the missing replicas for which devices are free now."""
         missing = self._wanted - sum(replica.is_wanted for replica in self)
         # The number of a replica selects its devices: take the lowest free ones.
         numbers = itertools.count() if self._shares is None else iter(range(len(self._shares)))

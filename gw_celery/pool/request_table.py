@@ -27,8 +27,6 @@ _SLACK = 256
 
 
 class State(enum.Enum):
-    """Where an input is."""
-
     #: It was delivered before; the pool reads how many children it has killed.
     CHECKING = enum.auto()
     #: Waits for a slot.
@@ -124,7 +122,6 @@ class RequestTable:
         return sum(len(self._by_state[state]) for state in states)
 
     def tallies(self) -> dict[str, snapshot.Counters]:
-        """Return the current counters of each service."""
         return {service: counters.as_snapshot() for service, counters in self.counters.items()}
 
     def move(
@@ -320,8 +317,6 @@ def _load(child: ChildProcess) -> int:
 
 
 class Limit(enum.Enum):
-    """The limit that an input has reached."""
-
     SOFT = "soft"
     HARD = "hard"
     #: It was stopped, and its child should have released it by now.
@@ -338,7 +333,6 @@ class Limits:
         self._clean_up_at = _SLACK
 
     def begin(self, request: PoolRequest, now: float) -> None:
-        """Start the time limits of an input."""
         request.hard_limit_at = now + (request.hard_limit or math.inf)
         if request.soft_limit:
             self.add(now + request.soft_limit, request, Limit.SOFT)
@@ -349,7 +343,6 @@ class Limits:
         self._heap.clear()
 
     def due(self, now: float) -> Iterator[tuple[PoolRequest, Limit]]:
-        """Yield each input that has reached a limit, once."""
         while self._heap and self._heap[0][0] <= now:
             entry = heapq.heappop(self._heap)
             if _is_live(entry):
@@ -390,7 +383,6 @@ class Counters:
         self._refused_inputs = 0
 
     def arrive(self, workload: float) -> None:
-        """Count a new input that waits for a slot."""
         self._mean += (_NEWEST if self._arrived_inputs else 1.0) * (workload - self._mean)
         self._arrived += workload
         self._arrived_inputs += 1

@@ -44,8 +44,6 @@ _REFUSED = f"{errors.QueueTimeExceeded.__module__}.{errors.QueueTimeExceeded.__q
 
 
 class Options(TypedDict, total=False):
-    """The options that Celery passes with an input."""
-
     accept_callback: Callback
     callback: Callback
     error_callback: Callback
@@ -118,7 +116,6 @@ class PoolRequest:
 
     @property
     def message(self) -> Message | None:
-        """kombu's message of this input, if any."""
         return getattr(self._celery_request, "message", None)
 
     @property
@@ -362,7 +359,6 @@ class Requests:
         self.table.move(checked, State.WAITING, time.monotonic())
 
     def send(self, ready: Sequence[ChildProcess]) -> None:
-        """Send each child the inputs for which it has slots."""
         orders: dict[ChildProcess, list[frames.OrderFields]] = {}
         for waiting, child in self.table.queue.assign(ready):
             if self._settle_withdrawn(waiting):
@@ -454,7 +450,6 @@ class Requests:
         self.table.limits.clear()
 
     def enforce_limits(self, now: float) -> None:
-        """Act on the limits that inputs have reached."""
         for reached, limit in self.table.limits.due(now):
             child = reached.child
             if child is None:
@@ -546,7 +541,6 @@ class Requests:
 
 
 def _result(report: frames.ReportFields) -> Result:
-    """Return how an input counts that ends with this report."""
     if report[0] == frames.Report.DONE:
         return Result.VALUE
     if report[0] != frames.Report.ERROR:
@@ -599,7 +593,6 @@ class PoisonCounter:
             yield number
 
     def forget(self, task_id: str) -> None:
-        """Delete the counts of an input that has been answered."""
         self.suspects.pop(task_id, None)
         if self._shared is not None:
             self._shared.forget(task_id)

@@ -38,8 +38,6 @@ class Failed(Exception):
 
 @dataclasses.dataclass(kw_only=True)
 class Measured:
-    """The score of one task in one child."""
-
     score: snapshot.TaskScore
     #: Time of the measurement, by the parent's clock.
     since: float
@@ -148,7 +146,6 @@ class ReplicaScores:
         self._outdated = frozenset(live)
 
     def forget(self, child: ChildProcess) -> None:
-        """Remove a child that is gone."""
         if self._progress.pop(child, None) is not None:
             self._update()
 
@@ -177,7 +174,6 @@ class ReplicaScores:
     # -- scores --
 
     def note_queued(self, queued: Mapping[str, int], now: float) -> None:
-        """Record the broker's queue length of each service."""
         self._queued = (now, queued)
 
     def observe(
@@ -208,7 +204,6 @@ class ReplicaScores:
                 )
 
     def as_snapshot(self, now: float) -> dict[str, snapshot.Score]:
-        """Return the scores by service, for operators."""
         return {
             key: snapshot.Score(
                 value=live.value,

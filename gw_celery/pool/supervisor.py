@@ -99,14 +99,12 @@ class Supervisor:
     def submit(
         self, args: requests.TaskArgs, service: str, options: requests.Options
     ) -> requests.PoolRequest:
-        """Accept an input; it starts when a replica has a slot for it."""
         with self.lock:
             new = self.requests.submit(args, service, options)
             self._send_waiting()
         return new
 
     def stop(self, stopped: requests.PoolRequest, signum: int) -> None:
-        """Stop an input and answer it as terminated."""
         self._after_move(lambda: self.requests.stop(stopped, signum))
 
     def forget_waiting(self) -> None:
@@ -187,7 +185,6 @@ class Supervisor:
                 self.pool.slots_changed()
 
     def observe(self) -> None:
-        """Correct the scores by the traffic; called about once a second."""
         with self.lock:
             # While results cannot be stored, the worker consumes nothing: the traffic says nothing.
             ready = {} if self.outage() else self.ready_by_service()
@@ -379,7 +376,6 @@ class Supervisor:
             self.pool.slots_changed()
 
     def _leave_when_idle(self, child: ChildProcess) -> None:
-        """Let a draining child leave once all its inputs are settled."""
         if child.unsettled or child.is_leaving:
             return
         if child.requests:  # the remaining inputs were stopped and do not end

@@ -30,8 +30,6 @@ MAX_PARENT_FRAME_BYTES = 2**32 - 1
 
 
 class Order(enum.IntEnum):
-    """The orders of a parent to its child."""
-
     RUN = 1
     #: Raise a soft time limit in one input.
     SOFT = 2
@@ -92,8 +90,6 @@ _SHAPES = {report.value: report.shape for report in Report}
 
 
 class Outcome(enum.StrEnum):
-    """How an input ended without a result."""
-
     FAILURE = "failure"
     RETRY = "retry"
     IGNORE = "ignore"
@@ -117,7 +113,6 @@ def version() -> str:
 
 
 def pack_orders(orders: Sequence[OrderFields]) -> bytes:
-    """Return one frame of ``orders``, each an ``Order`` and its content."""
     payload = pickle.dumps(orders, protocol=pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(payload)) + payload
 
@@ -129,12 +124,10 @@ def unpack_orders(payload: bytes) -> list[OrderFields]:
 
 
 def cut(text: str, longest: int) -> str:
-    """Return ``text``, shortened to ``longest`` characters."""
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def pack_reports(reports: Iterable[Sequence[Any]]) -> bytes:
-    """Return one frame of ``reports``, each a ``Report`` and its content."""
     payload = json.dumps(list(reports), separators=(",", ":")).encode()
     return _LENGTH.pack(len(payload)) + payload
 

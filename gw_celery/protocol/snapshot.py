@@ -174,7 +174,6 @@ class Counters:
 
 
 def mean_workload(services: Iterable[Counters]) -> float:
-    """Return the mean workload of an input over several services."""
     listed = list(services)
     if not (inputs := sum(counters.arrived_inputs for counters in listed)):
         return headers.DEFAULT_WORKLOAD

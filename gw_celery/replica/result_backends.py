@@ -320,7 +320,6 @@ class EarlyAckRecords:
             )
 
     def end(self, input: tracer.Input) -> None:
-        """Remove the record of an input soon."""
         self._tasks.start(self._remove(input.number), f"record of input {input.number}")
 
     async def _remove(self, number: int) -> None:

@@ -60,8 +60,6 @@ in_flight: dict[int, Input] = {}
 
 
 class Link(Protocol):
-    """The connection to the parent."""
-
     def report(self, kind: frames.Report, *content: Any) -> None: ...
 
 
@@ -219,7 +217,6 @@ class Input:
             self._thrown.wait()
 
     def limit(self, seconds: float) -> None:
-        """Raise ``SoftTimeLimitExceeded`` in the body."""
         self._raise(SoftTimeLimitExceeded(seconds))
 
     def stop(self) -> None:
@@ -406,12 +403,10 @@ class ReplicaInputs:
         return await greenlet_bridge.step(run, input.take_interrupt)
 
     def limit(self, number: int, seconds: float) -> None:
-        """Raise a soft time limit in one input."""
         if (input := in_flight.get(number)) is not None:
             input.limit(seconds)
 
     def stop(self, number: int) -> None:
-        """Stop one input; its answer is not wanted any more."""
         if (input := in_flight.get(number)) is not None:
             input.stop()
 

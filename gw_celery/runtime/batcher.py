@@ -71,8 +71,6 @@ class Clock:
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class BatchItem(batching.Waiting):
-    """One input of a batched method, from its arrival to its answer."""
-
     #: The body, bound to the instance that the inputs of a batch share.
     fn: Callable[..., Any]
     #: Entered while the call runs, which may outlive all its inputs.
@@ -384,7 +382,6 @@ class Batcher:
 
 
 def _bind(method: services.Method, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the value of every parameter of the body, with defaults."""
     bound = method.signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
@@ -393,7 +390,6 @@ def _bind(method: services.Method, args: Any, kwargs: Mapping[str, Any]) -> dict
 def _listed(
     method: services.Method, inputs: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of one call for ``inputs``: each parameter is a list."""
     lists = {
         name: [arguments[name] for arguments in inputs] for name in method.signature.parameters
     }

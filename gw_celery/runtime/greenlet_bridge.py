@@ -46,8 +46,6 @@ _RECEIVERS = (
 
 
 class _Stepping(greenlet.greenlet):
-    """A greenlet that steps one coroutine."""
-
     #: Returns the exception that caused a cancellation, to be raised instead, or ``None``.
     take_interrupt: Callable[[], BaseException | None]
 
@@ -80,7 +78,6 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def can_park() -> bool:
-    """Return whether the caller runs in a greenlet that ``drive`` can park."""
     current = greenlet.getcurrent()
     return isinstance(current, _Stepping) and current.parent is not None
 

@@ -50,8 +50,6 @@ logger = logging.getLogger(__name__)
 
 
 class LocalRuntime:
-    """The loaded state of this process."""
-
     def __init__(
         self,
         settings: conf.Settings,
@@ -262,7 +260,6 @@ class LocalRuntime:
             batcher.held.reset(held)
 
     def _wait_within_limits(self, task: Any, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for the loop within the limits of the input."""
         if self.is_on_loop():
             return greenlet_bridge.drive(work)
         soft, hard = None, None
@@ -352,7 +349,6 @@ class LocalRuntime:
 
 @contextlib.asynccontextmanager
 async def _opened(context: registry.Context) -> AsyncIterator[Any]:
-    """Create, enter and exit the context object in this process."""
     manager = await loop.in_thread(lambda: context.cls(*context.args, **context.kwargs))
     if hasattr(manager, "__aenter__"):
         yield await manager.__aenter__()

@@ -101,7 +101,6 @@ class Instances:
         return self._life(self._defaults)
 
     def adopt(self, life: lifecycle.Entered) -> None:
-        """Keep the entered instance with default parameters."""
         self._add(Loaded(life=life, values=self._defaults, is_pinned=True))
 
     def take(self, values: ParameterValues) -> Loaded | None:
@@ -173,7 +172,6 @@ class Instances:
         await asyncio.shield(self._builds[key])
 
     async def leave(self) -> None:
-        """Exit every instance in parallel; cancel running builds."""
         builds = list(self._builds.values())
         for build in builds:
             build.cancel()

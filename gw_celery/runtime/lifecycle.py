@@ -39,7 +39,6 @@ class Entered:
 
     @property
     def failure(self) -> BaseException | None:
-        """The exception that ended the entering, or ``None``."""
         return self.value.exception() if self.value.done() else None
 
     def abandon(self) -> None:

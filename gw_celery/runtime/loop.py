@@ -56,7 +56,6 @@ class Host:
             self._thread.join(timeout)
 
     def is_current(self) -> bool:
-        """Return whether the caller runs on this loop's thread."""
         return threading.current_thread() is self._thread
 
     def answers(self, within: float) -> bool:
@@ -108,7 +107,6 @@ class Tasks:
         task.add_done_callback(self._tasks.discard)
 
     def cancel(self) -> frozenset[asyncio.Task[None]]:
-        """Cancel the running asyncio tasks, and return them."""
         for task in self._tasks:
             task.cancel()
         return frozenset(self._tasks)
@@ -212,6 +210,5 @@ def blocked_load(
 
 
 def _place(stack: traceback.StackSummary) -> str:
-    """Return the innermost line that is not in a library."""
     own = [frame for frame in stack if not frame.filename.startswith(_LIBRARIES)]
     return "".join(f"{at.filename}:{at.lineno} in {at.name}" for at in (own or stack)[-1:]) or "?"

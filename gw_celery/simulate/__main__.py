@@ -90,7 +90,6 @@ def to_scenario(options: argparse.Namespace) -> cluster.Scenario:
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Add the trace and the options of a simulation to ``command``."""
     columns = f"{','.join(trace.TOKENS)} or {','.join(trace.PLAIN)}"
     command.add_argument("trace", type=Path, help=f"CSV file with the columns {columns}")
     add, rules = command.add_argument, scaling.Rules()

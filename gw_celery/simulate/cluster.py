@@ -64,8 +64,6 @@ class Scenario:
 
 @dataclasses.dataclass
 class Outcome:
-    """The result of a policy for a trace."""
-
     #: Seconds that each input waited, in order of arrival; ``None`` for a refused one.
     waits: list[float | None]
     replica_seconds: float = 0.0
@@ -75,8 +73,6 @@ class Outcome:
 
 
 class _Node:
-    """The replicas of one worker."""
-
     __slots__ = ("draining", "gone", "idle", "live", "starting")
 
     def __init__(self) -> None:
@@ -89,8 +85,6 @@ class _Node:
 
 
 class Cluster:
-    """All nodes, their queue, and the future events."""
-
     def __init__(self, trace: traces.Trace, scenario: Scenario, nodes: int) -> None:
         self._trace = trace
         self._scenario = scenario
@@ -137,7 +131,6 @@ class Cluster:
                 self._dispatch(at)
 
     def arrive(self, now: float) -> None:
-        """Let the next input of the trace arrive."""
         observation, limit = self.observation, self._scenario.queue_limit
         observation.arrived += 1
         if limit is not None and observation.waiting >= limit:

@@ -24,7 +24,6 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """Seconds from the first to the last arrival."""
         return self.times[-1]
 
     def __len__(self) -> int:

@@ -105,9 +105,11 @@ class Process:
         return self._popen.poll()
 
     def log_text(self) -> str:
+        """Return the whole log."""
         return self.log.read_text(errors="replace")
 
     def log_tail(self, lines: int = 60) -> str:
+        """Return the last ``lines`` lines of the log."""
         return "\n".join(self.log_text().splitlines()[-lines:])
 
     def wait_for_log(self, text: str, timeout: float = READY_TIMEOUT, times: int = 1) -> None:
@@ -140,10 +142,16 @@ class Process:
         return [child.pid for child in children if is_alive(child.pid)]
 
     def signal(self, number: signal.Signals) -> None:
+        """Send a signal, unless the process has ended."""
         if self.exit_code is None:
             self._popen.send_signal(number)
 
     def wait_exit(self, timeout: float = STOP_TIMEOUT) -> int:
+        """Return the exit code, after waiting up to ``timeout`` seconds; negative after a signal.
+
+        Raises:
+            AssertionError: if the process still runs after ``timeout`` seconds.
+        """
         try:
             return self._popen.wait(timeout)
         except subprocess.TimeoutExpired:

@@ -77,7 +77,6 @@ class SharedRedis:
         self._client: Any = None
 
     def key(self, *parts: str) -> str:
-        """Return the full name of one of our keys."""
         return ":".join((f"{self.prefix}gw", *parts))
 
     def client(self) -> Any:

@@ -89,7 +89,6 @@ def worker(ctx: click.Context, /, gpu: str | None, replicas: int | None, **optio
 
 
 def _require_consistent(ctx: click.Context) -> None:
-    """Refuse options that repeat or contradict each other."""
     typed = {name for name in ctx.params if ctx.get_parameter_source(name) in _TYPED}
     wrong = {
         "-P is for `celery worker`: `gw worker` always has the GPU pool": {"pool"},

@@ -39,15 +39,11 @@ _RENDERER = "gw_celery.contrib.prometheus"
 
 
 class Verdict(NamedTuple):
-    """The verdict of a check, with reasons."""
-
     is_ok: bool
     why: tuple[str, ...] = ()
 
 
 class Reply(NamedTuple):
-    """The HTTP answer of a path."""
-
     body: bytes
     status: int = 200
     content_type: str = "application/json"
@@ -175,7 +171,6 @@ class Health(BackgroundThread):
         return None
 
     def _is_alive(self) -> Verdict:
-        """Check whether the loop turns or waits for the broker."""
         since, now = self._connecting_since, time.monotonic()
         if since is not None:
             return Verdict(is_ok=True, why=(f"connects to the broker for {now - since:.0f} s",))

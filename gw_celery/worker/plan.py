@@ -58,7 +58,6 @@ class Plan:
 
     @property
     def families(self) -> dict[str, list[str]]:
-        """The service queues of each declared family."""
         return registry.families(self.registries)
 
     @property
@@ -86,7 +85,6 @@ class Plan:
 
     @property
     def benchmarked(self) -> dict[str, tuple[str, ...]]:
-        """The task names with a benchmark, by service."""
         return {
             service.key: tuple(
                 method.task_name for method in service.methods.values() if method.benchmark

@@ -116,7 +116,6 @@ class Pipes:
         return [tuple(json.loads(line)) for line in written.splitlines()]
 
     def stop(self) -> None:
-        """Tell every child that is loading to give up."""
         os.write(self._stop_writer, b"!")
 
     @contextlib.contextmanager
