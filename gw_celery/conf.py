@@ -179,7 +179,7 @@ def fake_gpus() -> str | None:
 
 
 def visible_devices() -> str | None:
-    """Return ``CUDA_VISIBLE_DEVICES``; ``""`` hides all devices, ``None`` hides none."""
+    """Return ``CUDA_VISIBLE_DEVICES``; ``""`` hides all devices, ``None`` shows all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 

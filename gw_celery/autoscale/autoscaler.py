@@ -88,7 +88,7 @@ class Autoscaler(autoscale.Autoscaler):
         self.pool.cluster.follow(self._on_read)
 
     def end(self) -> None:
-        """Stop to decide the size, because the worker stops."""
+        """Stop deciding the size, because the worker stops."""
         with self.mutex:
             self._is_over = True
             # The worker starts no replica any more: others take its part while its inputs finish.
@@ -191,9 +191,9 @@ class Autoscaler(autoscale.Autoscaler):
         total = self._total(seen, group, now)
         target = self._clamped(self._share.kept(now, self._part(group, total), total, self._rules))
         if reading.lengths is None:
-            target = max(1, target)  # without one, the next message would not be noticed
+            target = max(1, target)  # at zero, the next message would go unnoticed
         if self._decider.is_idle(now):
-            # Mean rates are not 0 yet, and are not the reason for this decision.
+            # Mean rates still include earlier work, which does not explain this decision.
             why = f"no input came, waited or ran for {self._rules.inactivity_timeout:g} s"
         else:
             why = _why(seen, total, len(group))
@@ -327,7 +327,7 @@ def _figure(value: float) -> str:
 
 
 def _why(seen: Mapping[str, snapshot.ServiceDemand], total: int, workers: int) -> str:
-    """Describe the needs of the services, without those that need nothing."""
+    """Describe the services that need replicas."""
     told = [
         f"{key or 'plain tasks'} needs {_figure(demand.need)} ({_figure(demand.rate)}/s come, "
         f"{_figure(demand.waiting)} wait, a replica does "

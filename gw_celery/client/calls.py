@@ -268,7 +268,7 @@ def watcher(app: Any) -> Watcher:
     """Return this process's watcher for ``app``; start it at the first use.
 
     Raises:
-        ConfigurationError: if the app has no result backend, and so no answers.
+        ConfigurationError: if the app has no result backend.
     """
     with _making:
         watch = _watchers.get(id(app))

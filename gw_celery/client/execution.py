@@ -49,8 +49,8 @@ def current_batch() -> types.Batch | None:
     """Return the batch that the running body serves.
 
     Returns:
-        The size of the batch, why it was flushed, and how long each input waited. ``None`` outside
-        a batched body, and where batches do not exist: on Celery's own pools and in eager mode.
+        The size of the batch, why it was flushed, and how long each input waited. ``None`` in
+        other bodies, on Celery's own pools, and in eager mode.
     """
     return batch.get()
 

@@ -37,7 +37,7 @@ _FRESH = 1.0
 #: Maximum age in seconds of an estimate on an event loop, where a thread refreshes it.
 _USABLE = 5.0
 
-#: Headers that we write anew for each input.
+#: Headers that belong to a single input, and must not be passed on.
 _WRITTEN = (headers.WORKLOAD, headers.ENQUEUED)
 #: Exceptions that interrupt the calling body, and are not the calculator's own.
 _INTERRUPTS = (

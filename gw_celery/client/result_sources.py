@@ -214,8 +214,8 @@ class PolledSource(Source):
     def __init__(self, app: Any, interval: float) -> None:
         # The app's own backend may be shared by all threads.
         super().__init__(app._get_backend(), interval)
-        # Celery rebuilds errors while it reads a record, and turns what it cannot rebuild into an
-        # ``Exception`` without the original class.
+        # Celery rebuilds errors while it reads a record, and turns unknown classes into a plain
+        # ``Exception``, which hides them.
         self._backend.exception_to_python = lambda stored: stored
         self._app = app
 

@@ -120,7 +120,7 @@ def _class(name: str) -> type[Exception] | None:
     for service in services:
         for method in service.methods.values():
             classes += [cls for option in _OPTIONS for cls in method.options.get(option) or ()]
-    # A caller gets an Exception, whatever a body raises.
+    # Callers only get subclasses of Exception.
     by_name = {
         f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes if issubclass(cls, Exception)
     }

@@ -30,7 +30,7 @@ class Gpu:
             ``"A100"``; ``"CPU"`` means no GPU.
         count: devices of this kind per replica, 1 to 8; must be 1 for ``"CPU"``.
         memory_gb: memory that the service uses on each of its devices, in units of 10**9 bytes.
-            Replicas share a device only if every service of the worker states it.
+            Replicas share a device only if all services of this kind in a worker state it.
 
     Raises:
         DeclarationError: if the kind is not a valid name, or a number is out of range.

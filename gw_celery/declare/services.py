@@ -279,7 +279,7 @@ def _require_one_answer(label: str, fn: AnyFunction) -> None:
 
 
 def _require_instantiable(cls: object) -> None:
-    """Refuse a class that a replica cannot instantiate without arguments."""
+    """Check that a replica can instantiate a class without arguments."""
     if not inspect.isclass(cls):
         raise errors.DeclarationError("class", cls, "@app.cls decorates a class")
     if markers.SERVICE in vars(cls):

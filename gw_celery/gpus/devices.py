@@ -79,7 +79,7 @@ NONE = Machine(devices=(), source="nothing")
 
 
 def find(added: Collection[str] = ()) -> Machine:
-    """Return the devices that this process may use; none without an NVIDIA driver.
+    """Return the devices that this process may use; empty without an NVIDIA driver.
 
     Args:
         added: the kinds of ``gw_gpu_kinds``.
@@ -233,7 +233,7 @@ def only_visible(machine: Machine, value: str | None) -> Machine:
 
 
 def environment(devices: Sequence[Device]) -> Mapping[str, str]:
-    """Return the variables that make a process see only these devices; none without devices."""
+    """Return the variables that make a process see only these devices; empty for no device."""
     if not devices:
         return {}
     variables = {VISIBLE: ",".join(device.token for device in devices)}

@@ -87,7 +87,7 @@ class Check:
         return self.due if self.call is None else self._counts_at
 
     def begin(self, now: float) -> None:
-        """Start to call the probe; at once, unless it is a liveness probe."""
+        """Start calling the probe; at once, unless it is a liveness probe."""
         if not math.isinf(self.due):
             return
         if self.probe.kind == "liveness":
@@ -96,7 +96,7 @@ class Check:
             self.due, self._gap = now, self._shift
 
     def end(self) -> None:
-        """Stop to call the probe; a pending call has no consequence."""
+        """Stop calling the probe; a pending call has no consequence."""
         self.due = self._counts_at = math.inf
         self._is_late = True
 
@@ -192,7 +192,7 @@ class Checks:
                 check.begin(now)
 
     def serve(self, now: float) -> bool:
-        """Start to call the other probes; return whether this is the first time."""
+        """Start calling liveness and readiness probes; return whether this is the first time."""
         if self._serves:
             return False
         self._serves = True

@@ -22,7 +22,7 @@ _LONGEST = 900.0
 #: between two inputs.
 _FULL = 0.9
 #: Seconds after which the served score is forgotten, unless replicas are full again. A score that
-#: is far too low starts so many replicas that none is ever full, and it would never be corrected.
+#: is far too low starts so many replicas that none is ever full: only forgetting corrects it.
 _TRUSTED = 600.0
 #: Weight of a new span against all before. It weighs factors, because errors can be manifold.
 _WEIGHT = 0.5

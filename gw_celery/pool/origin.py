@@ -40,7 +40,7 @@ def find(app: Celery) -> str:
 
 
 def changes(app: Celery) -> bytes:
-    """Return the settings changed in this process, pickled, without those that cannot be."""
+    """Return the settings that this process changed, pickled, as far as they can be."""
     given: dict[str, object] = {}
     for key, value in app.__reduce_keys__()["changes"].items():
         try:

@@ -68,7 +68,7 @@ class ChildProbes:
         self.next_at = min(dues, default=math.inf)
 
     def have_started(self, child: ChildProcess, now: float) -> bool:
-        """Return whether a child's startup probes have passed; this starts to call them."""
+        """Return whether a child's startup probes have passed; this starts the calls."""
         self.expect_changes()
         checks = self._checks_of(child, now)
         return checks is None or checks.have_started
@@ -82,7 +82,7 @@ class ChildProbes:
             self._act_on(child, check, check.answered(answer), now)
 
     def unready(self) -> set[str]:
-        """Return the services that no loaded child wants inputs of."""
+        """Return the services that are not ready in any loaded child."""
         up = [child.slots.unready for child in self._supervisor.children() if child.state.is_up]
         return set.intersection(*up) if up else set()
 

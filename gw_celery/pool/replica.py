@@ -42,7 +42,7 @@ class State(enum.Enum):
     PROBING = "probing"
     BENCHMARKING = "benchmarking"
     READY = "ready"
-    #: Loaded and alive, but no service wants inputs now.
+    #: Loaded and alive, but no service takes inputs now.
     UNREADY = "unready"
     DRAINING = "draining"
     #: The replica waits before it starts the next child.
@@ -103,7 +103,7 @@ class ChildState:
             self._enter(State.BENCHMARKING, now, self.settings.benchmark_timeout)
 
     def wants_inputs(self, now: float, wants: bool) -> None:
-        """Record whether any service of a loaded child wants inputs."""
+        """Record whether any service of a loaded child takes inputs."""
         if self.is_up and wants is not self.is_ready:
             self._enter(State.READY if wants else State.UNREADY, now, None)
 

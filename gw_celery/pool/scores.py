@@ -110,7 +110,7 @@ class ReplicaScores:
         """Process the answer to an order.
 
         Raises:
-            Failed: if a child that has never been READY gives no score.
+            Failed: if a benchmark fails before the first READY of its child.
             Garbage: if no child of this version writes such an answer.
         """
         progress = self._progress.get(child)

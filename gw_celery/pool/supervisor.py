@@ -186,7 +186,7 @@ class Supervisor:
 
     def observe(self) -> None:
         with self.lock:
-            # While results cannot be stored, the worker consumes nothing: the traffic says nothing.
+            # In an outage of the result backend, the worker consumes nothing: ignore the traffic.
             ready = {} if self.outage() else self.ready_by_service()
             counters = self.requests.table.tallies()
             self.scores.observe(time.monotonic(), counters, ready)

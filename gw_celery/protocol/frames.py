@@ -39,7 +39,7 @@ class Order(enum.IntEnum):
     LEAVE = 4
     #: As ``RUN``, for an input that must not share a batch.
     RUN_ALONE = 5
-    #: No new inputs will come: do not wait for more inputs of a batch.
+    #: No new inputs will come: form batches from those that are here.
     DRAIN = 6
     #: Call one probe: (number of the call, service, method).
     PROBE = 7
@@ -74,7 +74,7 @@ class Report(enum.StrEnum):
     DONE = "done", int, str, float
     #: Number, outcome, class name, text, message, traceback, requeue.
     ERROR = "error", int, str, str, str, str, str, bool
-    #: Name of a task whose call continues, without waiting inputs, and cannot be ended.
+    #: Name of a task with a call that continues although no input waits for it.
     STUCK = "stuck", str
     #: Number of an input that expired while it gathered; a report of its end follows.
     EXPIRED = "expired", int

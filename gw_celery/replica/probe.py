@@ -1,7 +1,7 @@
 """Calls the probe methods of loaded instances in a child, on the parent's orders.
 
-A probe does not pass through Celery's tracer: it leaves no results, events or signals, and takes no
-slot. The parent enforces the timeout; the child only cancels a coroutine that the parent gave up.
+A probe bypasses Celery's tracer: it leaves no results, events or signals, and needs no slot.
+The parent enforces the timeout; the child only cancels a coroutine that the parent gave up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gw_celery.replica import tracer
 from gw_celery.runtime import batcher, body, in_process, loop
 
 _LONGEST_DETAIL = 200
-#: The answer for a class without an instance, because its parameters have no defaults.
+#: The answer for a class without an instance: a parameter has no default.
 _NOTHING_LOADED = {"ok": True, "loaded": 0}
 
 

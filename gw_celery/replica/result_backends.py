@@ -207,8 +207,7 @@ class Writer:
                 if not self._pending:
                     await self._ping()
                     continue
-                # An input begins with a get, so that its later set is grouped with those of its
-                # group.
+                # Storing a result begins with a get: results read together are written together.
                 starts = all(command[0] in ("get", "hdel") for command, _ in self._pending)
                 if starts and len(tracer.in_flight) > 1:
                     await asyncio.sleep(_LINGER)

@@ -367,7 +367,7 @@ class ReplicaInputs:
         arguments = await self._decoded(*content)
         if input.acks_early and self._records is not None:
             input.record = functools.partial(self._records.begin, input, arguments)
-        # The parent acknowledges the message when it hears of the start: write the record before.
+        # The report of the start makes the parent acknowledge the message: write the record before.
         if not input.gathers and (recording := input.record_early_ack()) is not None:
             await recording
             input.begin()

@@ -302,7 +302,7 @@ class Batcher:
                     await asyncio.gather(*filter(None, records))
                     part = [item for item in first if item.begin()]
                     parts = await self._answered(part, flush) + rest + parts[1:]
-        except Exception as exc:  # an error of ours must not leave inputs without an answer
+        except Exception as exc:  # an error of ours must still answer the inputs
             logger.exception("a batch of %s broke off", self._method.task_name)
             for item in items:
                 item.settle(True, exc)

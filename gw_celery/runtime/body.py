@@ -57,8 +57,8 @@ class Contained:
             return _ends_process(exc)
         if isinstance(exc, asyncio.CancelledError):
             return self._task is not None and self._task.cancelling() > 0
-        # The garbage collector closes an abandoned coroutine or greenlet in another task than the
-        # one that stepped it.
+        # An abandoned coroutine or greenlet is closed from another asyncio task than the one that
+        # stepped it.
         is_closing = isinstance(exc, GeneratorExit | greenlet.GreenletExit)
         return is_closing and self._task is not _current_task()
 

@@ -256,7 +256,7 @@ class Instances:
                     f"no room beside the instance of its default parameters, which is always kept: "
                     f"set it to {self._settings.max_instances + 1} or more"
                 )
-            # Not one that was just built for a call that has not taken it yet.
+            # Skip an instance that was just built for a call, until the call takes it.
             spare = [
                 loaded
                 for loaded in unpinned

@@ -60,7 +60,7 @@ def gw_restart(state: Any, replica: int | None = None) -> Any:
 
 
 def gw_probe_tick(state: Any) -> Any:
-    """Note a tick of beat: probes that are due run."""
+    """Record a tick of beat; probes follow their own periods."""
     return _ticked(state, "probe_tick")
 
 
@@ -143,7 +143,7 @@ def _guard_resize(original: Callable[..., Any], how: str, *, sign: int) -> None:
         if (why := pool.refusal(pool.limit + sign * n)) is not None:
             return control.nok(why)
         force = getattr(state.consumer.controller.autoscaler, how, None)
-        if force is None:  # there is no autoscaler, or not ours
+        if force is None:  # no autoscaler, or Celery's own
             return original(state, n, **options)
         if n < 1:
             return control.nok(f"{n} slots: give 1 or more")

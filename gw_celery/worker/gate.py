@@ -1,6 +1,6 @@
 """Opens a queue only while a replica is READY for it, in the worker's parent.
 
-It also limits the prefetch count to the free slots. A message that a worker takes too early waits
+It also fits the prefetch count to the slots. A message that a worker takes too early waits
 where no other worker can get it. Work is wasted while results cannot be stored.
 """
 

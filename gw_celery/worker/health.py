@@ -1,8 +1,7 @@
 """Health of a worker for a platform's probes, in the worker's parent: a file and HTTP endpoints.
 
 The age of the file shows whether the loop runs. ``/livez /readyz /startupz /metrics`` answer over
-HTTP, from the snapshot that the loop stores here once a second. Threads of their own answer,
-without the broker, children or Django, because they must report a worker that hangs.
+HTTP, from the snapshot that the loop stores here once a second. Separate threads answer, without the broker, children or Django, because they must report a worker that hangs.
 """
 
 from __future__ import annotations
@@ -290,7 +289,7 @@ class _Request(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Send the status only; a method that is not implemented here is not allowed."""
+        """Send the status only, and 405 for an unsupported method."""
         if code == http.HTTPStatus.NOT_IMPLEMENTED:
             code = http.HTTPStatus.METHOD_NOT_ALLOWED
         super().send_error(code)

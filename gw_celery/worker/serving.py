@@ -1,7 +1,7 @@
 """Serving on Celery's prefork and solo pools: loading in their processes, and reporting failures.
 
 The functions run in those processes; ``ServingStep`` runs in the worker's parent. These pools learn
-of a child only after it has loaded, and cannot tell it to stop before.
+of a child only after it has loaded, and cannot stop it before.
 """
 
 from __future__ import annotations

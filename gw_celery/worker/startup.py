@@ -44,7 +44,7 @@ def prepare_or_exit(worker: Any, registries: Sequence[registry.Registry]) -> Pla
     """
 
     def note(reason: str) -> None:
-        # Logging is not set up yet, and a detached worker has no other output.
+        # Logging is not set up yet, and a detached worker writes to this file only.
         if isinstance(path := getattr(worker, "logfile", None), str) and "%" not in path:
             with contextlib.suppress(OSError), open(path, "a") as log:
                 log.write(f"gw_celery: {reason}\n")
@@ -191,7 +191,7 @@ def _prepare_to_serve(worker: Any, plan: Plan) -> None:
         app.conf.worker_proc_alive_timeout, plan.settings.start_timeout + 30
     )
     app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
-    # ``--prefetch-multiplier`` with the default value cannot be distinguished from none.
+    # ``--prefetch-multiplier`` with the default value looks like a missing option.
     is_default = worker.prefetch_multiplier == app.conf.worker_prefetch_multiplier
     if is_default and not conf.is_set(app.conf, "worker_prefetch_multiplier"):
         worker.prefetch_multiplier = 1
