@@ -27,8 +27,7 @@ class App:
             gets them, as with ``shared_task``.
 
     Raises:
-        DeclarationError: if ``name`` is empty, ``celery`` is not a Celery app, or another App of
-            the same Celery app has a context or task of the same name.
+        DeclarationError: if ``name`` is empty, or ``celery`` is not a Celery app.
     """
 
     def __init__(self, name: str, celery: celery.Celery | None = None) -> None:
@@ -152,7 +151,7 @@ class App:
 
         Args:
             fn: the function, if the decorator is written without parentheses.
-            gpu: the devices that one replica needs; ``None``: any GPU.
+            gpu: the devices that one replica needs. ``None``: family ``gpu``, no device of its own.
             queue: name of the queue; default ``<family>.<function>``, such as ``gpu.A100.embed``.
             min_workers: minimum replicas of one worker that sizes itself, 0 or more.
             max_workers: maximum replicas of one worker; ``None``: as many as its GPUs allow.
@@ -212,7 +211,7 @@ class App:
 
         Args:
             cls: the class, if the decorator is written without parentheses.
-            gpu: the devices that one replica needs; ``None``: any GPU.
+            gpu: the devices that one replica needs. ``None``: family ``gpu``, no device of its own.
             queue: name of the queue; default ``<family>.<class>``, such as ``gpu.A100.Embedder``.
             min_workers, max_workers, timeout, max_queue_time: as for ``remote``.
             probes: a list of ``gw.Probe.on(...)``.

@@ -61,6 +61,7 @@ class Server:
 
     Attributes:
         data_dir: folder of its data and log.
+        log: path of the log file.
         broker_url: URL of database 0, for Celery's broker.
         result_url: URL of database 1, for the result backend.
         pid: process id of the server.

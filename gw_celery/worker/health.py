@@ -1,7 +1,8 @@
 """Health of a worker for a platform's probes, in the worker's parent: a file and HTTP endpoints.
 
 The age of the file shows whether the loop runs. ``/livez /readyz /startupz /metrics`` answer over
-HTTP, from the snapshot that the loop stores here once a second. Separate threads answer, without the broker, children or Django, because they must report a worker that hangs.
+HTTP, from the snapshot that the loop stores here once a second. Separate threads answer,
+without the broker, children or Django, because they must report a worker that hangs.
 """
 
 from __future__ import annotations
