@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from gw_celery.protocol import snapshot
 from gw_celery.protocol.worker_record import QueueLoad
 
-#: Weight of all earlier seconds after one more: the last minute counts most.
+#: Factor per second for the weight of earlier seconds: the last minute counts most.
 _KEPT = 0.98
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gw_celery.pool import requests
 
 _READ_BYTES = 256 * 1024
-#: Seconds in which a process ends that has closed its socket or was killed.
+#: Seconds to wait for the end of a process that closed its socket or was killed.
 _REAP = 0.1
 
 

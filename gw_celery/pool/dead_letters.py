@@ -1,8 +1,8 @@
 """Dead letters: messages that a worker gave up, kept in a bounded queue for operators.
 
-A thread of the worker's parent writes them, because an unreachable broker blocks. It does not
-matter to the failed task whether this succeeds. ``celery gw dead`` reads them. "Fields" are the
-arguments of ``prepare_message`` of a kombu channel.
+A thread of the worker's parent writes them, because an unreachable broker blocks. The failed task
+is answered in any case. ``celery gw dead`` reads them. "Fields" are the arguments of
+``prepare_message`` of a kombu channel.
 """
 
 from __future__ import annotations

@@ -147,7 +147,10 @@ class Process:
             self._popen.send_signal(number)
 
     def wait_exit(self, timeout: float = STOP_TIMEOUT) -> int:
-        """Return the exit code, after waiting up to ``timeout`` seconds; negative after a signal.
+        """Wait for the end of the process, and return its exit code; negative after a signal.
+
+        Args:
+            timeout: maximum seconds to wait.
 
         Raises:
             AssertionError: if the process still runs after ``timeout`` seconds.

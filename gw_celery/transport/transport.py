@@ -1,8 +1,8 @@
 """kombu's Redis transport with faster and safer delivery, for the consumer of our pool's worker.
 
-Keys and messages are kombu's. During a backlog, a script takes many messages at once. Without one,
-``Watch`` waits for a message without taking it. The acknowledgements of one turn of the loop share
-a round trip. A channel keeps one client, where kombu creates one for most commands.
+Keys and messages are kombu's. During a backlog, a script takes many messages at once. Otherwise
+``Watch`` waits until a message arrives, and leaves it in its list. The acknowledgements of one turn
+of the loop share a round trip. A channel keeps one client, where kombu creates one per command.
 """
 
 from __future__ import annotations
