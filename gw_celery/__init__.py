@@ -1,4 +1,4 @@
-"""gw_celery: serve GPU models from the Celery and Django that a team already runs."""
+"""gw_celery serves models on GPUs with Celery. This module exports the public names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The App: what users declare contexts, remote functions and class tasks with."""
+"""The App, with which users declare contexts, remote functions and class tasks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ C = TypeVar("C", bound=type)
 
 
 class App:
-    """Declares what a Celery app serves with loaded models.
+    """Declares the services and contexts of a Celery app.
 
     Args:
-        name: what error messages and logs call it.
-        celery: the Celery app; without one, tasks belong to every Celery app of the process, as
-            those of ``shared_task`` do.
+        name: name of the App in error messages and logs.
+        celery: the Celery app that gets the tasks. With ``None``, every Celery app of the process
+            gets them, as with ``shared_task``.
+
+    Raises:
+        DeclarationError: if ``name`` is empty, or ``celery`` is not a Celery app.
     """
 
     def __init__(self, name: str, celery: celery.Celery | None = None) -> None:
@@ -42,15 +45,15 @@ class App:
 
     @property
     def celery(self) -> Any:
-        """The Celery app that it is bound to, else the current one."""
+        """The Celery app of this App; without one, the current Celery app."""
         return self._celery or celery.current_app
 
     @property
     def user_options(self) -> Any:
-        """Tell ``celery -A`` that it has found this object instead of the Celery app.
+        """Refuse this object as the Celery app of ``celery -A``; Celery reads this attribute first.
 
         Raises:
-            UsageError: always; it is the first thing that Celery asks an app for.
+            UsageError: always, with the command to write.
         """
         raise errors.UsageError(
             f"celery -A found {self!r}, which its module names `app`: name the Celery app, as in "
@@ -58,21 +61,24 @@ class App:
         )
 
     def context(self, *args: Any, **kwargs: Any) -> Callable[[C], C]:
-        """Register a context class; it is made with these arguments in each replica.
+        """Register a context class, which each replica instantiates with these arguments.
 
-        The class has ``__aenter__`` and ``__aexit__`` (or ``__enter__`` and ``__exit__``). It is
-        entered once per replica, in parallel with the others, before any input is taken.
+        The class has ``__aenter__`` and ``__aexit__`` (or ``__enter__`` and ``__exit__``). A
+        replica enters all contexts in parallel, once, before it takes inputs.
 
         Args:
-            args: arguments of its constructor.
-            kwargs: keyword arguments of its constructor.
+            args: positional arguments of the constructor.
+            kwargs: keyword arguments of the constructor.
+
+        Returns:
+            A decorator that returns the class unchanged.
 
         Raises:
-            DeclarationError: for anything but such a class, one that is registered already, or
-                arguments that its constructor does not take.
+            DeclarationError: if it decorates something else, the class is registered already, or
+                its constructor does not take the arguments.
         """
         if len(args) == 1 and not kwargs and isinstance(args[0], type):
-            # A bare ``@app.context`` would put a function in the place of the class.
+            # A bare ``@app.context`` would replace the class with a function.
             raise errors.DeclarationError(
                 "context",
                 args[0],
@@ -96,10 +102,14 @@ class App:
         return register
 
     def get_context(self, cls: type) -> Any:
-        """Return what the context's ``__aenter__`` returned, inside a replica.
+        """Return what the ``__aenter__`` of a context returned, inside a replica.
+
+        Args:
+            cls: the context class.
 
         Raises:
-            ContextLookupError: a ``KeyError``, when it is not registered or not entered here.
+            ContextLookupError: (a ``KeyError``) if the class is not registered, or not entered
+                here.
         """
         key = registry.context_key(cls)
         if key not in self.registry.contexts:
@@ -137,25 +147,32 @@ class App:
         workload_calculator: AnyFunction | None = None,
         **task_options: Any,
     ) -> Any:
-        """Make a Celery task of an ``async def``, served on a queue of its own.
+        """Make a Celery task of an ``async def``, as a service with its own queue.
 
         Args:
-            gpu: the device that a replica needs.
-            queue: name of its queue; default ``<family>.<function>``, such as ``gpu.A100.embed``.
-            min_workers: replicas to keep, 0 or more.
-            max_workers: replicas at most.
-            timeout: hard time limit of one input in seconds; ``None`` for none.
-            max_queue_time: seconds that an input may wait in the queue.
-            benchmark_dataset: sample inputs, a list of dicts of parameter names.
-            benchmark_generator: or a function that returns one.
-            benchmark_runs: timed rounds.
-            benchmark_concurrency: parallel inputs of one round.
-            workload_calculator: cost of one input, from its arguments; 1.0 without it.
+            fn: the function, if the decorator is written without parentheses.
+            gpu: the devices that one replica needs. ``None``: family ``gpu``, no device of its own.
+            queue: name of the queue; default ``<family>.<function>``, such as ``gpu.A100.embed``.
+            min_workers: minimum replicas of one worker that sizes itself, 0 or more.
+            max_workers: maximum replicas of one worker; ``None``: as many as its GPUs allow.
+            timeout: hard time limit of one input in seconds; ``None``: no limit.
+            max_queue_time: seconds that an input may wait in the queue; default: the setting
+                ``gw_max_queue_time``.
+            benchmark_dataset: sample inputs, a list of dicts from parameter name to value.
+            benchmark_generator: a function that returns one sample; give this or the dataset.
+            benchmark_runs: timed rounds, 1 to 10000.
+            benchmark_concurrency: parallel inputs of one round, 1 to 10000.
+            workload_calculator: returns the workload of an input from its arguments, in your unit.
+                Without it, each input counts as 1.0.
             task_options: any Celery task option, such as ``autoretry_for``, ``rate_limit`` or
                 ``base``, and attributes of your own.
 
+        Returns:
+            The Celery task; without ``fn``, a decorator that returns it.
+
         Raises:
-            DeclarationError: when an argument breaks its rule; the message names all three.
+            DeclarationError: if an argument breaks its rule; the message names the argument, its
+                value and the rule.
         """
         where = services.Placement(
             self._known(gpu), queue, min_workers, max_workers, timeout, max_queue_time
@@ -187,17 +204,25 @@ class App:
         probes: Any = (),
         **unknown: Any,
     ) -> Any:
-        """Make Celery tasks of the methods of a class that is loaded once per replica.
+        """Make Celery tasks of the marked methods of a class, which each replica loads once.
 
-        ``Cls(...)`` then makes a light handle: ``Cls().method.delay(x)``, ``await
+        ``Cls(...)`` then returns a handle for calls: ``Cls().method.delay(x)``, or ``await
         Cls(threshold=0.7).method(x)``.
 
         Args:
-            gpu: the device that a replica needs; what is not listed here is as in ``remote``.
+            cls: the class, if the decorator is written without parentheses.
+            gpu: the devices that one replica needs. ``None``: family ``gpu``, no device of its own.
+            queue: name of the queue; default ``<family>.<class>``, such as ``gpu.A100.Embedder``.
+            min_workers, max_workers, timeout, max_queue_time: as for ``remote``.
             probes: a list of ``gw.Probe.on(...)``.
+            unknown: refused; the message says which decorator takes the argument.
+
+        Returns:
+            The class; without ``cls``, a decorator that returns it.
 
         Raises:
-            DeclarationError: when an argument breaks its rule; the message names all three.
+            DeclarationError: if an argument breaks its rule; the message names the argument, its
+                value and the rule.
         """
         check.unknown_of_class(unknown)
         where = services.Placement(
@@ -215,7 +240,7 @@ class App:
         return gpu.require_known(device, lambda: self.celery.conf.get("gw_gpu_kinds") or ())
 
     def _declare(self, service: services.Service) -> dict[str, Any]:
-        """Add a service and return the Celery tasks of its methods, by their names."""
+        """Register a service and return the Celery tasks of its methods by name."""
         for method in service.methods.values():
             task.require_options(method)
         self.registry.add_service(service, beside=signals.registries())
@@ -224,7 +249,7 @@ class App:
             codec.register_annotations(method.function)
             tasks[name] = task.register(self._celery, self.registry, service, method)
         for app in list(self.registry.celery_apps):
-            if app.finalized:  # else it will be
+            if app.finalized:  # else Celery schedules at finalization
                 beat_tasks.schedule(app)
         return tasks
 
@@ -238,7 +263,7 @@ def _require_name(name: object) -> str:
 
 
 def _require_celery(value: Any) -> Any:
-    if type(value) is Proxy:  # ``celery.current_app`` is another app in another thread
+    if type(value) is Proxy:  # ``celery.current_app`` differs between threads
         return value._get_current_object()
     if value is None or isinstance(value, Celery):
         return value

@@ -1,4 +1,4 @@
-"""A thread that does the same again and again until its process ends."""
+"""A daemon thread that repeats a round until its process ends; the base of all our loops."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import time
 
 
 class Outage:
-    """One log line when something stops working, and one when it works again.
+    """Logs one line when an operation starts to fail, and one when it works again.
 
     Args:
-        logger: of the module whose work it is.
-        what: what cannot be done meanwhile, as the beginning of a sentence.
+        logger: logger of the module that does the work.
+        what: what does not work meanwhile, as the start of a log line.
     """
 
     def __init__(self, logger: logging.Logger, what: str) -> None:
@@ -23,13 +23,13 @@ class Outage:
         self._since: float | None = None
 
     def begin(self, exc: BaseException) -> None:
-        """It has failed."""
+        """Record a failure, and log it if it is the first."""
         if self._since is None:
             self._since = time.monotonic()
             self._logger.warning("%s: %r; tried again until it works", self._what, exc)
 
     def end(self) -> None:
-        """It has worked."""
+        """Record a success, and log the end of an outage."""
         if self._since is not None:
             seconds = time.monotonic() - self._since
             self._logger.warning("this outage is over after %.0f s: %s", seconds, self._what)
@@ -37,13 +37,13 @@ class Outage:
 
 
 class BackgroundThread:
-    """Calls ``run_round`` once a period, in a daemon thread; a subclass says what a round is.
+    """Calls ``run_round`` once per period in a daemon thread; subclasses define the round.
 
     Args:
-        name: of the thread.
-        outage: what is logged as not working while rounds raise.
-        period: seconds from the start of one round to that of the next; ``math.inf`` for a thread
-            that waits until it is woken. A change counts from the next round.
+        name: name of the thread.
+        outage: what does not work while rounds raise, as the start of a log line.
+        period: seconds between the starts of two rounds; ``math.inf``: only ``wake`` starts the
+            next round. A change applies after the next round.
     """
 
     def __init__(self, name: str, outage: str, *, period: float = 1.0) -> None:
@@ -51,41 +51,43 @@ class BackgroundThread:
         self._name = name
         self._outage = Outage(logging.getLogger(type(self).__module__), outage)
         self._thread: threading.Thread | None = None
-        # Both may be entered again by the handler of a signal, which ends the pool.
+        # A signal handler that ends the pool may enter both methods again in the same thread.
         self._starting = threading.RLock()
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.is_closed = False
 
     def run_round(self) -> None:
-        """Do it once. What it raises is logged once for an outage, and the next round comes."""
+        """Do one round. An exception is logged once per outage, and rounds continue."""
         raise NotImplementedError
 
     def leave(self) -> None:
-        """Do what is to be done last, after the last round."""
+        """Clean up after the last round."""
 
     def start(self) -> None:
-        """Start the thread, unless it runs already or is closed."""
         with self._starting:
             if self._thread is None and not self.is_closed:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
 
     def wake(self) -> None:
-        """Have the next round begin at once; from any thread."""
+        """Start the next round at once; call it from any thread."""
         if self._wakes.empty():
             self._wakes.put(None)
 
     def close(self, timeout: float = 2.0) -> bool:
-        """End the thread after its round; whether it has ended.
+        """End the thread after its current round.
 
         Args:
-            timeout: seconds to wait for it. One that hangs is left behind: it is a daemon.
+            timeout: seconds to wait; a thread that hangs is abandoned, because it is a daemon.
+
+        Returns:
+            Whether the thread has ended.
         """
         with self._starting:
             self.is_closed = True
         self.wake()
         if self._thread is None or self._thread.ident is None:
-            return True  # it ends as soon as it begins
+            return True  # it ends when it begins
         self._thread.join(timeout)
         return not self._thread.is_alive()
 

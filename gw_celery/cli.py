@@ -1,4 +1,4 @@
-"""``celery -A proj gw ...``: the commands for operators of workers with the GPU pool."""
+"""``celery -A proj gw ...``: commands for operators of workers with the GPU pool."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from gw_celery.pool import dead_letters
 from gw_celery.worker import command as worker_command
 from gw_celery.worker import commands
 
-# Every ``celery`` command imports this module, for it is a plugin of the command line.
+# Every ``celery`` command imports this plugin; without this call, ``inspect`` refuses ours.
 commands.describe()
 
 
 @click.group("gw")
 def gw() -> None:
-    """Serve models: start GPU workers, see and steer their replicas."""
+    """Serve models: start GPU workers, and inspect and control their replicas."""
 
 
 gw.add_command(worker_command.worker)
 
 
 def _asks_workers(function: Any) -> Any:
-    """Add the options of a command that workers answer: whom it reaches, and for how long."""
+    """Add the options of a command that workers answer: its destination and timeout."""
     destination = click.option(
         "-d", "--destination", multiple=True, help="Node name; all without it."
     )
@@ -40,7 +40,7 @@ def _asks_workers(function: Any) -> Any:
 @_asks_workers
 @click.pass_context
 def status(ctx: click.Context, /, as_json: bool, **reach: Any) -> None:
-    """Show each worker's replicas: state, pid, in flight, restarts, devices, last error."""
+    """Show each worker's replicas: state, pid, inputs in flight, restarts, devices, last error."""
     answers = _answers(ctx, "gw_status", {}, **reach)
     if as_json:
         click.echo(json.dumps(answers, indent=2, sort_keys=True))
@@ -59,7 +59,7 @@ def status(ctx: click.Context, /, as_json: bool, **reach: Any) -> None:
 @_asks_workers
 @click.pass_context
 def drain(ctx: click.Context, /, replica: int | None, **reach: Any) -> None:
-    """Let REPLICA, or all of them, finish and stay stopped until a restart."""
+    """Drain REPLICA, or all replicas; they stay stopped until a restart."""
     _steer(ctx, "gw_drain", replica, **reach)
 
 
@@ -68,7 +68,7 @@ def drain(ctx: click.Context, /, replica: int | None, **reach: Any) -> None:
 @_asks_workers
 @click.pass_context
 def restart(ctx: click.Context, /, replica: int | None, **reach: Any) -> None:
-    """Replace the process of REPLICA, or of all one by one; inputs in flight finish."""
+    """Replace the child of REPLICA, or of all replicas in turn; inputs in flight finish."""
     _steer(ctx, "gw_restart", replica, **reach)
 
 
@@ -77,7 +77,7 @@ def restart(ctx: click.Context, /, replica: int | None, **reach: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document for programs.")
 @click.pass_context
 def dead(ctx: click.Context, requeue: str | None, as_json: bool) -> None:
-    """Show the messages of inputs that were given up, or send one again."""
+    """List the dead letters, or send one of them again."""
     app = ctx.obj.app
     settings = conf.read(app.conf)
     name = settings.dead_letter_queue
@@ -114,7 +114,6 @@ def _steer(ctx: click.Context, command: str, replica: int | None, **reach: Any) 
 def _answers(
     ctx: click.Context, command: str, arguments: dict[str, Any], destination: Any, timeout: float
 ) -> dict[str, Any]:
-    """Return the answer of each worker by its name."""
     replies = ctx.obj.app.control.broadcast(
         command,
         arguments=arguments,
@@ -122,7 +121,7 @@ def _answers(
         reply=True,
         timeout=timeout,
     )
-    # Workers without the GPU pool do not know the command, and are not meant.
+    # Workers without the GPU pool answer with this error; the command does not concern them.
     unknown = {"error": f"KeyError({command!r})"}
     answers = (item for reply in replies or () for item in reply.items())
     return {worker: answer for worker, answer in answers if answer != unknown}
@@ -135,7 +134,7 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
         ", ".join(answer[f"{state}_queues"]) or "nothing" for state in ("open", "closed")
     )
     lines = [f"{worker}: {answer['waiting']} waiting; consumes {consumed}; closed: {closed}"]
-    if answer.get("outage"):  # workers of an older version have no such key
+    if answer.get("outage"):  # older workers have no such key
         lines.append(f"  consuming is paused, results cannot be stored: {answer['outage']}")
     if scaling := answer.get("scaling"):
         lines.append(
@@ -147,7 +146,7 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
             f"  replica {replica['number']}  {replica['state']:<9} pid {replica['pid'] or '-'}  "
             f"{replica['in_flight']}/{replica['slots']} in flight  {replica['restarts']} restarts"
         )
-        if devices := replica.get("devices"):  # workers of an older version have no such key
+        if devices := replica.get("devices"):  # older workers have no such key
             line += f"  on {', '.join(devices)}"
         lines.append(f"{line}  {replica['last_error']}".rstrip())
         lines += [f"    {_probed(probe)}" for probe in replica.get("probes", ())]

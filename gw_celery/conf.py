@@ -1,7 +1,7 @@
-"""The settings: one frozen dataclass of typed defaults, and the only reader of them.
+"""The settings, a frozen dataclass with defaults. No other module reads them, in any process.
 
-Priority: what the caller passes > ``app.conf.gw_<name>`` (Django's ``GW_CELERY`` lands there) >
-the default below. Environment variables name programs and devices only.
+Priority: an argument of the call > ``app.conf.gw_<name>`` (which Django's ``GW_CELERY`` fills) >
+the default below. Environment variables name only programs and devices.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from gw_celery import errors
 PREFIX = "gw_"
 
 
-#: Numbers that may not be anything over 0: the least and the most, and how that is said. Workers
-#: beat once a second, so that one is not lost within five.
+#: Minimum, maximum and description of numbers with another range than "over 0". Workers send a
+#: heartbeat each second; under 5 seconds, ``worker_ttl`` could declare live workers lost.
 _BOUNDS = {
     "health_port": (0, 65_535, "int from 0 to 65535"),
     "target_util": (math.ulp(0.0), 1, "float over 0, 1 at most"),
@@ -31,86 +31,87 @@ _BOUNDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Every setting with its default. Durations are seconds, sizes are bytes."""
+    """All settings with their defaults. Durations are seconds, sizes are bytes."""
 
-    #: Kinds of GPU that ``gw.Gpu`` accepts beside the built-in ones.
+    #: Kinds of GPU that ``gw.Gpu`` accepts in addition to the built-in ones.
     gpu_kinds: tuple[str, ...] = ()
-    #: Time that contexts and ``on_enter`` hooks have until they count as failed.
+    #: Time that contexts and ``on_enter`` hooks may take before they count as failed.
     start_timeout: float = 600.0
-    #: Time that a child of the pool has to import the app.
+    #: Time that a child of the pool may take to import the app.
     boot_timeout: float = 30.0
-    #: Time that the benchmarks of a child have, all of them together.
+    #: Time that all benchmarks of a child may take together.
     benchmark_timeout: float = 120.0
-    #: Time that a draining replica has, unless an input in flight may run for longer.
+    #: Time that a replica may take to drain, or longer if an input in flight has a longer limit.
     drain_timeout: float = 30.0
-    #: Silence after which a child of the pool counts as frozen.
+    #: Time without a heartbeat after which a child of the pool counts as frozen.
     heartbeat_timeout: float = 30.0
-    #: File that a worker with the GPU pool touches every second while its loop turns.
+    #: File that a worker with the GPU pool touches every second while its event loop runs.
     heartbeat_file: str | None = None
-    #: Port of ``/livez``, ``/readyz``, ``/startupz`` and ``/metrics``; 0 for any that is free.
+    #: Port of ``/livez``, ``/readyz``, ``/startupz`` and ``/metrics``; 0 selects a free port.
     health_port: int | None = None
-    #: Address that it is open on.
+    #: Address on which this port listens.
     health_host: str = "127.0.0.1"
     #: Time that a stopping worker waits for its inputs in flight.
     shutdown_timeout: float = 3600.0
-    #: Time that a result is tried to be stored while the result backend is away.
+    #: Time for which a worker retries to store a result while the result backend is unreachable.
     store_timeout: float = 60.0
-    #: Children that an input may kill, running alone, until it is given up.
+    #: Children that an input may kill while it runs alone, before it is given up.
     max_deaths: int = 3
-    #: Queue that keeps the messages of inputs that were given up; ``None`` for none.
+    #: Queue for the messages of inputs that were given up; ``None``: they are not kept.
     dead_letter_queue: str | None = "gw.dead"
-    #: Messages that it keeps at most.
+    #: Maximum number of messages in that queue.
     max_dead_letters: int = 1000
-    #: Time without a sign of life after which a worker with the GPU pool is declared lost, 5 at
-    #: least; ``None``: never.
+    #: Time without a heartbeat after which a worker with the GPU pool counts as lost, at least 5;
+    #: ``None``: never.
     worker_ttl: float | None = 15.0
-    #: Replicas of a worker with the GPU pool; without it, as many as its slots need.
+    #: Replicas of a worker with the GPU pool; ``None``: as many as its slots need.
     replicas: int | None = None
-    #: Workload a second of each service that the autoscaler is ready for, whatever comes.
+    #: Minimum load, in workload per second, for which the autoscaler keeps replicas of each
+    #: service.
     min_load: float | None = None
-    #: Part of its score that a replica is meant to be used by, 1 at most.
+    #: Share of a replica's score that the autoscaler plans to use, at most 1.
     target_util: float = 0.9
-    #: Time within which what waits for a service should have been begun.
+    #: Time within which an input should start; the autoscaler plans for it.
     target_queue_time: float = 10.0
-    #: Time for which the autoscaler keeps replicas for bursts that may come again.
+    #: Time for which the autoscaler keeps the replicas of a past burst.
     scale_window: float = 600.0
-    #: Time without work after which the last replica goes, where none must stay; ``None``: never.
+    #: Time without work after which the last replica goes if it may; ``None``: never.
     inactivity_timeout: float | None = None
-    #: Longest time between two ticks of beat to the probes, shorter where a probe's period is;
-    #: whole seconds; ``None`` for no entry in ``beat_schedule``.
+    #: Maximum time between two ticks of beat for probes (less if a probe's period is shorter), in
+    #: whole seconds; ``None``: no entry in ``beat_schedule``.
     probe_period: float | None = 10.0
-    #: Age at which a score is measured again, on a replica that has nothing to do, and the time
-    #: between two ticks of beat to the benchmarks; ``None``: never.
+    #: Age at which an idle replica measures a score again, and the time between two ticks of beat
+    #: for benchmarks; ``None``: never.
     benchmark_period: float | None = 86_400.0
-    #: Time that each context or ``on_exit`` hook has to leave.
+    #: Time that each context or ``on_exit`` hook may take to exit.
     exit_timeout: float = 30.0
-    #: Time that a cancelled body has to end before its process goes on without it.
+    #: Time that a cancelled body may take to end before its process continues without it.
     cancel_timeout: float = 5.0
-    #: Longest wait of a blocking ``.remote()`` that names no timeout.
+    #: Maximum wait of a blocking ``.remote()`` without a timeout of its own.
     call_timeout: float = 600.0
-    #: Time that an input may wait in its queue, where its service does not say; ``None``: for ever.
+    #: Time that an input may wait in its queue if its service sets no limit; ``None``: no limit.
     max_queue_time: float | None = None
-    #: Loaded instances of one class, of different parameters, that a process keeps.
+    #: Loaded instances of one class, with different parameters, that a process keeps.
     max_instances: int = 3
-    #: Threads that publish calls for event loops.
+    #: Threads of a calling process that publish messages.
     publish_threads: int = 4
-    #: Calls of one process that may wait for an answer at a time.
+    #: Maximum number of calls of one process that wait for an answer.
     max_waiting: int = 100_000
-    #: Interval at which a result backend without notifications is asked.
+    #: Interval between two reads of a result backend that has no notifications.
     poll_interval: float = 0.5
-    #: Largest gw-json document, written or read, and body of a message, decompressed.
+    #: Maximum size of a gw-json document, and of the decompressed body of a message.
     max_payload_bytes: int = 64 * 1024 * 1024
-    #: Deepest nesting of a gw-json document.
+    #: Maximum nesting of a gw-json document.
     max_payload_depth: int = 100
 
 
 def read(conf: Mapping[str, Any]) -> Settings:
-    """Return the settings in ``conf``, a Celery configuration: its keys that begin with ``gw_``.
+    """Return the settings from the keys of a Celery configuration that begin with ``gw_``.
 
-    A project that keeps Celery's settings in a namespace writes ``CELERY_GW_START_TIMEOUT``.
+    A project whose Celery settings have a namespace writes ``CELERY_GW_START_TIMEOUT``.
 
     Raises:
-        ConfigurationError: for an unknown key, with the nearest known one, or a wrong type.
+        ConfigurationError: for an unknown key, with the nearest known one, or an invalid value.
     """
     checked = _checked(_beginning_with(PREFIX, conf), "app.conf.", PREFIX)
     if namespace := getattr(conf, "prefix", None):
@@ -120,43 +121,42 @@ def read(conf: Mapping[str, Any]) -> Settings:
 
 
 def is_set(conf: Any, name: str) -> bool:
-    """Whether the user set ``name`` in a Celery configuration that has been read.
+    """Return whether the user set ``name`` in a Celery configuration that has been read.
 
-    Celery's own ``without_defaults`` forgets the namespace that a project keeps its settings in.
+    Celery's own ``without_defaults`` ignores the namespace of a project's settings.
     """
     return any(key in layer for layer in conf.maps[:-1] for key in conf._to_keys(name))
 
 
 def assign(conf: Any, name: str, value: Any) -> None:
-    """Set ``name`` in a Celery configuration, over what the project has in its namespace.
+    """Set ``name`` in a Celery configuration, also over the project's namespaced key.
 
-    Celery 5.6 would go on to read that.
+    Celery 5.6 would otherwise continue to read that key.
     """
     conf[conf._to_keys(name)[0]] = value
 
 
 def from_mapping(values: Mapping[str, Any]) -> Settings:
-    """Return settings from the bare names that Django's ``GW_CELERY`` has.
+    """Return the settings from the keys of Django's ``GW_CELERY``, which have no prefix.
 
     Raises:
-        ConfigurationError: for an unknown key, with the nearest known one, or a wrong type.
+        ConfigurationError: for an unknown key, with the nearest known one, or an invalid value.
     """
     return Settings(**_checked(values, "GW_CELERY ", ""))
 
 
 def is_django_project() -> bool:
-    """Whether this process belongs to a Django project, as Celery's own fixup decides it."""
+    """Return whether this process belongs to a Django project, by the rule of Celery's fixup."""
     return bool(os.environ.get("DJANGO_SETTINGS_MODULE"))
 
 
 def environment() -> dict[str, str]:
-    """Return a copy of this process's environment, for a child of it."""
     return dict(os.environ)
 
 
 @contextlib.contextmanager
 def talking_to(broker_url: str, result_url: str) -> Iterator[None]:
-    """Let the Celery apps of this process use these servers, whatever their own configuration."""
+    """Make the Celery apps of this process use these servers instead of the configured ones."""
     urls = {"CELERY_BROKER_URL": broker_url, "CELERY_RESULT_BACKEND": result_url}
     before = {name: os.environ[name] for name in urls if name in os.environ}
     os.environ.update(urls)
@@ -169,17 +169,17 @@ def talking_to(broker_url: str, result_url: str) -> Iterator[None]:
 
 
 def server_program() -> str | None:
-    """Return the server program that ``GW_CELERY_SERVER`` names, if any."""
+    """Return the server program in ``GW_CELERY_SERVER``; ``None`` if it is not set."""
     return os.environ.get("GW_CELERY_SERVER") or None
 
 
 def fake_gpus() -> str | None:
-    """Return the devices that ``GW_FAKE_GPUS`` names in place of those of the machine, if any."""
+    """Return the simulated devices in ``GW_FAKE_GPUS``; ``None`` if it is not set."""
     return os.environ.get("GW_FAKE_GPUS") or None
 
 
 def visible_devices() -> str | None:
-    """Return ``CUDA_VISIBLE_DEVICES`` of this process; ``""`` hides all, ``None`` none."""
+    """Return ``CUDA_VISIBLE_DEVICES``; ``""`` hides all devices, ``None`` shows all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
@@ -188,13 +188,13 @@ def _beginning_with(prefix: str, conf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(given: Mapping[str, Any], where: str, prefix: str) -> dict[str, Any]:
-    """Return the values of known settings by their names; ``prefix`` is how they begin there."""
+    """Return the checked values by setting name; ``prefix`` precedes the names in ``given``."""
     hints = typing.get_type_hints(Settings)
     known = {(name.upper() if prefix.isupper() else name): name for name in hints}
     checked: dict[str, Any] = {}
     for written, value in given.items():
         if written not in known:
-            # In the form in which it must be written there.
+            # In the spelling that the user must write there.
             spelt = written.upper() if prefix.isupper() else written.lower()
             listed = ", ".join(f"{prefix}{name}" for name in known)
             hint = errors.near_miss(spelt, known, f"'{prefix}{{}}'") or f"known: {listed}"

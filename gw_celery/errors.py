@@ -1,8 +1,8 @@
-"""Every exception that gw_celery raises.
+"""Every exception that gw_celery raises, in any process.
 
-Two branches tell whose fault it is: ``DeclarationError`` and ``ConfigurationError`` are the
-developer's, found before anything runs; the others happen while calls are made and served. Each
-message states the fact, the value and the remedy.
+The developer causes a ``DeclarationError`` or a ``ConfigurationError``, which appear before
+anything runs. The others occur while calls are made and served. Each message states the fact, the
+value and the remedy.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ from collections.abc import Collection
 
 
 class GWCeleryError(Exception):
-    """Root of every exception that gw_celery raises."""
+    """The base class of every exception that gw_celery raises."""
 
 
 class DeclarationError(GWCeleryError, ValueError):
-    """Raised at decoration when a declared argument breaks its rule."""
+    """Raised at decoration if an argument breaks its rule.
+
+    Attributes:
+        argument: name of the argument.
+        value: the value that was given.
+        rule: the rule that the value breaks.
+    """
 
     def __init__(self, argument: str, value: object, rule: str) -> None:
         super().__init__(argument, value, rule)
@@ -29,15 +35,15 @@ class DeclarationError(GWCeleryError, ValueError):
 
 
 class ConfigurationError(GWCeleryError):
-    """Raised when the settings are unknown, of a wrong type, or contradict each other."""
+    """Raised if a setting is unknown, has an invalid value, or contradicts another one."""
 
 
 class TraceError(GWCeleryError, ValueError):
-    """Raised when a trace to simulate cannot be read."""
+    """Raised if a trace for the simulator cannot be read."""
 
 
 class UsageError(GWCeleryError, TypeError):
-    """Raised when a declared object is called in a way that it does not support."""
+    """Raised if a declared object is used in a way that it does not support."""
 
 
 class UnknownAttribute(UsageError, AttributeError):
@@ -45,11 +51,15 @@ class UnknownAttribute(UsageError, AttributeError):
 
 
 class BlockingCallError(GWCeleryError, RuntimeError):
-    """Raised instead of blocking a running event loop."""
+    """Raised instead of blocking a running event loop, or a task."""
 
 
 class StartupError(GWCeleryError):
-    """Raised when contexts or ``on_enter`` hooks fail, with every cause."""
+    """Raised if contexts or ``on_enter`` hooks fail.
+
+    Attributes:
+        causes: the exception of each class that failed, by the name of the class.
+    """
 
     def __init__(self, causes: dict[str, BaseException]) -> None:
         super().__init__(causes)
@@ -63,7 +73,7 @@ class StartupError(GWCeleryError):
 
 
 class NotServedError(GWCeleryError):
-    """Raised when a task reaches a process that has not loaded its service."""
+    """Raised if a task reaches a process that has not loaded its service."""
 
 
 class BodyExited(GWCeleryError):
@@ -71,11 +81,11 @@ class BodyExited(GWCeleryError):
 
 
 class UnreadableMessage(GWCeleryError, ValueError):
-    """Raised in place of the answer of a message that no task can be called with."""
+    """Stored as the answer to a message whose content cannot become a call of a task."""
 
 
 class MessageTooLarge(UnreadableMessage):
-    """Raised in place of the answer of a message whose body is larger than workers take."""
+    """Stored as the answer to a message whose body exceeds ``gw_max_payload_bytes``."""
 
     def __init__(self, size: int | str, largest: int) -> None:
         super().__init__(size, largest)
@@ -90,20 +100,21 @@ class MessageTooLarge(UnreadableMessage):
 
 
 class PoisonedInput(GWCeleryError):
-    """Raised in place of the answer of an input whose replica died each time that it ran alone."""
+    """Stored as the answer to an input whose child died each time the input ran alone."""
 
 
 class QueueTimeExceeded(GWCeleryError):
-    """Raised when an input waits in its queue for longer than ``max_queue_time``.
+    """Raised if an input waits in its queue for longer than ``max_queue_time``.
 
-    By the caller before it is sent, or in place of its answer by a worker, which never starts it.
+    The caller raises it before sending, or a worker stores it as the answer of an input that it
+    does not start.
 
     Attributes:
         task: name of the task.
         queue: name of the queue.
-        limit: seconds that it may wait.
-        estimate: seconds that it would wait; from a worker, seconds that it has waited.
-        was_sent: whether it has been in the queue.
+        limit: seconds that the input may wait.
+        estimate: seconds that it would wait; from a worker, the seconds that it has waited.
+        was_sent: whether the input has been in the queue.
     """
 
     def __init__(
@@ -127,28 +138,28 @@ class QueueTimeExceeded(GWCeleryError):
 
 
 class WorkerStopped(GWCeleryError):
-    """Raised in place of the answer of an acknowledged input that a shutdown cut off."""
+    """Stored as the answer to an early acknowledged input that a shutdown interrupted."""
 
 
 class ContextLookupError(GWCeleryError, KeyError):
-    """Raised by ``get_context`` for a class that is not entered in this process."""
+    """Raised by ``get_context`` if the class is not entered in this process."""
 
     def __str__(self) -> str:
-        # KeyError shows the repr of its argument: a sentence should read as one.
+        # KeyError would show the repr of the message.
         return str(self.args[0]) if self.args else ""
 
 
 class CallTimeout(GWCeleryError, TimeoutError):
-    """Raised when a call was not answered within its ``timeout``."""
+    """Raised if a call is not sent or answered within its ``timeout``."""
 
 
 class RemoteTaskError(GWCeleryError):
-    """Raised for an error of a task whose class is not known here.
+    """Raised for an error of a task whose class is not known in this process.
 
     Attributes:
-        type_name: the dotted name of the class that was raised remotely.
-        message: what it said.
-        traceback: the remote traceback as text, or ``""``.
+        type_name: dotted name of the class of the remote exception.
+        message: its message.
+        traceback: the remote traceback as text; may be empty.
     """
 
     def __init__(self, type_name: str, message: str, traceback: str = "") -> None:
@@ -162,7 +173,7 @@ class RemoteTaskError(GWCeleryError):
 
 
 class RemoteTraceback(GWCeleryError):
-    """Carries the remote traceback as the ``__cause__`` of a re-raised error."""
+    """The ``__cause__`` of a re-raised error; it carries the remote traceback as text."""
 
     def __init__(self, traceback: str) -> None:
         super().__init__(traceback)
@@ -173,27 +184,27 @@ class RemoteTraceback(GWCeleryError):
 
 
 class SerializationError(GWCeleryError, ValueError):
-    """Raised when a value cannot be written to, or read from, gw-json."""
+    """Raised if gw-json cannot write or read a value."""
 
 
 class ServerNotFound(GWCeleryError):
-    """Raised when no Redis or Valkey server program can be found for the embedded server."""
+    """Raised if no Redis or Valkey program is found for the embedded server."""
 
 
 class ServerFailed(GWCeleryError):
-    """Raised when the embedded server ends, or does not answer in time."""
+    """Raised if the embedded server ends, or does not answer in time."""
 
 
 def near_miss(
     written: str, known: Collection[str], form: str = "{!r}", cutoff: float = 0.6
 ) -> str | None:
-    """Return the question whether ``written`` should be one of ``known``; ``None`` if it is far.
+    """Return the question "did you mean ...?"; ``None`` if no known name resembles ``written``.
 
     Args:
-        written: a name that is not known.
-        known: the names that are.
-        form: how one of them is to be written, as a format string.
-        cutoff: how alike they must be, from 0 to 1 for the same.
+        written: an unknown name.
+        known: the known names.
+        form: format string for the suggested name.
+        cutoff: required similarity, from 0 to 1 (equal).
     """
     near = difflib.get_close_matches(written, known, n=1, cutoff=cutoff)
     return f"did you mean {form.format(near[0])}?" if near else None

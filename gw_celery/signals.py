@@ -1,8 +1,8 @@
-"""The Celery signals by which a worker learns what to load, and loads it.
+"""Receivers of the Celery signals on which a worker plans and loads what it serves.
 
-``worker_init`` comes once in the worker's parent, after its options are known and before its pool
-is made; ``worker_process_init`` and ``worker_process_shutdown`` come in each child of prefork, and
-in the one process of solo.
+``worker_init`` runs once in the worker's parent, after its options are known and before its pool
+exists. ``worker_process_init`` and ``worker_process_shutdown`` run in each prefork child, and in
+the single process of solo.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from gw_celery.worker.plan import Plan
 
 _registries: list[registry.Registry] = []
-#: What this worker serves; set in the parent, inherited by forked children.
+#: What this worker serves: set in the parent, and inherited by forked children.
 _plan: Plan | None = None
 
 
 def connect(declared: registry.Registry) -> None:
-    """Add an App's declarations and connect the receivers, once per process."""
+    """Add an App's declarations, and connect the receivers once per process."""
     _registries.append(declared)
     listen()
 
 
 def listen() -> None:
-    """Connect the receivers, once per process; the pool does it where there is no App."""
+    """Connect the receivers once per process; the pool calls this for a worker without an App."""
     signals.worker_init.connect(_on_worker_init, dispatch_uid="gw_celery.worker_init")
     signals.worker_process_init.connect(_on_process_init, dispatch_uid="gw_celery.process_init")
     signals.worker_process_shutdown.connect(_on_shutdown, dispatch_uid="gw_celery.process_shutdown")
@@ -42,13 +42,13 @@ def registries() -> tuple[registry.Registry, ...]:
 
 
 def plan() -> Plan | None:
-    """Return what the worker of this process serves; ``None`` before it starts, or elsewhere."""
+    """Return what this worker serves; ``None`` before it starts, and in other processes."""
     return _plan
 
 
 def _on_worker_init(sender: Any, **_: Any) -> None:
     global _plan
-    from gw_celery.worker import startup  # it imports Celery's worker, and every client this
+    from gw_celery.worker import startup  # late: it imports Celery's worker
 
     _plan = startup.prepare_or_exit(sender, registries())
 

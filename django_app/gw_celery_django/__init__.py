@@ -1,1 +1,1 @@
-"""The Django side of gw_celery: settings, preset and system checks."""
+"""The Django app of gw_celery: settings, preset and system checks, in Django's processes."""

@@ -1,4 +1,4 @@
-"""The app config: it presets the project's Celery app."""
+"""The app config, which configures the project's Celery app when Django starts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from gw_celery_django import checks, settings
 
 
 class GWCeleryConfig(AppConfig):
-    """Add ``gw_celery_django`` to ``INSTALLED_APPS`` to use it."""
+    """The app config; add ``gw_celery_django`` to ``INSTALLED_APPS`` to use it."""
 
     name = "gw_celery_django"
     label = "gw_celery"
     verbose_name = "GPU model serving"
 
     def ready(self) -> None:
+        """Register the checks, apply ``GW_CELERY`` and preset the Celery app; Django calls it."""
         checks.register_all()
-        # The system check reports what is wrong, and a worker refuses to start.
+        # The system checks report errors, and a worker refuses to start with them.
         with contextlib.suppress(errors.ConfigurationError):
             settings.apply(current_app)
         with contextlib.suppress(errors.ConfigurationError):

@@ -1,4 +1,4 @@
-"""System checks: what would fail at run time is said by ``manage.py check``."""
+"""System checks: ``manage.py check`` reports what would fail at run time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gw_celery import errors, signals
 from gw_celery.client import preset
 from gw_celery_django import settings
 
-#: Result backends that notify a waiting client; others are asked at intervals.
+#: Result backends that notify a waiting client; others are polled.
 _NOTIFYING = ("RedisBackend", "SentinelBackend", "RPCBackend")
 
 
 def register_all() -> None:
-    """Register the checks; called when Django's apps are ready."""
+    """Register the checks; the app config calls this when Django's apps are ready."""
     checks.register(check_settings, "gw_celery")
     checks.register(check_celery_app, "gw_celery")
     checks.register(check_content, "gw_celery")
@@ -26,12 +26,12 @@ def register_all() -> None:
 
 
 def check_settings(**_: Any) -> Sequence[checks.CheckMessage]:
-    """GW_CELERY has known keys of the right types."""
+    """Check that ``GW_CELERY`` has only known keys with valid values (E001)."""
     return _errors("gw_celery.E001", lambda: settings.apply(current_app))
 
 
 def check_celery_app(**_: Any) -> Sequence[checks.CheckMessage]:
-    """The project's Celery app is the one that Django's processes use."""
+    """Check that Django's processes use the project's Celery app (E002)."""
     if current_app.main != "default" and current_app.conf.broker_url:
         return []
     return [
@@ -45,19 +45,19 @@ def check_celery_app(**_: Any) -> Sequence[checks.CheckMessage]:
 
 
 def check_content(**_: Any) -> Sequence[checks.CheckMessage]:
-    """Messages and results of our tasks are accepted."""
+    """Check that messages and results of our tasks are accepted (E003)."""
     return _errors("gw_celery.E003", lambda: preset.require_content(current_app))
 
 
 def check_visibility(**_: Any) -> Sequence[checks.CheckMessage]:
-    """Redis redelivers no message of a task that may still run."""
+    """Check that Redis does not redeliver a message while its task may still run (E004)."""
     return _errors(
         "gw_celery.E004", lambda: preset.require_visibility(current_app, signals.registries())
     )
 
 
 def check_backend(**_: Any) -> Sequence[checks.CheckMessage]:
-    """The result backend can tell a waiting view that a task has finished."""
+    """Warn if the result backend cannot notify a waiting view of a finished task (W001)."""
     backend = type(current_app.backend).__name__
     if backend == "DisabledBackend":
         hint = "Set CELERY_RESULT_BACKEND, for example to redis://localhost/1"

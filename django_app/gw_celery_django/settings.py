@@ -1,4 +1,4 @@
-"""The only reader of Django's settings: ``GW_CELERY = {"start_timeout": 900, ...}``."""
+"""Reads Django's setting ``GW_CELERY = {"start_timeout": 900, ...}``; no other module does."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gw_celery import conf, errors
 
 
 def given() -> Mapping[str, Any]:
-    """Return what the project wrote in ``GW_CELERY``.
+    """Return the project's ``GW_CELERY`` setting; an empty dict without one.
 
     Raises:
-        ConfigurationError: when it is not a dict.
+        ConfigurationError: if it is not a dict.
     """
     value = getattr(django.conf.settings, "GW_CELERY", {})
     if not isinstance(value, Mapping):
@@ -26,10 +26,14 @@ def given() -> Mapping[str, Any]:
 
 
 def apply(app: Any) -> None:
-    """Check ``GW_CELERY`` and give its values to the Celery app.
+    """Check ``GW_CELERY``, and copy its values into the configuration of the Celery app.
+
+    Args:
+        app: the Celery app, which is changed in place.
 
     Raises:
-        ConfigurationError: for an unknown key or a wrong type, or one that ``gw_<key>`` sets, too.
+        ConfigurationError: for an unknown key or an invalid value, or if ``app.conf.gw_<key>`` has
+            a different value.
     """
     values = given()
     conf.from_mapping(values)

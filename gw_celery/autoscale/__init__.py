@@ -1,4 +1,4 @@
-"""Sizing the pool by its load; ``worker_autoscaler = "gw_celery.autoscale:Autoscaler"``."""
+"""Sizes the pool by its load; ``worker_autoscaler = "gw_celery.autoscale:Autoscaler"``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Celery's autoscaler for the GPU pool: sizes it once a second, in whole replicas.
+"""Celery's autoscaler for the GPU pool, in the worker's parent; it acts once a second.
 
-Everything here runs in the thread of the worker's loop, or in Celery's autoscaler thread where the
-transport has no loop; what waits for Redis and the broker is in ``cluster.membership``.
+It runs in the thread of the worker's loop, or in Celery's autoscaler thread if the transport has no
+loop. ``cluster.membership`` waits for Redis and the broker.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from gw_celery.protocol.worker_record import WorkerRecord
 logger = logging.getLogger(__name__)
 
 _ROUND = 1.0
-#: A start-up that differs by less than this factor, and a second, is the same.
+#: Factor (plus a second) within which two start-up durations count as equal.
 _NEAR = 1.5
 
 
 class Autoscaler(autoscale.Autoscaler):
-    """Grows the pool when its services need more replicas, and drains those that none needs.
+    """Grows the pool when its services need more replicas, and drains unneeded ones.
 
-    Bounds are in slots, as everything that Celery counts, and rounded up to whole replicas. On any
-    other pool this is Celery's own autoscaler.
+    Bounds are in slots, Celery's unit, and are rounded up to whole replicas. For any other pool,
+    the constructor returns Celery's own autoscaler.
     """
 
     def __new__(cls, pool: Any, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ class Autoscaler(autoscale.Autoscaler):
             min_load=settings.min_load or 0.0,
             window=settings.scale_window,
         )
-        #: Replicas that the group was last found to need.
+        #: Replicas that the group needed at the last decision.
         self._ordered = 0
         self._set_bounds(self._replicas(max_concurrency), self._replicas(min_concurrency))
         self._decider = scaling.Decider(self._rules, self._least, self._most)
@@ -82,28 +82,28 @@ class Autoscaler(autoscale.Autoscaler):
     # -- the life of the worker --
 
     def begin(self) -> None:
-        """Start to look at the broker, known to the other workers before the first decision."""
+        """Publish this worker's record before the first decision, and start to read the broker."""
         worker = self.pool.snapshot()
         self.pool.cluster.tell(worker, policy_demand.size_of(worker, self._least, self._most))
         self.pool.cluster.follow(self._on_read)
 
     def end(self) -> None:
-        """The worker stops: its size is its pool's own business from now on."""
+        """Stop deciding the size, because the worker stops."""
         with self.mutex:
             self._is_over = True
-            # It starts no replica any more: others have its part, while its last inputs run.
+            # The worker starts no replica any more: others take its part while its inputs finish.
             self.pool.cluster.tell(self.pool.snapshot(), None)
         self._asked.set()
 
     def body(self) -> None:
-        """One turn of Celery's thread, where the transport has no event loop."""
+        """Do one turn of Celery's thread, if the transport has no event loop."""
         with self.mutex:
             self.maybe_scale()
         self._asked.wait(_ROUND)
         self._asked.clear()
 
     def maybe_scale(self, req: Any = None) -> None:
-        """Decide when something new has been read, once a second; a message decides nothing."""
+        """Decide once after each reading; a message (``req``) causes no decision."""
         if req is not None or self._is_over:
             return
         self._hub = get_event_loop()
@@ -116,13 +116,13 @@ class Autoscaler(autoscale.Autoscaler):
             self._judged = reading
             try:
                 self._judge(reading)
-            except Exception:  # out of here it would end the worker's loop
+            except Exception:  # it would end the worker's loop
                 logger.exception("the autoscaler failed and keeps the pool's size: report this bug")
 
-    # -- what operators steer and see --
+    # -- operators --
 
     def update(self, max: int | None = None, min: int | None = None) -> tuple[int, int]:  # noqa: A002
-        """Change the bounds, in slots; returns them, in whole replicas.
+        """Change the bounds, in slots; return them, rounded to whole replicas.
 
         Raises:
             ConfigurationError: for a lower bound over the upper one.
@@ -140,9 +140,9 @@ class Autoscaler(autoscale.Autoscaler):
         return self.max_concurrency, self.min_concurrency
 
     def force_scale_up(self, n: int) -> None:
-        """Grow by ``n`` slots now, over the upper bound if need be; what is not needed goes later.
+        """Grow by ``n`` slots now (Celery's ``pool_grow``), and raise the upper bound if needed.
 
-        Celery's ``pool_grow``.
+        Replicas without work go later.
         """
         with self.mutex:
             wanted = self.pool.snapshot().desired + self._replicas(n)
@@ -151,19 +151,19 @@ class Autoscaler(autoscale.Autoscaler):
             self._resize(wanted, "an operator asked for more")
 
     def force_scale_down(self, n: int) -> None:
-        """Shrink by ``n`` slots now, under the lower bound if need be; what is needed comes back.
+        """Shrink by ``n`` slots now (``pool_shrink``), and reduce the lower bound if needed.
 
-        Celery's ``pool_shrink``.
+        Replicas that the load needs come back later.
         """
         with self.mutex:
             wanted = max(0, self.pool.snapshot().desired - self._replicas(n))
             self._set_bounds(self._most, min(self._least, wanted))
-            # What was needed until now is no reason to start again what is still draining.
+            # Forget recent needs, which would restart replicas that still drain.
             self._decider = scaling.Decider(self._rules, self._least, self._most)
             self._resize(wanted, "an operator asked for less")
 
     def info(self) -> dict[str, Any]:
-        """Celery's figures, in slots, and ours, in replicas, under ``gw``."""
+        """Return Celery's figures in slots, and ours in replicas, under ``gw``."""
         return {**super().info(), "gw": self.pool.scaling.as_json()}
 
     # -- deciding --
@@ -175,12 +175,12 @@ class Autoscaler(autoscale.Autoscaler):
             for service, queues in self.pool.cluster.queues.items()
             if queues and reading.lengths is not None
         }
-        if lengths:  # by which the pool knows that its replicas are full
+        if lengths:  # tells the pool whether its replicas are full
             queued = {key: length.messages for key, length in lengths.items()}
             self.pool.supervisor.note_queued(queued)
         worker = self.pool.snapshot()
         self._learn(worker)
-        # Seen together with the queues: what has moved from there since would be counted twice.
+        # Taken together with the queues, because a message that moved between would count twice.
         size = policy_demand.size_of(worker, self._least, self._most)
         mine: WorkerRecord = self.pool.cluster.tell(worker, size)
         seen = {
@@ -191,16 +191,16 @@ class Autoscaler(autoscale.Autoscaler):
         total = self._total(seen, group, now)
         target = self._clamped(self._share.kept(now, self._part(group, total), total, self._rules))
         if reading.lengths is None:
-            target = max(1, target)  # with none, the next message would not be noticed
+            target = max(1, target)  # at zero, the next message would go unnoticed
         if self._decider.is_idle(now):
-            # Rates are means over some time and not yet 0: they are no reason for what is done.
+            # Mean rates still include earlier work, which does not explain this decision.
             why = f"no input came, waited or ran for {self._rules.inactivity_timeout:g} s"
         else:
             why = _why(seen, total, len(group))
         self._follow(target, why, seen, total, len(group))
 
     def _learn(self, worker: snapshot.Worker) -> None:
-        """Follow how long a start takes; what depends on it begins anew when that has changed."""
+        """Update the duration of a start; a clear change resets the figures that depend on it."""
         self._start_up.observe(worker.replicas)
         seconds = self._start_up.seconds
         known = self._rules.start_up
@@ -213,14 +213,14 @@ class Autoscaler(autoscale.Autoscaler):
     def _total(
         self, seen: Mapping[str, snapshot.ServiceDemand], group: Sequence[WorkerRecord], now: float
     ) -> int:
-        """Replicas that the group of workers should have together."""
+        """Return the replicas that the group of workers should have together."""
         sizes = [worker.size for worker in group if worker.size is not None]
         least = sum(size.least for size in sizes)
         if self._rules.inactivity_timeout is None:
             least = max(1, least)
-        # One's own replicas that fail are not given up: others would start with no patience.
+        # Count our own failing replicas, because no other worker would start one for them in time.
         self._decider.update(least, self._most + sum(size.capacity for size in sizes[1:]))
-        # What was ordered a second ago others have not told yet: that does not take it back.
+        # Keep the last decision until the others' records show its effect.
         self._ordered = self._decider.decide(
             now,
             sum(demand.need for demand in seen.values()),
@@ -231,9 +231,9 @@ class Autoscaler(autoscale.Autoscaler):
         return self._ordered
 
     def _part(self, group: Sequence[WorkerRecord], total: int) -> int:
-        """This worker's replicas of those of the group.
+        """Return this worker's part of the group's replicas.
 
-        One that fails to start is taken over by others, and is tried here all the same.
+        Others take over replicas that fail to start here, and this worker tries them all the same.
         """
         me, *others = group
         parts = [policy_demand.part(group, total)]
@@ -256,7 +256,7 @@ class Autoscaler(autoscale.Autoscaler):
             self._services[key] = service
         consumers = None if length is None else length.consumers
         if consumers is not None and not mine.services[key].slots:
-            consumers += 1  # it would be one, and its queue is closed
+            consumers += 1  # this worker will be one, but its queue is closed now
         sharing = policy_demand.sharing(mine, others, key)
         queued = None if length is None else length.messages
         return service.observe(now, mine, sharing, queued=queued, consumers=consumers)
@@ -269,7 +269,7 @@ class Autoscaler(autoscale.Autoscaler):
         total: int,
         workers: int,
     ) -> None:
-        """Have the pool as large as was decided; others see why."""
+        """Set the size of the pool, and publish the reason."""
         self.pool.scaling = snapshot.Scaling(
             least=self._least,
             most=self._most,
@@ -297,12 +297,12 @@ class Autoscaler(autoscale.Autoscaler):
         self.pool.maintain_pool()
 
     def _on_read(self) -> None:
-        """Called in the thread: have it judged now, while it is true."""
+        """Schedule a decision while the reading is fresh; called in the membership's thread."""
         if self._is_over:
             return
         if self._hub is not None:
             self._hub.call_soon(self.maybe_scale)
-            self.pool.wake()  # the loop looks at it when something else happens
+            self.pool.wake()  # the loop runs it only at its next event
         else:
             self._asked.set()
 
@@ -320,14 +320,14 @@ class Autoscaler(autoscale.Autoscaler):
 
 
 def _figure(value: float) -> str:
-    """Three digits, and all of a large number: 68600 tokens, not 6.86e+04; no dust."""
+    """Format three digits, or all digits of a large number: 68600 instead of 6.86e+04."""
     if 0 < value < 0.001:
         return "<0.001"
     return format(value, ".0f" if value >= 100 else ".3g")
 
 
 def _why(seen: Mapping[str, snapshot.ServiceDemand], total: int, workers: int) -> str:
-    """Say what the services need, those that need nothing left out."""
+    """Describe the services that need replicas."""
     told = [
         f"{key or 'plain tasks'} needs {_figure(demand.need)} ({_figure(demand.rate)}/s come, "
         f"{_figure(demand.waiting)} wait, a replica does "

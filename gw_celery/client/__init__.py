@@ -1,1 +1,1 @@
-"""Declaring as Celery tasks, calling, and awaiting answers: what a web process loads."""
+"""Declares Celery tasks, sends calls and awaits answers. A web process loads only this."""

@@ -1,6 +1,6 @@
-"""What Celery's beat sends: two tasks that have every worker look for what is due at one time.
+"""The two tasks that Celery's beat sends so that all workers probe or benchmark at the same time.
 
-Nothing depends on them: a worker runs its probes and benchmarks by its own clock as well.
+Beat and every worker load it. Workers also probe and benchmark by their own clocks, without beat.
 """
 
 from __future__ import annotations
@@ -16,52 +16,51 @@ from gw_celery.client import task
 
 logger = logging.getLogger(__name__)
 
-#: The queue of both; consumed by each worker with the GPU pool that has probes or benchmarks.
+#: Queue of both tasks. Each worker with the GPU pool that has probes or benchmarks consumes it.
 QUEUE = "gw.control"
 PROBE = "gw_celery.probe_sweep"
 BENCHMARK = "gw_celery.benchmark_sweep"
-#: The control command that each of them broadcasts.
+#: The control command that each task broadcasts.
 COMMANDS = {PROBE: "gw_probe_tick", BENCHMARK: "gw_benchmark_tick"}
 
 
 class Sweep(Task):
-    """A task that beat sends; ``expires`` is its period, so that no tick is made up for.
+    """A task that beat sends. It expires after its period, so that late ticks do not pile up.
 
-    The options are here because django-celery-beat keeps no others of an entry than its own, and
-    in a base class because Celery warns of a ``queue`` in the class of a task.
+    The options belong to the task because django-celery-beat drops them from an entry. They are in
+    a base class because Celery warns of a ``queue`` in a task's own class.
     """
 
     queue = QUEUE
     ignore_result = True
 
     def apply_async(self, *args: Any, **options: Any) -> Any:
-        """Send it, as any task, to the queue that workers consume."""
         add_queue(self.app)
         return super().apply_async(*args, **options)
 
 
 def add_queue(app: Celery) -> None:
-    """Add the queue of both to those of ``app``, unless the project names or must name it itself.
+    """Add the queue of both tasks to ``app``, unless the project names its queues itself.
 
-    RabbitMQ refuses a queue that another process declared otherwise, so that no priorities or queue
-    types that an app gives to its missing queues are for this one.
+    The queue gets no priorities or type from the app's defaults, because RabbitMQ refuses a queue
+    that another process has declared with different arguments.
     """
     queues, named = app.amqp.queues, app.conf.task_queues or ()
     if queues.create_missing and QUEUE not in {getattr(entry, "name", entry) for entry in named}:
         queue: Any = Queue(QUEUE, Exchange(QUEUE), routing_key=QUEUE)
         queues[QUEUE] = queue
-        queue.queue_arguments = None  # it has just been given the app's
+        queue.queue_arguments = None  # adding it has set the app's defaults
 
 
 def broadcast(sweep: Any) -> None:
-    """Tell every worker with the GPU pool that it is time."""
+    """Tell every worker with the GPU pool to run what is due."""
     sweep.app.control.broadcast(COMMANDS[sweep.name], reply=False)
 
 
 def join(celery_app: Celery | None) -> None:
-    """Give the tasks to a Celery app; without one to all of this process, as ``shared_task`` does.
+    """Add the tasks to a Celery app; ``None`` means every app of the process, as ``shared_task``.
 
-    Each app gets its entries of ``beat_schedule`` once every App is made.
+    Each app gets its entries of ``beat_schedule`` when it is finalized.
     """
     if celery_app is not None:
         _add_tasks(celery_app)
@@ -76,7 +75,7 @@ def _add_tasks(app: Celery) -> None:
 
 
 def schedule(sender: Any, **_: Any) -> None:
-    """Give ``beat_schedule`` of the finalized app ``sender`` the entries that it needs."""
+    """Add the entries that the finalized app ``sender`` needs to its ``beat_schedule``."""
     services = [
         service
         for declared in signals.registries()
@@ -88,7 +87,7 @@ def schedule(sender: Any, **_: Any) -> None:
     try:
         settings = conf.read(sender.conf)
     except errors.ConfigurationError as exc:
-        # Raised here, Celery would swallow it; a worker refuses to start with it.
+        # Celery swallows an exception raised here; a worker refuses to start with this setting.
         logger.error("beat_schedule has no entries of gw_celery: %s", exc)
         return
     if settings.probe_period and probes:
@@ -98,7 +97,7 @@ def schedule(sender: Any, **_: Any) -> None:
 
 
 def _add_entry(app: Any, name: str, period: float) -> None:
-    """Add an entry, or change ours; one of this name that the user wrote stays."""
+    """Add or update our entry; keep an entry that the user wrote under the same name."""
     sweep, entries = app.tasks[name], dict(app.conf.beat_schedule or {})
     ours = {"task": name, "schedule": sweep.expires}
     sweep.expires = max(1, int(period))

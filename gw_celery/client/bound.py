@@ -1,4 +1,4 @@
-"""The ways to call: a task, with what one caller fixed, and what ``Cls(...)`` makes."""
+"""The objects that callers use, in every process: bound tasks, and the handle of ``Cls(...)``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from gw_celery.types import AnyFunction
 
 
 class CallMethods:
-    """The ways to call a task that Celery's tasks do not have.
+    """The ways to call a task that Celery's own tasks do not have.
 
-    ``_gw_``: a base class of the user's may have an ``_options`` of its own.
+    The prefix ``_gw_`` keeps these names apart from those of the user's base class.
     """
 
     _gw_options: Mapping[str, Any] = {}
@@ -36,27 +36,45 @@ class CallMethods:
         return self
 
     def options(self, *, timeout: float | None = None, **options: Any) -> BoundTask:
-        """Return the same task with a ``timeout`` and any option of ``apply_async``.
+        """Return the same task with other options for its calls.
+
+        Args:
+            timeout: seconds that a caller waits for the answer; ``None`` keeps the present value.
+            options: options of Celery's ``apply_async``, such as ``queue`` or ``priority``.
+
+        Returns:
+            A bound task; the task itself is unchanged.
 
         Raises:
-            UsageError: for an option that is nearly a known one.
+            UsageError: if an option resembles a known one and is probably misspelt.
+            DeclarationError: if ``timeout`` is not a finite number over 0.
         """
         _refuse_misspelt(options)
         bound = self._gw_timeout if timeout is None else check.positive("timeout", timeout)
         return BoundTask(self._gw_task, self._gw_merged(options), bound)
 
     def spawn(self, *args: Any, **kwargs: Any) -> calls.Spawned:
-        """Send the task and return a handle to ``get``, ``await`` or ``cancel``.
+        """Send the task without waiting for its answer.
+
+        Args:
+            args, kwargs: the task's arguments.
+
+        Returns:
+            A handle to ``get``, ``await`` or ``cancel``.
 
         Raises:
-            CallTimeout: when it could not be sent in ``.options(timeout=...)`` seconds.
+            CallTimeout: if sending takes longer than ``.options(timeout=...)`` seconds.
+            UsageError: if the task ignores its result, or ``gw_max_waiting`` calls wait already.
         """
         spawned = self._gw_spawned(args, kwargs)
         spawned._wait_sent()
         return spawned
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
-        """Send the task, block until it is answered, and return its value or raise its error.
+        """Send the task, block until the answer arrives, and return its value or raise its error.
+
+        Args:
+            args, kwargs: the task's arguments.
 
         Raises:
             BlockingCallError: on a running event loop, or inside a task.
@@ -69,7 +87,10 @@ class CallMethods:
         return calls.block(self._gw_spawned(args, kwargs)._value(bound))
 
     async def aremote(self, *args: Any, **kwargs: Any) -> Any:
-        """Send the task and wait for its answer without blocking the event loop.
+        """Send the task and await the answer without blocking the event loop.
+
+        Args:
+            args, kwargs: the task's arguments.
 
         Raises:
             CallTimeout: after ``.options(timeout=...)`` seconds.
@@ -83,10 +104,10 @@ class CallMethods:
         return await self._gw_spawned(args, kwargs)
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """``await task(x)``: run it here when this process serves it, send it otherwise.
+        """Run the body in this process if it serves the task; otherwise send it, as ``aremote``.
 
-        Inside a body it runs here only when that takes no second slot of a service that the
-        caller holds already.
+        A body that calls its own service sends the input if running it here would need a second
+        slot.
         """
         runtime = execution.current()
         if runtime is not None and runtime.can_run(self._gw_task):
@@ -94,15 +115,19 @@ class CallMethods:
         return await self.aremote(*args, **kwargs)
 
     def local(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body in this process, entering what it needs first, and return its answer."""
+        """Enter what the task needs, run its body in this process, and return the answer.
+
+        Args:
+            args, kwargs: the task's arguments.
+        """
         done = self._gw_task.apply(args, kwargs, throw=True, **self._gw_merged({}))
         return done.get(disable_sync_subtasks=False)
 
     def _no_canvas(self, *_: Any, **__: Any) -> Any:
-        """Refused: Celery would not run the body where its model is loaded.
+        """Refuse ``map`` and the like: Celery would run the body where its model is not loaded.
 
         Raises:
-            UsageError: always, with what to write.
+            UsageError: always, with the code to write instead.
         """
         task = self._gw_task
         service, method = task.gw_service, task.gw_method
@@ -141,12 +166,12 @@ class CallMethods:
 
 
 class BoundTask(CallMethods):
-    """Call a task: ``.delay()`` and Celery's others, ``await``, ``.remote()``, ``.spawn()``.
+    """A task with fixed call options: ``.delay()``, ``await``, ``.remote()``, ``.spawn()``.
 
     Args:
         task: the Celery task.
-        options: Celery's ``apply_async`` options, used for every call.
-        timeout: seconds that a caller waits for an answer; ``None`` for as long as it takes.
+        options: options of Celery's ``apply_async`` for every call.
+        timeout: seconds that a caller waits for an answer; ``None``: no limit.
     """
 
     _gw_task: Any = None
@@ -161,27 +186,38 @@ class BoundTask(CallMethods):
 
     @property
     def task(self) -> Any:
-        """The Celery task behind it."""
+        """The Celery task that the calls run."""
         return self._gw_task
 
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
-        """Send the task with Celery's options and return its ``AsyncResult``."""
+        """Send the task and return its ``AsyncResult``.
+
+        Args:
+            args, kwargs: the task's arguments.
+            options: Celery's options for this call; they override the fixed ones.
+        """
         return self.task.apply_async(args, kwargs, **self._gw_merged(options))
 
     def signature(
         self, args: Any = None, kwargs: Any = None, *, immutable: bool = False, **options: Any
     ) -> Any:
-        """Return Celery's signature of a call, for chains, groups and chords."""
+        """Return Celery's signature of a call, for chains, groups and chords.
+
+        Args:
+            args, kwargs: the task's arguments.
+            immutable: ``True`` ignores the result of the previous task in a chain.
+            options: Celery's options for this call; they override the fixed ones.
+        """
         return self.task.signature(args, kwargs, self._gw_merged(options), immutable=immutable)
 
-    # Celery's, which go by ``apply_async`` and ``signature``.
+    # Celery's own, which call ``apply_async`` and ``signature``.
     delay, s, si = Task.delay, Task.s, Task.si
 
 
 def _refuse_misspelt(options: Mapping[str, Any]) -> None:
-    """Refuse what is nearly an option of a call, and would be sent in silence.
+    """Refuse an option that resembles a known one, which Celery would send without a warning.
 
-    Anything else may be meant for the broker: Celery hands what it does not know to its publisher.
+    Any other unknown option passes: Celery hands it to its publisher, for the broker.
     """
     stamps = options.get("stamped_headers") or ()
     for name, value in options.items():
@@ -193,7 +229,7 @@ def _refuse_misspelt(options: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _known_options() -> frozenset[str]:
-    """Ours, Celery's and kombu's, and AMQP's properties."""
+    """Return the options of ours, Celery's, kombu's, and AMQP's properties."""
     take = (Task.apply_async, Celery.send_task, AMQP.as_task_v2, Producer.publish)
     names = {name for function in take for name in inspect.signature(function).parameters}
     properties = {name for name, _ in amqp.basic_message.Message.PROPERTIES}
@@ -202,9 +238,9 @@ def _known_options() -> frozenset[str]:
 
 
 class Handle:
-    """A class task with the parameters of one caller; its attributes are the methods."""
+    """A class task with the parameter values of one caller; its attributes are its tasks."""
 
-    # Two underscores: Python renames these to what no user's method is called.
+    # Python mangles names with two underscores, so that they cannot clash with a user's method.
     def __init__(
         self, service: services.Service, tasks: dict[str, Any], values: dict[str, Any]
     ) -> None:
@@ -221,7 +257,7 @@ class Handle:
         return f"{self.__service.name}({shown})"
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # first: ``copy`` asks before there is anything to look in
+        if name.startswith("__"):  # ``copy`` asks before the attributes below exist
             raise AttributeError(name)
         if name in self.__tasks:
             return BoundTask(self.__tasks[name], self.__options)
@@ -237,10 +273,10 @@ class Handle:
 
 
 class MethodOfClass:
-    """Takes the place of a marked method in its class.
+    """Replaces a marked method in its class.
 
-    On an instance, in a replica, it is the plain method. On the class it has no caller's
-    parameters to go by, so that calling it is refused with what to write.
+    On an instance, in a replica, it is the plain method. A call on the class lacks parameter values
+    and is refused, with the code to write.
     """
 
     def __init__(self, function: AnyFunction, owner: str) -> None:
@@ -275,13 +311,13 @@ _CALLS = frozenset(name for name in dir(BoundTask) if not name.startswith("_"))
 
 
 def install(service: services.Service, tasks: dict[str, Any]) -> None:
-    """Let ``Cls(...)`` make handles, and guard the methods of the class itself."""
+    """Make ``Cls(...)`` return handles, and guard the methods of the class itself."""
     cls = service.target
     for name in service.methods:
         setattr(cls, name, MethodOfClass(service.methods[name].function, service.name))
 
     def make(called: type, *args: Any, **values: Any) -> Any:
-        if called is not cls:  # a subclass that is no service of its own is an ordinary class
+        if called is not cls:  # a subclass that is not a service stays an ordinary class
             return object.__new__(called)
         if args:
             raise errors.UsageError(

@@ -1,4 +1,4 @@
-"""Calls under way: how they are sent, and one watcher per process for the answers of all."""
+"""Calls in flight, in any process that calls: sending, and one watcher thread for all answers."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Meta = Mapping[str, Any]
-#: Has the ``AsyncResult`` of a call once it is sent.
+#: Resolves to the ``AsyncResult`` of a call once it is sent.
 Sending = concurrent.futures.Future[Any]
 
-#: Seconds that the exit of a process waits for calls and revocations that are being sent.
+#: Seconds that a process waits at its exit for calls and revocations that are being sent.
 _LAST_WORDS = 2.0
 
 
 class Spawned:
-    """A call under way: ``get`` it, ``await`` it, or ``cancel`` it."""
+    """A call in flight: ``get`` it, ``await`` it, or ``cancel`` it."""
 
     def __init__(self, task: Any, sending: Sending, timeout: float | None) -> None:
         self._task = task
@@ -52,20 +52,24 @@ class Spawned:
 
     @property
     def id(self) -> str:
+        """The task id; waits until the call is sent."""
         return str(self._sending.result().id)
 
     def get(self, timeout: float | None = None) -> Any:
-        """Wait for the answer, ``timeout`` seconds at most, and return it or raise its error.
+        """Block until the answer arrives, and return its value or raise its error.
+
+        Args:
+            timeout: maximum seconds to wait; ``None``: as ``.options(timeout=...)``.
 
         Raises:
-            BlockingCallError: on a running event loop, or inside a task; ``await`` it there.
-            CallTimeout: when it is not there in time; the call is revoked.
+            BlockingCallError: on a running event loop, or inside a task; use ``await`` there.
+            CallTimeout: if no answer arrives in time; the call is revoked.
         """
         require_may_block(f"{self._task.name}[{self.id}].get()")
         return block(self._value(self._timeout if timeout is None else timeout))
 
     def cancel(self) -> None:
-        """Revoke the call: it is not started any more; a body that runs goes on."""
+        """Revoke the call: a worker does not start it any more; a running body continues."""
         self._sending.result().revoke()
 
     def __await__(self) -> Generator[Any, Any, Any]:
@@ -74,7 +78,7 @@ class Spawned:
     async def _value(self, timeout: float | None) -> Any:
         sending = self._sending
         if sending.done() and isinstance(result := sending.result(), EagerResult):
-            # Celery's flag of "inside a task" is the whole process's: another thread's, here.
+            # Celery's flag for "inside a task" is global: another thread may have set it.
             return result.get(disable_sync_subtasks=False)
         watch, result = watcher(self._task.app), None
         try:
@@ -85,7 +89,7 @@ class Spawned:
             watch.give_up(sending)
             raise
         except TimeoutError as exc:
-            if not bound.expired():  # a broker's client has time-outs, too
+            if not bound.expired():  # a time-out of the broker's client
                 raise
             watch.give_up(sending)
             raise self._too_late(result, timeout) from exc
@@ -94,7 +98,7 @@ class Spawned:
         return meta["result"]
 
     def _wait_sent(self) -> None:
-        """Block until the call is sent; one that is late is given up."""
+        """Block until the call is sent; give it up when it is late."""
         if not concurrent.futures.wait([self._sending], self._timeout).done:
             watcher(self._task.app).give_up(self._sending)
             raise self._too_late(None, self._timeout)
@@ -113,11 +117,11 @@ class Spawned:
 
 
 class Publisher:
-    """Publishes in ``threads`` daemon threads at most, in the order given.
+    """Publishes in up to ``threads`` daemon threads, in order of submission.
 
-    Publishing is synchronous in Celery and blocks for as long as a broker is away, or frozen: on a
-    caller's thread no time-out could end it. The threads of ``concurrent.futures`` cannot be used:
-    the interpreter waits for them, without limit, before it exits.
+    Celery publishes synchronously and blocks while a broker is unreachable; no timeout could end
+    that on a caller's thread. Threads of ``concurrent.futures`` are unsuitable: the interpreter
+    waits for them at its exit, without limit.
     """
 
     def __init__(self, threads: int) -> None:
@@ -138,13 +142,12 @@ class Publisher:
 
     @property
     def backlog(self) -> int:
-        """How many publications have not begun."""
         return self._queue.qsize()
 
     def submit(self, send: Callable[[], Any]) -> Sending:
-        """Run ``send`` in the caller's context and identity; one not begun can be cancelled."""
+        """Run ``send`` in the caller's context and task; a publication can be cancelled before."""
         context = contextvars.copy_context()
-        context.run(task_context.follow)  # Celery notes the task that a call is made in
+        context.run(task_context.follow)  # Celery records the task that makes the call
         sending: Sending = concurrent.futures.Future()
         with self._closing:
             if self._is_closed:
@@ -155,7 +158,7 @@ class Publisher:
         return sending
 
     def close(self, timeout: float) -> None:
-        """End the threads once all is published; wait ``timeout`` seconds for that at most."""
+        """End the threads after all is published, or after ``timeout`` seconds."""
         with self._closing:
             self._is_closed = True
             for _ in self._threads:
@@ -167,7 +170,7 @@ class Publisher:
     def _run(self) -> None:
         while (publish := self._queue.get()) is not None:
             publish()
-            del publish  # the idle thread must not keep what was sent
+            del publish  # release the sent arguments while the thread is idle
 
 
 def _settle(sending: Sending, context: contextvars.Context, send: Callable[[], Any]) -> None:
@@ -180,19 +183,19 @@ def _settle(sending: Sending, context: contextvars.Context, send: Callable[[], A
 
 
 class Watcher:
-    """Sends the calls of this process for one Celery app, and resolves their answers.
+    """Sends this process's calls for one Celery app, and resolves their answers.
 
-    It is a thread with a loop of its own, because callers come from many loops (an ASGI server's,
-    one per ``async_to_sync``, scripts). With the Redis backend it holds one subscription
-    connection; any other backend is asked at intervals.
+    It is a thread with its own loop, because callers come from many loops: those of an ASGI server,
+    of ``async_to_sync``, of scripts. With the Redis backend it holds one subscription connection;
+    it polls any other backend.
     """
 
     def __init__(self, app: Any) -> None:
         _require_backend(app)
         self.settings = conf.read(app.conf)
         self.pid = os.getpid()
-        # Celery makes it at the first use. Of threads that came at once each would make one, and
-        # RabbitMQ may drop what was published over a connection that is dropped with its pool.
+        # Create the pool before the threads do: Celery creates it at the first use, and concurrent
+        # threads would create several. RabbitMQ may lose a message if its pool is discarded.
         _ = app.amqp.producer_pool
         self._closing = asyncio.Event()
         is_up: concurrent.futures.Future[_Parts] = concurrent.futures.Future()
@@ -213,8 +216,8 @@ class Watcher:
             is_up.set_exception(exc)
 
     async def _live(self, app: Any, is_up: concurrent.futures.Future[_Parts]) -> None:
-        # Here: the Redis clients take half of the package's import time, and most processes
-        # that import it never wait for an answer.
+        # A late import: the Redis clients take half of the import time of the package, and most
+        # processes that import it never wait for an answer.
         from gw_celery.client import result_sources
 
         # On this thread: Celery gives each thread a result backend of its own.
@@ -224,17 +227,17 @@ class Watcher:
         await self._closing.wait()
 
     def close(self) -> None:
-        """End the watcher's threads; calls that still wait get no answer any more."""
+        """End the watcher's threads; calls that still wait get no answer."""
         self._publisher.close(_LAST_WORDS)
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join(_LAST_WORDS)
 
     def submit(self, send: Callable[..., Any]) -> Sending:
-        """Send a call off the caller's thread, so that its answer comes to this watcher.
+        """Send a call on a publisher's thread, so that this watcher receives the answer.
 
         Args:
-            send: takes the options of ``apply_async`` that the watcher adds, and returns the
+            send: takes the watcher's additional options of ``apply_async``, and returns the
                 ``AsyncResult``.
         """
         if self._publisher.backlog >= self.settings.max_waiting:
@@ -242,7 +245,7 @@ class Watcher:
         return self._publisher.submit(lambda: send(**self._source.prepare()))
 
     async def meta(self, task_id: str) -> Meta:
-        """Wait for the record of the finished task ``task_id``."""
+        """Return the record of a task once it has finished."""
         waiter: concurrent.futures.Future[Meta] = concurrent.futures.Future()
         self._loop.call_soon_threadsafe(self._add, task_id, waiter)
         try:
@@ -251,12 +254,12 @@ class Watcher:
             self._loop.call_soon_threadsafe(self._source.remove, task_id, waiter)
 
     def give_up(self, sending: Sending) -> None:
-        """Do not send a call, or revoke it once it is sent."""
+        """Cancel a call that is not sent yet; revoke one that is."""
         if not sending.cancel():
             sending.add_done_callback(self._revoke)
 
     def _revoke(self, sending: Sending) -> None:
-        """Revoke off the caller's thread; nothing waits for it."""
+        """Revoke on a publisher's thread, so that the caller does not wait."""
         if sending.exception() is None:
             result = sending.result()
             log_failure = functools.partial(_log_failure, result.id)
@@ -275,10 +278,10 @@ _making = threading.Lock()
 
 
 def watcher(app: Any) -> Watcher:
-    """Return this process's watcher for ``app``, starting it at the first use.
+    """Return this process's watcher for ``app``; start it at the first use.
 
     Raises:
-        ConfigurationError: when the app has no result backend, so that no answer would ever come.
+        ConfigurationError: if the app has no result backend.
     """
     with _making:
         watch = _watchers.get(id(app))
@@ -288,7 +291,7 @@ def watcher(app: Any) -> Watcher:
 
 
 def close_all() -> None:
-    """Close the watchers of this process; the next call of an app makes another."""
+    """Close the watchers of this process; the next call of an app creates a new one."""
     with _making:
         ours = [watch for watch in _watchers.values() if watch.pid == os.getpid()]
         _watchers.clear()
@@ -298,14 +301,14 @@ def close_all() -> None:
 
 
 def block(waits: Coroutine[Any, Any, Any]) -> Any:
-    """Run ``waits`` to its end on this thread; the caller has made sure that it may."""
-    # With a factory, the runner leaves the thread's own event loop alone.
+    """Run ``waits`` on this thread; the caller has checked that blocking is allowed."""
+    # With a factory, the runner does not replace the thread's own event loop.
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         return runner.run(waits)
 
 
 def require_may_block(what: str) -> None:
-    """Refuse to block where that would stop a loop or hold a worker.
+    """Refuse to block where this would stop an event loop or occupy a worker.
 
     Raises:
         BlockingCallError: on a running event loop, or inside a task.

@@ -1,4 +1,4 @@
-"""What runs bodies in this process, as the code of callers sees it; a web process has nothing."""
+"""The seam between callers and the runtime that runs bodies; a web process has no runtime."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gw_celery import types
 
 
 class Runtime(Protocol):
-    """The loaded services of one process; every ``task`` is a Celery task of ours."""
+    """The loaded services of one process. Every ``task`` is one of our Celery tasks."""
 
     pid: int
     loop: asyncio.AbstractEventLoop
@@ -33,47 +33,49 @@ class Stopped(BaseException):
 
 
 class HardLimit(Stopped):
-    """The hard time limit of an input passed."""
+    """An input exceeded its hard time limit."""
 
 
 class Revoked(Stopped):
-    """The input was revoked while it ran."""
+    """An input was revoked while it ran."""
 
 
-#: The call that the body is; ``None`` for one of a single input.
+#: The batch that the running body serves; ``None`` for a body of a single input.
 batch: contextvars.ContextVar[types.Batch | None] = contextvars.ContextVar("gw_batch", default=None)
 _installed: Runtime | None = None
 
 
 def current_batch() -> types.Batch | None:
-    """Return the call that a batched body is running as: its size, and how long its inputs waited.
+    """Return the batch that the running body serves.
 
-    ``None`` outside such a body, and where no batches are formed: Celery's own pools, eager mode.
+    Returns:
+        The size of the batch, why it was flushed, and how long each input waited. ``None`` in
+        other bodies, on Celery's own pools, and in eager mode.
     """
     return batch.get()
 
 
 def install(runtime: Runtime | None) -> None:
-    """Make ``runtime`` the one of this process; ``None`` for none."""
+    """Set the runtime of this process; ``None`` removes it."""
     global _installed
     _installed = runtime
 
 
 def current() -> Runtime | None:
-    """Return this process's runtime; ``None`` where nothing is served."""
+    """Return the runtime of this process; ``None`` if it serves nothing."""
     is_here = _installed is not None and _installed.pid == os.getpid()  # a fork has no loop
     return _installed if is_here else None
 
 
 def started(app: Any) -> Runtime:
-    """Return this process's runtime, starting an empty one for eager mode when there is none."""
-    from gw_celery.runtime import in_process  # no web process needs what runs bodies
+    """Return the runtime of this process; start an empty one, for eager mode, if there is none."""
+    from gw_celery.runtime import in_process  # a web process does not need the runtime
 
     return in_process.started(app)
 
 
 def stop() -> None:
-    """Leave what this process has entered, if anything."""
+    """Exit everything that this process has entered, if it has a runtime."""
     if (runtime := current()) is not None:
         install(None)
         runtime.stop()

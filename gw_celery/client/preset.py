@@ -1,4 +1,4 @@
-"""Configuration that our tasks need in every process, and what contradicts it."""
+"""The Celery configuration that our tasks need, in every process, and checks for conflicts."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Any
 from gw_celery import codec, conf, errors
 from gw_celery.declare import registry
 
-#: Seconds over the longest time limit until Redis gives a message to another worker.
+#: Seconds added to the longest time limit before Redis redelivers a message.
 _MARGIN = 600
 _DEFAULT_VISIBILITY = 3600
 
 
 def preset(app: Any) -> None:
-    """Fill in what our tasks need, where the user left Celery's default.
+    """Set the Celery options that our tasks need, wherever the user kept Celery's default.
 
-    Only what is harmless to every process: accepted content, the serializer of results, how soon
-    Redis gives lost messages back, and retrying the broker at start-up. In Django the app config
-    calls it.
+    It sets the accepted content, the result serializer, how soon Redis returns lost messages, and
+    broker retries at start-up. It is safe in every process. In Django the app config calls it.
+
+    Args:
+        app: the Celery app, which is changed in place.
 
     Raises:
-        ConfigurationError: for an unknown ``gw_*`` setting or one of a wrong type.
+        ConfigurationError: for an unknown ``gw_*`` setting, or one with a wrong type or value.
     """
     codec.register()
     configure_codec(conf.read(app.conf))
@@ -42,7 +44,7 @@ def preset(app: Any) -> None:
 
 
 def configure_codec(settings: conf.Settings) -> None:
-    """Apply the limits of gw-json that the settings give."""
+    """Apply the size and depth limits of gw-json from the settings."""
     codec.configure(codec.Limits(depth=settings.max_payload_depth, size=settings.max_payload_bytes))
 
 
@@ -50,7 +52,7 @@ def require_content(app: Any) -> None:
     """Check that messages and results of our tasks are accepted.
 
     Raises:
-        ConfigurationError: with the setting to change.
+        ConfigurationError: if not, with the setting to change.
     """
     for name in ("accept_content", "result_accept_content"):
         accepted = app.conf[name]
@@ -67,11 +69,11 @@ def require_content(app: Any) -> None:
 
 
 def require_visibility(app: Any, registries: Sequence[registry.Registry]) -> None:
-    """Check, or raise where it is a default, the time until Redis redelivers a message.
+    """Check the time after which Redis redelivers a message; raise a default that is too short.
 
     Raises:
-        ConfigurationError: when it is no number, or a task could run longer, and so would run
-            twice.
+        ConfigurationError: if the user's value is not a number, or a task may run longer: it would
+            run twice.
     """
     services = [service for declared in registries for service in declared.services.values()]
     names = [method.task_name for service in services for method in service.methods.values()]

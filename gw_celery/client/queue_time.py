@@ -1,4 +1,4 @@
-"""What our tasks write into the headers of a message, and which inputs would wait too long."""
+"""Writes our message headers in a calling process, and refuses inputs that would wait too long."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
-#: What Celery gives to the tasks of a canvas, and to those that it sends by itself: refused in the
-#: middle of it, a chord would never end, and a retry or the rest of a chain be lost.
+#: Options of tasks in a canvas, and of those that Celery sends itself. A refusal there would leave
+#: a chord without end, or lose a retry or the rest of a chain.
 _IN_CANVAS = ("group_id", "chord", "parent_id", "retries")
 
-#: Seconds that Redis has to answer a caller, who then goes without an estimate.
+#: Seconds that a caller waits for Redis; after that it sends without an estimate.
 _PATIENCE = 0.25
-#: Seconds that an estimate, or that there is none, is good for.
+#: Maximum age in seconds of an estimate, or of the fact that there is none.
 _FRESH = 1.0
-#: Maximum age in seconds of an estimate where it is being read anew by a thread.
+#: Maximum age in seconds of an estimate on an event loop, where a thread refreshes it.
 _USABLE = 5.0
 
-#: Written by us, for this very input.
+#: Headers that belong to a single input, and must not be passed on.
 _WRITTEN = (headers.WORKLOAD, headers.ENQUEUED)
-#: Not the calculator's: they interrupt the body that makes the call.
+#: Exceptions that interrupt the calling body, and are not the calculator's own.
 _INTERRUPTS = (
     SoftTimeLimitExceeded,
     asyncio.CancelledError,
@@ -49,16 +49,16 @@ _INTERRUPTS = (
     execution.Stopped,
 )
 
-#: Tasks whose calculator has been complained of in this process.
+#: Tasks whose calculator this process has already warned about.
 _warned: set[str] = set()
 _settings: weakref.WeakKeyDictionary[Any, conf.Settings] = weakref.WeakKeyDictionary()
 
 
 def prepared(task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return ``options`` of ``apply_async`` with our headers.
+    """Return the ``options`` of ``apply_async`` with our headers.
 
     Raises:
-        QueueTimeExceeded: when the input would wait for longer than it may.
+        QueueTimeExceeded: if the input would wait longer than it may.
     """
     limit = task.gw_service.placement.max_queue_time or _settings_of(task.app).max_queue_time
     ours = {}
@@ -68,7 +68,7 @@ def prepared(task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> dict
     if (calculate := task.gw_method.workload_calculator) is not None:
         ours[headers.WORKLOAD] = _workload(task, calculate, args or (), kwargs or {})
     sent = options.get("headers") or {}
-    # A retry has the headers of the input that it repeats; those of another one may be passed on.
+    # A retry carries the headers of the input that it repeats, and a body may pass headers on.
     kept = {key: sent[key] for key in sent if key not in _WRITTEN}
     if ours or len(kept) != len(sent):
         return {**options, "headers": {**kept, **ours}}
@@ -76,9 +76,9 @@ def prepared(task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> dict
 
 
 def _starts_waiting(app: Any, options: dict[str, Any]) -> float:
-    """Return since when an input that is sent now waits: from its ETA on, where it has one.
+    """Return the Unix time from which an input waits: its ETA, or now.
 
-    What Celery will refuse counts as no ETA.
+    An ETA that Celery will refuse is ignored.
     """
     now = time.time()
     try:
@@ -97,8 +97,8 @@ def _workload(task: Any, calculate: Callable[..., Any], args: Any, kwargs: Any) 
         answer = calculate(*args, **kwargs)
     except _INTERRUPTS:
         raise
-    except BaseException as exc:  # a library written in Rust panics with no Exception
-        with contextlib.suppress(TypeError):  # Celery is about to refuse the call for it
+    except BaseException as exc:  # a panic of a Rust library is not an Exception
+        with contextlib.suppress(TypeError):  # Celery will refuse such arguments itself
             task.check_arguments(args, kwargs)
             _warn(task.name, f"raised {exc!r:.200}")
         return headers.DEFAULT_WORKLOAD
@@ -129,7 +129,7 @@ def _require_room(task: Any, options: dict[str, Any], limit: float) -> None:
     if any(options.get(name) for name in (*_IN_CANVAS, "countdown", "eta")):
         return
     if options.get("task_id") and get_current_task() is not None:
-        return  # it takes the place of the current task
+        return  # it replaces the current task
     queue = getattr(options.get("queue"), "name", options.get("queue"))
     if not isinstance(queue, str) or task.app.conf.task_always_eager:
         return
@@ -139,29 +139,29 @@ def _require_room(task: Any, options: dict[str, Any], limit: float) -> None:
 
 
 def _settings_of(app: Any) -> conf.Settings:
-    if app not in _settings:  # reading them takes as long as sending a call
+    if app not in _settings:  # reading the settings takes as long as sending a call
         _settings[app] = conf.read(app.conf)
     return _settings[app]
 
 
 class Waits:
-    """How long inputs would wait in an app's queues, as workers have published it."""
+    """The estimated waits in an app's queues, which workers publish."""
 
     def __init__(
         self, shared: find.SharedRedis | None, now: Callable[[], float] = time.monotonic
     ) -> None:
         self._shared = shared
         self._now = now
-        #: By queue: the estimate, and when it was read.
+        #: Queue -> (estimate, time of reading).
         self._estimates: dict[str, tuple[float | None, float]] = {}
-        #: Held for the thread that reads; others go by what is known meanwhile.
+        #: Held while a thread reads; other threads use the cached estimate meanwhile.
         self._reading = threading.Lock()
         self.pid = os.getpid()
 
     def estimate(self, queue: str) -> float | None:
-        """Return the seconds that an input sent now would wait; ``None`` where none is known.
+        """Return the seconds that an input sent now would wait; ``None`` if unknown.
 
-        On an event loop it goes by what is known, and has it read anew by a thread.
+        On an event loop it returns the cached estimate, and a thread refreshes it.
         """
         estimate, at = self._estimates.get(queue, (None, -math.inf))
         age = self._now() - at
@@ -197,8 +197,8 @@ _waits: weakref.WeakKeyDictionary[Any, Waits] = weakref.WeakKeyDictionary()
 
 
 def waits_of(app: Any) -> Waits:
-    """Return the estimates of ``app``; nothing connects."""
+    """Return the estimates of ``app``, without connecting."""
     waits = _waits.get(app)
-    if waits is None or waits.pid != os.getpid():  # a fork does not copy the thread that reads
+    if waits is None or waits.pid != os.getpid():  # a fork does not copy the reading thread
         waits = _waits[app] = Waits(find.redis_of(app, _PATIENCE))
     return waits

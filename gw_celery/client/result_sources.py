@@ -1,4 +1,4 @@
-"""Where a watcher learns that tasks have finished: notifications from Redis, or asking."""
+"""Where a caller's watcher gets finished results: Redis notifications, or polling."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
-#: Seconds before a result backend that is away is tried again: at first, and at most.
+#: Delays in seconds before retrying an unreachable result backend: the first, and the maximum.
 FIRST_DELAY = 0.1
 LONGEST_DELAY = 5.0
 
-#: Options for sending a call whose answer a watcher looks for. Celery's backend would prepare for
-#: it, too, on another thread, and wait for a server that is away. It does not for a call without
-#: a result; the header tells the worker that there is one.
+#: Options for sending a call whose answer a watcher reads. Without them, Celery's backend would
+#: subscribe too, on another thread, and wait for an unreachable server. It does not subscribe to a
+#: call that ignores its result; the header tells the worker to store the result all the same.
 UNPREPARED: Mapping[str, Any] = {
     "ignore_result": True,
     "headers": {"ignore_result": False},
@@ -37,20 +37,20 @@ UNPREPARED: Mapping[str, Any] = {
 
 Record = Mapping[str, Any]
 Waiter = Future[Record]
-#: Seconds after which the records of all waiting calls are read again, in case a notification
-#: was lost with its connection.
+#: Seconds between two reads of the records of all waiting calls: a lost connection loses its
+#: notifications.
 SWEEP = 5.0
-#: Seconds in which the server answers, or it counts as lost. Not the client's own time-out: a
-#: subscription is silent for as long as nothing ends.
+#: Seconds after which a silent server counts as lost. The client's own timeout is unsuitable: a
+#: subscription is silent while no task ends.
 ANSWER_TIMEOUT = 5.0
 
 
 class Source:
-    """Has the records of finished tasks for the callers that wait for them, on one loop."""
+    """Delivers the records of finished tasks to waiting callers, on one loop."""
 
-    #: What is raised for the one record that is read, so that reading it again is no use.
+    #: Exceptions caused by a single record: reading it again does not help.
     unreadable: ClassVar[tuple[type[Exception], ...]]
-    #: What is raised while the backend is away; anything else is logged with its traceback.
+    #: Exceptions raised while the backend is unreachable; others are logged with their traceback.
     away: ClassVar[tuple[type[Exception], ...]]
 
     def __init__(self, backend: Any, interval: float = 0.0) -> None:
@@ -62,21 +62,21 @@ class Source:
         self._task: asyncio.Task[None] | None = None
 
     def prepare(self) -> Mapping[str, Any]:
-        """Return the options for sending a call; runs on the thread that sends it.
+        """Return options for sending a call; it runs on the sending thread.
 
-        With none, Celery's backend prepares for the answer.
+        Without options, Celery's own backend prepares to receive the answer.
         """
         return {}
 
     def add(self, task_id: str, waiter: Waiter) -> None:
-        """Let ``waiter`` have the record of the task once it has finished."""
+        """Give ``waiter`` the record of the task once it has finished."""
         self.waiting.setdefault(task_id, []).append(waiter)
         self._note_change(task_id)
         if self._task is None:
             self._task = asyncio.create_task(self._live())
 
     def remove(self, task_id: str, waiter: Waiter) -> None:
-        """Forget ``waiter``, which may have its record."""
+        """Remove ``waiter``, whether or not it has its record."""
         waiters = self.waiting.get(task_id, [])
         if waiter in waiters:
             waiters.remove(waiter)
@@ -84,12 +84,12 @@ class Source:
             self._note_change(task_id)
 
     async def _live(self) -> None:
-        """Read for as long as callers wait, however often it fails."""
+        """Read while callers wait, and retry after every failure."""
         while self.waiting:
             try:
                 await self._follow()
             except* Exception as failed:
-                # Whatever it is: nothing else would answer the callers that wait.
+                # Any exception: nothing else would answer the waiting callers.
                 exc, delay = failed.exceptions[0], max(self._interval, self._backoff.next())
                 traceback = None if isinstance(exc, self.away) else exc
                 text = "%s cannot be read: %r; next try in %.1f s"
@@ -98,14 +98,14 @@ class Source:
         self._task = None
 
     async def _follow(self) -> None:
-        """Resolve what waits until nothing does, or reading fails."""
+        """Resolve waiting calls until none is left, or reading fails."""
         raise NotImplementedError
 
     def _note_change(self, task_id: str) -> None:
-        """The task is waited for since now, or no longer."""
+        """React to the first or last caller that waits for a task."""
 
     def _resolve(self, task_id: str, read: Callable[[Any], Record], stored: Any) -> None:
-        """Answer those that wait for a task with what ``read(stored)`` returns, if it is over."""
+        """Give the record ``read(stored)`` of a finished task to its waiting callers."""
         if not stored or task_id not in self.waiting:
             return
         record: Record | errors.SerializationError
@@ -130,14 +130,14 @@ class Source:
 
 
 class RedisSource(Source):
-    """One subscription connection and one for reading, on the loop of the watcher."""
+    """Holds a connection for subscriptions and one for reading, on the watcher's loop."""
 
     unreadable = (Exception,)
     away = (OSError, redis.exceptions.RedisError)
 
     def __init__(self, backend: Any) -> None:
         super().__init__(backend)
-        #: Before the task's id in the name of its channel, which is the key of its record, too.
+        #: Prefix of a task's channel, whose name is also the key of its record.
         self._prefix = bytes_to_str(backend.task_keyprefix)
         self._changes: set[str] = set()
         self._changed = asyncio.Event()
@@ -176,13 +176,13 @@ class RedisSource(Source):
             await self._apply_changes(client, pubsub)
 
     async def _sweep(self, client: redis.asyncio.Redis) -> None:
-        # A task of its own, so that no number of new calls puts it off.
+        # A separate asyncio task, so that new calls cannot delay it.
         while True:
             await asyncio.sleep(SWEEP)
             await self._read(client, self.waiting)
 
     async def _apply_changes(self, client: redis.asyncio.Redis, pubsub: Any) -> None:
-        """Subscribe to what was added since the last time, then read it: it may be there."""
+        """Subscribe to new calls, then read their records, which may already exist."""
         self._changed.clear()
         changes, self._changes = self._changes, set()
         added = changes & self.waiting.keys()
@@ -203,7 +203,7 @@ class RedisSource(Source):
 
 
 class PolledSource(Source):
-    """Asks the backend for each waiting task, ``interval`` seconds apart."""
+    """Asks the backend for each waiting task in turn, every ``interval`` seconds."""
 
     unreadable: ClassVar[tuple[type[Exception], ...]] = (
         kombu.exceptions.DecodeError,
@@ -212,23 +212,23 @@ class PolledSource(Source):
     away = (Exception,)
 
     def __init__(self, app: Any, interval: float) -> None:
-        # The app's own may be shared by all threads.
+        # The app's own backend may be shared by all threads.
         super().__init__(app._get_backend(), interval)
-        # Celery rebuilds the errors of records as it reads, and what it cannot rebuild becomes an
-        # ``Exception`` that does not tell.
+        # Celery rebuilds errors while it reads a record, and turns unknown classes into a plain
+        # ``Exception``, which hides them.
         self._backend.exception_to_python = lambda stored: stored
         self._app = app
 
     async def _follow(self) -> None:
-        # The thread is the watcher's own: a backend that blocks delays answers, nothing else.
+        # The thread is the watcher's own: a backend that blocks delays only answers.
         while self.waiting:
             for task_id in list(self.waiting):
                 self._reading = f"the result of {task_id}"
                 try:
                     self._resolve(task_id, self._backend.get_task_meta, task_id)
                 except Exception:
-                    # The round ends, for a backend that is away would fail the others, too. This
-                    # one is asked last from now on: it may be its record alone that is at fault.
+                    # End the round: an unreachable backend would fail for the others too. Ask for
+                    # this task last from now on: only its own record may be at fault.
                     self.waiting[task_id] = self.waiting.pop(task_id)
                     raise
                 await asyncio.sleep(0)
@@ -237,15 +237,15 @@ class PolledSource(Source):
 
 
 class RpcSource(PolledSource):
-    """Asks the reply queue of the watcher's thread, which each message that is sent names.
+    """Reads the reply queue of the watcher's thread, which every message names.
 
-    By itself Celery names the queue of the thread that sends, which is not read.
+    Celery itself would name a queue of the sending thread, which the watcher does not read.
     """
 
     unreadable = ()  # reading the queue may fail at the answer of another task
 
     def prepare(self) -> Mapping[str, Any]:
-        """Declare the queue, every time as Celery does: a broker that restarted forgot it."""
+        """Declare the queue before every call, as Celery does: a restarted broker has lost it."""
         policy = self._app.conf.task_publish_retry_policy
         with self._app.pool.acquire_channel(block=True) as (_, channel):
             maybe_declare(self._backend.binding(channel), retry=True, **policy)
@@ -253,8 +253,8 @@ class RpcSource(PolledSource):
 
 
 def of(app: Any, interval: float) -> Source:
-    """Return the source for ``app``; ``interval`` is that of a backend that has to be asked."""
-    # A replica of the GPU pool has a subclass. Sentinels would have to be asked for the server.
+    """Return the source for ``app``; ``interval`` is the polling interval in seconds."""
+    # A replica has a subclass of RedisBackend. A Sentinel backend must first look up its server.
     if isinstance(app.backend, RedisBackend) and not isinstance(app.backend, SentinelBackend):
         return RedisSource(app.backend)
     source = RpcSource if isinstance(app.backend, RPCBackend) else PolledSource

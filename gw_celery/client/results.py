@@ -1,9 +1,9 @@
-"""Turn what a result backend stored into a value or an exception that is safe to raise.
+"""Turns a stored result into a value or an exception that is safe to raise, in calling processes.
 
-A stored error names a class. Celery looks the name up among all loaded modules and would raise a
-``SystemExit`` that was written into the backend. Here only classes that are known beforehand
-come back: built-in ones, Celery's, ours, registered ones, and those defined in a module that
-declares a service. Everything else is a ``RemoteTaskError``.
+A stored error names a class. Celery looks the name up in all loaded modules, and would raise a
+``SystemExit`` that was written into the backend. This module accepts only known classes: built-in
+ones, Celery's, ours, registered ones, and those of modules that declare a service. For any other
+class it raises ``RemoteTaskError``.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from celery.utils.serialization import UnpickleableExceptionWrapper
 
 from gw_celery import codec, errors, signals
 
-#: Longest message and traceback that a caller is shown, in characters.
+#: Maximum characters of a message or traceback that a caller sees.
 _MOST = 20_000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _LIBRARIES = (builtins, celery.exceptions, billiard.exceptions, kombu.exceptions, errors)
-#: Task options that name exceptions.
+#: Task options that list exception classes.
 _OPTIONS = ("throws", "autoretry_for", "dont_autoretry_for")
 
 
 class Result(AsyncResult):
-    """Celery's ``AsyncResult`` whose errors are known classes or ``RemoteTaskError``."""
+    """Celery's ``AsyncResult``, which raises only known classes or ``RemoteTaskError``."""
 
     def _set_cache(self, d: dict[str, Any]) -> Any:
-        """Keep a record whose error is safe to raise: Celery raises it as it finds it here."""
+        """Cache the record with an error that is safe, because Celery raises what it finds here."""
         if d["status"] in states.PROPAGATE_STATES:
             d = {**d, "result": restored(d["result"], d.get("traceback"))}
         return super()._set_cache(d)
 
 
 def restored(stored: Any, traceback: str | None) -> Exception:
-    """Return the exception that a record has, or describes; of an unknown class a stand-in.
+    """Return the exception of a record, or a ``RemoteTaskError`` if its class is not known.
 
     Args:
         stored: Celery's mapping, or the exception that Celery made of it.
-        traceback: the remote one, which becomes the cause.
+        traceback: the remote traceback, which becomes the ``__cause__``.
     """
     made: Exception | None = None
     if isinstance(stored, BaseException):
@@ -62,7 +62,7 @@ def restored(stored: Any, traceback: str | None) -> Exception:
     else:
         module, name, arguments = "", "unknown error", (repr(stored),)
     if name == UnpickleableExceptionWrapper.__name__ and len(arguments) == 4:
-        # Celery's stand-in for a class that cannot be imported: (module, class, args, text).
+        # Celery's stand-in for a class that it cannot import: (module, class, args, text).
         module, name, message, _ = arguments
         arguments = _arguments(message)
     elif made is None:
@@ -81,11 +81,11 @@ def _arguments(message: Any) -> tuple[Any, ...]:
 
 
 def _made(name: str, arguments: tuple[Any, ...], traceback: str) -> Exception | None:
-    """Return an exception that says what the remote one said, if its class is known and can be so.
+    """Return an exception with the remote text if its class is known and can express it.
 
-    A class with a constructor of its own may want other arguments than its ``args``, or take these
-    for something else: ``CodeError("nope", 404)`` whose ``args`` are ``("E404: nope",)`` would
-    become ``"E500: E404: nope"``.
+    A class with its own constructor may not accept its ``args``, or may interpret them differently:
+    ``CodeError("nope", 404)`` with the ``args`` ``("E404: nope",)`` would become
+    ``"E500: E404: nope"``.
     """
     if (cls := _class(name)) is None:
         return None
@@ -94,7 +94,7 @@ def _made(name: str, arguments: tuple[Any, ...], traceback: str) -> Exception | 
         text = str(made)
     except Exception:
         return None
-    # Libraries' may show what does not travel: a file's name, an object's own text.
+    # A library's exception may show attributes that do not travel, such as a file name.
     is_custom = sys.modules.get(cls.__module__) not in _LIBRARIES and any(
         isinstance(getattr(cls, method), types.FunctionType)
         for method in ("__new__", "__init__", "__str__")
@@ -105,7 +105,7 @@ def _made(name: str, arguments: tuple[Any, ...], traceback: str) -> Exception | 
 
 
 def _class(name: str) -> type[Exception] | None:
-    """Return the class of this name among those that are known beforehand."""
+    """Return the known class of this name; ``None`` if there is none."""
     declared = signals.registries()
     services = [service for owner in declared for service in owner.services.values()]
     targets = [service.target for service in services]
@@ -120,7 +120,7 @@ def _class(name: str) -> type[Exception] | None:
     for service in services:
         for method in service.methods.values():
             classes += [cls for option in _OPTIONS for cls in method.options.get(option) or ()]
-    # What a caller gets is an Exception, whatever a body may throw.
+    # Callers only get subclasses of Exception.
     by_name = {
         f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes if issubclass(cls, Exception)
     }
@@ -128,6 +128,6 @@ def _class(name: str) -> type[Exception] | None:
 
 
 def _clean(text: str, *, from_end: bool = False) -> str:
-    """Cut ``text`` and take out what a terminal would obey; a traceback matters at its end."""
+    """Shorten ``text`` (a traceback from its start), and remove control characters."""
     cut = text[-_MOST:] if from_end else text[:_MOST]
     return _CONTROL.sub("", cut)

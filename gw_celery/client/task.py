@@ -1,4 +1,4 @@
-"""Our Celery task, over any task base class, and making such tasks of a service's methods."""
+"""Our Celery task class over any base class, and the tasks of a service, in every process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gw_celery import codec, conf, errors, signals
 from gw_celery.client import bound, execution, queue_time, results, task_context
 from gw_celery.declare import check, registry, services
 
-#: Set on a request once its body has begun: a call of the task from inside it is a new call.
+#: Set on a request when its body begins: a call of the task inside the body is a new call.
 _BEGUN = "gw_begun"
 _DEFAULT_CLASS = "celery.app.task:Task"
 _DJANGO_CLASS = "celery.contrib.django.task:DjangoTask"
@@ -29,15 +29,15 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 class ServingTask(bound.CallMethods, Task):
-    """A Celery task whose body runs on the loop, with the loaded state of its process."""
+    """A Celery task whose body runs on the runtime's loop, with its loaded state."""
 
     abstract = True
 
-    # A replica that dies must not take its inputs with it.
+    # A child that dies must not lose its inputs.
     acks_late = True
     reject_on_worker_lost = True
     serializer = codec.NAME
-    # Expected under overload: one line in the log for each, and none of ours.
+    # An expected exception: Celery logs one line for each, and we log none.
     throws = (errors.QueueTimeExceeded,)
 
     gw_service: services.Service
@@ -50,11 +50,11 @@ class ServingTask(bound.CallMethods, Task):
         task_context.follow_requests(cls)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ServingTask:
-        """A copied signature or handle is for the same task; Celery asks the current app for it."""
+        """Return the same task for copies of signatures and handles; Celery would ask its app."""
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body when Celery's tracer calls, else return an awaitable of the answer."""
+        """Run the body if Celery's tracer calls; otherwise return an awaitable answer."""
         request = self.request_stack.top
         if request is None or request.called_directly or _BEGUN in vars(request):
             return super().__call__(*args, **kwargs)
@@ -64,16 +64,16 @@ class ServingTask(bound.CallMethods, Task):
         except execution.HardLimit as limit:
             raise TimeLimitExceeded(*limit.args) from None
         except execution.Revoked:
-            raise Ignore from None  # the worker has stored and announced the revocation
+            raise Ignore from None  # the worker has stored the revocation and sent its event
         except Exception as exc:
             exc.__traceback__ = _user_frames(exc.__traceback__)
             raise
 
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one input for the tracer: what ``run`` does behind Celery's own wrappers.
+        """Run one input for the tracer, inside Celery's own wrappers.
 
         Raises:
-            NotServedError: when this process has not loaded the service.
+            NotServedError: if this process has not loaded the service.
         """
         if self.request.is_eager:
             runtime = execution.started(self.app)
@@ -91,17 +91,25 @@ class ServingTask(bound.CallMethods, Task):
         return current.run(self, args, kwargs)
 
     def check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise ``TypeError`` when the arguments do not fit the signature."""
+        """Raise ``TypeError`` if the arguments do not fit the signature."""
         if self.typing:
             self.__header__(*args, **kwargs)
 
     def apply_async(
         self, args: Any = None, kwargs: Any = None, *positional: Any, **options: Any
     ) -> Any:
-        """Send the task to its service's queue, unless the options or ``task_routes`` say else.
+        """Send the task to its service's queue, unless the options or ``task_routes`` name another.
+
+        Args:
+            args, kwargs: the task's arguments.
+            positional: further positional arguments of Celery's ``apply_async``.
+            options: options of Celery's ``apply_async``.
+
+        Returns:
+            The ``AsyncResult``.
 
         Raises:
-            QueueTimeExceeded: when it would wait there for longer than ``max_queue_time``.
+            QueueTimeExceeded: if the input would wait longer than ``max_queue_time``.
         """
         if not self._is_routed(options, args, kwargs):
             options["queue"] = self.gw_service.queue
@@ -123,7 +131,7 @@ class ServingTask(bound.CallMethods, Task):
         router = self.app.amqp.router
         if not router.routes:
             return False
-        # A route may say something else alone, such as a priority.
+        # A route may set other options only, such as a priority.
         return _names_queue(router.lookup_route(self.name, args, kwargs, options, self) or {})
 
 
@@ -132,15 +140,15 @@ def _names_queue(options: Mapping[str, Any]) -> bool:
 
 
 _flagging = threading.Lock()
-#: Eager calls under way, and what Celery's flag was before the first of them.
+#: The value of Celery's flag before the first eager call in progress, once per such call.
 _under_way: list[bool] = []
 
 
 @contextlib.contextmanager
 def _own_join_flag() -> Iterator[None]:
-    """Put back Celery's flag against joining results in tasks, which is one for all threads.
+    """Restore Celery's global flag that forbids joining results inside tasks.
 
-    Celery saves and restores it around each eager call: when two overlap, it would stay set.
+    Celery saves and restores it around each eager call; two overlapping calls would leave it set.
     """
     with _flagging:
         _under_way.append(_under_way[0] if _under_way else _state.task_join_will_block())
@@ -154,23 +162,23 @@ def _own_join_flag() -> Iterator[None]:
 
 
 def _user_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:
-    """Skip our frames before the body's: what is stored and logged should show the body."""
+    """Skip our frames, so that the stored and logged traceback begins in the user's body."""
     first = traceback
     while first is not None and first.tb_frame.f_code.co_filename.startswith(_PACKAGE):
         first = first.tb_next
     return first or traceback
 
 
-#: Not ``hasattr``: asking the class for its ``app`` would bind it to one.
+#: Not ``hasattr``: reading ``app`` from the class would bind the class to an app.
 _TAKEN = {*dir(ServingTask), *ServingTask.__annotations__} - {*check.OF_CELERY}
 
 
 def require_options(method: services.Method) -> None:
-    """Check the options of a task that only Celery's own classes can judge.
+    """Check the task options that depend on Celery's own classes.
 
     Raises:
-        DeclarationError: for a ``base`` that is no task class, or an attribute that would take
-            the place of one that every task has.
+        DeclarationError: if ``base`` is not a task class, or an attribute would replace one that
+            every task has.
     """
     for name, value in method.options.items():
         if name in _TAKEN:
@@ -190,14 +198,14 @@ def require_options(method: services.Method) -> None:
 def register(
     celery_app: Any, declared: registry.Registry, service: services.Service, method: services.Method
 ) -> Any:
-    """Return the task of ``method`` on ``celery_app``; without one, a proxy of the current app's.
+    """Return the task of ``method`` on ``celery_app``; with ``None``, a proxy for the current app.
 
     Raises:
-        DeclarationError: when a Celery app has another task of this name.
+        DeclarationError: if a Celery app has another task of this name.
     """
     task_options = {
-        # Celery gives the tasks of one app to every other one of the process, in no certain
-        # order: of two apps with a task of the same name, one would run the other's body.
+        # Celery copies shared tasks to every app of the process, in no fixed order: if two apps
+        # have a task of the same name, one would run the other's body.
         "shared": False,
         "time_limit": service.placement.timeout,
         **{name: value for name, value in method.options.items() if name != "base"},
@@ -210,7 +218,7 @@ def register(
     body, base = _runner(method), method.options.get("base")
     if celery_app is not None:
         made = celery_app.task(base=_base_class(celery_app, base), **task_options)(body)
-        if type(made) is PromiseProxy:  # Celery makes it when the app is finalized, or at its use
+        if type(made) is PromiseProxy:  # Celery creates it at finalization or first use
             made.__then__(require_ours, celery_app, service, method)
         else:
             require_ours(celery_app, service, method)
@@ -227,14 +235,15 @@ def register(
 
 
 def require_ours(celery_app: Any, service: services.Service, method: services.Method) -> None:
-    """Check that the task of this name is ours: Celery keeps the first one that has a name.
+    """Check that the task of this name is ours.
 
-    The second declaration would return the first task, and its own function would never run.
+    Celery keeps the first task of a name and returns it for the second declaration, whose own
+    function would never run.
 
     Raises:
-        DeclarationError: naming both.
+        DeclarationError: if it is not; the message names both tasks.
     """
-    task = celery_app._tasks.get(method.task_name)  # ``app.tasks`` would finalize the app
+    task = celery_app._tasks.get(method.task_name)  # ``app.tasks`` finalizes the app
     if task is not None and not hasattr(task, "gw_method"):
         name = f"{task.__module__}.{getattr(task, '__qualname__', type(task).__qualname__)}"
         raise errors.DeclarationError(
@@ -246,26 +255,26 @@ def require_ours(celery_app: Any, service: services.Service, method: services.Me
 
 
 def for_every_app(add: Callable[[Any], None]) -> None:
-    """Call ``add`` with every Celery app of this process, those to come as they are finalized.
+    """Call ``add`` with every present and future Celery app of this process, once it is finalized.
 
-    ``shared_task`` does so, too, but would give the tasks of all apps the same base class.
+    ``shared_task`` does the same, but would use one task base class for all apps.
     """
-    for app in list(_state._get_active_apps()):  # a task may make its app now
+    for app in list(_state._get_active_apps()):  # adding a task may create an app
         if not app.finalized:
             continue
         try:
             add(app)
         except errors.DeclarationError:
-            # One that is not in use keeps the task that it has, as in Celery: it may be a test's.
+            # An app that is not current keeps its own task, as in Celery; it may belong to a test.
             if app is _state.get_current_app():
                 raise
     _state.connect_on_app_finalize(add)
 
 
 def _base_class(celery_app: Any, base: type | None) -> type[ServingTask]:
-    """Return our class over ``base``, which replaces the app's own as it does in Celery."""
+    """Return our class over ``base``, which replaces the app's base class, as in Celery."""
     own = base or celery_app.task_cls
-    # Tasks of a Django project have delay_on_commit(); Celery's fallback app is not told so.
+    # A Django project's tasks have delay_on_commit(), but Celery's fallback app lacks that class.
     is_django = own == _DEFAULT_CLASS and conf.is_django_project()
     return _over(symbol_by_name(_DJANGO_CLASS if is_django else own))
 
@@ -278,7 +287,7 @@ def _over(base: type) -> type[ServingTask]:
 
 
 def _runner(method: services.Method) -> Callable[..., Any]:
-    """Return the synchronous function that Celery sees: its wrappers expect one on every pool."""
+    """Return the synchronous function that Celery's wrappers expect on every pool."""
 
     @functools.wraps(method.function)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Keep ``current_task`` and ``self.request`` right inside a body that runs on the loop.
+"""Keeps ``current_task`` and ``self.request`` correct in a body that runs on the loop.
 
-Celery keeps the running task and its request on stacks that are looked up by thread (or
-greenlet). The body of an asynchronous task runs on the loop's thread while its tracer waits on
-another. A context variable carries the tracer's identity into the body, the tasks that it creates
-and ``to_thread``, and each stack's ``__ident_func__``, Celery's own seam, prefers it.
+Celery finds the running task and its request on stacks, by thread or greenlet. An asynchronous body
+runs on the loop's thread while its tracer waits on another. A context variable carries the tracer's
+identity into the body, the asyncio tasks that it creates and ``to_thread``. The ``__ident_func__``
+of each stack, a seam of Celery's, reads it. Every process that runs our tasks uses this.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from gw_celery import errors
 
 @dataclasses.dataclass
 class Followed:
-    """The identity of one tracer, for as long as its call runs.
+    """The identity of one tracer during its call.
 
-    A task that a body created may outlive it, in the same context. The thread of the tracer then
-    runs another request, which is not that task's: it has no identity but its own thread's.
+    An asyncio task that a body created may outlive the call in the same context. By then the
+    tracer's thread runs another request, so that this task gets the identity of its own thread.
     """
 
     ident: Any
@@ -39,16 +39,16 @@ _followed: contextvars.ContextVar[Followed | None] = contextvars.ContextVar(
 
 
 def identify() -> Any:
-    """Return the identity that Celery's stacks are looked up by."""
+    """Return the identity by which Celery's stacks are searched."""
     followed = _followed.get()
     ident = None if followed is None else followed.ident
     return threads.get_ident() if ident is None else ident
 
 
 def follow(ident: Any = None) -> Followed:
-    """Bind an identity, or the present one, to the context, for what will run in it elsewhere.
+    """Bind an identity (default: the current one) to the context, for code that runs elsewhere.
 
-    The caller ends it with the call.
+    The caller calls ``end`` when the call is over.
     """
     followed = Followed(ident or identify())
     _followed.set(followed)
@@ -56,12 +56,12 @@ def follow(ident: Any = None) -> Followed:
 
 
 def bind() -> Followed:
-    """Bind a new identity to the context, for an input that runs in no thread of its own."""
+    """Bind a new identity to the context, for an input without a thread of its own."""
     return follow(object())
 
 
 def install() -> None:
-    """Make the stack of current tasks follow context variables; requests: ``follow_requests``.
+    """Make Celery's stack of current tasks follow context variables.
 
     Raises:
         ConfigurationError: under ``USE_FAST_LOCALS``, whose stacks cannot be redirected.
@@ -74,5 +74,5 @@ def install() -> None:
 
 
 def follow_requests(task: Task) -> None:
-    """Make the requests of ``task`` follow context variables, too."""
+    """Make the requests of ``task`` follow context variables too."""
     task.request_stack.__ident_func__ = identify

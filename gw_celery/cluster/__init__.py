@@ -1,1 +1,1 @@
-"""What workers tell each other in Redis."""
+"""The exchange of workers over Redis, in their parent processes."""

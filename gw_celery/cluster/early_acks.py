@@ -1,8 +1,8 @@
-"""Inputs that were acknowledged as they began: the broker has forgotten them when a worker is lost.
+"""Failures for early acknowledged inputs of a lost worker, which the broker has forgotten.
 
-The replica records such an input in Redis while it runs. What a lost worker was running is taken
-over one by one, each by one worker alone, before its failure is stored: if that worker is lost in
-turn, its successor finds the input with its records.
+The child records such an input in Redis while it runs. One worker's parent takes over each record
+of a lost worker, and then stores the failure. If this worker is lost in turn, another one finds the
+input among its records.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
-#: What Celery reads of a request when it stores a failure and tells the callers that wait for it.
+#: The attributes of a request that Celery reads to store a failure and notify callers.
 _OF_REQUEST = (
     *("id", "task", "root_id", "parent_id", "group", "group_index", "ignore_result"),
     *("correlation_id", "reply_to", "retries", "stamps", "stamped_headers"),
 )
 _OF_BODY = ("errbacks", "chord", "chain")
-#: Ends of inputs that may wait for the thread.
+#: Maximum number of ended inputs that wait for the thread.
 _MOST_ENDED = 10_000
-#: Seconds after which what could not be stored is tried again.
+#: Seconds before retrying a failure that could not be stored.
 _AGAIN = 5.0
 
-#: One record goes from one worker to another, or nothing happens.
+#: Moves one record from one worker to another, atomically.
 _TAKE_OVER = """
 local record = redis.call('HGET', KEYS[1], ARGV[1])
 if record then
@@ -43,12 +43,14 @@ end
 
 
 def records_key(backend: Any, start: str) -> str:
-    """Return the key of a hash beside the results: what a worker acknowledged early.
+    """Return the key of the hash of a worker's records, beside the results.
 
-    By the number of the input; what was taken over is ``<start of the lost worker>/<number>``.
+    Its fields are the numbers of inputs; a taken over record has
+    ``<start of the lost worker>/<number>``.
 
     Args:
-        start: of the worker, which has more incarnations when it was taken for lost.
+        backend: the Redis result backend.
+        start: the start id of the worker, which stays the same in all its incarnations.
     """
     return f"{find.results_prefix(backend)}gw:early:{start}"
 
@@ -58,10 +60,10 @@ def start_of(incarnation: str) -> str:
 
 
 def write(request: Mapping[str, Any], embed: Any) -> bytes:
-    """Return the record of an input: who waits for it, not what it was called with.
+    """Return the record of an input: its callers and callbacks, without its arguments.
 
     Raises:
-        SerializationError: for callbacks that gw-json does not know.
+        SerializationError: if gw-json does not support a callback.
     """
     embedded = embed if isinstance(embed, Mapping) else {}
     kept = {name: request.get(name) for name in _OF_REQUEST}
@@ -70,10 +72,10 @@ def write(request: Mapping[str, Any], embed: Any) -> bytes:
 
 
 def read(record: bytes) -> dict[str, Any]:
-    """Return what ``write`` was given.
+    """Return the content of a record.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if it is not a record.
     """
     kept = codec.loads(record)
     if not isinstance(kept, dict) or not isinstance(kept.get("id"), str):
@@ -82,11 +84,11 @@ def read(record: bytes) -> dict[str, Any]:
 
 
 class LostInputs(background_thread.BackgroundThread):
-    """Stores the failures, in a thread of its own: a result backend that hangs stops no beat.
+    """Stores the failures in a separate thread, so that a slow result backend delays no heartbeat.
 
     Args:
-        app: the Celery app; its result backend is Redis.
-        start: this worker's, by which its own records are kept; see ``membership``.
+        app: the Celery app, with a Redis result backend.
+        start: start id of this worker, the key of its own records; see ``membership``.
     """
 
     def __init__(self, app: Any, start: str) -> None:
@@ -95,31 +97,30 @@ class LostInputs(background_thread.BackgroundThread):
         )
         self._app = app
         self._own = start
-        #: Whether its inputs were taken over. Once: it may wake up, and record others there.
+        #: Lost worker -> whether its inputs were taken over; only once, because it may wake up.
         self._lost: dict[str, bool] = {}
         self._ended: collections.deque[int] = collections.deque(maxlen=_MOST_ENDED)
-        #: Lost workers that left nothing, or of whom nothing is left.
+        #: Lost workers without any remaining inputs.
         self.answered: collections.deque[str] = collections.deque()
 
     def take(self, incarnation: str) -> None:
-        """Answer for a lost worker, in the thread."""
+        """Store the failures of a lost worker, in the thread."""
         self._lost.setdefault(incarnation, False)
         self.start()
         self.wake()
 
     def forget(self, numbers: list[int]) -> None:
-        """Remove the records of inputs whose replica died, and which Celery has answered."""
+        """Remove the records of inputs whose child died, because Celery has answered them."""
         self._ended.extend(numbers)
         self.start()
         self.wake()
 
     def has_own(self) -> bool:
-        """Whether inputs of this worker are on record."""
         backend = self._app.backend
         return bool(backend.client.exists(records_key(backend, self._own)))
 
     def run_round(self) -> None:
-        self.period = _AGAIN  # unless all goes well
+        self.period = _AGAIN  # changed below after success
         self.leave()
         lost = list(self._lost)
         for incarnation in lost:
@@ -145,7 +146,7 @@ class LostInputs(background_thread.BackgroundThread):
         keys = [records_key(backend, start) for start in (lost, self._own)]
         numbers = [number.decode() for number in backend.client.hkeys(keys[0])]
         for number in numbers:
-            # One that the lost worker had taken over is still of the worker that ran it.
+            # An input that the lost worker had taken over keeps the name of the worker that ran it.
             taken = number if "/" in number else f"{lost}/{number}"
             backend.client.eval(_TAKE_OVER, 2, *keys, number, taken)
         if numbers:
@@ -155,7 +156,7 @@ class LostInputs(background_thread.BackgroundThread):
             )
 
     def _answer_all(self) -> bool:
-        """Store the failure of everything that was taken over; whether nothing is left."""
+        """Store the failures of all inputs that were taken over; return whether none is left."""
         backend = self._app.backend
         mine = records_key(backend, self._own)
         is_done = True
@@ -180,18 +181,18 @@ class LostInputs(background_thread.BackgroundThread):
         """Store the failure of one input that ran on the node ``lost``.
 
         Raises:
-            ValueError: for what is no record.
+            ValueError: if ``record`` is not a record.
         """
         kept = read(record)
         task_id, name = kept["id"], kept["task"]
         if backend.get_task_meta(task_id, cache=False)["status"] in backend.READY_STATES:
-            return  # it ended in the instant in which its worker was killed
+            return  # it ended just before its worker was killed
         exc = WorkerLostError(
             f"{name}[{task_id}] was running on {lost}, which was killed or could not reach Redis, "
             f"and it had been acknowledged: send it again. With acks_late=True the broker gives "
             f"such an input to another worker"
         )
-        # As Celery's request decides it.
+        # The same rule as in Celery's request.
         task, ignores = self._app.tasks.get(name), kept["ignore_result"]
         if ignores is None:
             ignores = getattr(task, "ignore_result", False)

@@ -1,7 +1,7 @@
-"""Which workers of a project live: each beats once a second, by the clock of the shared Redis.
+"""Heartbeats and lost workers: each worker's parent beats once a second, by Redis's clock.
 
-One that has not beaten for a ttl is declared lost by one that has good reason to trust itself.
-Nothing here depends on the lifetime of a key: after an outage longer than that, all would be lost.
+A worker without a heartbeat for one ttl is declared lost, by a worker that may trust its own clock
+and connection. No key lifetime decides this: after a long outage, all workers would be lost.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a tombstone is kept.
+#: Seconds for which a tombstone is kept.
 TOMBSTONE = 7 * 86_400
-#: Seconds after which the last beat of a project that is used no more is forgotten.
+#: Seconds after which the keys of an unused project expire.
 FORGET = 7 * 86_400
 
-#: Beat, and write the own record. Returns the time, and the workers that are silent; or who
-#: declared this one lost. KEYS: alive, own tombstone, records; ARGV: own name, ttl, own record.
-#: A beat that is further ahead than a ttl is from before the clock was set back.
+#: Writes a heartbeat and the worker's record. Returns the time and the silent workers, or the
+#: worker that declared this one lost. KEYS: alive, own tombstone, records; ARGV: own name, ttl, own
+#: record. A heartbeat more than a ttl ahead was written before the clock was set back.
 BEAT = """
 local declarer = redis.call('GET', KEYS[2])
 if declarer then return {'dead', declarer} end
@@ -41,9 +41,9 @@ return {
   redis.call('ZRANGEBYSCORE', KEYS[1], newest, '+inf', 'WITHSCORES'),
 }
 """
-#: Declare a worker lost, unless it has beaten since its beat was read; its record goes. Returns 1
-#: when this call did it, 2 when it was done, else 0. KEYS: alive, its tombstone, records; ARGV: its
-#: name, the beat that was read, the own name, the seconds to keep the tombstone for.
+#: Declares a worker lost and deletes its record, unless it has beaten since its heartbeat was read.
+#: Returns 1 if this call declared it, 2 if it was declared before, else 0. KEYS: alive, its
+#: tombstone, records; ARGV: its name, the heartbeat, the own name, lifetime of the tombstone.
 DECLARE = """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 2 end
 if redis.call('ZSCORE', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
@@ -53,11 +53,11 @@ return 1
 """
 _DECLARED, _WAS_DECLARED = 1, 2
 
-#: Parts of a ttl: the longest time between two beats, and how far Redis's clock may run off.
+#: Parts of a ttl: maximum time between two heartbeats, maximum drift of Redis's clock.
 _LONGEST_GAP = 1 / 3
 _LARGEST_SHIFT = 1 / 10
 
-#: Linux's counts on while the machine sleeps.
+# Linux's CLOCK_BOOTTIME continues while the machine sleeps.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
@@ -67,9 +67,9 @@ def now() -> float:
 
 
 class Trust:
-    """Whether a worker may declare others lost: it must not be the one that was away.
+    """Decides whether a worker may declare others lost, or may have been away itself.
 
-    Its own beats had no gap, and Redis's clock ran like its own, for a whole ttl.
+    Its heartbeats must have had no gap, and Redis's clock must have matched its own, for one ttl.
     """
 
     def __init__(self, ttl: float) -> None:
@@ -78,11 +78,11 @@ class Trust:
         self._last = self._offset = 0.0
 
     def beat(self, own: float, server: float) -> bool:
-        """Take in one beat that succeeded; whether silent workers may be declared lost now.
+        """Record a successful heartbeat; return whether silent workers may be declared lost now.
 
         Args:
-            own: when it was sent, by ``now``.
-            server: when it came, by Redis's clock.
+            own: the time of sending, by ``now``.
+            server: the time of arrival, by Redis's clock.
         """
         has_gap = own - self._last > self._ttl * _LONGEST_GAP
         has_shift = abs(server - own - self._offset) > self._ttl * _LARGEST_SHIFT
@@ -93,14 +93,14 @@ class Trust:
 
 
 class Beats:
-    """The beats of one worker, and what it does about workers that are silent.
+    """The heartbeats of one worker, and its handling of silent workers.
 
     Args:
-        shared: the Redis that all workers know.
-        start: this start of the worker.
-        ttl: seconds without a beat after which a worker is silent.
-        may_declare: whether such a worker is declared lost.
-        lost: answers for those; ``None`` where there is nothing to answer for.
+        shared: the Redis that all workers share.
+        start: start id of this worker.
+        ttl: seconds without a heartbeat after which a worker is silent.
+        lost: stores the failures of lost workers; ``None`` if there are none to store.
+        may_declare: whether silent workers are declared lost.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class Beats:
         *,
         may_declare: bool,
     ) -> None:
-        #: Sorted set: incarnations by the times of their last beats.
+        #: Sorted set: incarnations, by the time of their last heartbeat.
         self.alive = shared.key("alive")
-        #: Hash: the record of each incarnation.
+        #: Hash: incarnation -> worker record.
         self.records = shared.key("records")
-        #: Those that have not beaten for a ttl, and their last beats.
+        #: Incarnation -> last heartbeat, of workers that are silent for more than a ttl.
         self.silent: dict[str, bytes] = {}
         self._shared = shared
         self._start = start
@@ -125,18 +125,18 @@ class Beats:
         self._lost = lost
         self._may_declare = may_declare
         self._trust = Trust(ttl)
-        #: By which Redis knows the script of a beat, on this connection.
+        #: Hash of the heartbeat's script on this connection.
         self.script = ""
         self._has_scripts = True
         self._sent_at = 0.0
 
     @property
     def incarnation(self) -> str:
-        """This worker's name in Redis: another one after it was declared lost."""
+        """This worker's name in Redis; it changes after the worker was declared lost."""
         return f"{self._start}.{self._life}"
 
     def ask(self, client: Any, pipe: Any, record: str) -> None:
-        """Write a beat, with the worker's record, into a pipeline of ``client``."""
+        """Write a heartbeat, with the worker's record, into a pipeline of ``client``."""
         if self._has_scripts and not self.script:
             try:
                 self.script = client.script_load(BEAT)
@@ -148,7 +148,7 @@ class Beats:
             pipe.evalsha(self.script, len(keys), *keys, self.incarnation, self._ttl, record)
 
     def follow(self, client: Any, answers: Iterator[Any], record: str) -> bool:
-        """Take in the answer to a beat; False when another worker had declared this one lost."""
+        """Process the answer to a heartbeat; return False if this worker was declared lost."""
         answer = next(answers) if self._has_scripts else None
         if isinstance(answer, Exception):
             self._do_without_scripts(answer)
@@ -161,7 +161,7 @@ class Beats:
         server, listed = float(answer[0]), [*answer[1], *answer[2]]
         is_trusted = self._trust.beat(self._sent_at, server)
         self.silent = dict(zip(map(bytes.decode, listed[::2]), listed[1::2], strict=True))
-        # First, so that none is begun with again.
+        # First, so that these workers are not handled again.
         while self._lost is not None and self._lost.answered:
             answered = self._lost.answered.popleft()
             client.zrem(self.alive, answered)
@@ -173,17 +173,17 @@ class Beats:
         return True
 
     def leave(self, pipe: Any) -> None:
-        """The others do not count on this worker any more."""
+        """Remove this worker from the records, so that others do not count on it."""
         pipe.hdel(self.records, self.incarnation)
         if self._lost is None or not self._lost.has_own():
             pipe.zrem(self.alive, self.incarnation)
 
     def _keys(self, incarnation: str) -> tuple[str, str, str]:
-        """The keys of the scripts; the second is the tombstone."""
+        """Return the keys of the scripts; the second is the tombstone."""
         return (self.alive, self._shared.key("dead", incarnation), self.records)
 
     def _beat_without_script(self, client: Any, record: str) -> list[Any]:
-        """Do what ``BEAT`` does in single commands, and return the same."""
+        """Do the same as ``BEAT`` with single commands."""
         alive, tombstone, records = self._keys(self.incarnation)
         if (declarer := client.get(tombstone)) is not None:
             return [b"dead", declarer]
@@ -199,7 +199,7 @@ class Beats:
         return [f"{server:.3f}", *flat]
 
     def _do_without_scripts(self, exc: Exception) -> None:
-        """Go on where an access list, a cluster or a renamed command keeps Redis from scripts."""
+        """Continue where access rules, a cluster or a renamed command prevent scripts."""
         refused = (exceptions.NoPermissionError, exceptions.ClusterCrossSlotError)
         texts = ("CROSSSLOT", "unknown command")  # redis-py 5 has a class for neither
         if not isinstance(exc, refused) and not str(exc).startswith(texts):
@@ -223,10 +223,10 @@ class Beats:
         )
 
     def _declare(self, client: Any, incarnation: str, beat: bytes, *, is_late: bool) -> None:
-        """Declare a worker lost, at most once; answer for it, or where its declarer has not.
+        """Declare a worker lost, once, and take its inputs, also if its declarer did not.
 
-        Later its messages are given back. It stays among those that beat until that is done: should
-        this worker be lost meanwhile, another one does it.
+        Its entry among the heartbeats stays until all is done, so that another worker can continue
+        if this one is lost.
         """
         keys = self._keys(incarnation)
         arguments = (incarnation, beat, self.incarnation, TOMBSTONE)
@@ -244,6 +244,6 @@ class Beats:
             self._lost.take(incarnation)
 
     def _goes_on(self, client: Any, incarnation: str) -> bool:
-        """Whether a worker that was declared lost woke up: what is on record it runs now."""
+        """Return whether a worker that was declared lost continues and runs its inputs."""
         beating = {name.decode() for name in client.zrange(self.alive, 0, -1)} - set(self.silent)
         return early_acks.start_of(incarnation) in map(early_acks.start_of, beating)

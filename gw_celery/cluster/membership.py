@@ -1,8 +1,7 @@
-"""One worker among those of its project: one thread, and one exchange with Redis in a round.
+"""A worker's membership among its project's workers, in its parent: one thread, one exchange.
 
-A worker beats, writes its record, reads those of the others, and asks how long the queues are. What
-it makes of the records is decided elsewhere, by functions of them: ``policy.demand``,
-``policy.speed_bands``, ``policy.queue_time``.
+The worker beats, writes its record, reads the other records, and reads queue lengths. Functions of
+``policy.demand``, ``policy.speed_bands`` and ``policy.queue_time`` interpret the records.
 """
 
 from __future__ import annotations
@@ -26,52 +25,52 @@ from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two beats, whatever else is done.
+#: Seconds between two heartbeats.
 _BEAT = 1.0
-#: While nothing is loaded a message waits for the next look.
+#: Seconds between two readings while nothing is loaded, because messages wait for them.
 _LOOK_AT_ZERO = 0.25
-#: Part of a period after which its round may begin: a round is never exactly on time.
+#: Share of a period after which the next round may begin, because rounds are never punctual.
 _DUE = 0.9
-#: Records that are read once a second in the whole project: more workers read more rarely.
+#: Records read per second in the whole project: with more workers, each reads more rarely.
 _WORKERS_A_SECOND = 100
-#: Seconds after which a project's keys are given another week.
+#: Seconds between two renewals of the lifetime of the project's keys.
 _EXPIRY = 3600.0
-#: Periods that an estimate of a wait holds good.
+#: Lifetime of a published estimate, in periods.
 _ROUNDS = 5
-#: Seconds after which what was read says nothing about now.
+#: Maximum age in seconds of a reading.
 _STALE = 5.0
-#: Workers that come together know of one another by then.
+#: Seconds after which workers that start together have read each other's records.
 _MEETING = 2.5
-#: Where no worker is ever declared lost, others are counted by this.
+#: The ttl for counting other workers if none is ever declared lost.
 _TTL = 15.0
-#: Parts of the ttl that Redis, and RabbitMQ, have for an answer. A broker that hangs costs up to
-#: three of its waits, and must not keep this worker from beating.
+#: Shares of the ttl that Redis and RabbitMQ may take to answer. A broker that hangs may cost three
+#: waits, which must not delay the heartbeats for too long.
 _REDIS_PART, _RABBITMQ_PART = 1 / 3, 1 / 6
 _LONGEST_WAIT = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What the autoscaler goes by."""
+    """The input of the autoscaler."""
 
     at: float
-    #: By queue; ``None`` where the broker does not tell.
+    #: Lengths by queue; ``None`` if the broker does not report them.
     lengths: Mapping[str, queue_lengths.Length] | None
-    #: The other workers; ``None`` without a Redis to know them from.
+    #: The other workers; ``None`` without a shared Redis.
     others: Sequence[worker_record.WorkerRecord] | None
 
 
 class Membership(background_thread.BackgroundThread):
-    """What one worker tells the others, and learns of them.
+    """The exchange of one worker with the others.
 
     Args:
         app: the Celery app.
-        hostname: the worker's node name.
-        queues: of each service that it serves.
-        limited: of each queue whose callers are told how long an input would wait, its services
-            with their slots in one replica.
-        ttl: seconds without a beat after which a worker is lost; ``None`` declares none lost.
-        wake: has the pool look at ``counts.answers`` soon, in its own thread.
+        hostname: node name of the worker.
+        queues: the queues of each service.
+        limited: the queues with published waits, each with its services and their slots per
+            replica.
+        ttl: seconds without a heartbeat after which a worker is lost; ``None``: never.
+        wake: makes the pool read ``counts.answers`` soon, in its own thread.
     """
 
     def __init__(
@@ -86,18 +85,18 @@ class Membership(background_thread.BackgroundThread):
         super().__init__(
             "gw-cluster", "this worker and the others cannot exchange records", period=_BEAT
         )
-        #: This start of the worker; what it acknowledged early is kept by it.
+        #: Identifies this start of the worker; its early acknowledged inputs are recorded under it.
         self.start_id = f"{hostname}:{uuid.uuid4().hex[:16]}"
         self.queues = queues
         self.counts: poison_counts.Shared | None = None
         self.lost: early_acks.LostInputs | None = None
-        # Backends derived from Redis (Sentinel) write results without the pipelines that the
-        # records of early inputs need.
+        # Backends derived from Redis (Sentinel) lack the pipelines that write the records of early
+        # acknowledged inputs.
         if ttl is not None and type(app.backend) is RedisBackend:
             self.lost = early_acks.LostInputs(app, self.start_id)
         may_declare, ttl = ttl is not None, ttl or _TTL
         wait = min(_LONGEST_WAIT, ttl * _REDIS_PART)
-        #: An answer that does not come, and a connection that does not.
+        #: Maximum seconds of a hanging round: one answer and one connection.
         self._longest_hang = 2 * wait
         self._beats: liveness.Beats | None = None
         self._shared = find.redis_of(app, wait)
@@ -111,9 +110,9 @@ class Membership(background_thread.BackgroundThread):
             if find.is_rabbitmq(connection):
                 wait = min(_LONGEST_WAIT, ttl * _RABBITMQ_PART)
                 self._declared = queue_lengths.DeclaredLengths(app, wait)
-        #: The lists of each queue in Redis, one for each priority; found anew on each connection.
+        #: The Redis lists of each queue, one per priority; read again on each connection.
         self._lists: dict[str, list[str]] | None = None
-        #: Queues whose lengths are used.
+        #: Queues whose lengths are needed.
         self._followed = set(limited)
         self._loads = queue_time.Loads(limited)
         self._own_loads: dict[str, worker_record.QueueLoad] = {}
@@ -125,21 +124,21 @@ class Membership(background_thread.BackgroundThread):
         self._reading: Reading | None = None
         self._on_read: Callable[[], None] | None = None
         self._meets_until = 0.0
-        #: The first round that failed, while none has succeeded since.
+        #: Time of the first failed round since the last success.
         self._away_since: float | None = None
         self._next_look = self._next_beat = self._next_expiry = 0.0
-        #: Of records, which are read where something depends on them.
+        #: Time of the next reading of records; infinite while nothing needs them.
         self._next_records = 0.0 if limited else math.inf
         self._records_period = _BEAT
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no Redis to know other workers from."""
+        """Whether there is no Redis to share with other workers."""
         return self._shared is None
 
     @property
     def others(self) -> tuple[worker_record.WorkerRecord, ...]:
-        """The other workers, as of the last round, but for those that are silent, declared or not.
+        """The other workers as of the last round, without silent ones.
 
         Empty without a Redis.
         """
@@ -149,7 +148,6 @@ class Membership(background_thread.BackgroundThread):
     # -- in the thread of the worker's loop --
 
     def begin(self) -> None:
-        """Start the thread, where there is something for it to do."""
         if self._shared is None:
             logger.info(
                 "this worker stands alone: workers exchange records through Redis, and neither the "
@@ -159,47 +157,47 @@ class Membership(background_thread.BackgroundThread):
             self.start()
 
     def follow(self, on_read: Callable[[], None]) -> None:
-        """Read the lengths of all queues from now on; ``on_read`` is called in the thread."""
+        """Read all queue lengths from now on, and call ``on_read`` in the thread each time."""
         self.read_others()
         queues = {queue for names in self.queues.values() for queue in names}
-        self._followed = self._followed | queues  # the thread may run, and go through the old set
+        self._followed = self._followed | queues  # new: the thread may read the old set
         self._lists = None
         self._meets_until = time.monotonic() + _MEETING
         self._next_look = 0.0
-        self._on_read = on_read  # last: a round in between decides nothing
+        self._on_read = on_read  # last, so that a round in between decides nothing
         self.start()
         self.wake()
 
     def read_others(self) -> None:
-        """Read the records of the others from now on."""
         self._next_records = 0.0
 
     def observe(self, worker: snapshot.Worker) -> None:
-        """Have the others know this worker as it is, from the next round on; once a second."""
+        """Update this worker's record, for the next round; once a second."""
         self._own_loads = self._loads.observe(worker)
         self.tell(worker, self._size)
 
     def tell(
         self, worker: snapshot.Worker, size: worker_record.Size | None
     ) -> worker_record.WorkerRecord:
-        """Have the others know this worker as it is, and return the record.
+        """Update this worker's record, for the next round, and return it.
 
         Args:
-            size: as its autoscaler has it; ``None`` without one.
+            worker: the snapshot of this worker.
+            size: the size that its autoscaler wants; ``None`` without one.
         """
         self._size = size
         self._record = worker_record.of(worker, self.queues, size, self._own_loads)
         return self._record
 
     def latest(self) -> Reading | None:
-        """Return what was read last; ``None`` when that is too long ago, or never was."""
+        """Return the last reading; ``None`` if it is too old, or there is none."""
         reading = self._reading
         if reading is None or time.monotonic() - reading.at > _STALE:
             return None
         return reading
 
     def at_zero(self, *, is_at_zero: bool) -> None:
-        """Say whether nothing is loaded: a message waits for the next look then, which is soon."""
+        """Set whether nothing is loaded: readings are then more frequent."""
         was_at_zero = self.period == _LOOK_AT_ZERO
         self.period = _LOOK_AT_ZERO if is_at_zero else _BEAT
         if is_at_zero and not was_at_zero:
@@ -210,7 +208,7 @@ class Membership(background_thread.BackgroundThread):
 
     def run_round(self) -> None:
         now = time.monotonic()
-        is_look = now >= self._next_look  # else there are only orders
+        is_look = now >= self._next_look  # otherwise the round only carries orders
         if self._shared is not None and self._beats is not None:
             try:
                 self._exchange(self._shared, self._beats, now, is_look=is_look)
@@ -222,7 +220,7 @@ class Membership(background_thread.BackgroundThread):
                     self.counts.fail()
                 raise
             if self._away_since is not None:
-                # The others have been away as well, and may hang in their waits for as long again.
+                # The others were cut off too, and may hang for the same time again.
                 back = time.monotonic()
                 hang = min(back - self._away_since, self._longest_hang)
                 self._meets_until = back + _MEETING + hang
@@ -234,7 +232,7 @@ class Membership(background_thread.BackgroundThread):
             self._lengths = self._declared.read(sorted(self._followed))
             if self._lengths is None:
                 return
-        # Before the others are known each would scale for the whole queue.
+        # Before it knows the others, each worker would scale for the whole queue.
         if self._on_read is not None and (self._shared is None or now >= self._meets_until):
             others = None if self._shared is None else self.others
             self._reading = Reading(at=time.monotonic(), lengths=self._lengths, others=others)
@@ -304,15 +302,15 @@ class Membership(background_thread.BackgroundThread):
     # -- records --
 
     def _follow_records(self, written: Mapping[bytes, bytes], alive: Sequence[bytes]) -> None:
-        # A worker that was started again under its name is in its own way for a ttl: the one that
-        # beat last counts.
+        # A worker that restarted under the same name is listed twice for one ttl: the entry with
+        # the last heartbeat counts.
         newest = {}
         for name in alive:
             try:
                 record = worker_record.loads(written[name], name.decode())
                 newest[record.worker] = record
             except KeyError:
-                continue  # it has only beaten
+                continue  # a heartbeat without a record
             except (ValueError, TypeError, RecursionError) as exc:
                 logger.debug("the record of %r cannot be read: %s", name, exc)
         newest.pop(self._record.worker, None)
@@ -321,17 +319,17 @@ class Membership(background_thread.BackgroundThread):
         if self._declared is None or self._lengths is not None:
             self._waits = {queue: self._wait(queue) for queue in self._own_loads}
 
-    # -- what callers are told --
+    # -- waits for callers --
 
     def _wait(self, queue: str) -> float | None:
-        """Return the seconds that an input which comes now would wait; ``None``: unknown."""
+        """Return the seconds that an input sent now would wait; ``None`` if unknown."""
         own = self._own_loads[queue]
         others = [record.loads[queue] for record in self.others if queue in record.loads]
         length = (self._lengths or {}).get(queue, queue_lengths.Length(0))
         return queue_time.estimate(length.messages * own.mean, [own, *others])
 
     def _write(self, pipe: Any, shared: find.SharedRedis) -> None:
-        """Write the estimates that the last records gave; a caller reads one small value."""
+        """Write the estimates, as one small value per queue that a caller can read."""
         lifetime = int(1000 * _ROUNDS * self._records_period)
         for queue, wait in self._waits.items():
             key = shared.key("wait", queue)
@@ -343,7 +341,7 @@ class Membership(background_thread.BackgroundThread):
 
 
 def _checked(answers: Iterator[Any]) -> Any:
-    """Return the next answer of a pipeline; an error among them is raised."""
+    """Return the next answer of a pipeline; raise it if it is an exception."""
     if isinstance(answer := next(answers), Exception):
         raise answer
     return answer

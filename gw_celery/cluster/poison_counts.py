@@ -1,6 +1,6 @@
-"""How many children each input has killed, shared by all workers in Redis.
+"""Counts of the children that each input has killed, shared by all workers in Redis.
 
-The thread of ``membership`` talks to Redis, so that the worker's loop never waits.
+The thread of ``membership`` talks to Redis, so that the loop of the worker's parent never waits.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from gw_celery import background_thread
 
 #: Seconds after which Redis forgets an input.
 _LIFETIME = 86_400
-#: Orders that may wait for Redis; with more, each worker counts for itself.
+#: Maximum number of orders that wait for Redis; beyond it, each worker counts for itself.
 _MOST = 10_000
-#: A count may grow by 0: the input was in flight, and others were as well.
+#: Adds to a count. The increment is 0 if the input was in flight together with others.
 _COUNT = """
 redis.call('INCRBY', KEYS[1], ARGV[1])
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
 
-#: Writes a command on the count of an input, under this key, into a pipeline.
+#: Writes a command for the count under a key into a pipeline.
 _Write = Callable[[Any, str], object]
 
 
 class Shared:
-    """The counts, as the pool asks for them.
+    """The shared counts, for the pool.
 
     Args:
-        thread: it calls ``ask_redis`` and ``answer`` in each of its rounds.
-        wake: has the pool look at ``answers`` soon, in its own thread.
+        thread: calls ``ask_redis`` and ``answer`` in each round.
+        wake: makes the pool read ``answers`` soon, in its own thread.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Shared:
     ) -> None:
         self._thread = thread
         self._wake = wake
-        #: With the task id, and the number that the pool asks by; ``None`` where it does not.
+        #: Command, task id, and the number of the pool's question; ``None`` for none.
         self._orders: collections.deque[tuple[_Write, str, int | None]] = collections.deque()
         self._asked: list[tuple[str, int | None]] = []
         self._answers: collections.deque[tuple[int, str, int | None]] = collections.deque()
@@ -47,19 +47,19 @@ class Shared:
     # -- in the pool's thread --
 
     def record(self, task_id: str, deaths: int) -> None:
-        """A child died with this input in flight; ``deaths`` is 1 if it ran alone, else 0."""
+        """Count a death for an input in flight; ``deaths`` is 1 if it ran alone, else 0."""
         self._order(lambda pipe, key: pipe.eval(_COUNT, 1, key, deaths, _LIFETIME), task_id)
 
     def ask(self, number: int, task_id: str) -> bool:
-        """Have the count of an input read; whether ``answers`` will have it."""
+        """Request the count of an input; return whether ``answers`` will have it."""
         return self._order(lambda pipe, key: pipe.get(key), task_id, number)
 
     def forget(self, task_id: str) -> None:
-        """The input is answered, whatever killed children before."""
+        """Delete the count of an input that has been answered."""
         self._order(lambda pipe, key: pipe.delete(key), task_id)
 
     def answers(self) -> Iterator[tuple[int, str, int | None]]:
-        """Yield what Redis has answered: number, task id, and the count; ``None``: not known."""
+        """Yield the number, task id and count of each answer; the count is ``None`` if unknown."""
         while self._answers:
             yield self._answers.popleft()
 
@@ -73,26 +73,24 @@ class Shared:
     # -- in the thread that talks to Redis --
 
     def ask_redis(self, pipe: Any, prefix: str) -> None:
-        """Write a command for each order into a pipeline."""
         while self._orders:
             write, task_id, number = self._orders.popleft()
             self._asked.append((task_id, number))
             write(pipe, f"{prefix}{task_id}")
 
     def answer(self, answers: Iterator[Any]) -> None:
-        """Take in what Redis answered to these commands."""
         asked, self._asked = self._asked, []
         for task_id, number in asked:
             answer, count = next(answers), None
             if number is None:
                 continue
-            with contextlib.suppress(TypeError, ValueError):  # also what is there is no count
+            with contextlib.suppress(TypeError, ValueError):  # also if the value is not a count
                 count = int(answer)
             self._answers.append((number, task_id, count))
             self._wake()
 
     def fail(self) -> None:
-        """Redis is away: each worker counts for itself, and no input waits for an answer."""
+        """Answer all questions with "unknown" while Redis is unreachable."""
         while self._orders:
             _, task_id, number = self._orders.popleft()
             self._asked.append((task_id, number))

@@ -1,4 +1,4 @@
-"""How many messages wait in the broker in each queue."""
+"""Queue lengths in the broker, read by the worker's parent."""
 
 from __future__ import annotations
 
@@ -14,37 +14,36 @@ from gw_celery.policy import backoff
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after which a broker that did not answer is asked again, at first and at most.
+#: Delays in seconds before asking an unreachable broker again: the first, and the maximum.
 _FIRST_WAIT = 1.0
 _LONGEST_WAIT = 16.0
-#: What AMQP answers about a queue that is not declared.
+#: AMQP's reply code for a queue that is not declared.
 _NOT_FOUND = 404
 
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """Messages that wait in a queue, or in the queues of one service."""
-
     messages: int
-    #: Workers that consume them now; ``None`` where the broker does not tell.
+    #: Number of consumers; ``None`` if the broker does not report it.
     consumers: int | None = None
 
 
 def total(lengths: Mapping[str, Length], queues: Iterable[str]) -> Length:
-    """Return the length of several queues together; consumers take from all of them."""
+    """Return the total length of several queues; consumers read all of them."""
     listed = [lengths[queue] for queue in queues if queue in lengths]
     consumers = [length.consumers for length in listed if length.consumers is not None]
     return Length(sum(length.messages for length in listed), max(consumers, default=None))
 
 
 class DeclaredLengths:
-    """Queues of RabbitMQ, of whatever type: a passive declaration tells, and changes nothing.
+    """Lengths of RabbitMQ queues of any type, read by passive declarations, which change nothing.
 
-    It counts what is ready, not what consumers hold. A connection that failed is made anew, after
-    ever longer waits.
+    They count ready messages, not those that consumers hold. After a failure, it reconnects after
+    increasing delays.
 
     Args:
-        timeout: seconds that any one answer of the broker may take.
+        app: the Celery app.
+        timeout: seconds that each answer of the broker may take.
     """
 
     def __init__(self, app: Any, timeout: float) -> None:
@@ -59,7 +58,7 @@ class DeclaredLengths:
         )
 
     def read(self, queues: Sequence[str]) -> dict[str, Length] | None:
-        """Return the lengths by queue; ``None`` while the broker cannot be asked."""
+        """Return the lengths by queue; ``None`` while the broker does not answer."""
         if time.monotonic() < self._next:
             return None
         try:
@@ -67,7 +66,7 @@ class DeclaredLengths:
                 self._connection = connection = self._app.connection_for_read()
                 connection.connect_timeout = min(connection.connect_timeout or 4.0, self._timeout)
                 connection.transport_options.setdefault("read_timeout", self._timeout)
-                # Once, and at once: its default channel alone would try for ever.
+                # Two attempts without a pause; the default channel alone would retry for ever.
                 connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
             lengths = {queue: self._read(queue) for queue in queues}
         except Exception as exc:
@@ -91,7 +90,7 @@ class DeclaredLengths:
         try:
             declared = self._channel.queue_declare(queue=name, passive=True)
         except self._connection.channel_errors as exc:
-            # The broker has closed the channel, so that the next queue needs another.
+            # The broker has closed the channel, so that the next queue needs a new one.
             channel, self._channel = self._channel, None
             with contextlib.suppress(*self._connection.channel_errors, OSError):
                 channel.close()

@@ -1,4 +1,4 @@
-"""gw-json: a JSON serializer that keeps Python types and runs nothing that a message names."""
+"""gw-json, in every process: JSON that keeps Python types, and executes nothing from a message."""
 
 from __future__ import annotations
 

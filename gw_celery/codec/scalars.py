@@ -1,7 +1,7 @@
-"""How a single value that JSON lacks is written: a marker, its payload, and the way back.
+"""The scalar values that JSON lacks: for each a marker, and functions to write and read a payload.
 
-A payload comes from a message: each ``read`` checks its type before anything else looks at it.
-Whatever a ``read`` raises is turned into a ``SerializationError`` that names the marker.
+Every process uses this module. A payload is untrusted: each ``read`` checks its type first. The
+caller turns any exception of ``read`` into a ``SerializationError`` that names the marker.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gw_celery import errors
 T = TypeVar("T")
 Moment = TypeVar("Moment", dt.datetime, dt.time)
 
-#: Python refuses to convert longer integers to and from decimal digits, by default above 4300
-#: digits and at the strictest above 640; hexadecimal digits are never refused.
+#: Python refuses to convert longer ints to and from decimal digits (by default above 4300 digits,
+#: at the strictest above 640), but not to hexadecimal digits.
 _DECIMAL_BITS = 2048
 
 _MICROSECONDS_OF_A_MINUTE = 60_000_000
@@ -32,7 +32,7 @@ _MICROSECOND = dt.timedelta(microseconds=1)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scalar:
-    """One kind of value: its class, its marker, and both ways between value and payload."""
+    """A kind of value: its class, its marker, and the conversions to and from a payload."""
 
     cls: type
     marker: str
@@ -41,7 +41,7 @@ class Scalar:
 
 
 def json_changes(value: object) -> bool:
-    """Tell whether JSON text would lose this str, int or float, or refuse it."""
+    """Return whether JSON text would change or refuse this str, int or float."""
     if isinstance(value, float):
         return not math.isfinite(value)
     if isinstance(value, str):
@@ -50,7 +50,7 @@ def json_changes(value: object) -> bool:
 
 
 def expect(cls: type[T], payload: object) -> T:
-    """Return ``payload`` if it is exactly a ``cls``; raise ``SerializationError`` otherwise."""
+    """Return ``payload`` if its type is exactly ``cls``; else raise ``SerializationError``."""
     if type(payload) is cls:
         return payload
     raise errors.SerializationError(
@@ -72,7 +72,7 @@ def _from_base64(text: str) -> bytes:
 
 
 def _write_text(value: str) -> str:
-    # UTF-8 and not UTF-16, which would join two lone surrogates to one letter.
+    # UTF-8 instead of UTF-16, which would join two lone surrogates into one character.
     return _to_base64(value.encode("utf-8", "surrogatepass"))
 
 
@@ -90,7 +90,7 @@ def _read_timedelta(payload: object) -> dt.timedelta:
 
 def _write_moment(value: dt.datetime | dt.time) -> object:
     zone = _write_zone(value.tzinfo)
-    # fromisoformat takes an offset of some microseconds for UTC: only whole minutes are ISO's.
+    # fromisoformat reads an offset of some microseconds as UTC: use ISO only for whole minutes.
     is_iso = zone is None or (
         isinstance(zone, list) and len(zone) == 1 and zone[0] % _MICROSECONDS_OF_A_MINUTE == 0
     )
@@ -115,7 +115,7 @@ def _write_zone(zone: dt.tzinfo | None) -> object:
     if type(zone) is zoneinfo.ZoneInfo and zone.key in _zone_keys():
         return zone.key
     if type(zone) is dt.timezone:
-        # The only place that tells a name that was given from one that is derived.
+        # Only these arguments distinguish a given name from a derived one.
         offset, *name = zone.__getinitargs__()  # type: ignore[attr-defined]
         return [_microseconds(offset), *name]
     if zone is None:
@@ -132,7 +132,7 @@ def _read_zone(payload: object) -> dt.tzinfo | None:
     if not isinstance(payload, str):
         offset, *name = expect(list, payload)
         return dt.timezone(_read_timedelta(offset), *(expect(str, part) for part in name))
-    # ZoneInfo looks for an unknown key in the tzdata package, and imports what the key spells.
+    # ZoneInfo searches the tzdata package for an unknown key, and imports modules named by it.
     if payload not in _zone_keys():
         raise errors.SerializationError(
             f"the time zone {payload[:80]!r} is not known here: install the tzdata package"

@@ -1,10 +1,10 @@
-"""gw-json's documents: their text and limits, and the two walks between values and plain JSON.
+"""gw-json's documents, in every process: limits, and the conversions to and from plain JSON.
 
-A value that JSON lacks becomes ``{"~marker": payload}``. A dict of the user's with one key that
-begins with ``~`` is written as ``{"~dict": [[key, value]]}``, so no data can be taken for a marker.
+A value that JSON lacks becomes ``{"~marker": payload}``. A user's dict whose only key begins with
+``~`` is written as ``{"~dict": [[key, value]]}``, so that data cannot be mistaken for a marker.
 
-Both walks count depth alike, one for each value inside another, and refuse the same sets and dicts,
-so what can be written can be read.
+Writing and reading count depth in the same way (one level per value inside another), and refuse the
+same sets and dicts. What can be written can therefore be read.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from kombu import serialization
 from gw_celery import errors
 from gw_celery.codec import scalars, types
 
-#: What ``serializer=`` and ``accept_content`` call it.
+#: Its name in ``serializer=`` and ``accept_content``.
 NAME = "gw-json"
 
-#: What a message calls it.
+#: Its content type in a message.
 CONTENT_TYPE = "application/x-gw-json"
 
 _ATOMS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
@@ -34,14 +34,15 @@ _COLLECTION_OF: dict[str, type[Any]] = {marker: cls for cls, marker in _COLLECTI
 _SCALARS = {scalar.cls: scalar for scalar in scalars.SCALARS}
 _SCALAR_OF = {scalar.marker: scalar for scalar in scalars.SCALARS}
 _PAIRS = "~dict"
-#: How many members of a set, or keys of a dict, may have the same hash.
+#: Maximum number of members of a set, or keys of a dict, with the same hash.
 _MOST_OF_ONE_HASH = 128
-#: Python salts the hashes of these, so that a sender cannot choose many of one hash.
+#: Types with salted hashes: a sender cannot choose many values of one hash.
 _SALTED: frozenset[type] = frozenset({str, bytes})
 _OBJECT = "~obj"
 
-#: What Celery and Django themselves put into messages, by the dotted name of a base, since nothing
-#: here may import them. Celery's own JSON writes them as these too. (Signatures: ``__json__``.)
+#: Objects that Celery and Django put into messages, by the dotted name of a base class, because
+#: this module must not import them. Celery's own JSON converts them too. (Signatures have
+#: ``__json__``.)
 _LOWERED: dict[str, Callable[[Any], object]] = {
     "celery.utils.functional._regen": list,
     "django.utils.functional.Promise": str,
@@ -51,11 +52,11 @@ _LOWERED: dict[str, Callable[[Any], object]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What is refused, both on writing and on reading.
+    """The limits for writing and reading.
 
     Attributes:
-        depth: how many values may lie inside one another.
-        size: how many bytes the text may have; checked before it is parsed.
+        depth: maximum nesting of values.
+        size: maximum bytes of the text, checked before parsing.
     """
 
     depth: int = 100
@@ -82,8 +83,8 @@ class Codec:
         """Return ``value`` as JSON text.
 
         Raises:
-            SerializationError: a type is not registered, the value contains itself, or it is
-                deeper or longer than the limits.
+            SerializationError: if a type is not registered, the value contains itself, or it
+                exceeds the limits.
         """
         try:
             text, size = self._text(value)
@@ -93,11 +94,11 @@ class Codec:
         return text
 
     def loads(self, data: str | bytes | bytearray | memoryview) -> object:
-        """Return the value that ``dumps`` was given.
+        """Return the value from the text that ``dumps`` wrote.
 
         Raises:
-            SerializationError: the text is not gw-json, names a type that is not registered here,
-                or is deeper or longer than the limits.
+            SerializationError: if the text is not gw-json, names a type that is not registered
+                here, or exceeds the limits.
         """
         try:
             if isinstance(data, str):
@@ -107,8 +108,8 @@ class Codec:
             self._check_size(size)
             text = data if isinstance(data, str) else str(data, "utf-8")
             node = _parse(text)
-            # The parsed value is the answer already when there is no marker (whose ``~`` may be an
-            # escape) and no room for so many brackets. Searching a long text is no quicker.
+            # The parsed value is the answer if the text has no marker (whose ``~`` may be escaped)
+            # and is too short to be too deep. Searching a long text saves no time.
             if len(text) > 2 * self._depth or '"~' in text or '"\\u007' in text:
                 return self._reader.read(node)
             return node
@@ -127,7 +128,7 @@ class Codec:
         except errors.SerializationError:
             raise
         except ValueError:
-            # A nan, an int of thousands of digits or a lone surrogate: rare enough to start again.
+            # A nan, a very long int or a lone surrogate: rare enough to start again.
             return _sized(_render(self._careful_writer.write(value)))
 
     def _check_size(self, size: int) -> None:
@@ -139,7 +140,6 @@ class Codec:
 
 
 def configure(limits: Limits) -> None:
-    """Set the limits of this process."""
     global _codec
     _codec = Codec(types.registry, limits)
 
@@ -154,7 +154,7 @@ def dumps(value: object) -> str:
 
 
 def loads(data: str | bytes | bytearray | memoryview) -> object:
-    """Return the value that ``dumps`` was given, with the types and limits of this process.
+    """Return the value of a gw-json text, with the types and limits of this process.
 
     Raises:
         SerializationError: as ``Codec.loads``.
@@ -163,17 +163,17 @@ def loads(data: str | bytes | bytearray | memoryview) -> object:
 
 
 def register() -> None:
-    """Make gw-json known to kombu, and so to Celery; calling it again changes nothing."""
-    # kombu declares no types, and the stubs for it only half of them.
+    """Register gw-json with kombu, and so with Celery; repeated calls change nothing."""
+    # kombu has no types, and its stubs have only half of them.
     serializers: Any = serialization.registry
     serializers.register(NAME, dumps, loads, CONTENT_TYPE, "utf-8")
 
 
 class Writer:
-    """Turns values into plain JSON values with markers.
+    """Converts values to plain JSON values with markers.
 
-    Without ``is_careful`` it takes every str, int and float for one that JSON can write. That is
-    nearly always so, and far quicker; where the JSON encoder refuses one, a careful walk marks it.
+    Without ``is_careful`` it assumes that JSON can write every str, int and float, which is nearly
+    always true and much faster. If the encoder refuses one, a careful writer marks it.
     """
 
     def __init__(self, registry: types.TypeRegistry, depth: int, is_careful: bool) -> None:
@@ -183,7 +183,7 @@ class Writer:
         self._atoms = frozenset({bool, type(None)}) if is_careful else _ATOMS
 
     def write(self, value: object, depth: int = 1) -> object:
-        """Return ``value`` as JSON values; raise ``SerializationError`` for what cannot be."""
+        """Return ``value`` as JSON values; raise ``SerializationError`` if that is impossible."""
         cls = type(value)
         if cls in _ATOMS and not (self._is_careful and scalars.json_changes(value)):
             return value
@@ -203,7 +203,7 @@ class Writer:
 
     def _items(self, values: list[object], depth: int) -> list[object]:
         atoms = self._atoms
-        # Two C loops: quicker than a comprehension by far when a list is long and flat.
+        # Two loops in C, much faster than a comprehension for a long flat list.
         if atoms.issuperset(map(type, values)):
             return values
         return [v if type(v) in atoms else self.write(v, depth) for v in values]
@@ -211,7 +211,7 @@ class Writer:
     def _dict(self, value: dict[Any, object], depth: int) -> object:
         if not _STR.issuperset(map(type, value)) or self._misleads(value):
             _check_hashes(dict, value)
-            # A list for each pair: the keys are any values, and are written as such.
+            # A list for each pair, because keys may be any values.
             return {_PAIRS: [self._items([*pair], depth) for pair in value.items()]}
         atoms = self._atoms
         if atoms.issuperset(map(type, value.values())):
@@ -235,7 +235,7 @@ class Writer:
         )
         if lower is None:
             raise errors.SerializationError(self._unregistered(cls))
-        # One level more than is read, so that a ``__json__`` that returns itself ends.
+        # One more level, so that a ``__json__`` that returns itself ends.
         return self.write(_ask(cls, lower, value), depth + 1)
 
     def _unregistered(self, cls: type) -> str:
@@ -251,16 +251,16 @@ class Writer:
 
 
 class Reader:
-    """Turns parsed JSON with markers back into values."""
+    """Converts parsed JSON with markers back to values."""
 
     def __init__(self, registry: types.TypeRegistry, depth: int) -> None:
         self._registry = registry
         self._depth = depth
 
     def read(self, node: Any, depth: int = 1) -> object:
-        """Return the value that ``node`` describes; raise ``SerializationError`` if there is none.
+        """Return the value of ``node``; raise ``SerializationError`` if it is invalid.
 
-        ``node`` is what the JSON decoder made: str, int, float, bool, None, lists and dicts.
+        ``node`` comes from the JSON decoder: str, int, float, bool, None, lists and dicts.
         """
         if type(node) in _ATOMS:
             return node
@@ -305,7 +305,7 @@ class Reader:
         except (errors.SerializationError, RecursionError):
             raise
         except Exception as error:
-            # Beside bad payloads: __hash__ and __eq__ of registered classes, which are users' code.
+            # Also user code may raise: __hash__ and __eq__ of registered classes.
             raise errors.SerializationError(
                 f"the marker {marker!r} holds {reprlib.repr(payload)}, which cannot be read "
                 f"({type(error).__name__}: {error}): the message was not written by gw-json"
@@ -316,7 +316,7 @@ class Reader:
 
 
 def _ask(cls: type, function: Callable[[Any], object], argument: object) -> object:
-    """Call what a user's class brings, and name the class when that fails."""
+    """Call a function of a user's class, and name the class if that fails."""
     try:
         return function(argument)
     except (errors.SerializationError, RecursionError):
@@ -329,10 +329,10 @@ def _ask(cls: type, function: Callable[[Any], object], argument: object) -> obje
 
 
 def _check_hashes(cls: type, keys: Collection[object]) -> None:
-    """Refuse a set or dict of which many keys have one hash: each is compared with all before it.
+    """Refuse a set or dict with many keys of one hash, before it is built.
 
-    Any sender can write such numbers, and tuples and objects that hold them; 64 MB of them would
-    take a day. So that is counted before the container is built.
+    Each such key is compared with all before it. Any sender can choose such numbers, and tuples and
+    objects that hold them; 64 MB of them would take a day.
     """
     if len(keys) <= _MOST_OF_ONE_HASH or cls is tuple or _SALTED.issuperset(map(type, keys)):
         return
@@ -358,8 +358,8 @@ def _sized(text: str) -> tuple[str, int]:
     return text, len(text) if text.isascii() else len(text.encode())
 
 
-# Made once: json.dumps and json.loads make new ones for each call that is not the plainest.
-# A cycle cannot reach the encoder, for the walk before it has an end.
+# Created once, because json.dumps and json.loads create new ones for most options. A cycle cannot
+# reach the encoder, because the walk before it is limited in depth.
 _render = json.JSONEncoder(
     ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")
 ).encode

@@ -1,7 +1,7 @@
-"""The classes whose instances may travel, and how each is taken apart and built again.
+"""The registered classes of this process, and how their instances are taken apart and rebuilt.
 
-A registry is the only map from a name in a message to a class. A shape looks up no name that a
-message gives, except among those that its class itself declares: its fields, its members.
+Only a registry maps a name in a message to a class. A shape accepts only names that its class
+declares itself: its fields or members.
 """
 
 from __future__ import annotations
@@ -22,21 +22,19 @@ from gw_celery.codec import scalars
 
 T = TypeVar("T")
 
-#: What gw-json writes without registration: exactly these classes, not their subclasses.
+#: The classes that gw-json writes without registration, excluding their subclasses.
 BUILT_IN: frozenset[type] = frozenset(
     {bool, type(None), list, tuple, dict, set, frozenset, *(s.cls for s in scalars.SCALARS)}
 )
 
-#: Classes of these packages hold more than their attributes say: connections, device memory, rules.
+#: Packages whose objects hold more than their attributes: connections, device memory, rules.
 _FOREIGN = frozenset({"celery", "django", "gw_celery", "kombu", "numpy", "pydantic", "torch"})
-#: Of ``type.__flags__``: the class was made by a class statement. (Py_TPFLAGS_HEAPTYPE)
+#: Flag in ``type.__flags__`` of classes made by a class statement (Py_TPFLAGS_HEAPTYPE).
 _HEAP_TYPE = 1 << 9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One version of one registered class."""
-
     cls: type
     name: str
     version: int
@@ -48,8 +46,6 @@ class Entry:
 
 
 class _Options(TypedDict, total=False):
-    """The keywords of ``TypeRegistry.register``."""
-
     name: str | None
     version: int
     encode: Callable[[Any], object] | None
@@ -83,24 +79,24 @@ class TypeRegistry:
     ) -> type[T] | Callable[[type[T]], type[T]]:
         """Let instances of a class travel in gw-json; a function, and a decorator of classes.
 
-        Without ``encode`` and ``decode``, a dataclass is written by its fields, an Enum by the
-        name of the member, an exception by its ``args`` and any other object by its ``__dict__``.
-        Subclasses are not included. Names of fields are checked on reading, their types are not.
+        Without ``encode`` and ``decode``, a dataclass is written by its fields, an Enum by the name
+        of the member, an exception by its ``args``, and any other object by its ``__dict__``.
+        Subclasses are not included. Reading checks the names of fields, but not their types.
 
         Args:
             cls: the class; left out in ``@register_type(name=...)``.
-            name: what messages call it, by default ``module.qualname``.
-            version: raise it when what is written changes. A class is written in the highest
-                version of the name that it was given last, and every version is read.
-            encode: turns an instance into something that gw-json can write.
-            decode: turns that into an instance again; what it raises refuses the message.
+            name: the name in messages; default: ``module.qualname``. It must not contain "@".
+            version: 1 or more; raise it when the written form changes. A class is written in the
+                highest version of its latest name. Every registered version can be read.
+            encode: converts an instance to a value that gw-json can write.
+            decode: converts such a value to an instance; an exception refuses the message.
 
         Returns:
-            The class itself.
+            The class; without ``cls``, a decorator that returns it.
 
         Raises:
-            DeclarationError: the name is taken by another class, or instances hold data that would
-                not be written (slots, a subclass of ``dict``) and no functions are given.
+            DeclarationError: if an argument is invalid, another class has the name, or, without
+                functions, data of instances would be lost (slots, a subclass of ``dict``).
         """
 
         def add(cls: type[T]) -> type[T]:
@@ -128,18 +124,18 @@ class TypeRegistry:
         return add if cls is None else add(cls)
 
     def exception_class(self, type_name: str) -> type[Exception] | None:
-        """Return the registered exception class called ``module.qualname``, or None."""
+        """Return the registered exception class of the name ``module.qualname``, or None."""
         return self._exceptions.get(type_name)
 
     def written_as(self, cls: type) -> Entry | None:
-        """Return the entry under which instances of exactly ``cls`` are written, or None."""
+        """Return the entry by which instances of exactly ``cls`` are written, or None."""
         return self._written.get(cls)
 
     def called(self, wire_name: str) -> Entry:
-        """Return the entry that a message calls ``name@version``.
+        """Return the entry of a name ``name@version`` in a message.
 
         Raises:
-            SerializationError: there is none; the message tells which versions there are.
+            SerializationError: if there is none; the message lists the registered versions.
         """
         if wire_name in self._read:
             return self._read[wire_name]
@@ -159,7 +155,7 @@ class TypeRegistry:
             if _dotted(taken.cls) != _dotted(entry.cls):
                 rule = f"{entry.wire_name} already names {_dotted(taken.cls)}; give another name="
                 raise errors.DeclarationError("name", entry.name, rule)
-            # An autoreload made the class again: the old one is gone.
+            # An autoreload has created the class again, and the old one is obsolete.
             self._written.pop(taken.cls, None)
         self._read[entry.wire_name] = entry
         written = self._written.get(entry.cls)
@@ -182,14 +178,12 @@ exception_class = registry.exception_class
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Custom:
-    """The two functions that the user gave."""
-
     take: Callable[[Any], object]
     build: Callable[[Any], object]
 
 
 class Members:
-    """An Enum, by the name of the member; a combination of flags that has no name, by its value."""
+    """An Enum, by the name of the member; an unnamed combination of flags, by its value."""
 
     def __init__(self, cls: type[enum.Enum]) -> None:
         self.cls = cls
@@ -200,7 +194,7 @@ class Members:
     def build(self, payload: object) -> object:
         if issubclass(self.cls, enum.Flag) and type(payload) is int:
             made = self.cls(payload)
-            # Some Pythons drop an unknown bit without a word; a class can ask for that, too.
+            # Some Python versions ignore an unknown bit, and a class can request that.
             if made.value != payload:
                 raise _misfit(self.cls, f"has no member for some of the bits {payload:#b}")
             return made
@@ -212,9 +206,9 @@ class Members:
 
 
 class Fields:
-    """A dataclass, by its fields: the constructor checks them, and no name more is accepted.
+    """A dataclass, by its fields: the constructor checks them, and unknown names are refused.
 
-    Fields with ``init=False`` are written when they are set, and set after the constructor.
+    Fields with ``init=False`` are written if they are set, and set after the constructor.
     """
 
     def __init__(self, cls: type) -> None:
@@ -240,7 +234,7 @@ class Fields:
         made: object = self.cls(**{k: v for k, v in given.items() if self.fields[k].init})
         for name in given:
             if not self.fields[name].init:
-                # A frozen dataclass sets its own fields in this way too.
+                # Frozen dataclasses set their own fields in this way too.
                 object.__setattr__(made, name, given[name])
         return made
 
@@ -261,36 +255,36 @@ class Attributes:
 
 
 class Raised:
-    """An exception, by its ``args`` and its ``__dict__``; no ``__init__`` of a user's is called."""
+    """An exception, by its ``args`` and ``__dict__``; a user's ``__init__`` is not called."""
 
     def __init__(self, cls: type[Exception]) -> None:
         self.cls = cls
         self._native: Any = next(base for base in cls.__mro__ if _is_native(base))
 
     def take(self, value: Exception) -> object:
-        # Not value.args: OSError keeps the name of the file elsewhere.
+        # Not value.args, because OSError keeps the file name elsewhere.
         args: object = self._native.__reduce__(value)[1]
         return [args, vars(value)]
 
     def build(self, payload: object) -> object:
         args, attributes = scalars.expect(list, payload)
         made: Exception = self._native.__new__(self.cls, *scalars.expect(tuple, args))
-        # Some keep what str() shows beside args: UnicodeDecodeError, StopIteration.
+        # Some keep the text of str() outside args: UnicodeDecodeError, StopIteration.
         self._native.__init__(made, *args)
         vars(made).update(_attributes(attributes))
         return made
 
 
-#: Both ways between an instance and a payload that gw-json can write: ``take`` returns the payload,
-#: ``build`` an instance, or it raises any exception when the payload does not fit.
+#: Conversions of an instance: ``take`` returns a payload that gw-json can write, and ``build``
+#: returns an instance, or raises any exception if the payload does not fit.
 Shape = Custom | Members | Fields | Attributes | Raised
 
 
 def shape_of(cls: type) -> Shape:
-    """Choose how instances of ``cls`` are written when the user gives no functions for it.
+    """Choose how to write instances of ``cls`` without the user's functions.
 
     Raises:
-        DeclarationError: its instances hold something that none of the shapes would keep.
+        DeclarationError: if every shape would lose some data of its instances.
     """
     if issubclass(cls, enum.Enum):
         return Members(cls)
@@ -299,7 +293,7 @@ def shape_of(cls: type) -> Shape:
     if any(_is_native(base) for base in cls.__mro__ if base is not object):
         rule = "is built on a class written in C, whose data would be lost"
         raise errors.DeclarationError("cls", cls, f"{rule}; pass encode= and decode=")
-    # A subclass that is not decorated itself may hold more than the fields it inherits.
+    # A subclass without its own decorator may hold more than the inherited fields.
     if "__dataclass_fields__" in vars(cls):
         return Fields(cls)
     has_slots = any(vars(base).get("__slots__") for base in cls.__mro__)
@@ -310,7 +304,7 @@ def shape_of(cls: type) -> Shape:
 
 
 class _Empty:
-    """The layout of an instance that has a ``__dict__`` and nothing else."""
+    """The layout of an instance that has only a ``__dict__``."""
 
 
 def _is_native(cls: type) -> bool:
@@ -332,12 +326,16 @@ def _misfit(cls: type, fact: str) -> errors.SerializationError:
 
 
 def register_annotations(function: Callable[..., object], into: TypeRegistry = registry) -> None:
-    """Register the dataclasses, Enums and plain classes that ``function`` is annotated with.
+    """Register the dataclasses, Enums and plain classes in the annotations of ``function``.
 
-    Looks inside generics (``list[Doc]``, ``Doc | None``, ``Annotated[Doc, ...]``) and into the
-    annotated fields of the classes that it finds. An annotation that cannot be resolved, a class
-    of the standard library or of a framework, and a class that needs ``encode`` and ``decode`` are
-    left out silently: a call that sends one says so.
+    It looks inside generics (``list[Doc]``, ``Doc | None``, ``Annotated[Doc, ...]``), and into the
+    annotated fields of classes that it finds. It silently skips unresolvable annotations, classes
+    of the standard library or of frameworks, and classes that need ``encode`` and ``decode``. A
+    call that sends one raises an error.
+
+    Args:
+        function: the function.
+        into: the registry.
     """
     plain = inspect.unwrap(function)
     scope = getattr(plain, "__globals__", {})
@@ -352,7 +350,7 @@ def _register(cls: type, into: TypeRegistry, seen: set[type]) -> None:
     if cls in seen or not (is_data or issubclass(cls, enum.Enum)):
         return
     seen.add(cls)
-    # A class that is known already keeps the name that it was given.
+    # A registered class keeps its name.
     if into.written_as(cls) is None:
         with contextlib.suppress(errors.DeclarationError):
             into.register(cls)
@@ -364,7 +362,7 @@ def _register(cls: type, into: TypeRegistry, seen: set[type]) -> None:
 
 def _classes(annotations: Mapping[str, object], scope: dict[str, Any]) -> Iterator[type]:
     for name, annotation in annotations.items():
-        # One at a time: a name that only a type checker sees must not hide the others.
+        # One at a time, so that a name for type checkers only does not hide the others.
         holder: Any = SimpleNamespace(__annotations__={name: annotation})
         try:
             hint = typing.get_type_hints(holder, globalns=scope)[name]

@@ -1,1 +1,1 @@
-"""Integrations with other software: each module imports its library only there."""
+"""Integrations with other software; each module imports its library only in itself."""

@@ -1,7 +1,8 @@
-"""The figures of a worker that exporters for Celery do not have, as Prometheus metrics.
+"""Prometheus metrics of a worker with the GPU pool, rendered in the worker's parent.
 
-A scrape renders the last snapshot of the worker: it asks the pool, the broker and the children
-nothing. Figures that are not known yet are left out, for 0 would be a claim.
+They complement the exporters for Celery. A scrape renders the last snapshot of the worker and asks
+neither the pool, the broker nor the children. Unknown figures are left out, because 0 would be
+wrong.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ except ImportError as exc:
         "pip install 'gw-celery[metrics]'"
     ) from exc
 
-#: The label of plain tasks. The key of a service has a dot in it.
+#: The label of plain tasks, which cannot clash: the key of a service contains a dot.
 PLAIN = "plain"
 
 _SERVICE = ("service", "queue")
-#: The values of the labels, by the key of the service.
+#: Service key -> values of the labels.
 _Labels = Mapping[str, tuple[str, str]]
 #: Gauges of each service. Workload is in the unit of its ``workload_calculator``.
 _GAUGES = {
@@ -45,13 +46,13 @@ _GAUGES = {
     "gw_capacity": "Workload per second of all replicas that are READY for the service.",
     "gw_ready_slots": "Inputs that READY replicas can run.",
 }
-#: Gauges of the autoscaler: name, description, and attribute of its snapshot.
+#: Gauges of the autoscaler: name, description, attribute of its snapshot.
 _SCALING = (
     ("gw_desired_replicas", "Replicas that the autoscaler wants of this worker.", "desired"),
     ("gw_capacity_replicas", "Replicas that this worker may have at most.", "most"),
 )
-#: Metrics of each service: type, name, key in its counters, and description. Gauges are of this
-#: moment, counters since the worker started.
+#: Metrics of each service: type, name, key in its counters, description. Gauges show the current
+#: value; counters count since the start of the worker.
 _TALLIES = (
     (core.GaugeMetricFamily, "gw_waiting", "waiting", "in this worker, without a slot"),
     (core.GaugeMetricFamily, "gw_in_flight", "running", "in its replicas"),
@@ -61,11 +62,11 @@ _TALLIES = (
 
 
 class Page(registry.Collector):
-    """The metrics of one worker as a web page, on a registry that holds nothing else.
+    """The metrics of one worker as a web page, on a separate Prometheus registry.
 
     Args:
-        read: returns its last snapshot, at once, from any thread.
-        queues: the queue of each service.
+        read: returns the worker's last snapshot; fast, and safe in any thread.
+        queues: the queue of each service, by service key.
     """
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
@@ -73,14 +74,16 @@ class Page(registry.Collector):
     def __init__(self, read: Callable[[], snapshot.Worker], queues: Mapping[str, str]) -> None:
         self._read = read
         self._queues = queues
-        # Not described by itself: that would read a worker that does not run yet.
+        # Without automatic description, which would read the snapshot before the worker runs.
         self._registry = registry.CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
     def __call__(self) -> bytes:
+        """Return the page in Prometheus' text format."""
         return exposition.generate_latest(self._registry)
 
     def collect(self) -> Iterator[core.Metric]:
+        """Yield the metrics of the last snapshot; the Prometheus registry calls this."""
         worker = self._read()
         yield from _of_worker(worker)
         yield from _of_replicas(worker.replicas)
@@ -148,7 +151,7 @@ def _of_services(worker: snapshot.Worker, labels: _Labels) -> Iterator[core.Metr
 
 
 def _figures(worker: snapshot.Worker, service: str) -> dict[str, float | None]:
-    """The gauges of a service by their names; ``None`` for what is not known."""
+    """Return the gauges of a service by name; ``None`` for an unknown figure."""
     score = worker.scores.get(service, snapshot.Score())
     ready = [replica for replica in worker.replicas if replica.state == "ready"]
     replicas = sum(service not in replica.unready for replica in ready)
@@ -160,7 +163,7 @@ def _figures(worker: snapshot.Worker, service: str) -> dict[str, float | None]:
     }
     scaling = worker.scaling
     if scaling is not None and (demand := scaling.services.get(service)) is not None:
-        # All workers of a group see the same: divided, so that their sum is right.
+        # All workers of a group report the same demand: divide it so that the sum is correct.
         figures |= {
             "gw_queue_length": demand.queued,
             "gw_backlog_workload": demand.waiting / scaling.workers,

@@ -1,1 +1,1 @@
-"""What users declare: pure data, validated when it is written down."""
+"""What users declare: plain data, validated at decoration. Every process loads it."""

@@ -1,6 +1,6 @@
-"""The rules of what users give to our decorators: values in range, and keywords in their place.
+"""Validates the arguments of our decorators, in every process that imports the user's modules.
 
-Each raises ``DeclarationError`` with the argument, the value and the rule that it breaks.
+A function here raises ``DeclarationError`` with the argument, its value and the rule it breaks.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from gw_celery import errors
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Keywords of a whole service: ``@app.remote`` and ``@app.cls`` take them.
+#: Keywords that describe a whole service: ``@app.remote`` and ``@app.cls`` take them.
 OF_A_SERVICE = ("gpu", "queue", "min_workers", "max_workers", "timeout", "max_queue_time")
-#: Keywords of one task: ``@app.remote`` and ``@gw.method`` take them.
+#: Keywords that describe one task: ``@app.remote`` and ``@gw.method`` take them.
 OF_A_TASK = (
     "benchmark_dataset", "benchmark_generator", "benchmark_runs", "benchmark_concurrency",
     "workload_calculator",
 )  # fmt: skip
-#: Celery's own, of a task or of one method; a test compares them with Celery.
+#: Celery's own options of a task or a method; a test compares them with Celery.
 OF_CELERY = (
     "acks_late", "acks_on_failure", "acks_on_failure_or_timeout", "acks_on_timeout",
     "after_return", "autoretry_for", "backend", "base", "before_start", "bind", "compression",
@@ -38,14 +38,14 @@ OF_CELERY = (
 )  # fmt: skip
 _OF_A_CLASS = (*OF_A_SERVICE, "probes")
 _KNOWN = (*_OF_A_CLASS, *OF_A_TASK, *OF_CELERY)
-#: Options that list classes of exceptions; Celery takes some of them without a tuple, too.
+#: Options that list exception classes; Celery also accepts a single class for some of them.
 _EXCEPTIONS = ("throws", "autoretry_for", "dont_autoretry_for")
-#: The serializers that workers read; pickle could run code, and yaml changes types.
+#: The serializers that workers read: pickle can run code, and yaml changes types.
 _SERIALIZERS = ("gw-json", "json")
 
 
 def integer(argument: str, value: object, low: int, high: int | None = None) -> int:
-    """Return ``value`` when it is an int (not a bool) within ``low..high``."""
+    """Return ``value`` if it is an int (not a bool) within ``low..high``."""
     span = f"{low} or more" if high is None else f"{low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise errors.DeclarationError(argument, value, f"must be an int, {span}")
@@ -55,7 +55,7 @@ def integer(argument: str, value: object, low: int, high: int | None = None) -> 
 
 
 def positive(argument: str, value: Any) -> float:
-    """Return ``value`` as a float when it is a finite number (not a bool) over 0."""
+    """Return ``value`` as a float if it is a finite number (not a bool) over 0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     try:
         number = float(value) if is_number else math.nan
@@ -67,19 +67,19 @@ def positive(argument: str, value: Any) -> float:
 
 
 def optional(argument: str, value: object) -> float | None:
-    """As ``positive``, with ``None`` for "no limit"."""
+    """Like ``positive``, but accept ``None``, which means "no limit"."""
     return None if value is None else positive(argument, value)
 
 
 def function(argument: str, value: Any) -> Any:
-    """Return ``value`` when it is ``None`` or can be called."""
+    """Return ``value`` if it is ``None`` or callable."""
     if value is not None and not callable(value):
         raise errors.DeclarationError(argument, value, "must be a function")
     return value
 
 
 def soft_before_hard(options: Mapping[str, Any], timeout: float | None) -> None:
-    """Check that a task's soft limit is not over its hard one, which is ``timeout`` by default."""
+    """Check that the soft limit does not exceed the hard limit (default: ``timeout``)."""
     soft, hard = options.get("soft_time_limit"), options.get("time_limit", timeout)
     if soft is not None and hard is not None and soft > hard:
         name = "time_limit" if "time_limit" in options else "timeout"
@@ -89,7 +89,10 @@ def soft_before_hard(options: Mapping[str, Any], timeout: float | None) -> None:
 
 
 def knows_its_keywords(label: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function name the nearest keyword when it refuses a misspelt one; Python does not."""
+    """Make a decorator refuse a misspelt keyword with the nearest valid one.
+
+    Python's own ``TypeError`` does not suggest a keyword.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(function).parameters.values()
@@ -106,7 +109,7 @@ def knows_its_keywords(label: str) -> Callable[[Callable[P, R]], Callable[P, R]]
 
 
 def unknown(label: str, given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse the first keyword in ``given`` that is not in ``known``, with the nearest, or all."""
+    """Refuse the first keyword that is not ``known``; suggest the nearest, or list all."""
     for name, value in given.items():
         if name not in known:
             takes = f"{label} takes {', '.join(known) or 'none'}"
@@ -115,19 +118,19 @@ def unknown(label: str, given: Mapping[str, Any], known: Collection[str]) -> Non
 
 
 def options_of_remote(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the Celery options, and attributes of the user's own, of ``@app.remote``."""
+    """Return the Celery options of ``@app.remote``, and the user's own task attributes."""
     _misplaced(keywords, ("probes",), "concerns a class: @app.cls takes it")
     return _options(keywords, (*OF_A_SERVICE, *OF_A_TASK, *OF_CELERY))
 
 
 def options_of_method(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the Celery options, and attributes of the user's own, of ``@gw.method``."""
+    """Return the Celery options of ``@gw.method``, and the user's own task attributes."""
     _misplaced(keywords, _OF_A_CLASS, "concerns the whole class: give it to @app.cls")
     return _options(keywords, _KNOWN)
 
 
 def unknown_of_class(keywords: Mapping[str, Any]) -> None:
-    """Refuse keywords that ``@app.cls`` does not take: a class is no task."""
+    """Refuse the keywords that ``@app.cls`` does not take: a class is not a task."""
     _misplaced(keywords, (*OF_A_TASK, *OF_CELERY), "concerns one task: give it to @gw.method()")
     _misspelt(keywords, _KNOWN)
     takes = f"is no argument of @app.cls; it takes: {', '.join(_OF_A_CLASS)}"
@@ -161,7 +164,7 @@ def _misplaced(keywords: Mapping[str, Any], names: Collection[str], rule: str) -
 
 
 def _misspelt(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Celery lets tasks have any attribute; one that is nearly a known name is a mistake."""
+    """Refuse a keyword that resembles a known one; Celery accepts any attribute of a task."""
     for name, value in given.items():
         hint = errors.near_miss(name.lower(), known, "{}=", cutoff=0.8)
         if name not in known and hint:

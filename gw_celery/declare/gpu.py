@@ -1,4 +1,4 @@
-"""The devices that a service needs, and the family of queues that follows from them."""
+"""The GPUs that a service needs, and the queue names that follow. Every process loads it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, Self
 from gw_celery import errors
 from gw_celery.declare import check
 
-#: The kinds that are known without configuration; ``gw_gpu_kinds`` adds to them.
+#: The built-in kinds; the setting ``gw_gpu_kinds`` adds others.
 KINDS = ("CPU", "T4", "A10G", "L4", "L40S", "A100", "A100_80", "H100", "H200")
 
-#: The family of services that name no kind.
+#: The family of the services that name no kind.
 ANY = "gpu"
 
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*")
-#: The families of the built-in kinds: a queue of such a name would be meant by ``-Q`` as well.
+#: Names of the families of built-in kinds. A queue must not have one: ``-Q`` would mean both.
 FAMILY = re.compile(rf"cpu|{ANY}(\.({'|'.join(KINDS[1:])})(x[2-8])?)?")
 
 
@@ -26,13 +26,14 @@ class Gpu:
     """The devices that one replica of a service needs.
 
     Args:
-        kind: one of ``KINDS``, or one that the setting ``gw_gpu_kinds`` adds; ``"CPU"`` for none.
-        count: how many of them one replica takes, 1 to 8.
-        memory_gb: memory that one replica needs for this service on each of its devices, in units
-            of 10**9 bytes; replicas may share a device only when it is given for every service.
+        kind: one of the built-in kinds (``KINDS``) or of the setting ``gw_gpu_kinds``, such as
+            ``"A100"``; ``"CPU"`` means no GPU.
+        count: devices of this kind per replica, 1 to 8; must be 1 for ``"CPU"``.
+        memory_gb: memory that the service uses on each of its devices, in units of 10**9 bytes.
+            Replicas share a device only if all services of this kind in a worker state it.
 
     Raises:
-        DeclarationError: for a kind that cannot be a name, or a count out of range.
+        DeclarationError: if the kind is not a valid name, or a number is out of range.
     """
 
     kind: str
@@ -40,7 +41,7 @@ class Gpu:
     memory_gb: float | None = None
 
     def __new__(cls, *_: Any, **keywords: Any) -> Self:
-        """Refuse a misspelt keyword before the ``__init__`` of the dataclass does."""
+        """Refuse a misspelt keyword with a hint, which the dataclass's ``__init__`` lacks."""
         check.unknown("gw.Gpu", keywords, [field.name for field in dataclasses.fields(cls)])
         return super().__new__(cls)
 
@@ -54,32 +55,32 @@ class Gpu:
 
     @property
     def family(self) -> str:
-        """The family of queues, such as ``gpu.A100`` or ``gpu.A100x2``; ``cpu`` for the CPU."""
+        """The family of queues: ``gpu.A100``, ``gpu.A100x2``, or ``cpu`` for the CPU."""
         if self.kind == "CPU":
             return "cpu"
         return f"gpu.{self.kind}" if self.count == 1 else f"gpu.{self.kind}x{self.count}"
 
 
 def is_family(queue: str) -> bool:
-    """Whether ``queue`` is named as families and their service queues are."""
+    """Return whether ``queue`` looks like the name of a family or of a service's queue."""
     return is_bare(queue) or queue.startswith((f"{ANY}.", "cpu."))
 
 
 def is_bare(queue: str) -> bool:
-    """Whether ``queue`` is a family that a project may use for a queue of its own."""
+    """Return whether ``queue`` is a family name that a project may use for its own queue."""
     return queue in (ANY, "cpu")
 
 
 def require_known(gpu: object, added: Callable[[], Collection[str]]) -> Gpu | None:
-    """Return ``gpu`` when its kind is known.
+    """Return ``gpu`` if its kind is known.
 
     Args:
         gpu: a `Gpu`, or ``None``.
-        added: returns the setting ``gw_gpu_kinds``. It is called only for kinds that are not built
-            in: declaring a service must not make Celery load its configuration.
+        added: returns the setting ``gw_gpu_kinds``. It is called only for a kind that is not
+            built in, because a declaration must not make Celery load its configuration.
 
     Raises:
-        DeclarationError: for anything else.
+        DeclarationError: if ``gpu`` is not a `Gpu`, or its kind is unknown.
     """
     if gpu is None:
         return None

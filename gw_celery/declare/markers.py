@@ -1,7 +1,7 @@
-"""The decorators that mark parts of a class task, or a function, without changing them.
+"""The decorators that mark a function or class, and leave it otherwise unchanged.
 
-A mark is an attribute of the function or class that carries it; ``@app.cls`` and ``@app.remote``
-read it. They stand outermost, so that a mark is there when they look.
+A mark is an attribute that ``@app.cls`` and ``@app.remote`` read in any process that imports the
+user's modules. A mark must therefore stand below these two.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ ENTER = "__gw_enter__"
 EXIT = "__gw_exit__"
 CONCURRENT = "__gw_concurrent__"
 BATCHED = "__gw_batched__"
-#: Set on a class by ``@app.cls``: a mark that comes later would not be seen.
+#: ``@app.cls`` sets it on a class: a mark that is added later has no effect.
 SERVICE = "__gw_service__"
-#: The user's function behind what ``@app.cls`` puts in its place.
+#: On the object that ``@app.cls`` puts in place of a method: the user's function.
 FUNCTION = "__gw_function__"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Concurrent:
-    """The inputs of a service that one replica takes at a time, and the autoscaler's aim."""
+    """Inputs of a service that one replica takes at a time, and the autoscaler's target."""
 
     max_inputs: int
     target_inputs: int
@@ -39,7 +39,7 @@ class Concurrent:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batched:
-    """How inputs are gathered into one call of a batched function."""
+    """How a replica gathers inputs into one call of a batched function."""
 
     max_batch_size: int
     wait_ms: int
@@ -52,10 +52,10 @@ class Batched:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """The source of benchmark inputs, and how often they are run.
+    """The source of benchmark inputs, and how often they run.
 
-    ``dataset`` is a sequence of keyword arguments, ``generator`` a function that returns one such
-    mapping; one of the two is set. ``runs`` rounds of ``concurrency`` parallel inputs are timed.
+    Either ``dataset`` (a sequence of keyword arguments) or ``generator`` (a function that returns
+    one such mapping) is set. ``runs`` rounds of ``concurrency`` parallel inputs are timed.
     """
 
     dataset: tuple[Sample, ...] = ()
@@ -66,7 +66,7 @@ class Benchmark:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskMark:
-    """The arguments of ``@gw.method`` or ``@app.remote`` for one callable."""
+    """The arguments of ``@gw.method`` or ``@app.remote`` for one task."""
 
     benchmark: Benchmark | None
     workload_calculator: AnyFunction | None
@@ -79,7 +79,11 @@ def on_enter(fn: F, /) -> F: ...
 def on_enter() -> Callable[[F], F]: ...
 @check.knows_its_keywords("gw.on_enter")
 def on_enter(fn: AnyFunction | None = None, /) -> Any:
-    """Mark a method that loads: it runs once per replica, before the first input."""
+    """Mark a method that loads. It runs once per instance, before the first input.
+
+    Raises:
+        DeclarationError: if it does not decorate a plain function.
+    """
     return _marked(ENTER, True, "gw.on_enter", fn)
 
 
@@ -89,7 +93,11 @@ def on_exit(fn: F, /) -> F: ...
 def on_exit() -> Callable[[F], F]: ...
 @check.knows_its_keywords("gw.on_exit")
 def on_exit(fn: AnyFunction | None = None, /) -> Any:
-    """Mark a method that unloads: it runs when the replica stops or drops the instance."""
+    """Mark a method that unloads. It runs when the replica stops or drops the instance.
+
+    Raises:
+        DeclarationError: if it does not decorate a plain function.
+    """
     return _marked(EXIT, True, "gw.on_exit", fn)
 
 
@@ -103,19 +111,24 @@ def method(
     workload_calculator: AnyFunction | None = None,
     **task_options: Any,
 ) -> Any:
-    """Mark a method as a task: ``Cls().name.delay(...)``, ``await Cls().name(...)``.
+    """Mark a method of a class as a task: ``Cls().name.delay(...)``, ``await Cls().name(...)``.
 
     Args:
-        benchmark_dataset: sample inputs, a list of dicts of parameter names.
-        benchmark_generator: or a function that returns one.
-        benchmark_runs: timed rounds.
-        benchmark_concurrency: parallel inputs of one round.
-        workload_calculator: cost of one input, from its arguments; 1.0 without it.
+        fn: the method, if the decorator is written without parentheses.
+        benchmark_dataset: sample inputs, a list of dicts from parameter name to value.
+        benchmark_generator: a function that returns one sample; give this or the dataset.
+        benchmark_runs: timed rounds, 1 to 10000.
+        benchmark_concurrency: parallel inputs of one round, 1 to 10000.
+        workload_calculator: returns the workload of an input from its arguments, in your unit.
+            Without it, each input counts as 1.0.
         task_options: any Celery task option, such as ``autoretry_for`` or ``rate_limit``, and
             attributes of your own.
 
+    Returns:
+        The method with its mark; without ``fn``, a decorator.
+
     Raises:
-        DeclarationError: when an argument breaks its rule, is misspelt, or concerns the class.
+        DeclarationError: if an argument breaks its rule, is misspelt, or belongs on ``@app.cls``.
     """
     mark = TaskMark(
         benchmark=benchmark(
@@ -130,10 +143,10 @@ def method(
 def benchmark(
     dataset: object, generator: Callable[[], Sample] | None, runs: int, concurrency: int
 ) -> Benchmark | None:
-    """Return the benchmark that the arguments of a task describe, ``None`` when none is given.
+    """Return the benchmark that a task's arguments describe; ``None`` if they name no source.
 
     Raises:
-        DeclarationError: for two sources, an empty dataset, or counts out of range.
+        DeclarationError: if there are two sources, an empty dataset, or a count out of range.
     """
     check.integer("benchmark_runs", runs, 1, 10_000)
     check.integer("benchmark_concurrency", concurrency, 1, 10_000)
@@ -159,14 +172,18 @@ def benchmark(
 
 @check.knows_its_keywords("gw.concurrent")
 def concurrent(*, max_inputs: int, target_inputs: int | None = None) -> Callable[[F], F]:
-    """Let one replica take ``max_inputs`` inputs of the service at a time.
+    """Let one replica run ``max_inputs`` inputs of a class or function at a time.
 
     Args:
-        max_inputs: 1 or more, for the class or function below.
-        target_inputs: what the autoscaler aims at, 1 to ``max_inputs``; default ``max_inputs``.
+        max_inputs: inputs in flight per replica and service, 1 or more.
+        target_inputs: inputs per replica that the autoscaler aims at, 1 to ``max_inputs``.
+            Default: ``max_inputs``.
+
+    Returns:
+        A decorator, to be written below ``@app.cls`` or ``@app.remote``.
 
     Raises:
-        DeclarationError: for a value out of range, or when placed above ``@app.cls``.
+        DeclarationError: if a value is out of range, or the decorator stands above the other.
     """
     most = check.integer("max_inputs", max_inputs, 1)
     aim = most if target_inputs is None else check.integer("target_inputs", target_inputs, 1, most)
@@ -193,19 +210,24 @@ def batched(
     on_error: Literal["isolate", "fail"] = "isolate",
     max_running_batches: int = 1,
 ) -> Callable[[F], F]:
-    """Gather concurrent inputs into one call: each parameter becomes a list, one entry an input.
+    """Gather concurrent inputs into one call: each parameter becomes a list, one entry per input.
 
     Args:
-        max_batch_size: inputs of one call at most, 1 to 1000.
+        max_batch_size: maximum inputs per call, 1 to 1000.
         wait_ms: milliseconds that the oldest input waits for others, 0 to 600000.
-        key: ``key(*args, **kwargs)``; inputs of different keys never share a call.
-        size_fn: cost of one input, an int, for ``max_batch_cost``.
-        max_batch_cost: sum of the costs of one call at most.
-        on_error: ``"isolate"`` runs the parts of a failed batch again, ``"fail"`` fails all.
-        max_running_batches: calls of this method at the same time in one replica.
+        key: called with the arguments of an input; inputs with different keys are never batched
+            together.
+        size_fn: called with the arguments of an input; returns its cost, an int.
+        max_batch_cost: maximum sum of the costs of one call; requires ``size_fn``.
+        on_error: ``"isolate"`` runs parts of a failed batch again; ``"fail"`` fails all inputs.
+        max_running_batches: calls of this method that one replica runs in parallel, 1 or more.
+
+    Returns:
+        A decorator, to be written below ``@gw.method`` or ``@app.remote``.
 
     Raises:
-        DeclarationError: for a value out of range, or a signature that cannot be batched.
+        DeclarationError: if a value is out of range, or the function has ``*args`` or
+            ``**kwargs``.
     """
     if on_error not in ("isolate", "fail"):
         raise errors.DeclarationError("on_error", on_error, 'must be "isolate" or "fail"')

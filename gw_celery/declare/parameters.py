@@ -1,7 +1,7 @@
-"""Runtime parameters of a class task: ``threshold: float = gw.parameter(default=0.5)``.
+"""Parameters of a class task, ``threshold: float = gw.parameter(default=0.5)``, in every process.
 
-Inside an instance a parameter reads as its value. Reads are recorded while ``on_enter`` runs: calls
-share loaded state only when they agree on the parameters that it was made from.
+On an instance a parameter reads as its value. The instance records which parameters ``on_enter``
+reads: two calls share loaded state only if they agree on those parameters.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gw_celery.types import ParameterValues
 
 #: Attribute of an instance: parameter name -> value.
 VALUES = "_gw_values"
-#: Attribute of an instance: while it loads, the set of names that were read so far; afterwards a
-#: frozenset of those that its state was made from; ``None`` where every parameter may be read.
+#: Attribute of an instance. While it loads: the set of the parameters read so far. Afterwards: the
+#: frozenset of those that its state depends on; ``None`` where every parameter may be read.
 READS = "_gw_reads"
 
 
@@ -36,7 +36,7 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=F
 
 
 class Parameter:
-    """A declared parameter; on an instance it is a read-only attribute with the call's value."""
+    """A declared parameter; on an instance, a read-only attribute with the value of the call."""
 
     def __init__(self, default: Any, scope: Literal["load", "call"] | None) -> None:
         if scope not in (None, "load", "call"):
@@ -65,7 +65,7 @@ class Parameter:
         if isinstance(reads, set):
             reads.add(self.name)
         elif reads is not None and self.name not in reads:
-            # Many calls share what was loaded, and each has a value of its own.
+            # Several calls share the loaded state, and each has its own value.
             raise errors.UsageError(
                 f"parameter {self.name!r} was read through the `self` that {owner.__name__} was "
                 f"loaded with, which has no caller: hand over `self.{self.name}` in the method "
@@ -75,7 +75,7 @@ class Parameter:
 
     def __set__(self, instance: object, value: object) -> None:
         if value is self:
-            return  # the __init__ of a dataclass, which takes this for the field's default
+            return  # a dataclass's __init__ assigns the descriptor, as the field's default
         raise errors.UnknownAttribute(
             f"parameter {self.name!r} is read-only: pass {self.name}={value!r} at the call, "
             f"or keep state in another attribute"
@@ -86,9 +86,12 @@ class Parameter:
         return isinstance(self.default, _Required)
 
     def accept(self, value: Any) -> Any:
-        """Return ``value`` as the annotated type, or raise ``DeclarationError``.
+        """Return ``value`` as the annotated type.
 
-        An int becomes a float where a float is declared; a bool is never taken for a number.
+        An int becomes a float where a float is declared. A bool is not accepted as a number.
+
+        Raises:
+            DeclarationError: if the value has another type, or changes when it travels as JSON.
         """
         if isinstance(value, float) and not math.isfinite(value):
             raise errors.DeclarationError(self.name, value, "must be a finite number")
@@ -96,7 +99,7 @@ class Parameter:
             arriving = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError, RecursionError):
             arriving = REQUIRED
-        if arriving != value:  # it would arrive as another one
+        if arriving != value:  # it would arrive as a different value
             rule = "parameters travel as JSON: str, numbers, bool, None, list, dict of str"
             raise errors.DeclarationError(self.name, value, rule)
         try:
@@ -112,13 +115,16 @@ def parameter(default: Any = REQUIRED, *, scope: Literal["load", "call"] | None 
     """Declare a parameter that callers set: ``Cls(threshold=0.7).classify.delay(...)``.
 
     Args:
-        default: value when the caller gives none; without it the caller must.
-        scope: ``"load"``: a new value is a new instance; ``"call"``: it never is; left out, a
-            parameter that ``on_enter`` reads is a load parameter.
+        default: value if the caller gives none; without a default, the caller must give one.
+        scope: ``"load"``: a new value requires a new instance; ``"call"``: it never does. If left
+            out, a parameter that ``on_enter`` reads is a load parameter.
+
+    Returns:
+        The descriptor to assign to an annotated attribute of the class.
 
     Raises:
-        DeclarationError: for another scope; by ``@app.cls``, for a default of another type than
-            the attribute is annotated with.
+        DeclarationError: for an unknown scope. ``@app.cls`` raises it if the default does not fit
+            the annotation of the attribute.
     """
     return Parameter(default, scope)
 
@@ -127,7 +133,7 @@ def declared(cls: type) -> dict[str, Parameter]:
     """Return the parameters of ``cls`` and its bases, with their annotations resolved.
 
     Raises:
-        DeclarationError: when a default does not fit its annotation.
+        DeclarationError: if a default does not fit its annotation.
     """
     parameters: dict[str, Parameter] = {}
     for base in reversed(cls.__mro__):
@@ -154,15 +160,15 @@ def declared(cls: type) -> dict[str, Parameter]:
 
 
 def bind(owner: str, parameters: dict[str, Parameter], values: ParameterValues) -> dict[str, Any]:
-    """Return the values that a caller gave, checked; defaults are not among them.
+    """Check the parameter values of a caller and return them, without the defaults.
 
     Args:
         owner: name of the class, for error messages.
-        parameters: its parameters by name.
-        values: of the caller, by name.
+        parameters: the declared parameters by name.
+        values: the caller's values by name.
 
     Raises:
-        DeclarationError: for an unknown name, a wrong type, or a required one left out.
+        DeclarationError: for an unknown name, a wrong type, or a missing required parameter.
     """
     for name, value in values.items():
         if name not in parameters:
@@ -175,9 +181,9 @@ def bind(owner: str, parameters: dict[str, Parameter], values: ParameterValues) 
 
 
 def complete(parameters: dict[str, Parameter], values: ParameterValues) -> dict[str, Any]:
-    """Return ``values`` with the defaults of the parameters that it leaves out.
+    """Return ``values``, and the defaults of the parameters that are missing in it.
 
-    Each call gets copies: a body that changes a list must not change the default of the next call.
+    Each call gets copies, because a body that changes a list must not change a default.
     """
     return {
         name: values[name] if name in values else copy.deepcopy(parameter.default)
@@ -186,12 +192,12 @@ def complete(parameters: dict[str, Parameter], values: ParameterValues) -> dict[
 
 
 def canonical(values: ParameterValues) -> str:
-    """Return the canonical JSON text of ``values``, as it travels in a message header."""
+    """Return ``values`` as canonical JSON, the form of the message header."""
     return _CANONICAL.encode(values)
 
 
 def _annotation(cls: type, name: str) -> Any:
-    """The annotation of an attribute, by itself: an unresolvable one must not hide the others."""
+    """Resolve one annotation alone, so that an unresolvable one does not hide the others."""
     written = inspect.get_annotations(cls).get(name, Any)
     holder = type(
         cls.__name__, (), {"__annotations__": {name: written}, "__module__": cls.__module__}
@@ -203,16 +209,14 @@ def _annotation(cls: type, name: str) -> Any:
 
 
 class _Misfit(Exception):
-    """Raised for a value that is not of the annotated type."""
+    """Raised if a value does not have the annotated type."""
 
 
 def _fitted(value: Any, annotation: Any) -> Any:
-    """Return ``value`` as the annotated type: an int becomes a float where one is declared.
-
-    A bool is never taken for a number. What has no meaning for JSON fits every value.
+    """Return ``value`` as the annotated type; an annotation without meaning for JSON fits all.
 
     Raises:
-        _Misfit: for a value of another type.
+        _Misfit: if the value has another type.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
@@ -222,7 +226,7 @@ def _fitted(value: Any, annotation: Any) -> Any:
                 fits.append(_fitted(value, option))
         if not fits:
             raise _Misfit
-        # The first option that leaves its type, else the first that fits.
+        # Prefer the first option that keeps the type, else the first that fits.
         return next((fit for fit in fits if type(fit) is type(value)), fits[0])
     expected = dict if typing.is_typeddict(annotation) else origin or annotation or types.NoneType
     if expected is Any:

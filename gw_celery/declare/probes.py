@@ -1,4 +1,4 @@
-"""Health probes of a class task, in Kubernetes' three kinds."""
+"""Health probes of a class task, in Kubernetes' three kinds. Every process loads it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ KINDS = ("startup", "liveness", "readiness")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A method that is called on a schedule to learn whether a replica is well.
+    """A method that a replica calls on a schedule to check its health; made by ``Probe.on``.
 
-    It fails when it raises, times out, returns ``False``, or a mapping whose ``ok`` is falsy.
-    Make one with ``Probe.on``.
+    A probe fails if the method raises, times out, returns ``False``, or returns a mapping whose
+    ``ok`` is falsy.
     """
 
     method: str
@@ -40,14 +40,19 @@ class Probe:
         """Declare a probe on a method of the class.
 
         Args:
-            method: name of a ``@gw.method()`` that can be called without arguments.
-            kind: ``startup`` gates readiness, ``liveness`` restarts, ``readiness`` drains.
-            period_s: seconds between two calls.
-            timeout_s: seconds after which a call counts as failed.
-            failures: failures in a row that it takes to act.
+            method: name of a ``@gw.method()`` that needs no arguments.
+            kind: ``"startup"``: the replica becomes READY only once it passes; ``"liveness"``: a
+                failure replaces the child; ``"readiness"``: while it fails, the replica takes no
+                inputs of the service.
+            period_s: seconds between two calls, over 0.
+            timeout_s: seconds after which a call counts as failed, over 0.
+            failures: consecutive failures after which the replica acts, 1 or more.
+
+        Returns:
+            The probe, for the ``probes`` argument of ``@app.cls``.
 
         Raises:
-            DeclarationError: for an unknown kind or a number out of range.
+            DeclarationError: for an unknown kind, or a number out of range.
         """
         if not isinstance(method, str) or not method:
             raise errors.DeclarationError("method", method, "must be the name of a method")
@@ -63,7 +68,7 @@ class Probe:
 
 
 def require_methods(probes: object, methods: Mapping[str, inspect.Signature]) -> tuple[Probe, ...]:
-    """Return ``probes`` as a tuple when each is declared once and calls one of ``methods``."""
+    """Return ``probes`` as a tuple if each is unique and calls one of ``methods``."""
     listed = tuple(probes) if isinstance(probes, list | tuple) else None
     if listed is None or not all(isinstance(probe, Probe) for probe in listed):
         raise errors.DeclarationError("probes", probes, "must be a list of gw.Probe.on(...)")

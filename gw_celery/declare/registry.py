@@ -1,4 +1,4 @@
-"""The declarations of one App: its contexts and services."""
+"""The contexts and services that one App declares, in every process that imports them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gw_celery.declare import gpu, services
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
-    """A context class and the arguments that its constructor gets in each replica."""
+    """A context class, and the arguments that its constructor gets in each replica."""
 
     cls: type
     args: tuple[Any, ...]
@@ -27,25 +27,26 @@ class Context:
 
 
 def context_key(cls: type) -> str:
-    """The dotted name of a context class: identity does not survive a re-import."""
+    """Return the dotted name of a context class, which stays the same after a re-import."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class Registry:
-    """The declarations of one App, in the order in which they were made."""
+    """The declarations of one App, in the order of the source code."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.contexts: dict[str, Context] = {}
         self.services: dict[str, services.Service] = {}
-        #: The Celery apps that have its tasks; other Apps of theirs must use other names.
+        #: The Celery apps that have this App's tasks. Names must be unique among the Apps of one.
         self.celery_apps: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def add_context(self, context: Context, beside: Iterable[Registry] = ()) -> None:
-        """Add a context class; ``beside`` are other Apps, which may share a Celery app with this.
+        """Add a context class; ``beside`` lists Apps that may share a Celery app with this one.
 
         Raises:
-            DeclarationError: when the class is registered already, or cannot be made.
+            DeclarationError: if the class is registered already, or its constructor does not take
+                the arguments.
         """
         for owner in (self, *self._neighbours(beside)):
             if context.key in owner.contexts:
@@ -64,10 +65,10 @@ class Registry:
         self.contexts[context.key] = context
 
     def add_service(self, service: services.Service, beside: Iterable[Registry] = ()) -> None:
-        """Add a service; ``beside`` are other Apps, which may share a Celery app with this one.
+        """Add a service; ``beside`` lists Apps that may share a Celery app with this one.
 
         Raises:
-            DeclarationError: when its class, function, queue or a task name is taken.
+            DeclarationError: if its class, function, queue or a task name is already in use.
         """
         _require_no_family(service, service)
         for other in self.services.values():
@@ -93,10 +94,10 @@ class Registry:
         self.services[service.key] = service
 
     def join(self, celery_app: Any, beside: Iterable[Registry]) -> None:
-        """Let a Celery app have the tasks of this App, together with those of Apps ``beside`` it.
+        """Add this App's tasks to a Celery app, which may have those of Apps ``beside`` it.
 
         Raises:
-            DeclarationError: when one of those has a context or task of the same name.
+            DeclarationError: if another App has a context or task of the same name.
         """
         if celery_app in self.celery_apps:
             return
@@ -135,14 +136,13 @@ class Registry:
 
 
 def serving(registries: Iterable[Registry], queues: Iterable[str]) -> list[services.Service]:
-    """Return the services whose queue is among ``queues``."""
     declared = [service for registry in registries for service in registry.services.values()]
     consumed = set(queues)
     return [service for service in declared if service.queue in consumed]
 
 
 def families(registries: Iterable[Registry]) -> dict[str, list[str]]:
-    """Return the service queues of each family, each queue once."""
+    """Return the service queues of each family, without duplicates."""
     queues: dict[str, dict[str, None]] = {}
     for registry in registries:
         for service in registry.services.values():
@@ -151,7 +151,7 @@ def families(registries: Iterable[Registry]) -> dict[str, list[str]]:
 
 
 def _require_no_family(service: services.Service, other: services.Service) -> None:
-    """Refuse a queue that is named as a family: ``-Q`` with it would reach that queue alone."""
+    """Refuse a queue that has the name of a family: ``-Q`` would then reach this queue alone."""
     if gpu.FAMILY.fullmatch(service.queue) or service.queue == other.family:
         raise errors.DeclarationError(
             "queue",

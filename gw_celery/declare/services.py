@@ -1,4 +1,4 @@
-"""A service: one remote function, or one class with its methods, as it was declared."""
+"""A service as declared: a remote function, or a class with its methods. Every process loads it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gw_celery import errors
 from gw_celery.declare import check, gpu, markers, parameters, probes
 from gw_celery.types import AnyFunction
 
-#: The key of what belongs to no service: plain Celery tasks.
+#: The key of the inputs that belong to no service: plain Celery tasks.
 PLAIN = ""
 _LABELS = {
     markers.METHOD: "gw.method",
@@ -29,32 +29,32 @@ class Method:
     name: str
     task_name: str
     function: AnyFunction
-    #: As callers see it: without ``self``.
+    #: The signature that callers see: without ``self``.
     signature: inspect.Signature
     is_async: bool
     batched: markers.Batched | None
     benchmark: markers.Benchmark | None
     workload_calculator: AnyFunction | None
-    #: Celery task options, as the user gave them.
+    #: Celery task options that the user gave.
     options: dict[str, Any]
 
     @functools.cached_property
     def is_bound(self) -> bool:
-        """Whether the body takes the Celery task as its first argument."""
+        """Whether the body takes the Celery task as its first argument (``bind=True``)."""
         return bool(self.options.get("bind"))
 
     @functools.cached_property
     def task_signature(self) -> inspect.Signature:
-        """As Celery sees it: with the task, where the body takes it."""
+        """The signature that Celery sees: with the task if the body takes it."""
         return inspect.signature(self.function) if self.is_bound else self.signature
 
 
 @dataclasses.dataclass
 class Placement:
-    """The devices, queue, replicas and time limits of a service.
+    """The devices, queue, number of replicas and time limits of a service.
 
     Raises:
-        DeclarationError: naming the argument that breaks its rule.
+        DeclarationError: if an argument breaks its rule.
     """
 
     gpu: gpu.Gpu | None = None
@@ -62,12 +62,12 @@ class Placement:
     min_workers: int = 0
     max_workers: int | None = None
     timeout: float | None = 300.0
-    #: Seconds that an input may wait in the queue; ``None`` for the project's setting.
+    #: Seconds that an input may wait in the queue; ``None``: the setting ``gw_max_queue_time``.
     max_queue_time: float | None = None
 
     def __post_init__(self) -> None:
         name: object = self.queue
-        # ``celery worker -Q`` divides at commas and takes spaces away: it could not name others.
+        # ``celery worker -Q`` splits at commas and strips spaces: it cannot name such a queue.
         is_name = isinstance(name, str) and name and "," not in name and name == name.strip()
         if name is not None and not is_name:
             rule = "must be the name of a queue, without a comma or a space at its ends"
@@ -84,7 +84,7 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Service:
-    """What has its own queue, concurrency, batching and score."""
+    """The unit that has its own queue, concurrency, batching and score."""
 
     name: str
     #: The decorated function or class.
@@ -119,7 +119,7 @@ class Service:
 
     @functools.cached_property
     def key(self) -> str:
-        """The dotted name of the function or class: what tells two services apart."""
+        """The dotted name of the function or class, which identifies the service."""
         return f"{self.target.__module__}.{self.target.__qualname__}"
 
     @functools.cached_property
@@ -152,7 +152,7 @@ class Service:
 
     @functools.cached_property
     def max_inputs(self) -> int:
-        """Inputs in flight that one replica takes for this service."""
+        """Maximum inputs in flight in one replica for this service."""
         if self.concurrent is not None:
             return self.concurrent.max_inputs
         sizes = [m.batched.max_batch_size for m in self.methods.values() if m.batched]
@@ -160,7 +160,7 @@ class Service:
 
     @functools.cached_property
     def target_inputs(self) -> int:
-        """Inputs in flight that one replica is meant to have."""
+        """Inputs in flight per replica that the autoscaler aims at."""
         return self.max_inputs if self.concurrent is None else self.concurrent.target_inputs
 
 
@@ -170,10 +170,10 @@ def from_function(fn: AnyFunction, where: Placement, mark: markers.TaskMark) -> 
     Args:
         fn: the decorated function.
         where: its placement.
-        mark: the arguments for its task.
+        mark: the arguments of its task.
 
     Raises:
-        DeclarationError: for anything but an ``async def``, or a benchmark that does not fit it.
+        DeclarationError: if ``fn`` is not an ``async def``, or its benchmark does not fit it.
     """
     if not inspect.isfunction(fn):
         raise errors.DeclarationError("fn", fn, "@app.remote decorates a function")
@@ -202,11 +202,11 @@ def from_class(cls: type, where: Placement, declared_probes: object) -> Service:
     Args:
         cls: the decorated class.
         where: its placement.
-        declared_probes: the argument ``probes``, unchecked.
+        declared_probes: the unchecked argument ``probes``.
 
     Raises:
-        DeclarationError: for a class without methods, one that cannot be made without arguments,
-            a probe that names no method, or a benchmark that does not fit its method.
+        DeclarationError: if the class has no marked method or needs constructor arguments, a
+            probe names no method, or a benchmark does not fit its method.
     """
     _require_instantiable(cls)
     methods = {
@@ -281,7 +281,7 @@ def _require_one_answer(label: str, fn: AnyFunction) -> None:
 
 
 def _require_instantiable(cls: object) -> None:
-    """Refuse a class that a replica cannot instantiate without arguments."""
+    """Check that a replica can instantiate a class without arguments."""
     if not inspect.isclass(cls):
         raise errors.DeclarationError("class", cls, "@app.cls decorates a class")
     if markers.SERVICE in vars(cls):
@@ -304,7 +304,7 @@ def _require_instantiable(cls: object) -> None:
 
 
 def _functions_of_tasks(cls: type) -> dict[str, AnyFunction]:
-    """Return what ``@gw.method`` marks, by name; refuse a mark where it has no effect."""
+    """Return the methods with ``@gw.method`` by name; refuse marks that have no effect."""
     for name in dir(cls):
         member = inspect.getattr_static(cls, name, None)
         if isinstance(member, staticmethod | classmethod | property):
@@ -351,7 +351,7 @@ def _hooks(cls: type, mark: str) -> tuple[str, ...]:
 
 
 def _marked(cls: type, mark: str) -> dict[str, AnyFunction]:
-    """Members with ``mark`` in definition order, base classes first, overrides in place."""
+    """Return the marked members in definition order: base classes first, overrides in place."""
     names: dict[str, None] = {}
     for base in reversed(cls.__mro__):
         for name, member in vars(base).items():
@@ -362,5 +362,5 @@ def _marked(cls: type, mark: str) -> dict[str, AnyFunction]:
 
 
 def _plain(member: Any) -> Any:
-    """Return the user's function behind what an earlier ``@app.cls`` put into a base class."""
+    """Return the user's function where ``@app.cls`` has replaced a method of a base class."""
     return getattr(member, markers.FUNCTION, member)

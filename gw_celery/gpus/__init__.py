@@ -1,1 +1,1 @@
-"""The GPUs of a machine, and the share that each replica gets."""
+"""The GPUs of a machine, and their division among replicas, in the worker's parent."""

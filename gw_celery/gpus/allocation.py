@@ -1,9 +1,9 @@
-"""The devices that each replica of a worker gets, and so the number of replicas that fit.
+"""Divides the GPUs among a worker's replicas, which decides how many fit; in the worker's parent.
 
-A replica holds one copy of everything that its worker serves. Of each kind of GPU it takes as many
-devices as the largest ``count`` of a service of that kind, and its services share these: on each of
-them it needs the sum of their ``memory_gb``. Replicas share a device only while these sums fit in
-its memory; a replica with a service without ``memory_gb`` owns its devices.
+A replica holds one copy of everything that its worker serves. For each kind of GPU, it takes as
+many devices as the largest ``count`` of a service of that kind. Its services share these devices,
+and need the sum of their ``memory_gb`` on each. Replicas share a device only if these sums fit into
+its memory. If one service has no ``memory_gb``, the replica has its devices alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gw_celery import errors
 from gw_celery.declare import gpu
 from gw_celery.gpus import devices
 
-#: More processes than a machine can run: a tiny ``memory_gb`` must not make millions.
+#: Maximum number of replicas: a tiny ``memory_gb`` must not cause millions.
 _MOST = 1024
 
 
@@ -34,7 +34,7 @@ class Need:
         return f"{self.count} x {self.kind} {share}"
 
     def room_on(self, device: devices.Device) -> int:
-        """Return the number of replicas that ``device`` holds."""
+        """Return the number of replicas that fit on ``device``."""
         if self.kind not in device.kinds or (self.count > 1 and device.slice_of):
             return 0
         return 1 if self.memory_gb is None else int(device.memory_gb / self.memory_gb + 1e-9)
@@ -42,7 +42,7 @@ class Need:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Allotment:
-    """The devices of each replica, by its number: a new child of a replica gets the same."""
+    """The devices of each replica, by its number; each new child gets the same."""
 
     needs: tuple[Need, ...]
     machine: devices.Machine
@@ -50,11 +50,10 @@ class Allotment:
 
     @property
     def most(self) -> int:
-        """The number of replicas that fit."""
         return len(self.shares)
 
     def refusal(self, wanted: int) -> str | None:
-        """Return why there cannot be this many replicas; ``None`` when there can."""
+        """Return why this many replicas do not fit; ``None`` if they do."""
         if wanted <= self.most:
             return None
         return (
@@ -66,8 +65,8 @@ class Allotment:
 def needs_of(declared: Iterable[gpu.Gpu | None]) -> tuple[Need, ...]:
     """Return the devices of one replica that holds services with these declarations.
 
-    Services without a kind, or for the CPU, take no device. ``A100`` and ``A100_80`` together are
-    served by one ``A100_80``, which is both.
+    Services without a kind, or for the CPU, take no device. One ``A100_80`` serves both ``A100``
+    and ``A100_80``.
     """
     gpus = [device for device in declared if device is not None and device.kind != "CPU"]
     kinds = {device.kind for device in gpus}
@@ -88,7 +87,7 @@ def allot(needs: Sequence[Need], machine: devices.Machine) -> Allotment:
     """Give devices to as many replicas as fit.
 
     Raises:
-        ConfigurationError: when not even one fits.
+        ConfigurationError: if no replica fits.
     """
     shares = tuple(itertools.islice(_shares(needs, machine.devices), _MOST))
     if not shares:
@@ -103,16 +102,16 @@ def allot(needs: Sequence[Need], machine: devices.Machine) -> Allotment:
 def families_for(
     kind: str | None, declared: Mapping[str, Sequence[gpu.Gpu | None]], machine: devices.Machine
 ) -> list[str]:
-    """Return the families that a worker on ``machine`` takes.
+    """Return the families that a worker on ``machine`` consumes.
 
     Args:
         kind: the kind of GPU to serve; ``CPU`` for the family ``cpu``; ``None`` for every family
-            that the devices can serve, or ``cpu`` where there is none such.
-        declared: what the services of each family declare.
+            that the devices can serve, or ``cpu`` if there is none.
+        declared: the declarations of the services of each family.
         machine: the devices of this machine.
 
     Raises:
-        ConfigurationError: when there is none, with the families and devices that there are.
+        ConfigurationError: if there is none; the message lists the families and devices.
     """
     known = {known for device in machine.devices for known in device.kinds}
     if kind is not None and kind not in {"CPU", *known}:
@@ -139,8 +138,8 @@ def families_for(
 def _shares(
     needs: Sequence[Need], there: Sequence[devices.Device]
 ) -> Iterator[tuple[devices.Device, ...]]:
-    """Yield the devices of replica 0, 1, ...: those with most room, so that few share."""
-    # How many more replicas each device holds, by its index; each device is for one need alone.
+    """Yield the devices of replica 0, 1, ...; devices with most room first, so that few share."""
+    # For each need, the remaining room of its devices by index; a device serves one need only.
     rooms: list[tuple[Need, dict[int, int]]] = []
     taken: set[int] = set()
     for need in needs:
@@ -161,7 +160,7 @@ def _shares(
 
 
 def _can_serve(declared: Sequence[gpu.Gpu | None], machine: devices.Machine) -> bool:
-    """Whether each of these services finds its devices, alone; none are needed for the CPU."""
+    """Return whether each service alone finds its devices; the CPU needs none."""
     if all(device is None for device in declared):
         return bool(machine.devices)
     each = [needs_of([device]) for device in declared]
@@ -169,7 +168,6 @@ def _can_serve(declared: Sequence[gpu.Gpu | None], machine: devices.Machine) -> 
 
 
 def _described(declared: Mapping[str, Sequence[gpu.Gpu | None]]) -> str:
-    """The families, with what each takes of a machine."""
     texts = []
     for name, gpus in sorted(declared.items()):
         needs = dict.fromkeys(str(need) for device in gpus for need in needs_of([device]))
@@ -182,7 +180,7 @@ def _remedy(needs: Iterable[Need], machine: devices.Machine) -> str:
         return f"; {devices.VISIBLE} hides devices from this worker: unset it, or name others in it"
     fakes = []
     for need in needs:
-        # A kind of the setting gw_gpu_kinds has no size of its own.
+        # A kind of the setting gw_gpu_kinds has no known memory size.
         size = need.memory_gb or (None if need.kind in gpu.KINDS else 24.0)
         fakes.append(f"{need.kind}{'' if size is None else f'/{size:g}'}:{need.count}")
     return f"; to run without GPUs while you develop, set GW_FAKE_GPUS={','.join(fakes)}"

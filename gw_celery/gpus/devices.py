@@ -1,4 +1,4 @@
-"""The GPUs of a machine: found with NVML, or faked, and those of them that a worker may use."""
+"""Finds the GPUs that a worker may use, with NVML or simulated, in the worker's parent."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-#: The memory of a device, for each GB in the name of its kind: product names count in 10**9 or in
-#: 2**30 bytes, and the driver keeps some.
+#: Memory of a device per GB in the name of its kind: product names count in 10**9 or 2**30 bytes,
+#: and the driver reserves some.
 _LEAST, _MOST = 0.95, 1.08
-#: Entries that end the list of visible devices, as they do for CUDA.
+#: Entries that end the list of visible devices, as in CUDA.
 _END = re.compile(r"|-\d+|NoDevFiles")
-#: The memory of fake devices without a size, in GB.
+#: Memory of simulated devices without a given size, in GB.
 _SIZES = {
     "T4": 16.0,
     "A10G": 24.0,
@@ -38,19 +38,19 @@ _FAKE = re.compile(r"(?P<kind>[A-Z][A-Z0-9_]*)(/(?P<size>\d+(\.\d+)?))?(:(?P<cou
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """One GPU, or one MIG slice of a GPU."""
+    """A GPU, or a MIG slice of one."""
 
-    #: The product, as NVML names it.
+    #: Product name, from NVML.
     name: str
-    #: Its name in ``CUDA_VISIBLE_DEVICES``: the UUID, or the index where NVML gives none.
+    #: Its entry in ``CUDA_VISIBLE_DEVICES``: the UUID, or the index if NVML has no UUID.
     token: str
-    #: In units of 10**9 bytes, which product names count in.
+    #: In units of 10**9 bytes, as in product names.
     memory_gb: float
-    #: Of the GPU, in the order of ``nvidia-smi``.
+    #: Index of the GPU, in the order of ``nvidia-smi``.
     index: int
-    #: Every kind that it is: an A100 of 80 GB is ``A100`` and ``A100_80``.
+    #: All kinds that it belongs to: an A100 of 80 GB is ``A100`` and ``A100_80``.
     kinds: tuple[str, ...] = ()
-    #: The UUID of the GPU that this is a slice of; CUDA gives a process one slice only.
+    #: UUID of the GPU of this slice; CUDA gives a process only one slice.
     slice_of: str = ""
 
     def __str__(self) -> str:
@@ -79,13 +79,13 @@ NONE = Machine(devices=(), source="nothing")
 
 
 def find(added: Collection[str] = ()) -> Machine:
-    """Return the devices that this process may use; none where there is no NVIDIA driver.
+    """Return the devices that this process may use; empty without an NVIDIA driver.
 
     Args:
         added: the kinds of ``gw_gpu_kinds``.
 
     Raises:
-        ConfigurationError: for a ``GW_FAKE_GPUS`` or ``CUDA_VISIBLE_DEVICES`` that means nothing.
+        ConfigurationError: if ``GW_FAKE_GPUS`` or ``CUDA_VISIBLE_DEVICES`` is invalid.
     """
     kinds = [kind for kind in (*gpu.KINDS, *added) if kind != "CPU"]
     value = conf.fake_gpus()
@@ -97,11 +97,11 @@ def fakes(value: str, kinds: Collection[str]) -> Machine:
     """Return the machine that ``GW_FAKE_GPUS`` describes.
 
     Args:
-        value: ``KIND[/GB][:COUNT]``, and more after commas: ``A100:2,L4`` or ``A100/80:4``.
+        value: ``KIND[/GB][:COUNT]``, separated by commas: ``A100:2,L4`` or ``A100/80:4``.
         kinds: the kinds that it may name.
 
     Raises:
-        ConfigurationError: for anything else.
+        ConfigurationError: if ``value`` is invalid.
     """
     fake_gpus: list[Device] = []
     for part in map(str.strip, value.split(",")):
@@ -134,7 +134,7 @@ def _wrong(value: str, part: str, rule: str) -> errors.ConfigurationError:
 
 def _from_nvml(kinds: Collection[str]) -> Machine:
     try:
-        # Here, because only workers that serve GPU services need it.
+        # Imported late, because only workers that serve GPU services need it.
         import pynvml
     except ImportError as exc:
         return Machine(devices=(), source=f"NVML ({exc}: pip install nvidia-ml-py)")
@@ -160,7 +160,7 @@ def _devices(nvml: Any, kinds: Collection[str]) -> Iterator[Device]:
                 with contextlib.suppress(nvml.NVMLError):  # no slice of this number
                     part = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
                     yield _device(nvml, part, index, kinds, whole.token)
-        except nvml.NVMLError as exc:  # fallen off the bus, or not ours to see
+        except nvml.NVMLError as exc:  # unreachable, or without permission
             logger.warning("GPU %d is left out: NVML says %s; see nvidia-smi", index, exc)
 
 
@@ -168,7 +168,7 @@ def _device(
     nvml: Any, handle: Any, index: int, kinds: Collection[str], slice_of: str = ""
 ) -> Device:
     name, size, token = nvml.nvmlDeviceGetName(handle), 0.0, str(index)
-    with contextlib.suppress(nvml.NVMLError):  # devices that share the memory of the machine
+    with contextlib.suppress(nvml.NVMLError):  # devices without memory of their own
         size = nvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9
     with contextlib.suppress(nvml.NVMLError):
         token = nvml.nvmlDeviceGetUUID(handle)
@@ -179,23 +179,23 @@ def _device(
 
 
 def _is_cut(nvml: Any, handle: Any) -> bool:
-    """Whether a GPU is in MIG mode: nothing but its slices can be used."""
+    """Return whether a GPU is in MIG mode, in which only its slices can be used."""
     try:
         mode, _ = nvml.nvmlDeviceGetMigMode(handle)
-    except nvml.NVMLError:  # a GPU that has no such mode
+    except nvml.NVMLError:  # a GPU without MIG
         return False
     return bool(mode == nvml.NVML_DEVICE_MIG_ENABLE)
 
 
 def kinds_of(name: str, memory_gb: float, candidates: Iterable[str]) -> tuple[str, ...]:
-    """Return the kinds that a product is, the most general first.
+    """Return the kinds of a product, the most general first.
 
-    A kind is named by words of the product that stand together (``RTX_4090`` or ``RTX4090`` is a
-    "NVIDIA GeForce RTX 4090"); one that ends in a number, as ``A100_80`` does, is also an ``A100``
+    A kind is made of consecutive words of the product name: ``RTX_4090`` or ``RTX4090`` matches
+    "NVIDIA GeForce RTX 4090". A kind that ends in a number, such as ``A100_80``, is an ``A100``
     with about that many GB.
 
     Args:
-        name: the product, as NVML names it.
+        name: product name, from NVML.
         memory_gb: its memory, in units of 10**9 bytes.
         candidates: the kinds to choose from.
     """
@@ -216,11 +216,11 @@ def only_visible(machine: Machine, value: str | None) -> Machine:
 
     Args:
         machine: all devices.
-        value: of the variable: indexes, UUIDs, beginnings of UUIDs; ``None`` where it is unset. A
-            GPU that is cut into slices stands for all of them.
+        value: the variable: indexes, UUIDs or beginnings of UUIDs; ``None`` if it is not set. A GPU
+            in MIG mode stands for all its slices.
 
     Raises:
-        ConfigurationError: for an entry that names no device, or several.
+        ConfigurationError: if an entry names no device, or several.
     """
     if value is None:
         return machine
@@ -233,12 +233,12 @@ def only_visible(machine: Machine, value: str | None) -> Machine:
 
 
 def environment(devices: Sequence[Device]) -> Mapping[str, str]:
-    """Return the variables by which a process sees these devices alone; none without devices."""
+    """Return the variables that make a process see only these devices; empty for no device."""
     if not devices:
         return {}
     variables = {VISIBLE: ",".join(device.token for device in devices)}
     if all(device.token.isdecimal() for device in devices):
-        # Else CUDA counts the quickest device as the first, and NVML does not.
+        # Otherwise CUDA counts the fastest device first, unlike NVML.
         variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     return variables
 
@@ -252,7 +252,7 @@ def _named(token: str, machine: Machine, value: str) -> list[Device]:
         named = named or [device for device in there if device.token.startswith(token)]
         named = named or [device for device in there if device.slice_of.startswith(token)]
     are_of_one_gpu = len({device.index for device in named}) == 1
-    # A GPU stands for all its slices; the beginning of a slice's UUID must not fit several.
+    # A GPU stands for all its slices, but the beginning of a slice's UUID must be unique.
     if not are_of_one_gpu or (len(named) > 1 and named[0].token.startswith(token)):
         raise errors.ConfigurationError(
             f"{VISIBLE}={value!r}: {token!r} names {len(named) or 'no'} devices; there are "

@@ -1,1 +1,1 @@
-"""Pure decisions: no clock, no I/O."""
+"""Pure decisions, without clock and I/O, for workers, children and the simulator."""

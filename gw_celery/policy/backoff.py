@@ -1,10 +1,10 @@
-"""How long to wait before something that failed is tried again."""
+"""The delays between attempts of a failing operation; pure, in any process."""
 
 from __future__ import annotations
 
 
 class Backoff:
-    """Delays that double from ``first`` to ``longest`` seconds until ``reset``."""
+    """Delays that double from ``first`` to ``longest`` seconds, until ``reset``."""
 
     def __init__(self, first: float, longest: float) -> None:
         self._first = first
@@ -12,10 +12,8 @@ class Backoff:
         self._next = first
 
     def reset(self) -> None:
-        """Begin anew: it works."""
         self._next = self._first
 
     def next(self) -> float:
-        """Return the seconds to wait now."""
         delay, self._next = self._next, min(2 * self._next, self._longest)
         return delay

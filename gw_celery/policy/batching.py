@@ -1,9 +1,9 @@
-"""The inputs that wait to share a call, and when a batch of them is due: late binding; pure.
+"""Forms batches from waiting inputs in a replica; pure.
 
-A batch is formed only when the service is free to run it, and not before: while the model is busy,
-inputs gather at no cost. It closes when it is full, or once its oldest input has waited for long
-enough. A timer that flushes whatever is there, as celery-batches has it, makes small batches that
-then queue behind a slow model.
+A batch is formed only when the service is free to run it: while the model is busy, inputs gather at
+no cost. A batch closes when it is full, or when its oldest input has waited long enough. A timer
+that flushes at a fixed rate, as in celery-batches, forms small batches that queue behind a slow
+model.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from typing import Generic, TypeVar
 
 
 class Flush(enum.StrEnum):
-    """Why a batch was closed."""
-
-    #: It can take no more.
+    #: It is full.
     FULL = "full"
-    #: Its oldest input waited for ``wait_ms``, or must not wait.
+    #: Its oldest input has waited for ``wait_ms``, or one must not wait.
     DUE = "due"
-    #: The replica takes nothing new.
+    #: The replica drains.
     DRAIN = "drain"
 
 
@@ -33,22 +31,20 @@ class Bounds:
     size: int
     #: Seconds.
     wait: float
-    #: Sum of the inputs' costs; ``None`` without a bound.
+    #: Maximum sum of the inputs' costs; ``None``: no limit.
     cost: int | None = None
 
     def halved(self, size: int) -> Bounds:
-        """Return the bounds after a call of ``size`` inputs ran out of the device's memory."""
+        """Return smaller bounds, after ``size`` inputs exceeded the device's memory."""
         return dataclasses.replace(self, size=min(self.size, max(1, size // 2)))
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Waiting:
-    """One input that waits, since the time ``since``."""
-
     key: Hashable
     since: float
     cost: int = 0
-    #: It does not wait for others.
+    #: Whether it does not wait for others.
     is_urgent: bool = False
 
 
@@ -57,24 +53,24 @@ W = TypeVar("W", bound=Waiting)
 
 @dataclasses.dataclass(frozen=True)
 class Batch(Generic[W]):
-    """Inputs for one call, the oldest first."""
+    """The inputs of one call, oldest first."""
 
     members: list[W]
     flush: Flush
 
 
 class Buffers(Generic[W]):
-    """The waiting inputs of one batched method; those of different keys are never mixed."""
+    """The waiting inputs of one batched method, separate for each key."""
 
     def __init__(self) -> None:
-        #: In the order of their arrival; no key is without any.
+        #: In order of arrival; a key without inputs is deleted.
         self._by_key: dict[Hashable, collections.deque[W]] = {}
 
     def put(self, waiting: W) -> None:
         self._by_key.setdefault(waiting.key, collections.deque()).append(waiting)
 
     def remove(self, waiting: W) -> bool:
-        """Take out an input; whether it was there."""
+        """Remove an input; return whether it was here."""
         buffer = self._by_key.get(waiting.key)
         if buffer is None or waiting not in buffer:
             return False
@@ -86,12 +82,14 @@ class Buffers(Generic[W]):
     def next_batch(
         self, bounds: Bounds, now: float, *, is_draining: bool = False
     ) -> Batch[W] | None:
-        """Take out the batch that a free service runs now: of those that are due the oldest.
+        """Remove and return the batch that a free service should run now, or ``None``.
+
+        Of several due batches, it is the one with the oldest input.
 
         Args:
             bounds: the limits of one call.
-            now: seconds of the clock of ``Waiting.since``.
-            is_draining: the replica takes nothing new: no input waits for others.
+            now: the time in seconds, by the clock of ``Waiting.since``.
+            is_draining: whether the replica drains, so that inputs do not wait for others.
         """
         due = [
             (buffer, flush)
@@ -107,7 +105,7 @@ class Buffers(Generic[W]):
         return Batch(members, flush)
 
     def due_in(self, bounds: Bounds, now: float) -> float | None:
-        """Seconds until a batch is due, if nothing comes or goes; ``None`` when nothing waits."""
+        """Return the seconds until a batch is due if nothing changes; ``None`` without inputs."""
         oldest = min((buffer[0].since for buffer in self._by_key.values()), default=None)
         return None if oldest is None else max(0.0, oldest + bounds.wait - now)
 
@@ -115,22 +113,22 @@ class Buffers(Generic[W]):
 def _flush(
     buffer: collections.deque[W], bounds: Bounds, now: float, is_draining: bool
 ) -> Flush | None:
-    """Why a batch of these inputs is due now; ``None`` when it is not."""
+    """Return why a batch of these inputs is due now; ``None`` if it is not."""
     if len(buffer) >= bounds.size:
         return Flush.FULL
-    # What is counted here is fewer than a batch.
+    # Fewer inputs than a full batch, so that the sum is short.
     if bounds.cost is not None and sum(waiting.cost for waiting in buffer) >= bounds.cost:
         return Flush.FULL
     if is_draining:
         return Flush.DRAIN
-    # As `due_in` computes it: a timer must not find that it came a rounding error too early.
+    # The same formula as in `due_in`, so that a timer is not early by a rounding error.
     if buffer[0].since + bounds.wait <= now or any(waiting.is_urgent for waiting in buffer):
         return Flush.DUE
     return None
 
 
 def _take(buffer: collections.deque[W], bounds: Bounds) -> list[W]:
-    """Take out the inputs of one call, the oldest first; one over the cost goes alone."""
+    """Remove the inputs of one call, oldest first; one that exceeds the cost limit goes alone."""
     members: list[W] = []
     cost = 0
     while buffer and len(members) < bounds.size:

@@ -1,7 +1,7 @@
-"""How many replicas the work of a service needs, and which part of it is this worker's; pure.
+"""The replicas that a service needs, and this worker's share of them; pure, in the worker's parent.
 
-Workers that serve the same are a group: each computes what the whole group needs from the same
-records, and takes its part. Work that several groups share is divided by their capacity.
+Workers that serve the same services are a group. Each computes the need of the whole group from the
+same records, and takes its part. Groups that share work divide it by their capacity.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from gw_celery.policy import scaling
 from gw_celery.protocol import snapshot
 from gw_celery.protocol.worker_record import Size, WorkerRecord
 
-#: Weight of the newest start-up in the mean.
+#: Weight of the newest start-up in the moving average.
 _NEWEST = 0.5
 _LOADING = frozenset({"starting", "entering", "probing", "benchmarking"})
 
 
 class Service:
-    """One service, as the group of this worker sees it.
+    """One service, as this worker's group sees it.
 
     Args:
-        key: of the service.
-        target: inputs of it that a replica is meant to hold at a time.
+        key: key of the service.
+        target: inputs per replica that the autoscaler aims at.
+        rules: the operator's settings.
+        now: the current time.
     """
 
     def __init__(self, key: str, target: int, rules: scaling.Rules, now: float) -> None:
@@ -46,20 +48,22 @@ class Service:
         queued: int | None = None,
         consumers: int | None = None,
     ) -> snapshot.ServiceDemand:
-        """Return the demand as of ``now``; called once a second.
+        """Return the demand at the time ``now``; called once a second.
 
         Args:
-            others: the other workers that serve it; ``None`` when they cannot be known.
-            queued: messages in the broker; ``None`` when it does not tell.
-            consumers: workers that take from there, where no more than their number is known.
+            now: the current time.
+            mine: the record of this worker.
+            others: the other workers that serve it; ``None`` if they are unknown.
+            queued: messages in the broker; ``None`` if it does not report them.
+            consumers: number of consuming workers, if only their number is known.
         """
         workers = [mine, *(others or ())]
         parts = [worker.services[self._key] for worker in workers]
-        # What is in other workers is known with them; what is in the queue always.
+        # Inputs inside other workers are known only with their records; the queue is always known.
         inside = share = _part(mine, workers)
         if others is None:
             share = 1.0 / max(1, consumers or 1)
-        # The workload of one input: the mean of the workers, by how much each has taken.
+        # Mean workload of an input over all workers, weighted by what each has taken.
         mean = statistics.fmean([part.mean for part in parts], [part.taken + 1.0 for part in parts])
         before, self._queued = self._queued, queued
         grown = 0 if before is None or queued is None else queued - before
@@ -71,14 +75,14 @@ class Service:
         score = _score(workers, self._key)
         filled = (inputs + running) / self._target
         if score is None:
-            # What a replica can do is not known: as many as hold all inputs.
+            # Without a score, plan for enough replicas to hold all inputs.
             need = keep = filled
         else:
             fillable = inputs / self._target
             need = scaling.need(self._meter.rate, waits, score, self._rules, fillable)
             keep = scaling.kept(self._meter.pace, score, self._rules)
         if queued is None and filled >= (replicas := _size(mine).replicas) > 0:
-            # No more is taken than there are slots for: what else waits is not known.
+            # The pool takes no more inputs than it has slots, so that the rest is unknown.
             need = max(need, replicas + 1.0)
         return snapshot.ServiceDemand(
             queued=queued,
@@ -93,23 +97,24 @@ class Service:
         )
 
     def _came(self, workers: Sequence[WorkerRecord]) -> float:
-        """Workload that workers have taken since the last look: of those that were there then."""
+        """Return the workload taken since the last call, by workers that existed then."""
         before = self._taken
         self._taken = {worker.incarnation: worker.services[self._key].taken for worker in workers}
         return sum(taken - before[name] for name, taken in self._taken.items() if name in before)
 
 
 def size_of(worker: snapshot.Worker, least: int, most: int) -> Size:
-    """Return the replicas of a worker as the others are told them.
+    """Return the size of a worker, for its record.
 
     Args:
-        least: replicas that it keeps whatever the load.
-        most: replicas that it may have.
+        worker: its snapshot.
+        least: replicas that it keeps at any load.
+        most: maximum replicas.
     """
     replicas = worker.replicas
     missing = sum(replica.state == "failed" and replica.restarts > 0 for replica in replicas)
     held = sum(replica.state == "stopped" for replica in replicas)
-    # Of a worker that an operator has drained, others have to do the work.
+    # If an operator has drained the whole worker, others must do its work.
     missing += most if held and held == len(replicas) else held
     return Size(
         least=least,
@@ -121,7 +126,7 @@ def size_of(worker: snapshot.Worker, least: int, most: int) -> Size:
 def sharing(
     mine: WorkerRecord, others: Sequence[WorkerRecord] | None, key: str
 ) -> list[WorkerRecord] | None:
-    """Return those of the others that follow the load and consume the same queues of a service."""
+    """Return the other workers that follow the load and consume the same queues of a service."""
     if others is None:
         return None
     queues = mine.services[key].queues
@@ -135,16 +140,16 @@ def sharing(
 
 
 def group_of(mine: WorkerRecord, others: Sequence[WorkerRecord] | None) -> list[WorkerRecord]:
-    """Return the workers that serve the same as this one, which comes first."""
+    """Return the workers that serve the same services as this one, which comes first."""
     first = next(iter(mine.services))
     alike = sharing(mine, others, first) or []
     return [mine, *(other for other in alike if other.serves == mine.serves)]
 
 
 def part(group: Sequence[WorkerRecord], total: int) -> int:
-    """Return how many of ``total`` replicas of a group are those of its first worker.
+    """Return the part of ``total`` replicas of a group that belongs to its first worker.
 
-    Weighed by their scores where these differ; what differs little must not move a replica.
+    Scores weigh the parts if they differ clearly; small differences must not move a replica.
     """
     first = next(iter(group[0].services))
     scores = [worker.services[first].score for worker in group]
@@ -164,31 +169,32 @@ def part(group: Sequence[WorkerRecord], total: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A worker that serves the same, for those that divide the replicas."""
+    """A worker of a group, for the division of replicas."""
 
-    #: Its node name: who is first where two are worth the same.
+    #: Node name, which decides between workers of equal value.
     name: str
-    #: Replicas that it could have now; one that fails to start is none.
+    #: Replicas that it could have now, without those that fail to start.
     capacity: int
     #: Replicas that it has in any case.
     least: int = 0
-    #: The weight of each of them, above 0: the worker's score, where the workers' scores differ.
+    #: Weight of each replica, above 0: the worker's score if scores differ, else 1.0.
     score: float = 1.0
 
 
-# For this worker as it is and as it would be whole, in turns.
+# Each worker asks in turn for its present capacity and for its full capacity.
 @functools.lru_cache(maxsize=4)
 def _own_positions(peers: tuple[Peer, ...], me: str) -> list[int]:
     return [position for position, name in enumerate(order(peers), start=1) if name == me]
 
 
 def order(peers: Iterable[Peer]) -> list[str]:
-    """Name the worker of the first replica, of the second, and so on: minimums, then by value.
+    """Return the worker of each replica: first all minimums, then by value.
 
-    That is Webster's order, as a parliament is apportioned: the k-th replica of a worker has the
-    value ``(k - 1/2) / capacity``, and the lowest values are taken first. So workers that have the
-    same facts need not agree, and one replica more never moves another: growth by one starts just
-    one.
+    The k-th replica of a worker has the value ``(k - 1/2) / (capacity * score)``; lower values come
+    first. Workers with the same records thus agree without communication. One more replica never
+    moves another, so that growth by one starts only one.
+
+    Source: Webster's method of apportionment (Sainte-Laguë).
     """
     known = sorted(peers, key=lambda peer: peer.name)
     least = [peer.name for peer in known for _ in range(min(peer.least, peer.capacity))]
@@ -205,12 +211,12 @@ class StartUp:
 
     def __init__(self) -> None:
         self.seconds: float | None = None
-        #: A child is loading: a worker with a replica on its way is not idle.
+        #: Whether a child is loading, so that the worker is not idle.
         self.is_loading = False
         self._pids: set[int] = set()
 
     def observe(self, replicas: Iterable[snapshot.Replica]) -> None:
-        """Learn from the replicas; each child counts once, when it has been READY."""
+        """Update the mean; each child counts once, after its first READY."""
         start_ups: dict[int, float] = {}
         self.is_loading = False
         for replica in replicas:
@@ -229,7 +235,7 @@ def _size(worker: WorkerRecord) -> Size:
 
 
 def _part(mine: WorkerRecord, workers: Sequence[WorkerRecord]) -> float:
-    """The part of the work that falls to the workers that serve what this one serves."""
+    """Return the share of the work of the group of ``mine`` among all workers, by capacity."""
     group = [worker for worker in workers if worker.serves == mine.serves]
     capacity = sum(_size(worker).capacity for worker in workers)
     if not capacity:
@@ -238,7 +244,7 @@ def _part(mine: WorkerRecord, workers: Sequence[WorkerRecord]) -> float:
 
 
 def _score(workers: Sequence[WorkerRecord], key: str) -> float | None:
-    """The mean of those that know it, by the replicas that each could have."""
+    """Return the mean score of the workers that know one, weighted by capacity."""
     scores = [worker.services[key].score or 0.0 for worker in workers]
     if not any(scores):
         return None

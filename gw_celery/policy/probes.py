@@ -1,6 +1,7 @@
-"""The probes of one child: when each is called, what counts as failed, and what follows.
+"""The probes of one child: when to call them, what counts as a failure, and what follows.
 
-Pure: ``now`` is an argument. The parent times the calls, for a child that hangs cannot time itself.
+Pure: ``now`` is an argument. The worker's parent times the calls, because a child that hangs
+    cannot.
 """
 
 from __future__ import annotations
@@ -12,21 +13,19 @@ from collections.abc import Iterator, Sequence
 
 from gw_celery.declare import probes
 
-#: Seconds between two looks after which the parent could not have read an answer in time.
+#: Seconds between two checks after which the parent may have been unable to read an answer.
 _PAUSE = 2.0
 
 
 class Consequence(enum.Enum):
-    """What follows from the last answer of a probe, or from its absence."""
-
     NOTHING = enum.auto()
     #: A startup probe has passed; it is not called again.
     STARTED = enum.auto()
-    #: A startup probe failed as often as it may: the child cannot serve.
+    #: A startup probe reached its allowed failures: the child cannot serve.
     CANNOT_START = enum.auto()
-    #: A liveness probe failed as often as it may: another child must take over.
+    #: A liveness probe reached its allowed failures: another child must take over.
     REPLACE = enum.auto()
-    #: A readiness probe failed as often as it may: the service wants no inputs here.
+    #: A readiness probe reached its allowed failures: the service takes no inputs here.
     NOT_READY = enum.auto()
     #: A readiness probe passed again, or for the first time.
     READY = enum.auto()
@@ -41,12 +40,10 @@ _WHEN_FAILING = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The outcome of one call of a probe."""
-
     is_ok: bool
-    #: Why, in a few words.
+    #: The reason, in a few words.
     detail: str
-    #: How long the call took, by the child's clock.
+    #: Duration of the call, by the child's clock.
     seconds: float
 
 
@@ -56,23 +53,23 @@ class Check:
     Args:
         service: key of the service.
         probe: the declaration.
-        phase: the part of a period by which its calls are shifted against those of other replicas.
+        phase: share of a period by which its calls are shifted from those of other replicas.
     """
 
     def __init__(self, service: str, probe: probes.Probe, phase: float = 1.0) -> None:
         self.service = service
         self.probe = probe
-        #: When it is called next; never, while it is infinite.
+        #: Time of the next call; infinite: never.
         self.due = math.inf
-        #: The number of the call on its way; ``None`` without one.
+        #: Number of the pending call, if any.
         self.call: int | None = None
-        #: Failures in a row.
+        #: Consecutive failures.
         self.failures = 0
         self.has_passed = False
-        #: It failed as often as it may, and has not passed since.
+        #: Whether it reached its allowed failures, and has not passed since.
         self.is_failing = False
         self.last: Answer | None = None
-        #: When the call on its way counts as a failure, or as another one.
+        #: Time at which the pending call counts as a failure, or as a further one.
         self._counts_at = math.inf
         self._is_late = False
         self._was_paused = False
@@ -81,16 +78,16 @@ class Check:
 
     @property
     def name(self) -> str:
-        """The service's own name and the method, as its users write them."""
+        """The service's name and the method, as users write them."""
         return f"{self.service.rpartition('.')[2]}.{self.probe.method}"
 
     @property
     def next_at(self) -> float:
-        """When there is something to do: a call, or to stop waiting for one."""
+        """The time of the next action: a call, or giving up a pending one."""
         return self.due if self.call is None else self._counts_at
 
     def begin(self, now: float) -> None:
-        """Have it called from now on; a probe that something waits for, at once."""
+        """Start calling the probe; at once, unless it is a liveness probe."""
         if not math.isinf(self.due):
             return
         if self.probe.kind == "liveness":
@@ -99,38 +96,38 @@ class Check:
             self.due, self._gap = now, self._shift
 
     def end(self) -> None:
-        """Call it no more; what is on its way has no consequence."""
+        """Stop calling the probe; a pending call has no consequence."""
         self.due = self._counts_at = math.inf
         self._is_late = True
 
     def is_due(self, now: float) -> bool:
-        """Whether to call it: never while the last call hangs, or calls would pile up."""
+        """Return whether to call it; calls never overlap, even if one hangs."""
         return self.call is None and now >= self.due
 
     def called(self, call: int, now: float) -> None:
-        """Note that it is being called, as the call of this number."""
+        """Record that the call of this number was ordered."""
         self.call, self._is_late, self._was_paused = call, False, False
         self._counts_at = now + self.probe.timeout_s
         self.due, self._gap = now + self._gap, self.probe.period_s
 
     def answered(self, answer: Answer) -> Consequence:
-        """Take the answer of its call; that of a call that was given up has no consequence."""
+        """Process an answer; that of a call that was given up has no consequence."""
         self.call = None
         if self._is_late:
             return Consequence.NOTHING
         if answer.seconds > self.probe.timeout_s:
-            # The child gave it up, or the parent was away and has not counted it.
+            # The child gave it up, or the parent was delayed and has not counted it.
             answer = self._too_late(answer.seconds)
         return self._note(answer)
 
     def give_up(self, now: float) -> Consequence:
-        """Count a call without an answer: at its time-out, and once a period while it hangs."""
+        """Count a pending call as a failure: at its timeout, then once per period."""
         self._is_late = True
         self._counts_at = now + self.probe.period_s
         return self._note(self._too_late(self.probe.timeout_s))
 
     def pause(self, seconds: float) -> None:
-        """Extend a call, once, by the time in which the parent could not read its answer."""
+        """Extend a pending call, once, by the time in which the parent could not read."""
         if not self._was_paused:
             self._was_paused = True
             self._counts_at += seconds
@@ -161,7 +158,7 @@ class Checks:
 
     Args:
         declared: each probe with the key of its service.
-        phase: from 0 to 1, another one for each replica, so that they are not all called at once.
+        phase: a value from 0 to 1, different for each replica, which spreads the calls.
     """
 
     def __init__(self, declared: Sequence[tuple[str, probes.Probe]], phase: float = 1.0) -> None:
@@ -178,12 +175,11 @@ class Checks:
 
     @property
     def have_started(self) -> bool:
-        """Whether every startup probe has passed."""
         return all(check.has_passed for check in self if check.probe.kind == "startup")
 
     @property
     def unready(self) -> set[str]:
-        """The services that want no inputs: a readiness probe is failing, or never passed."""
+        """The services with a readiness probe that fails, or has not passed yet."""
         return {
             check.service
             for check in self
@@ -191,13 +187,12 @@ class Checks:
         }
 
     def start(self, now: float) -> None:
-        """Call the startup probes from now on."""
         for check in self:
             if check.probe.kind == "startup" and not check.has_passed:
                 check.begin(now)
 
     def serve(self, now: float) -> bool:
-        """Call the liveness and readiness probes from now on; whether they were not before."""
+        """Start calling liveness and readiness probes; return whether this is the first time."""
         if self._serves:
             return False
         self._serves = True
@@ -207,26 +202,23 @@ class Checks:
         return True
 
     def drain(self) -> None:
-        """Call the liveness probes alone: what drains for long must not hang meanwhile."""
+        """Call only liveness probes, because a long drain must not hang unnoticed."""
         for check in self:
             if check.probe.kind != "liveness":
                 check.end()
 
     def end(self) -> None:
-        """Call nothing any more."""
         for check in self:
             check.end()
 
     def due(self, now: float) -> list[Check]:
-        """Return what is to be called now."""
         return [check for check in self if check.is_due(now)]
 
     def find(self, call: int) -> Check | None:
-        """Return the probe that is being called with this number."""
         return next((check for check in self if check.call == call), None)
 
     def overdue(self, now: float) -> list[tuple[Check, Consequence]]:
-        """Count the calls without an answer in time; return their checks, and what follows."""
+        """Count overdue calls as failures; return their probes and the consequences."""
         if self._looked is not None and now - self._looked > _PAUSE:
             for check in self:
                 check.pause(now - self._looked)

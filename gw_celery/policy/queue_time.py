@@ -1,4 +1,4 @@
-"""How long an input would wait: from how much is ahead of it, and how fast that is done."""
+"""Estimates the wait of an input from the work ahead of it; pure, in the worker's parent."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Collection, Mapping
 from gw_celery.protocol import snapshot
 from gw_celery.protocol.worker_record import QueueLoad
 
-#: How much of what is known of a service's speed a second leaves: the last minute counts most.
+#: Factor per second for the weight of earlier seconds: the last minute counts most.
 _KEPT = 0.98
 
 
 def estimate(queued: float, loads: Collection[QueueLoad]) -> float | None:
-    """Return the seconds that an input waits which comes now; ``None`` where that is not known.
+    """Return the seconds that an input sent now would wait; ``None`` if unknown.
 
-    What runs counts on neither side: on average it is half done as the input comes, and what runs
-    beside the input is half done as that starts.
+    Running inputs are ignored. On average they are half done at the arrival, and those that run
+    beside the new input are half done at its start: both effects cancel.
 
     Args:
-        queued: workload in the queue of the broker.
-        loads: of all workers that serve it; a rate that is not known adds nothing.
+        queued: workload in the broker's queue.
+        loads: loads of all workers that serve the queue; an unknown rate adds nothing.
     """
     ahead = queued + sum(load.waiting for load in loads)
     if ahead <= 0:
@@ -29,16 +29,16 @@ def estimate(queued: float, loads: Collection[QueueLoad]) -> float | None:
 
 
 def shared(rates: Mapping[str, float | None], parts: Mapping[str, float]) -> float | None:
-    """Return the workload a second that services do of a queue that they share.
+    """Return the workload per second that several services do of a shared queue.
 
-    Each has slots of its own, so that the one that takes longest for its part sets the pace: one
-    that is quick, and seldom called, makes the others no quicker.
+    Each service has its own slots. The one that takes longest for its part of the workload sets
+    the pace; a fast service with few calls does not make the others faster.
 
     Args:
-        rates: workload that each does in a second; ``None`` while that is not known.
-        parts: of the workload that comes, each one's.
+        rates: workload per second of each service; ``None`` if unknown.
+        parts: arriving workload of each service.
     """
-    # One that is not ready now says nothing of the others.
+    # A service without READY replicas says nothing about the others.
     known = {key: rate for key, rate in rates.items() if rate}
     total = sum(parts.get(key, 0.0) for key in known)
     if total <= 0:
@@ -47,7 +47,7 @@ def shared(rates: Mapping[str, float | None], parts: Mapping[str, float]) -> flo
 
 
 class Recent:
-    """What came for one service and what it did lately, in workload."""
+    """Recent arrivals and work of one service, in workload."""
 
     def __init__(self) -> None:
         self.came = 0.0
@@ -56,14 +56,14 @@ class Recent:
 
     @property
     def pace(self) -> float | None:
-        """What one slot does in a second while it is taken.
+        """The workload per second of one busy slot.
 
-        Not the throughput: a service that has little to do is not slow.
+        This is not the throughput: a service with little work is not slow.
         """
         return self._served / self._busy if self._busy > 0 else None
 
     def observe(self, counters: snapshot.Counters) -> None:
-        """Take in the sums since the worker started, once a second."""
+        """Update by the counters; called once a second."""
         last, self._last = self._last, counters
         self.came = self.came * _KEPT + counters.arrived - last.arrived
         if counters.busy > last.busy:
@@ -72,10 +72,10 @@ class Recent:
 
 
 class Loads:
-    """What one worker tells of queues, from its counters.
+    """The loads of queues in one worker, from its counters.
 
     Args:
-        queues: of each queue its services, and the slots that a replica has for each.
+        queues: the services of each queue, with the slots that a replica has for each.
     """
 
     def __init__(self, queues: Mapping[str, Mapping[str, int]]) -> None:
@@ -100,7 +100,7 @@ class Loads:
         )
 
     def _rate(self, service: str, slots: int, worker: snapshot.Worker) -> float | None:
-        """What the READY replicas do in a second: by their score, else by what slots have done."""
+        """Return the workload per second of READY replicas, by their score or their slots' pace."""
         score = worker.scores.get(service, snapshot.Score()).value
         pace = self._recent[service].pace if score is None else score / slots
         return None if pace is None else pace * worker.ready_slots.get(service, 0)

@@ -1,14 +1,14 @@
-"""How many replicas the load needs, and when to have fewer; pure: ``now`` is an argument.
+"""The number of replicas for the load, and when to reduce it; pure, in the worker's parent.
 
-Three questions, asked in this order once a second:
+Three questions, in this order, once a second:
 
-- ``Meter``: how much arrives, and how large are its bursts?
-- ``need`` and ``kept``: how many replicas does that take, now and should it come again?
-- ``Decider``: up at once; down only below everything that was needed lately.
+- ``Meter``: how much workload arrives, and how large are its bursts?
+- ``need`` and ``kept``: how many replicas does this take now, and for a repetition of the bursts?
+- ``Decider``: grow at once; shrink only below everything that was needed recently.
 
-Two durations shape all of it: ``target_queue_time``, which an input may wait, and ``start_up``,
-which a new replica takes. `Rules.lateness` is their ratio: near 0 a replica can be ordered when it
-is needed; near 1 it comes when the burst is over, and only what is already there helps.
+Two durations shape the answers: ``target_queue_time``, which an input may wait, and ``start_up``,
+which a new replica takes. `Rules.lateness` compares them. Near 0, a replica can start when it is
+needed. Near 1, it is READY after the burst, so that only existing replicas help.
 """
 
 from __future__ import annotations
@@ -18,61 +18,61 @@ import collections
 import dataclasses
 import math
 
-#: Bursts are measured over these multiples of ``target_queue_time``; the last is the base load.
+#: Multiples of ``target_queue_time`` over which bursts are measured; the last one is the base load.
 SPANS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-#: The rate is taken over so many ``target_queue_time`` more where help comes at once.
+#: Additional multiples of ``target_queue_time`` for the rate if replicas start at once.
 PROOF = 2.5
-#: A need is held for this many times what a new replica takes to start and to clear the queue.
+#: A need is held for this multiple of the time that a replica takes to start and clear the queue.
 RESIDENCE = 4.0
-#: Numbers of old samples that are dropped at a time; even.
+#: Number of old sample values dropped at a time; even.
 FORGET = 128
-#: Excess of a need over a whole number that is a rounding error, and no replica more.
+#: Rounding error of a need that does not require another replica.
 EPSILON = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-    """The operator's settings; durations in seconds."""
+    """The operator's settings; durations are in seconds."""
 
-    #: The share of a replica's score that is planned with.
+    #: Share of a replica's score to plan with.
     target_util: float = 0.9
-    #: How long an input may wait in the queue.
+    #: Time that an input may wait in the queue.
     target_queue_time: float = 10.0
-    #: Time without any input after which the last replica goes; ``None``: never.
+    #: Time without inputs after which the last replica goes; ``None``: never.
     inactivity_timeout: float | None = None
-    #: Workload per second that is provided for even while less arrives; above 0, never to zero.
+    #: Minimum workload per second to plan for; above 0, the pool never shrinks to zero.
     min_load: float = 0.0
     #: Expected time from the start of a replica until it is READY.
     start_up: float = 30.0
-    #: Time for which bursts are expected to come again.
+    #: Time for which bursts are expected to repeat.
     window: float = 600.0
 
     @property
     def lateness(self) -> float:
-        """0: help comes at once; towards 1: long after an input should have been served."""
+        """0: new replicas help at once; near 1: they help long after an input should be served."""
         return self.start_up / (self.start_up + self.target_queue_time)
 
     @property
     def rate_span(self) -> float:
-        """Seconds over which the rate is taken: the later help comes, the less proof is awaited."""
+        """Seconds over which the rate is measured: shorter if new replicas help later."""
         return self.target_queue_time * (1.0 + PROOF * (1.0 - self.lateness))
 
     @property
     def residence(self) -> float:
-        """Seconds for which a need that was met is held."""
+        """Seconds for which a satisfied need is held."""
         return RESIDENCE * (self.start_up + self.target_queue_time)
 
 
 def need(rate: float, backlog: float, score: float, rules: Rules, fillable: float) -> float:
     """Return the replicas that one service needs now.
 
-    What already runs is no backlog: it has its slot, and a drain lets it end. Counted again, a
-    single input that takes an hour would order hundreds of replicas. For the same reason waiting
-    inputs order no more replicas than they fill.
+    Running inputs are not backlog: they have slots, and a drain lets them finish. If they counted,
+    an input of an hour would order hundreds of replicas. For the same reason, waiting inputs order
+    no more replicas than they fill.
 
     Args:
-        rate: workload that arrives per second.
-        backlog: workload that waits, to be gone within ``target_queue_time`` while more arrives.
+        rate: arriving workload per second.
+        backlog: waiting workload, to be served within ``target_queue_time`` beside new arrivals.
         score: workload per second of one replica.
         rules: the operator's settings.
         fillable: replicas that the waiting inputs fill.
@@ -83,7 +83,7 @@ def need(rate: float, backlog: float, score: float, rules: Rules, fillable: floa
 
 
 def kept(pace: float, score: float, rules: Rules) -> float:
-    """Return the replicas that one service needs for its bursts, should they come again.
+    """Return the replicas that one service needs if its bursts repeat.
 
     Args:
         pace: `Meter.pace`, in workload per second.
@@ -94,32 +94,32 @@ def kept(pace: float, score: float, rules: Rules) -> float:
 
 
 class Meter:
-    """The workload that arrives at a service: its rate, and the pace that its bursts ask for."""
+    """The workload that arrives at a service: its rate, and the pace that its bursts require."""
 
     def __init__(self, rules: Rules, now: float) -> None:
         self._grace = rules.target_queue_time
         self._head_room = 1.0 + rules.lateness
         self._rate_span = rules.rate_span
         self._spans = [span * rules.target_queue_time for span in SPANS]
-        # The sample that each span starts at: they only ever move on.
+        # Index of the first sample of each span; it only grows.
         self._firsts = [0] * len(SPANS)
         self._rate_first = 0
-        # A time and the total until then, in turn: so that a thousand fit into a processor's cache.
+        # Alternating time and total, so that a thousand samples fit into a processor's cache.
         self._samples = array.array("d", [now, 0.0])
         self._arrived = 0.0
         #: Workload per second that arrives now.
         self.rate = 0.0
-        #: Workload per second that would have to be served so that no input waits too long. What
-        #: arrives within a span may be served until ``target_queue_time`` after its end: the span
-        #: that asks for most counts. What bursts ask for beyond the base load is raised by
-        #: `Rules.lateness`: the next may be larger, and what it starts would come too late for it.
+        #: Workload per second to serve so that no input waits too long. Arrivals of a span may be
+        #: served until ``target_queue_time`` after its end; the most demanding span counts. The
+        #: part beyond the base load grows by `Rules.lateness`, because the next burst may be
+        #: larger, and replicas that it starts would be late.
         self.pace = 0.0
 
     def add(self, now: float, workload: float) -> None:
-        """Count what arrived since the last call.
+        """Count the arrivals since the last call.
 
-        A negative number corrects the one before: an input on its way from a queue to a worker may
-        have been seen by neither, or by both.
+        A negative number is a correction: an input on its way from a queue to a worker may have
+        been counted twice, or not at all.
         """
         arrived = self._arrived = self._arrived + workload
         samples, firsts, grace = self._samples, self._firsts, self._grace
@@ -150,13 +150,13 @@ class Meter:
 
 
 class Largest:
-    """The largest of the latest numbers, in constant time."""
+    """The maximum of recent numbers, in amortized constant time (monotonic queue)."""
 
     def __init__(self) -> None:
         self._falling: collections.deque[tuple[float, float]] = collections.deque()
 
     def add(self, now: float, number: float, window: float) -> float:
-        """Add ``number``; return the largest of the last ``window`` seconds."""
+        """Add ``number``; return the maximum of the last ``window`` seconds."""
         falling = self._falling
         while falling and falling[-1][1] <= number:
             falling.pop()
@@ -167,9 +167,9 @@ class Largest:
 
 
 class Decider:
-    """How many replicas there should be, from ``least`` to ``most``: up at once, down slowly.
+    """Decides the number of replicas from ``least`` to ``most``: grows at once, shrinks slowly.
 
-    Its rules may be changed; what was needed lately is not forgotten.
+    A change of its rules keeps the memory of recent needs.
     """
 
     def __init__(self, rules: Rules, least: int, most: int) -> None:
@@ -185,7 +185,7 @@ class Decider:
         self.most = max(self.least, most)
 
     def hold(self, now: float, replicas: int) -> None:
-        """Keep the replicas that an operator asked for, as if the load had needed them."""
+        """Hold the replicas that an operator requested, as if the load needed them."""
         self._needed.add(now, replicas, self.rules.residence)
 
     def decide(self, now: float, need: float, actual: int, keep: float, is_active: bool) -> int:
@@ -194,9 +194,9 @@ class Decider:
         Args:
             now: seconds of a monotonic clock.
             need: replicas that the load needs now.
-            actual: replicas that there are, starting and draining ones included.
-            keep: replicas that its bursts would need if they came again (`kept`).
-            is_active: something arrived since the last call, waits or runs.
+            actual: present replicas, including starting and draining ones.
+            keep: replicas for a repetition of the bursts (`kept`).
+            is_active: whether anything has arrived since the last call, waits or runs.
         """
         rules, wanted = self.rules, max(need, keep)
         held = max(
@@ -206,15 +206,15 @@ class Decider:
         if is_active or self._active_at is None:
             self._active_at = now
         elif self.is_idle(now):
-            # One at a time at the end: nothing that was misread for a moment empties the pool.
+            # One at a time, so that a wrong reading does not empty the pool.
             return self._bounded(1 if actual > 1 else 0)
-        # Less than the head-room that ``target_util`` leaves is no reason to start a replica.
+        # A need within the head-room of ``target_util`` does not start a replica.
         if wanted > actual * (2.0 - rules.target_util):
             return self._bounded(max(actual, math.ceil(wanted - EPSILON)))
         return self._bounded(min(actual, max(1, math.ceil(held - EPSILON))))
 
     def is_idle(self, now: float) -> bool:
-        """Whether nothing has happened for so long that none need stay, whatever was needed."""
+        """Return whether the last replica may go after this time without work."""
         timeout = self.rules.inactivity_timeout
         if self.least > 0 or self.rules.min_load > 0 or timeout is None:
             return False
@@ -226,11 +226,11 @@ class Decider:
 
 
 class Share:
-    """One worker's part of a group's replicas: what moves to another goes when that one has begun.
+    """One worker's part of a group's replicas, which shrinks only after a delay.
 
-    A part changes with the others that come, fail to start or were measured anew. To follow each
-    time would drain what serves while its successor elsewhere loads, and start it again here with
-    the next figure.
+    Parts change when other workers come, fail to start or have new scores. A worker that followed
+    each change would drain replicas while their successors elsewhere load, and soon start them
+    again.
     """
 
     def __init__(self) -> None:
@@ -238,11 +238,11 @@ class Share:
         self._total = 0
 
     def kept(self, now: float, part: int, total: int, rules: Rules) -> int:
-        """Return the replicas to have: the largest part of a residence, at most ``total``.
+        """Return this worker's replicas: its largest part within a residence, at most ``total``.
 
         Args:
             now: seconds of a monotonic clock.
-            part: this worker's part of the group's replicas.
+            part: this worker's current part of the group's replicas.
             total: replicas of the whole group.
             rules: the operator's settings.
         """

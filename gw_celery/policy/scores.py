@@ -1,4 +1,4 @@
-"""Scores: the workload per second of one replica, from benchmarks and from traffic; pure."""
+"""Scores, the workload per second of a replica, from benchmarks and from traffic; pure."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from collections.abc import Sequence
 from gw_celery import errors
 from gw_celery.protocol import headers, snapshot
 
-#: Difference between the served and the measured score, as a share, that is worth a warning.
+#: Relative difference of the served from the measured score that causes a warning.
 DRIFT = 0.30
-#: Least duration of a span over which the served rate is taken, in seconds.
+#: Minimum seconds of a span over which the served rate is measured.
 _SPAN = 10.0
-#: Inputs that each slot must have served in a span, so that those at its ends weigh little.
+#: Minimum inputs per slot in a span, so that those at its ends have little weight.
 _INPUTS_PER_SLOT = 2
-#: Seconds after which a span that has not served as many is given up.
+#: Seconds after which a span with fewer inputs is given up.
 _LONGEST = 900.0
-#: Share of the slots that are taken in a full replica; between two inputs of a slot lies the way to
-#: the broker and back.
+#: Share of slots in use in a full replica; a slot is empty during the round trip to the broker
+#: between two inputs.
 _FULL = 0.9
 #: Seconds after which the served score is forgotten, unless replicas are full again. A score that
-#: is far too low has so many replicas started that none is ever full, and never learns otherwise.
+#: is far too low starts so many replicas that none is ever full: only forgetting corrects it.
 _TRUSTED = 600.0
-#: Weight of a new span against all before it; of factors, for a score can be wrong by many times.
+#: Weight of a new span against all before. It weighs factors, because errors can be manifold.
 _WEIGHT = 0.5
 _FIELDS = {field.name for field in dataclasses.fields(snapshot.TaskScore)}
 _TEXTS = {"task", "failure"}
 
 
 class NoScore(errors.GWCeleryError):
-    """Raised for a benchmark from which no score can be computed."""
+    """Raised for a benchmark that gives no score."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Round:
-    """Inputs that were started together, from the first start to the last end, in seconds."""
+    """Inputs that started together, from the first start to the last end, in seconds."""
 
     elapsed: float
     #: Of the inputs that succeeded.
     workload: float
     latencies: tuple[float, ...]
     failures: int = 0
-    #: Type and text of the exception of the first failure.
+    #: Type and text of the first exception.
     failure: str = ""
 
     @property
@@ -54,12 +54,16 @@ class Round:
 def of(task: str, rounds: Sequence[Round]) -> snapshot.TaskScore:
     """Return the score of a task: the throughput of its median round.
 
-    An input that raises is a failure and has no workload: a body that always raises is never quick.
-    Where most rounds have no success, the median would be 0 for a replica that does work: the score
-    is then all workload by all time.
+    A failed input has no workload, so that a body that always raises is never fast. If most rounds
+    have no success, the median is 0 although the replica works. The score is then the total
+    workload divided by the total time.
+
+    Args:
+        task: name of the task.
+        rounds: the rounds of its benchmark.
 
     Raises:
-        NoScore: without a success, or when no input has any workload.
+        NoScore: if no input succeeded, or no input has any workload.
     """
     whole = Round(
         elapsed=sum(round_.elapsed for round_ in rounds),
@@ -90,10 +94,10 @@ def of(task: str, rounds: Sequence[Round]) -> snapshot.TaskScore:
 
 
 def from_json(document: object) -> snapshot.TaskScore:
-    """Return the score of which a child sent the fields.
+    """Return the score from the fields that a child sent.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if they are not those of a valid score.
     """
     if not isinstance(document, dict) or document.keys() != _FIELDS:
         raise ValueError(f"not a score: {document!r:.100}")
@@ -121,13 +125,13 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 @dataclasses.dataclass
 class _Span:
-    """A time without a change of the ready replicas."""
+    """A time during which the READY replicas do not change."""
 
     began: float
     ready: int
-    #: The counters when it began.
+    #: The counters at its start.
     first: snapshot.Counters
-    #: Sum of the shares of the slots that were taken, and how often they were looked at.
+    #: Sum of the shares of slots in use, and the number of samples.
     taken: float = 0.0
     looks: int = 0
 
@@ -135,9 +139,9 @@ class _Span:
         return self.taken >= _FULL * self.looks - slack
 
     def is_marred(self, counters: snapshot.Counters, slot_seconds: float) -> bool:
-        """Whether something other than work may have filled its slots."""
-        # What waits may be refused faster than work comes, and what most inputs fail of more
-        # replicas do not mend.
+        """Return whether refusals or failures, instead of work, may have filled its slots."""
+        # Refusals may empty the queue faster than work arrives, and more replicas do not help if
+        # most inputs fail.
         first = self.first
         is_refusing = counters.refused > first.refused
         is_failing = _failed(counters) - _failed(first) > _succeeded(counters) - _succeeded(first)
@@ -145,7 +149,7 @@ class _Span:
 
 
 class LiveScore:
-    """The score of one replica: its benchmarks, corrected by what it serves while it is full.
+    """The score of one replica: its benchmarks, corrected by what full replicas serve.
 
     Args:
         slots: inputs of the service that one replica takes at a time.
@@ -156,25 +160,24 @@ class LiveScore:
         self._span: _Span | None = None
         self._learnt_at = 0.0
         self._has_warned = False
-        #: What benchmarks gave; ``None`` without any.
+        #: The score by benchmarks; ``None`` without any.
         self.measured: float | None = None
-        #: What full replicas served lately; ``None`` while there were none for long enough.
+        #: What full replicas served recently; ``None`` if none was full for long enough.
         self.served: float | None = None
 
     @property
     def value(self) -> float | None:
-        """Workload per second of one replica; ``None`` while it is not known."""
         return self.measured if self.served is None else self.served
 
     @property
     def drift(self) -> float | None:
-        """By what share the served score is over, or under, the measured one."""
+        """The relative difference of the served score from the measured one."""
         if self.served is None or not self.measured:
             return None
         return self.served / self.measured - 1.0
 
     def measure(self, value: float | None) -> None:
-        """Take the score of benchmarks; a much different one ends what was learnt before it."""
+        """Set the measured score; one that differs much discards the served score."""
         before, self.measured = self.measured, value
         if before and value and abs(value / before - 1.0) > DRIFT:
             self.served, self._has_warned = None, False
@@ -182,13 +185,13 @@ class LiveScore:
     def observe(
         self, now: float, counters: snapshot.Counters, ready: int, *, has_more: bool = False
     ) -> bool:
-        """Learn from the traffic; to be called about once a second.
+        """Learn from the traffic; called about once a second.
 
         Args:
             now: seconds of a monotonic clock.
-            counters: those of the service.
+            counters: the counters of the service.
             ready: replicas that take inputs.
-            has_more: messages are known to wait in the broker.
+            has_more: whether messages are known to wait in the broker.
 
         Returns:
             Whether a warning about the drift is due now.
@@ -198,8 +201,8 @@ class LiveScore:
             self._begin(now, counters, ready)
             return False
         slots = self._slots * ready
-        # What waits has found no slot, whatever the count of a moment says: short inputs are on
-        # their way to or from the broker for a good part of their time.
+        # A waiting input proves that all slots are in use, whatever the counter shows now: short
+        # inputs spend much of their time on the way to and from the broker.
         is_full = has_more or counters.waiting_inputs > 0 or counters.running_inputs >= slots
         span.taken += 1.0 if is_full else counters.running_inputs / slots
         span.looks += 1
@@ -207,7 +210,7 @@ class LiveScore:
         has_enough = counters.served_inputs - span.first.served_inputs >= _INPUTS_PER_SLOT * slots
         if elapsed < _SPAN or (not has_enough and elapsed < _LONGEST):
             if not span.is_full(slack=0.5 * _SPAN):
-                self._begin(now, counters, ready)  # it cannot become full any more
+                self._begin(now, counters, ready)  # it cannot count as full any more
             return False
         is_lesson = has_enough and span.is_full() and not span.is_marred(counters, slots * elapsed)
         rate = (_succeeded(counters) - _succeeded(span.first)) / elapsed / ready
@@ -220,7 +223,7 @@ class LiveScore:
         return is_warning_due
 
     def _begin(self, now: float, counters: snapshot.Counters, ready: int) -> None:
-        # Not within a span, which may be full and last for longer: it is about to say more.
+        # Only between spans: a running span may be full, and soon give a new score.
         if now - self._learnt_at > _TRUSTED:
             self.served = None
         self._span = _Span(began=now, ready=ready, first=counters)
@@ -231,5 +234,5 @@ def _failed(counters: snapshot.Counters) -> float:
 
 
 def _succeeded(counters: snapshot.Counters) -> float:
-    """Workload of what gave a value: what raises at once is not quick."""
+    """Return the workload with a value: an immediate exception must not count as fast."""
     return counters.served - counters.failed

@@ -1,7 +1,7 @@
-"""How quick a worker is among those that serve the same queue: in three coarse bands.
+"""The speed of a worker among those that serve the same queue, in three bands; in its parent.
 
-A broker that knows priorities of consumers gives an input to a quicker worker as long as that has a
-free slot. Bands are coarse and sticky, because a change is a new subscription.
+A broker with consumer priorities gives an input to a faster worker while that has a free slot.
+Bands are coarse and change slowly, because each change is a new subscription.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from gw_celery.protocol.worker_record import WorkerRecord
 
 logger = logging.getLogger(__name__)
 
-#: Part of the best score from which on a worker is QUICK, and below which it is SLOW.
+#: Shares of the best score: QUICK begins at the first, and SLOW is below the second.
 _QUICK = 0.7
 _SLOW = 0.35
-#: How far beyond a border a score must be for a worker to change its band: measuring is noisy.
+#: Relative distance beyond a border that a change of band requires, because measuring is noisy.
 _STICKINESS = 0.1
-#: Seconds that a worker stays in a band at least.
+#: Minimum seconds in a band.
 _RESIDENCE = 10.0
 
 
 class Band(enum.IntEnum):
-    """The value is RabbitMQ's ``x-priority``; a consumer that names none has 0."""
+    """A speed band; its value is RabbitMQ's ``x-priority``, whose default is 0."""
 
     SLOW = -1
-    #: Also of a worker that does not know its score, as other programs that consume the queue.
+    #: Also for a worker without a score, and for other consumers of the queue.
     MIDDLE = 0
     QUICK = 1
 
 
 def of(score: float | None, best: float | None, held: Band | None = None) -> Band:
-    """Return the band of a worker by its score.
+    """Return the band of a worker.
 
     Args:
-        score: of this worker; ``None`` while it is not known.
-        best: of all workers that are known; ``None`` while none is.
-        held: the band that it is in, which it leaves only for a clear reason.
+        score: the score of this worker; ``None`` if unknown.
+        best: the best score of all known workers; ``None`` if unknown.
+        held: its current band, which it keeps unless the score is clearly beyond a border.
     """
     if score is None or score <= 0:
         return Band.MIDDLE
     part = score / max(score, best or 0.0)
     if held is None:
         return _by_borders(part, 1.0)
-    # The borders above it are farther away, and so are those below it.
+    # Move both borders away from the current band.
     stretch = 1.0 + _STICKINESS
     return min(max(held, _by_borders(part, stretch)), _by_borders(part, 1.0 / stretch))
 
@@ -58,7 +58,7 @@ def _by_borders(part: float, stretch: float) -> Band:
 
 
 class Bands:
-    """The bands of one worker; MIDDLE for a service until the worker knows its score.
+    """The bands of one worker; MIDDLE for a service whose score is unknown.
 
     Args:
         services: the keys of its services.
@@ -66,16 +66,19 @@ class Bands:
 
     def __init__(self, services: Iterable[str]) -> None:
         self._bands = dict.fromkeys(services, Band.MIDDLE)
-        #: When those services got their bands whose scores are known; the first is not kept for
-        #: long: the others may not have told their scores yet.
+        #: Time of the last change of each service with a known score. The first band may change
+        #: soon, because the others' scores may not be known yet.
         self._since: dict[str, float] = {}
 
     def follow(
         self, scores: Mapping[str, float | None], others: Collection[WorkerRecord], now: float
     ) -> bool:
-        """Look at this worker's scores and those of the others; whether a band has changed.
+        """Update the bands; return whether one has changed.
 
-        A score that is not known any more, because no replica is there, changes nothing.
+        Args:
+            scores: scores of this worker by service; an unknown one changes nothing.
+            others: the records of the other workers.
+            now: the current time.
         """
         has_changed = False
         for service, held in self._bands.items():
@@ -97,5 +100,4 @@ class Bands:
         return has_changed
 
     def names(self) -> dict[str, str]:
-        """The band of each service, by its name."""
         return {service: band.name.lower() for service, band in self._bands.items()}

@@ -1,4 +1,4 @@
-"""The GPU pool: a Celery worker pool of replicas; ``worker_pool = "gw_celery.pool:TaskPool"``."""
+"""The GPU pool, in the worker's parent process: ``worker_pool = "gw_celery.pool:TaskPool"``."""
 
 from __future__ import annotations
 

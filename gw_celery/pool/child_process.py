@@ -1,4 +1,4 @@
-"""One child process: how it is started, written to, read from, and ended; and all their sockets."""
+"""Starts, feeds, reads and ends child processes, and watches their sockets, in the parent."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from gw_celery.pool import requests
 
 _READ_BYTES = 256 * 1024
-#: A process that closed its socket, or was killed, is a moment from its end.
+#: Seconds to wait for the end of a process that closed its socket or was killed.
 _REAP = 0.1
 
 
 class ChildProcess:
-    """A process and the parent's end of the socket that joins them; nothing here blocks.
+    """A process, and the parent's end of the socket pair to it. No method blocks, except ``close``.
 
     Args:
-        number: the replica that it fills.
-        state: where it is on its way to READY.
-        slots: inputs in flight of each service.
-        devices: those that it sees.
-        sockets: where it is listened to.
+        number: the replica that the child fills.
+        state: its state on the way to READY.
+        slots: maximum inputs in flight, by service.
+        devices: the devices that the child sees.
+        sockets: where the parent listens to it.
     """
 
     def __init__(
@@ -48,36 +48,36 @@ class ChildProcess:
         self.number = number
         self.state = state
         self.slots = request_table.Slots(slots)
-        #: The GPUs that it runs on, as their maker calls them.
+        #: Product names of the GPUs that the child runs on.
         self.products = tuple(device.name for device in devices)
-        #: What it holds, by the numbers of the inputs, settled or not.
+        #: Inputs that the child holds, settled or not, by number.
         self.requests: dict[int, requests.PoolRequest] = {}
         self.served = 0
         self.lag = 0.0
         self.resident_bytes = 0
-        #: Why it could not serve, in its own words.
+        #: Why the child could not serve, in its own words.
         self.reason = ""
-        #: Why it cannot store results; "" while it can.
+        #: Why the child cannot store results; "" while it can.
         self.outage = ""
         self.is_leaving = False
-        #: Another should take its place: it is worn, stuck, or out of memory.
+        #: A successor should replace the child: it is worn, stuck, or out of memory.
         self.must_go = False
-        #: The log has said what keeps it from leaving.
+        #: The log has named the inputs that keep the child from leaving.
         self.has_told = False
-        #: Its probes, once it has loaded; ``None`` where there are none.
+        #: Probes of the loaded child; ``None`` before, and where no probes are declared.
         self.checks: probes.Checks | None = None
-        #: It was never well: its end counts as a start that failed, however long it lasted.
+        #: The child was never healthy: its end counts as a failed start, however long it ran.
         self.is_unfit = False
-        #: Its liveness probe had it ended.
+        #: A liveness probe caused the end of the child.
         self.is_ill = False
         self._sockets = sockets
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
         self._unpacker = frames.Unpacker(frames.MAX_CHILD_FRAME_BYTES)
         self._outgoing: collections.deque[memoryview] = collections.deque()
-        # As this process's; where a replica has devices, it sees them and no others.
+        # A child inherits our environment; if the replica has devices, it sees only these.
         environment = {**conf.environment(), **gpus.environment(devices)}
-        # It makes Celery treat the process as one that billiard spawned, with a copy of the app.
+        # This variable makes Celery expect a child of billiard with a copy of the app.
         environment.pop("FORKED_BY_MULTIPROCESSING", None)
         with theirs:
             self.process = subprocess.Popen(
@@ -97,13 +97,12 @@ class ChildProcess:
 
     @property
     def unsettled(self) -> list[requests.PoolRequest]:
-        """What it holds that has no answer."""
         return [held for held in self.requests.values() if held.settlement is None]
 
     def longest_left(self, now: float) -> float:
-        """Seconds until the last input that runs here reaches its hard limit.
+        """Return the seconds until the last running input reaches its hard limit.
 
-        Infinite where one has none. What has not begun has no time of its own yet.
+        Infinite if an input has no limit. Inputs that have not begun do not count.
         """
         running = request_table.State.RUNNING
         limits = (held.hard_limit_at for held in self.requests.values() if held.state is running)
@@ -117,15 +116,15 @@ class ChildProcess:
         return self._socket.fileno()
 
     def send(self, *orders: frames.OrderFields) -> None:
-        """Write orders, keeping what the socket does not take now; errors show when reading.
+        """Write orders, and keep what the socket does not take now; errors appear at reading.
 
-        The first frame tells the child what to load, and has no ``Order``.
+        The first frame says what to load, and has no ``Order``.
         """
         self._outgoing.append(memoryview(frames.pack_orders(orders)))
         self.flush()
 
     def flush(self) -> None:
-        """Write what the socket takes; the rest when it takes more."""
+        """Write as much as the socket takes; the rest follows when it takes more."""
         try:
             while self._outgoing:
                 sent = self._socket.send(self._outgoing[0])
@@ -140,11 +139,11 @@ class ChildProcess:
         self._sockets.watch(self)
 
     def receive(self) -> Iterator[frames.ReportFields]:
-        """Yield the reports that are there; those before garbage count.
+        """Yield the reports that have arrived, up to any invalid bytes.
 
         Raises:
-            Garbage: for bytes that no child of this version writes.
-            EOFError: when the child has closed its end.
+            Garbage: if the child wrote bytes that no child of this version writes.
+            EOFError: if the child has closed its end.
         """
         try:
             data = self._socket.recv(_READ_BYTES)
@@ -160,7 +159,7 @@ class ChildProcess:
             raise EOFError
 
     def close(self) -> int | None:
-        """Close the socket, reap the process if it ends right now, and return its exit code."""
+        """Close the socket; return the exit code if the process ends at once."""
         self._sockets.remove(self)
         self._socket.close()
         try:
@@ -169,14 +168,14 @@ class ChildProcess:
             return None
 
 
-#: A child, or ``None`` for a wake-up, and what its socket is ready for.
+#: A child (``None`` for a wake-up), and the events that its socket is ready for.
 Event = tuple[ChildProcess | None, int]
 
 
 class Sockets:
-    """Children that are listened to, and written to whenever their socket takes more.
+    """The sockets of all children: to listen, and to write whenever a socket takes more.
 
-    A pair of sockets beside them wakes whatever waits for them.
+    A further socket pair wakes the thread that waits for them.
     """
 
     def __init__(self) -> None:
@@ -187,20 +186,20 @@ class Sockets:
         self._selector.register(self._wakeups, selectors.EVENT_READ, None)
 
     def fileno(self) -> int:
-        """One descriptor that is readable when ``wait`` would return at once."""
+        """Return a descriptor that is readable when ``wait`` would return at once."""
         return self._selector.fileno()
 
     def wake(self) -> None:
-        """End a ``wait``; from any thread, and from the handler of a signal."""
-        with contextlib.suppress(OSError):  # it is full of wake-ups, or closed
+        """End a ``wait``; safe from any thread and from signal handlers."""
+        with contextlib.suppress(OSError):  # full of wake-ups, or closed
             self._waker.send(b"\0")
 
     def wait(self, timeout: float) -> list[Event]:
-        """Return what has happened, for ``follow``; the only part that needs no lock."""
+        """Return the events for ``follow``; the caller needs no lock for this method."""
         return [(key.data, mask) for key, mask in self._selector.select(timeout)]
 
     def follow(self, events: list[Event]) -> Iterator[ChildProcess]:
-        """Write what can be written now, and yield the children that have something to read."""
+        """Write what can be written now, and yield the children with data to read."""
         for child, mask in events:
             if child is None:
                 with contextlib.suppress(BlockingIOError):
@@ -216,12 +215,12 @@ class Sockets:
         self._selector.register(child, selectors.EVENT_READ, child)
 
     def remove(self, child: ChildProcess) -> None:
-        """Forget a child; before its socket is closed."""
+        """Remove a child, before its socket is closed."""
         self._selector.unregister(child)
 
     def watch(self, child: ChildProcess) -> None:
-        """Wait for the socket to take more, only while there is more."""
-        if child.fileno() >= 0:  # it is closed once it was removed
+        """Watch for room to write only while there is something to write."""
+        if child.fileno() >= 0:  # a removed child has a closed socket
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.wants_to_write else 0)
             if self._selector.get_key(child).events != events:
                 self._selector.modify(child, events, child)
@@ -233,7 +232,7 @@ class Sockets:
 
 
 def describe_exit(code: int | None) -> str:
-    """Say how a process ended, in billiard's words, which tools look for."""
+    """Describe how a process ended, in billiard's words, which tools search for."""
     if code is None:
         return "Worker exited prematurely: it closed its socket."
     if code >= 0:

@@ -1,8 +1,8 @@
-"""Dead letters: messages that were given up, kept in a bounded queue until a person looks at them.
+"""Dead letters: messages that a worker gave up, kept in a bounded queue for operators.
 
-A thread writes them, because a broker that is away blocks. The failure is stored and the message
-answered whatever becomes of the dead letter. Here, fields are the arguments of `prepare_message` of
-a kombu channel.
+A thread of the worker's parent writes them, because an unreachable broker blocks. The failed task
+is answered in any case. ``celery gw dead`` reads them. "Fields" are the arguments of
+``prepare_message`` of a kombu channel.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from gw_celery.transport import find
 logger = logging.getLogger(__name__)
 
 _ADDED = "gw-dead-"
-#: Written by the broker, which would read them as the history of the new message; and what does not
-#: count any more: a message that lay here for days has not been late for that long.
+#: Headers to remove: the broker would read its own as the history of the new message, and the time
+#: in the dead-letter queue must not count as queue time.
 _PAST = {
     *("x-death", "x-first-death-exchange", "x-first-death-queue", "x-first-death-reason"),
     *("x-delivery-count", "x-acquired-count", headers.ENQUEUED),
 }
-#: What a sender chooses. Not ``expiration``, by which the broker would drop the dead letter, nor
-#: ``user_id``, which it compares with the user that publishes.
+#: Properties of the sender to keep. Not ``expiration``, after which the broker would drop the dead
+#: letter, nor ``user_id``, which it compares with the publishing user.
 _PROPERTIES = {
     *("app_id", "cluster_id", "correlation_id", "delivery_mode"),
     *("message_id", "reply_to", "timestamp", "type"),
 }
-#: Characters: the headers of a message have a limit.
+#: Maximum characters of a reason: brokers limit the headers of a message.
 _MAX_REASON = 1000
-#: Dead letters that may wait for the broker.
+#: Maximum dead letters that wait for the broker.
 _MAX_WAITING = 100
-#: Seconds between two tries.
+#: Seconds between two attempts to write.
 _PAUSE = 1.0
-#: Seconds that RabbitMQ has to confirm a message.
+#: Seconds that RabbitMQ may take to confirm a message.
 _CONFIRM_TIMEOUT = 10.0
-#: Dead letters that are read from Redis at a time.
+#: Dead letters per read from Redis.
 _PAGE = 20
 
-# Scripts, because adding and moving are one decision each, and because kombu's client, which puts a
-# prefix before keys, does not do so for all the commands in them.
+# Scripts, because adding and moving must be atomic, and because kombu's client adds the key prefix
+# to some commands only.
 _ADD = """
 if redis.call('LLEN', KEYS[1]) >= tonumber(ARGV[1]) then return 0 end
 redis.call('LPUSH', KEYS[1], ARGV[2])
@@ -70,14 +70,14 @@ return 1
 def to_dead_letter(
     message: Any, *, reason: str, since: str, worker: str, deaths: int
 ) -> dict[str, Any]:
-    """Return the fields of the dead letter of kombu's ``message``.
+    """Return the fields of the dead letter for a message.
 
     Args:
         message: the message, as kombu delivered it.
         reason: why it was given up.
-        since: when, in ISO 8601.
-        worker: the node name of the worker that gave it up.
-        deaths: the children that died while it ran alone.
+        since: the time of that, in ISO 8601.
+        worker: node name of the worker that gave it up.
+        deaths: number of children that died while the input ran alone.
     """
     delivery = message.delivery_info or {}
     facts = {
@@ -93,7 +93,7 @@ def to_dead_letter(
 
 
 def to_message(letter: Any) -> dict[str, Any]:
-    """Return the fields of the message to send again: as it was sent first, with no deaths."""
+    """Return the fields of the original message to send again, without deaths."""
     kept = {
         name: value
         for name, value in letter.headers.items()
@@ -103,7 +103,6 @@ def to_message(letter: Any) -> dict[str, Any]:
 
 
 def summary(letter: Any) -> dict[str, Any]:
-    """Return what a list shows of a dead letter that kombu delivered."""
     facts = ("deaths", "since", "worker", "reason")
     return {
         "id": letter.headers.get("id"),
@@ -115,7 +114,7 @@ def summary(letter: Any) -> dict[str, Any]:
 
 def _fields(message: Any, sent_headers: dict[str, Any]) -> dict[str, Any]:
     body, method = message.body, message.headers.get("compression")
-    if method:  # kombu has decompressed the body
+    if method:  # kombu delivers the body decompressed
         body, _ = compression.compress(body, method)
     properties = message.properties
     return {
@@ -129,18 +128,18 @@ def _fields(message: Any, sent_headers: dict[str, Any]) -> dict[str, Any]:
 
 
 def connect(app: Any) -> Any:
-    """Return a connection of one's own, over which RabbitMQ confirms what it has taken."""
+    """Return a new connection, on which RabbitMQ confirms each message."""
     return app.connection_for_write(transport_options={"confirm_publish": True})
 
 
 def queue_of(app: Any, connection: Any, settings: conf.Settings) -> DeadLetterQueue:
-    """Return the dead-letter queue that ``settings`` name; ``connection`` is the caller's."""
+    """Return the dead-letter queue of ``settings``, over the caller's ``connection``."""
     is_redis = find.redis_transport(connection) is not None
     return (RedisQueue if is_redis else DeadLetterQueue)(app, connection, settings)
 
 
 class DeadLetterQueue:
-    """A queue that RabbitMQ bounds, or any other broker of kombu's, where it is only counted."""
+    """A queue that RabbitMQ bounds; on other brokers of kombu, we only count its messages."""
 
     def __init__(self, app: Any, connection: Any, settings: conf.Settings) -> None:
         self._app = app
@@ -149,9 +148,9 @@ class DeadLetterQueue:
         self._limit = settings.max_dead_letters
 
     def add(self, letter: dict[str, Any]) -> bool:
-        """Put a dead letter into the queue; False when it is full."""
+        """Add a dead letter; return False if the queue is full."""
         bound = {"x-max-length": self._limit, "x-overflow": "reject-publish"}
-        # Refused where the queue has another bound, which the broker keeps; ours is counted.
+        # The broker refuses if the queue exists with another bound; then only our count applies.
         with contextlib.suppress(*self._connection.channel_errors), self._channel() as channel:
             channel.queue_declare(
                 queue=self._name, durable=True, auto_delete=False, arguments=bound
@@ -162,16 +161,16 @@ class DeadLetterQueue:
                 return False
             try:
                 self._publish(channel, letter, "", self._name)
-            except MessageNacked:  # other workers have filled it meanwhile
+            except MessageNacked:  # other workers have filled the queue
                 return False
         return True
 
     def read(self) -> Iterator[Any]:
-        """Yield the dead letters as kombu delivers them, the oldest first; they stay."""
+        """Yield the dead letters as kombu delivers them, oldest first, without removing them."""
         return (letter for letter, _ in self._stored())
 
     def requeue(self, task_id: str) -> Any | None:
-        """Send one to where it came from and remove it; None when it is not there."""
+        """Move a dead letter back to its original queue; return None if it does not exist."""
         for letter, stored in self._stored():
             if letter.headers.get("id") == task_id:
                 names = (f"{_ADDED}exchange", f"{_ADDED}routing-key")
@@ -181,23 +180,23 @@ class DeadLetterQueue:
         return None
 
     def _channel(self) -> contextlib.closing[Any]:
-        """A channel of its own: what it took and did not acknowledge goes back when it closes."""
+        """Return a new channel; closing it returns the messages that were not acknowledged."""
         return contextlib.closing(self._connection.channel())
 
     def _move(self, stored: Any, fields: dict[str, Any], exchange: str, key: str) -> bool:
-        """Send a message in place of a dead letter; False when another client has removed that."""
+        """Replace a dead letter by a message; return False if another client removed it."""
         with self._channel() as channel:
-            if not exchange:  # as any sender does: the queue may have been deleted
+            if not exchange:  # declare it: the queue may have been deleted
                 self._app.amqp.queues[key](channel).declare()
             self._publish(channel, fields, exchange, key)
         stored.ack()
         return True
 
     def _stored(self) -> Iterator[tuple[Any, Any]]:
-        """Yield each dead letter, and what ``_move`` knows it by."""
+        """Yield each dead letter, and the handle of it that ``_move`` needs."""
         with self._channel() as channel:
             queue: Any = Queue(self._name, channel=channel)
-            with contextlib.suppress(*self._connection.channel_errors):  # never was a dead letter
+            with contextlib.suppress(*self._connection.channel_errors):  # the queue does not exist
                 while (letter := queue.get(no_ack=False)) is not None:
                     yield letter, letter
 
@@ -209,7 +208,7 @@ class DeadLetterQueue:
 
 
 class RedisQueue(DeadLetterQueue):
-    """One list, in kombu's format, whatever the priorities of its dead letters."""
+    """One Redis list in kombu's format, for dead letters of all priorities."""
 
     def add(self, letter: dict[str, Any]) -> bool:
         _, stored = self._prepared(letter, "", self._name)
@@ -223,7 +222,7 @@ class RedisQueue(DeadLetterQueue):
 
     def _stored(self) -> Iterator[tuple[Any, Any]]:
         channel = self._connection.default_channel
-        for end in itertools.count(1, _PAGE):  # from the tail: what is added moves none of them
+        for end in itertools.count(1, _PAGE):  # from the tail, which additions do not shift
             page = self._run(_READ, [], 1 - end - _PAGE, -end)
             for raw in reversed(page):
                 yield channel.Message(json.loads(raw), channel=channel), raw
@@ -231,7 +230,7 @@ class RedisQueue(DeadLetterQueue):
                 return
 
     def _prepared(self, fields: dict[str, Any], exchange: str, key: str) -> tuple[int, str]:
-        """Return the priority of a message, and the message as kombu stores it."""
+        """Return the priority of a message, and the message in kombu's stored form."""
         channel = self._connection.default_channel
         message = channel.prepare_message(**fields)
         channel._inplace_augment_message(message, exchange, key)
@@ -244,20 +243,20 @@ class RedisQueue(DeadLetterQueue):
 
 
 class DeadLetters(background_thread.BackgroundThread):
-    """Writes the dead letters of one worker; the thread starts with the first one."""
+    """The thread that writes a worker's dead letters; it starts with the first of them."""
 
     def __init__(self, app: Any, settings: conf.Settings, hostname: str) -> None:
         super().__init__("gw-dead-letters", "dead letters cannot be written", period=math.inf)
         self._app = app
         self._settings = settings
         self._hostname = hostname
-        #: The first one is being written.
+        #: The first entry is being written.
         self._waiting: collections.deque[dict[str, Any]] = collections.deque()
-        #: When the first one is given up; ``None`` before its first try.
+        #: Monotonic time at which the first entry is given up; ``None`` before its first attempt.
         self._give_up_at: float | None = None
 
     def keep(self, given_up: requests.PoolRequest, reason: str, deaths: int) -> None:
-        """Take the message of an input that is given up; it is written soon."""
+        """Queue the message of an input that was given up, for writing."""
         if given_up.message is None:
             return
         since = self._app.now().isoformat(timespec="seconds")
@@ -279,21 +278,21 @@ class DeadLetters(background_thread.BackgroundThread):
         self.wake()
 
     def close(self, timeout: float = 2.0) -> bool:
-        """End the thread; what cannot be written at once is named in the log."""
+        """End the thread; log each dead letter that could not be written."""
         has_ended = super().close(timeout)
         for letter in tuple(self._waiting):
             _log_lost(letter, "the worker ends and the broker is away")
         return has_ended
 
     def run_round(self) -> None:
-        """Write what waits; a letter is tried until the broker has been away for too long."""
+        """Write the queued dead letters; retry each until ``store_timeout`` has passed."""
         self.period = math.inf
         while self._waiting:
             letter = self._waiting[0]
             if self._give_up_at is None:
                 self._give_up_at = time.monotonic() + self._settings.store_timeout
             try:
-                # A connection of its own, for dead letters are rare.
+                # A new connection each time, because dead letters are rare.
                 with connect(self._app) as connection:
                     is_added = queue_of(self._app, connection, self._settings).add(letter)
             except Exception as exc:

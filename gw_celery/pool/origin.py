@@ -1,4 +1,4 @@
-"""Where a Celery app was made, so that a child can import the same one."""
+"""Finds the module that defines a Celery app, in the parent, so that a child can import it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from celery import Celery
 
 from gw_celery import errors
 
-#: Modules in which an app shows up that did not make it.
+#: Modules that may hold an app without having created it.
 _NOT_USERS = ("__mp_main__", "celery", "kombu", "gw_celery", "gw_celery_django", "click", "_pytest")
 
 
 def find(app: Celery) -> str:
-    """Return ``module:attribute`` of ``app``, as ``celery -A`` takes it.
+    """Return ``module:attribute`` of ``app``, the form that ``celery -A`` takes.
 
     Raises:
-        ConfigurationError: when no importable module has it as a global.
+        ConfigurationError: if no importable module has the app as a global.
     """
     found = []
     for known_as, module in list(sys.modules.items()):
         name = known_as
         if name == "__main__":
-            # A module that runs as a program is imported by its name in a child.
+            # A child imports the main module by its real name.
             spec = getattr(module, "__spec__", None)
             name = spec.name if spec is not None else ""
         if name and name.partition(".")[0] not in _NOT_USERS:
@@ -40,18 +40,18 @@ def find(app: Celery) -> str:
 
 
 def changes(app: Celery) -> bytes:
-    """Return the settings that were changed in this process, as far as they can travel."""
+    """Return the settings that this process changed, pickled, as far as they can be."""
     given: dict[str, object] = {}
     for key, value in app.__reduce_keys__()["changes"].items():
         try:
             pickle.dumps(value)
-        except Exception:  # a function or a lock: the child's import makes its own
+        except Exception:  # a function or a lock; the child's import creates its own
             continue
         given[key] = value
     return pickle.dumps(given)
 
 
 def _rank(module: str, name: str, app: Celery) -> tuple[bool, bool, bool, int]:
-    """Prefer where apps are made by custom; any module that has it gives the same object."""
+    """Prefer the usual places of an app; every candidate gives the same object."""
     made_here = module == app.main or module.rpartition(".")[2] in ("celery", "celery_app")
     return (not made_here, name not in ("app", "celery", "celery_app"), "." in name, len(module))

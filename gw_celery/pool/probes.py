@@ -1,7 +1,6 @@
-"""Has the children's probes called, and acts on their answers.
+"""Orders probes from the children, and acts on the answers, in the worker's parent.
 
-Driven by the pool's own loop, on each probe's own period, whether beat's tick comes or not. Nothing
-here needs the broker.
+The pool's loop calls it, by each probe's own period, with or without beat. It needs no broker.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Successive multiples of it, without their whole part, are as far from each other as can be.
+#: Golden ratio: the fractional parts of its multiples spread the replicas evenly over a period.
 _GOLDEN = 0.6180339887498949
-#: The least part of a period between two calls.
+#: Minimum part of a period between two calls.
 _LEAST_PHASE = 0.1
 
 
@@ -32,12 +31,12 @@ class ChildProbes:
     """The probes of all children.
 
     Args:
-        plan: has the probes of its services.
-        supervisor: has the children, takes those on that have started, and ends those that are ill.
+        plan: names the probes of the services.
+        supervisor: holds the children; it advances those that have started, and ends ill ones.
     """
 
     def __init__(self, plan: Plan, supervisor: supervisor.Supervisor) -> None:
-        #: When ``call_due`` has something to do.
+        #: Time at which ``call_due`` has something to do.
         self.next_at = math.inf
         self._declared = plan.probes
         self._services = plan.slots.keys() - {services.PLAIN}
@@ -45,11 +44,11 @@ class ChildProbes:
         self._calls = 0
 
     def expect_changes(self) -> None:
-        """The next ``call_due`` looks at every child: one may have a new state."""
+        """Make the next ``call_due`` check every child, because one may have a new state."""
         self.next_at = -math.inf if self._declared else math.inf
 
     def call_due(self, now: float) -> None:
-        """Call what is due, and count what has no answer in time; after reports were read."""
+        """Call the probes that are due, and count overdue answers; after reports were read."""
         for child in self._supervisor.children():
             checks = self._checks_of(child, now)
             if checks is None:
@@ -69,13 +68,12 @@ class ChildProbes:
         self.next_at = min(dues, default=math.inf)
 
     def have_started(self, child: ChildProcess, now: float) -> bool:
-        """Whether the startup probes of a child have passed; they are called from now on."""
+        """Return whether a child's startup probes have passed; this starts the calls."""
         self.expect_changes()
         checks = self._checks_of(child, now)
         return checks is None or checks.have_started
 
     def follow(self, child: ChildProcess, report: frames.ReportFields, now: float) -> None:
-        """Follow the answer of a probe."""
         self.expect_changes()
         _, call, is_ok, detail, seconds = report
         check = None if child.checks is None else child.checks.find(call)
@@ -84,21 +82,21 @@ class ChildProbes:
             self._act_on(child, check, check.answered(answer), now)
 
     def unready(self) -> set[str]:
-        """The services that no child wants inputs of, though some could run them."""
+        """Return the services that are not ready in any loaded child."""
         up = [child.slots.unready for child in self._supervisor.children() if child.state.is_up]
         return set.intersection(*up) if up else set()
 
     def _checks_of(self, child: ChildProcess, now: float) -> Checks | None:
-        """The probes of a child as its state wants them; ``None`` while it loads."""
+        """Return a child's probes, adapted to its state; ``None`` while it loads."""
         state, checks = child.state.current, child.checks
         if checks is None:
             if self._declared and state is replica.State.PROBING:
-                # Replicas are called one after the other.
+                # Spread the calls, so that the replicas are called one after the other.
                 part = (child.number + 1) * _GOLDEN % 1.0
                 phase = _LEAST_PHASE + (1.0 - _LEAST_PHASE) * part
                 checks = child.checks = Checks(self._declared, phase)
                 checks.start(now)
-                # Not ready until their readiness probes have passed once.
+                # Services with a readiness probe are not ready until it has passed once.
                 child.slots.unready = checks.unready
         elif state is replica.State.DRAINING:
             if child.is_leaving:
@@ -107,7 +105,7 @@ class ChildProbes:
                 checks.drain()
         elif child.state.is_up:
             wants = bool(self._services - child.slots.unready)
-            # It may have been measured again meanwhile, and counts as READY since.
+            # A second benchmark may have made the child READY again meanwhile.
             if checks.serve(now) or wants is not child.state.is_ready:
                 self._fit(child, now)
         return checks
@@ -125,7 +123,8 @@ class ChildProbes:
         elif consequence in (Consequence.CANNOT_START, Consequence.REPLACE):
             if consequence is Consequence.REPLACE:
                 child.is_unfit, child.is_ill = not check.has_passed, True
-            # Killed, for a child that is ill cannot be asked to leave, and what it holds must run.
+            # Kill it: an ill child may not obey an order to leave, and its inputs must run
+            # elsewhere.
             child.reason = why
             self._supervisor.end(child, f"Worker exited prematurely: {why}.")
         elif consequence is Consequence.NOT_READY:
@@ -136,7 +135,6 @@ class ChildProbes:
             self._fit(child, now)
 
     def _fit(self, child: ChildProcess, now: float) -> None:
-        """Let the child have inputs of those services that are ready in it."""
         unready = set() if child.checks is None else child.checks.unready
         child.slots.unready = unready
         child.state.wants_inputs(now, bool(self._services - unready))

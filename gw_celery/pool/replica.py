@@ -1,9 +1,9 @@
-"""The replicas of a pool, and the state of the child that fills each; no clock, no I/O.
+"""The replicas of a pool and the states of their children, in the parent; no clock, no I/O.
 
-A replica is a numbered place; its children come one after the other. A child goes STARTING ->
-ENTERING -> PROBING -> BENCHMARKING -> READY <-> UNREADY -> DRAINING -> gone. It proves each step by
-a report, and each step has a deadline. A replica whose child is gone waits its backoff and starts
-another.
+A replica is a numbered place that one child after another fills. A child passes STARTING ->
+ENTERING -> PROBING -> BENCHMARKING -> READY <-> UNREADY -> DRAINING. A report proves each step, and
+most steps have a deadline. When a child is gone, its replica waits for the backoff and starts the
+next one.
 """
 
 from __future__ import annotations
@@ -24,46 +24,47 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: A child that was ready for less is as bad as one that never was.
+#: Seconds in READY below which the end of a child counts as a failed start.
 _STEADY = 1.0
-#: The wait before the next child is doubled so often, from 1 s to 64 s.
+#: Maximum number of doublings of the wait before the next child, from 1 s to 64 s.
 _MOST_DOUBLINGS = 6
-#: One that fell ill in less may do so each time: it must not load its model over and over.
+#: The same as ``_STEADY`` for a child that a liveness probe ended: its model must not load
+#: endlessly.
 _WELL = 64.0
 
 
 class State(enum.Enum):
-    """What a child, or a replica without one, is doing."""
+    """The state of a child, or of a replica without a child."""
 
     STARTING = "starting"
     ENTERING = "entering"
-    #: Its startup probes have not passed yet.
+    #: The startup probes have not passed yet.
     PROBING = "probing"
     BENCHMARKING = "benchmarking"
     READY = "ready"
-    #: Loaded and alive, but none of its services wants inputs now.
+    #: Loaded and alive, but no service takes inputs now.
     UNREADY = "unready"
     DRAINING = "draining"
-    #: The replica waits before it starts another child.
+    #: The replica waits before it starts the next child.
     FAILED = "failed"
     STOPPED = "stopped"
 
 
 class ChildState:
-    """The state of one child, as its parent sees it, and the time when it must have changed."""
+    """The state of one child as the parent sees it, and the deadline for the next state."""
 
     def __init__(self, settings: conf.Settings, now: float) -> None:
         self.settings = settings
-        #: When it last showed that its loop turns; ``None`` while it may be silent: imports and
-        #: loads of weights hold the GIL.
+        #: Time of the last heartbeat; ``None`` while it may be silent, because imports and loading
+        #: hold the GIL.
         self.last_beat: float | None = None
-        #: When it became READY; ``None`` before.
+        #: Time of becoming READY; ``None`` before.
         self.ready_at: float | None = None
-        #: Seconds from the start of its process until it was READY first; ``None`` before.
+        #: Seconds from the start of the process to the first READY; ``None`` before.
         self.start_up: float | None = None
         self.deadline: float | None = None
         self._began = now
-        #: When it began to drain, or last held what has no limit.
+        #: Time at which the drain began, or an input without a limit was last in the child.
         self._unlimited_at = now
         #: When the last limit of what it has held since then is reached.
         self._last_limit_at = now
@@ -75,7 +76,7 @@ class ChildState:
 
     @property
     def is_up(self) -> bool:
-        """Whether it has become READY and is not being drained."""
+        """Whether the child has loaded and is not draining."""
         return self.current in (State.READY, State.UNREADY)
 
     def loaded(self, now: float) -> None:
@@ -99,12 +100,12 @@ class ChildState:
                 self.start_up = now - self._began
 
     def measure_again(self, now: float) -> None:
-        """Take nothing new until it has been measured; for one that holds nothing."""
+        """Return an idle child to BENCHMARKING."""
         if self.current is State.READY:
             self._enter(State.BENCHMARKING, now, self.settings.benchmark_timeout)
 
     def wants_inputs(self, now: float, wants: bool) -> None:
-        """Note that some service of a loaded child wants inputs, or none does."""
+        """Record whether any service of a loaded child takes inputs."""
         if self.is_up and wants is not self.is_ready:
             self._enter(State.READY if wants else State.UNREADY, now, None)
 
@@ -113,28 +114,27 @@ class ChildState:
             self.last_beat = now
 
     def drain(self, now: float) -> None:
-        """Take nothing new; what runs has until its own limit, or the drain's, has passed."""
+        """Start to drain. The deadline is the later of ``drain_timeout`` and the inputs' limits."""
         if self.current is not State.DRAINING:
             self._enter(State.DRAINING, now, None)
             self._unlimited_at = now
 
     @property
     def lingers(self) -> bool:
-        """Whether it has been draining for long because of what has no limit."""
+        """Whether an input without a limit has delayed the drain past ``drain_timeout``."""
         is_draining = self.current is State.DRAINING and self.deadline is None
         return is_draining and self._unlimited_at - self.since >= self.settings.drain_timeout
 
     def seconds_since_ready(self, now: float) -> float:
-        """Seconds since it became READY last; negative before."""
+        """Return the seconds since the child last became READY; negative before."""
         return -1.0 if self.ready_at is None else now - self.ready_at
 
     def overdue(self, now: float, longest_left: float = 0.0) -> str | None:
-        """Return why the child must be killed now, if it must; about once a second.
+        """Return why the child must be killed now, or ``None``; called about once a second.
 
         Args:
-            now: the time.
-            longest_left: seconds that the last of its inputs may run; infinite where one has no
-                limit.
+            now: the current time.
+            longest_left: seconds until the last input reaches its limit; infinite without a limit.
         """
         deadline = self.deadline
         if self.current is State.DRAINING and deadline is None:
@@ -168,27 +168,28 @@ _SETTINGS = {
 
 
 class Replica:
-    """A numbered place for a child on some devices; it outlives its children."""
+    """A numbered place for a child on fixed devices; it outlives its children."""
 
     def __init__(self, number: int, shown: Sequence[devices.Device] = ()) -> None:
         self.number = number
-        #: The devices of all its children, one after the other.
+        #: The devices that each child of this replica gets.
         self.devices = shown
         self._tokens = tuple(device.token for device in shown)
         self.child: ChildProcess | None = None
-        #: Loads while ``child`` still serves, and takes its place.
+        #: A child that loads while ``child`` serves, and then replaces it.
         self.successor: ChildProcess | None = None
         self.restarts = 0
         self.last_error = ""
         self.is_wanted = True
-        #: Drained by an operator: no child is started until it is restarted.
+        #: An operator drained it: no child starts until a restart.
         self.is_held = False
-        #: Its child is to be restarted by the operator's command; one that was named, at once.
+        #: An operator ordered a restart; by its number (``is_named``), it does not wait for the
+        #: others.
         self.is_to_restart = False
         self.is_named = False
-        #: Starts that failed, one after the other.
+        #: Number of consecutive failed starts.
         self.failures = 0
-        #: When the next child may start.
+        #: Earliest time of the next start.
         self.retry_at = 0.0
 
     @property
@@ -201,7 +202,7 @@ class Replica:
             return self.child.state.current
         if not self.should_run:
             return State.STOPPED
-        # After a child that served, or was told to leave, the next one starts within a second.
+        # After a child that served or was told to leave, the next one starts within a second.
         return State.FAILED if self.failures else State.STARTING
 
     @property
@@ -209,7 +210,7 @@ class Replica:
         return self.state is State.READY
 
     def start_failed(self, now: float) -> float:
-        """Count it, and return the seconds to wait before the next start."""
+        """Count a failed start, and return the seconds to wait before the next."""
         wait = 2.0 ** min(self.failures, _MOST_DOUBLINGS)
         self.failures += 1
         self.retry_at = now + wait
@@ -218,7 +219,7 @@ class Replica:
     def child_ended(
         self, child: ChildProcess, reason: str, now: float, *, is_expected: bool
     ) -> None:
-        """The child is gone: say why, and when the next one may start."""
+        """Record the end of a child: log the reason, and set the time of the next start."""
         if self.child is child:
             self.child = None
         if self.successor is child:
@@ -282,22 +283,22 @@ class Replica:
 
 
 class ReplicaSet:
-    """All replicas of a worker, those that are being drained for good among them."""
+    """All replicas of a worker, including those that drain for good."""
 
     def __init__(self, shares: Sequence[Sequence[devices.Device]] | None) -> None:
         self._shares = shares
         self._wanted = 0
         self._replicas: dict[int, Replica] = {}
-        #: All were drained by an operator: so is what is added, until all are restarted.
+        #: An operator drained all replicas: new ones stay stopped too, until all are restarted.
         self._is_held = False
 
     def __iter__(self) -> Iterator[Replica]:
         return iter([replica for _, replica in sorted(self._replicas.items())])
 
     def resize(self, wanted: int) -> list[Replica]:
-        """Have ``wanted`` replicas; returns those to drain, the idle and least loaded first.
+        """Set the number of replicas, and return those to drain: idle and least loaded ones first.
 
-        One whose devices another still drains on is added by ``complete``.
+        ``complete`` adds the others, as soon as their devices are free.
         """
         self._wanted = wanted
         present = [replica for replica in self if replica.is_wanted]
@@ -311,9 +312,8 @@ class ReplicaSet:
         self._replicas.pop(replica.number, None)
 
     def complete(self) -> None:
-        """Add the replicas that are wanted, as far as there are devices for them now."""
         missing = self._wanted - sum(replica.is_wanted for replica in self)
-        # A number stands for its devices: the lowest ones that are not taken.
+        # The number of a replica selects its devices: take the lowest free ones.
         numbers = itertools.count() if self._shares is None else iter(range(len(self._shares)))
         free = (number for number in numbers if number not in self._replicas)
         for number in list(itertools.islice(free, max(0, missing))):
@@ -322,7 +322,7 @@ class ReplicaSet:
             self._replicas[number] = replica
 
     def hold(self, number: int | None) -> list[Replica]:
-        """Return the replicas to drain, one or all; they stay stopped until a restart."""
+        """Return the replicas to drain (one or all), which stay stopped until a restart."""
         self._is_held = self._is_held or number is None
         held = [replica for replica in self if number in (None, replica.number)]
         for replica in held:
@@ -330,9 +330,9 @@ class ReplicaSet:
         return held
 
     def restart(self, number: int | None) -> None:
-        """Have one replica, or all one after the other, restarted; see ``next_to_restart``.
+        """Mark one replica, or all in turn, for a restart; see ``next_to_restart``.
 
-        One that is named does not wait for the others, which may never be ready.
+        A replica that the operator names does not wait for the others, which may never be ready.
         """
         self._is_held = self._is_held and number is not None
         for replica in self:
@@ -342,14 +342,14 @@ class ReplicaSet:
                 replica.is_named = replica.is_named or number is not None
 
     def next_to_restart(self) -> Replica | None:
-        """Return a replica to drain now: when all others are ready, so that one goes at a time."""
+        """Return a replica to drain now, so that only one at a time is out of service."""
         for replica in self:
             # A new child is as good as a restarted one; a successor may be older than the order.
             if replica.child is None and replica.successor is None:
                 replica.is_to_restart = replica.is_named = False
         queued = [replica for replica in self if replica.is_to_restart]
         queued.sort(key=lambda replica: not replica.is_named)
-        # Nothing that it serves would miss one that is not ready.
+        # An UNREADY replica first: it serves nothing that would be missed.
         chosen = next((replica for replica in queued if replica.state is State.UNREADY), None)
         if chosen is None and queued and queued[0].is_ready:
             others = [other for other in self if other is not queued[0] and other.should_run]
@@ -361,15 +361,15 @@ class ReplicaSet:
 
 
 def _was_started_well(child: ChildProcess, now: float) -> bool:
-    """Whether the end of a child that should have gone on is no fault of its start."""
+    """Return whether an unexpected end of a child does not count as a failed start."""
     if child.is_ill:
         return child.state.seconds_since_ready(now) >= _WELL and not child.is_unfit
-    # One that dies of an input was started well.
+    # A child that an input killed had started well.
     has_begun_one = any(held.accepted_at is not None for held in child.requests.values())
     return has_begun_one or child.state.seconds_since_ready(now) >= _STEADY
 
 
 def _load(replica: Replica) -> tuple[bool, int, int]:
-    """Order for shrinking: what serves nothing, then the least loaded, the highest number first."""
+    """Sort key for shrinking: not serving first, then least loaded, then highest number."""
     held = len(replica.child.requests) if replica.child is not None else 0
     return (replica.is_ready, held, -replica.number)

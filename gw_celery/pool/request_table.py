@@ -1,6 +1,6 @@
-"""The requests of a pool by their states, and what follows from a state; no clock, no I/O.
+"""The pool's requests by state, in the parent; no clock, no I/O.
 
-That is: a place in a queue, a slot of a child, time limits, and how its workload counts.
+The state of a request decides its place in a queue, its slot, its time limits and its counters.
 """
 
 from __future__ import annotations
@@ -20,53 +20,51 @@ if TYPE_CHECKING:
     from gw_celery.pool.child_process import ChildProcess
     from gw_celery.pool.requests import PoolRequest
 
-#: The weight of the newest input in the mean of all.
+#: Weight of the newest input in the moving average of workloads.
 _NEWEST = 0.05
-#: Stale limits that are not worth a clean-up.
+#: Number of stale limits that are not worth a clean-up.
 _SLACK = 256
 
 
 class State(enum.Enum):
-    """Where an input is."""
-
-    #: It was delivered before: how many children it has killed is being read.
+    #: It was delivered before; the pool reads how many children it has killed.
     CHECKING = enum.auto()
-    #: It has no slot.
+    #: Waits for a slot.
     WAITING = enum.auto()
-    #: In a child, which has not begun it: it may gather there with others for a batch.
+    #: In a child that has not begun it; it may gather there for a batch.
     SENT = enum.auto()
     #: Its child has reported the start, from which its time limits count.
     RUNNING = enum.auto()
-    #: It is settled, and its child has let go of neither it nor its slot.
+    #: Settled, but its child still holds it and its slot.
     STOPPING = enum.auto()
     #: The pool does not hold it any more.
     ENDED = enum.auto()
 
 
 class Settlement(enum.Enum):
-    """What the broker was told, through Celery; once."""
+    """What Celery, and through it the broker, was told about an input, once."""
 
-    #: Celery has heard how it ended, and acknowledges or rejects the message.
+    #: Celery knows the outcome, and acknowledges or rejects the message.
     ANSWERED = enum.auto()
-    #: It is never answered: the broker delivers the message again.
+    #: There is no answer: the broker delivers the message again.
     RETURNED = enum.auto()
 
 
 class Result(enum.Enum):
-    """How an input that is settled counts."""
+    """How a settled input counts."""
 
-    #: Served, with a value.
+    #: Served, and returned a value.
     VALUE = enum.auto()
-    #: Served, without one.
+    #: Served, without a value.
     NO_VALUE = enum.auto()
-    #: The same; it had waited for too long, and never began.
+    #: As NO_VALUE, for an input that had waited too long and did not begin.
     REFUSED = enum.auto()
-    #: It did not run to its end here: lost, revoked, expired, or the broker's again.
+    #: Did not finish here: lost, revoked, expired, or returned to the broker.
     GIVEN_BACK = enum.auto()
 
 
 class Stage(enum.IntEnum):
-    """Where an input counts, as an index: a dict by enum would cost several times as much."""
+    """Counter of an input. An index, because a dict by enum is several times slower."""
 
     WAITING = 0
     RUNNING = 1
@@ -74,12 +72,12 @@ class Stage(enum.IntEnum):
     GIVEN_BACK = 3
 
 
-#: The states that may follow each; ``None`` is that of a message that has just come.
+#: The states that may follow each state; ``None`` is that of a new message.
 NEXT_STATES: Mapping[State | None, frozenset[State]] = {
     None: frozenset({State.CHECKING, State.WAITING, State.ENDED}),
     State.CHECKING: frozenset({State.WAITING, State.ENDED}),
     State.WAITING: frozenset({State.SENT, State.ENDED}),
-    # It waits again when its child is lost before the start.
+    # Back to WAITING if its child is lost before the start.
     State.SENT: frozenset({State.RUNNING, State.WAITING, State.STOPPING, State.ENDED}),
     State.RUNNING: frozenset({State.STOPPING, State.ENDED}),
     State.STOPPING: frozenset({State.ENDED}),
@@ -95,18 +93,18 @@ _SETTLED = frozenset({State.STOPPING, State.ENDED})
 
 
 class RequestTable:
-    """The requests of a pool, their queue, counters and limits; ``move`` alone changes any of it.
+    """The requests of a pool, with their queue, counters and limits; only ``move`` changes them.
 
-    It calls nothing outside, so that whatever comes back here from a callback of Celery finds all
-    of it in accord.
+    It calls no outside code, so that a callback of Celery that enters the pool again finds
+    consistent data.
 
     Args:
-        cancel_timeout: seconds that a child may take to let go of what it was told to stop.
+        cancel_timeout: seconds that a child may take to release an input that it was told to stop.
     """
 
     def __init__(self, cancel_timeout: float) -> None:
         self.queue = Queue()
-        #: By service.
+        #: Counters by service.
         self.counters: dict[str, Counters] = collections.defaultdict(Counters)
         self.limits = Limits()
         #: Whether a move is not complete, or the taking of an input: only the handler of a signal
@@ -118,14 +116,13 @@ class RequestTable:
         }
 
     def of(self, *states: State) -> list[PoolRequest]:
-        """Return the requests in any of ``states``, those of the first state first."""
+        """Return the requests in any of ``states``, in the order of ``states``."""
         return [request for state in states for request in self._by_state[state].values()]
 
     def count(self, *states: State) -> int:
         return sum(len(self._by_state[state]) for state in states)
 
     def tallies(self) -> dict[str, snapshot.Counters]:
-        """Return what each service has been given and has done, as it is now."""
         return {service: counters.as_snapshot() for service, counters in self.counters.items()}
 
     def move(
@@ -142,15 +139,15 @@ class RequestTable:
 
         Args:
             request: the request.
-            to: one of ``NEXT_STATES`` of its state.
-            at: the time now.
-            settlement: what the broker is told, where the request is settled by this.
-            result: how it counts then.
-            child: what takes it, for SENT.
+            to: one of ``NEXT_STATES`` of its current state.
+            at: the current time.
+            settlement: what the broker is told, if this move settles the request.
+            result: how the request then counts.
+            child: the child that takes it, for SENT.
 
         Raises:
-            ValueError: for a state that cannot follow, and for a request that would be settled
-                twice, or ended without it.
+            ValueError: if ``to`` cannot follow, or the request would be settled twice or would end
+                unsettled.
         """
         was_moving, self.is_moving = self.is_moving, True
         try:
@@ -169,7 +166,7 @@ class RequestTable:
             if to is not State.ENDED:
                 self._by_state[to][request.number] = request
             request.state, request.settlement = to, settlement or request.settlement
-            has_arrived = before is not None or to is not State.ENDED  # what cannot run has not
+            has_arrived = before is not None or to is not State.ENDED  # an invalid one has not
             if request.is_work and has_arrived:
                 self._count(request, before, at, result if settlement else None)
 
@@ -215,13 +212,13 @@ class Slots:
         self._slots = slots
         self._taken: collections.Counter[str] = collections.Counter()
         self.total_taken = 0
-        #: Services whose readiness probes fail: they take nothing new here.
+        #: Services whose readiness probes fail: they take no new inputs here.
         self.unready: set[str] = set()
-        #: A suspect runs here: nothing else is taken.
+        #: A suspect runs here: the child takes no other input.
         self.is_alone = False
 
     def serves(self, service: str) -> bool:
-        """Whether inputs of a service may start here, when there is a slot."""
+        """Return whether inputs of a service may start here, given a free slot."""
         return self._key(service) not in self.unready
 
     def has_free(self, service: str) -> bool:
@@ -240,50 +237,51 @@ class Slots:
             self.is_alone = False
 
     def _key(self, service: str) -> str:
-        # A task of a service that this worker does not serve finds out in the child.
+        # A task of a service that this worker does not serve fails in the child, with a clear
+        # error.
         return service if service in self._slots else services.PLAIN
 
 
 class Queue:
-    """Inputs that wait for a slot, first in first out within their service.
+    """Inputs that wait for a slot, in order of arrival within each service.
 
-    Suspects, inputs that were in flight when a child died, run one at a time on a child that
-    holds nothing else.
+    Suspects (inputs that were in flight when a child died) run one at a time, in a child that holds
+    no other input.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[str, collections.deque[PoolRequest]] = {}
         self._suspects: collections.deque[PoolRequest] = collections.deque()
-        #: Takes nothing new until it is empty, for the first suspect.
+        #: The child that takes no new input until it is empty, for the first suspect.
         self._reserved: ChildProcess | None = None
 
     def __len__(self) -> int:
         return len(self._suspects) + sum(map(len, self._waiting.values()))
 
     def of(self, service: str) -> list[PoolRequest]:
-        """Return what waits for a service, without suspects."""
+        """Return the waiting inputs of a service, without suspects."""
         return list(self._waiting.get(service, ()))
 
     def by_service(self) -> dict[str, int]:
-        """Return how many inputs of each service wait, without suspects."""
+        """Return the number of waiting inputs by service, without suspects."""
         return {service: len(queue) for service, queue in self._waiting.items()}
 
     def put(self, waiting: PoolRequest, *, is_first: bool = False) -> None:
-        """Add an input; ``is_first`` for one that comes back from a child that is gone."""
+        """Add an input; ``is_first`` puts it first, after the loss of its child."""
         queue = self._queue_of(waiting)
         (queue.appendleft if is_first else queue.append)(waiting)
 
     def remove(self, waiting: PoolRequest) -> None:
-        """Take out an input that waits here."""
         self._queue_of(waiting).remove(waiting)
 
     def assign(
         self, children: Sequence[ChildProcess]
     ) -> Iterator[tuple[PoolRequest, ChildProcess]]:
-        """Yield what can start now, and where; the caller takes it out before the next one.
+        """Yield the inputs that can start now, each with its child.
 
         Args:
-            children: those that may get inputs; the caller takes a slot of the one yielded.
+            children: the children that may get inputs. The caller removes each input and takes its
+                slot before it asks for the next.
         """
         if not self._suspects or self._reserved not in children:
             self._reserved = None
@@ -295,7 +293,7 @@ class Queue:
                 self._reserved = min(able, key=_load, default=None)
             if self._reserved is not None and self._reserved.slots.total_taken == 0:
                 yield self._suspects[0], self._reserved
-                self._reserved = None  # it has it now, or it was revoked
+                self._reserved = None  # the child has it now, or it was revoked
         for service, queue in list(self._waiting.items()):
             while queue:
                 able = [
@@ -320,25 +318,22 @@ def _load(child: ChildProcess) -> int:
 
 
 class Limit(enum.Enum):
-    """What an input has reached."""
-
     SOFT = "soft"
     HARD = "hard"
-    #: It was stopped and should be gone by now.
+    #: It was stopped, and its child should have released it by now.
     GRACE = "grace"
 
 
 class Limits:
-    """A heap of the limits of what runs or stops; stale where the input has gone on since."""
+    """A heap of the time limits of running and stopping inputs; it may hold stale entries."""
 
     def __init__(self) -> None:
-        #: When, a number that breaks ties, the input, and which limit.
+        #: Time, a number that breaks ties, the input, the limit.
         self._heap: list[tuple[float, int, PoolRequest, Limit]] = []
         self._count = itertools.count()
         self._clean_up_at = _SLACK
 
     def begin(self, request: PoolRequest, now: float) -> None:
-        """The input starts: its limits count from here."""
         request.hard_limit_at = now + (request.hard_limit or math.inf)
         if request.soft_limit:
             self.add(now + request.soft_limit, request, Limit.SOFT)
@@ -346,24 +341,22 @@ class Limits:
             self.add(request.hard_limit_at, request, Limit.HARD)
 
     def clear(self) -> None:
-        """Forget every limit."""
         self._heap.clear()
 
     def due(self, now: float) -> Iterator[tuple[PoolRequest, Limit]]:
-        """Yield what has reached a limit, once."""
         while self._heap and self._heap[0][0] <= now:
             entry = heapq.heappop(self._heap)
             if _is_live(entry):
                 yield entry[2], entry[3]
 
     def next_at(self) -> float:
-        """When the next limit is reached; infinite when there is none."""
+        """Return the time of the next limit; infinite without one."""
         while self._heap and not _is_live(self._heap[0]):
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else math.inf
 
     def add(self, when: float, request: PoolRequest, limit: Limit) -> None:
-        # Inputs end long before their limits: without this, the heap would hold minutes of them.
+        # Most inputs end long before their limits: without this, the heap would grow for minutes.
         if len(self._heap) >= self._clean_up_at:
             self._heap = [entry for entry in self._heap if _is_live(entry)]
             heapq.heapify(self._heap)
@@ -377,7 +370,7 @@ def _is_live(entry: tuple[float, int, PoolRequest, Limit]) -> bool:
 
 
 class Counters:
-    """The running sums of one service; an input is settled once, and not moved after that."""
+    """The counters of one service. Each input is settled once, and does not move afterwards."""
 
     def __init__(self) -> None:
         self._workload = [0.0] * len(Stage)
@@ -391,7 +384,6 @@ class Counters:
         self._refused_inputs = 0
 
     def arrive(self, workload: float) -> None:
-        """Count an input that waits for a slot."""
         self._mean += (_NEWEST if self._arrived_inputs else 1.0) * (workload - self._mean)
         self._arrived += workload
         self._arrived_inputs += 1
@@ -399,21 +391,21 @@ class Counters:
         self._inputs[Stage.WAITING] += 1
 
     def move(self, workload: float, before: Stage, stage: Stage) -> None:
-        """Count an input that has a slot, or lost it before it began."""
+        """Count an input that gets a slot, or loses it before it begins."""
         self._inputs[before] -= 1
-        # What rounding left must not add up for as long as the worker lives.
+        # Rounding errors must not accumulate over the life of the worker.
         self._workload[before] = self._workload[before] - workload if self._inputs[before] else 0.0
         self._workload[stage] += workload
         self._inputs[stage] += 1
 
     def settle(self, workload: float, before: Stage, result: Result, busy: float = 0.0) -> None:
-        """Count an input that is answered, or given back.
+        """Count an input that is answered or given back.
 
         Args:
-            workload: of the input.
-            before: where it counted.
+            workload: workload of the input.
+            before: the stage in which it counted until now.
             result: how it ended.
-            busy: seconds that it had a slot.
+            busy: seconds for which it held a slot.
         """
         if result is Result.GIVEN_BACK:
             self.move(workload, before, Stage.GIVEN_BACK)

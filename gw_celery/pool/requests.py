@@ -1,4 +1,4 @@
-"""One delivered message, and its way through the pool: submit, check, send, begin, and its end."""
+"""A delivered message on its way through the pool, in the parent, from submit to its end."""
 
 from __future__ import annotations
 
@@ -29,41 +29,38 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Name, id, request, body, content type and encoding, as Celery's tracer takes them.
+#: Name, id, request, body, content type and encoding: the arguments of Celery's tracer.
 TaskArgs = tuple[str, str, Mapping[str, object], bytes, str, str]
 #: Bound methods of Celery's request.
 Callback = Callable[..., object]  # type: ignore[explicit-any]  # Celery's: each has arguments of its own
 CallbackName = Literal["accept_callback", "callback", "error_callback", "timeout_callback"]
 
-#: Suspects that are remembered; an input that never comes back must not stay for ever.
+#: Maximum number of suspects that are remembered, because an input may never come back.
 _MOST_SUSPECTS = 100_000
-#: Seconds that a redelivered input waits for what other workers know of it.
+#: Seconds that a redelivered input waits for the counts of other workers.
 _MAX_CHECK = 2.0
-#: What a child reports of an input that waited for too long.
+#: The type name that a child reports for an input that has waited too long.
 _REFUSED = f"{errors.QueueTimeExceeded.__module__}.{errors.QueueTimeExceeded.__qualname__}"
 
 
 class Options(TypedDict, total=False):
-    """What Celery gives with an input."""
-
     accept_callback: Callback
     callback: Callback
     error_callback: Callback
     timeout_callback: Callback
-    #: Seconds, but for what any client may write into a message.
+    #: Seconds; a client may have written anything into the message.
     soft_timeout: float | None
     timeout: float | None
     correlation_id: str
-    #: Ours: the task is batched.
+    #: Our own option: the task is batched.
     gathers: bool
 
 
 class PoolRequest:
-    """Celery holds it as the result of ``apply_async``, by a weak reference.
+    """One input in the pool; Celery holds it weakly, as the result of ``apply_async``.
 
-    Its ``tell_`` methods call Celery, for later deliveries of the same message as well. They are
-    called once ``RequestTable.move`` has done its part: receivers of signals raise, and handlers
-    come back here in the middle of them.
+    The ``tell_`` methods call Celery, also for later deliveries of the same message. They run after
+    ``RequestTable.move`` has finished, because signal receivers may raise or enter the pool again.
     """
 
     def __init__(
@@ -80,46 +77,45 @@ class PoolRequest:
         self.request = args[2]
         self.service = service
         self.workload = headers.workload_of(self.request)
-        #: It counts; replicas are not kept for what beat sends, nor worn by it.
+        #: Whether it counts as work: beat's own tasks neither keep replicas nor wear them.
         self.is_work = self.name not in beat_tasks.COMMANDS
         self.soft_limit = options.get("soft_timeout")
         self.hard_limit = options.get("timeout")
-        #: It may wait in its child for others that share its call.
+        #: Whether it may wait in its child for a batch.
         self.gathers = bool(options.get("gathers"))
-        #: It was in flight when a child died, and may be the cause.
+        #: It was in flight when a child died, and may have caused that.
         self.runs_alone = False
-        #: Children that died with it before it began.
+        #: Children that died while they held it, before it began.
         self.losses = 0
         self.arrived_at = time.monotonic()
-        #: When it got its slot.
+        #: Time at which it got its slot.
         self.sent_at = 0.0
-        #: When it reaches its hard limit, once it runs; infinite without one.
+        #: Time of its hard limit while it runs; infinite without one.
         self.hard_limit_at = 0.0
-        #: When Celery heard that it starts; one that is stopped before it ran has "started", too.
+        #: Time of the start that Celery was told; also set for an input that is stopped before.
         self.accepted_at: float | None = None
-        #: Where it is; ``None`` for a later delivery of what is here already. ``RequestTable.move``
-        #: alone changes these three.
+        #: Where it is; ``None`` for another delivery of an input that is here. Only
+        #: ``RequestTable.move`` changes this and the next two.
         self.state: State | None = None
         self.settlement: Settlement | None = None
         self.child: ChildProcess | None = None
-        #: Later deliveries of the same message, answered with this one.
+        #: Later deliveries of the same message, which get the same answer.
         self.deliveries: list[PoolRequest] = []
         self._leader: PoolRequest | None = None
         self._options = options
         self._pool = pool
 
-    # -- what it is --
+    # -- facts --
 
     @property
     def is_redelivered(self) -> bool:
-        """Whether the broker has delivered it before, to this worker or another."""
+        """Whether the broker has delivered it before, to any worker."""
         delivery = self.request.get("delivery_info")
         is_again = isinstance(delivery, Mapping) and delivery.get("redelivered")
         return bool(is_again or self.request.get("x-delivery-count"))
 
     @property
     def message(self) -> Message | None:
-        """kombu's message that brought it, if any."""
         return getattr(self._celery_request, "message", None)
 
     @property
@@ -127,21 +123,21 @@ class PoolRequest:
         """Celery's request, whose bound methods are our callbacks."""
         return getattr(self._options.get("accept_callback"), "__self__", None)
 
-    # -- what Celery asks --
+    # -- calls by Celery --
 
     def terminate(self, signum: int) -> None:
-        """Stop this input and no other; Celery calls it for ``revoke(terminate=True)``."""
+        """Stop only this input; Celery calls it for ``revoke(terminate=True)``."""
         self._pool.stop(self._leader or self, signum)
 
     def add_delivery(self, twin: PoolRequest) -> None:
-        """Answer ``twin``, another delivery of this input, as this one is answered."""
+        """Give ``twin``, another delivery of this input, the same answer."""
         self.deliveries.append(twin)
         twin._leader = self
         if self.accepted_at is not None:
             twin.tell_accepted(self.child.pid if self.child else 0, time.monotonic())
 
     def was_withdrawn(self) -> bool:
-        """Whether it was revoked or has expired since it came; Celery then has answered it."""
+        """Return whether it was revoked or has expired; Celery has then stored that."""
         revoked = getattr(self._celery_request, "revoked", None)
         if revoked is None:
             return False
@@ -153,18 +149,18 @@ class PoolRequest:
                 "task %s[%s] runs: its revocation could not be checked", self.name, self.task_id
             )
             return False
-        for twin in self.deliveries:  # each is acknowledged by its own request
+        for twin in self.deliveries:  # each acknowledges its own message
             twin.was_withdrawn()
         return True
 
     @property
     def can_be_rejected(self) -> bool:
-        """Whether every delivery is a message that the broker would take back."""
+        """Whether the broker would take back the message of every delivery."""
         deliveries = (self, *self.deliveries)
         return all(hasattr(delivery._celery_request, "reject") for delivery in deliveries)
 
     def reject(self) -> None:
-        """Have the broker deliver it again, to a worker that is ready for it."""
+        """Make the broker deliver it again, to a worker that is ready for it."""
         for delivery in (self, *self.deliveries):
             delivery._requeue()
             worker_state.task_ready(delivery._celery_request)
@@ -172,13 +168,13 @@ class PoolRequest:
     def _requeue(self) -> None:
         try:
             self._celery_request.reject(requeue=True)
-        except Exception:  # the broker is away, and will deliver it again by itself
+        except Exception:  # an unreachable broker delivers it again by itself
             logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
 
     def fail_when_acknowledged_early(self) -> None:
-        """Store that the worker was shut down, for an input that was acknowledged early.
+        """Store a failure for an early acknowledged input that a shutdown interrupted.
 
-        Celery's cold shutdown calls it a retry, and nothing would ever retry it.
+        Celery's cold shutdown would store a retry, which never happens.
         """
         request = self._celery_request
         if getattr(request, "_already_cancelled", False) and not request.task.acks_late:
@@ -194,16 +190,16 @@ class PoolRequest:
                     request=request._context,
                     store_result=request.store_errors,
                 )
-            except Exception:  # the backend is away, and the shutdown goes on
+            except Exception:  # an unreachable backend must not stop the shutdown
                 logger.exception(
                     "the failure of task %s[%s] could not be stored: %s",
                     *(self.name, self.task_id, stopped),
                 )
 
-    # -- what Celery hears --
+    # -- calls to Celery --
 
     def tell_accepted(self, pid: int, started: float) -> None:
-        """The input starts: an early acknowledgement happens here, once."""
+        """Tell Celery, once, that the input starts; an early acknowledgement happens here."""
         if self.accepted_at is not None:
             return
         self.accepted_at = started
@@ -214,7 +210,7 @@ class PoolRequest:
         self._call("timeout_callback", True, self.soft_limit)
 
     def tell_broken(self, exc: BaseException) -> None:
-        """It has no outcome of its own; Celery decides by the class of ``exc``, and stores it."""
+        """Answer with ``exc``, for an input without an outcome; Celery acts on its class."""
         try:
             raise exc
         except BaseException:
@@ -225,11 +221,11 @@ class PoolRequest:
         self.tell_broken(WorkerLostError(f"{reason} Job: {self.number}."))
 
     def tell_hard_limit(self) -> None:
-        """Celery's time-out callback does everything that there is to do."""
+        """Call Celery's time-out callback, which stores the outcome and acknowledges."""
         self._answer("timeout_callback", False, self.hard_limit)
 
     def tell_report(self, report: frames.ReportFields) -> None:
-        """The report by which a child lets go of it."""
+        """Pass on the report with which a child releases the input."""
         if report[0] == frames.Report.DONE:
             self._answer("callback", (0, report[2], report[3]))
             return
@@ -241,7 +237,7 @@ class PoolRequest:
         if outcome == frames.Outcome.EXIT:
             self.tell_lost(f"Worker exited prematurely: {text}")
         elif outcome == frames.Outcome.UNSTORED:
-            # Lost, as far as can be known: our tasks go back to the broker.
+            # The outcome is unknown, as after a loss: our tasks go back to the broker.
             self.tell_lost(f"The outcome could not be stored: {text}")
         elif outcome == frames.Outcome.INTERNAL:
             self.tell_broken(stand_in)
@@ -262,18 +258,19 @@ class PoolRequest:
             if has_returned or request is None:
                 continue
             if request.task.acks_late and not request.acknowledged:
-                # The outcome can be stored nowhere: the broker, which has the message, tries again.
+                # The outcome cannot be stored: the broker, which has the message, delivers it
+                # again.
                 delivery._requeue()
 
     def _call(self, name: CallbackName, *args: object) -> bool:
-        """Call Celery; whether it returned."""
+        """Call Celery, and return whether the callback returned."""
         callback = self._options.get(name)
         if callback is None:
             return True
         try:
             callback(*args)
         except Exception:
-            # Whatever raises here would end the worker: receivers, backends, custom requests.
+            # Receivers, backends and custom requests may raise, which would end the worker.
             logger.exception(
                 "task %s[%s]: its %s raised; the worker goes on", self.name, self.task_id, name
             )
@@ -285,9 +282,9 @@ class Requests:
     """All requests of a pool.
 
     Args:
-        pool: has the settings, and decides what becomes of children.
-        shared: where the workers' counts of poison inputs meet; ``None`` without a Redis.
-        dead_letters: keeps the messages that are given up; ``None`` where the settings say so.
+        pool: has the settings, and replaces children.
+        shared: the poison counts of all workers; ``None`` without a Redis.
+        dead_letters: keeps messages that are given up; ``None`` if the settings disable it.
     """
 
     def __init__(
@@ -304,21 +301,21 @@ class Requests:
         self._numbers = itertools.count(1)
 
     def in_flight(self) -> int:
-        """Inputs that children hold and that are not settled."""
+        """Return the number of unsettled inputs in children."""
         return self.table.count(State.SENT, State.RUNNING)
 
     def held(self) -> int:
-        """Inputs that children have not let go of, settled or not."""
+        """Return the number of inputs in children, settled or not."""
         return self.table.count(State.SENT, State.RUNNING, State.STOPPING)
 
     # -- from Celery to a slot --
 
     def submit(self, args: TaskArgs, service: str, options: Options) -> PoolRequest:
-        """Take one input; ``send`` starts it."""
+        """Accept an input; ``send`` starts it."""
         new = PoolRequest(next(self._numbers), args, service, options, self._pool)
         limits = (new.soft_limit, new.hard_limit)
         odd = [limit for limit in limits if limit is not None and headers.finite(limit) is None]
-        if odd:  # any client may write it into a message
+        if odd:  # a client may write anything into a message
             self._settle(new, Settlement.ANSWERED)
             new.tell_broken(
                 errors.UsageError(
@@ -331,11 +328,11 @@ class Requests:
             leader.add_delivery(new)
             return new
         if not is_redelivered and new.request.get(headers.REQUEUED):
-            # A person sent it again after it was given up, and nothing has tried it since.
+            # An operator sent it again from the dead letters: its earlier deaths do not count.
             self._poison.forget(new.task_id)
         if is_redelivered or new.task_id in self._poison.suspects:
             self.table.move(new, State.CHECKING, time.monotonic())
-            # How many children has it killed, in other workers, too?
+            # Ask how many children it has killed in all workers.
             if not (is_redelivered and self._poison.ask(new.number, new.task_id)):
                 self._admit(new)
         else:
@@ -343,14 +340,14 @@ class Requests:
         return new
 
     def _leader_of(self, twin: PoolRequest) -> PoolRequest | None:
-        """The same message, which is here already: the broker lost sight of it, and we did not."""
+        """Return the request of the same message that the pool holds already, if any."""
         key = (twin.task_id, twin.request.get("retries"))
         here = self.table.of(State.SENT, State.RUNNING, State.WAITING)
         same = (other for other in here if (other.task_id, other.request.get("retries")) == key)
         return next(same, None)
 
     def finish_checks(self, now: float) -> None:
-        """Take in what Redis has answered, and what it has not in time."""
+        """Admit the inputs whose counts Redis has returned, or did not return in time."""
         checking = self.table.of(State.CHECKING)
         answered = set(self._poison.answers()) if checking else set()
         for checked in checking:
@@ -359,7 +356,7 @@ class Requests:
                 self._admit(checked)
 
     def _admit(self, checked: PoolRequest) -> None:
-        """Let an input wait for a slot, alone when it is a suspect; give up one that kills."""
+        """Queue an input (alone if it is a suspect), or give it up if it is poison."""
         if self._poison.is_poison(checked.task_id):
             self._settle(checked, Settlement.ANSWERED)
             self._give_up_poison(checked, "seen by another worker")
@@ -368,7 +365,6 @@ class Requests:
         self.table.move(checked, State.WAITING, time.monotonic())
 
     def send(self, ready: Sequence[ChildProcess]) -> None:
-        """Give the children what has a slot there."""
         orders: dict[ChildProcess, list[frames.OrderFields]] = {}
         for waiting, child in self.table.queue.assign(ready):
             if self._settle_withdrawn(waiting):
@@ -382,10 +378,10 @@ class Requests:
     # -- what a child reports --
 
     def follow(self, child: ChildProcess, report: frames.ReportFields, now: float) -> None:
-        """Follow one report about an input.
+        """Process a child's report about an input.
 
         Raises:
-            Garbage: when the child does not hold it.
+            Garbage: if the child does not hold the input.
         """
         kind = report[0]
         held = child.requests.get(report[1])
@@ -395,13 +391,13 @@ class Requests:
             is_new = held.state is State.SENT
             if is_new and not (held.gathers and self._settle_withdrawn(held)):
                 self.table.move(held, State.RUNNING, time.monotonic())
-                if held.settlement is None:  # the handler of a signal may have stopped it by now
+                if held.settlement is None:  # a signal handler may have stopped it
                     held.tell_accepted(child.pid, min(report[2], now))
             return
         if kind == frames.Report.EXPIRED:
             self._settle_withdrawn(held)
             return
-        # The child lets go of it, with an answer or without.
+        # The child releases the input, with or without an answer.
         is_late = held.settlement is not None
         self.table.move(
             held,
@@ -420,33 +416,33 @@ class Requests:
     # -- other ends --
 
     def stop(self, stopped: PoolRequest, signum: int) -> None:
-        """Answer one input as terminated, before or after its start, and have its child stop it."""
+        """Answer an input as terminated, and make its child stop it."""
         if stopped.settlement is not None:
             return
         pid = stopped.child.pid if stopped.child else 0
         self._settle(stopped, Settlement.ANSWERED)
         if stopped.accepted_at is None:
-            # Celery announces a revocation when the input is accepted.
+            # Celery sends the event of a revocation when the input is accepted.
             stopped.tell_accepted(pid, time.monotonic())
         stopped.tell_broken(Terminated(signum))
         stopped.fail_when_acknowledged_early()
 
     def withdraw(self) -> None:
-        """Take out what was revoked or has expired while it gathered for a batch."""
+        """Settle inputs that were revoked or have expired while they gathered for a batch."""
         for sent in self.table.of(State.SENT):
             if sent.gathers:
                 self._settle_withdrawn(sent)
 
     def forget_waiting(self) -> None:
-        """Drop what has not started: the broker delivers it again."""
+        """Release all inputs that have not started, for redelivery."""
         for held in self.table.of(State.WAITING, State.CHECKING, State.SENT):
             if held.state is not State.SENT or held.gathers:
                 self._settle(held, Settlement.RETURNED)
 
     def give_back(self, service: str) -> None:
-        """Let the broker give to other workers what waits here for a service.
+        """Return the waiting inputs of a service to the broker, for other workers.
 
-        What may only run alone stays: that it kills is known here.
+        A suspect stays, because only this worker may know that it kills.
         """
         for waiting in self.table.queue.of(service):
             if waiting.settlement is None and waiting.can_be_rejected:
@@ -454,13 +450,12 @@ class Requests:
                 waiting.reject()
 
     def give_up_unbegun(self) -> None:
-        """Let go of what was sent but has not begun, and of all limits: the worker ends now."""
+        """Release the inputs that have not begun, and all limits, because the worker ends now."""
         for sent in self.table.of(State.SENT):
             self.table.move(sent, State.STOPPING, time.monotonic(), settlement=Settlement.RETURNED)
         self.table.limits.clear()
 
     def enforce_limits(self, now: float) -> None:
-        """Act on the limits that inputs have reached."""
         for reached, limit in self.table.limits.due(now):
             child = reached.child
             if child is None:
@@ -483,10 +478,12 @@ class Requests:
                 self._pool.replace(child)
 
     def lose(self, child: ChildProcess, reason: str, *, is_closing: bool) -> None:
-        """The child is gone: what it had begun is lost, what it had not starts elsewhere.
+        """Handle the end of a child: inputs that had begun are lost, others start elsewhere.
 
         Args:
-            is_closing: the shutdown ended the child, and no input is to blame.
+            child: the child that ended.
+            reason: why, for the answers of lost inputs.
+            is_closing: whether the shutdown of the worker ended it, so that no input is to blame.
         """
         lost, at = [], time.monotonic()
         for held in reversed(list(child.requests.values())):
@@ -503,7 +500,7 @@ class Requests:
             else:
                 self.table.move(held, State.WAITING, at)
         lost.reverse()
-        if not (is_closing or child.is_unfit):  # it would have died without them
+        if not (is_closing or child.is_unfit):  # the inputs did not cause its end
             self._poison.record(lost)
         for begun in lost:
             if begun.accepted_at is None:
@@ -514,9 +511,9 @@ class Requests:
                 begun.tell_lost(reason)
 
     def _settle_withdrawn(self, checked: PoolRequest) -> bool:
-        """Settle an input that was revoked or has expired; whether it is settled.
+        """Settle an input that was revoked or has expired; return whether it is settled now.
 
-        Celery stores that as it is asked, and may come back here in the middle of it.
+        Celery stores the outcome during the check, and its receivers may call the pool again.
         """
         is_withdrawn = checked.settlement is None and checked.was_withdrawn()
         if is_withdrawn and checked.settlement is None:
@@ -529,7 +526,7 @@ class Requests:
         settlement: Settlement,
         result: Result = Result.GIVEN_BACK,
     ) -> None:
-        """End an input, or have the child stop it that holds it."""
+        """End an input, or make the child that holds it stop it."""
         child, at = settled.child, time.monotonic()
         to = State.ENDED if child is None else State.STOPPING
         self.table.move(settled, to, at, settlement=settlement, result=result)
@@ -550,7 +547,6 @@ class Requests:
 
 
 def _result(report: frames.ReportFields) -> Result:
-    """How an input counts that ends by this report."""
     if report[0] == frames.Report.DONE:
         return Result.VALUE
     if report[0] != frames.Report.ERROR:
@@ -562,24 +558,24 @@ def _result(report: frames.ReportFields) -> Result:
 
 
 class PoisonCounter:
-    """Which inputs were in flight when a child died, so that one that kills is found and given up.
+    """Counts the children that died while an input was in flight, to find and give up poison.
 
-    The counts are shared by all workers through Redis where the broker or the result backend is
-    one; else each worker counts for itself.
+    All workers share the counts through the Redis of the broker or of the result backend. Without
+    one, each worker counts for itself.
 
     Args:
         most: deaths while alone after which an input is given up.
-        shared: where the workers' counts meet; ``None`` without a Redis.
+        shared: the counts of all workers; ``None`` without a Redis.
     """
 
     def __init__(self, most: int, shared: poison_counts.Shared | None = None) -> None:
-        #: By task id: children that died while it ran alone, as far as is known here.
+        #: Task id -> children known to have died while it ran alone.
         self.suspects: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._most = most
         self._shared = shared
 
     def record(self, inputs: Iterable[PoolRequest]) -> None:
-        """A child died with these inputs in flight; one that ran alone is to blame."""
+        """Count the death of a child for its inputs; only one that ran alone is to blame."""
         for lost in inputs:
             task_id, deaths = lost.task_id, int(lost.runs_alone)
             self._remember(task_id, self.suspects.get(task_id, 0) + deaths)
@@ -587,23 +583,22 @@ class PoisonCounter:
                 self._shared.record(task_id, deaths)
 
     def ask(self, number: int, task_id: str) -> bool:
-        """Have other workers' count of an input read; ``answers`` yields ``number`` after that.
+        """Request the counts of an input from other workers; ``answers`` then yields ``number``.
 
         Returns:
-            Whether there is an answer to come.
+            Whether an answer will come.
         """
         return self._shared is not None and self._shared.ask(number, task_id)
 
     def answers(self) -> Iterator[int]:
-        """Take in what Redis has answered, and yield the numbers that were asked for."""
+        """Store the counts that Redis has returned, and yield the numbers of the requests."""
         for number, task_id, count in () if self._shared is None else self._shared.answers():
             if count is not None:
-                # A death that was seen here may not have reached Redis yet.
+                # A death that this worker saw may not have reached Redis yet.
                 self._remember(task_id, max(count, self.suspects.get(task_id, 0)))
             yield number
 
     def forget(self, task_id: str) -> None:
-        """The input is answered, whatever killed children before."""
         self.suspects.pop(task_id, None)
         if self._shared is not None:
             self._shared.forget(task_id)
@@ -619,7 +614,7 @@ class PoisonCounter:
 
 
 class Reported(errors.RemoteTaskError):
-    """Stands in for an exception that was raised in a child: the parent never rebuilds it."""
+    """Represents an exception of a child; the parent never unpickles or rebuilds the original."""
 
     def __init__(self, type_name: str, text: str, message: str, traceback: str) -> None:
         super().__init__(type_name, message, traceback)
@@ -633,7 +628,7 @@ class Reported(errors.RemoteTaskError):
 
 
 class Einfo:
-    """What Celery reads of billiard's ``ExceptionInfo``, from texts."""
+    """The parts of billiard's ``ExceptionInfo`` that Celery reads, built from text."""
 
     internal = False
 

@@ -1,9 +1,8 @@
-"""Has the replicas measure themselves, and knows what each can do in a second.
+"""Orders benchmarks from the children, and knows the score of each service, in the parent.
 
-A child that has passed its startup probes is told to measure one benchmarked task after the other,
-and is READY when each has a score. A score is remembered for the next children on devices of the
-same name, until an operator restarts replicas. Later the same is done again on a replica that has
-nothing to do. In between, the traffic corrects what was measured.
+A child that has passed its startup probes runs one benchmark after the other, and is READY when
+each has given a score. Children on devices of the same name reuse the scores, until an operator
+restarts replicas. Later, idle replicas measure again. In between, the traffic corrects the scores.
 """
 
 from __future__ import annotations
@@ -25,40 +24,36 @@ from gw_celery.worker.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-#: Share of the time left to a child that it is told of: its own word of a benchmark that hangs,
-#: which names the task, should come before the parent's deadline.
+#: Share of the remaining time that the child gets: it should report a benchmark that hangs, with
+#: the name of the task, before the parent's deadline.
 _OF_TIME = 0.9
-#: Seconds for which it is believed what waits in the broker.
+#: Maximum age in seconds of a reading of the broker's backlog.
 _RECENT = 5.0
-#: Rounds of a benchmark that operators see: what they see travels with each answer.
+#: Maximum number of rounds in snapshots, which travel with each answer to operators.
 _MOST_SHOWN = 100
 
 
 class Failed(errors.GWCeleryError):
-    """Raised for a task that has no score, in words for the operator."""
+    """Raised for a task without a score; the message is for the operator."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Measured:
-    """The score of one task in one child."""
-
     score: snapshot.TaskScore
-    #: When it was measured, by the parent's clock.
+    #: Time of the measurement, by the parent's clock.
     since: float
 
 
 @dataclasses.dataclass
 class _Progress:
-    """How far a child is."""
-
     scores: dict[str, Measured] = dataclasses.field(default_factory=dict)
     left: collections.deque[str] = dataclasses.field(default_factory=collections.deque)
-    #: The order that it works on, and its task; 0 for none.
+    #: The order that the child works on, and its task; 0 for none.
     call: int = 0
     task: str = ""
-    #: It has been READY: what is measured now is measured again.
+    #: The child has been READY: further benchmarks are repetitions.
     was_ready: bool = False
-    #: It is to be measured again.
+    #: Whether a repetition was requested.
     is_asked: bool = False
 
 
@@ -66,7 +61,7 @@ class ReplicaScores:
     """The scores of a worker's children.
 
     Args:
-        plan: which tasks of each service have a benchmark, and the slots of each.
+        plan: names the tasks with a benchmark, and the slots of each service.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -75,25 +70,25 @@ class ReplicaScores:
         self._tasks = [task for names in self._benchmarked.values() for task in names]
         self._period = math.inf if period is None else period
         self._progress: dict[ChildProcess, _Progress] = {}
-        #: The latest score of each task on devices of these names, for the next children.
+        #: Latest score by task and device names, for later children.
         self._remembered: dict[tuple[str, tuple[str, ...]], Measured] = {}
-        #: Children that an operator's restart found running: perhaps of older code or weights, so
-        #: that what they measure is not remembered.
+        #: Children that ran at an operator's restart. They may have older code or weights, so that
+        #: their scores are not remembered.
         self._outdated: frozenset[ChildProcess] = frozenset()
         self._live = {key: policy_scores.LiveScore(slots) for key, slots in plan.slots.items()}
         self._calls = itertools.count(1)
-        #: Messages in the broker, by service, and when that was read.
+        #: Time of the last reading, and messages in the broker by service.
         self._queued: tuple[float, Mapping[str, int]] = (0.0, {})
-        #: Not before this is a score measured again for its age: the last attempt failed.
+        #: Time before which no score is renewed for its age, after a failed attempt.
         self._patient_until = 0.0
 
     # -- one child --
 
     def is_measured(self, child: ChildProcess, now: float) -> bool:
-        """Whether a child has measured all; if not, it is told to go on."""
+        """Return whether a child has all its scores; otherwise order the next benchmark."""
         progress = self._progress.get(child)
         if progress is None:
-            # It begins with what is remembered; a task without a score is measured.
+            # Start with the remembered scores; the child measures the other tasks.
             progress = self._progress[child] = _Progress()
             for task in self._tasks:
                 if (measured := self._remembered.get((task, child.products))) is None:
@@ -113,11 +108,11 @@ class ReplicaScores:
         return False
 
     def follow(self, child: ChildProcess, call: int, text: str, now: float) -> None:
-        """Take the answer to an order.
+        """Process the answer to an order.
 
         Raises:
-            Failed: when a child that has never been READY has no score.
-            Garbage: for what no child of this version writes.
+            Failed: if a benchmark fails before the first READY of its child.
+            Garbage: if no child of this version writes such an answer.
         """
         progress = self._progress.get(child)
         if progress is None or call != progress.call:
@@ -133,7 +128,7 @@ class ReplicaScores:
             )
             if not progress.was_ready:
                 raise Failed(why) from None
-            # It served well before; what is wrong with it, probes can tell.
+            # It served before; probes can tell what is wrong with it.
             logger.error("%r keeps its last score: %s", child, why)
             self._patient_until = now + self._period
         else:
@@ -143,7 +138,7 @@ class ReplicaScores:
             self._update()
 
     def forget_remembered(self, live: Iterable[ChildProcess]) -> None:
-        """Have children that start from now on measure: code and weights may have changed.
+        """Make children that start from now on measure, because code and weights may have changed.
 
         Args:
             live: the children that run now.
@@ -152,19 +147,18 @@ class ReplicaScores:
         self._outdated = frozenset(live)
 
     def forget(self, child: ChildProcess) -> None:
-        """The child is gone."""
         if self._progress.pop(child, None) is not None:
             self._update()
 
-    # -- again --
+    # -- repetition --
 
     def ask_again(self) -> None:
-        """Have every replica measured again, once it has nothing to do."""
+        """Make every replica measure again, once it is idle."""
         for progress in self._progress.values():
             progress.is_asked = progress.was_ready
 
     def due_again(self, idle: Iterable[ChildProcess], now: float) -> ChildProcess | None:
-        """Return a child of ``idle`` to measure again now, told to be; one at a time."""
+        """Choose one child of ``idle`` to measure again, and prepare it; one at a time."""
         if not self._benchmarked or any(progress.call for progress in self._progress.values()):
             return None
         for child in idle:
@@ -181,15 +175,16 @@ class ReplicaScores:
     # -- scores --
 
     def note_queued(self, queued: Mapping[str, int], now: float) -> None:
-        """Hear how many messages wait in the broker, by service."""
         self._queued = (now, queued)
 
     def observe(
         self, now: float, tallies: Mapping[str, snapshot.Counters], ready: Mapping[str, int]
     ) -> None:
-        """Let the traffic correct the scores; about once a second.
+        """Correct the scores by the traffic; called about once a second.
 
         Args:
+            now: the current time.
+            tallies: counters by service.
             ready: replicas that take inputs, by service.
         """
         at, queued = self._queued
@@ -209,7 +204,6 @@ class ReplicaScores:
                 )
 
     def as_snapshot(self, now: float) -> dict[str, snapshot.Score]:
-        """Return what operators see of the scores, by service."""
         return {
             key: snapshot.Score(
                 value=live.value,
@@ -222,7 +216,7 @@ class ReplicaScores:
         }
 
     def _latest(self, service: str, now: float) -> Iterator[snapshot.Benchmark]:
-        """The latest figures of each task, of whichever replica."""
+        """Yield the latest figures of each task, from any replica."""
         by_child = [progress.scores for progress in self._progress.values()]
         for name in self._benchmarked.get(service, ()):
             known = [scores[name] for scores in by_child if name in scores]
@@ -232,14 +226,14 @@ class ReplicaScores:
 
     def _update(self) -> None:
         for service, names in self._benchmarked.items():
-            # That of a service is its score for an even mix of its tasks: the same workload of each
-            # takes the sum of their times.
+            # The score of a service assumes an even mix of its tasks: equal workload of each takes
+            # the sum of their times, hence the harmonic mean.
             values = [
                 statistics.harmonic_mean([progress.scores[name].score.value for name in names])
                 for progress in self._progress.values()
                 if progress.scores.keys() >= set(names)
             ]
-            # Without a replica the last score is the best guess of what the next will do.
+            # Without a replica, the last score is the best estimate for the next one.
             if values:
                 self._live[service].measure(statistics.median(values))
 

@@ -1,8 +1,7 @@
-"""What happens next: reports are followed, deadlines judged, children started and ended.
+"""Follows reports, enforces deadlines, and starts and ends children, in the worker's parent.
 
-Everything here runs in one thread: the worker's event loop, or the pool's own where the transport
-has none. It is driven by ``poll``, which reads what children report, and by ``tick``, which judges
-deadlines after that.
+All of it runs in one thread: the worker's event loop, or the pool's own thread if the transport has
+no event loop. ``poll`` reads the children's reports, and ``tick`` then enforces deadlines.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Grace of a child that was told to leave, over the bounds of its exit hooks.
+#: Seconds beyond the limits of its exit hooks that a leaving child gets.
 _LEAVE_MARGIN = 10.0
-#: Inputs that one line of the log names.
+#: Maximum number of inputs named in one log line.
 _NAMED = 5
 _LINGERS = (
     "%r has been draining for %.0f s: it waits for inputs that have no time limit, %s. End one "
@@ -35,12 +34,12 @@ _NOT_NEEDED = "Worker exited prematurely: it was not needed any more."
 
 
 class Supervisor:
-    """Replicas, the children that fill them, and the inputs that these hold.
+    """The replicas, the children that fill them, and the inputs that the children hold.
 
     Args:
-        pool: what Celery knows; it hears when slots become free, or are taken.
-        first: the first frame of every child, but for the number of its replica.
-        dead_letters: keeps the messages that are given up; ``None`` where the settings say so.
+        pool: Celery's view of the pool; it is told when the number of free slots changes.
+        first: the first frame for each child, without the number of its replica.
+        dead_letters: keeps messages that are given up; ``None`` if the settings disable it.
     """
 
     def __init__(
@@ -59,40 +58,40 @@ class Supervisor:
         self._probes = probes.ChildProbes(pool.plan, self)
         allotment = pool.plan.allotment
         self.replicas = replica.ReplicaSet(None if allotment is None else allotment.shares)
-        #: Every live child and the replica that it fills, or will fill.
+        #: Each live child, and the replica that it fills or will fill.
         self._children: dict[ChildProcess, replica.Replica] = {}
-        #: Processes that are ended, or about to end, and not reaped.
+        #: Processes that were killed or are about to end, and are not reaped yet.
         self._dying: list[subprocess.Popen[bytes]] = []
-        #: No child is started any more.
+        #: No further child starts.
         self._is_closing = False
-        # Reentrant: Celery's signal handlers call us in the middle of anything.
+        # Reentrant, because signal handlers of Celery call the pool in the middle of anything.
         self.lock = threading.RLock()
-        #: What the handler of a signal asked for in the middle of a move.
+        #: Actions that a signal handler requested during a move.
         self._late: list[Callable[[], None]] = []
-        #: Inputs that found no slot the last time.
+        #: Number of inputs without a slot at the last check.
         self._waiting = 0
 
-    # -- what operators and the autoscaler decide --
+    # -- decisions of operators and of the autoscaler --
 
     def resize(self, wanted: int) -> None:
-        """Grow to, or shrink by draining to, this number of replicas."""
+        """Set the number of replicas; surplus ones drain."""
         with self.lock:
             self._drain_all(self.replicas.resize(wanted))
 
     def restart(self, number: int | None) -> None:
-        """Replace the child of one replica, or of all, one after the other, by draining."""
+        """Drain and replace the child of one replica, or of all in turn."""
         with self.lock:
             self.scores.forget_remembered(self.children())
             self.replicas.restart(number)
         self.sockets.wake()
 
     def hold(self, number: int | None) -> None:
-        """Drain one replica, or all, and start no child there until ``restart``."""
+        """Drain one replica, or all; no child starts there until ``restart``."""
         with self.lock:
             self._drain_all(self.replicas.hold(number))
 
     def note_queued(self, queued: Mapping[str, int]) -> None:
-        """Record how many messages wait in the broker, by service; from any thread."""
+        """Record the number of messages in the broker by service; safe from any thread."""
         self.scores.note_queued(queued, time.monotonic())
 
     # -- inputs --
@@ -100,7 +99,6 @@ class Supervisor:
     def submit(
         self, args: requests.TaskArgs, service: str, options: requests.Options
     ) -> requests.PoolRequest:
-        """Take one input; it starts when a replica has a slot for it."""
         with self.lock:
             # What raises here costs a message: the handler of a signal settles none meanwhile.
             self.requests.table.is_moving = True
@@ -112,11 +110,10 @@ class Supervisor:
         return new
 
     def stop(self, stopped: requests.PoolRequest, signum: int) -> None:
-        """Stop one input and answer it as terminated, before or after its start."""
         self._after_move(lambda: self.requests.stop(stopped, signum))
 
     def forget_waiting(self) -> None:
-        """Drop what has not started: the broker delivers it again."""
+        """Release all inputs that have not started, for redelivery."""
         self._after_move(self.requests.forget_waiting)
 
     @property
@@ -126,7 +123,7 @@ class Supervisor:
             return self.requests.table.is_moving
 
     def _after_move(self, act: Callable[[], None]) -> None:
-        """Have the next ``poll`` do it where a move is interrupted, else do it now."""
+        """Run ``act`` now, or in the next ``poll`` if a move is interrupted."""
         with self.lock:
             if self.requests.table.is_moving:
                 self._late.append(act)
@@ -145,7 +142,7 @@ class Supervisor:
     # -- the event loop --
 
     def poll(self, timeout: float = 0.0) -> None:
-        """Handle what children reported, waiting ``timeout`` seconds at most for it."""
+        """Process the reports of children; wait up to ``timeout`` seconds for some."""
         if self.is_interrupted:
             return
         events = self.sockets.wait(timeout)
@@ -162,13 +159,13 @@ class Supervisor:
             self.requests.enforce_limits(time.monotonic())
 
     def tick(self) -> None:
-        """Judge deadlines, reap, start what is missing; once a second, after ``poll``."""
+        """Enforce deadlines, reap, and start missing children; once a second, after ``poll``."""
         with self.lock:
             now = time.monotonic()
             for child in self.children():
                 if child.process.poll() is not None:
                     while child in self._children and self._receive(child):
-                        pass  # what it wrote before it ended
+                        pass  # read the reports that it wrote before its end
                     self.end(child, None)
                 elif (reason := child.state.overdue(now, child.longest_left(now))) is not None:
                     logger.error("%r is killed: it %s", child, reason)
@@ -182,7 +179,7 @@ class Supervisor:
             for service in self._probes.unready():
                 self.requests.give_back(service)
             self._send_waiting()
-            # One idle replica is out of service for as long as its benchmarks take.
+            # A measuring replica takes no inputs, so that only one idle replica measures at a time.
             ready = [child for child in self._children if child.state.is_ready]
             idle = [child for child in ready if not child.requests]
             if self.requests.table.queue or self._is_closing:
@@ -193,23 +190,22 @@ class Supervisor:
                 self.pool.slots_changed()
 
     def observe(self) -> None:
-        """Let the traffic correct the scores; about once a second."""
         with self.lock:
-            # While results cannot be stored nothing is consumed, however much there is.
+            # In an outage of the result backend, the worker consumes nothing: ignore the traffic.
             ready = {} if self.outage() else self.ready_by_service()
             counters = self.requests.table.tallies()
             self.scores.observe(time.monotonic(), counters, ready)
 
     def next_deadline(self) -> float:
-        """When an input reaches a limit, or a probe is due; infinite without either."""
+        """Return the time of the next limit or probe; infinite without one."""
         return min(self.requests.table.limits.next_at(), self._probes.next_at)
 
     def outage(self) -> str:
-        """Why a live child cannot store results; ``""`` while all can, as far as they know."""
+        """Return why a live child cannot store results; ``""`` while all can."""
         return next((child.outage for child in self._children if child.outage), "")
 
     def children(self) -> list[ChildProcess]:
-        """Return every live child; they may start and end meanwhile."""
+        """Return a copy of the live children, which may start and end during a loop over them."""
         return list(self._children)
 
     def ready_by_service(self) -> dict[str, int]:
@@ -221,7 +217,7 @@ class Supervisor:
     # -- what children report --
 
     def _receive(self, child: ChildProcess) -> bool:
-        """Handle what a child has reported; whether there was anything."""
+        """Process a child's reports; return whether there were any and the child is still here."""
         has_reported = False
         try:
             for report in child.receive():
@@ -232,7 +228,7 @@ class Supervisor:
                     self._follow(child, report)
                 except frames.Garbage:
                     raise
-                except Exception:  # the others' answers must not be lost with it
+                except Exception:  # the other answers must not be lost with this report
                     logger.exception("%r: its report %.100r could not be handled", child, report)
         except frames.Garbage as exc:
             logger.error("%r is killed: it wrote garbage: %s", child, exc)
@@ -254,7 +250,7 @@ class Supervisor:
         elif kind == frames.Report.MEASURED:
             try:
                 self.scores.follow(child, report[1], report[2], now)
-            except scores.Failed as exc:  # it leaves, as one whose start failed
+            except scores.Failed as exc:  # it leaves, and counts as a failed start
                 logger.error("%r is not ready: %s", child, exc)
                 child.reason = str(exc)
                 self._tell_to_leave(child)
@@ -281,7 +277,7 @@ class Supervisor:
                 self.replace(child)
 
     def input_ended(self, child: ChildProcess) -> None:
-        """A child has let go of an input: it may have to leave, or to be replaced."""
+        """Let a child that released an input leave, or replace it if it is worn."""
         if child.state.current is replica.State.DRAINING:
             self._leave_when_idle(child)
         elif child.state.is_up:
@@ -293,14 +289,14 @@ class Supervisor:
     # -- a child on its way to READY --
 
     def advance(self, child: ChildProcess, now: float) -> None:
-        """Take a child as far towards READY as it has proved itself."""
+        """Move a child towards READY as far as its reports allow."""
         state = child.state
         if state.current is replica.State.PROBING and self._probes.have_started(child, now):
             state.probed(now)
         is_next = state.current is replica.State.BENCHMARKING
         if not (is_next and self.scores.is_measured(child, now)):
             return
-        # The child has proved all that stands before READY: it takes its place.
+        # Nothing is left to prove: the child takes its place in the replica.
         state.measured(now)
         filled = self._children[child]
         filled.last_error = ""
@@ -317,7 +313,7 @@ class Supervisor:
     # -- how replicas are filled --
 
     def _fill_replicas(self, now: float) -> None:
-        """Drain what is to restart, start what is missing, replace what must go."""
+        """Drain replicas to restart, start missing children, replace those that must go."""
         if (restarted := self.replicas.next_to_restart()) is not None:
             self._drain(restarted.child)
         self.replicas.complete()
@@ -331,7 +327,7 @@ class Supervisor:
                 elif self._may_start(filled, now):
                     filled.child = self._start(filled, now)
             elif child.must_go and child.state.is_up and filled.successor is None:
-                if filled.failures:  # no second copy loads: memory for one only, for example
+                if filled.failures:  # a second copy does not load, for example for lack of memory
                     self._drain(child)
                 else:
                     self.replace(child)
@@ -355,11 +351,11 @@ class Supervisor:
         return child
 
     def replace(self, child: ChildProcess) -> None:
-        """Start a successor, which takes over when it is ready; the child serves until then."""
+        """Start a successor, which takes over when it is READY; the child serves until then."""
         if child not in self._children:
             return
         if child.state.current is replica.State.DRAINING:
-            self._leave_when_idle(child)  # what is stuck in it may be all that it still holds
+            self._leave_when_idle(child)  # a stuck call may be all that it still holds
             return
         child.must_go = True
         filled, now = self._children[child], time.monotonic()
@@ -376,7 +372,7 @@ class Supervisor:
         self.sockets.wake()
 
     def _drain(self, child: ChildProcess | None) -> None:
-        """Give the child nothing new, and let it leave when it holds nothing."""
+        """Send the child no new inputs, and let it leave when it holds none."""
         if child is None or child not in self._children:
             return
         current, now = child.state.current, time.monotonic()
@@ -389,10 +385,9 @@ class Supervisor:
             self.pool.slots_changed()
 
     def _leave_when_idle(self, child: ChildProcess) -> None:
-        """Let a draining child leave once nothing in it is unsettled."""
         if child.unsettled or child.is_leaving:
             return
-        if child.requests:  # what is left was stopped and does not go
+        if child.requests:  # the remaining inputs were stopped and do not end
             self.end(child, "Worker exited prematurely: it could not stop an input.")
         else:
             child.is_leaving = True
@@ -403,7 +398,7 @@ class Supervisor:
         child.send((frames.Order.LEAVE,))
 
     def end(self, child: ChildProcess, reason: str | None) -> None:
-        """The child is gone, or killed for ``reason``: settle what it held, free its replica."""
+        """Free the replica and settle the inputs of a child; kill it if there is a ``reason``."""
         if child not in self._children:
             return
         filled = self._children.pop(child)
@@ -425,12 +420,12 @@ class Supervisor:
         self.sockets.wake()
 
     def _warn_of_lingering(self, now: float) -> None:
-        """Name, once for each child, the inputs without a limit that keep it from leaving."""
+        """Log, once per child, the inputs without a limit that keep it from leaving."""
         for child in self._children:
             if not child.state.lingers or child.has_told:
                 continue
             unlimited = [held for held in child.unsettled if not held.hard_limit]
-            if unlimited:  # none, while the one that was is being stopped
+            if unlimited:  # empty while the last of them is being stopped
                 child.has_told = True
                 named = ", ".join(f"{held.name}[{held.task_id}]" for held in unlimited[:_NAMED])
                 logger.warning(_LINGERS, child, now - child.state.since, named)
@@ -438,25 +433,25 @@ class Supervisor:
     # -- the end of the worker --
 
     def close(self) -> None:
-        """Take nothing new and start no child any more."""
+        """Accept no new inputs, and start no further child."""
         with self.lock:
             self._is_closing = True
             self.forget_waiting()
 
     def give_up_unbegun(self) -> None:
-        """Give up what has not begun, unanswered, after a last look at what has."""
+        """Release inputs that have not begun, after reading the last reports."""
         with self.lock:
             self.poll()
             self.requests.give_up_unbegun()
 
     def leave(self) -> None:
-        """Let every child run its exit hooks and end."""
+        """Make every child run its exit hooks and end."""
         with self.lock:
             for child in self.children():
                 self._drain(child)
 
     def kill(self, reason: str) -> None:
-        """End every child now; what they hold goes back to the broker or fails with ``reason``."""
+        """Kill every child; its inputs return to the broker, or fail with ``reason``."""
         with self.lock:
             self._is_closing = True
             for child in self.children():

@@ -1,7 +1,7 @@
-"""The pool as Celery knows it: what a worker calls, and when, and what drives it.
+"""Celery's view of the pool, in the worker's parent: the methods that a worker calls.
 
-The unit of everything that Celery counts is the slot, room for one input in flight. The worker's
-event loop drives it, or a thread where the transport has none.
+Celery counts slots; a slot is room for one input in flight. The worker's event loop drives the
+pool, or a thread of the pool if the transport has no event loop.
 """
 
 from __future__ import annotations
@@ -38,16 +38,23 @@ signals.listen()
 
 logger = logging.getLogger(__name__)
 
-#: Grace of the children at the end, over the bounds of their exit hooks: the supervisor's is less.
+#: Seconds beyond the limits of exit hooks that children get; more than the supervisor's margin.
 _LEAVE_MARGIN = 15.0
 _TICK = 1.0
 _SHUT_DOWN = "Worker exited prematurely: the worker shut down."
 
 
 class TaskPool(BasePool):
-    """Replicas behind Celery's pool interface."""
+    """Celery's pool interface over replicas; select it with ``worker_pool`` or ``gw worker``.
 
-    # Acknowledgements are written by Celery in the thread that runs the callbacks.
+    Args:
+        limit: slots, Celery's concurrency.
+        maxtasksperchild: inputs after which a child is replaced.
+        max_memory_per_child: resident memory in KiB after which a child is replaced.
+        options: further options of Celery's ``BasePool``.
+    """
+
+    # Celery writes acknowledgements in the thread that runs the callbacks.
     uses_semaphore = False
     task_join_will_block = True
 
@@ -60,7 +67,7 @@ class TaskPool(BasePool):
         **options: object,
     ) -> None:
         super().__init__(limit, **options)
-        #: What is served; ``worker_init``, which decides it, is not sent in embedded workers.
+        #: What the worker serves. Embedded workers send no ``worker_init``, which decides it.
         self.plan = signals.plan() or worker_plan.Plan(
             registries=(), served=(), settings=conf.read(self.app.conf), pool=worker_plan.GPU_POOL
         )
@@ -68,42 +75,42 @@ class TaskPool(BasePool):
         self.max_tasks = maxtasksperchild
         #: Resident bytes after which a child is replaced.
         self.max_bytes = (max_memory_per_child or 0) * 1024 or None
-        #: Opens and closes the worker's queues; the consumer's step attaches itself.
+        #: Opens and closes the worker's queues; its bootstep attaches itself to it.
         self.gate: gate.Gate | None = None
-        #: It was to stop in the middle of a move of a request.
+        #: A stop was requested while a request was being moved.
         self._stop_is_due = False
-        #: When each tick of beat came last.
+        #: Time of the last tick of beat, by kind.
         self._ticked: dict[str, float] = {}
         self.limit = limit or 1
         self.supervisor: supervisor.Supervisor
         self._dead: dead_letters.DeadLetters | None = None
-        #: What the worker tells the others, and learns of them.
+        #: The exchange of records with other workers.
         self.cluster: membership.Membership
-        #: Where the broker prefers the quicker of several workers.
+        #: Speed bands, on brokers that can prefer the faster of several workers.
         self.bands: speed_bands.Bands | None = None
         self._hub: Hub | None = None
         self._tick_timer: Entry | None = None
         self._limit_timer: Entry | None = None
         self._limit_due = math.inf
-        #: How many revocations this worker knew when it last looked.
+        #: Number of revocations at the last check.
         self._revoked = 0
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
-        #: Ours, where the worker has it. It begins and ends with the pool: Celery starts one only
-        #: where there is no event loop, and tells none of the end.
+        #: Our autoscaler, if there is one. The pool starts and ends it: Celery starts an autoscaler
+        #: only on a transport without an event loop, and does not report the end.
         self.autoscaler: autoscale.Autoscaler | None = None
-        #: What it saw and decided last.
+        #: The last observation and decision of the autoscaler.
         self.scaling: Scaling | None = None
-        #: What a platform's own probes ask.
+        #: The HTTP endpoints for the probes of a platform.
         self.health = health.Health(self.plan.settings, self.plan.service_queues)
 
     # -- size --
 
     @property
     def num_processes(self) -> int:
-        """Slots that were asked for; never 0, which Celery reads as "without limit".
+        """The slots that were asked for, at least 1, because Celery reads 0 as "without limit".
 
-        Not those that are READY: Celery's autoscaler would ask for more while a replica loads.
+        Slots that are READY do not count: Celery's autoscaler would add more while a replica loads.
         """
         return max(1, self.limit)
 
@@ -116,29 +123,26 @@ class TaskPool(BasePool):
         return str(self.options["initargs"][1])
 
     def grow(self, n: int = 1) -> None:
-        """Add ``n`` slots, in whole replicas, or as many as there are devices for."""
+        """Add ``n`` slots, in whole replicas, up to the number that the devices allow."""
         if (why := self.refusal(self.limit + n)) is not None:
             logger.error("the pool grows by fewer than %d slots: %s", n, why)
         self._resize(self.limit + n)
 
     def refusal(self, slots: int) -> str | None:
-        """Say why this worker cannot have so many slots; ``None`` when it can."""
+        """Return why this worker cannot have so many slots; ``None`` if it can."""
         allotment = self.plan.allotment
         return None if allotment is None else allotment.refusal(self._replicas_for(slots))
 
     def shrink(self, n: int = 1) -> None:
-        """Take away ``n`` slots, in whole replicas, by draining; never interrupts an input."""
+        """Remove ``n`` slots, in whole replicas, by draining; no input is interrupted."""
         self._resize(self.limit - n)
 
     def restart(self, number: int | None = None) -> None:
-        """Replace the child of one replica, or of all, and start those that were held.
-
-        Inputs in flight finish. Celery calls it without a number.
-        """
+        """Replace the child of one replica, or of all (``None``), and start drained ones."""
         self.supervisor.restart(number)
 
     def hold(self, number: int | None) -> None:
-        """Let one replica, or all, finish and stay stopped until they are restarted."""
+        """Drain one replica, or all (``None``); they stay stopped until a restart."""
         self.supervisor.hold(number)
 
     def maintain_pool(self, *args: object, **kwargs: object) -> None:
@@ -191,12 +195,12 @@ class TaskPool(BasePool):
             self.autoscaler.begin()
 
     def register_with_event_loop(self, hub: Hub) -> None:
-        """Called at every start of the consumer, when the hub has forgotten us."""
+        """Connect to the hub, at every start of the consumer, which resets the hub."""
         self._hub = hub
         hub.add_reader(self.supervisor.sockets.fileno(), self._on_readable)
-        # A revocation comes between two turns of the hub.
+        # Revocations arrive between two turns of the hub.
         hub.on_tick.add(self._withdraw)
-        # Celery 5.7 has cancelled our timers when the connection was lost, 5.6 all timers.
+        # After a lost connection, Celery 5.7 has cancelled our timers, and 5.6 all timers.
         for timer in (self._tick_timer, self._limit_timer):
             if timer is not None:
                 timer.cancel()
@@ -211,7 +215,7 @@ class TaskPool(BasePool):
         kwargs: object,
         **options: Unpack[requests.Options],
     ) -> requests.PoolRequest:
-        """Take one input; see ``celery.worker.request`` for the callbacks in ``options``."""
+        """Accept an input; ``celery.worker.request`` defines the callbacks in ``options``."""
         soft, hard = self.options.get("soft_timeout"), self.options.get("timeout")
         options["soft_timeout"] = options.get("soft_timeout") or soft
         options["timeout"] = options.get("timeout") or hard
@@ -222,10 +226,10 @@ class TaskPool(BasePool):
         return self.supervisor.submit(args, key, options)
 
     def terminate_job(self, pid: int, signal: object = None) -> None:
-        """Do nothing: a pid names a replica. Celery calls ``PoolRequest.terminate`` next."""
+        """Do nothing: the pid is a replica's. Celery calls ``PoolRequest.terminate`` next."""
 
     def flush(self) -> None:
-        """Drop what has not started; called when the broker is lost, and at every shutdown."""
+        """Release inputs that have not started: the broker is lost, or the worker shuts down."""
         self.supervisor.forget_waiting()
 
     def on_close(self) -> None:
@@ -235,10 +239,10 @@ class TaskPool(BasePool):
         self.supervisor.close()
 
     def on_stop(self) -> None:
-        """Wait for every input in flight, then let the children leave."""
+        """Wait for all inputs in flight, then let the children leave."""
         if self._is_over.is_set():
             return
-        if self.supervisor.is_interrupted:  # by Celery's handler of a cold shutdown
+        if self.supervisor.is_interrupted:  # called by the signal handler of a cold shutdown
             self._stop_is_due = True
             return
         settings = self.plan.settings
@@ -256,7 +260,7 @@ class TaskPool(BasePool):
                 *(self.supervisor.requests.in_flight(), bound, setting),
             )
             self.supervisor.kill(_SHUT_DOWN)
-        # What was given back to the broker, or answered at its limit, is about to go.
+        # Inputs that were returned, or answered at a limit, may still be in children for a moment.
         self._wait(lambda: not self.supervisor.requests.held(), settings.cancel_timeout)
         self.supervisor.leave()
         self._wait(lambda: not self.supervisor.children(), grace)
@@ -267,22 +271,22 @@ class TaskPool(BasePool):
             self.on_stop()
         self._finish()
 
-    # -- what beat has every worker do --
+    # -- ticks of beat --
 
     def probe_tick(self) -> None:
-        """Note that beat is there: probes are called when they are due, without it, too."""
+        """Record that beat runs; the probes follow their own periods, with or without it."""
         self._ticked["probe"] = time.monotonic()
 
     def benchmark_tick(self) -> None:
-        """Have every replica measured again, one after the other, when it has nothing to do."""
+        """Make all replicas measure again, one after the other, when they are idle."""
         self._ticked["benchmark"] = time.monotonic()
         with self.supervisor.lock:
             self.supervisor.scores.ask_again()
 
-    # -- what is seen from outside --
+    # -- views for operators --
 
     def snapshot(self) -> Worker:
-        """Return the worker as it is now; from any thread; see ``protocol.snapshot.Source``."""
+        """Return the current state of the worker; safe from any thread."""
         pool = self.supervisor
         with pool.lock:
             slots, now = self.plan.slots, time.monotonic()
@@ -324,19 +328,19 @@ class TaskPool(BasePool):
             "gw_tick_ages": {kind: time.monotonic() - at for kind, at in self._ticked.items()},
         }
 
-    # -- driving --
+    # -- the loop --
 
     def poll(self) -> None:
-        """Read what children have reported and judge limits, now, where no thread does."""
+        """Read reports and enforce limits now, unless the pool has its own thread."""
         if self._thread is None:
             self.supervisor.poll()
 
     def wake(self) -> None:
-        """Have the worker's loop turn now; from any thread."""
+        """Make the worker's loop turn now; safe from any thread."""
         self.supervisor.sockets.wake()
 
     def _wait(self, is_done: Callable[[], bool], timeout: float) -> bool:
-        """Drive until ``is_done()``: the hub does not run while a worker stops."""
+        """Drive the pool until ``is_done()``, because the hub stops before a worker does."""
         end = time.monotonic() + timeout
         hub = get_event_loop()
         while not is_done() and time.monotonic() < end:
@@ -357,7 +361,7 @@ class TaskPool(BasePool):
         self._arm()
 
     def _withdraw(self) -> None:
-        """Take revoked inputs out of the batches that they wait for, before those begin."""
+        """Take revoked inputs out of the batches that they wait for."""
         if len(state.revoked) != self._revoked:
             self._revoked = len(state.revoked)
             with self.supervisor.lock:
@@ -368,7 +372,7 @@ class TaskPool(BasePool):
         self._arm()
 
     def _arm(self) -> None:
-        """Have the hub call us at the next limit, which may be before the next tick."""
+        """Set a timer of the hub for the next limit, if it is before the next tick."""
         now, due = time.monotonic(), self.supervisor.next_deadline()
         is_armed = self._limit_timer is not None and now < self._limit_due <= due
         if self._hub is None or is_armed or due - now >= _TICK:
@@ -379,7 +383,7 @@ class TaskPool(BasePool):
         self._limit_timer = self._hub.call_later(max(0.0, due - now), self._on_readable)
 
     def _run(self) -> None:
-        """The loop of transports that have none."""
+        """Drive the pool in its own thread, for transports without an event loop."""
         while not self._is_over.is_set():
             wait = self.supervisor.next_deadline() - time.monotonic()
             self._step(min(_TICK, max(0.0, wait)))
@@ -387,7 +391,7 @@ class TaskPool(BasePool):
     def _step(self, timeout: float = 0.0) -> None:
         with _surviving():
             self.supervisor.poll(timeout)
-            with self.supervisor.lock:  # what has expired, too
+            with self.supervisor.lock:  # also inputs that have expired
                 self.supervisor.requests.withdraw()
             self.supervisor.tick()
             self.observe()
@@ -418,12 +422,12 @@ class TaskPool(BasePool):
         return math.ceil(slots / self._slots_per_replica)
 
     def slots_changed(self) -> None:
-        """There are more, or fewer, slots or inputs that wait for one."""
+        """React to a change in the number of slots or of waiting inputs."""
         if self.gate is not None and self._state == self.RUN:
             self.gate.request()
 
     def observe(self) -> None:
-        """Once a second: look at what there is, and let others see it."""
+        """Update scores and health, and publish the worker's record; once a second."""
         self.supervisor.observe()
         worker = self.snapshot()
         self.cluster.observe(worker)
@@ -437,7 +441,7 @@ class TaskPool(BasePool):
 
 @contextlib.contextmanager
 def _surviving() -> Iterator[None]:
-    """One failure of ours must not leave the worker's loop, which would end the worker."""
+    """Log an exception of ours, which would otherwise end the worker's loop."""
     try:
         yield
     except Exception:
@@ -445,7 +449,7 @@ def _surviving() -> Iterator[None]:
 
 
 def _queues(app: Celery, plan: worker_plan.Plan) -> dict[str, list[str]]:
-    """The queues of each service; those of plain tasks are together."""
+    """Return the queues of each service; those of plain tasks are together."""
     queues: dict[str, list[str]] = {key: [] for key in plan.slots}
     for name in plan.queues or app.amqp.queues.consume_from:
         queues[plan.service_queues.get(name, services.PLAIN)].append(name)
@@ -453,7 +457,7 @@ def _queues(app: Celery, plan: worker_plan.Plan) -> dict[str, list[str]]:
 
 
 def _limited(plan: worker_plan.Plan) -> dict[str, dict[str, int]]:
-    """The queues whose callers are told how long an input would wait: services and their slots."""
+    """Return the queues with a limited queue time, and the services and slots behind each."""
     queues = {service.queue for service in plan.served if service.key in plan.queue_times}
     return {
         queue: {

@@ -1,1 +1,1 @@
-"""What crosses between processes."""
+"""The data that crosses between processes: headers, frames, the snapshot, worker records."""

@@ -1,8 +1,8 @@
-"""What parent and child write to each other: length-prefixed frames of many records.
+"""The frames between parent and child: a length, then many records. Both processes use this module.
 
-The parent writes pickles, for a child must trust its parent. A child writes JSON of a fixed shape,
-checked record by record: code that took over a child gains nothing over the process that holds
-the broker's credentials.
+A child must trust its parent, which writes pickles. A child writes JSON of fixed shapes, and the
+parent checks every record. Code that has taken over a child therefore gains nothing in the parent,
+which holds the broker's credentials.
 """
 
 from __future__ import annotations
@@ -18,40 +18,38 @@ from typing import Any, Self
 
 from gw_celery import errors
 
-#: An ``Order``, or the first frame's setup, and what belongs to it.
+#: An ``Order`` (or the setup, in the first frame), then its content.
 OrderFields = tuple[Any, ...]
-#: A ``Report`` and what belongs to it, checked against its shape when it is unpacked.
+#: A ``Report``, then its content, whose types were checked.
 ReportFields = list[Any]
 
 _LENGTH = struct.Struct("!I")
-#: A child's frame holds texts that it has cut short; anything larger is garbage.
+#: Maximum size of a child's frame: its texts are shortened, so that a larger frame is garbage.
 MAX_CHILD_FRAME_BYTES = 32 * 1024 * 1024
 MAX_PARENT_FRAME_BYTES = 2**32 - 1
 
 
 class Order(enum.IntEnum):
-    """What a parent tells its child."""
-
     RUN = 1
     #: Raise a soft time limit in one input.
     SOFT = 2
     #: Stop one input; its answer is not wanted any more.
     STOP = 3
-    #: Leave everything and exit; sent when nothing is in flight.
+    #: Exit contexts and hooks, and end; sent when nothing is in flight.
     LEAVE = 4
-    #: As ``RUN``, for an input that shares no call with others.
+    #: As ``RUN``, for an input that must not share a batch.
     RUN_ALONE = 5
-    #: Nothing new will come: what gathers for a batch waits no longer.
+    #: No new inputs will come: form batches from those that are here.
     DRAIN = 6
     #: Call one probe: (number of the call, service, method).
     PROBE = 7
-    #: Measure one task: (number of the call, task name, seconds it has, whether the child has been
-    #: READY before).
+    #: Benchmark one task: (number of the order, task name, seconds allowed, whether the child has
+    #: been READY before).
     BENCHMARK = 8
 
 
 class Report(enum.StrEnum):
-    """What a child tells its parent: its name, and the types of what belongs to it."""
+    """The reports of a child to its parent: a name, and the types of the content."""
 
     shape: tuple[type, ...]
 
@@ -64,27 +62,27 @@ class Report(enum.StrEnum):
     LOADED = "loaded"
     #: Contexts and hooks are entered.
     ENTERED = "entered"
-    #: The reason: it cannot serve, and exits.
+    #: The reason why the child cannot serve; it exits.
     FAILED = "failed", str
-    #: Call, is it well, detail, seconds.
+    #: Number of the call, whether it passed, detail, seconds.
     PROBED = "probed", int, bool, str, float
-    #: Call, score or failure as JSON.
+    #: Number of the order, score or failure as JSON.
     MEASURED = "measured", int, str
-    #: Number, monotonic seconds: the input starts, or the batch that it waited for.
+    #: Number of an input that starts (alone or in its batch), monotonic seconds.
     ACCEPT = "accept", int, float
     #: Number, text of the result, seconds.
     DONE = "done", int, str, float
     #: Number, outcome, class name, text, message, traceback, requeue.
     ERROR = "error", int, str, str, str, str, str, bool
-    #: Task name: a call of it goes on that no input waits for, and cannot be ended.
+    #: Name of a task with a call that continues although no input waits for it.
     STUCK = "stuck", str
-    #: Number: it expired while it gathered with others; its end, without an answer, follows.
+    #: Number of an input that expired while it gathered; a report of its end follows.
     EXPIRED = "expired", int
-    #: Number: it is no longer here, and has no answer.
+    #: Number of an input that ended without an answer.
     GONE = "gone", int
     #: Lag in seconds, resident bytes.
     BEAT = "beat", float, int
-    #: The reason: the result backend is away since now; "" when it answers again.
+    #: The reason why results cannot be stored; "" at the end of the outage.
     OUTAGE = "outage", str
 
 
@@ -92,8 +90,6 @@ _SHAPES = {report.value: report.shape for report in Report}
 
 
 class Outcome(enum.StrEnum):
-    """How an input ended that has no result."""
-
     FAILURE = "failure"
     RETRY = "retry"
     IGNORE = "ignore"
@@ -111,36 +107,33 @@ class Garbage(errors.GWCeleryError):
 
 
 def version() -> str:
-    """Return the version of gw_celery that this process has imported; the first frame has it."""
-    # Nothing inside imports the package's root, which imports nearly all of it.
+    """Return the version of gw_celery in this process, for the first frame."""
+    # Our modules do not import the package's root, which imports nearly all of them.
     return str(sys.modules["gw_celery"].__version__)
 
 
 def pack_orders(orders: Sequence[OrderFields]) -> bytes:
-    """Return one frame of ``orders``, each an ``Order`` and what belongs to it."""
     payload = pickle.dumps(orders, protocol=pickle.HIGHEST_PROTOCOL)
     return _LENGTH.pack(len(payload)) + payload
 
 
 def unpack_orders(payload: bytes) -> list[OrderFields]:
-    """Return the orders of one frame; for children only."""
+    """Return the orders of one frame; for children only, because it unpickles."""
     orders: list[OrderFields] = pickle.loads(payload)  # noqa: S301 - written by the parent
     return orders
 
 
 def cut(text: str, longest: int) -> str:
-    """Return ``text``, or its beginning: a report is small."""
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def pack_reports(reports: Iterable[Sequence[Any]]) -> bytes:
-    """Return one frame of ``reports``, each a ``Report`` and what belongs to it."""
     payload = json.dumps(list(reports), separators=(",", ":")).encode()
     return _LENGTH.pack(len(payload)) + payload
 
 
 def unpack_reports(payload: bytes) -> list[ReportFields]:
-    """Return the checked reports of one frame.
+    """Return the reports of one frame, after checking their shapes.
 
     Raises:
         Garbage: for anything that ``pack_reports`` does not write.
@@ -167,16 +160,16 @@ def unpack_reports(payload: bytes) -> list[ReportFields]:
 
 
 class Unpacker:
-    """Cuts a stream of bytes into the payloads of its frames."""
+    """Splits a stream of bytes into the payloads of its frames."""
 
     def __init__(self, largest: int) -> None:
-        #: Why the stream cannot be cut any further, once that is so.
+        #: Why the stream cannot be split any further, if so.
         self.garbage: Garbage | None = None
         self._largest = largest
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Return the payloads that ``data`` completes, up to a length over the largest one."""
+        """Return the payloads that ``data`` completes, up to the first frame that is too large."""
         self._buffer += data
         payloads = []
         start = 0

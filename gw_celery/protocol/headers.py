@@ -1,4 +1,4 @@
-"""What a caller says of an input in its headers, for workers that never decode its body."""
+"""The headers of an input's message, which callers write and workers read without the body."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 #: The parameter values of a class task, as canonical JSON.
 PARAMETERS = "gw_params"
-#: The cost of the input, as its ``workload_calculator`` says.
+#: The workload of the input, from its ``workload_calculator``.
 WORKLOAD = "gw-workload"
-#: When the input could begin at the earliest, in seconds of the sender's wall clock.
+#: The earliest time at which the input could begin, in Unix seconds of the sender's clock.
 ENQUEUED = "gw-enqueued"
-#: Carried by a dead letter that was sent again: the deaths that it has caused do not count.
+#: Marks a dead letter that was sent again: its earlier deaths do not count.
 REQUEUED = "gw-requeued"
 
-#: The cost of an input of which no more is known.
+#: The workload of an input without a valid header.
 DEFAULT_WORKLOAD = 1.0
-#: A larger one counts as unknown: beside it, a sum would lose all others, or overflow.
+#: Maximum workload; a larger one is ignored, because sums would lose precision or overflow.
 MOST_WORKLOAD = 1e12
 
 
 def finite(value: object) -> float | None:
-    """Return ``value``, which others may have written, as a float; ``None`` if it is no number.
+    """Return an untrusted ``value`` as a float; ``None`` if it is not a finite number.
 
-    A bool is none. Nor is an int of hundreds of digits, which JSON may hold and no float can:
+    A bool is not a number. An int of hundreds of digits is not either: JSON allows it, but
     ``math.isfinite`` would raise.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -38,21 +38,21 @@ def finite(value: object) -> float | None:
 
 
 def workload(value: object) -> float | None:
-    """Return ``value`` as a workload; ``None`` for anything but a number from 0 to the most."""
+    """Return ``value`` as a workload; ``None`` if it is not a number from 0 to the maximum."""
     number = finite(value)
     return number if number is not None and 0 <= number <= MOST_WORKLOAD else None
 
 
 def workload_of(request: Mapping[str, Any]) -> float:
-    """Return the workload that a message carries; anything odd, or nothing, counts as 1.0."""
+    """Return the workload of a message; 1.0 if it has none, or an invalid one."""
     found = workload(request.get(WORKLOAD))
     return DEFAULT_WORKLOAD if found is None else found
 
 
 def waited(request: Mapping[str, Any], now: float) -> float:
-    """Return for how many seconds an input has waited; 0.0 when it does not say since when.
+    """Return the seconds for which an input has waited; 0.0 if its header does not say.
 
-    One that was enqueued in the future was sent by a machine whose clock is ahead.
+    A time in the future comes from a sender whose clock is ahead, and counts as 0.0.
     """
     since = finite(request.get(ENQUEUED))
     return 0.0 if since is None else max(0.0, now - since)

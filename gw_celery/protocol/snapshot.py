@@ -1,4 +1,4 @@
-"""The one snapshot of a worker that operators see: frozen, cached, JSON-able."""
+"""The snapshot of a worker that its parent takes for operators: frozen, convertible to JSON."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from gw_celery.protocol import headers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probe:
-    """One probe of a child and its last answer. Durations are seconds."""
+    """A probe of a child, and its last answer. Durations are in seconds."""
 
     name: str
     kind: str
     #: ``None`` before the first answer.
     is_ok: bool | None = None
-    #: In a row.
+    #: Consecutive failures.
     failures: int = 0
-    #: It has failed as often as it may, and not passed since.
+    #: Whether it has reached its allowed failures, and not passed since.
     is_failing: bool = False
     detail: str = ""
     seconds: float = 0.0
@@ -27,26 +27,26 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Replica:
-    """One replica: its state and that of the child that fills it. Durations are seconds."""
+    """A replica, and the child that fills it. Durations are in seconds."""
 
     number: int
     state: str
     pid: int | None = None
-    #: What its ``CUDA_VISIBLE_DEVICES`` lists; empty where it has none of its own.
+    #: The entries of its ``CUDA_VISIBLE_DEVICES``; empty without devices of its own.
     devices: tuple[str, ...] = ()
     slots: int = 0
     in_flight: int = 0
     restarts: int = 0
     last_error: str = ""
     seconds_in_state: float = 0.0
-    #: From the start of the child until it was READY first; ``None`` before.
+    #: From the start of the child to its first READY; ``None`` before.
     start_up: float | None = None
-    #: Until the next child starts, where there is none.
+    #: Time until the next child starts, if there is none.
     retry_in: float = 0.0
-    #: How late the child's event loop ran at its last heartbeat.
+    #: Lateness of the child's event loop at its last heartbeat.
     lag: float = 0.0
     resident_bytes: int = 0
-    #: Services that want no inputs here: their readiness probes fail, or have not passed yet.
+    #: Services that take no inputs here: a readiness probe fails, or has not passed yet.
     unready: tuple[str, ...] = ()
     probes: tuple[Probe, ...] = ()
 
@@ -55,43 +55,43 @@ class Replica:
 class ServiceDemand:
     """Demand of one service attributed to this worker's group."""
 
-    #: Messages in its queues; ``None`` where the broker does not tell.
+    #: Messages in its queues; ``None`` if the broker does not report them.
     queued: int | None = None
-    #: Part of the work that is theirs: 1.0 for all of it.
+    #: The group's share of the work, 1.0 for all of it.
     share: float = 1.0
-    #: Workload a second that comes, of that part.
+    #: Arriving workload per second, of that share.
     rate: float = 0.0
-    #: Workload that waits, of that part, in the queue and in workers.
+    #: Waiting workload in the queue and in workers, of that share.
     waiting: float = 0.0
-    #: Inputs that run, of that part.
+    #: Running inputs, of that share.
     running_inputs: float = 0.0
-    #: Workload a second of one replica; ``None`` while it is not known.
+    #: Workload per second of one replica; ``None`` if unknown.
     score: float | None = None
-    #: Replicas that this needs now.
+    #: Replicas needed now.
     need: float = 0.0
-    #: Replicas that its bursts would need if they came again.
+    #: Replicas that a repetition of the recent bursts would need.
     keep: float = 0.0
-    #: Whether anything came, waits or runs.
+    #: Whether anything arrives, waits or runs.
     is_active: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """What the autoscaler of a worker saw and decided last, in replicas."""
+    """The last observation and decision of a worker's autoscaler, in replicas."""
 
     least: int
     most: int
-    #: This worker's, after the decision.
+    #: Of this worker, after the decision.
     desired: int = 0
-    #: Those that it has, starting and failing ones among them.
+    #: Of this worker now, including starting and failing ones.
     actual: int = 0
-    #: What all workers that serve the same should have together, and how many workers that are.
+    #: Desired replicas of all workers that serve the same, and the number of these workers.
     total: int = 0
     workers: int = 1
     why: str = ""
-    #: Seconds from the start of a replica until it is ready, from experience.
+    #: Mean seconds from the start of a replica until it is READY; ``None`` if unknown.
     start_up: float | None = None
-    #: By service; ``""`` for plain tasks. Empty while the broker cannot be read.
+    #: By service; ``""`` is plain tasks. Empty while the broker cannot be read.
     services: Mapping[str, ServiceDemand] = dataclasses.field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -100,10 +100,10 @@ class Scaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """What the benchmark of one task gave. Durations are seconds."""
+    """The result of the benchmark of one task. Durations are in seconds."""
 
     task: str
-    #: Workload per second in the median round, the slowest and the quickest.
+    #: Workload per second of the median round, the slowest and the fastest.
     value: float
     least: float
     most: float
@@ -113,68 +113,67 @@ class TaskScore:
     #: Latencies of its inputs.
     p50: float
     p95: float
-    #: What the first input raised that failed; "" where none did.
+    #: The exception of the first failed input; "" without failures.
     failure: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark(TaskScore):
-    """The latest score of one task, of whichever replica, with its first 100 rounds."""
+    """The latest score of one task, from any replica, with its first 100 rounds."""
 
-    #: Since it was measured.
+    #: Seconds since the measurement.
     age: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one replica does of one service in a second, in workload; ``None``: not known yet."""
+    """The score of one service: workload per second of one replica; ``None`` if unknown."""
 
-    #: What the worker goes by.
+    #: The score that the worker uses.
     value: float | None = None
-    #: What benchmarks say.
+    #: The score by benchmarks.
     measured: float | None = None
-    #: What full replicas served.
+    #: The score by what full replicas served.
     served: float | None = None
-    #: By what share ``served`` is over, or under, ``measured``.
+    #: Relative difference of ``served`` from ``measured``.
     drift: float | None = None
     benchmarks: tuple[Benchmark, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counters:
-    """The inputs of one service in one worker, as workload and as a count.
+    """The inputs of one service in one worker, as workload and as a number of inputs.
 
-    At any time ``arrived = waiting + running + served + given_back``. ``arrived``, ``served`` and
-    ``given_back`` only ever grow, from the start of the worker.
+    ``arrived = waiting + running + served + given_back`` at any time. ``arrived``, ``served`` and
+    ``given_back`` only grow, from the start of the worker.
     """
 
     arrived: float = 0.0
-    #: Answered after it ran: a value, a failure, or a retry.
+    #: Answered after running: a value, a failure, or a retry.
     served: float = 0.0
-    #: Those of them that gave no value, refused ones included.
+    #: The part of ``served`` without a value, including refused inputs.
     failed: float = 0.0
-    #: Those that had waited for too long, and never began.
+    #: The part of ``failed`` that had waited too long, and did not begin.
     refused_inputs: int = 0
     refused: float = 0.0
     #: In the worker, without a slot.
     waiting: float = 0.0
-    #: In a child, unanswered.
+    #: In a child, without an answer.
     running: float = 0.0
-    #: The rest: lost, revoked, expired, or the broker's again.
+    #: The others: lost, revoked, expired, or returned to the broker.
     given_back: float = 0.0
     arrived_inputs: int = 0
     served_inputs: int = 0
     waiting_inputs: int = 0
     running_inputs: int = 0
     given_back_inputs: int = 0
-    #: Of one input, the newest counting most.
+    #: Moving average of the workload of one input.
     mean: float = headers.DEFAULT_WORKLOAD
-    #: Seconds that what was served had a slot, all added up.
+    #: Total seconds for which served inputs held a slot.
     busy: float = 0.0
 
 
 def mean_workload(services: Iterable[Counters]) -> float:
-    """Return the mean workload of an input of several services."""
     listed = list(services)
     if not (inputs := sum(counters.arrived_inputs for counters in listed)):
         return headers.DEFAULT_WORKLOAD
@@ -183,37 +182,37 @@ def mean_workload(services: Iterable[Counters]) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Worker:
-    """One worker: its replicas, and what waits in it for a slot.
+    """One worker: its replicas, and its inputs by service.
 
-    Services are told by their keys; ``""`` is plain tasks.
+    Services are identified by their keys; ``""`` is plain tasks.
     """
 
     hostname: str
     replicas: tuple[Replica, ...] = ()
-    #: Replicas, and slots, that were asked for; it may have more, or fewer, at this moment.
+    #: Requested replicas and slots; the actual numbers may differ now.
     desired: int = 0
     desired_slots: int = 0
-    #: Slots of the replicas that are READY, by service.
+    #: Slots of READY replicas, by service.
     ready_slots: dict[str, int] = dataclasses.field(default_factory=dict)
-    #: Inputs that this worker has taken and that wait for a slot.
+    #: Number of inputs in this worker that wait for a slot.
     waiting: int = 0
-    #: The same by service, without those that must run alone.
+    #: The same by service, without inputs that must run alone.
     waiting_inputs: dict[str, int] = dataclasses.field(default_factory=dict)
-    #: What each service has been given and has done since the worker started.
+    #: The counters of each service since the worker started.
     tallies: dict[str, Counters] = dataclasses.field(default_factory=dict)
-    #: Queues that are consumed now, and those that wait until a replica is ready.
+    #: Queues that are consumed now, and queues that wait for a READY replica.
     open_queues: tuple[str, ...] = ()
     closed_queues: tuple[str, ...] = ()
-    #: How quick it is beside the other workers, by service: "quick", "middle" or "slow"; empty
-    #: where the broker makes nothing of it.
+    #: Speed band of this worker by service: "quick", "middle" or "slow"; empty if the broker has no
+    #: consumer priorities.
     bands: dict[str, str] = dataclasses.field(default_factory=dict)
-    #: Why results cannot be stored, so that nothing is consumed; "" while they can.
+    #: Why results cannot be stored, and nothing is consumed; "" otherwise.
     outage: str = ""
-    #: What the autoscaler saw and decided; ``None`` for a worker of a fixed size.
+    #: Observation and decision of the autoscaler; ``None`` for a worker of a fixed size.
     scaling: Scaling | None = None
     #: Scores by service.
     scores: dict[str, Score] = dataclasses.field(default_factory=dict)
-    #: It takes nothing new and ends.
+    #: Whether it takes no new inputs and ends.
     is_stopping: bool = False
 
     def as_json(self) -> dict[str, Any]:
@@ -221,11 +220,11 @@ class Worker:
 
 
 class Source(Protocol):
-    """A pool, for those that only read it: the gate, the autoscaler, what other workers learn."""
+    """The pool, for its readers: the gate, the autoscaler, the worker's record."""
 
     def snapshot(self) -> Worker:
-        """Return the worker as it is now.
+        """Return the current state of the worker, which does not change afterwards.
 
-        It waits while the pool handles what children reported: call it in the thread of the
-        worker's loop, or in one that may wait. What it returns does not change.
+        It waits while the pool processes reports: call it in the thread of the worker's loop, or in
+        one that may wait.
         """

@@ -1,4 +1,4 @@
-"""What a worker tells the other workers of its project about itself, and how it is written."""
+"""The record by which a worker informs the other workers of its project, and its JSON form."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 
 from gw_celery.protocol import headers, snapshot
 
-#: Of the form of a record; those of other versions are not read.
+#: Version of the record's form; records of other versions are ignored.
 VERSION = 1
-#: Larger ones cannot be true: their sender must not hold up the code that counts with them.
+#: Maximum values; larger ones are rejected, because they could block the code that uses them.
 _LARGEST = {float: 1e18, int: 1_000_000}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QueueLoad:
-    """What one worker has of a queue, and does of it in a second; in workload."""
+    """The load of one queue in one worker, in workload."""
 
     waiting: float = 0.0
-    #: ``None`` before it is known.
+    #: Workload per second; ``None`` if unknown.
     rate: float | None = None
-    #: Of one input.
+    #: Mean workload of one input.
     mean: float = 1.0
 
 
@@ -33,58 +33,59 @@ class QueueLoad:
 class ServiceRecord:
     """One service in one worker; amounts are workload."""
 
-    #: Sorted and joined: workers that consume the same ones share the demand.
+    #: Names, sorted and joined; workers with the same queues share the demand.
     queues: str = ""
-    #: Of the replicas that are READY.
+    #: Slots of READY replicas.
     slots: int = 0
-    #: Workload a second of one replica; ``None`` while it is not known.
+    #: Workload per second of one replica; ``None`` if unknown.
     score: float | None = None
-    #: Taken since the worker started; what it gave back is not in it.
+    #: Taken since the worker started, without inputs that were given back.
     taken: float = 0.0
-    #: Held without a slot, and how many inputs that is.
+    #: Held without a slot, and the number of these inputs.
     waiting: float = 0.0
     waiting_inputs: int = 0
     running_inputs: int = 0
-    #: Of one input.
+    #: Mean workload of one input.
     mean: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """The replicas of a worker that follows the load."""
+    """The replicas of a worker whose size follows the load."""
 
-    #: Replicas that it keeps whatever the load.
+    #: Replicas that it keeps at any load.
     least: int = 0
-    #: Replicas that it could have now: those that fail to start do not count.
+    #: Replicas that it could have now, without those that fail to start.
     capacity: int = 1
-    #: Replicas that it has, starting and draining ones among them.
+    #: Current replicas, including starting and draining ones.
     replicas: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerRecord:
-    """One worker, as the other workers see it."""
+    """One worker, for the other workers."""
 
-    #: Its node name.
+    #: Node name.
     worker: str
-    #: One start of a worker, or its life after it was declared lost: the name of the record.
+    #: Incarnation, the name of the record: it changes at a start, and after being declared lost.
     incarnation: str = ""
     #: ``None`` for a worker of a fixed size.
     size: Size | None = None
-    #: By the key of the service; ``""`` is plain tasks.
+    #: By service key; ``""`` is plain tasks.
     services: Mapping[str, ServiceRecord] = dataclasses.field(default_factory=dict)
-    #: Of the queues whose callers are told how long an input would wait.
+    #: Loads of the queues with published waits.
     loads: Mapping[str, QueueLoad] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def serves(self) -> str:
-        """All that it serves: replicas are dealt out among workers that serve the same."""
+        """The keys of all its services; replicas are shared among workers with the same keys."""
         return ",".join(sorted(self.services))
 
     def dumps(self) -> str:
-        """Return what ``loads`` reads: all but the incarnation, and parts without field names.
+        """Return the record as JSON for ``loads``, without the incarnation.
 
-        All workers read all records: names would be half of what a thousand of them are sent.
+        Its parts have no field names, because all workers read all records: with a thousand
+        workers, names would be half of the traffic.
         """
         told = {name: getattr(self, name) for name in _told(WorkerRecord)}
         return json.dumps(
@@ -101,8 +102,10 @@ def of(
     """Return the record of a worker.
 
     Args:
-        queues: of each service that it serves.
-        loads: of the queues whose callers are told.
+        worker: its snapshot.
+        queues: the queues of each service.
+        size: its size, if it follows the load.
+        loads: the loads of queues with published waits.
     """
     services = {}
     for key, names in queues.items():
@@ -111,7 +114,7 @@ def of(
             queues=",".join(sorted(names)),
             slots=worker.ready_slots.get(key, 0),
             score=worker.scores.get(key, snapshot.Score()).value,
-            # What was given back to its queue comes again from there.
+            # Inputs that were given back come again from the queue.
             taken=counters.arrived - counters.given_back,
             waiting=counters.waiting,
             waiting_inputs=counters.waiting_inputs,
@@ -122,13 +125,14 @@ def of(
 
 
 def loads(written: str | bytes, incarnation: str = "") -> WorkerRecord:
-    """Return the record that was written.
+    """Return a record from its JSON.
 
     Args:
-        incarnation: under which it was found.
+        written: the JSON.
+        incarnation: the name under which it was found.
 
     Raises:
-        ValueError: for anything else, such as one of another version.
+        ValueError: if it is not a record of this version.
     """
     told = json.loads(written)
     if not isinstance(told, dict) or told.get("version") != VERSION:
@@ -139,16 +143,16 @@ def loads(written: str | bytes, incarnation: str = "") -> WorkerRecord:
 
 @functools.cache
 def _told(cls: type) -> dict[str, Any]:
-    """What each field of a record, or of a part of it, is declared to be."""
+    """Return the declared type of each field of a record or part."""
     hints = typing.get_type_hints(cls)
     return {name: kind for name, kind in hints.items() if name != "incarnation"}
 
 
 def _read(kind: Any, value: Any) -> Any:
-    """Return ``value`` as what its field is declared to be.
+    """Return ``value`` as the declared type of its field.
 
     Raises:
-        ValueError: when it is anything else, or cannot be true.
+        ValueError: if it has another type, or is too large.
     """
     if largest := _LARGEST.get(kind):
         number = headers.finite(value)
@@ -160,7 +164,7 @@ def _read(kind: Any, value: Any) -> Any:
         return None if value is None else _read(kind.__args__[0], value)
     elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, list):
         fields = _told(kind)
-        if len(value) >= len(fields):  # a later version may tell more
+        if len(value) >= len(fields):  # a later version may have more fields
             values = zip(fields.items(), value, strict=False)
             return kind(**{name: _read(each, part) for (name, each), part in values})
     elif typing.get_origin(kind) is Mapping and isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""Only our pool's child process."""
+"""Runs only in a child process of our pool."""

@@ -1,7 +1,7 @@
-"""Measures tasks of a replica, through all that a real input goes through but Celery's tracer.
+"""Runs the benchmarks of a child's tasks, through the real path of an input without the tracer.
 
-The tracer stores results and announces them: without it nothing outside this process learns of an
-input. Greenlet or thread, wrappers of ``run``, limits, instances and batches are the real ones.
+The tracer would store results and send events, which must not happen. Everything else is real: the
+greenlet or thread, the wrappers of ``run``, limits, instances and batches.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from gw_celery.runtime import batcher, loop
 
 logger = logging.getLogger(__name__)
 
-#: Characters of a failure that are reported.
+#: Maximum characters of a reported failure.
 _LONGEST = 1000
-#: Seconds to stop in, over those that an input has to end.
+#: Seconds for stopping, in addition to the time that inputs may take to end.
 _MARGIN = 1.0
 
 
@@ -41,9 +41,9 @@ class Benchmarks:
     """The benchmarks of a replica's tasks; on its loop.
 
     Args:
-        app: the Celery app, with the bodies of its tasks open to limits.
-        inputs: those of this replica.
-        link: the way to the parent.
+        app: the Celery app, prepared by ``tracer.prepare``.
+        inputs: the inputs of this replica.
+        link: the connection to the parent.
     """
 
     def __init__(self, app: Any, inputs: tracer.ReplicaInputs, link: tracer.Link) -> None:
@@ -54,19 +54,19 @@ class Benchmarks:
         self._tasks = loop.Tasks()
 
     def start(self, number: int, name: str, within: float, is_again: bool) -> None:
-        """Report the score of the task ``name``, or why there is none.
+        """Measure a task, and report its score or the reason for its absence.
 
         Args:
-            number: the answer is reported under it.
-            name: of the task.
-            within: seconds that it has.
+            number: the number of the order, for the report.
+            name: the name of the task.
+            within: seconds that the benchmark may take.
             is_again: whether this replica has been READY before.
         """
         answer = self._answer(number, name, within, is_again)
         self._tasks.start(answer, f"benchmark of {name}")
 
     async def stop(self) -> None:
-        """End what is being measured: this replica leaves."""
+        """End a running benchmark, because the replica leaves."""
         if tasks := self._tasks.cancel():
             await asyncio.wait(tasks, timeout=self._grace + _MARGIN)
 
@@ -77,7 +77,7 @@ class Benchmarks:
             answer = {"score": dataclasses.asdict(score)}
         except scores.NoScore as exc:
             answer = {"failure": str(exc)}
-        except Exception as exc:  # ours: the parent must not wait for ever because of it
+        except Exception as exc:  # an error of ours must not leave the parent waiting
             logger.exception(
                 "pid %d: the benchmark of task %s failed: report this bug", os.getpid(), name
             )
@@ -93,12 +93,12 @@ class Benchmarks:
         bound = asyncio.timeout(within)
         try:
             async with bound:
-                await measurement.run_round()  # is not counted
+                await measurement.run_round()  # warm-up, not counted
                 rounds = [await measurement.run_round() for _ in range(measurement.source.runs)]
         except TimeoutError as exc:
             if not bound.expired():
                 raise
-            if is_again and measurement.is_stuck:  # else the parent ends this process anyway
+            if is_again and measurement.is_stuck:  # otherwise the parent ends this process anyway
                 self._link.report(frames.Report.STUCK, name)
             raise scores.NoScore(
                 f"it was not over after {within:.0f} s (setting gw_benchmark_timeout)"
@@ -110,7 +110,7 @@ class Benchmarks:
 
 @dataclasses.dataclass
 class _Call:
-    """One input of a round, and what became of it."""
+    """One input of a round, and its outcome."""
 
     input: tracer.Input
     kwargs: dict[str, Any]
@@ -120,13 +120,13 @@ class _Call:
     failure: str | None = None
 
     def stop(self, limit: float) -> None:
-        """End it at its time limit."""
+        """End the input at its time limit."""
         self.failure = f"TimeLimitExceeded: {limit:g} s"
         self.input.stop()
 
 
 class _Measurement:
-    """The benchmark of one task, whose inputs have ``grace`` seconds to end once stopped."""
+    """The benchmark of one task; stopped inputs have ``grace`` seconds to end."""
 
     def __init__(self, task: Any, inputs: tracer.ReplicaInputs, grace: float) -> None:
         self._task = task
@@ -137,20 +137,20 @@ class _Measurement:
             raise scores.NoScore(f"{task.name} declares no benchmark")
         self.source = self._method.benchmark
         most: int = task.gw_service.max_inputs
-        #: How many inputs a round starts together: as many as the benchmark says, and no more than
-        #: a replica takes. Batches are measured full.
+        #: Number of inputs that a round starts together: the benchmark's concurrency, limited by
+        #: the replica's slots. Batches are measured full.
         self._parallel = min(self.source.concurrency, most)
         if self._method.batched is not None:
             size = self._method.batched.max_batch_size
             self._parallel = min(-(-self.source.concurrency // size), most // size) * size
-        # The same inputs each time, so that two measures differ by the replica alone.
+        # A fixed seed, so that two measurements have the same inputs.
         self._random = random.Random(task.name)
         self._has_logged = self._has_warned = False
-        #: An input goes on that was stopped, and cannot be ended.
+        #: Whether a stopped input continues and cannot be ended.
         self.is_stuck = False
 
     async def run_round(self) -> scores.Round:
-        """Run inputs together; those that still run when this is cancelled are stopped."""
+        """Run the inputs of one round together; a cancellation stops those that still run."""
         calls = await loop.in_thread(self._draw)
         tasks = [asyncio.create_task(self._run(call)) for call in calls]
         try:
@@ -158,7 +158,7 @@ class _Measurement:
             for task in tasks:
                 task.result()
         finally:
-            # Out of time: what an input has begun ends as that of a revoked one does.
+            # After a timeout, stop the inputs in the same way as revoked ones.
             if left := [task for task in tasks if not task.done()]:
                 for call in calls:
                     call.input.stop()
@@ -175,11 +175,11 @@ class _Measurement:
         )
 
     async def _run(self, call: _Call) -> None:
-        # A task of its own, and so a context: it is the input's.
+        # This runs as a separate asyncio task, so that its context belongs to the input.
         followed = task_context.bind()
         tracer.current.set(call.input)
         batcher.joining.set(call.input)
-        # The limits of the task end an input of it, as the worker does in traffic.
+        # Enforce the task's limits, as the worker does in traffic.
         soft, hard = self._task.soft_time_limit, self._task.time_limit
         later = asyncio.get_running_loop().call_later
         limits = [later(soft, call.input.limit, soft)] if soft else []
@@ -201,10 +201,9 @@ class _Measurement:
                 limit.cancel()
 
     def _call_body(self, call: _Call) -> Any:
-        """Call ``run`` of the task, with a request of its own on Celery's stacks.
+        """Call ``run`` of the task with a new request on Celery's stacks.
 
-        It counts as one that was called directly: ``retry()`` raises what made it necessary, and
-        sends nothing.
+        The request counts as called directly: ``retry()`` raises its cause and sends nothing.
         """
         id_, task = call.input.task_id, self._task
         _state._task_stack.push(task)
@@ -218,7 +217,7 @@ class _Measurement:
     # -- inputs --
 
     def _draw(self) -> list[_Call]:
-        """Draw the inputs of one round; in a thread, for the generator may take its time."""
+        """Draw the inputs of one round; in a thread, because the generator may block."""
         if (generator := self.source.generator) is None:
             drawn = self._random.choices(self.source.dataset, k=self._parallel)
             samples = [dict(copy.deepcopy(sample)) for sample in drawn]  # a body may change it
@@ -234,7 +233,7 @@ class _Measurement:
         name = f"benchmark_generator of {self._task.name}"
         try:
             sample = generator()
-        except BaseException as exc:  # in a thread of its own: nothing else interrupts it
+        except BaseException as exc:  # this thread gets no interruptions from outside
             raise scores.NoScore(f"{name} raised {type(exc).__name__}: {exc}") from exc
         if not isinstance(sample, Mapping):
             raise scores.NoScore(
@@ -258,9 +257,9 @@ class _Measurement:
             if (workload := headers.workload(answer)) is not None:
                 return workload
             what = f"returned {answer!r:.100}"
-        except BaseException as exc:  # as for callers, who count such an input as the default
+        except BaseException as exc:  # callers count such an input as the default too
             what = f"raised {exc!r:.200}"
-        # Calls by position may have a workload where these, by name, have none.
+        # A calculator may work with positional arguments and fail with these keyword arguments.
         if not self._has_warned:
             self._has_warned = True
             logger.warning(

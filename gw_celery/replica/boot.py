@@ -1,6 +1,6 @@
-"""A child of the pool: loads what its replica serves, then runs what its parent sends.
+"""The entry point of a child of the pool: ``python -m gw_celery.replica.boot FD``.
 
-``python -m gw_celery.replica.boot FD``, where FD is the child's end of the socket.
+FD is the child's end of the socket to the parent.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ _OF_THE_GROUP = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(argv: list[str]) -> None:
-    """Serve until the parent says leave, or is gone."""
+    """Serve until the parent orders the end, or is gone."""
     _ignore_the_terminal()
     channel = socket.socket(fileno=int(argv[1]))
     os.set_inheritable(channel.fileno(), False)
     setup = _first_frame(channel)
     version = setup.get("version", "an older version")
-    if version != frames.version():  # an upgrade under a running worker
+    if version != frames.version():  # gw_celery was upgraded while the worker ran
         reason = (
             f"gw_celery was upgraded while this worker ran: it has {version}, and a new child "
             f"{frames.version()}; restart this worker"
         )
         channel.sendall(frames.pack_reports([(frames.Report.FAILED, reason)]))
         os._exit(1)
-    # The parent's path is what finds anything else.
+    # Everything else must be found on the parent's path.
     sys.path[:] = setup["path"]
     importlib.import_module("celery.platforms").set_pdeathsig("SIGKILL")
-    if os.getppid() != setup["parent"]:  # it died before
+    if os.getppid() != setup["parent"]:  # the parent died before the call above
         os._exit(1)
     code = importlib.import_module("gw_celery.replica.main").run(channel, setup)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads that are stuck in a body must not keep the process.
+    # Threads that are stuck in a body must not delay the exit.
     os._exit(code)
 
 
 def _ignore_the_terminal() -> None:
-    """TERM and INT go to the whole group; only the parent decides when a child ends.
+    """Ignore TERM and INT, which go to the whole process group; only the parent ends a child.
 
-    By handlers that do nothing: what a body starts would inherit an ignored signal, and could not
-    be terminated. A new program gets the defaults by itself, a fork by our doing.
+    Handlers that do nothing replace ignored signals, which programs started by a body would
+    inherit. A new program gets the default handlers from the kernel, and a fork gets them here.
     """
 
     def restore() -> None:
@@ -59,7 +59,7 @@ def _ignore_the_terminal() -> None:
 
     for number in _OF_THE_GROUP:
         signal.signal(number, lambda number, frame: None)
-    # Blocked meanwhile: a signal that came before the defaults are back would do nothing.
+    # Blocked during the fork, because a signal before ``restore`` would be lost.
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_GROUP),

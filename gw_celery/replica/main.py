@@ -1,4 +1,4 @@
-"""The main part of a child: it loads the app, then serves its parent's orders on an event loop."""
+"""The main part of a child: loads the app, then follows its parent's orders on an event loop."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from gw_celery.runtime import (
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two signs of life.
+#: Seconds between two heartbeats.
 _BEAT = 1.0
-#: Seconds that the end of a child waits for the broker to take what was published last.
+#: Seconds that the end of a child waits for the broker to accept the last messages.
 CLOSE_TIMEOUT = 2.0
-#: Characters of the reason that the parent is told; the log has all of it.
+#: Maximum characters of the reason sent to the parent; the log has all of it.
 _LONGEST_REASON = 4096
 
 
 def run(channel: socket.socket, setup: dict[str, Any]) -> int:
-    """Load, report that all is entered, run inputs until told to leave; returns the exit code."""
+    """Load and enter everything, then run inputs until the end; return the exit code."""
     link = ParentLink()
     try:
         app = load(setup, link)
@@ -61,7 +61,7 @@ def run(channel: socket.socket, setup: dict[str, Any]) -> int:
 
 
 def load(setup: dict[str, Any], link: ParentLink) -> Any:
-    """Import the app, and make this process one of its worker's as Celery's own pools do."""
+    """Import the app, and set this process up as Celery's own pools do with theirs."""
     hostname = setup["hostname"]
     _state._set_task_join_will_block(True)
     multiprocessing.current_process().name = f"replica-{setup['number']}"
@@ -75,7 +75,7 @@ def load(setup: dict[str, Any], link: ParentLink) -> Any:
     app.loader.init_worker()  # sets up Django
     app.loader.init_worker_process()
     result_backends.install(app, around, settings.store_timeout, link)
-    # As Celery does in the children of prefork: what the parent chose is in the environment.
+    # As in Celery's prefork children: the environment has the parent's choices.
     environment = conf.environment()
     app.log.setup(
         int(environment.get("CELERY_LOG_LEVEL") or 0),
@@ -93,11 +93,11 @@ def load(setup: dict[str, Any], link: ParentLink) -> Any:
 
 
 class ParentLink(asyncio.Protocol):
-    """The child's end of the socket: it receives orders, and sends reports."""
+    """The child's end of the socket: receives orders and sends reports."""
 
     def __init__(self) -> None:
         self.leaving = asyncio.Event()
-        #: What carries out each order.
+        #: The function that carries out each order.
         self.orders: dict[int, Callable[..., None]] = {frames.Order.LEAVE: self.leaving.set}
         self._unpacker = frames.Unpacker(frames.MAX_PARENT_FRAME_BYTES)
         self._transport: Any = None
@@ -111,11 +111,11 @@ class ParentLink(asyncio.Protocol):
         for payload in self._unpacker.feed(data):
             for order, *content in frames.unpack_orders(payload):
                 self.orders[order](*content)
-        # What starts is reported before it starts: a body may block the loop from its first line.
+        # Report starts at once, because a body may block the loop from its first line.
         self.flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        os._exit(1)  # the parent is gone, and with it the receiver of answers
+        os._exit(1)  # the parent is gone, and nothing receives answers
 
     def report(self, kind: frames.Report, *content: Any) -> None:
         """Send a report, together with the others of this turn of the loop."""
@@ -124,13 +124,13 @@ class ParentLink(asyncio.Protocol):
         self._outbox.append((kind, *content))
 
     def flush(self) -> None:
-        """Send what was reported in this turn of the loop, now."""
+        """Send the reports of this turn of the loop now."""
         reports, self._outbox = self._outbox, []
         if reports:
             self._transport.write(frames.pack_reports(reports))
 
     def beat(self) -> None:
-        """Report a sign of life, now and from now on."""
+        """Send a heartbeat now, and repeatedly from now on."""
         now = time.monotonic()
         lag = max(0.0, now - (self._beat_at or now))
         self._beat_at = now + _BEAT
@@ -165,10 +165,10 @@ async def _serve(channel: socket.socket, link: ParentLink, app: Any, setup: dict
 
 
 class Services:
-    """What this child serves; made on its loop, where it takes its orders.
+    """The services of this child, and the handlers of its orders; created on its loop.
 
     Args:
-        link: the way to the parent.
+        link: the connection to the parent.
         app: the Celery app.
         setup: the parent's first frame.
     """
@@ -209,9 +209,10 @@ class Services:
         }
 
     async def enter(self) -> bool:
-        """Enter contexts and hooks, and return ``True``.
+        """Enter contexts and hooks; return ``True`` when all have entered.
 
-        A worker that stops does not wait for it: told to leave, what has entered is left again.
+        If the parent orders the child to leave meanwhile, exit what has entered, and return
+        ``False``.
         """
         entering = asyncio.create_task(self._enter())
         leaving = asyncio.create_task(self._link.leaving.wait())
@@ -228,7 +229,7 @@ class Services:
         self._runtime.start()
         execution.install(self._runtime)
         await self._runtime.grow(self._registries, self._served)
-        # Celery logs what the user's receivers raise and goes on, this does not.
+        # Celery logs exceptions of the user's receivers and continues; here they end the start.
         causes: dict[str, BaseException] = {
             getattr(receiver, "__qualname__", repr(receiver)): outcome
             for receiver, outcome in signals.worker_process_init.send(sender=self._hostname)
@@ -239,7 +240,7 @@ class Services:
         logger.info("pid %d has loaded %d services", os.getpid(), len(self._served))
 
     async def leave(self) -> None:
-        """Leave contexts and hooks, and what is still being measured and probed."""
+        """Exit contexts and hooks, after ending running benchmarks and probes."""
         await self._benchmarks.stop()
         self._probes.close()
         execution.install(None)
@@ -249,10 +250,10 @@ class Services:
 
 
 async def close_connections(timeout: float) -> None:
-    """Close what tasks and results were published over; wait ``timeout`` seconds at most.
+    """Close the connections that tasks and results used, within ``timeout`` seconds.
 
-    RabbitMQ may drop what came last over a connection that is cut: closing waits for its answer,
-    which comes after everything was taken. A pool's own ``force_close_all`` only cuts.
+    RabbitMQ may lose the last messages of a connection that is cut. A close waits for its answer,
+    which follows after everything was accepted. A pool's ``force_close_all`` only cuts.
     """
 
     def close() -> None:
@@ -280,7 +281,7 @@ async def close_connections(timeout: float) -> None:
 
 
 def _failure(exc: BaseException) -> tuple[frames.Report, str]:
-    """Log why this child cannot serve, and return the report that says it to the parent."""
+    """Log why this child cannot serve, and return the report for the parent."""
     lifecycle.log_causes(exc)
     if not isinstance(exc, errors.StartupError):
         logger.error("pid %d: %s failed to load", os.getpid(), "the app", exc_info=exc)

@@ -1,8 +1,7 @@
-"""Call the probe methods of what this replica has loaded, when its parent says so.
+"""Calls the probe methods of loaded instances in a child, on the parent's orders.
 
-Not through Celery's tracer: a probe leaves nothing in results, events or signals, and takes no slot
-from an input. The parent counts the time; here a coroutine that it gave up is cancelled, so that it
-can be called again.
+A probe bypasses Celery's tracer: it leaves no results, events or signals, and needs no slot.
+The parent enforces the timeout; the child only cancels a coroutine that the parent gave up.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from gw_celery.replica import tracer
 from gw_celery.runtime import batcher, body, in_process, loop
 
 _LONGEST_DETAIL = 200
-#: What stands for the answer of a class without an instance: its parameters have no defaults.
+#: The answer for a class without an instance: a parameter has no default.
 _NOTHING_LOADED = {"ok": True, "loaded": 0}
 
 
@@ -30,10 +29,10 @@ class Probes:
     """The probes of this replica; on its loop.
 
     Args:
-        runtime: what it has loaded.
-        served: the services that it serves.
-        link: the way to the parent.
-        around: calls what it is given, with whatever must surround work in a thread.
+        runtime: the loaded instances.
+        served: the services of this replica.
+        link: the connection to the parent.
+        around: calls a function, with the setup that a thread needs.
     """
 
     def __init__(
@@ -50,13 +49,13 @@ class Probes:
         self._tasks = loop.Tasks()
 
     def start(self, number: int, service: str, method: str) -> None:
-        """Call one probe; its answer is reported under this number, however it ends."""
-        # In a context of its own: it belongs to no input and to no task.
+        """Call one probe, and report its answer under this number, however it ends."""
+        # An empty context, because a probe belongs to no input and no task.
         answer, context = self._answer(number, service, method), contextvars.Context()
         self._tasks.start(answer, f"probe {service}.{method}", context)
 
     def close(self) -> None:
-        """Stop what still runs; threads end with the process."""
+        """Cancel running probes; threads end with the process."""
         self._tasks.cancel()
 
     async def _answer(self, number: int, service: str, name: str) -> None:
@@ -66,7 +65,7 @@ class Probes:
             detail = "" if answer is None else safe_repr(answer)
             if isinstance(answer, Mapping) and "ok" in answer:
                 is_ok = bool(answer["ok"])
-            else:  # numpy's and torch's False, too
+            else:  # also the False of numpy and torch
                 is_boolean = str(getattr(answer, "dtype", "")).removeprefix("torch.") == "bool"
                 is_ok = answer is not False and (not is_boolean or bool(answer))
         except Exception as exc:

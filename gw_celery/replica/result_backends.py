@@ -1,8 +1,7 @@
-"""Result backends that do not block the event loop.
+"""Result backends for a child that do not block its event loop.
 
-An app names its backend's class beside the address of the server; each process of the pool names
-one of these before its first result. Redis gets grouped, non-blocking writes; every other backend
-threads.
+An app's backend URL also names the backend's class. Each child replaces this name before its first
+result. Redis gets grouped, non-blocking writes; every other backend gets threads.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
 
-#: What publishes besides: errbacks and chords.
+#: Methods that also publish, for errbacks and chords.
 _PUBLISHING = ("mark_as_failure", "on_chord_part_return")
 _BLOCKING = (
     *_PUBLISHING,
@@ -40,28 +39,28 @@ _BLOCKING = (
     "get_task_meta",
     "store_result",
 )
-#: What a server that is away raises.
+#: Exceptions that an unreachable server causes.
 _LOST = (OSError, redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
-#: Seconds until a server that is away is asked again.
+#: Seconds between two attempts to reach such a server.
 PAUSE = 1.0
-#: What a result may wait for others, in seconds, while other inputs are in flight.
+#: Seconds that a result may wait for others, while other inputs are in flight.
 _LINGER = 0.005
-#: A server that is silent for so long counts as lost.
+#: Seconds after which a silent server counts as lost.
 _SOCKET_TIMEOUT = 5.0
 _LONGEST_REASON = 200
 
-#: The class that this process uses; Celery imports it by name.
+#: The backend class of this process; Celery imports it by this name.
 Installed: Any = None
 
 
 def install(app: Any, around: Callable[..., Any], store_timeout: float, link: tracer.Link) -> None:
-    """Make ``app`` use them; before its backend is first asked for.
+    """Make ``app`` use our result backend, before it creates its own.
 
     Args:
         app: the Celery app.
-        around: calls what it is given, with whatever must surround a write in a thread.
-        store_timeout: seconds that a write to Redis is tried again when the server is away.
-        link: the way to the parent, which is told that Redis is away, or back.
+        around: calls a function, with the setup that a thread needs.
+        store_timeout: seconds for which a write to an unreachable Redis is retried.
+        link: the connection to the parent, which gets reports of outages.
     """
     global Installed
     url = app.backend_cls or app.conf.result_backend
@@ -73,10 +72,10 @@ def install(app: Any, around: Callable[..., Any], store_timeout: float, link: tr
         Installed = off_loop(base, threads)
     else:
         Installed = grouped(off_loop(base, threads, _PUBLISHING), store_timeout, link)
-        # One client for all threads: redis-py's is made for that.
+        # One client for all threads, which redis-py supports.
         app.conf.result_backend_thread_safe = True
-    # A name and not the class: Celery takes the address of the server from the same string, and
-    # Celery 5.6 knows nothing else.
+    # A name instead of the class: Celery reads the server's address from the same string, and
+    # Celery 5.6 accepts nothing else.
     name = f"{__name__}:Installed"
     app.backend_cls = f"{name}+{address}" if address else name
 
@@ -84,7 +83,7 @@ def install(app: Any, around: Callable[..., Any], store_timeout: float, link: tr
 def off_loop(
     base: type, threads: greenlet_bridge.Offload, names: Iterable[str] = _BLOCKING
 ) -> type:
-    """Return ``base`` with its reads and writes in a thread while the tracer's greenlet waits."""
+    """Return a subclass of ``base`` that reads and writes in threads while the tracer waits."""
 
     def moved(name: str) -> Callable[..., Any]:
         def write(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,9 +98,9 @@ def off_loop(
 
 
 def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:
-    """Return a Redis backend that reads and writes from the loop, many results at a time.
+    """Return a Redis backend that reads and writes on the loop, many results at a time.
 
-    From threads, too: what they store then waits for a server that is away as the rest does.
+    Threads use the loop too, so that their results wait for an unreachable server in the same way.
     """
 
     class Grouped(base):
@@ -114,9 +113,9 @@ def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:
         def set(self, key: Any, value: Any, expires: Any = None, **policy: Any) -> Any:
             if not _reaches_loop():
                 named = policy if expires is None else {"expires": expires, **policy}
-                return super().set(key, value, **named)  # Celery 5.6 knows no `expires`
+                return super().set(key, value, **named)  # Celery 5.6 has no `expires`
             if isinstance(value, str) and len(value) > self._MAX_STR_VALUE_SIZE:
-                # The server would close the connection, and fail all that share it.
+                # The server would close the connection, and all commands on it would fail.
                 raise BackendStoreError(
                     f"a result of {len(value)} characters is too large: Redis takes "
                     f"{self._MAX_STR_VALUE_SIZE}; return a reference to the data"
@@ -124,10 +123,11 @@ def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:
             return self._run("set", key, value, self.expires if expires is None else expires)
 
         def _run(self, *command: Any) -> Any:
-            """Run a command, unless one of the same tracer has been given up.
+            """Run a command, unless an earlier one of the same tracer was given up.
 
-            Celery's tracer takes that for a failure of the task and would store it, with time of
-            its own, in which the server may be back. The input goes back to the broker instead.
+            Celery's tracer takes a failed write for a failure of the task, and would store that
+            with a new timeout, within which the server may return. The input must go back to the
+            broker.
             """
             input = tracer.current.get()
             if input is not None and input.phase is tracer.Phase.BODY:
@@ -145,7 +145,7 @@ def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:
                 raise
 
         async def command(self, *command: Any) -> Any:
-            """Send one command together with the results that are ready; see ``Writer.run``."""
+            """Send one command together with other ready ones; see ``Writer.run``."""
             return await self._writer.run(*command)
 
         @functools.cached_property
@@ -158,7 +158,7 @@ def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:
 
 
 def _reaches_loop() -> bool:
-    """Whether the caller can wait for the loop of this process: it is not what blocks it."""
+    """Return whether the caller can wait for the loop without blocking it."""
     if greenlet_bridge.can_park():
         return True
     serving = execution.current()
@@ -166,21 +166,19 @@ def _reaches_loop() -> bool:
 
 
 class Writer:
-    """Reads and writes of Redis results on the running loop, gathered into pipelines.
+    """Reads and writes Redis results on the running loop, grouped into pipelines.
 
-    What becomes ready while one pipeline is on its way goes into the next one: with many inputs in
-    flight a round trip is shared, with one alone nothing waits. Commands are answered in the order
-    in which they came.
+    Commands that arrive while a pipeline is in progress form the next one: many inputs in flight
+    share a round trip, and a single one never waits. Answers keep the order of the commands.
 
-    An outage of the server begins with a command that was lost with the connection, and ends when
-    the server answers anything: a command that is tried again or, when all of them were given up, a
-    PING.
+    An outage begins with a command that was lost with the connection. It ends when the server
+    answers anything: a retried command or, if all were given up, a PING.
 
     Args:
-        client: talks to the server; this writer's alone.
-        store_timeout: seconds that commands are tried again while the server is away.
-        link: the way to the parent, which is told why the server is away, and ``""`` when it is
-            back.
+        client: a client that only this writer uses.
+        store_timeout: seconds for which commands are retried while the server is unreachable.
+        link: the connection to the parent, which gets the reason of an outage, and ``""`` at its
+            end.
     """
 
     def __init__(
@@ -196,10 +194,10 @@ class Writer:
     async def run(self, *command: Any) -> Any:
         """Return the answer to ``("get", key)`` or ``("set", key, value, lifetime)``.
 
-        Or to ``("hset", key, field, value)`` or ``("hdel", key, field)``.
+        ``("hset", key, field, value)`` and ``("hdel", key, field)`` are supported too.
 
         Raises:
-            redis.exceptions.ConnectionError: when the server was away for ``store_timeout``.
+            redis.exceptions.ConnectionError: if the server was unreachable for ``store_timeout``.
         """
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending.append((command, answer))
@@ -213,7 +211,7 @@ class Writer:
                 if not self._pending:
                     await self._ping()
                     continue
-                # Each answer is read first, and those that are read together are set together.
+                # Storing a result begins with a get: results read together are written together.
                 starts = all(command[0] in ("get", "hdel") for command, _ in self._pending)
                 if starts and len(tracer.in_flight) > 1:
                     await asyncio.sleep(_LINGER)
@@ -234,24 +232,24 @@ class Writer:
             self._task = None
 
     async def _ping(self) -> None:
-        """Ask the server for a sign of life: nothing is left that would show that it is back."""
+        """Check whether the server is back, because no command is left that would show it."""
         await asyncio.sleep(PAUSE)
         try:
             await self._client.ping()
         except _LOST:
             return
-        except Exception as exc:  # an answer, too
+        except Exception as exc:  # an error is an answer too
             logger.debug("the result backend answers: %r", exc)
         self._note_outage("")
 
     def _note_outage(self, reason: str) -> None:
-        """Report that the server went away, and why, or with ``""`` that it is back."""
+        """Report the reason of an outage, or with ``""`` its end."""
         if bool(reason) != self._is_away:
             self._is_away = bool(reason)
             self._link.report(frames.Report.OUTAGE, reason[:_LONGEST_REASON])
 
     async def _execute(self, commands: list[tuple[Any, ...]]) -> list[Any]:
-        """Send commands together, again and again while the server is away."""
+        """Send commands together, and retry while the server is unreachable."""
         now = asyncio.get_running_loop().time
         end = now() + self._store_timeout
         while True:
@@ -279,20 +277,18 @@ class Writer:
                 else:
                     getattr(pipe, name)(*arguments)
             for name, *arguments in commands:
-                if name == "set":  # those who wait for the result are told
+                if name == "set":  # notify the callers that wait for the result
                     pipe.publish(*arguments[:2])
             answers = await pipe.execute(raise_on_error=False)
         return list(answers[: len(commands)])
 
 
 class EarlyAckRecords:
-    """What inputs that are acknowledged when they begin leave in Redis while they run.
-
-    It travels in the pipelines of the results.
+    """Records of running, early acknowledged inputs, which the result pipelines write to Redis.
 
     Args:
-        app: the Celery app, whose backend groups what it writes.
-        worker: the start of the worker, by which its records are kept.
+        app: the Celery app, with our grouping result backend.
+        worker: the start id of the worker, under which the records are kept.
     """
 
     def __init__(self, app: Any, worker: str) -> None:
@@ -301,7 +297,7 @@ class EarlyAckRecords:
         self._tasks = loop.Tasks()
 
     async def begin(self, input: tracer.Input, arguments: Any) -> None:
-        """Record an input that is about to start; without Redis it starts all the same."""
+        """Record an input that is about to start; without Redis, it starts unrecorded."""
         embed = arguments[2] if len(arguments) > 2 else None
         try:
             record = early_acks.write(input.request, embed)
@@ -320,11 +316,10 @@ class EarlyAckRecords:
             )
 
     def end(self, input: tracer.Input) -> None:
-        """Have the record of an input removed soon."""
         self._tasks.start(self._remove(input), f"record of input {input.number}")
 
     async def _remove(self, input: tracer.Input) -> None:
         try:
             await self._backend.command("hdel", self._key, str(input.number))
-        except Exception as exc:  # its result is there, too
+        except Exception as exc:  # its result is stored, so that the record does no harm
             logger.warning("the record of task %s[%s] stays: %r", input.name, input.task_id, exc)

@@ -1,7 +1,7 @@
-"""Run Celery's tracer, unmodified, for the inputs of a replica.
+"""Runs Celery's tracer, unmodified, for the inputs of a child.
 
-An asynchronous body has its tracer in a greenlet on the loop; a synchronous one, or one with hooks
-and receivers that could block, in a thread. Either way the outcome is reported in a few words.
+The tracer of an asynchronous body runs in a greenlet on the loop. The tracer of a synchronous body,
+or with hooks and receivers that may block, runs in a thread. Its outcome is reported to the parent.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from gw_celery.runtime import (
 )
 
 T = TypeVar("T")
-#: A report for the parent: its kind, and what belongs to it.
+#: A report for the parent: its kind, then its content.
 Report: TypeAlias = tuple[Any, ...]
 
 logger = logging.getLogger(__name__)
 
-#: Bodies beyond this many bytes are decoded in a thread.
+#: Size in bytes from which a body is decoded in a thread.
 _LARGE = 64 * 1024
 _LONGEST_TEXT = 4096
 _LONGEST_TRACEBACK = 64 * 1024
@@ -55,31 +55,29 @@ _OUTCOMES: dict[type[Exception], frames.Outcome] = {
 #: The input whose tracer runs in this context.
 current: contextvars.ContextVar[Input | None] = contextvars.ContextVar("gw_input", default=None)
 
-#: The inputs that this process holds, by their number.
+#: All inputs in this process, by number.
 in_flight: dict[int, Input] = {}
 
 
 class Link(Protocol):
-    """The way to the parent."""
-
     def report(self, kind: frames.Report, *content: Any) -> None: ...
 
 
 class Records(Protocol):
-    """What tells other workers of the inputs that are acknowledged when they begin."""
+    """Records of early acknowledged inputs, for other workers."""
 
     async def begin(self, input: Input, arguments: Any) -> None: ...
     def end(self, input: Input) -> None: ...
 
 
 class Phase(enum.Enum):
-    """Whether something may be raised in an input."""
+    """Whether an exception from outside may be raised in an input."""
 
-    #: Not yet: what comes now is raised when its tracer reaches the body.
+    #: Not yet: it is raised when the tracer reaches the body.
     BEFORE = enum.auto()
-    #: Yes. A batched input may wait in here for its batch, and has not begun.
+    #: Yes. A batched input that waits for its batch is in this phase too.
     BODY = enum.auto()
-    #: Not any more: its tracer stores the result.
+    #: No: the tracer stores the result.
     AFTER = enum.auto()
 
 
@@ -87,39 +85,39 @@ class Phase(enum.Enum):
 class Input:
     """An input between its arrival in the replica and its answer.
 
-    What is raised from outside is raised between the start and the end of the body, never while
-    Celery's tracer stores a result.
+    Exceptions from outside are raised only inside the body, never while Celery's tracer stores a
+    result.
     """
 
     number: int
     name: str
     task_id: str
-    #: ``None`` for the input of a benchmark, of which nothing outside this process may learn.
+    #: ``None`` for the input of a benchmark, which must have no effect outside this process.
     link: Link | None
     _: dataclasses.KW_ONLY
     #: The headers of its message.
     request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    #: It was in flight when a child died, and waits for no other input.
+    #: It was in flight when a child died, and must not share a batch.
     runs_alone: bool = False
-    #: It waits for others, to begin in a batch with them.
+    #: It may wait for other inputs, to begin in a batch.
     gathers: bool = False
-    #: When its answer is not wanted any more, unless it has begun.
+    #: Time after which its answer is not wanted, unless it has begun.
     expires: dt.datetime | None = None
-    #: Seconds that it may wait until it begins.
+    #: Seconds that it may wait before it begins.
     max_queue_time: float | None = None
-    #: It is acknowledged when it begins, and must be on record before.
+    #: It is acknowledged at its start, and must be on record before.
     acks_early: bool = False
-    #: Writes that record; ``None`` where there is nothing to write, or no more.
+    #: Writes that record; ``None`` if it is not needed, or already written.
     record: Callable[[], Awaitable[None]] | None = None
-    #: What fails it in place of its body.
+    #: The exception that replaces its body.
     rejection: Exception | None = None
-    #: The parent was told that it begins.
+    #: The parent was told of its start.
     has_begun: bool = False
-    #: Its message could be read, and Celery's tracer has taken over.
+    #: Its message was decoded, and Celery's tracer has started.
     is_traced: bool = False
     #: Why a write of its tracer to the result backend was given up.
     store_error: Exception | None = None
-    #: The asyncio task that runs the tracer; ``None`` while a thread does.
+    #: The asyncio task that runs the tracer; ``None`` in a thread.
     task: asyncio.Task[Any] | None = None
     phase: Phase = Phase.BEFORE
 
@@ -128,21 +126,21 @@ class Input:
         self._thrown: body.Thrown | None = None
         self._instead: BaseException | None = None
         self._is_stopped = False
-        # Reentrant: an exception raised in this thread can interrupt `_leave_body` itself.
+        # Reentrant: a thrown exception can interrupt `_leave_body` in the same thread.
         self._lock = threading.RLock()
 
-    # -- its start --
+    # -- the start --
 
     def record_early_ack(self) -> Awaitable[None] | None:
-        """Write the record that must be there before an early acknowledgement, once."""
+        """Return the write of the record that an early acknowledgement needs, once."""
         record, self.record = self.record, None
         return None if record is None else record()
 
     def begin(self) -> bool:
-        """Report that the input begins, once; return whether its answer is still wanted.
+        """Report the start of the input, once; return whether its answer is still wanted.
 
-        Limits count from here, and an early acknowledgement happens here: an input that waits for
-        its batch has not begun.
+        Limits count from the start, and an early acknowledgement follows it. An input that waits
+        for its batch has not begun.
         """
         if self.has_begun or self._is_stopped:
             return not self._is_stopped
@@ -152,8 +150,8 @@ class Input:
             return False
         self.has_begun = True
         self._report(frames.Report.ACCEPT, self.number, time.monotonic())
-        # Celery's tracer stores a rejection as any failure: callbacks and chords learn of it, and
-        # nothing that waits for the result backend is in the worker's loop.
+        # Celery's tracer stores a rejection like any failure: callbacks and chords get it, and the
+        # worker's loop does not wait for the result backend.
         self.rejection = self._queue_time_exceeded()
         if self.rejection is not None:
             self.stop()
@@ -163,7 +161,7 @@ class Input:
         if self.max_queue_time is None:
             return None
         delivery = self.request.get("delivery_info") or {}
-        # One that the broker delivers again may have run meanwhile: it cannot be said.
+        # A redelivered input may have run meanwhile: its queue time is unknown.
         if delivery.get("redelivered") or self.request.get("x-delivery-count"):
             return None
         waited = headers.waited(self.request, time.time())
@@ -176,20 +174,20 @@ class Input:
         if self.link is not None:
             self.link.report(kind, *content)
 
-    # -- its body --
+    # -- the body --
 
     def run_body(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run the body, open to what is raised from outside."""
+        """Run the body, in which exceptions from outside may be raised."""
         try:
             self._enter_body()
-            with body.Contained():  # of the project's other tasks, too
+            with body.Contained():  # also for the project's plain tasks
                 answer = run(*args, **kwargs)
         except (asyncio.CancelledError, execution.Revoked) as exc:
             if self.rejection is not None:
                 raise self.rejection from None
             if self._is_stopped or isinstance(exc, execution.Revoked):
                 raise execution.Revoked from None
-            if execution.current() is None:  # it ends, and the broker has the message still
+            if execution.current() is None:  # the child ends, and the broker still has the message
                 raise
             reason = "the body cancelled its own task: raise an Exception to fail it"
             raise errors.BodyExited(reason) from exc
@@ -198,7 +196,7 @@ class Input:
                 self._leave_body()
             finally:
                 self.phase = Phase.AFTER
-        if self._is_stopped:  # it swallowed the cancellation; its answer is not wanted
+        if self._is_stopped:  # the body ignored its cancellation
             raise execution.Revoked
         return answer
 
@@ -219,7 +217,6 @@ class Input:
             self._thrown.wait()
 
     def limit(self, seconds: float) -> None:
-        """Raise ``SoftTimeLimitExceeded`` in the body."""
         self._raise(SoftTimeLimitExceeded(seconds))
 
     def stop(self) -> None:
@@ -229,7 +226,7 @@ class Input:
             self._raise(None)
 
     def take_interrupt(self) -> BaseException | None:
-        """Return what stands in for a cancellation that reaches the body's coroutine, once."""
+        """Return, once, the exception that replaces a cancellation of the body's coroutine."""
         instead, self._instead = self._instead, None
         if instead is not None and self.task is not None:
             self.task.uncancel()
@@ -249,13 +246,13 @@ class Input:
 
 
 def is_benchmark() -> bool:
-    """Whether what runs in this context is the input of a benchmark."""
+    """Return whether this context belongs to the input of a benchmark."""
     input = current.get()
     return input is not None and input.link is None
 
 
 def prepare(app: Any, hostname: str) -> None:
-    """Build the tracer of every task, its body open to limits."""
+    """Build the tracer of every task, with a body that limits can reach."""
     for name, task in app.tasks.items():
         task_context.follow_requests(task)
         task.run = open_body(task.run)
@@ -263,7 +260,7 @@ def prepare(app: Any, hostname: str) -> None:
 
 
 def open_body(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the ``run`` of a task, so that limits reach it; a nested call is part of its caller."""
+    """Wrap a task's ``run`` so that limits reach it; a nested call belongs to its caller."""
 
     @functools.wraps(run)
     def opened(*args: Any, **kwargs: Any) -> Any:
@@ -276,14 +273,14 @@ def open_body(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class ReplicaInputs:
-    """The inputs that this replica holds, in the order of their way; on its loop.
+    """The inputs of this replica, on its loop; the methods follow the way of an input.
 
     Args:
-        app: the Celery app, with its tasks' tracers built.
-        link: the way to the parent.
-        threads: how many synchronous bodies run at a time.
-        around: calls what it is given, with whatever must surround work in a thread.
-        records: of what is acknowledged when it begins, where they are kept.
+        app: the Celery app, prepared by ``prepare``.
+        link: the connection to the parent.
+        threads: maximum number of synchronous bodies that run at a time.
+        around: calls a function, with the setup that a thread needs.
+        records: records of early acknowledged inputs; ``None`` if there are none.
     """
 
     def __init__(
@@ -311,22 +308,24 @@ class ReplicaInputs:
         *content: Any,
         runs_alone: bool = False,
     ) -> None:
-        """Start one input: it is reported now and runs in the next turn of the loop.
+        """Start an input: report it now, and run it in the next turn of the loop.
 
-        One that waits for a batch, or for the record of its early acknowledgement, is reported
-        when that is there.
+        An input that waits for a batch, or for its early acknowledgement's record, is reported
+        later.
 
         Args:
-            number: of the input in the frames between parent and child.
-            request: the headers of its message.
-            content: the body of its message, its content type and its encoding.
-            runs_alone: it may kill this process, and shares no call.
+            number: the number of the input in frames.
+            name: the name of the task.
+            task_id: the id of the input.
+            request: the headers of the message.
+            content: the body of the message, its content type and its encoding.
+            runs_alone: whether the input may kill this process, and must not share a batch.
         """
         task = self._app.tasks.get(name)
         service, method = getattr(task, "gw_service", None), getattr(task, "gw_method", None)
         gathers = method is not None and method.batched is not None
         expires: dt.datetime | None = None
-        if gathers and (given := request.get("expires")):  # as Celery reads it in the parent
+        if gathers and (given := request.get("expires")):  # read as Celery does in the parent
             expires = maybe_make_aware(maybe_iso8601(given), self._app.timezone)
         input = Input(
             number,
@@ -356,30 +355,30 @@ class ReplicaInputs:
         finally:
             followed.end()
             in_flight.pop(input.number, None)
-            # A task that the body left behind keeps its context, but not the arguments in here.
+            # An asyncio task that the body leaves behind keeps this context: release the arguments.
             input.request = {}
         if input.acks_early and self._records is not None:
             self._records.end(input)
         if report[0] != frames.Report.GONE:
-            input.begin()  # unless it has: an error of what could not be read is no start
+            input.begin()  # for an input that failed before its start
         self._link.report(*report)
 
     async def _outcome(self, input: Input, *content: Any) -> Report:
         arguments = await self._decoded(*content)
         if input.acks_early and self._records is not None:
             input.record = functools.partial(self._records.begin, input, arguments)
-        # The parent acknowledges it when it hears of the start: not before it is on record.
+        # The report of the start makes the parent acknowledge the message: write the record before.
         if not input.gathers and (recording := input.record_early_ack()) is not None:
             await recording
             input.begin()
-            await asyncio.sleep(0)  # the report is sent: the body may block the loop
+            await asyncio.sleep(0)  # send the report before the body may block the loop
         input.is_traced = True
         message = input.name, input.task_id, input.request, arguments
         run = functools.partial(trace.fast_trace_task, *message, None, None)
         failed, answer, runtime = await self.call(input, run)
         if failed:
             exc = answer.exception
-            if isinstance(exc, ExceptionWithTraceback):  # billiard's, for its way through a pickle
+            if isinstance(exc, ExceptionWithTraceback):  # billiard's wrapper for pickling
                 exc = exc.exc
             return failure(input.number, exc, safe_str(answer.traceback))
         text = frames.cut(str(answer), _LONGEST_TEXT)
@@ -395,7 +394,7 @@ class ReplicaInputs:
         return load() if len(body) <= _LARGE else await self._threads.run(load)
 
     async def call(self, input: Input, run: Callable[[], T]) -> T:
-        """Return ``run()`` from where the tracer of an input runs: on the loop, or in a thread."""
+        """Run ``run`` where the input's tracer belongs: on the loop, or in a thread."""
         if not greenlet_bridge.runs_on_loop(self._app.tasks.get(input.name)):
             return await self._threads.run(run)
         if self._close_outdated is not None:
@@ -404,21 +403,19 @@ class ReplicaInputs:
         return await greenlet_bridge.step(run, input.take_interrupt)
 
     def limit(self, number: int, seconds: float) -> None:
-        """Raise a soft time limit in one input."""
         if (input := in_flight.get(number)) is not None:
             input.limit(seconds)
 
     def stop(self, number: int) -> None:
-        """Stop one input; its answer is not wanted any more."""
         if (input := in_flight.get(number)) is not None:
             input.stop()
 
 
-# -- what is reported of an input without a result --
+# -- reports of failures --
 
 
 def failure(number: int, exc: BaseException, traceback: str) -> Report:
-    """Return the report of an outcome that Celery's tracer has stored, or left to the worker."""
+    """Return the report of a failure that the tracer has stored, or that the worker handles."""
     outcomes = (outcome for kind, outcome in _OUTCOMES.items() if isinstance(exc, kind))
     shown = exc.exc if isinstance(exc, Retry) and exc.exc is not None else exc
     outcome = next(outcomes, frames.Outcome.FAILURE)
@@ -426,9 +423,9 @@ def failure(number: int, exc: BaseException, traceback: str) -> Report:
 
 
 def _escaped(input: Input, exc: BaseException) -> Report:
-    """The report of what no tracer caught.
+    """Return the report of an exception that the tracer did not catch.
 
-    The tracer stores whatever a body raises, so that what comes out of it is a failed store.
+    The tracer stores what a body raises, so that such an exception is a failed store.
     """
     if isinstance(exc, execution.Stopped | asyncio.CancelledError):
         return frames.Report.GONE, input.number
@@ -446,9 +443,9 @@ def _escaped(input: Input, exc: BaseException) -> Report:
 def _error(
     number: int, outcome: frames.Outcome, exc: BaseException, text: str, traceback: str = ""
 ) -> Report:
-    # Subclasses, such as numpy's, mean the same: the process is out of memory.
+    # Subclasses, such as numpy's, have the same meaning: the process is out of memory.
     kind = MemoryError if isinstance(exc, MemoryError) else type(exc)
-    # What was given to the exception: the texts of these two put a prefix before it.
+    # The original message, because the texts of Reject and Retry have a prefix.
     message: Any = exc
     if isinstance(exc, Reject):
         message = exc.reason

@@ -1,1 +1,1 @@
-"""What runs inside a process that serves: its loop, its loaded state, the bodies of its tasks."""
+"""Runs task bodies in any process that serves: our child, prefork, solo, eager mode, tests."""

@@ -1,4 +1,4 @@
-"""Runs the batched methods of a replica: their inputs gather, and share calls."""
+"""Gathers inputs of batched methods and runs them in shared calls, on the loop of a replica."""
 
 from __future__ import annotations
 
@@ -38,45 +38,43 @@ class Joining(Protocol):
     def runs_alone(self) -> bool: ...
 
     def record_early_ack(self) -> Awaitable[None] | None:
-        """Have on record what must be before the input starts; ``None`` for nothing."""
+        """Record the early acknowledgement before the start; return ``None`` if not needed."""
 
     def begin(self) -> bool:
-        """Start; whether the input still wants to."""
+        """Start the input; return whether it still wants to run."""
 
 
-#: Keys of the services whose slots the body holds.
+#: Keys of the services in which the running body holds a slot.
 held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
     "gw_held", default=frozenset()
 )
-#: The input that the body belongs to; ``None`` for a call that many share.
+#: The input that the body belongs to; ``None`` in a batch.
 joining: contextvars.ContextVar[Joining | None] = contextvars.ContextVar("gw_joining", default=None)
-#: Whether a batch waits for the body, which may be one that it awaits.
+#: Whether a batch waits for the body, directly or through an awaited call.
 is_in_batch: contextvars.ContextVar[bool] = contextvars.ContextVar("gw_in_batch", default=False)
 
 
 class Clock:
-    """The clock of this machine, as its loops have it; a test may have one of its own."""
+    """The machine's clock, for the waits of batches; tests may replace it."""
 
     def now(self) -> float:
-        """The present time, in seconds since any point."""
+        """Return the current time in seconds from an arbitrary start."""
         return time.monotonic()
 
     def call_at(
         self, when: float, callback: Callable[[], object], context: contextvars.Context
     ) -> Any:
-        """Call ``callback`` once it is ``when``, unless ``cancel()`` of what returns is called."""
-        # By the delay: a loop may count from another point than this clock.
+        """Call ``callback`` at the time ``when``; return a handle with a method ``cancel``."""
+        # Use the delay, because the loop's clock may have another start.
         delay = max(0.0, when - self.now())
         return asyncio.get_running_loop().call_later(delay, callback, context=context)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class BatchItem(batching.Waiting):
-    """One input of a batched method, from when it waits until it has its answer."""
-
-    #: The body, bound to the instance whose parameters the inputs of a batch share.
+    #: The body, bound to the instance that the inputs of a batch share.
     fn: Callable[..., Any]
-    #: Held while the call runs: it may outlive every input that asked for it.
+    #: Entered while the call runs, which may outlive all its inputs.
     using: Callable[[], AbstractContextManager[Any]]
     #: Every parameter of the body, by name.
     arguments: Mapping[str, Any]
@@ -85,7 +83,7 @@ class BatchItem(batching.Waiting):
     outcome: asyncio.Future[tuple[bool, Any]]
 
     def begin(self) -> bool:
-        """Join a call; whether it still wants to."""
+        """Join a call; return whether the input still wants to run."""
         return not self.outcome.done() and (self.joining is None or self.joining.begin())
 
     def settle(self, is_failure: bool, value: Any) -> None:
@@ -95,21 +93,21 @@ class BatchItem(batching.Waiting):
 
 @dataclasses.dataclass(kw_only=True)
 class Batchers:
-    """The batchers of a replica, each made when its method is first called."""
+    """The batchers of a replica, each created at the first call of its method."""
 
-    #: Calls what it is given, with whatever must surround work in a thread.
+    #: Calls a function, with the setup that a thread needs.
     around: Callable[..., Any] = operator.call
-    #: Sends what the inputs reported as they began, before the body can do any harm.
+    #: Sends the reported starts of inputs, before the body can harm the process.
     tell: Callable[[], None] = lambda: None
-    #: Receives the task whose call goes on though no input waits for it, and cannot be ended.
+    #: Called with the name of a task whose abandoned call does not end.
     on_stuck: Callable[[str], None] = lambda name: None
-    #: Seconds that such a call has to end.
+    #: Seconds that such a call may take to end.
     grace: float = 5.0
-    #: By which inputs wait.
+    #: The clock by which inputs wait.
     clock: Clock = dataclasses.field(default_factory=Clock)
-    #: Of the calls: it belongs to no input.
+    #: The context of the calls, which belong to no single input.
     context: contextvars.Context = dataclasses.field(default_factory=contextvars.copy_context)
-    #: The replica takes nothing new: nothing waits for others.
+    #: Whether the replica drains: inputs do not wait for others.
     is_draining: bool = False
 
     def __post_init__(self) -> None:
@@ -122,14 +120,14 @@ class Batchers:
         return self._batchers[name]
 
     def drain(self) -> None:
-        """Wait for no more inputs: those that are here run as soon as their method is free."""
+        """Stop waiting for further inputs: those that are here run as soon as possible."""
         self.is_draining = True
         for batcher in self._batchers.values():
             batcher.form_soon()
 
 
 class Batcher:
-    """One batched method of this replica; everything here runs on its loop."""
+    """The batches of one method; all methods run on the loop."""
 
     def __init__(self, service: services.Service, method: services.Method, host: Batchers) -> None:
         declared = method.batched
@@ -149,7 +147,7 @@ class Batcher:
             f"batch-{method.name}", declared.max_running_batches, host.around
         )
         self._waiting: batching.Buffers[BatchItem] = batching.Buffers()
-        #: The calls that run, and the inputs that wait for each: none once it is given up.
+        #: Running calls, and the inputs that wait for each; empty once a call is abandoned.
         self._running: dict[asyncio.Task[None], list[BatchItem]] = {}
         self._timer: Any = None
         self._is_forming = False
@@ -163,21 +161,21 @@ class Batcher:
         key: Hashable = None,
         using: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> Any:
-        """Return the answer to one input, from a call that it shares.
+        """Return the answer to one input, from a call that it shares with others.
 
-        A caller that stops waiting takes the input out, or drops its part of the answer: a call
-        that runs is never interrupted for one of its inputs.
+        A caller that stops waiting removes its input from a waiting batch, or drops its part of the
+        answer. One input never interrupts a running call.
 
         Args:
-            fn: the body, bound to the instance whose parameters the inputs share.
-            args: what the caller gave, one value for each list that the body takes.
-            kwargs: the same, by name.
-            key: inputs of different keys never share a call, nor do those of different ``key=``.
-            using: held while the call runs, which may outlive every input that asked for it.
+            fn: the body, bound to the instance that the inputs share.
+            args: the caller's positional arguments, one value per list of the body.
+            kwargs: the caller's keyword arguments.
+            key: inputs with different keys never share a call; the user's ``key=`` divides further.
+            using: entered while the call runs, which may outlive all its inputs.
 
         Raises:
-            Exception: that the body put in the place of this answer, or raised for this input;
-                for a ``Retry`` in its place, what ``retry()`` of the input's task raises.
+            Exception: the exception in place of this answer, or raised for this input. A ``Retry``
+                becomes what ``retry()`` of the input's task raises.
         """
         joined = joining.get()
         item = BatchItem(
@@ -195,11 +193,11 @@ class Batcher:
         self.form_soon()
         try:
             is_failure, value = await item.outcome
-        except BaseException:  # stopped, or at its limit
+        except BaseException:  # stopped, or over its limit
             if not self._waiting.remove(item):
                 self._give_up_deserted()
             raise
-        if isinstance(value, Retry):  # the body has no request to call ``retry()`` of
+        if isinstance(value, Retry):  # a batched body has no request to retry itself
             when = {"countdown" if isinstance(value.when, int | float) else "eta": value.when}
             current_task.retry(exc=value.exc, **when)
         if is_failure:
@@ -217,7 +215,7 @@ class Batcher:
                 f"key= of {self._method.task_name} returned {own!r:.100}, which cannot be hashed; "
                 f"return a str, a number, or a tuple of them"
             ) from None
-        # 1, 1.0 and True are equal, and three keys.
+        # 1, 1.0 and True are equal, but are three keys.
         return key, type(own), own
 
     def _cost(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -226,7 +224,7 @@ class Batcher:
         answer = self._declared.size_fn(*args, **kwargs)
         try:
             cost = -1 if isinstance(answer, bool) else operator.index(answer)
-        except TypeError:  # numpy's ints are ints, too; a float is none
+        except TypeError:  # numpy's ints count as ints, floats do not
             cost = -1
         if cost < 0:
             raise errors.UsageError(
@@ -238,7 +236,7 @@ class Batcher:
     # -- forming --
 
     def form_soon(self) -> None:
-        """Form batches behind what this turn of the loop still brings."""
+        """Form batches after the inputs that this turn of the loop still brings."""
         if not self._is_forming:
             self._is_forming = True
             asyncio.get_running_loop().call_soon(self._form, context=self._host.context)
@@ -269,7 +267,7 @@ class Batcher:
         self.form_soon()
 
     def _give_up_deserted(self) -> None:
-        """End the calls that no input waits for any more: they keep others from being made."""
+        """Abandon calls without waiting inputs, because they occupy the method."""
         for task, items in self._running.items():
             if items and all(item.outcome.done() for item in items):
                 self._running[task] = []
@@ -286,7 +284,7 @@ class Batcher:
     # -- running --
 
     async def _serve(self, items: list[BatchItem], flush: batching.Flush) -> None:
-        """Answer every input, in as many calls as it takes."""
+        """Answer every input, in one or more calls."""
         parts = [items]
         held.set(frozenset({self._service.key}))
         is_in_batch.set(True)
@@ -295,12 +293,12 @@ class Batcher:
                 while parts:
                     first, *rest = _cut(parts[0], self._bounds.size)
                     wanted = [item.joining for item in first if not item.outcome.done()]
-                    # What is acknowledged as it begins is on record by then.
+                    # An early acknowledgement must be on record before the input starts.
                     records = [joined.record_early_ack() for joined in wanted if joined is not None]
                     await asyncio.gather(*filter(None, records))
                     part = [item for item in first if item.begin()]
                     parts = await self._answered(part, flush) + rest + parts[1:]
-        except Exception as exc:  # ours: no input may wait for ever because of it
+        except Exception as exc:  # an error of ours must still answer the inputs
             logger.exception(
                 "pid %d: a batch of task %s failed: report this bug",
                 *(os.getpid(), self._method.task_name),
@@ -311,7 +309,7 @@ class Batcher:
     async def _answered(
         self, part: list[BatchItem], flush: batching.Flush
     ) -> list[list[BatchItem]]:
-        """Call the body for ``part``; returns the parts to call it for again."""
+        """Call the body for ``part``; return the parts to call it for again."""
         if not part:
             return []
         try:
@@ -342,7 +340,7 @@ class Batcher:
                 lambda: body.call(greenlet_bridge.drive, fn(*args, **kwargs))
             )
         except asyncio.CancelledError as exc:
-            # Only the body itself cancels a call that an input waits for.
+            # Only the body itself cancels a call that still has waiting inputs.
             if (task := asyncio.current_task()) is not None:
                 task.uncancel()
             reason = "the body cancelled its own task: raise an Exception to fail its inputs"
@@ -351,10 +349,10 @@ class Batcher:
     # -- recovering --
 
     def _failed(self, part: list[BatchItem], exc: Exception) -> list[list[BatchItem]]:
-        """Isolate the input that the call failed for; returns the parts to try."""
+        """Split a failed call to isolate the input at fault; return the parts to try."""
         if all(item.outcome.done() for item in part):
             return []
-        # By the name of torch's class: torch is not imported.
+        # By name, without importing torch.
         is_memory = any(cls.__name__ == "OutOfMemoryError" for cls in type(exc).__mro__)
         if is_memory:
             _free_memory(exc)
@@ -382,7 +380,6 @@ class Batcher:
 
 
 def _bind(method: services.Method, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every parameter of the body with the value that one caller gave, or its default."""
     bound = method.signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
@@ -391,7 +388,6 @@ def _bind(method: services.Method, args: Any, kwargs: Mapping[str, Any]) -> dict
 def _listed(
     method: services.Method, inputs: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of one call for ``inputs``: each parameter is a list."""
     lists = {
         name: [arguments[name] for arguments in inputs] for name in method.signature.parameters
     }
@@ -405,7 +401,7 @@ def _entries(method: services.Method, count: int, answer: Any) -> list[Any]:
         isinstance(answer, Sequence) or hasattr(answer, "__array__")
     )
     size: int | None = None
-    with contextlib.suppress(TypeError):  # a number, a generator, an array without dimensions
+    with contextlib.suppress(TypeError):  # a number, a generator, a zero-dimensional array
         size = len(answer)
     if not is_listed or size != count:
         raise errors.UsageError(
@@ -424,14 +420,14 @@ def _entries(method: services.Method, count: int, answer: Any) -> list[Any]:
 def of_one_input(
     method: services.Method, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call for one input alone: a batched body takes lists of one."""
+    """Return the arguments of a call for a single input; a batched body gets lists of one."""
     if method.batched is None:
         return args, kwargs
     return _listed(method, [_bind(method, args, kwargs)])
 
 
 def only_answer(method: services.Method, answer: Any) -> Any:
-    """Return what a call for one input alone answers to it, or raise what stands in its place."""
+    """Return the single answer of such a call, or raise the exception in its place."""
     if method.batched is None:
         return answer
     (entry,) = _entries(method, 1, answer)
@@ -445,7 +441,7 @@ def _cut(items: list[BatchItem], size: int) -> list[list[BatchItem]]:
 
 
 def _free_memory(exc: Exception) -> None:
-    """Let go of the failed call's tensors, and of what torch keeps for later."""
+    """Release the tensors of the failed call, and torch's cache."""
     held: BaseException | None = exc
     while held is not None:
         traceback.clear_frames(held.__traceback__)

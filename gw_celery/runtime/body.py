@@ -1,8 +1,8 @@
-"""What a body raises that is no ``Exception``, and what is raised in it from another thread.
+"""Contains what a body raises that is not an ``Exception``, and throws exceptions into threads.
 
-Celery's tracer lets the former through. It takes a ``SystemExit`` for the end of its process:
-prefork delivers the input again, and loads the model again for it, for ever. Anything else, such as
-the panic of a library written in Rust, kills the solo worker.
+It runs in every process that runs bodies. Celery's tracer does not catch such an exception. It
+takes ``SystemExit`` for the end of its process: prefork redelivers the input and loads the model
+again, endlessly. Others, such as the panic of a Rust library, kill the solo worker.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from gw_celery.client import execution
 
 T = TypeVar("T")
 
-#: Turns: far more than the interpreter needs to deliver what is pending.
+#: Number of loop turns; the interpreter delivers a pending exception much earlier.
 _LONGEST_WAIT = 10_000_000
 
 
 class Contained:
-    """Runs a body; what it raises that is no ``Exception`` becomes a ``BodyExited``.
+    """Runs a body, and replaces anything but an ``Exception`` with ``BodyExited``.
 
-    What ends the process, and what asyncio interrupts a body with, is left alone. A class and no
-    generator: the frames of contextlib would show in the traceback of the task.
+    It lets pass what ends the process, and what asyncio interrupts a body with. It is a class
+    because a generator's contextlib frames would show in the task's traceback.
     """
 
     def __enter__(self) -> None:
@@ -52,13 +52,13 @@ class Contained:
         ) from exc
 
     def _is_from_outside(self, exc: BaseException) -> bool:
-        """Whether it was raised in the body, and not by it."""
+        """Return whether the exception came from outside the body."""
         if isinstance(exc, SystemExit | KeyboardInterrupt):
             return _ends_process(exc)
         if isinstance(exc, asyncio.CancelledError):
             return self._task is not None and self._task.cancelling() > 0
-        # What closes a coroutine or a greenlet that is stepped no more does not do so from the
-        # task that stepped it.
+        # An abandoned coroutine or greenlet is closed from another asyncio task than the one that
+        # stepped it.
         is_closing = isinstance(exc, GeneratorExit | greenlet.GreenletExit)
         return is_closing and self._task is not _current_task()
 
@@ -68,7 +68,7 @@ def call(fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     try:
         with Contained():
             return fn(*args, **kwargs)
-    except StopIteration as exc:  # cannot cross a future; a coroutine raises the same
+    except StopIteration as exc:  # cannot pass a future; coroutines do the same
         raise errors.BodyExited(f"the body raised {exc!r}: raise another Exception") from exc
 
 
@@ -77,23 +77,23 @@ def _current_task() -> asyncio.Task[Any] | None:
 
 
 def _ends_process(exc: BaseException) -> bool:
-    """Whether a handler of signals raised it, which interrupts what the main thread does."""
+    """Return whether a signal handler raised the exception in the main thread."""
     if isinstance(exc, WorkerShutdown | WorkerTerminate):  # Celery's, on solo
         return True
     if threading.current_thread() is not threading.main_thread():
         return False
-    if common._should_have_exited[0]:  # billiard's, in a child of prefork that is told to end
+    if common._should_have_exited[0]:  # billiard's, in a prefork child that must end
         return True
-    # Ctrl-C of a user who runs a body in a shell or in a test.
+    # Ctrl-C of a user who runs a body in a shell or a test.
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     return isinstance(exc, KeyboardInterrupt) and is_default
 
 
 class Thrown:
-    """An exception of ``kind`` on its way into ``thread``; it knows when it has arrived.
+    """An exception of ``kind`` that is thrown into ``thread`` and records its arrival.
 
-    It is never taken back: on CPython 3.11 and 3.12 taking it back leaves the interpreter looking
-    for it for ever, and the thread hangs as soon as a profiler or debugger traces it.
+    It is never withdrawn. After a withdrawal, CPython 3.11 and 3.12 look for the exception
+    endlessly: the thread hangs when a profiler or debugger traces it.
     """
 
     def __init__(self, thread: int, kind: type[BaseException]) -> None:
@@ -103,7 +103,7 @@ class Thrown:
             kind.__init__(exc, *args)
             self.has_arrived = True
 
-        # Only a class can be thrown. Its own subclass is known by the name of `kind`.
+        # Only a class can be thrown. The subclass has the name of `kind`.
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
         self._kind: type[BaseException] = type(
             kind.__name__, (kind,), {"__init__": arrive, **names}
@@ -113,7 +113,7 @@ class Thrown:
         )
 
     def wait(self) -> None:
-        """In its thread: let it arrive here, where it does nothing, if it has not arrived yet."""
+        """Wait in the thread until the exception arrives, and ignore it here."""
         try:
             for _ in range(_LONGEST_WAIT):
                 if self.has_arrived:

@@ -1,7 +1,7 @@
-"""Keep Django's connections healthy in the threads of a replica.
+"""Keeps Django's connections healthy in the threads of a child of our pool.
 
-Celery's Django fixup does it with signals of the worker's parent and of the tracer; a replica has
-no such parent in it, and its tracer may run on the event loop, where Django refuses to be called.
+Celery's Django fixup uses signals of the worker's parent and of the tracer. A child has no such
+parent, and its tracer may run on the event loop, where Django refuses calls.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from kombu.utils.imports import symbol_by_name
 
 T = TypeVar("T")
 
-#: Seconds between two looks at the connections of asynchronous bodies.
+#: Minimum seconds between two checks of the connections of asynchronous bodies.
 _PERIOD = 1.0
 
 
 def around(app: Any) -> Callable[..., Any]:
-    """Return a function that calls what it is given, with clean connections in that thread."""
+    """Return a function that calls another one with fresh connections in its thread."""
     cleaners = _cleaners(app)
     if not cleaners:
         return operator.call
@@ -41,11 +41,11 @@ def around(app: Any) -> Callable[..., Any]:
 
 
 def closing_outdated(app: Any) -> Callable[[], Awaitable[None]] | None:
-    """Return what closes connections of asynchronous bodies that are too old or broken, in time.
+    """Return a coroutine function that closes outdated connections of asynchronous bodies.
 
-    Those are the connections of ``sync_to_async``'s one thread. Bodies that run at the same time
-    share them, so they are looked at before a body, once a second at most; Django itself makes a
-    new one for one that was closed. ``None`` without Django.
+    These belong to the single thread of ``sync_to_async``, and concurrent bodies share them. They
+    are checked before a body, at most once a second; Django reopens a closed one. ``None`` without
+    Django.
     """
     if not _cleaners(app):
         return None

@@ -1,12 +1,13 @@
-"""Run a coroutine for code that cannot await: Celery's tracer, which is synchronous.
+"""Runs a coroutine for synchronous code, such as Celery's tracer, in processes that run bodies.
 
-Two cases. A *foreign thread* (the tracer of a stock pool) hands the coroutine to the loop and
-blocks; what interrupts its wait, a soft time limit or a termination, is carried into the
-coroutine. *On the loop itself* the caller must be inside a coroutine that this module steps: each
-is stepped in a greenlet, so that a nested synchronous call (a task body in eager mode that calls
-``.delay()``) can park the greenlet while the loop goes on. The stepping is the one that
-SQLAlchemy's ``greenlet_spawn`` made known, except that the greenlet steps the whole coroutine and
-hands over only the futures that it yields.
+In a *foreign thread* (the tracer of a stock pool), the caller hands the coroutine to the loop and
+blocks. An interruption of its wait, such as a soft time limit, is raised in the coroutine. *On the
+loop*, the caller must be inside a coroutine that this module steps in a greenlet. A nested
+synchronous call, such as ``.delay()`` in eager mode, can then park the greenlet while the loop
+continues.
+
+Source of the stepping: SQLAlchemy's ``greenlet_spawn``. Here the greenlet steps the whole
+coroutine, and hands over only the futures that it yields.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from gw_celery.runtime import body
 
 T = TypeVar("T")
 
-#: Seconds after which a thread that waits looks at whether it still should.
+#: Seconds between two checks of a waiting thread whether it should still wait.
 _INTERVAL = 0.2
 _HOOKS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
 _RECEIVERS = (
@@ -45,17 +46,15 @@ _RECEIVERS = (
 
 
 class _Stepping(greenlet.greenlet):
-    """A greenlet that steps one coroutine."""
-
-    #: Asked for what stands behind a cancellation, and is raised in its place.
+    #: Returns the exception that caused a cancellation, to be raised instead, or ``None``.
     take_interrupt: Callable[[], BaseException | None]
 
 
 def drive(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run ``coroutine`` to its end from inside a stepping greenlet, parking it while it waits.
+    """Run ``coroutine`` to its end inside a stepping greenlet, which parks while it waits.
 
     Raises:
-        BlockingCallError: when this thread runs an event loop but not in such a greenlet.
+        BlockingCallError: if the caller is on an event loop but not in such a greenlet.
     """
     current = greenlet.getcurrent()
     if not isinstance(current, _Stepping) or current.parent is None:
@@ -79,27 +78,26 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def can_park() -> bool:
-    """Whether the caller runs in a greenlet that ``drive`` can park."""
     current = greenlet.getcurrent()
     return isinstance(current, _Stepping) and current.parent is not None
 
 
 def would_block_loop() -> bool:
-    """Whether the caller runs on an event loop, in something that ``drive`` cannot park."""
+    """Return whether the caller runs on an event loop, outside such a greenlet."""
     return not can_park() and asyncio._get_running_loop() is not None
 
 
 async def step(
     fn: Callable[[], T], take_interrupt: Callable[[], BaseException | None] = lambda: None
 ) -> T:
-    """Run a synchronous ``fn`` in a greenlet of its own, which ``drive`` parks while it waits.
+    """Run a synchronous ``fn`` in a new greenlet, which ``drive`` parks while it waits.
 
-    ``take_interrupt`` is asked for what stands behind a cancellation, if anything does.
+    ``take_interrupt`` returns the exception that caused a cancellation, if any.
     """
     stepping = _Stepping(fn)
     stepping.take_interrupt = take_interrupt
-    # The greenlet shares the context of the task, so that context variables set in the body are
-    # seen by what it awaits.
+    # Share the context of the asyncio task, so that awaited code sees context variables that the
+    # body sets.
     stepping.gr_context = greenlet.getcurrent().gr_context
     answer: T = await _stepped(stepping)
     return answer
@@ -119,13 +117,13 @@ def _stepped(stepping: _Stepping) -> Generator[Any, Any, Any]:
 
 
 def runs_on_loop(task: Any) -> bool:
-    """Whether the tracer of ``task`` may run in a greenlet on the loop, and not in a thread."""
+    """Return whether the tracer of ``task`` may run on the loop instead of in a thread."""
     return _never_blocks(task) and not any(signal.receivers for signal in _RECEIVERS)
 
 
 @functools.cache
 def _never_blocks(task: Any) -> bool:
-    """Whether nothing around the body of a task is the user's own synchronous code."""
+    """Return whether no synchronous code of the user surrounds the body of a task."""
     method = getattr(task, "gw_method", None)
     if method is None or not (method.is_async or method.batched):
         return False
@@ -133,13 +131,13 @@ def _never_blocks(task: Any) -> bool:
 
 
 class LoopCall(Generic[T]):
-    """One coroutine that runs on a loop, in the caller's context, for a thread that waits.
+    """A coroutine that runs on a loop, in the caller's context, for a waiting thread.
 
     Args:
-        loop: where it runs.
-        coroutine: what runs.
-        soft_limit: seconds until a ``SoftTimeLimitExceeded`` is raised in it.
-        hard_limit: seconds until it is cancelled, and ``HardLimit`` raised in the thread.
+        loop: the loop.
+        coroutine: the coroutine.
+        soft_limit: seconds after which ``SoftTimeLimitExceeded`` is raised in it.
+        hard_limit: seconds after which it is cancelled, and the thread raises ``HardLimit``.
     """
 
     def __init__(
@@ -160,27 +158,27 @@ class LoopCall(Generic[T]):
         self._interrupt: BaseException | None = None
         self._abandoned: BaseException | None = None
         self._is_over = False
-        # No Event: an exception that is raised in its wait could leave the Event's own lock held,
-        # and the loop would wait for that for ever.
+        # Not an Event: an exception during its wait could leave its internal lock held, and block
+        # the loop.
         self._over = threading.Lock()
         self._over.acquire()
 
     def run(self, cancel_timeout: float, meanwhile: Callable[[], None] = lambda: None) -> T:
         """Start the coroutine, wait for it, and return or raise its outcome.
 
-        A ``SoftTimeLimitExceeded`` that interrupts the wait is raised *in the coroutine*, as a
-        sync task would get it; anything else cancels it and is raised here, once the coroutine
-        has ended or ``cancel_timeout`` seconds have passed: at once for what stops the input.
+        A ``SoftTimeLimitExceeded`` that interrupts the wait is raised *in the coroutine*, as in a
+        synchronous task. Any other exception cancels the coroutine. It is raised here once the
+        coroutine has ended, or after ``cancel_timeout``; ``Stopped`` is raised at once.
 
         Args:
-            cancel_timeout: seconds that the coroutine has to end once it is cancelled.
-            meanwhile: called a few times a second; what it raises interrupts the wait, too.
+            cancel_timeout: seconds that a cancelled coroutine may take to end.
+            meanwhile: called a few times per second; its exceptions interrupt the wait too.
         """
         try:
             while not self._is_over:
                 try:
                     self._loop.call_soon_threadsafe(self._start)
-                    # In turns: what another thread raises in this one does not end a wait.
+                    # In short waits: an exception from another thread does not end a wait.
                     while not self._ends_within(_INTERVAL):
                         meanwhile()
                 except SoftTimeLimitExceeded as limit:
@@ -203,7 +201,7 @@ class LoopCall(Generic[T]):
         return self._task.result()
 
     def take_interrupt(self) -> BaseException | None:
-        """Return the exception that stands in for a cancellation, once."""
+        """Return, once, the exception that replaces a cancellation."""
         exc, self._interrupt = self._interrupt, None
         if exc is not None and self._task is not None:
             self._task.uncancel()
@@ -218,10 +216,10 @@ class LoopCall(Generic[T]):
             self._over.release()
 
     def _start(self) -> None:
-        """Start the coroutine, unless it has been: an exception may have come in between."""
+        """Start the coroutine if it has not started; an exception may have interrupted ``run``."""
         if self._task is not None:
             return
-        # Contained: asyncio would end the loop with an exit.
+        # Contained, because an exit would end asyncio's loop.
         stepping = step(lambda: body.call(drive, self._coroutine), self.take_interrupt)
         self._task = self._loop.create_task(stepping, context=self._context)
         self._task.add_done_callback(self._finish)
@@ -235,7 +233,7 @@ class LoopCall(Generic[T]):
     def _finish(self, _: asyncio.Task[T]) -> None:
         for timer in self._timers:
             timer.cancel()
-        self._coroutine.close()  # it never began when it was cancelled before its first step
+        self._coroutine.close()  # it may have been cancelled before its first step
         self._end()
 
     def _cancel(self, instead: BaseException | None = None) -> None:
@@ -252,34 +250,33 @@ class LoopCall(Generic[T]):
 
 
 class Offload:
-    """Bounded threads for one kind of blocking call; anywhere but in a greenlet it runs in place.
+    """A thread pool for one kind of blocking call; outside a greenlet, the call runs in place.
 
-    On the loop, Celery's publishing and storing would hold up every other input.
+    On the loop, Celery's publishing and storing would delay every other input.
     """
 
     def __init__(self, name: str, threads: int, around: Callable[..., Any]) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"gw-{name}")
-        #: Runs each call: database hygiene belongs into the thread of the call.
+        #: Wraps each call in its thread, for example to refresh database connections.
         self._around = around
 
     def __call__(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Return ``fn(*args, **kwargs)``."""
         if not can_park():
             return fn(*args, **kwargs)
         return drive(self.run(fn, *args, **kwargs))
 
     async def run(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Return ``fn(*args, **kwargs)``, from a thread, in the context of the caller."""
+        """Return ``fn(*args, **kwargs)``, called in a thread in the caller's context."""
         call = functools.partial(contextvars.copy_context().run, self._around, fn, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
 
 class _Producers:
-    """A pool of producers; taking one, which may connect, happens off the loop.
+    """A pool of producers that connects off the loop.
 
-    A task of the event loop that is not the body of an input, such as a child of
-    ``asyncio.gather``, cannot be parked. It would block the loop for a producer that only the loop
-    gives back, so that it has a pool of its own.
+    An asyncio task that is not the body of an input (such as a child of ``asyncio.gather``) cannot
+    be parked. It would block the loop while it waits for a producer that only the loop returns, so
+    that such tasks have a separate pool.
     """
 
     def __init__(self, pool: Any, blocking: Any, offload: Offload) -> None:
@@ -297,10 +294,10 @@ class _Producers:
 
 
 def publishing(base: type[amqp.AMQP], around: Callable[..., Any]) -> type[amqp.AMQP]:
-    """Return ``base`` with its publishing taken off the loop.
+    """Return a subclass of ``base`` that publishes off the loop.
 
-    Taking a producer and using it have threads of their own: threads that hold one must not
-    wait behind threads that want one.
+    Acquiring and using a producer have separate threads: a thread that holds one must not wait
+    behind threads that want one.
     """
     taking, sending = Offload("producers", 8, around), Offload("publish", 8, around)
 
@@ -312,8 +309,8 @@ def publishing(base: type[amqp.AMQP], around: Callable[..., Any]) -> type[amqp.A
 
         @property
         def producer_pool(self) -> Any:
-            # Two threads that ask first would each make a pool; one is dropped with its
-            # connection, and RabbitMQ may drop what that has just published.
+            # Concurrent first uses would create two pools. One would be dropped with its
+            # connection, and RabbitMQ may lose what that has just published.
             with self._making:
                 pool = super().producer_pool
                 if self._blocking is None:

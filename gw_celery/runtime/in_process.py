@@ -1,7 +1,7 @@
-"""What one process serves: its loop, its entered contexts, its loaded instances.
+"""The runtime of one process: its loop, entered contexts and loaded instances.
 
-A process has one ``LocalRuntime`` at most. It is made by the worker (never in a web process), by
-eager mode, or by ``gw_celery.testing``.
+A process has at most one ``LocalRuntime``. A worker's process, eager mode or ``gw_celery.testing``
+creates it; a web process never does.
 """
 
 from __future__ import annotations
@@ -50,8 +50,6 @@ logger = logging.getLogger(__name__)
 
 
 class LocalRuntime:
-    """The loaded state of this process; ``start`` enters it, ``stop`` leaves it."""
-
     def __init__(
         self,
         settings: conf.Settings,
@@ -61,23 +59,23 @@ class LocalRuntime:
         batchers: batcher.Batchers | None = None,
     ) -> None:
         self.settings = settings
-        #: False where the pool itself enforces time limits.
+        #: False if the pool itself enforces time limits.
         self.enforces_limits = enforces_limits
-        #: Where the inputs of batched methods gather; ``None`` where each has a call of its own.
+        #: Where inputs of batched methods gather; ``None``: each input has its own call.
         self.batchers = batchers
         self.pid = os.getpid()
         self._host = host or loop.Host()
         self.loop = self._host.loop
         self._contexts: dict[str, lifecycle.Entered] = {}
         self._served: set[str] = set()
-        #: Of each class task that this process serves, by its service.
+        #: Instances of the class tasks, by service key.
         self.instances: dict[str, instances.Instances] = {}
         self._growing = asyncio.Lock()
         self._entering: list[lifecycle.Entered] = []
         self._is_blocked = False
 
     def start(self) -> None:
-        """Start the loop, and make Celery's current task follow the body onto it."""
+        """Start the loop, and make Celery's current task follow bodies onto it."""
         task_context.install()
         self._host.start()
 
@@ -87,13 +85,17 @@ class LocalRuntime:
         served: Sequence[services.Service],
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Enter what ``served`` needs and is not entered yet; blocks until all of it is.
+        """Enter what ``served`` needs and is not entered yet; block until this is complete.
 
-        Contexts belong to an App: they are entered when one of its services is served. ``check``
-        is called a few times a second; what it raises ends the load.
+        Contexts belong to an App and are entered when one of its services is served.
+
+        Args:
+            registries: the declarations of the Apps.
+            served: the services to enter.
+            check: called a few times per second; its exceptions end the load.
 
         Raises:
-            StartupError: with every cause; what had entered is left again.
+            StartupError: with every cause; what had entered is exited first.
         """
         coroutine = self.grow(registries, served)
         if self.is_on_loop():
@@ -104,7 +106,7 @@ class LocalRuntime:
 
         def watch() -> None:
             check()
-            # The loop enforces the deadline, unless what loads blocks it.
+            # The loop enforces the deadline unless the load blocks it.
             if time.monotonic() >= deadline and not self._host.answers(grace):
                 self._is_blocked = True
                 raise loop.blocked_load(self._host, self._entering, self.settings.start_timeout)
@@ -116,15 +118,15 @@ class LocalRuntime:
         """Enter what the service of ``task`` needs, at its first use.
 
         Raises:
-            StartupError: when a context or hook fails; the next call tries again.
+            StartupError: if a context or hook fails; the next call tries again.
         """
         if not self.serves(task.gw_service.key):
             self.enter([task.gw_registry], [task.gw_service])
 
     def stop(self) -> None:
-        """Leave everything and end the loop; errors are logged, the waits are bounded.
+        """Exit everything and end the loop; errors are logged, and waits are bounded.
 
-        What is still entering is cancelled. A loop that a load blocks cannot leave anything.
+        Entering units are cancelled. If a load blocks the loop, nothing can be exited.
         """
         if self._is_blocked:
             self._host.stop(timeout=0.0)
@@ -132,7 +134,7 @@ class LocalRuntime:
         bound = self.settings.exit_timeout
         future = asyncio.run_coroutine_threadsafe(self.leave(), self.loop)
         try:
-            # Each unit has its own bound; the margin is for the loop to report them.
+            # Each unit has its own limit; the margin lets the loop report them.
             future.result(2 * bound + 5)
         except TimeoutError:
             logger.error(
@@ -145,10 +147,10 @@ class LocalRuntime:
         return service_key in self._served
 
     def context(self, key: str) -> Any:
-        """Return what the context's ``__aenter__`` returned.
+        """Return what the ``__aenter__`` of a context returned.
 
         Raises:
-            KeyError: when it is not entered in this process.
+            KeyError: if the context is not entered in this process.
         """
         life = self._contexts[key]
         if not life.value.done() or life.failure is not None:
@@ -159,13 +161,13 @@ class LocalRuntime:
         return self._host.is_current()
 
     def can_run(self, task: Any) -> bool:
-        """Whether a body that awaits ``task`` gets its answer here, without a message.
+        """Return whether a body that awaits ``task`` can get the answer here, without a message.
 
-        Its service is loaded and not held by the caller. A batched method takes no slot: a body may
-        await one of its own service.
+        Its service must be loaded, and the caller must not hold a slot of it. A batched method
+        takes no slot, so that a body may await one of its own service.
 
         Raises:
-            UsageError: when a batch would wait for another one of its service, which waits for it.
+            UsageError: if a batch would wait for another one of its service, which waits for it.
         """
         key = task.gw_service.key
         if not (self.is_on_loop() and self.serves(key)):
@@ -181,7 +183,7 @@ class LocalRuntime:
         return gathers
 
     def run(self, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the input of ``task`` that Celery's tracer has now, and return its answer."""
+        """Run the current input of ``task`` for Celery's tracer, and return its answer."""
         service, method = _declared(task)
         values = _values(service, task.request.headers)
         if method.is_async or (method.batched and self.batchers):
@@ -217,11 +219,11 @@ class LocalRuntime:
     async def run_async(
         self, task: Any, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run the body of ``task`` as part of the one that awaits it, and return its answer.
+        """Run the body of ``task`` inside the body that awaits it, and return its answer.
 
-        Celery's wrappers around ``run`` are synchronous and belong to its tracer, which has no
-        share in such a call. Converting pydantic models is the one of them that changes what the
-        caller gets.
+        Celery's wrappers around ``run`` are synchronous and need its tracer, which does not take
+        part. Of them, only the conversion of pydantic models changes what the caller gets; it is
+        done here.
         """
         task.check_arguments(args, kwargs)
         service, method = _declared(task)
@@ -237,7 +239,7 @@ class LocalRuntime:
     async def _answer(
         self, task: Any, values: ParameterValues, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run one input of ``task`` on the loop, with these parameters of its service."""
+        """Run one input of ``task`` on the loop with the given parameter values."""
         service, method = _declared(task)
         fn, key = method.function, None
         using: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
@@ -249,8 +251,8 @@ class LocalRuntime:
                 loaded = owner.take(values)
                 if loaded is None:
                     if (joining := batcher.joining.get()) is not None:
-                        # Before it joins a batch: limits bound the wait, and a load can kill the
-                        # process.
+                        # Report the start before the input joins a batch: limits then bound the
+                        # wait, and a load can kill the process.
                         joining.begin()
                     loaded = await owner.load(values)
                 fn = getattr(loaded.view(values), method.name)
@@ -262,7 +264,7 @@ class LocalRuntime:
             if method.is_async:
                 with body.Contained():
                     answer = await fn(*args, **kwargs)
-            else:  # it must not stop the loop that it shares with the body that awaits it
+            else:  # a thread, so that it does not block the loop
                 answer = await asyncio.to_thread(body.call, fn, *args, **kwargs)
             return batcher.only_answer(method, answer)
         finally:
@@ -272,7 +274,6 @@ class LocalRuntime:
             batcher.held.reset(held)
 
     def _wait_within_limits(self, task: Any, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for the loop as part of the input: what stops the input ends the wait."""
         if self.is_on_loop():
             return greenlet_bridge.drive(work)
         soft, hard = None, None
@@ -283,11 +284,11 @@ class LocalRuntime:
         return waiting.run(self.settings.cancel_timeout)
 
     async def call_eagerly(self, task: Any, send: Callable[[], Any]) -> Any:
-        """Return ``send()``, an eager call of ``task``, without blocking the loop of its caller.
+        """Return ``send()``, an eager call of ``task``, without blocking the caller's loop.
 
-        It is a caller of its own: bodies that run at once need stacks of their own. Inputs that
-        gather need each other, and there may be more of them than threads: these wait in greenlets
-        on the loop of the process, as in a replica.
+        Concurrent bodies need separate stacks of Celery's. Gathering inputs may outnumber the
+        threads, and need each other: they wait in greenlets on the loop of the process, as in a
+        replica.
         """
         parent = _state.get_current_task()
         request = None if parent is None else parent.request_stack.top
@@ -296,7 +297,7 @@ class LocalRuntime:
             with contextlib.ExitStack() as stack:
                 stack.callback(task_context.bind().end)
                 if parent is not None and request is not None:
-                    # Celery takes the parent of an eager call from the stacks of its caller.
+                    # Celery takes the parent of an eager call from the caller's stacks.
                     _state._task_stack.push(parent)
                     stack.callback(_state._task_stack.pop)
                     parent.request_stack.push(request)
@@ -314,7 +315,7 @@ class LocalRuntime:
     async def grow(
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
     ) -> None:
-        """As ``enter``, for a caller on the loop: nothing watches for a load that blocks it."""
+        """Enter like ``enter``, but from the loop; nothing detects a load that blocks it."""
         keys = {service.key for service in served}
         async with self._growing:
             made = {
@@ -348,11 +349,11 @@ class LocalRuntime:
             self._served |= keys
 
     async def leave(self) -> None:
-        """Leave all instances in parallel, then all contexts; cancel what is still entering."""
+        """Exit all instances in parallel, then all contexts; cancel entering units first."""
         for life in self._entering:
             life.abandon()
-        async with self._growing:  # a growth that is interrupted leaves what it entered
-            # An exit hook may use a context that it has kept.
+        async with self._growing:  # an interrupted growth exits what it entered
+            # Instances first: an exit hook may use a context.
             await asyncio.gather(*(owner.leave() for owner in self.instances.values()))
             await lifecycle.leave_all(list(self._contexts.values()))
             self._served.clear()
@@ -362,7 +363,6 @@ class LocalRuntime:
 
 @contextlib.asynccontextmanager
 async def _opened(context: registry.Context) -> AsyncIterator[Any]:
-    """Build the object here, in the replica, enter it and leave it."""
     manager = await loop.in_thread(lambda: context.cls(*context.args, **context.kwargs))
     if hasattr(manager, "__aenter__"):
         yield await manager.__aenter__()
@@ -377,9 +377,9 @@ def _declared(task: Any) -> tuple[services.Service, services.Method]:
 
 
 def _values(service: services.Service, sent: Mapping[str, Any] | None) -> ParameterValues:
-    """Return every parameter's value for a call with the headers ``sent``.
+    """Return all parameter values for a call with the headers ``sent``.
 
-    They are checked again: no handle may have made the message.
+    They are validated again, because any client may have written the message.
     """
     text = (sent or {}).get(headers.PARAMETERS)
     if not text and not service.parameters:
@@ -390,12 +390,12 @@ def _values(service: services.Service, sent: Mapping[str, Any] | None) -> Parame
 
 @functools.cache
 def _pydantic(task: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
-    """Celery's own conversion of the arguments, and of the answer."""
+    """Return Celery's own conversions of the arguments and of the answer."""
     method: services.Method = task.gw_method
     answer = inspect.Parameter("_gw_answer", inspect.Parameter.POSITIONAL_ONLY)
 
     def wrapped(fn: Callable[..., Any], signature: inspect.Signature) -> Any:
-        fn = functools.wraps(method.function)(fn)  # the annotations are the body's
+        fn = functools.wraps(method.function)(fn)  # keep the body's annotations
         fn.__signature__ = signature  # type: ignore[attr-defined]
         return pydantic_wrapper(
             task.app,
@@ -416,13 +416,13 @@ _starting = threading.Lock()
 
 
 def started(app: Any) -> LocalRuntime:
-    """Return this process's runtime; without one, start one that has entered nothing yet."""
+    """Return this process's runtime; start an empty one if there is none."""
     with _starting:
         runtime = execution.current()
         if not isinstance(runtime, LocalRuntime):
             runtime = LocalRuntime(conf.read(app.conf))
             runtime.start()
-            # Celery's current app is the thread's: bodies call tasks that are bound lazily.
+            # Celery's current app is per thread, and bodies may call lazily bound tasks.
             runtime.loop.call_soon_threadsafe(app.set_current)
             execution.install(runtime)
             atexit.register(execution.stop)

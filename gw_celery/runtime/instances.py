@@ -1,9 +1,8 @@
-"""The loaded instances of one class task, by the parameter values that they were loaded with.
+"""The loaded instances of a class task in one process, by the parameters that shaped them.
 
-Which parameters shape the loaded state is observed: those that ``on_enter`` read. An instance
-serves a call when each value that it read while loading is the call's value, too; all other
-parameters are given to the call by a view, a second object over the same state with parameter
-values of its own.
+The parameters that ``on_enter`` reads shape the loaded state. An instance suits a call if these
+have the call's values. The call gets all other parameters through a view, which is a second object
+over the same state with its own parameter values.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ from gw_celery.types import ParameterValues
 
 logger = logging.getLogger(__name__)
 
-#: Attribute of a view: the instance whose state it shares; ``None`` in that instance.
+#: Attribute of a view: the instance whose state it shares; ``None`` on that instance.
 _SHARED = "_gw_shared"
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Loaded:
-    """One instance with the parameter values that its state depends on."""
+    """An instance, and the parameter values that its state depends on."""
 
     life: lifecycle.Entered
-    #: All the values that it was loaded with.
+    #: All parameter values at loading.
     values: ParameterValues
     is_pinned: bool = False
     in_use: int = 0
-    #: It takes no further call, and is left when those that use it have ended.
+    #: Whether it takes no further calls, and is exited when its current calls have ended.
     is_drained: bool = False
 
     def __post_init__(self) -> None:
         self._instance = self.life.value.result()
         self._reads: frozenset[str] = getattr(self._instance, parameters.READS)
-        #: The canonical text of what was read: as values, 1 and True are equal.
+        #: Canonical text of the values that were read; as Python values, 1 and True are equal.
         self.text = self._text(self.values)
 
     def suits(self, values: ParameterValues) -> bool:
@@ -58,14 +57,14 @@ class Loaded:
         return parameters.canonical({name: values[name] for name in self._reads})
 
     def batch_key(self, values: ParameterValues) -> tuple[Loaded, str]:
-        """Return what inputs must have in common to share one call.
+        """Return the key that inputs must share to run in one call.
 
-        That is this instance and every parameter, for a body may read any of them.
+        It has the instance and every parameter, because a body may read any of them.
         """
         return self, parameters.canonical(values)
 
     def view(self, values: ParameterValues) -> Any:
-        """Return the object that a call with ``values`` sees: shared state, own parameters."""
+        """Return the object for a call with ``values``: shared state, own parameters."""
         view: Any = object.__new__(type(self._instance))
         view.__dict__ = self._instance.__dict__
         object.__setattr__(view, _SHARED, self._instance)
@@ -87,22 +86,21 @@ class Instances:
         self._building = asyncio.Lock()
         self._builds: dict[str, asyncio.Task[None]] = {}
         self._awaited: dict[object, ParameterValues] = {}
-        # Of no call: an instance outlives those that it was built for.
+        # A neutral context: an instance outlives the calls that it was built for.
         self._context = contextvars.copy_context()
-        # Told that an instance may have become idle, while a build waits for that.
+        # Called when an instance may have become idle, while a build waits for that.
         self._on_idle: Callable[[], object] = lambda: None
 
     def enter_default(self) -> lifecycle.Entered | None:
-        """Begin to enter the instance of the default parameters; ``None`` where one has none.
+        """Begin to enter the instance with default parameters; ``None`` if a parameter is required.
 
-        It is ours once ``adopt`` is called.
+        The caller passes it to ``adopt`` once it has entered.
         """
         if any(parameter.is_required for parameter in self._service.parameters.values()):
             return None
         return self._life(self._defaults)
 
     def adopt(self, life: lifecycle.Entered) -> None:
-        """Take over the instance of the default parameters."""
         self._add(Loaded(life=life, values=self._defaults, is_pinned=True))
 
     def take(self, values: ParameterValues) -> Loaded | None:
@@ -117,7 +115,7 @@ class Instances:
         return None
 
     def take_any(self) -> Loaded | None:
-        """Count a use of the default instance, or of the last one used where there is none."""
+        """Return the default instance (else the last one used), and count its use."""
         with self._lock:
             usable = [loaded for loaded in self._loaded if not loaded.is_drained]
             if not usable:
@@ -134,7 +132,7 @@ class Instances:
 
     @contextlib.contextmanager
     def using(self, loaded: Loaded) -> Iterator[None]:
-        """Count one more use of an instance that is in use already."""
+        """Count an additional use of an instance that is in use."""
         with self._lock:
             loaded.in_use += 1
         try:
@@ -149,7 +147,7 @@ class Instances:
         for it, and is not kept; one whose callers give up goes on for the next, once it has begun.
 
         Raises:
-            UsageError: where ``gw_max_instances`` leaves no room beside the default instance.
+            UsageError: if ``gw_max_instances`` leaves no room beside the default instance.
         """
         key, token = parameters.canonical(values), object()
         self._awaited[token] = values  # keeps what is built for this call until it takes that
@@ -170,7 +168,6 @@ class Instances:
                 self._on_idle()
 
     async def leave(self) -> None:
-        """Leave every instance, in parallel; a build under way is cancelled."""
         builds = list(self._builds.values())
         for build in builds:
             build.cancel()
@@ -186,7 +183,7 @@ class Instances:
         try:
             async with self._building:
                 if any(loaded.suits(values) for loaded in self._loaded):
-                    return  # of other values, but of the same that shape the state
+                    return  # another build has made a suitable instance
                 if not await self._has_room_for(values):
                     return
                 life = self._life(values)
@@ -196,7 +193,7 @@ class Instances:
                     cause = failed.causes[life.name]
                     if isinstance(cause, Exception):
                         raise cause from None
-                    raise errors.BodyExited(  # an exit of a hook ends no process
+                    raise errors.BodyExited(  # a hook must not end the process
                         f"an on_enter hook of {life.name} raised {cause!r}: raise an Exception"
                     ) from cause
                 self._add(Loaded(life=life, values=values))
@@ -215,7 +212,7 @@ class Instances:
     # -- making room --
 
     async def _has_room_for(self, values: ParameterValues) -> bool:
-        """Leave others until one more may be alive; False once no call waits for ``values``."""
+        """Exit idle instances until there is room; return False if no call waits any more."""
         freed = asyncio.Event()
         running = asyncio.get_running_loop()
         self._on_idle = functools.partial(running.call_soon_threadsafe, freed.set)
@@ -240,10 +237,10 @@ class Instances:
                     loaded.is_drained = False
 
     def _idle(self) -> Loaded | None:
-        """Return the least recently used idle instance, drained.
+        """Return the least recently used idle instance, after draining it.
 
-        Where all are busy the least recently used one is drained, for calls that overlap for ever
-        would keep all others out.
+        If all are busy, it drains the least recently used one, because overlapping calls could
+        otherwise exclude other values for ever.
         """
         with self._lock:
             unpinned = [loaded for loaded in self._loaded if not loaded.is_pinned]
@@ -253,7 +250,7 @@ class Instances:
                     f"no room beside the instance of its default parameters, which is always kept: "
                     f"set it to {self._settings.max_instances + 1} or more"
                 )
-            # Not one that was just built for a call that has not taken it yet.
+            # Skip an instance that was just built for a call, until the call takes it.
             spare = [
                 loaded
                 for loaded in unpinned
@@ -271,15 +268,15 @@ class Instances:
 async def _entered(
     service: services.Service, view_class: type, values: ParameterValues
 ) -> AsyncIterator[Any]:
-    """Enter an instance, which then knows what its state depends on, and leave it."""
+    """Enter an instance, record what its state depends on, and exit it."""
     reads: set[str] = set()
     instance: Any = object.__new__(view_class)
-    # Not itself: a cycle would keep what was evicted in memory until a garbage collection.
+    # None instead of itself: a cycle would delay the release of memory until a garbage collection.
     object.__setattr__(instance, _SHARED, None)
-    # A copy: what a body does to a list that its caller gave is not done to the exit hooks' one.
+    # A copy, because a body may change a list that the caller gave, and exit hooks read it.
     object.__setattr__(instance, parameters.VALUES, copy.deepcopy(dict(values)))
     object.__setattr__(instance, parameters.READS, reads)
-    await loop.in_thread(instance.__init__)  # a constructor that loads must not stop the loop
+    await loop.in_thread(instance.__init__)  # a constructor that loads must not block the loop
     for name in service.enter_hooks:
         await _run_hook(instance, name)
     shaping = frozenset(
@@ -293,7 +290,7 @@ async def _entered(
     for name in service.exit_hooks:
         try:
             await _run_hook(instance, name)
-        except Exception:  # the hooks behind it run all the same
+        except Exception:  # the remaining hooks run all the same
             logger.exception(
                 "pid %d: the exit hook %s.%s failed", os.getpid(), type(instance).__qualname__, name
             )
@@ -305,7 +302,7 @@ async def _run_hook(instance: Any, name: str) -> None:
 
 
 def _view_class(cls: type) -> type:
-    """A subclass with room for parameter values beside the shared state of ``cls``."""
+    """Return a subclass of ``cls`` with slots for parameter values beside the shared state."""
     names = {name for base in cls.__mro__ for name in vars(base)}
     static = {name: inspect.getattr_static(cls, name) for name in names}
     body = {
@@ -318,14 +315,14 @@ def _view_class(cls: type) -> type:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
-        # The class's own __new__ makes handles for callers.
+        # The class's own __new__ returns handles for callers.
         "__new__": lambda view_class, *args, **kwargs: object.__new__(view_class),
     }
     return type(cls.__name__, (cls,), body)
 
 
 def _shared(slot: types.MemberDescriptorType) -> property:
-    """An attribute that the user's class keeps in ``__slots__``, outside the shared dict."""
+    """Return a property for an attribute in the user's ``__slots__``, outside the shared dict."""
     return property(
         lambda view: slot.__get__(_state(view)),
         lambda view, value: slot.__set__(_state(view), value),

@@ -1,7 +1,7 @@
-"""Enter contexts and ``on_enter`` hooks in parallel, leave them again, end where they fail.
+"""Enters contexts and ``on_enter`` hooks in parallel, and exits them, in processes that serve.
 
-Each unit lives in a task of its own from entering to leaving, because libraries built on anyio
-require that a cancel scope is left in the task that entered it.
+Each unit lives in one asyncio task from entering to exit, because libraries built on anyio require
+that a cancel scope is exited in the task that entered it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EX_CONFIG = 78
 
 
 class Entered:
-    """A unit that is being entered, is entered, or was left; ``value`` is what it entered as."""
+    """A unit that is entering, entered or exited; ``value`` is the result of entering."""
 
     def __init__(
         self, name: str, manager: AbstractAsyncContextManager[Any], exit_timeout: float
@@ -34,25 +34,24 @@ class Entered:
         self.value: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._leave = asyncio.Event()
         self._exit_timeout = exit_timeout
-        #: Enters and leaves the unit.
+        #: Enters and exits the unit.
         self.task = asyncio.create_task(self._live(), name=f"gw-{name}")
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the entering, if it is over and failed."""
         return self.value.exception() if self.value.done() else None
 
     def abandon(self) -> None:
-        """Cancel the entering; what is entered already stays so."""
+        """Cancel the entering; an entered unit stays entered."""
         if not self.value.done():
             self.task.cancel()
 
     async def leave(self) -> None:
-        """Leave the unit when it is entered; errors and time-outs are logged, never raised."""
+        """Exit an entered unit; errors and time-outs are logged, never raised."""
         self._leave.set()
         _, late = await asyncio.wait([self.task], timeout=self._exit_timeout)
         if late:
-            # Not awaited: what swallows the cancellation must not hold up the others.
+            # Not awaited, because a unit that ignores the cancellation must not delay the others.
             self.task.cancel()
             logger.error(
                 "pid %d: %s did not leave within %.0f s and was left behind (setting "
@@ -67,7 +66,7 @@ class Entered:
             is_cancelled = isinstance(exc, asyncio.CancelledError)
             cause = asyncio.CancelledError("cancelled while entering") if is_cancelled else exc
             self.value.set_exception(cause)
-            self.value.exception()  # retrieved: `failure` reports it
+            self.value.exception()  # retrieve it: `failure` reports it
             return
         await self._leave.wait()
         try:
@@ -79,11 +78,14 @@ class Entered:
 async def settle_all(lives: Sequence[Entered], timeout: float) -> None:
     """Wait until all of ``lives`` have entered.
 
-    When one fails the rest are cancelled, every one that entered is left again, and all causes
-    are reported together. So it is when the wait is cancelled.
+    If one fails, or the wait is cancelled, the others are cancelled and entered units are exited.
+
+    Args:
+        lives: the units.
+        timeout: seconds that they may take.
 
     Raises:
-        StartupError: with the cause of each unit that failed, or did not enter in ``timeout``.
+        StartupError: with the cause of each unit that failed or was late.
     """
     if not lives:
         return
@@ -104,7 +106,7 @@ async def settle_all(lives: Sequence[Entered], timeout: float) -> None:
 
 
 async def leave_all(lives: Sequence[Entered]) -> None:
-    """Leave all of ``lives`` in parallel; those still entering are cancelled first."""
+    """Exit all of ``lives`` in parallel; those still entering are cancelled first."""
     for life in lives:
         life.abandon()
     await asyncio.gather(*(life.leave() for life in lives))
@@ -112,9 +114,9 @@ async def leave_all(lives: Sequence[Entered]) -> None:
 
 @contextlib.contextmanager
 def fatal_errors(report: Callable[[str], None] = lambda reason: None) -> Iterator[None]:
-    """Turn any exception into a logged reason and ``SystemExit``: Celery would log it and go on.
+    """Log any exception and raise ``SystemExit``, where Celery would log it and continue.
 
-    ``report`` is called with the reason as text, too.
+    ``report`` is called with the reason as text.
     """
     try:
         yield
@@ -129,7 +131,7 @@ def fatal_errors(report: Callable[[str], None] = lambda reason: None) -> Iterato
 
 
 def log_causes(exc: BaseException) -> None:
-    """Log that this process cannot serve, and each class that failed to load with its traceback."""
+    """Log that this process cannot serve, with the traceback of each class that failed."""
     logger.critical("pid %d cannot serve: %s", os.getpid(), exc)
     if isinstance(exc, errors.StartupError):
         for name, cause in exc.causes.items():

@@ -1,7 +1,7 @@
-"""The event loop of a process that serves, the threads of sync hooks, and what watches the loop.
+"""The event loop of a process that serves, the threads of sync hooks, and the loop's watchdog.
 
-Stock pools keep the main thread (prefork, solo) for Celery, so the loop has one to itself: what a
-context started goes on between two tasks.
+On prefork and solo, Celery needs the main thread. The loop has its own thread, so that background
+work of a context continues between tasks.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _REMEDY = "put what computes or blocks into `await asyncio.to_thread(...)`, or into a plain `def`"
-#: Inputs that are named where any of them may be to blame.
+#: Maximum number of inputs named as possible causes.
 _MAX_NAMES = 3
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = tuple(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 class Host:
-    """A loop and the thread that runs it: the caller's, or without ``hosted`` one of its own."""
+    """A loop and its thread: the caller's if ``hosted`` is given, else a new one."""
 
     def __init__(self, hosted: asyncio.AbstractEventLoop | None = None) -> None:
         self.loop = hosted or asyncio.new_event_loop()
@@ -49,24 +49,23 @@ class Host:
             self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Cancel what is left on the loop and end it; waits ``timeout`` seconds at most."""
+        """Cancel the remaining asyncio tasks and end the loop, within ``timeout`` seconds."""
         self._is_stopping = True
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(timeout)
 
     def is_current(self) -> bool:
-        """Whether the caller runs on this loop's thread."""
         return threading.current_thread() is self._thread
 
     def answers(self, within: float) -> bool:
-        """Whether the loop takes its turn ``within`` seconds; False while something blocks it."""
+        """Return whether the loop turns ``within`` seconds; False if something blocks it."""
         answered = threading.Event()
         self.loop.call_soon_threadsafe(answered.set)
         return answered.wait(within)
 
     def stack(self) -> traceback.StackSummary:
-        """What the loop's thread is doing right now, the innermost call last."""
+        """Return the current stack of the loop's thread, innermost call last."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         return traceback.extract_stack(frame) if frame else traceback.StackSummary()
 
@@ -77,8 +76,8 @@ class Host:
                 try:
                     self.loop.run_forever()
                 except (SystemExit, KeyboardInterrupt) as exc:
-                    # A task that a body created raised it; asyncio lets it out of the loop, which
-                    # must outlive it.
+                    # An asyncio task that a body created raised it. asyncio lets it end the loop,
+                    # which must continue.
                     logger.error("pid %d: a background task raised %r; ignored", os.getpid(), exc)
             rest = asyncio.all_tasks(self.loop)
             for task in rest:
@@ -91,7 +90,7 @@ class Host:
 
 
 class Tasks:
-    """Tasks that nothing awaits: asyncio itself keeps only weak references to them."""
+    """Holds asyncio tasks that nothing awaits, because asyncio keeps only weak references."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
@@ -102,31 +101,30 @@ class Tasks:
         name: str,
         context: contextvars.Context | None = None,
     ) -> None:
-        """Run ``coroutine`` on the running loop, in the caller's context unless one is given."""
+        """Run ``coroutine`` on the running loop; default context: the caller's."""
         task = asyncio.get_running_loop().create_task(coroutine, name=name, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def cancel(self) -> frozenset[asyncio.Task[None]]:
-        """Cancel those that run, and return them."""
         for task in self._tasks:
             task.cancel()
         return frozenset(self._tasks)
 
 
 async def in_thread(fn: Callable[..., T], *args: Any) -> T:
-    """Run a sync hook in a daemon thread of its own and return what it returned.
+    """Run a sync hook in a new daemon thread and return its result.
 
-    The default executor would keep a failed process from exiting until a slow load is over.
+    A thread of the default executor would delay the exit of a failed process until the hook ends.
     """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
-    # A wait that is given up must not cancel it: the thread goes on, and sets its outcome.
+    # Giving up the wait must not cancel the future: the thread continues, and sets its outcome.
     future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
             future.set_result(fn(*args))
-        except StopIteration as exc:  # cannot cross a future
+        except StopIteration as exc:  # cannot pass a future
             future.set_exception(
                 errors.BodyExited(f"a hook raised {exc!r}: raise another Exception")
             )
@@ -138,14 +136,14 @@ async def in_thread(fn: Callable[..., T], *args: Any) -> T:
 
 
 class Watchdog:
-    """Logs that the loop ``host`` is late; ``in_flight`` names the inputs of this process.
+    """Logs that the loop of ``host`` is late; ``in_flight`` returns the names of current inputs.
 
-    The loop cannot: while something blocks it none of its timers run. A thread watches it.
+    A thread watches the loop, because no timer of a blocked loop runs.
     """
 
-    #: Seconds that the loop may be late before it is logged.
+    #: Seconds by which the loop may be late before a log line.
     limit = 1.0
-    #: Seconds between two lines at least.
+    #: Minimum seconds between two log lines.
     silence = 10.0
 
     def __init__(self, host: Host, in_flight: Callable[[], Iterable[str]]) -> None:
@@ -156,7 +154,7 @@ class Watchdog:
         self._is_over = threading.Event()
 
     def start(self) -> None:
-        """Begin, on the loop; the thread ends with the process, or with ``stop``."""
+        """Start on the loop; the thread ends with the process or with ``stop``."""
         self._turn()
         threading.Thread(target=self._run, name="gw-watchdog", daemon=True).start()
 
@@ -164,7 +162,7 @@ class Watchdog:
         self._is_over.set()
 
     def _turn(self) -> None:
-        # Where a call held the GIL the thread could not run either.
+        # If a call held the GIL, the thread could not run either.
         self._look(lambda: f"a call held the GIL; in flight: {self._suspects()}")
         self._turned_at = time.monotonic()
         if not self._is_over.is_set():
@@ -186,7 +184,7 @@ class Watchdog:
     def _culprit(self) -> str:
         running, place = asyncio.current_task(self._host.loop), _place(self._host.stack())
         name = "" if running is None else running.get_name()
-        if not name or name.startswith("Task-"):  # one that a body created has no name of its own
+        if not name or name.startswith("Task-"):  # created by a body, without a name
             name = f"{name or 'a callback'} (in flight: {self._suspects()})"
         return f"{name}, at {place}"
 
@@ -202,7 +200,7 @@ def blocked_load(
     """Log what blocks ``host`` while it loads ``entering``, and return it as an error."""
     running, stack = asyncio.current_task(host.loop), host.stack()
     late = [life for life in entering if not life.value.done()]
-    named = [life for life in late if life.task is running]  # none: a task that one of them made
+    named = [life for life in late if life.task is running]  # none: a task that one created
     names = [life.name for life in named or late] or ["the event loop"]
     why = (
         f"still blocks the event loop after gw_start_timeout={timeout:.0f} s, at {_place(stack)}: "
@@ -216,6 +214,5 @@ def blocked_load(
 
 
 def _place(stack: traceback.StackSummary) -> str:
-    """The innermost line that is not a library's."""
     own = [frame for frame in stack if not frame.filename.startswith(_LIBRARIES)]
     return "".join(f"{at.filename}:{at.lineno} in {at.name}" for at in (own or stack)[-1:]) or "?"

@@ -1,1 +1,1 @@
-"""What the autoscaler would have done: a trace of arrivals, replayed through the policy itself."""
+"""The simulator, a command: replays a trace of arrivals through the autoscaler's policy."""

@@ -13,14 +13,14 @@ from gw_celery import errors
 from gw_celery.policy import scaling
 from gw_celery.simulate import cluster, runs, trace
 
-#: Replicas, and nodes.
+#: Maximum number of replicas, and of nodes.
 _MOST = 100_000
 
 
 def _number(
     rule: str, is_right: Callable[[float], bool], kind: Callable[[float], float] = float
 ) -> Callable[[str], float]:
-    """Return what reads an option; ``rule`` says what it may be."""
+    """Return a function that reads an option; ``rule`` describes the allowed values."""
 
     def read(text: str) -> float:
         try:
@@ -44,7 +44,7 @@ _FROM_ONE = _number(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 2 is the code of an option or a file that cannot be used."""
+    """Run the command; exit code 2 means an unusable option or file."""
     command = argparse.ArgumentParser(prog="python -m gw_celery.simulate", description=__doc__)
     add_options(command)
     options = command.parse_args(argv)
@@ -63,10 +63,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def to_scenario(options: argparse.Namespace) -> cluster.Scenario:
-    """Return what the options of ``add_options`` ask for.
+    """Return the scenario that the options of ``add_options`` describe.
 
     Raises:
-        ConfigurationError: for bounds that contradict each other.
+        ConfigurationError: if the bounds contradict each other.
     """
     if options.min > options.max:
         raise errors.ConfigurationError(
@@ -90,7 +90,6 @@ def to_scenario(options: argparse.Namespace) -> cluster.Scenario:
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    """Declare the trace and the options of a simulation."""
     columns = f"{','.join(trace.TOKENS)} or {','.join(trace.PLAIN)}"
     command.add_argument("trace", type=Path, help=f"CSV file with the columns {columns}")
     add, rules = command.add_argument, scaling.Rules()

@@ -1,8 +1,8 @@
-"""A queue and the replicas that serve it, simulated event by event under a scaling policy.
+"""Simulates a queue and its replicas, event by event, under a scaling policy.
 
-One queue, first come, first served; a replica runs one input at a time. A replica costs from its
-start; one that is removed ends its input first. A policy observes what a worker can know: how many
-inputs wait and run, and the workload of what has run, never of what still waits.
+There is one queue in order of arrival, and a replica runs one input at a time. A replica costs from
+its start; one that is removed first ends its input. A policy observes what a worker can know: the
+number of waiting and running inputs, and the workload of started inputs, but not of waiting ones.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import Protocol
 from gw_celery.policy import scaling
 from gw_celery.simulate import trace as traces
 
-#: Inputs over which the mean workload is taken.
+#: Number of inputs over which the mean workload is measured.
 MEAN_OVER = 100
 
 
 @dataclasses.dataclass(slots=True)
 class Observation:
-    """What a policy can know at a moment."""
+    """What a policy can know at one moment."""
 
-    #: Inputs that were sent, and those of them that wait, run, or were refused.
+    #: Inputs sent, and those of them that wait, run, or were refused.
     arrived: int = 0
     waiting: int = 0
     running: int = 0
     refused: int = 0
-    #: Mean workload of the latest inputs that ran.
+    #: Mean workload of the latest started inputs.
     mean: float = 1.0
     #: Replicas of all nodes: starting, ready and draining.
     actual: int = 0
 
 
 class Scaler(Protocol):
-    """The part of a policy that runs on one node: asked once a second."""
+    """The policy on one node, asked once a second."""
 
-    #: Asked at each arrival, too.
+    #: Whether it is also asked at each arrival.
     on_arrival: bool
 
     def desired(self, now: float, observation: Observation) -> int:
@@ -48,53 +48,47 @@ class Scaler(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What is simulated: ``least`` and ``most`` are replicas of all nodes together."""
+    """The simulated system; ``least`` and ``most`` are replicas of all nodes together."""
 
     #: Workload per second of one replica.
     score: float
     rules: scaling.Rules
-    #: As many are READY when the trace begins.
+    #: Also the number of READY replicas at the start of the trace.
     least: int = 1
     most: int = 60
     nodes: int = 1
-    #: Inputs that may wait; more are refused. ``None``: any number.
+    #: Maximum number of waiting inputs, beyond which inputs are refused; ``None``: no limit.
     queue_limit: int | None = None
     seed: int = 0
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What a policy made of a trace."""
-
-    #: How long each input waited, in the order of arrival; ``None`` for one that was refused.
+    #: Seconds that each input waited, in order of arrival; ``None`` for a refused one.
     waits: list[float | None]
     replica_seconds: float = 0.0
     starts: int = 0
-    #: When the last input ended.
+    #: Time at which the last input ended.
     end: float = 0.0
 
 
 class _Node:
-    """The replicas of one worker."""
-
     __slots__ = ("draining", "gone", "idle", "live", "starting")
 
     def __init__(self) -> None:
-        #: Replicas that do not drain, those of them that are idle, and those that drain.
+        #: Replicas that do not drain, the idle ones of them, and draining ones.
         self.live = self.idle = self.draining = 0
-        #: Replicas that were idle and have gone, but are still in the cluster's list of free ones.
+        #: Removed replicas that are still in the cluster's list of free ones.
         self.gone = 0
-        #: The events at which its new replicas will be READY.
+        #: The events at which its starting replicas become READY.
         self.starting: list[int] = []
 
 
 class Cluster:
-    """All nodes, their queue, and the events to come."""
-
     def __init__(self, trace: traces.Trace, scenario: Scenario, nodes: int) -> None:
         self._trace = trace
         self._scenario = scenario
-        #: Most replicas of one node, those that drain included.
+        #: Maximum replicas of one node, including draining ones.
         self._room = -(-scenario.most // nodes)
         self._nodes = [_Node() for _ in range(nodes)]
         self.observation = Observation()
@@ -102,7 +96,7 @@ class Cluster:
         self._queue: collections.deque[int] = collections.deque()
         #: The node of each free replica, in the order in which they take inputs.
         self._free: collections.deque[int] = collections.deque()
-        #: Time, number of the event, node, and whether a replica is READY then, or an input ends.
+        #: Time, number of the event, node, and whether a replica becomes READY or an input ends.
         self._events: list[tuple[float, int, int, bool]] = []
         self._numbers = itertools.count()
         self._ran = 0
@@ -116,14 +110,14 @@ class Cluster:
         return now.arrived == len(self._trace) and not now.waiting and not now.running
 
     def advance(self, now: float) -> None:
-        """Let everything happen that happens until ``now``, arrivals excepted."""
+        """Process all events until ``now``, except arrivals."""
         events = self._events
         while events and events[0][0] <= now:
             at, event, number, is_start = heapq.heappop(events)
             node = self._nodes[number]
             if is_start:
                 if event not in node.starting:
-                    continue  # it was removed before it was READY
+                    continue  # removed before it was READY
                 node.starting.remove(event)
             else:
                 self.observation.running -= 1
@@ -137,7 +131,6 @@ class Cluster:
                 self._dispatch(at)
 
     def arrive(self, now: float) -> None:
-        """Let the next input of the trace arrive."""
         observation, limit = self.observation, self._scenario.queue_limit
         observation.arrived += 1
         if limit is not None and observation.waiting >= limit:
@@ -148,7 +141,7 @@ class Cluster:
         self._dispatch(now)
 
     def scale(self, now: float, number: int, desired: int) -> None:
-        """Start replicas of a node, or remove some: starting ones, then idle, then busy ones."""
+        """Start or remove replicas of a node: starting ones first, then idle, then busy ones."""
         node = self._nodes[number]
         if desired == node.live:
             return
@@ -168,7 +161,7 @@ class Cluster:
             self._change_actual(now, -1)
 
     def close(self) -> Outcome:
-        """Return the outcome; what there is costs until the last input ended."""
+        """Return the outcome; present replicas cost until the last input has ended."""
         self._outcome.end = max(self._outcome.end, self._trace.seconds)
         self._outcome.replica_seconds += self._outcome.end * self.observation.actual
         return self._outcome
@@ -213,8 +206,10 @@ def simulate(
     """Replay a trace until its last input has ended.
 
     Args:
+        trace: the trace.
+        scenario: the simulated system.
         scalers: the policy of each node.
-        phases: when in each second a node decides, by node.
+        phases: the time in each second at which a node decides, by node.
     """
     cluster = Cluster(trace, scenario, len(scalers))
     turns = sorted((phase, number) for number, phase in enumerate(phases))

@@ -1,4 +1,4 @@
-"""A trace replayed through the autoscaler's policy or another one, and the figures of it."""
+"""Replays a trace through the autoscaler's policy or another one, and computes figures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from gw_celery import errors
 from gw_celery.policy import demand, scaling, scores
 from gw_celery.simulate import cluster, trace
 
-#: Seconds of a trace; each is replayed one by one.
+#: Maximum seconds of a trace, because each second is simulated.
 _LONGEST = 30 * 86_400
 
 Figures = dict[str, float | int]
-#: The figures that a table shows, by the heads of their columns, and how.
+#: The columns of a table: heading -> key of the figure, and its format.
 COLUMNS = {
     "over target": ("over_target_share", "{:.2%}"),
     "replica-seconds": ("replica_seconds", "{:,.0f}"),
@@ -27,10 +27,13 @@ COLUMNS = {
 
 
 class OurPolicy:
-    """The policy of one worker, in the worker's own code, on what the simulator observes.
+    """The policy of one worker, in the code of real workers, on the simulator's observations.
 
     Args:
-        positions: which of the cluster's replicas are this node's, counted from 1 and ascending.
+        rules: the operator's settings.
+        score: workload per second of one replica.
+        bounds: minimum and maximum replicas.
+        positions: the positions of this node's replicas in the cluster, from 1, ascending.
     """
 
     on_arrival = False
@@ -66,13 +69,15 @@ def play(
     scenario: cluster.Scenario,
     scalers: Sequence[cluster.Scaler] | None = None,
 ) -> cluster.Outcome:
-    """Replay a trace; when in a second a node decides is drawn by lot.
+    """Replay a trace; each node decides at a random time within a second.
 
     Args:
+        replayed: the trace.
+        scenario: the simulated system.
         scalers: another policy than ours, by node.
 
     Raises:
-        ConfigurationError: for a trace that would take for ever.
+        ConfigurationError: if the simulation would take too long.
     """
     _refuse_overload(replayed, scenario)
     scalers = our_policy(scenario) if scalers is None else scalers
@@ -83,7 +88,7 @@ def play(
 def our_policy(scenario: cluster.Scenario) -> list[OurPolicy]:
     """Return the policy of each node, with its part of the replicas.
 
-    All nodes have the same room, and the first ones one more if need be.
+    All nodes have the same capacity, or the first ones have one more.
     """
     share, rest = divmod(scenario.most, scenario.nodes)
     nodes = range(scenario.nodes)
@@ -96,7 +101,7 @@ def our_policy(scenario: cluster.Scenario) -> list[OurPolicy]:
 
 
 def figures(outcome: cluster.Outcome, target_queue_time: float) -> Figures:
-    """Return the figures of one policy; an input that was refused counts as over target."""
+    """Return the figures of one outcome; a refused input counts as over target."""
     waits = sorted(wait for wait in outcome.waits if wait is not None)
     served, refused = len(waits), len(outcome.waits) - len(waits)
     late = sum(wait > target_queue_time for wait in waits) + refused
@@ -115,7 +120,7 @@ def figures(outcome: cluster.Outcome, target_queue_time: float) -> Figures:
 
 
 def table(rows: Mapping[str, Figures], columns: Mapping[str, tuple[str, str]] = COLUMNS) -> str:
-    """Return a line for each policy, with its name, under the heads of ``columns``."""
+    """Return a table with a line for each policy, under the headings of ``columns``."""
     lines = [["", *columns]]
     for name, row in rows.items():
         lines.append([name, *(form.format(row[key]) for key, form in columns.values())])

@@ -1,4 +1,4 @@
-"""The inputs of a trace, from a CSV file."""
+"""Reads the inputs of a trace from a CSV file, for the simulator."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ PLAIN = ("seconds", "workload")
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """When each input arrived, counted from the first, and its workload."""
+    """The arrival time of each input, from the first one, and its workload."""
 
     times: Sequence[float]
     workloads: Sequence[float]
 
     @property
     def seconds(self) -> float:
-        """From the first to the last arrival."""
         return self.times[-1]
 
     def __len__(self) -> int:
@@ -32,10 +31,14 @@ class Trace:
 
 
 def read(path: Path, generated_factor: float = 10.0) -> Trace:
-    """Read a CSV file with the columns of `TOKENS` or of `PLAIN`, in any order of its lines.
+    """Read a CSV file with the columns of `TOKENS` or of `PLAIN`; its lines may be unsorted.
+
+    Args:
+        path: the file.
+        generated_factor: workload of a generated token, relative to a context token.
 
     Raises:
-        TraceError: with the line, what is wrong with it, and the remedy.
+        TraceError: with the line, what is wrong, and the remedy.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -81,7 +84,7 @@ def _inputs(
 
 
 def _stamp(text: str) -> float:
-    """Seconds of a time that may say its zone: only differences are looked at."""
+    """Return the seconds of a time with or without a zone; only differences are used."""
     when = dt.datetime.fromisoformat(text.strip())
     if when.tzinfo is None:
         when = when.replace(tzinfo=dt.UTC)

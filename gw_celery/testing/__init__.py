@@ -1,4 +1,4 @@
-"""Doubles for the tests of your tasks, with any test runner; ``fixtures`` has them for pytest."""
+"""Doubles for tests with any test runner; ``gw_celery.testing.fixtures`` adapts them to pytest."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The doubles of ``gw_celery.testing`` as pytest fixtures::
+"""The doubles of ``gw_celery.testing`` as pytest fixtures, for the process of the tests::
 
     pytest_plugins = ["gw_celery.testing.fixtures"]
 
-A test that fails shows the ends of the logs of the processes that run at that time.
+The report of a failed test shows the ends of the logs of running processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def pytest_runtest_makereport() -> Generator[None, Any, Any]:
 
 @pytest.fixture
 def gw_clock() -> FakeClock:
-    """The clock of batches under ``gw_in_process`` in this test: it stands still."""
+    """The clock of the batches under ``gw_in_process``; only ``advance`` moves it."""
     return FakeClock()
 
 
@@ -42,7 +42,7 @@ def gw_clock() -> FakeClock:
 def gw_in_process(request: pytest.FixtureRequest) -> Iterator[Callable[[App], Any]]:
     """Return a function that serves an App in this process until the test ends.
 
-    A test that uses the fixture ``gw_clock`` as well has its batches wait by that clock.
+    If the test also uses ``gw_clock``, its batches wait by that clock.
     """
     clock = request.getfixturevalue("gw_clock") if "gw_clock" in request.fixturenames else None
     with contextlib.ExitStack() as stack:
@@ -51,25 +51,25 @@ def gw_in_process(request: pytest.FixtureRequest) -> Iterator[Callable[[App], An
 
 @pytest.fixture
 def gw_fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Return a function that gives workers of this test the GPUs that it names: ``A100:4``."""
+    """Return a function that sets the simulated GPUs of this test's workers, as ``A100:4``."""
     return functools.partial(monkeypatch.setenv, "GW_FAKE_GPUS")
 
 
 @pytest.fixture(scope="session")
 def gw_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[devserver.Server]:
-    """An embedded server of this test run alone."""
+    """An embedded server for this test session."""
     with devserver.running(tmp_path_factory.mktemp("gw_server")) as server:
         yield server
         workers.close_all()
-        # A result unsubscribes when it is collected: it needs the server once more.
+        # A result unsubscribes when it is garbage collected, and needs the server for that.
         gc.collect()
 
 
 @pytest.fixture
 def gw_broker(gw_server: devserver.Server) -> Iterator[devserver.Server]:
-    """``gw_server``, emptied for the test; Celery apps of this process use it meanwhile.
+    """``gw_server``, emptied before the test; the Celery apps of this process use it.
 
-    It takes precedence over the URLs of their own configuration.
+    Its URLs override those of the apps' own configuration.
     """
     with redis.Redis(unix_socket_path=str(gw_server.socket)) as client:
         client.flushall()
@@ -81,7 +81,7 @@ def gw_broker(gw_server: devserver.Server) -> Iterator[devserver.Server]:
 def gw_worker(
     gw_broker: devserver.Server, tmp_path: Path
 ) -> Iterator[Callable[..., workers.Worker]]:
-    """Return a function that starts a worker, as ``gw_celery.testing.worker``, for this test."""
+    """Return a function like ``gw_celery.testing.worker``; its workers end with the test."""
     with contextlib.ExitStack() as stack:
         start = functools.partial(workers.worker, server=gw_broker, log_dir=tmp_path)
         yield lambda *args, **kwargs: stack.enter_context(start(*args, **kwargs))

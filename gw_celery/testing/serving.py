@@ -1,4 +1,4 @@
-"""Serve an App in the process of its test, and a clock for it that the test moves by hand."""
+"""Serves an App in the process of a test, with a clock that the test moves by hand."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gw_celery.client import execution
 from gw_celery.runtime import batcher
 from gw_celery.runtime import in_process as runtime_in_process
 
-#: Seconds: a sum of floats may miss the moment that it means by less than this.
+#: Seconds by which a sum of floats may differ from the time that it stands for.
 _TOLERANCE = 1e-9
-#: Seconds of real time between two looks at whether a timer is set.
+#: Seconds of real time between two checks whether a timer is set.
 _INTERVAL = 0.001
-#: Seconds of real time that another thread's loop has to take its next two turns.
+#: Seconds of real time that the loop of another thread may take for its next two turns.
 _LONGEST_TURNS = 10.0
 
 
@@ -28,15 +28,17 @@ _LONGEST_TURNS = 10.0
 def in_process(app: App, *, clock: batcher.Clock | None = None) -> Iterator[None]:
     """Serve everything that ``app`` declares in this process until the block ends.
 
-    Contexts and ``on_enter`` hooks are entered now and left at the end, of the outermost block
-    where several Apps are served. Inside, ``.delay()``, ``.remote()``, ``await`` and canvas run
-    the bodies here, through the same serializer; inputs of batched methods gather as in a replica.
+    Contexts and ``on_enter`` hooks are entered now. They are exited when the outermost block ends,
+    if several Apps are served. Inside, ``.delay()``, ``.remote()``, ``await`` and canvas run the
+    bodies here, through the same serializer. Inputs of batched methods gather as in a replica.
 
     Args:
-        clock: by which they wait for each other; the machine's own unless one is given.
+        app: the App to serve.
+        clock: the clock by which batches wait; default: the real one. Give a ``FakeClock`` to
+            control it.
 
     Raises:
-        StartupError: when a context or hook fails, with every cause.
+        StartupError: if a context or hook fails, with every cause.
     """
     conf = app.celery.conf
     is_outermost = execution.current() is None
@@ -66,9 +68,9 @@ class _Timer:
 
 
 class FakeClock(batcher.Clock):
-    """Stands still until ``advance``; what waits for a time is called when that has come.
+    """A clock for batches that stands still until ``advance``.
 
-    Any thread may use it, whatever loop the timers are of.
+    Any thread may use it; each timer runs on the loop that set it.
     """
 
     def __init__(self) -> None:
@@ -77,14 +79,17 @@ class FakeClock(batcher.Clock):
         self._changing = threading.Lock()
 
     def now(self) -> float:
-        """Return the seconds that the clock was advanced by."""
+        """Return the seconds by which the clock was advanced in all."""
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Let ``seconds`` pass at once. What was waiting for them runs in its loop's next turn.
+        """Move the clock; the timers that are due run in the next turn of their loops.
 
-        What was handed to that loop before, such as the calls of a ``gather``, begins before the
-        time passes, so that the sizes of batches do not depend on the speed of the machine.
+        Calls that were handed to such a loop before, such as those of a ``gather``, begin before
+        the clock moves. The sizes of batches therefore do not depend on the speed of the machine.
+
+        Args:
+            seconds: seconds to add, 0 or more.
 
         Raises:
             CallTimeout: when something blocks that loop.
@@ -94,7 +99,8 @@ class FakeClock(batcher.Clock):
         with self._changing:
             loops = {timer.loop for timer in self._timers}
         for loop in loops - {asyncio._get_running_loop()}:
-            # Another thread's: one turn makes a task, the next one begins it.
+            # A loop of another thread: the first turn creates the asyncio task, the second begins
+            # it.
             has_turned = threading.Event()
             loop.call_soon_threadsafe(loop.call_soon, has_turned.set)
             if not has_turned.wait(_LONGEST_TURNS):
@@ -109,7 +115,13 @@ class FakeClock(batcher.Clock):
             timer.ring()
 
     async def armed(self, timeout: float = 10.0) -> float:
-        """Wait until something waits for the time to pass; return the seconds until the first.
+        """Wait until a timer is set.
+
+        Args:
+            timeout: seconds of real time to wait.
+
+        Returns:
+            The seconds until the first timer is due.
 
         Raises:
             CallTimeout: when nothing does after ``timeout`` seconds of real time.
@@ -129,15 +141,15 @@ class FakeClock(batcher.Clock):
     def call_at(
         self, when: float, callback: Callable[[], object], context: contextvars.Context
     ) -> _Timer:
-        """Call ``callback`` on the running loop, in ``context``, once it is ``when``.
+        """Call ``callback`` on the running loop at the time ``when``; batchers use this.
 
         Args:
-            when: time by this clock, in seconds.
+            when: time of this clock in seconds.
             callback: called without arguments.
-            context: what it runs in.
+            context: the context in which it runs.
 
         Returns:
-            The timer, which can be cancelled.
+            The timer, which has a method ``cancel``.
         """
         loop = asyncio.get_running_loop()
         timer = _Timer(when, loop, lambda: loop.call_soon_threadsafe(run, context=context))
@@ -155,7 +167,7 @@ class FakeClock(batcher.Clock):
         return timer
 
     def _reaches(self, when: float) -> bool:
-        """Whether it is ``when``; a clock that comes a rounding error short is put right."""
+        """Return whether it is ``when``; correct a clock that is short by a rounding error."""
         if when > self._now + _TOLERANCE:
             return False
         self._now = max(self._now, when)

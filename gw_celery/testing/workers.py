@@ -1,4 +1,4 @@
-"""Real processes for a test, a ``celery worker`` above all, and the connections to its server."""
+"""Starts real processes for a test, above all ``celery worker``, and manages connections."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ READY_TIMEOUT = 40.0
 #: Seconds that one inspection of a worker waits for its answer.
 _ANSWER = 0.5
 
-#: Processes now running: the pytest plugin adds the ends of their logs to a failed test's report.
+#: Running processes; the pytest plugin adds the ends of their logs to the report of a failure.
 running: list[Process] = []
-#: Broker URL of the server that the apps used last.
+#: Broker URL of the server that the apps of this process used last.
 _last_url = ""
 
 
 def eventually(ask: Callable[[], T], timeout: float = 10.0, interval: float = 0.05) -> T:
-    """Return the first truthy answer of ``ask``.
+    """Call ``ask`` until its answer is truthy, and return this answer.
 
     Args:
-        ask: called until its answer is truthy.
-        timeout: seconds.
+        ask: called without arguments.
+        timeout: maximum seconds to wait.
         interval: seconds between two calls.
 
     Raises:
-        AssertionError: when ``timeout`` seconds pass without one.
+        AssertionError: if no answer is truthy within ``timeout``.
     """
     deadline = time.monotonic() + timeout
     while not (answer := ask()):
@@ -54,7 +54,11 @@ def eventually(ask: Callable[[], T], timeout: float = 10.0, interval: float = 0.
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not (some containers' init reaps no orphan)."""
+    """Return whether a process runs. A zombie counts as ended: not every init reaps orphans.
+
+    Args:
+        pid: process id.
+    """
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -62,13 +66,13 @@ def is_alive(pid: int) -> bool:
 
 
 class Process:
-    """A command in a session of its own.
+    """A command that runs in its own session.
 
     Args:
         command: the program and its arguments.
-        log: file that its output is appended to.
-        env: variables beside those of this process.
-        cwd: where it runs; the folder of its log by default.
+        log: file to which its output is appended.
+        env: environment variables in addition to those of this process.
+        cwd: working folder; default: the folder of the log.
     """
 
     def __init__(
@@ -97,25 +101,28 @@ class Process:
 
     @property
     def exit_code(self) -> int | None:
-        """``None`` while it runs; negative for the signal that ended it."""
+        """The exit code; ``None`` while the process runs, negative after a signal."""
         return self._popen.poll()
 
     def log_text(self) -> str:
+        """Return the whole log."""
         return self.log.read_text(errors="replace")
 
     def log_tail(self, lines: int = 60) -> str:
+        """Return the last ``lines`` lines of the log."""
         return "\n".join(self.log_text().splitlines()[-lines:])
 
     def wait_for_log(self, text: str, timeout: float = READY_TIMEOUT, times: int = 1) -> None:
-        """Wait until the log has ``text``.
+        """Wait until the log contains ``text``.
 
         Args:
-            text: words of one line.
-            timeout: seconds.
-            times: how often the log has to have it.
+            text: part of a line.
+            timeout: maximum seconds to wait.
+            times: required number of occurrences.
 
         Raises:
-            AssertionError: at once when the process ends without it, or after ``timeout`` seconds.
+            AssertionError: if ``text`` is missing after ``timeout`` seconds, or at the end of the
+                process.
         """
 
         def is_logged() -> bool:
@@ -135,10 +142,19 @@ class Process:
         return [child.pid for child in children if is_alive(child.pid)]
 
     def signal(self, number: signal.Signals) -> None:
+        """Send a signal, unless the process has ended."""
         if self.exit_code is None:
             self._popen.send_signal(number)
 
     def wait_exit(self, timeout: float = STOP_TIMEOUT) -> int:
+        """Wait for the end of the process, and return its exit code; negative after a signal.
+
+        Args:
+            timeout: maximum seconds to wait.
+
+        Raises:
+            AssertionError: if the process still runs after ``timeout`` seconds.
+        """
         try:
             return self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -147,10 +163,13 @@ class Process:
             ) from None
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> int:
-        """Send TERM, and after ``timeout`` seconds KILL; KILL what is left of its descendants.
+        """Send TERM, then KILL after a timeout; send KILL to the descendants that remain.
+
+        Args:
+            timeout: seconds to wait after TERM.
 
         Returns:
-            The exit code, negative for the signal that ended it.
+            The exit code; negative after a signal.
         """
         self.children()
         self.signal(signal.SIGTERM)
@@ -159,7 +178,7 @@ class Process:
         except subprocess.TimeoutExpired:
             self.kill()
         for descendant in self._descendants:
-            # psutil compares start times, so that a reused pid is never hit.
+            # psutil compares start times, so that a reused pid is safe.
             if descendant.is_running():
                 descendant.kill()
         if self in running:
@@ -167,7 +186,7 @@ class Process:
         return self._popen.wait()
 
     def kill(self) -> None:
-        """Send KILL at once, as the kernel's out-of-memory killer would."""
+        """Send KILL at once, as the out-of-memory killer of the kernel does."""
         self.children()
         self.signal(signal.SIGKILL)
         self._popen.wait()
@@ -177,21 +196,20 @@ class Process:
 
 
 class Worker(Process):
-    """A running ``celery -A app worker`` that a test can wait for and inspect.
+    """A running ``celery -A app worker`` that a test can inspect and wait for.
 
-    It imports what this process can import. Its node name and the URLs need not be among the
-    options: the URLs reach it through ``CELERY_BROKER_URL`` and ``CELERY_RESULT_BACKEND``, which
-    take precedence over the app's own.
+    It can import what this process can import. It gets a unique node name. It gets the URLs through
+    ``CELERY_BROKER_URL`` and ``CELERY_RESULT_BACKEND``, which override those of the app.
 
     Args:
-        app: as for ``celery -A``.
-        options: of the command.
-        broker_url: of the broker.
-        result_url: of the result backend.
-        log_dir: the folder of its log.
-        env: variables beside those of this process.
-        command: ``("gw", "worker")`` is ``celery gw worker``.
-        cwd: where it runs; the folder of this process by default.
+        app: the argument of ``celery -A``.
+        options: options of the command.
+        broker_url: URL of the broker.
+        result_url: URL of the result backend.
+        log_dir: folder for its log.
+        env: environment variables in addition to those of this process.
+        command: the subcommand; ``("gw", "worker")`` runs ``celery gw worker``.
+        cwd: working folder; default: that of this process.
     """
 
     def __init__(
@@ -208,7 +226,7 @@ class Worker(Process):
         self.broker_url = broker_url
         self.result_url = result_url
         self.node = f"w-{uuid4().hex[:8]}@test"
-        # Each worker would wait a second for the answers of others, and there are none.
+        # Without these options, each worker waits a second for answers of other workers.
         alone = ["-n", self.node, "--without-mingle", "--without-gossip"]
         super().__init__(
             [sys.executable, "-m", "celery", "-A", app, *command, *alone, *options],
@@ -223,18 +241,24 @@ class Worker(Process):
         )
 
     def wait_answer(self, timeout: float = READY_TIMEOUT) -> None:
-        """Wait until the worker answers a ping, whatever it has loaded.
+        """Wait until the worker answers a ping, which does not depend on what it has loaded.
+
+        Args:
+            timeout: maximum seconds to wait.
 
         Raises:
-            AssertionError: at once when it ends, or after ``timeout`` seconds.
+            AssertionError: if it ends, or does not answer in time.
         """
         self._wait("ping", bool, timeout)
 
     def wait_ready(self, timeout: float = READY_TIMEOUT) -> None:
-        """Wait until the worker answers, and on the GPU pool until all its replicas are READY.
+        """Wait until the worker answers and, on the GPU pool, all its replicas are READY.
+
+        Args:
+            timeout: maximum seconds to wait.
 
         Raises:
-            AssertionError: at once when it ends or cannot load, or after ``timeout`` seconds.
+            AssertionError: if it ends, cannot load, or is not ready in time.
         """
 
         def is_ready(stats: dict[str, Any] | None) -> bool:
@@ -252,7 +276,7 @@ class Worker(Process):
         self._wait("stats", is_ready, timeout)
 
     def replicas(self) -> list[dict[str, Any]]:
-        """Return the replicas in ``inspect stats``, up to a second old; none on other pools."""
+        """Return the replicas from ``inspect stats`` (up to a second old); none on other pools."""
         stats = self._ask("stats") or {}
         replicas: list[dict[str, Any]] = stats.get("pool", {}).get("gw_replicas") or []
         return replicas
@@ -263,8 +287,8 @@ class Worker(Process):
             raise AssertionError(f"{self} ended with {self.exit_code} and never was ready")
 
     def _ask(self, command: str) -> Any:
-        """Inspect this worker alone; ``None`` where it does not answer."""
-        # An app publishes commands by this process's variables, whichever URL it is given.
+        """Inspect this worker only; return ``None`` if it does not answer."""
+        # An app publishes commands to the URLs in the environment, even if it is given others.
         urls = conf.talking_to(self.broker_url, self.result_url)
         with urls, Celery(set_as_current=False) as app:
             inspect = app.control.inspect([self.node], timeout=_ANSWER, limit=1)
@@ -281,21 +305,21 @@ def worker(
     command: Sequence[str] = ("worker",),
     timeout: float = READY_TIMEOUT,
 ) -> Iterator[Worker]:
-    """Run a worker that is ready, until the block ends; this process's apps use its server.
+    """Run a worker, ready to serve, until the block ends; this process's apps use its server.
 
-    An exception of the block gets the end of the worker's log as a note.
+    An exception in the block gets the end of the worker's log as a note.
 
     Args:
-        app: as for ``celery -A``.
-        options: of ``celery worker``, such as ``"-Q", "gpu.A100"``.
-        server: the broker and result backend; an embedded server of its own by default.
-        log_dir: where its log is left; by default the log is removed with the worker.
-        env: variables beside those of this process.
-        command: ``("gw", "worker")`` is ``celery gw worker``.
-        timeout: seconds that it has to be ready.
+        app: the argument of ``celery -A``.
+        options: options of ``celery worker``, such as ``"-Q", "gpu.A100"``.
+        server: the server for broker and results; default: a new embedded server.
+        log_dir: folder for the log; by default the log is deleted with the worker.
+        env: environment variables in addition to those of this process.
+        command: the subcommand; ``("gw", "worker")`` runs ``celery gw worker``.
+        timeout: seconds that the worker may take to be ready.
 
     Raises:
-        AssertionError: when it is not ready in time.
+        AssertionError: if the worker is not ready in time.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -321,10 +345,9 @@ def worker(
 
 @contextlib.contextmanager
 def talking_to(server: devserver.Server) -> Iterator[None]:
-    """Let every Celery app of this process use ``server`` until the block ends.
+    """Make every Celery app of this process use ``server`` until the block ends.
 
-    An app keeps its connections, and makes some in eager mode, too: those to other servers are
-    forgotten.
+    Connections to another server are closed first: apps keep them, also in eager mode.
     """
     global _last_url
     with conf.talking_to(server.broker_url, server.result_url):
@@ -335,24 +358,24 @@ def talking_to(server: devserver.Server) -> Iterator[None]:
 
 
 def close_all() -> None:
-    """Close the connections of the Celery apps of this process, which connect again on use."""
+    """Close the connections of this process's Celery apps, which reconnect when used."""
     calls.close_all()
     for app in list(_state._get_active_apps()):
         with contextlib.suppress(Exception):  # the server may be gone
             close_results(app)
-        app._after_fork()  # Celery's own way to leave behind connections that are not to be used
-        app._local = threading.local()  # where each thread has its result backend
+        app._after_fork()  # Celery's own way to abandon connections
+        app._local = threading.local()  # holds each thread's result backend
 
 
 def close_results(app: Any) -> None:
-    """Close the connections of this thread's result backend, over RPC or to Redis."""
+    """Close the connections of this thread's result backend (RPC or Redis)."""
     backend = getattr(app._local, "backend", None)
     consumer = getattr(backend, "result_consumer", None)
     if (connection := getattr(consumer, "_connection", None)) is not None:
         connection.close()
     elif consumer is not None:
         consumer.stop()
-        # A result that is collected later unsubscribes, over another connection if need be.
+        # A result that is garbage collected later unsubscribes, over a new connection if needed.
         consumer._pubsub = None
     if (client := vars(backend).get("client") if backend else None) is not None:
         client.connection_pool.disconnect()

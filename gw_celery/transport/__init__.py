@@ -1,1 +1,1 @@
-"""Our Redis transport for kombu, and how results are written to Redis."""
+"""kombu's Redis transport with our additions, and the search for the project's Redis."""

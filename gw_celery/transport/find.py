@@ -1,7 +1,8 @@
-"""What kind of server the broker is, and the Redis in which workers and clients of a project agree.
+"""Finds the kind of broker, and the Redis that workers and clients of a project share.
 
-That is the broker if it is a Redis, else the result backend, else there is none. Redis's own
-clients are imported where they are made: they take half of the package's import time.
+That Redis is the broker if possible, else the result backend, else there is none. Every process
+uses this module. Redis clients are imported late, because they take half of the package's import
+time.
 """
 
 from __future__ import annotations
@@ -12,34 +13,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import redis.asyncio
 
-#: Parameters of a connection that only the synchronous client takes.
+#: Parameters of a connection that only the synchronous client accepts.
 _SYNC_ONLY = ("max_connections", "retry", "retry_on_timeout", "driver_info")
 
 
 def redis_transport(connection: Any) -> Any | None:
-    """Return kombu's transport class of ``connection`` where it speaks to a Redis, in any form.
+    """Return kombu's transport class if ``connection`` uses Redis or Sentinel, else ``None``.
 
-    Sentinel is one, too. Nothing connects.
+    This does not connect.
     """
     transport = connection.get_transport_cls()
     return transport if transport.driver_type == "redis" else None
 
 
 def is_rabbitmq(connection: Any) -> bool:
-    """Whether it can prefer some consumers of a queue to others, and tells a queue's length."""
+    """Return whether the broker has consumer priorities and can report a queue's length."""
     return bool(connection.get_transport_cls().driver_type == "amqp")
 
 
 def tells_lengths(connection: Any) -> bool:
-    """Whether one can read how many messages wait in a queue. Nothing connects."""
+    """Return whether the broker can report a queue's length, without connecting."""
     return connection.get_transport_cls().driver_type in ("redis", "amqp")
 
 
 def redis_of(app: Any, timeout: float) -> SharedRedis | None:
-    """Return the shared Redis of an app; ``None`` where it has none. Nothing connects.
+    """Return the shared Redis of an app, without connecting; ``None`` if there is none.
 
     Args:
-        timeout: seconds that any one answer may take.
+        app: the Celery app.
+        timeout: seconds that each answer may take.
     """
     with app.connection_for_write() as connection:
         if redis_transport(connection) is not None:
@@ -53,18 +55,19 @@ def redis_of(app: Any, timeout: float) -> SharedRedis | None:
 
 
 def results_prefix(backend: Any) -> str:
-    """Return what keys beside the results of a Redis backend begin with."""
+    """Return the prefix of a Redis backend's keys, for keys beside its results."""
     key = backend.task_keyprefix
     written = key.decode() if isinstance(key, bytes) else str(key)
     return written.removesuffix(type(backend).task_keyprefix)
 
 
 class SharedRedis:
-    """A Redis, over connections of its own.
+    """A Redis, over separate connections.
 
     Args:
-        prefix: what all keys of the project begin with there.
-        timeout: seconds that any one answer may take.
+        app: the Celery app.
+        prefix: prefix of all keys of the project.
+        timeout: seconds that each answer may take.
     """
 
     def __init__(self, app: Any, prefix: str, timeout: float) -> None:
@@ -74,17 +77,16 @@ class SharedRedis:
         self._client: Any = None
 
     def key(self, *parts: str) -> str:
-        """Return the name of a key of ours."""
         return ":".join((f"{self.prefix}gw", *parts))
 
     def client(self) -> Any:
-        """Return a client that puts no prefix before keys; the first call may connect."""
+        """Return a client that adds no prefix to keys; the first call may connect."""
         if self._client is None:
             self._client = self._connect()
         return self._client
 
     def close(self) -> None:
-        """Close the connections; the next ``client`` has new ones."""
+        """Close the connections; the next ``client`` opens new ones."""
         client, self._client = self._client, None
         if client is not None:
             with contextlib.suppress(Exception):
@@ -95,7 +97,7 @@ class SharedRedis:
 
 
 class BrokerRedis(SharedRedis):
-    """The broker. Its channel knows every form of address that the transport knows."""
+    """The broker; its channel supports every form of URL that kombu supports."""
 
     _connection: Any = None
 
@@ -107,7 +109,7 @@ class BrokerRedis(SharedRedis):
                 connection.release()
 
     def lists(self, queue: str) -> list[str]:
-        """Return the keys of a queue: kombu keeps a list for each priority."""
+        """Return the keys of a queue: kombu has one list per priority."""
         channel = self._connection.default_channel
         return [
             f"{self.prefix}{channel._q_for_pri(queue, step)}" for step in channel.priority_steps
@@ -119,33 +121,32 @@ class BrokerRedis(SharedRedis):
         self._connection = connection = self._app.connection_for_write()
         connection.transport_options.update(self._timeouts)
         try:
-            # At once, and no third time: its default channel alone would try for ever.
+            # Two attempts without a pause; the default channel alone would retry for ever.
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
             pool = connection.default_channel.client.connection_pool
         except BaseException:
             self.close()
             raise
-        # kombu's own client puts the prefix before keys, but not for all commands.
+        # kombu's own client adds the prefix to keys, but not for all commands.
         return redis.Redis(connection_pool=pool)
 
 
 class ResultsRedis(SharedRedis):
-    """The result backend."""
-
     def _connect(self) -> Any:
         backend = self._app.backend
         options = {**backend.connparams, **self._timeouts}
-        if "path" in options:  # of a Unix socket
+        if "path" in options:  # a Unix socket
             del options["socket_connect_timeout"]
         return backend._create_client(**options)
 
 
 def async_client(backend: Any, *, socket_timeout: float | None) -> redis.asyncio.Redis:
-    """Return a client of its own, on the running loop, for the server of a Redis result backend.
+    """Return a new client, on the running loop, for the server of a Redis result backend.
 
     Args:
-        socket_timeout: seconds until a silent server counts as lost; ``None`` for a subscription,
-            which is silent for as long as nothing ends.
+        backend: the result backend.
+        socket_timeout: seconds after which a silent server counts as lost; ``None`` for a
+            subscription, which is silent while no task ends.
     """
     import redis.asyncio
 
@@ -157,5 +158,5 @@ def async_client(backend: Any, *, socket_timeout: float | None) -> redis.asyncio
     options["socket_timeout"] = socket_timeout
     if socket_timeout is None:  # what listens all the time would read the answer to a check
         options.pop("health_check_interval", None)
-    # Unlike Redis(connection_pool=...), this client closes its connections when it is closed.
+    # Unlike Redis(connection_pool=...), this client closes its connections with itself.
     return redis.asyncio.Redis.from_pool(redis.asyncio.ConnectionPool(**options))

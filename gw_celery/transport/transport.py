@@ -1,8 +1,8 @@
-"""kombu's Redis transport with cheaper, safer taking and acknowledging: same keys, same messages.
+"""kombu's Redis transport with faster and safer delivery, for the consumer of our pool's worker.
 
-While there is a backlog, a script takes many messages at once; while there is none, ``Watch`` waits
-for the first without taking it. What one turn of the worker's loop acknowledges shares one round
-trip, and so does a channel its one client, where kombu makes one for every command but a pop.
+Keys and messages are kombu's. During a backlog, a script takes many messages at once. Otherwise
+``Watch`` waits until a message arrives, and leaves it in its list. The acknowledgements of one turn
+of the loop share a round trip. A channel keeps one client, where kombu creates one per command.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from redis.exceptions import InvalidResponse, NoScriptError, ResponseError
 
 logger = logging.getLogger(__name__)
 
-#: kombu publishes no types.
+#: Any, because kombu publishes no types.
 redis: Any = kombu_redis
 
-#: Takes messages, and records each as unacknowledged in the same step: kombu records what it has
-#: popped afterwards, so that a worker that is killed in between loses it.
-#: KEYS: the hash of unacknowledged messages, their index, then the lists.
-#: ARGV: most messages, most bytes, how many lists take turns, the queue of each list.
-#: Answer: queue, tag and message for each; the tag is "" for one that has none to be found.
-#: The record of a message is what kombu's restoring reads: message, exchange, routing key.
-#: A tag is searched in the end of the message, where kombu writes it: parsing megabytes would keep
-#: all clients waiting. A quote inside of a string is escaped, so that no text can look like one.
+#: Takes messages, and records each as unacknowledged in the same step. kombu records a message
+#: after taking it, so that a worker that is killed in between loses it. KEYS: the hash of
+#: unacknowledged messages, their index, then the lists. ARGV: maximum messages, maximum bytes,
+#: number of lists that take turns, the queue of each list. Answer: queue, tag and message for each
+#: message; the tag is "" if none was found. A record has the form that kombu restores from:
+#: message, exchange, routing key. The tag is searched near the end of the message, where kombu
+#: writes it: parsing megabytes would delay all clients. Quotes inside strings are escaped, so that
+#: no text can look like a tag.
 SCRIPT = """
 local most, largest, width = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local now = redis.call('TIME')[1]
@@ -71,24 +71,24 @@ for first = 3, #KEYS, width do
 end
 return taken
 """
-#: Messages of one answer, and their bytes: more would keep Redis and the worker's loop for long.
+#: Maximum messages of one answer, and bytes: more would block Redis and the worker's loop.
 MOST = 32
 LARGEST = 1024 * 1024
-#: Seconds after which an idle worker reads its lists again, told or not, and probes the link.
+#: Seconds after which an idle worker checks its lists without a notification, and the connection.
 LOOK_AGAIN = 10.0
 
-#: Tags of messages that a closing connection could not give back. Redis would keep them from
-#: all workers until the visibility timeout.
+#: Tags of messages that a closing connection could not return. Redis would withhold them from all
+#: workers until the visibility timeout.
 _left_behind: set[str] = set()
-#: Those of them whose inputs have ended since.
+#: Tags of acknowledged messages that Redis could not be told of.
 _done_behind: set[str] = set()
 
 
 class QoS(redis.QoS):
-    """What a worker has taken and not acknowledged.
+    """The messages that a worker has taken and not acknowledged.
 
-    For how long is told by the clock of Redis: with kombu, a worker whose own clock jumps takes for
-    lost what all others are running.
+    Their age is measured by Redis's clock. With kombu, a worker whose clock jumps would restore the
+    messages that all others are running.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -98,7 +98,7 @@ class QoS(redis.QoS):
         self.recorded: set[str] = set()
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Record a message that was taken, if it is not."""
+        """Record a message that was taken, unless the script has recorded it."""
         if delivery_tag in self.recorded:
             self.recorded.discard(delivery_tag)
         else:
@@ -113,10 +113,10 @@ class QoS(redis.QoS):
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        """Free the prefetch slot at once; Redis learns of it in the loop's next turn."""
+        """Free the prefetch slot at once; tell Redis in the loop's next turn."""
         virtual.QoS.ack(self, delivery_tag)
         if self.channel.closed:
-            if delivery_tag in _left_behind:  # the next connection tells Redis
+            if delivery_tag in _left_behind:  # the next connection will tell Redis
                 _left_behind.discard(delivery_tag)
                 _done_behind.add(delivery_tag)
             return
@@ -128,7 +128,7 @@ class QoS(redis.QoS):
             hub.call_soon(self.flush_acknowledged)
 
     def flush_acknowledged(self) -> None:
-        """Tell Redis; when it cannot be told now, the next connection tells it."""
+        """Tell Redis about acknowledgements; after a failure, the next connection does."""
         tags, self._acknowledged = self._acknowledged, []
         try:
             if not self.channel.closed:
@@ -137,11 +137,11 @@ class QoS(redis.QoS):
             _done_behind.update(tags)
             raise
 
-    #: Read by ``worker.draining``: a stopping worker still runs it.
+    #: ``worker.consumer.run_meanwhile`` reads it: a stopping worker still runs this callback.
     flush_acknowledged.is_acknowledgement = True  # type: ignore[attr-defined]
 
     def forget(self, tags: Collection[str]) -> None:
-        """Have Redis forget messages that are done."""
+        """Delete the records of acknowledged messages from Redis."""
         if not tags:
             return
         with self.channel.conn_or_acquire() as client:
@@ -151,7 +151,7 @@ class QoS(redis.QoS):
             pipe.execute()
 
     def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
-        """Give back what is unacknowledged for too long; one worker at a time, as in kombu."""
+        """Return messages that are unacknowledged for too long; one worker at once, as in kombu."""
         self._vrestore_count += 1
         if (self._vrestore_count - 1) % (interval or 1):
             return
@@ -166,7 +166,7 @@ class QoS(redis.QoS):
                 self.restore_by_tag(tag, client)
 
     def restore_unacked(self, client: Any = None) -> None:
-        """Give everything back; what cannot be, for Redis is away, the next connection gives."""
+        """Return all messages; after a failure, the next connection returns the rest."""
         tags = list(self._delivered)
         try:
             with self.channel.conn_or_acquire(client) as client:
@@ -179,7 +179,7 @@ class QoS(redis.QoS):
 
 
 def _now(client: Any) -> float:
-    """The time of day of Redis; this machine's where Redis does not let us ask."""
+    """Return Redis's time of day, or this machine's if Redis refuses to tell it."""
     try:
         seconds, microseconds = client.time()
     except ResponseError:
@@ -188,20 +188,20 @@ def _now(client: Any) -> float:
 
 
 class Channel(redis.Channel):
-    """Takes many messages at once while there are some; kombu's BRPOP where a server cannot.
+    """Takes many messages at once during a backlog; uses kombu's BRPOP on an unsuitable server.
 
-    It also keeps the client of its connection pool, and does what the last connection left undone.
+    It keeps its client, and completes what the last connection could not do.
     """
 
     QoS = QoS
 
-    #: There may be messages: the last answer held one, or Redis has told of a change.
+    #: Whether there may be messages: the last answer had one, or Redis reported a change.
     has_backlog = False
-    #: The command of ours whose answer is to come.
+    #: Our command whose answer is pending.
     _asked: str | None = None
-    #: How many messages were asked for.
+    #: Number of messages requested.
     _asked_for = 0
-    #: Hash of the script, as the server knows it.
+    #: Hash of the script on the server.
     _script: str | None = None
     _may_script = True
     _watch: Watch | None = None
@@ -234,7 +234,7 @@ class Channel(redis.Channel):
         return kept
 
     def _update_queue_cycle(self) -> None:
-        """Called when a queue comes or goes; one that comes has not been looked into."""
+        """Check the lists again after a queue was added or removed."""
         super()._update_queue_cycle()
         if self._watch is not None:
             self._watch.wake()
@@ -242,8 +242,8 @@ class Channel(redis.Channel):
     # -- asking --
 
     def _brpop_start(self, timeout: Any = None) -> None:
-        """Ask for messages: for many while there are some, else wait until there is one."""
-        # A lost connection may have taken an answer with it.
+        """Request messages: many during a backlog, else wait for one."""
+        # A lost connection may have lost an answer.
         self._asked = None
         if _left_behind or _done_behind:
             self._settle_behind()
@@ -258,16 +258,16 @@ class Channel(redis.Channel):
             self._ask("EXISTS", *(key for _, key in self._lists(queues)))
 
     def _lists(self, queues: list[str]) -> list[tuple[str, str]]:
-        """Return each list with its queue, the most urgent of all queues first."""
+        """Return each list with its queue, highest priority first."""
         steps = self.priority_steps
         return [(queue, self._q_for_pri(queue, step)) for step in steps for queue in queues]
 
     def _ask_for_messages(self, queues: list[str]) -> None:
         lists = self._lists(queues)
-        # Other orders than the default empty one queue after the other.
+        # Strategies other than round-robin empty one queue after the other.
         width = len(queues) if self.queue_order_strategy == "round_robin" else 1
         keys = [self.unacked_key, self.unacked_index_key, *(key for _, key in lists)]
-        if "can_consume" in vars(self.qos):  # Celery counts otherwise (worker_disable_prefetch)
+        if "can_consume" in vars(self.qos):  # Celery decides (worker_disable_prefetch)
             self._asked_for = 1
         else:
             free: int | None = self.qos.can_consume_max_estimate()
@@ -284,7 +284,7 @@ class Channel(redis.Channel):
         self.client.connection.send_command(command, *args)
 
     def _can_record(self) -> bool:
-        """Whether the script can take messages, and record them as it does."""
+        """Return whether the script can take and record messages on this server."""
         if not isinstance(self.qos, QoS) or self._careless or self.global_keyprefix:
             return False
         if self._script is None and self._may_script:
@@ -301,7 +301,7 @@ class Channel(redis.Channel):
         )
 
     def _following(self) -> Watch | None:
-        """Return the watch that is told of new messages; ``None`` where there can be none."""
+        """Return the watch for new messages; ``None`` if the server or loop does not allow one."""
         hub = get_event_loop()
         if hub is None or not self._may_watch:
             return None
@@ -324,10 +324,10 @@ class Channel(redis.Channel):
         if watch is not None:
             watch.close()
 
-    # -- what was answered --
+    # -- answers --
 
     def _brpop_read(self, **options: Any) -> Any:
-        """Deliver what was asked for; ``Empty`` when there is nothing, as in kombu."""
+        """Deliver the requested messages; raise ``Empty`` without any, as kombu does."""
         if self._asked == "EVALSHA":
             return self._deliver_taken(self._read_answer() or [])
         if self._asked == "EXISTS":
@@ -342,19 +342,20 @@ class Channel(redis.Channel):
         except self.connection_errors:
             raise
         except Exception as exc:
-            # It is popped, and would end this worker; kombu knows nothing better to do with it.
+            # The message is taken already, and the exception would end the worker. kombu cannot
+            # restore it.
             logger.critical("an unreadable message is dropped: %r", exc, exc_info=True)
             answer = True
         self.has_backlog = True
         return answer
 
     def _read_answer(self) -> Any:
-        """Return the answer to what was asked; ``None`` when the server refuses."""
+        """Return the pending answer; ``None`` if the server refused."""
         asked, self._asked = self._asked, None
         try:
             return self.client.parse_response(self.client.connection, asked)
         except NoScriptError:
-            self._script = None  # the server was restarted
+            self._script = None  # the server has restarted
             if self._watch is not None:
                 self._watch.wake()  # what is there was found, and not taken
             return None
@@ -369,7 +370,7 @@ class Channel(redis.Channel):
             getattr(self, "_flush_brpop_reauth", lambda: None)()  # kombu 5.7
 
     def _deliver_taken(self, taken: list[bytes]) -> bool:
-        # Fewer than there was room for: the lists are empty, but for what comes just now.
+        # Fewer messages than requested: the lists are empty, except for new arrivals.
         is_cut = sum(map(len, taken[2::3])) >= LARGEST
         self.has_backlog = is_cut or len(taken) >= 3 * self._asked_for
         if not taken:
@@ -389,7 +390,7 @@ class Channel(redis.Channel):
         return True
 
     def _messages(self, taken: list[bytes]) -> Iterator[tuple[str, Any]]:
-        """Yield queue and message of each; one that is no message is logged and dropped."""
+        """Yield the queue and content of each message; log and drop what is not a message."""
         for name, found, text in zip(taken[::3], taken[1::3], taken[2::3], strict=True):
             queue, tag = bytes_to_str(name), bytes_to_str(found)
             try:
@@ -410,7 +411,7 @@ class Channel(redis.Channel):
             yield queue, message
 
     def _give_back(self, messages: list[Any]) -> None:
-        """Return what was not delivered, the newest first: the oldest is the next again."""
+        """Return undelivered messages, newest first, so that the oldest is the next again."""
         while messages:
             tag = messages[-1]["properties"]["delivery_tag"]
             try:
@@ -424,10 +425,10 @@ class Channel(redis.Channel):
             self.qos.recorded.discard(tag)
             messages.pop()
 
-    # -- connections that end --
+    # -- ends of connections --
 
     def _settle_behind(self) -> None:
-        """Do for the last connection's messages what it could not do any more."""
+        """Complete the acknowledgements and returns of the last connection."""
         if not isinstance(self.qos, QoS):
             return
         self.qos.forget(_done_behind)
@@ -435,13 +436,13 @@ class Channel(redis.Channel):
         for tag in list(_left_behind):
             try:
                 self.qos.restore_by_tag(tag)
-            except ValueError as exc:  # its record is no message, and no worker could read it
+            except ValueError as exc:  # the record is not a message: no worker could read it
                 logger.error("the unreadable message %s is dropped: %r", tag, exc)
                 self.qos.forget([tag])
             _left_behind.discard(tag)
 
     def close(self) -> None:
-        """Close, also with the server away: half a close would be tried again without one."""
+        """Close, even without a server: a partial close would be retried without end."""
         if not self.closed:
             if isinstance(self.qos, QoS):
                 _settle(self.qos.flush_acknowledged)
@@ -464,15 +465,17 @@ def _settle(what: Callable[[], Any]) -> None:
 
 
 class Watch:
-    """A link on which Redis tells of changes to what another connection reads.
+    """A connection on which Redis reports changes to the lists that another connection has read.
 
-    An idle worker reads that its lists are empty, and is told of the first message ("client-side
-    caching", Redis 6). BRPOP, kombu's way to wait, takes the message before it can be recorded. It
-    also waits a second for the lists that it was sent with, when others may be to be read by then.
-    https://redis.io/docs/latest/develop/reference/client-side-caching/ (two connections).
+    An idle worker reads that its lists are empty, and Redis reports the first message. kombu waits
+    with BRPOP instead, which takes a message before it can be recorded, and which keeps to its list
+    of queues for a second.
+
+    Source: Redis 6 client-side caching with two connections,
+    https://redis.io/docs/latest/develop/reference/client-side-caching/
 
     Args:
-        channel: what reads the lists, and is told that there may be messages.
+        channel: reads the lists, and is told that there may be messages.
         hub: the event loop of the worker.
     """
 
@@ -480,30 +483,31 @@ class Watch:
         self._channel = channel
         self._hub = hub
         given = {**channel._connparams(), "protocol": 2, "decode_responses": False}
-        # So that `CLIENT LIST` tells what the connection is for.
+        # The name shows the purpose of the connection in `CLIENT LIST`.
         for name, default in (("socket_timeout", 5.0), ("client_name", "gw_celery-watch")):
             if given.get(name) is None:
                 given[name] = default
-        # redis-py's own PING fails on a subscriber, which is answered otherwise: after a pause in
-        # which every slot was taken it would end the worker. `_probe` is what checks this link.
+        # redis-py's own PING fails on a subscriber, whose answer differs; it would end the worker
+        # after a pause in which all slots were in use. `_probe` checks this connection instead.
         given["health_check_interval"] = 0
         given.pop("max_connections", None)
         self._link = given.pop("connection_class", RedisConnection)(**given)
         self._link.connect()
         self._id = self._ask("CLIENT", "ID")
-        # A subscriber of the older protocol can be told by itself; reading is the other's.
+        # In the older protocol, only a subscriber gets reports without asking; reading needs
+        # another.
         self._ask("SUBSCRIBE", "__redis__:invalidate")
         self._reader_socket: Any = None
-        #: When the lists are to be read again without having been told; ``None`` for now.
+        #: Time to read the lists again without a report; ``None``: now.
         self._look_at: float | None = None
         self._owes_answer = False
         hub.add_reader(self._link._sock, self._read)
 
     def follow(self, reader: Any) -> None:
-        """Have Redis tell of changes to what ``reader`` reads from now on.
+        """Make Redis report changes to what ``reader`` reads from now on.
 
         Raises:
-            ResponseError: the server or its rules do not allow it.
+            ResponseError: if the server or its access rules refuse.
         """
         if self._reader_socket is not reader._sock or reader._sock is None:
             reader.send_command("CLIENT", "TRACKING", "ON", "REDIRECT", self._id)
@@ -512,7 +516,7 @@ class Watch:
             self.wake()
 
     def is_due(self, now: float) -> bool:
-        """Whether the caller is to read the lists now; if so, not again until something changes."""
+        """Return whether to read the lists now; then not again until something changes."""
         if self._look_at is not None:
             if now < self._look_at:
                 return False
@@ -521,7 +525,7 @@ class Watch:
         return True
 
     def wake(self) -> None:
-        """Have the lists read again at the next opportunity."""
+        """Make the lists be read again at the next opportunity."""
         self._look_at = None
 
     def close(self) -> None:
@@ -530,7 +534,7 @@ class Watch:
         self._link.disconnect()
 
     def _probe(self) -> None:
-        """A link that is dead without a sound would make each first message wait."""
+        """Detect a dead connection, which would delay the first message after each pause."""
         if self._owes_answer:
             self.close()
             raise RedisConnectionError(
@@ -552,8 +556,8 @@ class Watch:
             self.close()
             raise
         except InvalidResponse as exc:
-            # Redis 7.0 tells of FLUSHDB, and of any database, in the wrong protocol. Celery
-            # connects again after a ConnectionError only; of anything else the worker would end.
+            # Redis 7.0 reports FLUSHDB, of any database, in the wrong protocol. Celery reconnects
+            # after a ConnectionError; any other exception would end the worker.
             self.close()
             raise RedisConnectionError(
                 f"Redis cannot be read on the connection that tells of new messages: {exc}"
@@ -565,13 +569,13 @@ class Watch:
 
 
 class Transport(redis.Transport):
-    """What the consumer of a worker with the GPU pool reads from Redis with."""
+    """The transport of the consumer in a worker with the GPU pool."""
 
     Channel = Channel
 
 
 class Connection(kombu.Connection):  # type: ignore[name-defined]
-    """A connection that shows kombu's name of the transport, as Flower expects, and uses ours."""
+    """A connection with our transport, under kombu's name of it, which Flower expects."""
 
     def get_transport_cls(self) -> Any:
         found = super().get_transport_cls()
@@ -579,7 +583,7 @@ class Connection(kombu.Connection):  # type: ignore[name-defined]
 
 
 def use(connection: Any) -> Any:
-    """Return ``connection``, not connected yet, with this transport in place of kombu's."""
+    """Return ``connection``, not yet connected, with our transport instead of kombu's."""
     if connection.get_transport_cls() is redis.Transport:
         return Connection(**connection.info())
     return connection

@@ -1,1 +1,1 @@
-"""How we hang in a Celery worker: signals, bootsteps, a request class, control commands."""
+"""Our parts of a Celery worker's parent: start-up, bootsteps, consumer, control commands."""

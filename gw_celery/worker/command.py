@@ -1,4 +1,4 @@
-"""``celery -A proj gw worker``: Celery's own worker command, with the GPU pool, in replicas."""
+"""``celery -A proj gw worker``: Celery's worker command with the GPU pool, sized in replicas."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _TYPED = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
 class _Command(CeleryCommand):
-    """A command with the options of Celery's worker behind its own.
+    """A command with its own options, followed by those of Celery's worker.
 
-    They are looked up when they are needed: Celery adds those of the user's app to its command.
+    It reads Celery's options at each use, because the user's app may add options to them.
     """
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -61,24 +61,34 @@ def _known_kind(ctx: click.Context, _: click.Parameter, kind: str | None) -> str
 def worker(ctx: click.Context, /, gpu: str | None, replicas: int | None, **options: Any) -> Any:
     """Start a worker with the GPU pool, for this process alone.
 
-    It takes the options of `celery worker`, but for -P and -c; --autoscale MAX,MIN counts replicas.
+    It takes the options of `celery worker` except -P and -c; --autoscale MAX,MIN counts replicas.
 
     \b
     $ celery -A proj gw worker -l INFO
     $ celery -A proj gw worker --gpu A100 --replicas 2
     $ celery -A proj gw worker -Q gpu.A100.generate
+    \f
+
+    Args:
+        ctx: click's context of this command.
+        gpu: kind of GPU whose families the worker serves; ``None``: what the machine can serve.
+        replicas: number of replicas, 1 or more; ``None``: the setting, else as many as fit.
+        options: the options of Celery's worker command.
+
+    Raises:
+        UsageError: (click's) for options that repeat or contradict each other.
     """
     _require_consistent(ctx)
     options["pool"] = _POOL
     options[OPTIONS] = WorkerOptions(
         gpu=gpu, replicas=replicas, names_queues=bool(options.get("queues"))
     )
-    # Its callback, not the command: what was parsed, and what was left over, is in this context.
+    # The callback instead of the command: this context holds the parsed and the remaining
+    # arguments.
     return ctx.invoke(stock.worker.callback, **options)
 
 
 def _require_consistent(ctx: click.Context) -> None:
-    """Refuse options that repeat or contradict each other."""
     typed = {name for name in ctx.params if ctx.get_parameter_source(name) in _TYPED}
     wrong = {
         "-P is for `celery worker`: `gw worker` always has the GPU pool": {"pool"},

@@ -1,6 +1,6 @@
-"""Remote-control commands: see replicas, drain, restart; and what Celery's own have to refuse.
+"""Remote-control commands in the worker's parent: ours, and guards of Celery's own.
 
-Celery's answer "ok" and try later, so that a refusal must come before them.
+Celery's commands answer "ok" and act later, so that a guard must refuse before they run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def install() -> None:
-    """Register the commands, in a worker with the GPU pool only."""
+    """Register our commands; only for a worker with the GPU pool."""
     install_ticks()
     control.inspect_command()(gw_status)
     for command in (gw_drain, gw_restart):
@@ -27,15 +27,15 @@ def install() -> None:
 
 
 def install_ticks() -> None:
-    """Register those that are broadcast, in every worker: one that lacks them logs errors."""
+    """Register the broadcast commands in every worker: one without them would log errors."""
     for command in (gw_probe_tick, gw_benchmark_tick, gw_best_score):
         control.control_command()(command)
 
 
 def describe() -> None:
-    """Let ``celery inspect`` and ``celery control`` know the commands, which they would refuse.
+    """Register the commands with ``celery inspect`` and ``control``, without their handlers.
 
-    A worker without the GPU pool is started by the same program, and does not get them.
+    The same program starts workers without the GPU pool, which must not get the handlers.
     """
     carried_out = dict(control.Panel.data)
     install()
@@ -50,22 +50,22 @@ def gw_status(state: Any) -> dict[str, Any]:
 
 
 def gw_drain(state: Any, replica: int | None = None) -> Any:
-    """Let one replica, or all, finish and stay stopped until gw_restart."""
+    """Drain one replica, or all; they stay stopped until gw_restart."""
     return _applied("drain", state.consumer.pool.hold, state, replica)
 
 
 def gw_restart(state: Any, replica: int | None = None) -> Any:
-    """Replace the child of one replica, or of all one by one, by draining."""
+    """Replace the child of one replica, or of all in turn, by draining."""
     return _applied("restart", state.consumer.pool.restart, state, replica)
 
 
 def gw_probe_tick(state: Any) -> Any:
-    """Run the probes that are due, as beat has them run."""
+    """Record a tick of beat; probes follow their own periods."""
     return _ticked(state, "probe_tick")
 
 
 def gw_benchmark_tick(state: Any) -> Any:
-    """Measure the replicas again that are due, as beat has them measured."""
+    """Measure the scores of all replicas again, when they are idle."""
     return _ticked(state, "benchmark_tick")
 
 
@@ -77,11 +77,11 @@ def _ticked(state: Any, tick: str) -> Any:
 
 
 def gw_best_score(state: Any, worker: str = "", scores: Any = None) -> None:
-    """Do nothing: workers of an older version beside this one tell their scores so."""
+    """Do nothing: older workers beside this one broadcast their scores with this command."""
 
 
 def _listed(numbers: list[int]) -> str:
-    """Name the replicas; a number alone would read as how many there are."""
+    """Return the names of replicas; a bare number would read as their count."""
     if len(numbers) < 2:
         return f"replica {numbers[0]}" if numbers else "none"
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
@@ -100,7 +100,7 @@ def _applied(
 
 
 def guard_queues(plan: Plan) -> None:
-    """Let ``add_consumer`` refuse what ``plan`` has not loaded: Celery would answer "ok"."""
+    """Make ``add_consumer`` refuse a service queue that ``plan`` has not loaded."""
     declared = {queue for queues in plan.families.values() for queue in queues}
     loaded = {service.queue for service in plan.served}
     original = control.add_consumer
@@ -118,9 +118,9 @@ def guard_queues(plan: Plan) -> None:
 
 
 def guard_size() -> None:
-    """Let ``pool_grow`` and ``autoscale`` refuse more replicas than there are devices for.
+    """Make ``pool_grow`` and ``autoscale`` refuse more replicas than the devices allow.
 
-    Under our autoscaler ``pool_grow`` and ``pool_shrink`` work, too, as they did in Celery 4.
+    With our autoscaler, ``pool_grow`` and ``pool_shrink`` widen its bounds, as in Celery 4.
     """
     _guard_resize(control.pool_grow, "force_scale_up", sign=1)
     _guard_resize(control.pool_shrink, "force_scale_down", sign=-1)
@@ -143,7 +143,7 @@ def _guard_resize(original: Callable[..., Any], how: str, *, sign: int) -> None:
         if (why := pool.refusal(pool.limit + sign * n)) is not None:
             return control.nok(why)
         force = getattr(state.consumer.controller.autoscaler, how, None)
-        if force is None:  # there is no autoscaler, or not ours
+        if force is None:  # no autoscaler, or Celery's own
             return original(state, n, **options)
         if n < 1:
             return control.nok(f"{n} slots: give 1 or more")

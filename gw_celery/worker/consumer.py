@@ -1,6 +1,6 @@
-"""Celery's consumer, safe against a message that would end the worker, and the next one's.
+"""Celery's consumer in the worker's parent, protected against messages that would end workers.
 
-What senders compressed is as untrusted; and what is acknowledged while a worker stops is here.
+It also bounds decompression, and sends acknowledgements while a worker stops.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from gw_celery.transport import transport
 
 logger = logging.getLogger(__name__)
 
-#: What a header may ask of LZMA; its strongest preset needs half of it.
+#: Memory in bytes that an LZMA header may request; the strongest preset needs half of it.
 _LZMA_MEMORY = 128 * 1024 * 1024
 _BOUNDED: dict[str, Callable[[], Any]] = {
     "application/x-gzip": zlib.decompressobj,
     "application/x-bz2": bz2.BZ2Decompressor,
     "application/x-lzma": functools.partial(lzma.LZMADecompressor, memlimit=_LZMA_MEMORY),
 }
-#: Those of kombu's that are there with a package of their own, and know no bound here.
+#: kombu's optional methods, for which no bound can be set.
 _REFUSED = ("application/x-brotli", "application/zstd")
 _ACKNOWLEDGEMENTS = ("ack_log_error", "reject_log_error")
 
 
 def _check(message: Any, largest: int) -> None:
-    """Refuse a body that is too large to decode, or that no task can be called with.
+    """Refuse a body that is too large to decode, or is not a call.
 
-    In a child such a call would look like a lost worker.
+    In a child, such a call would look like a lost worker.
     """
     size = len(message.body or b"")
     if size > largest:
@@ -46,7 +46,7 @@ def _check(message: Any, largest: int) -> None:
     try:
         args, kwargs, embed = message.payload
     except Exception:
-        # Celery's own handler says what is wrong with such a body, and tells apart its versions.
+        # Celery's own handler reports such a body, and knows the versions of its protocol.
         return
     if isinstance(message.payload, list | tuple) and not (
         isinstance(args, list | tuple)
@@ -60,25 +60,25 @@ def _check(message: Any, largest: int) -> None:
 
 
 class Consumer(CeleryConsumer):
-    """Rejects what Celery's strategy cannot read; the gate follows the control commands.
+    """Rejects messages that Celery cannot read, and passes control commands on to the gate.
 
-    Only workers with the GPU pool have it.
+    Only workers with the GPU pool use it.
     """
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         connected = self.ensure_connected(transport.use(connection))
-        # What ended while there was no broker is not given back to it.
+        # Process the reports from the time without a broker before the new connection is used.
         self.pool.poll()
         return connected
 
     def ensure_connected(self, conn: Any) -> Any:
-        # It retries for as long as there is no broker, and the loop stands still meanwhile.
+        # This retries while the broker is unreachable, and blocks the loop meanwhile.
         with self.pool.health.connecting():
             return super().ensure_connected(conn)
 
     def _update_prefetch_count(self, index: int = 0) -> None:
-        """Do nothing: the gate counts the READY slots, whatever grows or shrinks the pool."""
+        """Do nothing: the gate sets the prefetch count from the READY slots."""
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
         handle = super().create_task_handler(*args, **kwargs)
@@ -91,8 +91,8 @@ class Consumer(CeleryConsumer):
             except (*self.connection_errors, MemoryError):
                 raise
             except Exception as exc:
-                # Out of the handler it would end the worker, go back to the queue, and end the
-                # next worker.
+                # Outside the handler it would end the worker, return to the queue and end the next
+                # worker.
                 self._reject(message, exc)
 
         return guarded
@@ -109,7 +109,7 @@ class Consumer(CeleryConsumer):
         self._fail(message, exc)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        if isinstance(exc, errors.UnreadableMessage):  # it was refused while it was decompressed
+        if isinstance(exc, errors.UnreadableMessage):  # refused during decompression
             self._reject(message, exc)
             return
         super().on_decode_error(message, exc)
@@ -120,7 +120,7 @@ class Consumer(CeleryConsumer):
         self._fail(message, exc)
 
     def _fail(self, message: Any, exc: Exception) -> None:
-        """Store why a message cannot run, where its headers have an id: a caller may wait."""
+        """Store the failure of a message that has an id, because a caller may wait for it."""
         headers = message.headers
         if not isinstance(headers, dict) or not isinstance(headers.get("id"), str):
             return
@@ -138,9 +138,9 @@ class Consumer(CeleryConsumer):
             )
 
     def cancel_active_requests(self) -> None:
-        """At a cold shutdown: what has ended by now, or passed its limit, is no longer active.
+        """Update the active requests at a cold shutdown, before Celery cancels them.
 
-        Nothing takes the slots that are free by then: it would be cut off as it starts.
+        It releases waiting inputs first: they would start in free slots and be interrupted.
         """
         self.pool.flush()
         self.pool.poll()
@@ -156,10 +156,10 @@ class Consumer(CeleryConsumer):
 
 
 def bound_compression(largest: int) -> None:
-    """Have this process refuse bodies of more than ``largest`` bytes while it decompresses them.
+    """Make this process refuse bodies that decompress to more than ``largest`` bytes.
 
-    kombu does that while it makes a message, before it can be looked at, with the decoders of one
-    registry. What a project has registered besides kombu's own stays as it is.
+    kombu decompresses a message before we can check it, with the decoders of a registry. Methods
+    that a project has registered itself stay unchanged.
     """
     for content_type in compression.encoders():
         encoder, _ = compression.get_encoder(content_type)
@@ -191,12 +191,14 @@ def _refuse(content_type: str, body: bytes) -> bytes:
 
 
 def run_meanwhile(hub: Any) -> None:
-    """Fire due timers and queued acknowledgements of ``hub``, and nothing else of it.
+    """Run the due timers and the queued acknowledgements of ``hub``, and nothing else.
 
-    For a stopping worker that waits for its pool: its event loop does not run then. Without its
-    timers AMQP would close the connection, and without its queued acknowledgements a finished input
-    would be delivered again. The source of the rule is Celery 5.7's own prefork pool: what else is
-    queued, such as the transport's reader, would hand messages to a closed pool.
+    The event loop of a stopping worker does not run while it waits for its pool. AMQP would close
+    the connection without timers, and finished inputs would be redelivered without
+    acknowledgements. Other callbacks, such as the transport's reader, would pass messages to a
+    closed pool.
+
+    Source of the rule: the prefork pool of Celery 5.7.
     """
     try:
         hub.fire_timers()

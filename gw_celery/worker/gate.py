@@ -1,7 +1,7 @@
-"""Consume a queue only while a replica is READY for it, and never more than the slots can take.
+"""Opens a queue only while a replica is READY for it, in the worker's parent.
 
-A message that is taken while a model loads, or by a worker whose model cannot load, waits where no
-other worker can have it. One that is taken while results cannot be stored is work for nothing.
+It also fits the prefetch count to the slots. A message that a worker takes too early waits
+where no other worker can get it. Work is wasted while results cannot be stored.
 """
 
 from __future__ import annotations
@@ -20,59 +20,60 @@ from gw_celery.protocol import snapshot
 
 logger = logging.getLogger(__name__)
 
-#: RabbitMQ's argument of a consumer.
+#: RabbitMQ's consumer argument for its priority.
 _PRIORITY = "x-priority"
 
 
 class _Terms(NamedTuple):
-    """How a queue is consumed: with a prefetch count of its own, and beside other workers."""
+    """The prefetch count of one queue (``None``: the shared one), and the consumer's priority."""
 
     prefetch: int | None
     priority: int
 
 
-#: The terms of a queue that Celery consumes by itself.
+#: The terms of a queue that Celery itself consumes.
 _STOCK = _Terms(prefetch=None, priority=0)
 
 
 class Gate:
     """The queues of one worker, open or closed, and its prefetch count; on the consumer's thread.
 
-    At first nothing is READY, and all are closed: the consumer starts without queues.
+    Initially nothing is READY and all queues are closed: the consumer starts without queues.
 
     Args:
         queues: Celery's ``app.amqp.queues``.
-        service_queues: the service of each service queue.
-        pool: the pool, of which only the snapshot is read.
+        service_queues: service key of each service queue.
+        pool: the pool; the gate reads only its snapshot.
     """
 
     def __init__(self, queues: Any, service_queues: dict[str, str], pool: snapshot.Source) -> None:
         self._queues = queues
         self._pool = pool
         self._services = dict.fromkeys(queues.consume_from, services.PLAIN) | service_queues
-        #: What is consumed when its service is ready; commands add and take away.
+        #: Queues to consume when their service is ready; control commands add and remove some.
         self._wanted = set(self._services)
         self._open: set[str] = set()
         for name in self._wanted:
             queues.deselect(name)
-        #: Closed as a matter of course: their service is full, or no result can be stored.
+        #: Queues that are closed for an ordinary reason: a full service, or an outage.
         self._quiet: set[str] = set()
-        #: Why results cannot be stored, so that nothing is consumed.
+        #: Why results cannot be stored; nothing is consumed then.
         self._outage = ""
         self._consumer: Any = None
         self._is_requested = False
         self._prefetch = 0
         self._is_per_queue = False
-        #: How each queue is consumed now; `_STOCK` where Celery began it, ``None`` where nothing
-        #: did yet.
+        #: The terms on which each queue is consumed now; ``None`` before we consume it. A missing
+        #: key means `_STOCK`: Celery began to consume it.
         self._terms: dict[str, _Terms | None] = {}
 
     def attach(self, consumer: Any, *, is_per_queue: bool = False) -> None:
-        """A consumer starts: its queues and prefetch count are made to fit.
+        """Fit a starting consumer's queues and prefetch count.
 
         Args:
-            is_per_queue: whether the broker counts for each queue, and from the time when it is
-                consumed: RabbitMQ does so with quorum queues.
+            consumer: Celery's consumer.
+            is_per_queue: whether the broker counts per queue, from the start of its consumption, as
+                RabbitMQ does with quorum queues.
         """
         self._consumer = consumer
         self._is_requested = False
@@ -80,19 +81,19 @@ class Gate:
         self._is_per_queue = is_per_queue
         self._terms.clear()
         if is_per_queue:
-            # Else the first that is consumed with its count would take all others along.
+            # Otherwise consuming the first queue would also start the others with its count.
             for name in self._open:
                 consumer.task_consumer.cancel_by_queue(self._queues[name].name)
         self.apply()
 
     def detach(self) -> None:
-        """The connection is lost; the selection stays, and the next consumer reads it."""
+        """Forget a consumer that lost its connection; the next one reads the selection."""
         self._consumer = None
 
     def request(self) -> None:
-        """Have ``apply`` called soon, where Celery talks to the broker.
+        """Schedule ``apply`` for the moment when Celery talks to the broker.
 
-        Not at once: it may be called in the middle of a message's delivery.
+        A caller may be in the middle of the delivery of a message.
         """
         if self._consumer is None:
             self.apply()
@@ -101,7 +102,7 @@ class Gate:
             self._consumer.call_soon(self.apply)
 
     def apply(self) -> None:
-        """Open and close queues as the slots are now; all are closed in an outage."""
+        """Open and close queues according to the slots; in an outage, close all."""
         self._is_requested = False
         worker = self._pool.snapshot()
         if worker.outage and not self._outage:
@@ -117,16 +118,16 @@ class Gate:
         self._fit_prefetch(worker)
 
     def add(self, name: str) -> None:
-        """A queue that ``add_consumer`` opened is the gate's from now on."""
+        """Manage a queue that ``add_consumer`` opened."""
         self._services.setdefault(name, services.PLAIN)
         self._wanted.add(name)
         self._open.add(name)
-        # Celery 5.6 adds a queue that was deselected to this consumer only.
+        # Celery 5.6 adds a deselected queue to this consumer only.
         self._queues.select_add(self._queues[name])
-        self.apply()  # it closes what no replica is ready for
+        self.apply()  # it closes queues without a READY replica
 
     def remove(self, name: str) -> None:
-        """A queue that ``cancel_consumer`` closed stays closed."""
+        """Keep a queue closed that ``cancel_consumer`` closed."""
         self._wanted.discard(name)
         self._open.discard(name)
         self._terms.pop(name, None)
@@ -138,7 +139,7 @@ class Gate:
         return tuple(sorted(self._wanted - self._open))
 
     def _open_or_close(self, name: str, worker: snapshot.Worker) -> None:
-        """A full service closes its queue only where others share the prefetch count with it."""
+        """Close the queue of a full service only if it shares the prefetch count with others."""
         service = self._services[name]
         slots = worker.ready_slots.get(service, 0)
         waiting = worker.waiting_inputs.get(service, 0)
@@ -169,10 +170,10 @@ class Gate:
         return None if self._consumer is None else self._consumer.task_consumer
 
     def _followed(self) -> set[str]:
-        """The services whose slots are the prefetch count.
+        """Return the services whose slots make up the prefetch count.
 
-        Beat's tasks take the place of an input for some milliseconds. With a count of their own a
-        worker that has no slot left would take inputs that another worker could run.
+        Beat's tasks do not count: they need a slot for milliseconds only. If they did, a full
+        worker would take an input that another worker could run.
         """
         return {self._services[name] for name in self._wanted if name != beat_tasks.QUEUE}
 
@@ -191,7 +192,7 @@ class Gate:
             if terms.prefetch is not None:
                 task_consumer.qos(prefetch_count=terms.prefetch, apply_global=False)
             queue = self._queues[name]
-            if terms.priority:  # Celery's own stays as the user declared it
+            if terms.priority:  # otherwise keep the user's declaration
                 queue = copy.copy(queue)
                 arguments = {**(queue.consumer_arguments or {}), _PRIORITY: terms.priority}
                 queue.consumer_arguments = arguments
@@ -209,13 +210,13 @@ class Gate:
         return _Terms(prefetch, speed_bands.Band[band.upper()] if band else 0)
 
     def _fit_prefetch(self, worker: snapshot.Worker) -> None:
-        """Ask for as many messages as there are slots, and those that wait for one besides.
+        """Set the prefetch count to the number of slots and of inputs that wait here.
 
-        The latter hold the credit of other services, whose slots may be free.
+        Waiting inputs use up the credit of other services, which may have free slots.
         """
         consumer = self._consumer
         if consumer is None or not consumer.qos or not consumer.initial_prefetch_count:
-            return  # 0 is a project's choice: no limit
+            return  # the project chose 0, no limit
         followed = self._followed()
         messages = sum(worker.ready_slots.get(service, 0) for service in followed)
         if self._shares_prefetch():
@@ -227,12 +228,12 @@ class Gate:
             consumer.qos.decrement_eventually(self._prefetch - wanted)
         self._prefetch = wanted
         if consumer.qos.value != consumer.qos.prev:
-            # Celery does it once its loop has waited for whatever comes next, for up to a second.
+            # Celery would do it after its loop has waited for the next event, up to a second.
             consumer.qos.update()
 
 
 class GateStep(bootsteps.StartStopStep):
-    """Attaches the worker's gate to each consumer that starts."""
+    """The bootstep that attaches the gate to each consumer that starts."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 

@@ -1,8 +1,8 @@
-"""What a platform's own probes ask of a worker: is it alive, has it started, is it ready.
+"""Health of a worker for a platform's probes, in the worker's parent: a file and HTTP endpoints.
 
-A file whose age tells that the worker's loop turns, and ``/livez /readyz /startupz /metrics`` over
-HTTP. All are answered from the snapshot that the loop leaves here once a second, by threads that
-ask nothing of the broker, a child or Django: while the worker hangs, they are what says so.
+The age of the file shows whether the loop runs. ``/livez /readyz /startupz /metrics`` answer over
+HTTP, from the snapshot that the loop stores here once a second. Separate threads answer,
+without the broker, children or Django, because they must report a worker that hangs.
 """
 
 from __future__ import annotations
@@ -27,38 +27,34 @@ from gw_celery.protocol import snapshot
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a client has for its request, and for reading the answer.
+#: Seconds in which a client must send its request and read the answer.
 _PATIENCE = 2.0
 #: Clients at a time, each with a thread; the oldest is cut off for one more.
 _MOST_CLIENTS = 32
 #: Threads at a time: one whose client was cut off takes a moment to end, or hangs in its answer.
 _MOST_THREADS = 128
 
-#: The file is touched while the loop has turned within so many seconds.
+#: Maximum age in seconds of the loop's last turn for which the file is touched.
 _FRESH = 3.0
-#: Named, as Celery names a worker's parts: the first scrape loads it.
+#: A name instead of an import, so that only the first scrape loads the library.
 _RENDERER = "gw_celery.contrib.prometheus"
 
 
 class Verdict(NamedTuple):
-    """An answer, and why."""
-
     is_ok: bool
     why: tuple[str, ...] = ()
 
 
 class Reply(NamedTuple):
-    """What a path answers over HTTP."""
-
     body: bytes
     status: int = 200
     content_type: str = "application/json"
 
 
 def is_ready(worker: snapshot.Worker) -> Verdict:
-    """Judge whether some replica takes inputs of each service that the worker serves.
+    """Check whether a replica takes inputs of each service that the worker serves.
 
-    A worker that should have no replicas is ready: it starts one as soon as there is work.
+    A worker that needs no replica now is ready: it starts one when work arrives.
     """
     if worker.is_stopping:
         return Verdict(is_ok=False, why=("the worker stops",))
@@ -71,7 +67,7 @@ def is_ready(worker: snapshot.Worker) -> Verdict:
 
 
 def why_not(replica: snapshot.Replica) -> str:
-    """Say in a line what keeps a replica from inputs; "" for one that is ready for all."""
+    """Return why a replica takes no inputs, in one line; "" if it takes all."""
     reasons = [
         f"{probe.kind} probe {probe.name}: {probe.detail}"
         for probe in replica.probes
@@ -85,11 +81,11 @@ def why_not(replica: snapshot.Replica) -> str:
 
 
 class Health(BackgroundThread):
-    """The signs of life of a worker; its thread touches the file.
+    """Answers a platform's probes; its background thread touches the heartbeat file.
 
     Args:
-        settings: those of the worker.
-        service_queues: the service of each service queue.
+        settings: the settings of the worker.
+        service_queues: service key of each service queue.
     """
 
     def __init__(self, settings: conf.Settings, service_queues: Mapping[str, str]) -> None:
@@ -100,15 +96,15 @@ class Health(BackgroundThread):
         self._seen = snapshot.Worker(hostname="", desired=1)
         self._has_started = False
         self._beat_at = time.monotonic()
-        #: Since when the loop waits for the broker, and cannot turn.
+        #: Time at which the loop began to wait for the broker, which stops its turns.
         self._connecting_since: float | None = None
         self._endpoint: _Endpoint | None = None
 
     def start(self) -> None:
-        """Give signs of life from now on, where any are configured.
+        """Start the configured endpoint and file.
 
         Raises:
-            ConfigurationError: for a file that cannot be written, or a port that is taken.
+            ConfigurationError: if the file cannot be written, or the port is in use.
         """
         self.beat(self._seen)
         if self._settings.health_port is not None:
@@ -130,7 +126,7 @@ class Health(BackgroundThread):
             super().start()
 
     def beat(self, worker: snapshot.Worker) -> None:
-        """The loop turns, and sees this; from its thread."""
+        """Record a turn of the loop and its snapshot; on the loop's thread."""
         self._seen = worker
         is_up = any(replica.state in ("ready", "unready") for replica in worker.replicas)
         self._has_started |= is_up or worker.desired == 0
@@ -138,7 +134,7 @@ class Health(BackgroundThread):
 
     @contextlib.contextmanager
     def connecting(self) -> Iterator[None]:
-        """The loop waits for the broker in this block: that is no fault of the worker."""
+        """Mark that the loop waits for the broker, which is not a fault of the worker."""
         self._connecting_since = time.monotonic()
         try:
             yield
@@ -147,7 +143,7 @@ class Health(BackgroundThread):
             self._connecting_since = None
 
     def close(self, timeout: float = 2.0) -> bool:
-        """The worker stops as it should: no sign of life is left."""
+        """Close the endpoint and remove the file, because the worker stops regularly."""
         is_over = super().close(timeout)
         if self._endpoint is not None:
             self._endpoint.close()
@@ -163,7 +159,7 @@ class Health(BackgroundThread):
             _touch(self._file)
 
     def _answer(self, path: str) -> Reply | None:
-        """Answer a path of the endpoint, in a thread of its own; ``None`` where there is none."""
+        """Return the answer of a path, in a thread of the endpoint; ``None`` if unknown."""
         match path:
             case "/livez":
                 return self._reply(self._is_alive())
@@ -177,7 +173,6 @@ class Health(BackgroundThread):
         return None
 
     def _is_alive(self) -> Verdict:
-        """Judge whether the loop turns, or waits for the broker."""
         since, now = self._connecting_since, time.monotonic()
         if since is not None:
             return Verdict(is_ok=True, why=(f"connects to the broker for {now - since:.0f} s",))
@@ -200,7 +195,7 @@ class Health(BackgroundThread):
         return Reply(status=200 if verdict.is_ok else 503, body=json.dumps(answer).encode())
 
     def _metrics(self) -> Reply:
-        """Answer a scrape; its library is loaded by the first."""
+        """Answer a scrape; the first one loads the Prometheus library."""
         try:
             renderer: Any = importlib.import_module(_RENDERER)
         except errors.ConfigurationError as exc:
@@ -216,14 +211,14 @@ def _touch(path: str) -> None:
 
 
 class _Endpoint(http.server.ThreadingHTTPServer):
-    """Serves GET on the paths that ``answer`` knows, from its making on.
+    """Serves GET on the paths that ``answer`` knows, as soon as it exists.
 
     Raises:
-        ConfigurationError: when the address cannot be listened on.
+        ConfigurationError: if it cannot listen on the address.
     """
 
     def __init__(self, host: str, port: int, answer: Callable[[str], Reply | None]) -> None:
-        # Not bound by the class: it would ask DNS for this machine's name, and knows IPv4 only.
+        # The base class binds to IPv4 only, and looks this machine's name up in DNS.
         super().__init__((host, port), _Request, bind_and_activate=False)
         self.socket.close()
         try:
@@ -234,7 +229,7 @@ class _Endpoint(http.server.ThreadingHTTPServer):
                 f"gw_health_port={port}: cannot listen on {host}: {exc.strerror or exc}; choose a "
                 f"free port for each worker of the machine, 0 for any, or None for no endpoint"
             ) from exc
-        self.socket.setblocking(False)  # a client may have gone before it is accepted
+        self.socket.setblocking(False)  # a client may leave before it is accepted
         host, port = self.socket.getsockname()[:2]
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self.answer = answer
@@ -258,21 +253,19 @@ class _Endpoint(http.server.ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Let a client go: however it ended, and when no thread could be started for it, too."""
+        """Release a client, also if no thread could be started for it."""
         super().shutdown_request(request)
         self._clients.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         exc = sys.exception()
-        if not isinstance(exc, OSError):  # a client that went away
+        if not isinstance(exc, OSError):  # an OSError is a client that left
             logger.error(
                 "the health endpoint failed for %s: report this bug", client_address, exc_info=exc
             )
 
 
 class _Request(http.server.BaseHTTPRequestHandler):
-    """Answers one request of a client."""
-
     protocol_version = "HTTP/1.1"
     timeout = _PATIENCE
     error_message_format = "%(message)s"
@@ -303,7 +296,7 @@ class _Request(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Say no more than the status. A method that is missing here is one that is not allowed."""
+        """Send the status only, and 405 for an unsupported method."""
         if code == http.HTTPStatus.NOT_IMPLEMENTED:
             code = http.HTTPStatus.METHOD_NOT_ALLOWED
         super().send_error(code)

@@ -1,4 +1,4 @@
-"""What one worker serves, decided in its parent when it starts; and what its log says of it."""
+"""What one worker serves, decided in its parent at start-up, and the notices in its log."""
 
 from __future__ import annotations
 
@@ -17,68 +17,66 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: What the plan calls our own pool.
+#: The name of our own pool in a plan.
 GPU_POOL = "gpu"
-#: The name of `WorkerOptions` among the options that Celery gives to its worker.
+#: The key of `WorkerOptions` among the options of Celery's worker.
 OPTIONS = "gw_options"
-#: What is declared of services and acts only on a worker that was given no size.
+#: Declarations that act only on a worker whose size was not given.
 _BOUNDS = {"min_workers", "max_workers"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """The options of ``celery gw worker`` that Celery's own worker command does not have."""
+    """The options of ``celery gw worker`` that Celery's worker command does not have."""
 
-    #: Kind of GPU whose families are served; ``None`` for all that the machine can serve.
+    #: Kind of GPU whose families are served; ``None``: all that the machine can serve.
     gpu: str | None = None
-    #: ``None`` for as many as fit.
+    #: Number of replicas; ``None``: as many as fit.
     replicas: int | None = None
-    #: ``-Q`` names what is served.
+    #: Whether ``-Q`` names the queues.
     names_queues: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a worker serves, decided in its parent before any child exists."""
+    """What a worker serves; its parent decides this before any child exists."""
 
     registries: Sequence[registry.Registry]
     served: Sequence[services.Service]
     settings: conf.Settings
-    #: The pool, as its users call it: prefork or solo; or ``GPU_POOL``.
+    #: The pool by its usual name, such as prefork or solo, or ``GPU_POOL``.
     pool: str
-    #: The queues that it consumes, with families expanded; without that of beat's tasks.
+    #: Consumed queues, with families expanded, without the queue of beat's tasks.
     queues: Sequence[str] = ()
-    #: To the processes that load because Celery sends them ``worker_process_init``; ``None`` where
-    #: something else has them load, or nothing is served.
+    #: Pipes to the processes that load at ``worker_process_init``; ``None`` on other pools, or if
+    #: nothing is served.
     pipes: serving.Pipes | None = None
-    #: The devices of each replica of our pool; ``None`` where no service needs any.
+    #: The devices of each replica of our pool; ``None`` if no service needs a device.
     allotment: allocation.Allotment | None = None
-    #: Its size follows the load within what its services declare.
+    #: Whether the size follows the load, within the bounds that services declare.
     has_declared_bounds: bool = False
 
     @property
     def families(self) -> dict[str, list[str]]:
-        """The service queues of each family that is declared here."""
         return registry.families(self.registries)
 
     @property
     def strays(self) -> list[str]:
-        """The queues ``cpu`` and ``gpu`` that are no family here.
+        """The consumed queues ``cpu`` and ``gpu`` that are not families here.
 
-        Each may be a queue of the project's own; more often a family such as ``gpu.A100`` was
-        meant.
+        Such a queue may be the project's own, but often a family such as ``gpu.A100`` was meant.
         """
         known = self.families
         return [name for name in self.queues if known and gpu.is_bare(name) and name not in known]
 
     @property
     def slots(self) -> dict[str, int]:
-        """Inputs in flight of each service in one replica of our pool; ``""`` for other tasks."""
+        """Maximum inputs in flight per service in one replica; key ``""`` is plain tasks."""
         return {service.key: service.max_inputs for service in self.served} | {services.PLAIN: 1}
 
     @property
     def queue_times(self) -> dict[str, float]:
-        """Seconds that an input may wait until it begins, for each service with such a limit."""
+        """Seconds that an input may wait before it begins, for each service with a limit."""
         default = self.settings.max_queue_time
         limits = {
             service.key: service.placement.max_queue_time or default for service in self.served
@@ -87,7 +85,6 @@ class Plan:
 
     @property
     def benchmarked(self) -> dict[str, tuple[str, ...]]:
-        """The tasks of each service that have a benchmark."""
         return {
             service.key: tuple(
                 method.task_name for method in service.methods.values() if method.benchmark
@@ -97,17 +94,17 @@ class Plan:
 
     @property
     def probes(self) -> list[tuple[str, probes.Probe]]:
-        """The probes of what it serves, each with the key of its service."""
+        """The probes of all served services, with the service key."""
         return [(service.key, probe) for service in self.served for probe in service.probes]
 
     @property
     def service_queues(self) -> dict[str, str]:
-        """The service of each queue; of the first one where several share a queue."""
+        """The service of each queue; the first one if several share a queue."""
         return {service.queue: service.key for service in reversed(self.served)}
 
 
 def log_notices(app: Any, plan: Plan) -> None:
-    """Log what has no effect, and what is at risk; after Celery has set up logging."""
+    """Log declarations without effect, and risks, after Celery has set up logging."""
     for name in plan.strays:
         logger.warning(
             "-Q %s: no service belongs to this family, so it is an ordinary queue of this worker; "
@@ -136,7 +133,7 @@ def log_notices(app: Any, plan: Plan) -> None:
 
 
 def _log_unlimited(app: Any, plan: Plan) -> None:
-    """Say which tasks Redis may deliver twice: the unlimited ones, which it cannot wait for."""
+    """Warn of tasks without a time limit, which Redis may deliver twice."""
     methods = [method for service in plan.served for method in service.methods.values()]
     tasks = [app.tasks[method.task_name] for method in methods]
     unlimited = sorted(task.name for task in tasks if task.acks_late and not task.time_limit)

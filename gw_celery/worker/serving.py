@@ -1,6 +1,7 @@
-"""Serving on Celery's own pools, prefork and solo: what loads in their processes, and how it ends.
+"""Serving on Celery's prefork and solo pools: loading in their processes, and reporting failures.
 
-Their pool cannot say: it hears of a child only once that has loaded, and tells it nothing before.
+The functions run in those processes; ``ServingStep`` runs in the worker's parent. These pools learn
+of a child only after it has loaded, and cannot stop it before.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from gw_celery.worker.plan import Plan, log_notices
 
 logger = logging.getLogger(__name__)
 
-#: CUDA cannot do without it. NVML, which is harmless to forks, opens the other devices, too.
+#: The device that CUDA needs. NVML, which is safe across forks, opens other devices only.
 _CUDA_DEVICE = "/dev/nvidia-uvm"
-#: The latter is true in a fork of a process where the former was.
+#: The second is true in a fork of a process in which the first is true.
 _QUESTIONS = ("is_initialized", "_is_in_bad_fork")
 
 
 def load_or_exit(plan: Plan, pipes: Pipes) -> None:
-    """Enter what ``plan`` serves in this process of prefork or solo, before its first task.
+    """Enter everything that ``plan`` serves in this process, before its first task.
 
     Raises:
-        SystemExit: when something fails, and the worker learns the reason, and stops; and when the
-            process should give up. What has entered is then left.
+        SystemExit: if loading fails (the worker then learns the reason and stops), or if the
+            process must give up. What has entered is exited first.
     """
     with lifecycle.fatal_errors(pipes.report), pipes.stop_check() as check:
         if plan.pool == "prefork":
@@ -57,15 +58,15 @@ def load_or_exit(plan: Plan, pipes: Pipes) -> None:
 
 
 def refuse_cuda() -> None:
-    """Check that CUDA is not up here, nor was where this process was forked; imports nothing.
+    """Check that CUDA is not initialized here or in the process that forked this one.
 
-    CUDA works in no fork of a process where it is up, or hangs. CPython prints what a hook of
-    ``os.register_at_fork`` raises and forks all the same. So it is asked where something can be
-    ended: in the worker's parent before it makes its pool, and in each child, also one that
-    replaces another, before it loads.
+    CUDA fails or hangs in every fork of a process that has initialized it. CPython only prints an
+    exception of a hook of ``os.register_at_fork``. Therefore this check runs where it can end a
+    process: in the parent before the pool exists, and in each child before it loads. It imports
+    nothing.
 
     Raises:
-        ConfigurationError: with what shows it, and the ways out.
+        ConfigurationError: with the evidence and the remedies.
     """
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     signs = [
@@ -73,9 +74,9 @@ def refuse_cuda() -> None:
         for question in _QUESTIONS
         if getattr(cuda, question, bool)()
     ]
-    with contextlib.suppress(OSError):  # the kernel does not tell
+    with contextlib.suppress(OSError):  # there is no /proc
         for number in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # it is closed by now
+            with contextlib.suppress(OSError):  # closed meanwhile
                 file = os.readlink(f"/proc/self/fd/{number}")
                 signs += [f"{file} is open"] * file.startswith(_CUDA_DEVICE)
     if signs:
@@ -88,26 +89,26 @@ def refuse_cuda() -> None:
 
 
 class Pipes:
-    """Made before the fork: why children cannot load, and that their worker stops."""
+    """Pipes made before the fork: children report failed loads, and the worker reports its stop."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()
         self._stop_reader, self._stop_writer = os.pipe()
 
     def report(self, reason: str) -> None:
-        """Tell the worker why this child cannot serve; short, so that it is one write."""
+        """Tell the worker why this child cannot serve, shortened to fit one write."""
         os.write(self._writer, (json.dumps([os.getpid(), reason[:2000]]) + "\n").encode())
 
     def fileno(self) -> int:
-        """Readable when a child has reported a failure."""
+        """Return the descriptor that is readable when a child has reported a failure."""
         return self._reader
 
     def never_wait(self) -> None:
-        """Have ``failures`` return what is there from now on, and nothing when nothing is."""
+        """Make ``failures`` return at once from now on."""
         os.set_blocking(self._reader, False)
 
     def failures(self) -> list[tuple[int, str]]:
-        """Return what children have reported, pids and reasons, waiting for it."""
+        """Return the pids and reasons that children have reported; wait for the first."""
         try:
             written = os.read(self._reader, 65536)
         except BlockingIOError:
@@ -115,14 +116,13 @@ class Pipes:
         return [tuple(json.loads(line)) for line in written.splitlines()]
 
     def stop(self) -> None:
-        """Tell every child that loads to give up."""
         os.write(self._stop_writer, b"!")
 
     @contextlib.contextmanager
     def stop_check(self) -> Iterator[Callable[[], None]]:
-        """Yield a check that raises ``SystemExit`` once the worker stops or SIGTERM has come.
+        """Yield a function that raises ``SystemExit`` when the worker stops or SIGTERM arrives.
 
-        By default SIGTERM ends a process at once, and what had entered would not be left.
+        SIGTERM's default action would end the process without exiting what it has entered.
         """
         has_signal = threading.Event()
         is_ours = (
@@ -133,7 +133,7 @@ class Pipes:
             signal.signal(signal.SIGTERM, lambda number, frame: has_signal.set())
 
         def check() -> None:
-            # The byte is never read: it is there for all children.
+            # The byte is never read, so that all children see it.
             poll = select.poll()
             poll.register(self._stop_reader, select.POLLIN)
             if has_signal.is_set() or poll.poll(0):
@@ -148,16 +148,16 @@ class Pipes:
 
 
 class ServingStep(bootsteps.StartStopStep):
-    """Says what the worker serves, in its log and in ``inspect stats``.
+    """The bootstep of prefork and solo: notices in the log, and services in ``inspect stats``.
 
-    It tells children that load when their worker stops, and stops it when one cannot load.
+    It tells loading children when their worker stops, and stops the worker when one cannot load.
     """
 
     requires = ("celery.worker.components:Hub", "celery.worker.components:Pool")
 
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
-        self._plan = cast(Plan, signals.plan())  # ``worker_init`` comes before steps are made
+        self._plan = cast(Plan, signals.plan())  # ``worker_init`` runs before the steps exist
         self._pipes = self._plan.pipes
 
     def info(self, worker: Any) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class ServingStep(bootsteps.StartStopStep):
         return {"gw_celery": {"pool": self._plan.pool, "serves": served}}
 
     def start(self, worker: Any) -> None:
-        # Not earlier: Celery sets up logging after ``worker_init``.
+        # Not earlier, because Celery sets up logging after ``worker_init``.
         log_notices(worker.app, self._plan)
         if self._pipes is not None and not worker.use_eventloop:
             reading = (worker, self._pipes)
@@ -180,12 +180,12 @@ class ServingStep(bootsteps.StartStopStep):
 
     def stop(self, worker: Any) -> None:
         if self._pipes is not None:
-            self._pipes.stop()  # before the pool is stopped, which waits for its children
+            self._pipes.stop()  # before the pool stops, which waits for its children
             self._pipes.never_wait()
             self._read(worker, self._pipes)
 
     def _read(self, worker: Any, pipes: Pipes) -> None:
-        """Stop the worker when a child wrote why it cannot start."""
+        """Stop the worker if a child has reported why it cannot load."""
         for failure in pipes.failures():
             logger.critical(
                 "child pid %d could not load, so this worker stops and its messages stay in the "

@@ -1,7 +1,7 @@
-"""Decide, when a worker starts, what it serves, and with how many replicas on which devices.
+"""Decides at start-up, in the worker's parent, what it serves, with which replicas and devices.
 
-What cannot work is refused. Celery logs a failed check and goes on, so that the checks here end the
-process themselves.
+It refuses what cannot work. Celery logs an exception of a signal receiver and continues, so that
+the checks end the process themselves.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _POOLS = {
     "gw_celery.pool": GPU_POOL,
     "gw_celery.pool.taskpool": GPU_POOL,
 }
-#: Celery's own that serve: it sends ``worker_process_init`` in their processes.
+#: Celery's pools that can serve: it sends ``worker_process_init`` in their processes.
 _SERVING = ("prefork", "solo")
 
 
 def prepare_or_exit(worker: Any, registries: Sequence[registry.Registry]) -> Plan:
-    """As ``prepare``; what it raises ends the process: Celery would log it and start all the same.
+    """Run ``prepare``, and end the process if it raises, which Celery would only log.
 
     Raises:
-        SystemExit: with the reason in the log.
+        SystemExit: after logging the reason.
     """
 
     def note(reason: str) -> None:
-        # The log is not set up yet: a detached worker has no other.
+        # Logging is not set up yet, and a detached worker writes to this file only.
         if isinstance(path := getattr(worker, "logfile", None), str) and "%" not in path:
             with contextlib.suppress(OSError), open(path, "a") as log:
                 log.write(f"gw_celery: {reason}\n")
@@ -54,11 +54,11 @@ def prepare_or_exit(worker: Any, registries: Sequence[registry.Registry]) -> Pla
 
 
 def prepare(worker: Any, registries: Sequence[registry.Registry]) -> Plan:
-    """Choose and expand families, check the configuration, and return what ``worker`` serves.
+    """Expand families, check the configuration, and return what ``worker`` serves.
 
     Raises:
-        ConfigurationError: for settings that contradict each other or the pool, for a GPU that is
-            needed and not there, and where CUDA is up in a process that the pool would fork.
+        ConfigurationError: for settings that contradict each other or the pool, a missing GPU, or
+            CUDA initialized in a process that the pool would fork.
         DeclarationError: for a service and a plain task of the same name.
     """
     app, queues = worker.app, worker.app.amqp.queues
@@ -95,10 +95,10 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> Plan:
 
 
 def _belongs(declared: registry.Registry, app: Any) -> bool:
-    """By the names of its tasks: a spawned child has copies of both.
+    """Return whether an App belongs to ``app``, by its task names; a spawned child has copies.
 
     Raises:
-        DeclarationError: for a name, declared since the app was finalized, too, that is not ours.
+        DeclarationError: if a plain task has the name of one of ours.
     """
     names = set()
     for service in declared.services.values():
@@ -111,26 +111,26 @@ def _belongs(declared: registry.Registry, app: Any) -> bool:
 def _families_for(
     kind: str | None, registries: Sequence[registry.Registry], settings: conf.Settings
 ) -> list[str]:
-    """Return the families that ``gw worker`` takes on this machine.
+    """Return the families that ``gw worker`` consumes on this machine.
 
     Raises:
-        ConfigurationError: when it can serve none of them, with what there is.
+        ConfigurationError: if the machine can serve none of them; the message says what it has.
     """
     declared: dict[str, list[gpu.Gpu | None]] = {}
     for declarations in registries:
         for service in declarations.services.values():
             declared.setdefault(service.family, []).append(service.placement.gpu)
-    # The CPU needs no look at the GPUs.
+    # The CPU family does not depend on the GPUs.
     there = devices.NONE if kind == "CPU" else devices.find(settings.gpu_kinds)
     return allocation.families_for(kind, declared, there)
 
 
 def _expand_families(queues: Any, registries: Sequence[registry.Registry]) -> None:
-    """Replace the name of a family among the consumed queues by its service queues.
+    """Replace each family among the consumed queues with its service queues.
 
     Raises:
-        ConfigurationError: for a dotted family or service queue that no service belongs to; a
-            plain ``cpu`` or ``gpu`` may be a queue of the project's own.
+        ConfigurationError: for a dotted family or service queue without a service. A plain ``cpu``
+            or ``gpu`` may be the project's own queue.
     """
     families = registry.families(registries)
     served = {queue for listed in families.values() for queue in listed}
@@ -138,9 +138,9 @@ def _expand_families(queues: Any, registries: Sequence[registry.Registry]) -> No
         if name in families:
             queues.deselect(name)
             for queue in families[name]:
-                # The queue that a client makes of this name, with its type and priorities.
+                # The queue as clients declare it, with its type and priorities.
                 queues.select_add(queues[queue])
-        elif "." in name and gpu.is_family(name):  # a project's own may be named just "cpu"
+        elif "." in name and gpu.is_family(name):  # a project may have its own queue "cpu"
             here = ", ".join(sorted(families)) or "none: is the module that declares them imported"
             raise errors.ConfigurationError(
                 f"-Q {name}: no service belongs to this family or queue; families here: {here}"
@@ -148,7 +148,7 @@ def _expand_families(queues: Any, registries: Sequence[registry.Registry]) -> No
 
 
 def _consume_ticks(app: Any) -> None:
-    """Consume the queue of beat's tasks, whatever ``-Q`` names."""
+    """Consume the queue of beat's tasks, regardless of ``-Q``."""
     beat_tasks.add_queue(app)
     queues = app.amqp.queues
     try:
@@ -162,7 +162,7 @@ def _consume_ticks(app: Any) -> None:
 
 
 def _pool_name(pool_cls: Any) -> str:
-    """What users call the pool; it is not imported for that, gevent's would patch."""
+    """Return the pool's usual name without importing it; gevent would monkey-patch."""
     if isinstance(pool_cls, str):
         module = concurrency.ALIASES.get(pool_cls, pool_cls).partition(":")[0]
     else:
@@ -171,7 +171,7 @@ def _pool_name(pool_cls: Any) -> str:
 
 
 def _prepare_to_serve(worker: Any, plan: Plan) -> None:
-    """Refuse a pool that cannot serve; set what a worker that loads models needs."""
+    """Refuse a pool that cannot serve; set the options that a loading worker needs."""
     app, pool = worker.app, plan.pool
     if pool not in (*_SERVING, GPU_POOL):
         names = ", ".join(service.name for service in plan.served)
@@ -182,16 +182,16 @@ def _prepare_to_serve(worker: Any, plan: Plan) -> None:
             f"the pool {pool!r} cannot serve {names}: {reason}; start this worker with the GPU "
             f"pool (celery -A proj gw worker), or with -P {' or '.join(_SERVING)}"
         )
-    # A process that is spawned shares nothing with this one.
+    # A spawned process inherits no CUDA state.
     if pool == "prefork" and getattr(worker, "pool_start_method", "fork") == "fork":
         serving.refuse_cuda()
     preset.require_content(app)
-    # A replacement child of prefork is killed when it is not up in this time: 4 s by default.
+    # Prefork kills a replacement child that is not up within this time (default 4 s).
     app.conf.worker_proc_alive_timeout = max(
         app.conf.worker_proc_alive_timeout, plan.settings.start_timeout + 30
     )
     app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
-    # ``--prefetch-multiplier`` with the default looks like none.
+    # ``--prefetch-multiplier`` with the default value looks like a missing option.
     is_default = worker.prefetch_multiplier == app.conf.worker_prefetch_multiplier
     if is_default and not conf.is_set(app.conf, "worker_prefetch_multiplier"):
         worker.prefetch_multiplier = 1
@@ -202,17 +202,17 @@ def _prepare_to_serve(worker: Any, plan: Plan) -> None:
 
 
 def _prepare_gpu_pool(worker: Any, plan: Plan, typed: WorkerOptions | None) -> Plan:
-    # NVML is read only for services that need a kind of GPU.
+    # Read NVML only if services need a kind of GPU.
     if needs := allocation.needs_of(service.placement.gpu for service in plan.served):
         there = devices.find(plan.settings.gpu_kinds)
         plan = dataclasses.replace(plan, allotment=allocation.allot(needs, there))
     plan = dataclasses.replace(plan, has_declared_bounds=_fit(worker, plan, typed))
     commands.guard_size()
     commands.install()
-    # The gate owns the prefetch count, and sets it anew at every connection.
+    # The gate owns the prefetch count, and sets it at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     if not conf.is_set(worker.app.conf, "worker_autoscaler"):
-        # Celery's own starts a replica for every few messages that wait.
+        # Celery's own autoscaler starts a replica for every few waiting messages.
         worker.autoscaler_cls = "gw_celery.autoscale:Autoscaler"
     worker.consumer_cls = consumer.Consumer
     worker.app.steps["consumer"].add(gate.GateStep)
@@ -222,18 +222,19 @@ def _prepare_gpu_pool(worker: Any, plan: Plan, typed: WorkerOptions | None) -> P
 
 
 def _fit(worker: Any, plan: Plan, typed: WorkerOptions | None) -> bool:
-    """Set the slots of ``worker``, which Celery calls its concurrency, or their bounds.
+    """Set the slots of ``worker`` (Celery's concurrency), or their bounds.
 
-    Returns whether the bounds are those that its services declare.
+    Returns:
+        Whether the bounds are those that the services declare.
 
     Raises:
-        ConfigurationError: when more replicas are asked for than fit.
+        ConfigurationError: if more replicas are requested than fit.
     """
     per_replica = sum(plan.slots.values())
     autoscale = worker.options.get("autoscale")
     scale = autoscale or _declared_bounds(plan, typed)
-    if scale and not isinstance(scale, str):  # text comes from programs only
-        # Celery's own options count slots, those of ``gw worker`` and of services replicas.
+    if scale and not isinstance(scale, str):  # only programs pass text
+        # Celery's own options count slots; those of ``gw worker`` and of services count replicas.
         unit = 1 if typed is None else per_replica
         _require_room(plan, math.ceil(max(scale) * unit / per_replica))
         _require_lengths(worker, min(scale))
@@ -251,10 +252,10 @@ def _fit(worker: Any, plan: Plan, typed: WorkerOptions | None) -> bool:
 
 
 def _declared_bounds(plan: Plan, typed: WorkerOptions | None) -> tuple[int, int] | None:
-    """The most and the least replicas of a worker that ``gw worker`` started without a size.
+    """Return the maximum and minimum of replicas for a ``gw worker`` that was given no size.
 
-    A replica holds every service: there are as many as the greediest wants, and as many stay as the
-    neediest does. ``None`` where no service, and no setting, says anything about it.
+    A replica holds every service, so that the largest declared values apply. ``None`` if no service
+    and no setting declares anything.
     """
     settings, placements = plan.settings, [service.placement for service in plan.served]
     if typed is None or typed.replicas or settings.replicas or not placements:
@@ -272,7 +273,7 @@ def _declared_bounds(plan: Plan, typed: WorkerOptions | None) -> tuple[int, int]
 
 
 def _require_lengths(worker: Any, least: int) -> None:
-    """Refuse to go to zero where the worker would not learn of the next message."""
+    """Refuse zero replicas if the worker could not learn of the next message."""
     if least:
         return
     with worker.app.connection_for_read() as connection:
@@ -290,7 +291,7 @@ def _require_room(plan: Plan, replicas: int) -> None:
 
 
 def _slots_that_fit(slots: Any, allotment: allocation.Allotment, per_replica: int) -> int:
-    """Return ``slots``; Celery's default, which no user asked for, is cut to what fits."""
+    """Return ``slots``; reduce Celery's default, which no user requested, to what fits."""
     most = allotment.most * per_replica
     is_default = slots in ("auto", cpu_count())
     wanted = most if slots == "auto" else int(slots)
