@@ -46,11 +46,15 @@ def check_celery_app(**_: Any) -> Sequence[checks.CheckMessage]:
 
 def check_content(**_: Any) -> Sequence[checks.CheckMessage]:
     """Check that messages and results of our tasks are accepted (E003)."""
+    if check_settings():
+        return []  # the Celery app is not preset because of them
     return _errors("gw_celery.E003", lambda: preset.require_content(current_app))
 
 
 def check_visibility(**_: Any) -> Sequence[checks.CheckMessage]:
     """Check that Redis does not redeliver a message while its task may still run (E004)."""
+    if check_settings():
+        return []  # the limits cannot be read
     return _errors(
         "gw_celery.E004", lambda: preset.require_visibility(current_app, signals.registries())
     )

@@ -36,13 +36,14 @@ def apply(app: Any) -> None:
             a different value.
     """
     values = given()
-    conf.from_mapping(values)
-    conf.read(app.conf)
     for name, value in values.items():
-        key = conf.PREFIX + name
+        key = f"{conf.PREFIX}{name}"
         if app.conf.get(key, value) != value:
             raise errors.ConfigurationError(
                 f"GW_CELERY[{name!r}]={value!r} and app.conf.{key}={app.conf[key]!r} contradict "
                 f"each other: keep one"
             )
+        # Also a wrong value: a worker, which runs no system checks, then refuses to start.
         app.conf[key] = value
+    conf.from_mapping(values)
+    conf.read(app.conf)

@@ -91,6 +91,28 @@ def test_a_setting_that_is_wrong_is_an_error_of_the_checks(project, given, expec
     assert expected in message
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("{'replicas': 3, 'start_timout': 60}", "did you mean 'gw_start_timeout'"),
+        ("{'start_timeout': 'abc'}", "gw_start_timeout='abc'"),
+    ],
+)
+def test_a_process_that_runs_no_checks_refuses_a_wrong_setting_too(
+    project, given, expected
+) -> None:
+    """Such as a worker: it would start without the whole of GW_CELERY."""
+    body = """
+django.setup()
+import gw_celery as gw
+try:
+    gw.preset(app)
+except gw.errors.ConfigurationError as exc:
+    refusal = str(exc)
+"""
+    assert expected in project("refusal", f"GW_CELERY = {given}", body)
+
+
 def test_a_setting_of_the_celery_app_that_is_wrong_is_an_error_of_the_checks(project) -> None:
     # Django keeps checks in a set: several find the mistake, in any order.
     said = {code: message for code, message, _ in project("said()", "CELERY_GW_START_TIMOUT = 900")}

@@ -543,7 +543,7 @@ def test_a_stop_iteration_in_a_thread_fails_its_input_and_the_next_are_served() 
 
 
 def test_the_body_belongs_to_no_input() -> None:
-    caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="nobody")
+    caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="unset")
     seen: list[str] = []
 
     async def body(xs: list[int], scale: list[int]) -> list[int]:
@@ -555,7 +555,7 @@ def test_the_body_belongs_to_no_input() -> None:
         await submit(1)
 
     gathering(test, body, max_batch_size=8)
-    assert seen == ["nobody"]
+    assert seen == ["unset"]
 
 
 def test_only_the_body_knows_of_its_batch() -> None:
