@@ -52,7 +52,7 @@ class Spawned:
 
     @property
     def id(self) -> str:
-        """The task id; to read it waits until the call is sent."""
+        """The task id; reading it waits until the call is sent."""
         return str(self._sending.result().id)
 
     def get(self, timeout: float | None = None) -> Any:
@@ -121,7 +121,7 @@ class Publisher:
 
     While a broker is unreachable, Celery's publishing blocks its thread, and a timeout could not
     interrupt a caller's thread. Threads of ``concurrent.futures`` are unsuitable: the interpreter
-    waits for them at its exit, for ever if need be.
+    waits for them at its exit, without limit.
     """
 
     def __init__(self, threads: int) -> None:
@@ -186,8 +186,8 @@ class Watcher:
     """Sends this process's calls for one Celery app, and receives their answers.
 
     It is a thread with its own loop, because callers run on many loops: those of an ASGI server, of
-    ``async_to_sync``, of scripts. With the Redis backend it holds one subscription
-    connection; it polls any other backend.
+    ``async_to_sync``, of scripts. With the Redis backend it holds one subscription connection; it
+    polls any other backend.
     """
 
     def __init__(self, app: Any) -> None:

@@ -31,7 +31,7 @@ _BEAT = 1.0
 _LOOK_AT_ZERO = 0.25
 #: Share of a period after which the next round may begin, because rounds begin early or late.
 _DUE = 0.9
-#: Maximum readings of all records per second: with more workers, each worker reads less often.
+#: Maximum readings of all records per second in the project; with more workers, each reads less.
 _WORKERS_A_SECOND = 100
 #: Seconds between two renewals of the lifetime of the project's keys.
 _EXPIRY = 3600.0
@@ -138,7 +138,7 @@ class Membership(background_thread.BackgroundThread):
 
     @property
     def others(self) -> tuple[worker_record.WorkerRecord, ...]:
-        """The other workers with a heartbeat, as of the last round; empty without a Redis."""
+        """The other workers with recent heartbeats, as of the last round; empty without a Redis."""
         silent = self._beats.silent if self._beats is not None else ()
         return tuple(other for other in self._known if other.incarnation not in silent)
 

@@ -67,7 +67,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         name: object = self.queue
-        # ``celery worker -Q`` splits at commas and strips spaces: a worker could not consume it.
+        # ``celery worker -Q`` splits at commas and strips spaces: it cannot name such a queue.
         is_name = isinstance(name, str) and name and "," not in name and name == name.strip()
         if name is not None and not is_name:
             rule = "must be the name of a queue, without a comma or a space at its ends"
@@ -362,5 +362,5 @@ def _marked(cls: type, mark: str) -> dict[str, AnyFunction]:
 
 
 def _plain(member: Any) -> Any:
-    """Return the user's function of a replaced method of a base class, else ``member`` itself."""
+    """Return the user's function if ``@app.cls`` has replaced it, else ``member`` itself."""
     return getattr(member, markers.FUNCTION, member)

@@ -146,8 +146,8 @@ class RequestTable:
             child: the child that takes it, for SENT.
 
         Raises:
-            ValueError: if ``to`` cannot follow, or the request would get two settlements or end
-                with none.
+            ValueError: if ``to`` cannot follow, or the request would be settled twice, or end
+                unsettled.
         """
         was_moving, self.is_moving = self.is_moving, True
         try:

@@ -77,7 +77,7 @@ class PoolRequest:
         self.request = args[2]
         self.service = service
         self.workload = headers.workload_of(self.request)
-        #: False for beat's own tasks, which count neither as workload nor towards ``max_tasks``.
+        #: False for beat's own tasks; the counters and ``max_tasks`` ignore them.
         self.is_work = self.name not in beat_tasks.COMMANDS
         self.soft_limit = options.get("soft_timeout")
         self.hard_limit = options.get("timeout")
@@ -564,7 +564,7 @@ class PoisonCounter:
     such a Redis, each worker counts for itself.
 
     Args:
-        most: children that die while an input runs alone until the input is given up.
+        most: number of deaths, each while an input runs alone, after which it is given up.
         shared: the counts of all workers; ``None`` without a Redis.
     """
 

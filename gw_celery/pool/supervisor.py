@@ -372,7 +372,7 @@ class Supervisor:
         self.sockets.wake()
 
     def _drain(self, child: ChildProcess | None) -> None:
-        """Send the child no new inputs, and let it leave when it holds none."""
+        """Send the child no new inputs, and let it leave when it is empty."""
         if child is None or child not in self._children:
             return
         current, now = child.state.current, time.monotonic()
@@ -433,7 +433,7 @@ class Supervisor:
     # -- the end of the worker --
 
     def close(self) -> None:
-        """Release the inputs that have not started, and start no further child."""
+        """Release the waiting inputs, and start no further child."""
         with self.lock:
             self._is_closing = True
             self.forget_waiting()

@@ -96,8 +96,8 @@ class TaskPool(BasePool):
         self._revoked = 0
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
-        #: Our autoscaler, if there is one. The pool starts and ends it: Celery starts an autoscaler
-        #: only on a transport without an event loop, and never notifies it of the end.
+        #: Our autoscaler, if there is one. The pool starts and ends it: Celery does so only on a
+        #: transport without an event loop.
         self.autoscaler: autoscale.Autoscaler | None = None
         #: The last observation and decision of the autoscaler.
         self.scaling: Scaling | None = None

@@ -101,7 +101,7 @@ class Input:
     runs_alone: bool = False
     #: Whether it may wait for other inputs before it begins in a batch.
     gathers: bool = False
-    #: Time after which its answer is not wanted, unless it has begun.
+    #: Time after which the input must not begin.
     expires: dt.datetime | None = None
     #: Seconds that it may wait before it begins.
     max_queue_time: float | None = None

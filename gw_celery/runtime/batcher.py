@@ -38,7 +38,7 @@ class Joining(Protocol):
     def runs_alone(self) -> bool: ...
 
     def record_early_ack(self) -> Awaitable[None] | None:
-        """Return the write of the record that an early acknowledgement needs, if it does."""
+        """Return the write of the record that an early acknowledgement needs, or ``None``."""
 
     def begin(self) -> bool:
         """Report the start of the input; return whether its answer is still wanted."""

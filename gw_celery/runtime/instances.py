@@ -143,8 +143,8 @@ class Instances:
     async def load(self, values: ParameterValues) -> Loaded:
         """Return a suitable instance and count its use; build one if there is none.
 
-        Call this on the loop. Concurrent calls share one build. If it fails, all of them raise, and
-        the next call builds again. A build that has begun continues if its callers give up.
+        Call this on the loop. Concurrent calls with equal values share one build. If it fails, they
+        all raise, and the next call builds again. A begun build continues if its callers give up.
 
         Raises:
             UsageError: if ``gw_max_instances`` leaves no room beside the default instance.
@@ -271,7 +271,7 @@ async def _entered(
     """Enter an instance, record the parameters that shape its state, and exit it."""
     reads: set[str] = set()
     instance: Any = object.__new__(view_class)
-    # None, not the instance: a cycle would delay the release of memory until a garbage collection.
+    # None instead of the instance: a cycle would delay the release of memory until a collection.
     object.__setattr__(instance, _SHARED, None)
     # A copy, because a body may change a list that the caller gave, and exit hooks read it.
     object.__setattr__(instance, parameters.VALUES, copy.deepcopy(dict(values)))

@@ -54,7 +54,7 @@ def eventually(ask: Callable[[], T], timeout: float = 10.0, interval: float = 0.
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process runs. A zombie counts as ended: some init processes leave it.
+    """Return whether a process runs. A zombie counts as ended: some init processes never reap.
 
     Args:
         pid: process id.
@@ -258,7 +258,7 @@ class Worker(Process):
             timeout: maximum seconds to wait.
 
         Raises:
-            AssertionError: if it ends, cannot load, or is not ready in time.
+            AssertionError: if it ends, fails to load, or is not ready in time.
         """
 
         def is_ready(stats: dict[str, Any] | None) -> bool:

@@ -77,8 +77,8 @@ LARGEST = 1024 * 1024
 #: Seconds after which an idle worker checks its lists and the connection without a notification.
 LOOK_AGAIN = 10.0
 
-#: Tags of messages that a closing connection could not return. Otherwise no
-#: worker would get them before the visibility timeout.
+#: Tags of messages that a closing connection could not return; the next one returns them. Else
+#: no worker would get them before the visibility timeout.
 _left_behind: set[str] = set()
 #: Tags of messages whose acknowledgement did not reach Redis.
 _done_behind: set[str] = set()

@@ -38,7 +38,7 @@ _STOCK = _Terms(prefetch=None, priority=0)
 class Gate:
     """The queues of one worker, open or closed, and its prefetch count; on the consumer's thread.
 
-    Initially nothing is READY and all queues are closed: the consumer starts without queues.
+    Initially no replica is READY: all queues are closed when the consumer starts.
 
     Args:
         queues: Celery's ``app.amqp.queues``.
@@ -93,7 +93,7 @@ class Gate:
     def request(self) -> None:
         """Schedule ``apply`` for the moment when Celery talks to the broker.
 
-        ``apply`` must not interrupt the delivery of a message, in which this may be called.
+        This may be called during the delivery of a message; ``apply`` must wait for its end.
         """
         if self._consumer is None:
             self.apply()
@@ -139,7 +139,7 @@ class Gate:
         return tuple(sorted(self._wanted - self._open))
 
     def _open_or_close(self, name: str, worker: snapshot.Worker) -> None:
-        """Open or close a queue; a full service closes only if it shares the prefetch count."""
+        """Open or close a queue; a full service's closes only if it shares the prefetch count."""
         service = self._services[name]
         slots = worker.ready_slots.get(service, 0)
         waiting = worker.waiting_inputs.get(service, 0)
@@ -212,7 +212,7 @@ class Gate:
     def _fit_prefetch(self, worker: snapshot.Worker) -> None:
         """Set the prefetch count to the number of slots and of inputs that wait here.
 
-        Otherwise the waiting inputs would use up the count, and free slots of other services idle.
+        Otherwise waiting inputs would use up the count, and other services could not fill slots.
         """
         consumer = self._consumer
         if consumer is None or not consumer.qos or not consumer.initial_prefetch_count:
