@@ -69,7 +69,7 @@ class Membership(background_thread.BackgroundThread):
         queues: the queues of each service.
         limited: the queues with published waits, each with its services and their slots per
             replica.
-        ttl: seconds without a heartbeat after which a worker is lost; ``None``: never.
+        ttl: seconds without a heartbeat after which a worker is lost; ``None`` disables this.
         wake: makes the pool read ``counts.answers`` soon, in its own thread.
     """
 
