@@ -50,7 +50,7 @@ class App:
 
     @property
     def user_options(self) -> Any:
-        """Refuse this object as the Celery app of ``celery -A``; Celery reads this attribute first.
+        """Refuse ``celery -A`` with this App; Celery reads this attribute before any other.
 
         Raises:
             UsageError: always, with the command to write.
@@ -74,8 +74,8 @@ class App:
             A decorator that returns the class unchanged.
 
         Raises:
-            DeclarationError: if it decorates something else, the class is registered already, or
-                its constructor does not take the arguments.
+            DeclarationError: if the decorated object is no such class, or is registered already, or
+                if the constructor refuses the arguments.
         """
         if len(args) == 1 and not kwargs and isinstance(args[0], type):
             # A bare ``@app.context`` would replace the class with a function.
@@ -102,14 +102,14 @@ class App:
         return register
 
     def get_context(self, cls: type) -> Any:
-        """Return what the ``__aenter__`` of a context returned, inside a replica.
+        """Return what a context's ``__aenter__`` returned, in a process that has entered it.
 
         Args:
             cls: the context class.
 
         Raises:
-            ContextLookupError: (a ``KeyError``) if the class is not registered, or not entered
-                here.
+            ContextLookupError: unless the class is registered, and entered in this process. It is
+                a ``KeyError``.
         """
         key = registry.context_key(cls)
         if key not in self.registry.contexts:
@@ -147,14 +147,14 @@ class App:
         workload_calculator: AnyFunction | None = None,
         **task_options: Any,
     ) -> Any:
-        """Make a Celery task of an ``async def``, as a service with its own queue.
+        """Declare an ``async def`` as a service: a Celery task with its own queue.
 
         Args:
             fn: the function, if the decorator is written without parentheses.
             gpu: the devices that one replica needs. ``None``: family ``gpu``, no device of its own.
             queue: name of the queue; default ``<family>.<function>``, such as ``gpu.A100.embed``.
-            min_workers: minimum replicas of one worker that sizes itself, 0 or more.
-            max_workers: maximum replicas of one worker; ``None``: as many as its GPUs allow.
+            min_workers: minimum replicas of one worker with our autoscaler, 0 or more.
+            max_workers: maximum replicas of one such worker; ``None``: as many as its GPUs allow.
             timeout: hard time limit of one input in seconds; ``None``: no limit.
             max_queue_time: seconds that an input may wait in the queue; default: the setting
                 ``gw_max_queue_time``.
@@ -204,10 +204,10 @@ class App:
         probes: Any = (),
         **unknown: Any,
     ) -> Any:
-        """Make Celery tasks of the marked methods of a class, which each replica loads once.
+        """Declare a class as a service; each of its marked methods becomes a Celery task.
 
-        ``Cls(...)`` then returns a handle for calls: ``Cls().method.delay(x)``, or ``await
-        Cls(threshold=0.7).method(x)``.
+        Each replica loads the class once. ``Cls(...)`` then returns a handle for calls, as in
+        ``Cls().method.delay(x)`` or ``await Cls(threshold=0.7).method(x)``.
 
         Args:
             cls: the class, if the decorator is written without parentheses.
@@ -215,7 +215,7 @@ class App:
             queue: name of the queue; default ``<family>.<class>``, such as ``gpu.A100.Embedder``.
             min_workers, max_workers, timeout, max_queue_time: as for ``remote``.
             probes: a list of ``gw.Probe.on(...)``.
-            unknown: refused; the message says which decorator takes the argument.
+            unknown: any other argument, which is refused; the message says where to write it.
 
         Returns:
             The class; without ``cls``, a decorator that returns it.
@@ -249,7 +249,7 @@ class App:
             codec.register_annotations(method.function)
             tasks[name] = task.register(self._celery, self.registry, service, method)
         for app in list(self.registry.celery_apps):
-            if app.finalized:  # else Celery schedules at finalization
+            if app.finalized:  # otherwise the app calls ``schedule`` when it is finalized
                 beat_tasks.schedule(app)
         return tasks
 
@@ -263,7 +263,7 @@ def _require_name(name: object) -> str:
 
 
 def _require_celery(value: Any) -> Any:
-    if type(value) is Proxy:  # ``celery.current_app`` differs between threads
+    if type(value) is Proxy:  # ``celery.current_app`` is another app in each thread
         return value._get_current_object()
     if value is None or isinstance(value, Celery):
         return value

@@ -22,7 +22,7 @@ from gw_celery.types import AnyFunction
 
 
 class CallMethods:
-    """The ways to call a task that Celery's own tasks do not have.
+    """The call methods that our tasks have in addition to Celery's.
 
     The prefix ``_gw_`` keeps these names apart from those of the user's base class.
     """
@@ -104,7 +104,7 @@ class CallMethods:
         return await self._gw_spawned(args, kwargs)
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body in this process if it serves the task; otherwise send it, as ``aremote``.
+        """Run the body here if this process serves the task; otherwise send the input.
 
         A body that calls its own service sends the input if running it here would need a second
         slot.
@@ -124,7 +124,7 @@ class CallMethods:
         return done.get(disable_sync_subtasks=False)
 
     def _no_canvas(self, *_: Any, **__: Any) -> Any:
-        """Refuse ``map`` and the like: Celery would run the body where its model is not loaded.
+        """Refuse ``map``, ``starmap`` and ``chunks``: Celery would run the body without its model.
 
         Raises:
             UsageError: always, with the code to write instead.
@@ -210,12 +210,12 @@ class BoundTask(CallMethods):
         """
         return self.task.signature(args, kwargs, self._gw_merged(options), immutable=immutable)
 
-    # Celery's own, which call ``apply_async`` and ``signature``.
+    # Celery's own methods; they call our ``apply_async`` and ``signature``.
     delay, s, si = Task.delay, Task.s, Task.si
 
 
 def _refuse_misspelt(options: Mapping[str, Any]) -> None:
-    """Refuse an option that resembles a known one, which Celery would send without a warning.
+    """Refuse an option that resembles a known one; Celery would send it without a warning.
 
     Any other unknown option passes: Celery hands it to its publisher, for the broker.
     """
@@ -229,7 +229,7 @@ def _refuse_misspelt(options: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _known_options() -> frozenset[str]:
-    """Return the options of ours, Celery's, kombu's, and AMQP's properties."""
+    """Return the names of our options, of Celery's and kombu's, and of AMQP's properties."""
     take = (Task.apply_async, Celery.send_task, AMQP.as_task_v2, Producer.publish)
     names = {name for function in take for name in inspect.signature(function).parameters}
     properties = {name for name, _ in amqp.basic_message.Message.PROPERTIES}
@@ -238,7 +238,7 @@ def _known_options() -> frozenset[str]:
 
 
 class Handle:
-    """A class task with the parameter values of one caller; its attributes are its tasks."""
+    """The result of ``Cls(...)``: one caller's parameter values, with bound tasks as attributes."""
 
     # Python mangles names with two underscores, so that they cannot clash with a user's method.
     def __init__(
@@ -257,7 +257,7 @@ class Handle:
         return f"{self.__service.name}({shown})"
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # ``copy`` asks before the attributes below exist
+        if name.startswith("__"):  # ``copy`` reads such names before ``__init__`` has run
             raise AttributeError(name)
         if name in self.__tasks:
             return BoundTask(self.__tasks[name], self.__options)
@@ -275,8 +275,8 @@ class Handle:
 class MethodOfClass:
     """Replaces a marked method in its class.
 
-    On an instance, in a replica, it is the plain method. A call on the class lacks parameter values
-    and is refused, with the code to write.
+    On an instance, in a replica, it is the plain method. A call on the class lacks parameter
+    values; the error shows the code to write.
     """
 
     def __init__(self, function: AnyFunction, owner: str) -> None:
@@ -311,7 +311,7 @@ _CALLS = frozenset(name for name in dir(BoundTask) if not name.startswith("_"))
 
 
 def install(service: services.Service, tasks: dict[str, Any]) -> None:
-    """Make ``Cls(...)`` return handles, and guard the methods of the class itself."""
+    """Make ``Cls(...)`` return handles, and refuse calls of the methods on the class itself."""
     cls = service.target
     for name in service.methods:
         setattr(cls, name, MethodOfClass(service.methods[name].function, service.name))

@@ -1,4 +1,4 @@
-"""Calls in flight, in any process that calls: sending, and one watcher thread for all answers."""
+"""Sends calls and receives their answers in one watcher thread, in any process that calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Meta = Mapping[str, Any]
-#: Resolves to the ``AsyncResult`` of a call once it is sent.
+#: A future that gets the ``AsyncResult`` of a call when the call is sent.
 Sending = concurrent.futures.Future[Any]
 
 #: Seconds that a process waits at its exit for calls and revocations that are being sent.
@@ -52,14 +52,14 @@ class Spawned:
 
     @property
     def id(self) -> str:
-        """The task id; waits until the call is sent."""
+        """The task id; reading it waits until the call is sent."""
         return str(self._sending.result().id)
 
     def get(self, timeout: float | None = None) -> Any:
         """Block until the answer arrives, and return its value or raise its error.
 
         Args:
-            timeout: maximum seconds to wait; ``None``: as ``.options(timeout=...)``.
+            timeout: maximum seconds to wait; ``None``: the value of ``.options(timeout=...)``.
 
         Raises:
             BlockingCallError: on a running event loop, or inside a task; use ``await`` there.
@@ -69,7 +69,7 @@ class Spawned:
         return block(self._value(self._timeout if timeout is None else timeout))
 
     def cancel(self) -> None:
-        """Revoke the call: a worker does not start it any more; a running body continues."""
+        """Revoke the call: no worker starts it from now on, but a running body continues."""
         self._sending.result().revoke()
 
     def __await__(self) -> Generator[Any, Any, Any]:
@@ -98,7 +98,7 @@ class Spawned:
         return meta["result"]
 
     def _wait_sent(self) -> None:
-        """Block until the call is sent; give it up when it is late."""
+        """Block until the call is sent; give it up after its time limit."""
         if not concurrent.futures.wait([self._sending], self._timeout).done:
             watcher(self._task.app).give_up(self._sending)
             raise self._too_late(None, self._timeout)
@@ -117,10 +117,10 @@ class Spawned:
 
 
 class Publisher:
-    """Publishes in up to ``threads`` daemon threads, in order of submission.
+    """Publishes in ``threads`` daemon threads, which begin calls in order of submission.
 
-    Celery publishes synchronously and blocks while a broker is unreachable; no timeout could end
-    that on a caller's thread. Threads of ``concurrent.futures`` are unsuitable: the interpreter
+    While a broker is unreachable, Celery's publishing blocks its thread, and a timeout could not
+    interrupt a caller's thread. Threads of ``concurrent.futures`` are unsuitable: the interpreter
     waits for them at its exit, without limit.
     """
 
@@ -135,7 +135,7 @@ class Publisher:
         try:
             for thread in self._threads:
                 thread.start()
-        except RuntimeError:  # the process may have no more: those that have started end
+        except RuntimeError:  # the system refuses more threads: end the started ones
             for _ in self._threads:
                 self._queue.put(None)
             raise
@@ -145,7 +145,7 @@ class Publisher:
         return self._queue.qsize()
 
     def submit(self, send: Callable[[], Any]) -> Sending:
-        """Run ``send`` in the caller's context and task; a publication can be cancelled before."""
+        """Queue ``send``, to run in the caller's context and task; cancel the future to drop it."""
         context = contextvars.copy_context()
         context.run(task_context.follow)  # Celery records the task that makes the call
         sending: Sending = concurrent.futures.Future()
@@ -158,7 +158,7 @@ class Publisher:
         return sending
 
     def close(self, timeout: float) -> None:
-        """End the threads after all is published, or after ``timeout`` seconds."""
+        """End the threads when everything is published; wait ``timeout`` seconds at most."""
         with self._closing:
             self._is_closed = True
             for _ in self._threads:
@@ -183,11 +183,11 @@ def _settle(sending: Sending, context: contextvars.Context, send: Callable[[], A
 
 
 class Watcher:
-    """Sends this process's calls for one Celery app, and resolves their answers.
+    """Sends this process's calls for one Celery app, and receives their answers.
 
-    It is a thread with its own loop, because callers come from many loops: those of an ASGI server,
-    of ``async_to_sync``, of scripts. With the Redis backend it holds one subscription connection;
-    it polls any other backend.
+    It is a thread with its own loop, because callers run on many loops: those of an ASGI server, of
+    ``async_to_sync``, of scripts. With the Redis backend it holds one subscription connection; it
+    polls any other backend.
     """
 
     def __init__(self, app: Any) -> None:
@@ -195,7 +195,7 @@ class Watcher:
         self.settings = conf.read(app.conf)
         self.pid = os.getpid()
         # Create the pool before the threads do: Celery creates it at the first use, and concurrent
-        # threads would create several. RabbitMQ may lose a message if its pool is discarded.
+        # threads would create several. A discarded pool may lose a message to RabbitMQ.
         _ = app.amqp.producer_pool
         self._closing = asyncio.Event()
         is_up: concurrent.futures.Future[_Parts] = concurrent.futures.Future()
@@ -208,7 +208,7 @@ class Watcher:
 
     def _run(self, app: Any, is_up: concurrent.futures.Future[_Parts]) -> None:
         try:
-            with asyncio.Runner() as runner:  # which fails where no more files can be open
+            with asyncio.Runner() as runner:  # it raises if no more files can be opened
                 runner.run(self._live(app, is_up))
         except BaseException as exc:
             if is_up.done():
@@ -220,7 +220,7 @@ class Watcher:
         # processes that import it never wait for an answer.
         from gw_celery.client import result_sources
 
-        # On this thread: Celery gives each thread a result backend of its own.
+        # Create it on this thread: Celery gives each thread a result backend of its own.
         source = result_sources.of(app, self.settings.poll_interval)
         self._publisher = Publisher(self.settings.publish_threads)
         is_up.set_result((asyncio.get_running_loop(), source))
@@ -234,10 +234,10 @@ class Watcher:
             self._thread.join(_LAST_WORDS)
 
     def submit(self, send: Callable[..., Any]) -> Sending:
-        """Send a call on a publisher's thread, so that this watcher receives the answer.
+        """Send a call on a publisher's thread, with options that route its answer to this watcher.
 
         Args:
-            send: takes the watcher's additional options of ``apply_async``, and returns the
+            send: called with the watcher's own options for ``apply_async``; returns the
                 ``AsyncResult``.
         """
         if self._publisher.backlog >= self.settings.max_waiting:
@@ -245,7 +245,7 @@ class Watcher:
         return self._publisher.submit(lambda: send(**self._source.prepare()))
 
     async def meta(self, task_id: str) -> Meta:
-        """Return the record of a task once it has finished."""
+        """Wait until a task has finished, and return the record of its result."""
         waiter: concurrent.futures.Future[Meta] = concurrent.futures.Future()
         self._loop.call_soon_threadsafe(self._add, task_id, waiter)
         try:
@@ -254,7 +254,7 @@ class Watcher:
             self._loop.call_soon_threadsafe(self._source.remove, task_id, waiter)
 
     def give_up(self, sending: Sending) -> None:
-        """Cancel a call that is not sent yet; revoke one that is."""
+        """Cancel a call that is not sent yet; revoke a sent call."""
         if not sending.cancel():
             sending.add_done_callback(self._revoke)
 
@@ -301,14 +301,14 @@ def close_all() -> None:
 
 
 def block(waits: Coroutine[Any, Any, Any]) -> Any:
-    """Run ``waits`` on this thread; the caller has checked that blocking is allowed."""
+    """Run ``waits`` on this thread; the caller must check first that it may block."""
     # With a factory, the runner does not replace the thread's own event loop.
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         return runner.run(waits)
 
 
 def require_may_block(what: str) -> None:
-    """Refuse to block where this would stop an event loop or occupy a worker.
+    """Raise if the call ``what`` would stop an event loop or occupy a worker.
 
     Raises:
         BlockingCallError: on a running event loop, or inside a task.

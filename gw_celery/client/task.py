@@ -1,4 +1,4 @@
-"""Our Celery task class over any base class, and the tasks of a service, in every process."""
+"""Our Celery task class, over any base class, and how methods become tasks; in every process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gw_celery import codec, conf, errors, signals
 from gw_celery.client import bound, execution, queue_time, results, task_context
 from gw_celery.declare import check, registry, services
 
-#: Set on a request when its body begins: a call of the task inside the body is a new call.
+#: Set on a request when its body begins: from then on, a call of the task is a new call.
 _BEGUN = "gw_begun"
 _DEFAULT_CLASS = "celery.app.task:Task"
 _DJANGO_CLASS = "celery.contrib.django.task:DjangoTask"
@@ -29,7 +29,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 class ServingTask(bound.CallMethods, Task):
-    """A Celery task whose body runs on the runtime's loop, with its loaded state."""
+    """A Celery task whose body runs in this process's runtime, with the loaded state."""
 
     abstract = True
 
@@ -37,7 +37,7 @@ class ServingTask(bound.CallMethods, Task):
     acks_late = True
     reject_on_worker_lost = True
     serializer = codec.NAME
-    # An expected exception: Celery logs one line for each, and we log none.
+    # Celery logs an expected exception in one line; we log nothing for it.
     throws = (errors.QueueTimeExceeded,)
 
     gw_service: services.Service
@@ -50,11 +50,11 @@ class ServingTask(bound.CallMethods, Task):
         task_context.follow_requests(cls)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ServingTask:
-        """Return the same task for copies of signatures and handles; Celery would ask its app."""
+        """Return the task itself in a copied signature or handle; Celery would look it up again."""
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the body if Celery's tracer calls; otherwise return an awaitable answer."""
+        """Run the body if Celery's tracer calls; otherwise return a coroutine for the answer."""
         request = self.request_stack.top
         if request is None or request.called_directly or _BEGUN in vars(request):
             return super().__call__(*args, **kwargs)
@@ -140,15 +140,15 @@ def _names_queue(options: Mapping[str, Any]) -> bool:
 
 
 _flagging = threading.Lock()
-#: The value of Celery's flag before the first eager call in progress, once per such call.
+#: The value of Celery's flag before the first of the eager calls in progress; one entry per call.
 _under_way: list[bool] = []
 
 
 @contextlib.contextmanager
 def _own_join_flag() -> Iterator[None]:
-    """Restore Celery's global flag that forbids joining results inside tasks.
+    """Restore, after eager calls, Celery's global flag that forbids joining results inside tasks.
 
-    Celery saves and restores it around each eager call; two overlapping calls would leave it set.
+    Celery saves and restores it around each call; two overlapping calls would leave it set.
     """
     with _flagging:
         _under_way.append(_under_way[0] if _under_way else _state.task_join_will_block())
@@ -169,7 +169,7 @@ def _user_frames(traceback: types.TracebackType | None) -> types.TracebackType |
     return first or traceback
 
 
-#: Not ``hasattr``: reading ``app`` from the class would bind the class to an app.
+#: Names that every task has. ``hasattr`` would read ``app``, and so bind the class to an app.
 _TAKEN = {*dir(ServingTask), *ServingTask.__annotations__} - {*check.OF_CELERY}
 
 
@@ -241,7 +241,7 @@ def require_ours(celery_app: Any, service: services.Service, method: services.Me
     function would never run.
 
     Raises:
-        DeclarationError: if it is not; the message names both tasks.
+        DeclarationError: if it is a plain Celery task; the message names both tasks.
     """
     task = celery_app._tasks.get(method.task_name)  # ``app.tasks`` finalizes the app
     if task is not None and not hasattr(task, "gw_method"):
@@ -265,16 +265,16 @@ def for_every_app(add: Callable[[Any], None]) -> None:
         try:
             add(app)
         except errors.DeclarationError:
-            # An app that is not current keeps its own task, as in Celery; it may belong to a test.
+            # Any app but the current one keeps its own task, as in Celery; a test may own that app.
             if app is _state.get_current_app():
                 raise
     _state.connect_on_app_finalize(add)
 
 
 def _base_class(celery_app: Any, base: type | None) -> type[ServingTask]:
-    """Return our class over ``base``, which replaces the app's base class, as in Celery."""
+    """Return our class over ``base``, or over the app's base class if ``base`` is ``None``."""
     own = base or celery_app.task_cls
-    # A Django project's tasks have delay_on_commit(), but Celery's fallback app lacks that class.
+    # Tasks of a Django project have delay_on_commit(); those of Celery's fallback app lack it.
     is_django = own == _DEFAULT_CLASS and conf.is_django_project()
     return _over(symbol_by_name(_DJANGO_CLASS if is_django else own))
 

@@ -1,6 +1,6 @@
-"""A worker's membership among its project's workers, in its parent: one thread, one exchange.
+"""Exchanges records with the project's other workers, in one thread of the worker's parent.
 
-The worker beats, writes its record, reads the other records, and reads queue lengths. Functions of
+It sends heartbeats, writes this worker's record, and reads the other records and queue lengths.
 ``policy.demand``, ``policy.speed_bands`` and ``policy.queue_time`` interpret the records.
 """
 
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two heartbeats.
 _BEAT = 1.0
-#: Seconds between two readings while nothing is loaded, because messages wait for them.
+#: Seconds between two readings while nothing is loaded: messages then wait for a reading.
 _LOOK_AT_ZERO = 0.25
-#: Share of a period after which the next round may begin, because rounds are never punctual.
+#: Share of a period after which the next round may begin, because rounds begin early or late.
 _DUE = 0.9
-#: Records read per second in the whole project: with more workers, each reads more rarely.
+#: Maximum readings of all records per second in the project; with more workers, each reads less.
 _WORKERS_A_SECOND = 100
 #: Seconds between two renewals of the lifetime of the project's keys.
 _EXPIRY = 3600.0
@@ -41,17 +41,17 @@ _ROUNDS = 5
 _STALE = 5.0
 #: Seconds after which workers that start together have read each other's records.
 _MEETING = 2.5
-#: The ttl for counting other workers if none is ever declared lost.
+#: The ttl after which other workers are ignored if none may be declared lost.
 _TTL = 15.0
 #: Shares of the ttl that Redis and RabbitMQ may take to answer. A broker that hangs may cost three
-#: waits, which must not delay the heartbeats for too long.
+#: waits, and these must not delay the heartbeats for too long.
 _REDIS_PART, _RABBITMQ_PART = 1 / 3, 1 / 6
 _LONGEST_WAIT = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The input of the autoscaler."""
+    """What the autoscaler reads: queue lengths, and the records of other workers."""
 
     at: float
     #: Lengths by queue; ``None`` if the broker does not report them.
@@ -69,7 +69,7 @@ class Membership(background_thread.BackgroundThread):
         queues: the queues of each service.
         limited: the queues with published waits, each with its services and their slots per
             replica.
-        ttl: seconds without a heartbeat after which a worker is lost; ``None``: never.
+        ttl: seconds without a heartbeat after which a worker is lost; ``None`` disables this.
         wake: makes the pool read ``counts.answers`` soon, in its own thread.
     """
 
@@ -138,10 +138,7 @@ class Membership(background_thread.BackgroundThread):
 
     @property
     def others(self) -> tuple[worker_record.WorkerRecord, ...]:
-        """The other workers as of the last round, without silent ones.
-
-        Empty without a Redis.
-        """
+        """The other workers with recent heartbeats, as of the last round; empty without a Redis."""
         silent = self._beats.silent if self._beats is not None else ()
         return tuple(other for other in self._known if other.incarnation not in silent)
 
@@ -160,11 +157,11 @@ class Membership(background_thread.BackgroundThread):
         """Read all queue lengths from now on, and call ``on_read`` in the thread each time."""
         self.read_others()
         queues = {queue for names in self.queues.values() for queue in names}
-        self._followed = self._followed | queues  # new: the thread may read the old set
+        self._followed = self._followed | queues  # a new set, because the thread may read the old
         self._lists = None
         self._meets_until = time.monotonic() + _MEETING
         self._next_look = 0.0
-        self._on_read = on_read  # last, so that a round in between decides nothing
+        self._on_read = on_read  # set last: a round in between must decide nothing
         self.start()
         self.wake()
 
@@ -208,7 +205,7 @@ class Membership(background_thread.BackgroundThread):
 
     def run_round(self) -> None:
         now = time.monotonic()
-        is_look = now >= self._next_look  # otherwise the round only carries orders
+        is_look = now >= self._next_look  # otherwise a call of ``wake`` began this round early
         if self._shared is not None and self._beats is not None:
             try:
                 self._exchange(self._shared, self._beats, now, is_look=is_look)
@@ -220,7 +217,7 @@ class Membership(background_thread.BackgroundThread):
                     self.counts.fail()
                 raise
             if self._away_since is not None:
-                # The others were cut off too, and may hang for the same time again.
+                # The others lost Redis too, and their rounds may hang for as long.
                 back = time.monotonic()
                 hang = min(back - self._away_since, self._longest_hang)
                 self._meets_until = back + _MEETING + hang
@@ -232,7 +229,7 @@ class Membership(background_thread.BackgroundThread):
             self._lengths = self._declared.read(sorted(self._followed))
             if self._lengths is None:
                 return
-        # Before it knows the others, each worker would scale for the whole queue.
+        # Without the records of the others, each worker would scale for the whole queue.
         if self._on_read is not None and (self._shared is None or now >= self._meets_until):
             others = None if self._shared is None else self.others
             self._reading = Reading(at=time.monotonic(), lengths=self._lengths, others=others)

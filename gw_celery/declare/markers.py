@@ -1,7 +1,7 @@
 """The decorators that mark a function or class, and leave it otherwise unchanged.
 
 A mark is an attribute that ``@app.cls`` and ``@app.remote`` read in any process that imports the
-user's modules. A mark must therefore stand below these two.
+user's modules. The decorator of a mark must therefore stand below these two.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ ENTER = "__gw_enter__"
 EXIT = "__gw_exit__"
 CONCURRENT = "__gw_concurrent__"
 BATCHED = "__gw_batched__"
-#: ``@app.cls`` sets it on a class: a mark that is added later has no effect.
+#: ``@app.cls`` sets this attribute on a class; a mark that is added afterwards has no effect.
 SERVICE = "__gw_service__"
-#: On the object that ``@app.cls`` puts in place of a method: the user's function.
+#: Attribute of the object by which ``@app.cls`` replaces a method: the user's function.
 FUNCTION = "__gw_function__"
 
 
@@ -143,7 +143,7 @@ def method(
 def benchmark(
     dataset: object, generator: Callable[[], Sample] | None, runs: int, concurrency: int
 ) -> Benchmark | None:
-    """Return the benchmark that a task's arguments describe; ``None`` if they name no source.
+    """Return the benchmark that a task's arguments describe; ``None`` without a source of inputs.
 
     Raises:
         DeclarationError: if there are two sources, an empty dataset, or a count out of range.
@@ -183,7 +183,7 @@ def concurrent(*, max_inputs: int, target_inputs: int | None = None) -> Callable
         A decorator, to be written below ``@app.cls`` or ``@app.remote``.
 
     Raises:
-        DeclarationError: if a value is out of range, or the decorator stands above the other.
+        DeclarationError: if a value is out of range, or ``@app.cls`` or ``@app.remote`` ran first.
     """
     most = check.integer("max_inputs", max_inputs, 1)
     aim = most if target_inputs is None else check.integer("target_inputs", target_inputs, 1, most)
@@ -214,7 +214,7 @@ def batched(
 
     Args:
         max_batch_size: maximum inputs per call, 1 to 1000.
-        wait_ms: milliseconds that the oldest input waits for others, 0 to 600000.
+        wait_ms: maximum milliseconds that the oldest input waits for others, 0 to 600000.
         key: called with the arguments of an input; inputs with different keys are never batched
             together.
         size_fn: called with the arguments of an input; returns its cost, an int.

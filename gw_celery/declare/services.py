@@ -1,4 +1,4 @@
-"""A service as declared: a remote function, or a class with its methods. Every process loads it."""
+"""Declared services: remote functions, and classes with their methods; in every process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Method:
 
     @functools.cached_property
     def task_signature(self) -> inspect.Signature:
-        """The signature that Celery sees: with the task if the body takes it."""
+        """The signature that Celery sees; it begins with the task if the body takes that."""
         return inspect.signature(self.function) if self.is_bound else self.signature
 
 
@@ -173,7 +173,7 @@ def from_function(fn: AnyFunction, where: Placement, mark: markers.TaskMark) -> 
         mark: the arguments of its task.
 
     Raises:
-        DeclarationError: if ``fn`` is not an ``async def``, or its benchmark does not fit it.
+        DeclarationError: unless ``fn`` is an ``async def`` whose parameters match its benchmark.
     """
     if not inspect.isfunction(fn):
         raise errors.DeclarationError("fn", fn, "@app.remote decorates a function")
@@ -205,8 +205,8 @@ def from_class(cls: type, where: Placement, declared_probes: object) -> Service:
         declared_probes: the unchecked argument ``probes``.
 
     Raises:
-        DeclarationError: if the class has no marked method or needs constructor arguments, a
-            probe names no method, or a benchmark does not fit its method.
+        DeclarationError: if the class lacks marked methods, or needs constructor arguments, or a
+            probe or benchmark differs from the methods.
     """
     _require_instantiable(cls)
     methods = {
@@ -351,7 +351,7 @@ def _hooks(cls: type, mark: str) -> tuple[str, ...]:
 
 
 def _marked(cls: type, mark: str) -> dict[str, AnyFunction]:
-    """Return the marked members in definition order: base classes first, overrides in place."""
+    """Return the marked members in definition order; an override takes the overridden place."""
     names: dict[str, None] = {}
     for base in reversed(cls.__mro__):
         for name, member in vars(base).items():
@@ -362,5 +362,5 @@ def _marked(cls: type, mark: str) -> dict[str, AnyFunction]:
 
 
 def _plain(member: Any) -> Any:
-    """Return the user's function where ``@app.cls`` has replaced a method of a base class."""
+    """Return the user's function if ``@app.cls`` has replaced it, else ``member`` itself."""
     return getattr(member, markers.FUNCTION, member)

@@ -1,4 +1,4 @@
-"""The pool's requests by state, in the parent; no clock, no I/O.
+"""The pool's requests by state, in the worker's parent; the caller passes the time.
 
 The state of a request decides its place in a queue, its slot, its time limits and its counters.
 """
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 #: Weight of the newest input in the moving average of workloads.
 _NEWEST = 0.05
-#: Number of stale limits that are not worth a clean-up.
+#: Number of entries below which stale limits are kept.
 _SLACK = 256
 
 
 class State(enum.Enum):
-    #: It was delivered before; the pool reads how many children it has killed.
+    #: Redelivered, or a suspect: the pool reads how many children it has killed.
     CHECKING = enum.auto()
     #: Waits for a slot.
     WAITING = enum.auto()
-    #: In a child that has not begun it; it may gather there for a batch.
+    #: In a child, before its start; it may gather there for a batch.
     SENT = enum.auto()
     #: Its child has reported the start, from which its time limits count.
     RUNNING = enum.auto()
@@ -42,7 +42,7 @@ class State(enum.Enum):
 
 
 class Settlement(enum.Enum):
-    """What Celery, and through it the broker, was told about an input, once."""
+    """The only answer about an input to Celery, and through Celery to the broker."""
 
     #: Celery knows the outcome, and acknowledges or rejects the message.
     ANSWERED = enum.auto()
@@ -57,14 +57,14 @@ class Result(enum.Enum):
     VALUE = enum.auto()
     #: Served, without a value.
     NO_VALUE = enum.auto()
-    #: As NO_VALUE, for an input that had waited too long and did not begin.
+    #: As NO_VALUE: the input had waited too long, and its body did not run.
     REFUSED = enum.auto()
     #: Did not finish here: lost, revoked, expired, or returned to the broker.
     GIVEN_BACK = enum.auto()
 
 
 class Stage(enum.IntEnum):
-    """Counter of an input. An index, because a dict by enum is several times slower."""
+    """The counter of an input; an index, because a dict by enum is several times slower."""
 
     WAITING = 0
     RUNNING = 1
@@ -72,7 +72,7 @@ class Stage(enum.IntEnum):
     GIVEN_BACK = 3
 
 
-#: The states that may follow each state; ``None`` is that of a new message.
+#: The states that may follow each state; ``None`` is the state of a new message.
 NEXT_STATES: Mapping[State | None, frozenset[State]] = {
     None: frozenset({State.CHECKING, State.WAITING, State.ENDED}),
     State.CHECKING: frozenset({State.WAITING, State.ENDED}),
@@ -95,11 +95,11 @@ _SETTLED = frozenset({State.STOPPING, State.ENDED})
 class RequestTable:
     """The requests of a pool, with their queue, counters and limits; only ``move`` changes them.
 
-    It calls no outside code, so that a callback of Celery that enters the pool again finds
+    It calls no outside code. A callback of Celery that calls the pool again therefore finds
     consistent data.
 
     Args:
-        cancel_timeout: seconds that a child may take to release an input that it was told to stop.
+        cancel_timeout: seconds that a child may take to release an input after the order to stop.
     """
 
     def __init__(self, cancel_timeout: float) -> None:
@@ -107,8 +107,8 @@ class RequestTable:
         #: Counters by service.
         self.counters: dict[str, Counters] = collections.defaultdict(Counters)
         self.limits = Limits()
-        #: Whether a move is not complete, or the taking of an input: only the handler of a signal
-        #: can see that.
+        #: Whether a move, or the acceptance of an input, is in progress; only a signal handler can
+        #: see that.
         self.is_moving = False
         self._cancel_timeout = cancel_timeout
         self._by_state: dict[State, dict[int, PoolRequest]] = {
@@ -141,12 +141,12 @@ class RequestTable:
             request: the request.
             to: one of ``NEXT_STATES`` of its current state.
             at: the current time.
-            settlement: what the broker is told, if this move settles the request.
+            settlement: the answer to Celery, if this move settles the request.
             result: how the request then counts.
             child: the child that takes it, for SENT.
 
         Raises:
-            ValueError: if ``to`` cannot follow, or the request would be settled twice or would end
+            ValueError: if ``to`` cannot follow, or the request would be settled twice, or end
                 unsettled.
         """
         was_moving, self.is_moving = self.is_moving, True
@@ -166,7 +166,7 @@ class RequestTable:
             if to is not State.ENDED:
                 self._by_state[to][request.number] = request
             request.state, request.settlement = to, settlement or request.settlement
-            has_arrived = before is not None or to is not State.ENDED  # an invalid one has not
+            has_arrived = before is not None or to is not State.ENDED  # an invalid message has not
             if request.is_work and has_arrived:
                 self._count(request, before, at, result if settlement else None)
 
@@ -214,11 +214,11 @@ class Slots:
         self.total_taken = 0
         #: Services whose readiness probes fail: they take no new inputs here.
         self.unready: set[str] = set()
-        #: A suspect runs here: the child takes no other input.
+        #: Whether a suspect runs here; the child then takes no other input.
         self.is_alone = False
 
     def serves(self, service: str) -> bool:
-        """Return whether inputs of a service may start here, given a free slot."""
+        """Return whether inputs of a service may start here if a slot is free."""
         return self._key(service) not in self.unready
 
     def has_free(self, service: str) -> bool:
@@ -252,7 +252,7 @@ class Queue:
     def __init__(self) -> None:
         self._waiting: dict[str, collections.deque[PoolRequest]] = {}
         self._suspects: collections.deque[PoolRequest] = collections.deque()
-        #: The child that takes no new input until it is empty, for the first suspect.
+        #: The child reserved for the first suspect: it takes no new input until it is empty.
         self._reserved: ChildProcess | None = None
 
     def __len__(self) -> int:
@@ -293,7 +293,7 @@ class Queue:
                 self._reserved = min(able, key=_load, default=None)
             if self._reserved is not None and self._reserved.slots.total_taken == 0:
                 yield self._suspects[0], self._reserved
-                self._reserved = None  # the child has it now, or it was revoked
+                self._reserved = None  # the child has the suspect now, or the suspect was revoked
         for service, queue in list(self._waiting.items()):
             while queue:
                 able = [
@@ -320,7 +320,7 @@ def _load(child: ChildProcess) -> int:
 class Limit(enum.Enum):
     SOFT = "soft"
     HARD = "hard"
-    #: It was stopped, and its child should have released it by now.
+    #: The child must have released the stopped input by then.
     GRACE = "grace"
 
 
@@ -328,7 +328,7 @@ class Limits:
     """A heap of the time limits of running and stopping inputs; it may hold stale entries."""
 
     def __init__(self) -> None:
-        #: Time, a number that breaks ties, the input, the limit.
+        #: Entries: the time, a number that breaks ties, the input, the limit.
         self._heap: list[tuple[float, int, PoolRequest, Limit]] = []
         self._count = itertools.count()
         self._clean_up_at = _SLACK
@@ -356,7 +356,7 @@ class Limits:
         return self._heap[0][0] if self._heap else math.inf
 
     def add(self, when: float, request: PoolRequest, limit: Limit) -> None:
-        # Most inputs end long before their limits: without this, the heap would grow for minutes.
+        # Most inputs end long before their limits: otherwise the heap would grow for minutes.
         if len(self._heap) >= self._clean_up_at:
             self._heap = [entry for entry in self._heap if _is_live(entry)]
             heapq.heapify(self._heap)
@@ -391,7 +391,7 @@ class Counters:
         self._inputs[Stage.WAITING] += 1
 
     def move(self, workload: float, before: Stage, stage: Stage) -> None:
-        """Count an input that gets a slot, or loses it before it begins."""
+        """Count an input that gets a slot, or that loses its slot before the start."""
         self._inputs[before] -= 1
         # Rounding errors must not accumulate over the life of the worker.
         self._workload[before] = self._workload[before] - workload if self._inputs[before] else 0.0

@@ -35,7 +35,7 @@ TaskArgs = tuple[str, str, Mapping[str, object], bytes, str, str]
 Callback = Callable[..., object]  # type: ignore[explicit-any]  # Celery's: each has arguments of its own
 CallbackName = Literal["accept_callback", "callback", "error_callback", "timeout_callback"]
 
-#: Maximum number of suspects that are remembered, because an input may never come back.
+#: Maximum number of remembered suspects; it bounds the memory for those that never come back.
 _MOST_SUSPECTS = 100_000
 #: Seconds that a redelivered input waits for the counts of other workers.
 _MAX_CHECK = 2.0
@@ -48,7 +48,7 @@ class Options(TypedDict, total=False):
     callback: Callback
     error_callback: Callback
     timeout_callback: Callback
-    #: Seconds; a client may have written anything into the message.
+    #: Seconds, unchecked: a client may have written anything into the message.
     soft_timeout: float | None
     timeout: float | None
     correlation_id: str
@@ -57,10 +57,10 @@ class Options(TypedDict, total=False):
 
 
 class PoolRequest:
-    """One input in the pool; Celery holds it weakly, as the result of ``apply_async``.
+    """One input in the pool; Celery's request keeps a weak reference to it.
 
     The ``tell_`` methods call Celery, also for later deliveries of the same message. They run after
-    ``RequestTable.move`` has finished, because signal receivers may raise or enter the pool again.
+    ``RequestTable.move`` has finished, because signal receivers may raise or call the pool again.
     """
 
     def __init__(
@@ -77,25 +77,25 @@ class PoolRequest:
         self.request = args[2]
         self.service = service
         self.workload = headers.workload_of(self.request)
-        #: Whether it counts as work: beat's own tasks neither keep replicas nor wear them.
+        #: False for beat's own tasks; the counters and ``max_tasks`` ignore them.
         self.is_work = self.name not in beat_tasks.COMMANDS
         self.soft_limit = options.get("soft_timeout")
         self.hard_limit = options.get("timeout")
         #: Whether it may wait in its child for a batch.
         self.gathers = bool(options.get("gathers"))
-        #: It was in flight when a child died, and may have caused that.
+        #: Whether it is a suspect: it was in flight when a child died, and may have caused that.
         self.runs_alone = False
-        #: Children that died while they held it, before it began.
+        #: Number of children that died while they held it, before its start.
         self.losses = 0
         self.arrived_at = time.monotonic()
         #: Time at which it got its slot.
         self.sent_at = 0.0
         #: Time of its hard limit while it runs; infinite without one.
         self.hard_limit_at = 0.0
-        #: Time of the start that Celery was told; also set for an input that is stopped before.
+        #: Start time as reported to Celery; also set for an input that is stopped before its start.
         self.accepted_at: float | None = None
-        #: Where it is; ``None`` for another delivery of an input that is here. Only
-        #: ``RequestTable.move`` changes this and the next two.
+        #: ``None`` for a later delivery of an input that the pool holds. Only
+        #: ``RequestTable.move`` changes this and the next two attributes.
         self.state: State | None = None
         self.settlement: Settlement | None = None
         self.child: ChildProcess | None = None
@@ -126,7 +126,7 @@ class PoolRequest:
     # -- calls by Celery --
 
     def terminate(self, signum: int) -> None:
-        """Stop only this input; Celery calls it for ``revoke(terminate=True)``."""
+        """Stop only this input; Celery calls this method for ``revoke(terminate=True)``."""
         self._pool.stop(self._leader or self, signum)
 
     def add_delivery(self, twin: PoolRequest) -> None:
@@ -155,7 +155,7 @@ class PoolRequest:
 
     @property
     def can_be_rejected(self) -> bool:
-        """Whether the broker would take back the message of every delivery."""
+        """Whether the messages of all its deliveries can be returned to the broker."""
         deliveries = (self, *self.deliveries)
         return all(hasattr(delivery._celery_request, "reject") for delivery in deliveries)
 
@@ -174,7 +174,7 @@ class PoolRequest:
     def fail_when_acknowledged_early(self) -> None:
         """Store a failure for an early acknowledged input that a shutdown interrupted.
 
-        Celery's cold shutdown would store a retry, which never happens.
+        Celery's cold shutdown would store a retry that never happens.
         """
         request = self._celery_request
         if getattr(request, "_already_cancelled", False) and not request.task.acks_late:
@@ -210,7 +210,7 @@ class PoolRequest:
         self._call("timeout_callback", True, self.soft_limit)
 
     def tell_broken(self, exc: BaseException) -> None:
-        """Answer with ``exc``, for an input without an outcome; Celery acts on its class."""
+        """Answer an input without an outcome with ``exc``; Celery acts on the class of ``exc``."""
         try:
             raise exc
         except BaseException:
@@ -225,7 +225,7 @@ class PoolRequest:
         self._answer("timeout_callback", False, self.hard_limit)
 
     def tell_report(self, report: frames.ReportFields) -> None:
-        """Pass on the report with which a child releases the input."""
+        """Pass a child's last report about the input on to Celery."""
         if report[0] == frames.Report.DONE:
             self._answer("callback", (0, report[2], report[3]))
             return
@@ -237,7 +237,7 @@ class PoolRequest:
         if outcome == frames.Outcome.EXIT:
             self.tell_lost(f"Worker exited prematurely: {text}")
         elif outcome == frames.Outcome.UNSTORED:
-            # The outcome is unknown, as after a loss: our tasks go back to the broker.
+            # The outcome is unknown, as after the loss of a child: our tasks return to the broker.
             self.tell_lost(f"The outcome could not be stored: {text}")
         elif outcome == frames.Outcome.INTERNAL:
             self.tell_broken(stand_in)
@@ -258,7 +258,7 @@ class PoolRequest:
             if has_returned or request is None:
                 continue
             if request.task.acks_late and not request.acknowledged:
-                # The outcome cannot be stored: the broker, which has the message, delivers it
+                # The outcome could not be stored. The broker still has the message, and delivers it
                 # again.
                 delivery._requeue()
 
@@ -328,7 +328,7 @@ class Requests:
             leader.add_delivery(new)
             return new
         if not is_redelivered and new.request.get(headers.REQUEUED):
-            # An operator sent it again from the dead letters: its earlier deaths do not count.
+            # An operator sent it again from the dead letters: its poison count starts at 0.
             self._poison.forget(new.task_id)
         if is_redelivered or new.task_id in self._poison.suspects:
             self.table.move(new, State.CHECKING, time.monotonic())
@@ -340,14 +340,14 @@ class Requests:
         return new
 
     def _leader_of(self, twin: PoolRequest) -> PoolRequest | None:
-        """Return the request of the same message that the pool holds already, if any."""
+        """Return the request that the pool already holds for the same message, if any."""
         key = (twin.task_id, twin.request.get("retries"))
         here = self.table.of(State.SENT, State.RUNNING, State.WAITING)
         same = (other for other in here if (other.task_id, other.request.get("retries")) == key)
         return next(same, None)
 
     def finish_checks(self, now: float) -> None:
-        """Admit the inputs whose counts Redis has returned, or did not return in time."""
+        """Admit the inputs whose counts have arrived from Redis or are late."""
         checking = self.table.of(State.CHECKING)
         answered = set(self._poison.answers()) if checking else set()
         for checked in checking:
@@ -356,7 +356,7 @@ class Requests:
                 self._admit(checked)
 
     def _admit(self, checked: PoolRequest) -> None:
-        """Queue an input (alone if it is a suspect), or give it up if it is poison."""
+        """Queue an input (a suspect runs alone), or give it up if it is poison."""
         if self._poison.is_poison(checked.task_id):
             self._settle(checked, Settlement.ANSWERED)
             self._give_up_poison(checked, "seen by another worker")
@@ -442,7 +442,7 @@ class Requests:
     def give_back(self, service: str) -> None:
         """Return the waiting inputs of a service to the broker, for other workers.
 
-        A suspect stays, because only this worker may know that it kills.
+        A suspect stays: other workers may not know that it kills children.
         """
         for waiting in self.table.queue.of(service):
             if waiting.settlement is None and waiting.can_be_rejected:
@@ -478,11 +478,11 @@ class Requests:
                 self._pool.replace(child)
 
     def lose(self, child: ChildProcess, reason: str, *, is_closing: bool) -> None:
-        """Handle the end of a child: inputs that had begun are lost, others start elsewhere.
+        """Handle the end of a child: begun inputs are lost, and the others start in another child.
 
         Args:
             child: the child that ended.
-            reason: why, for the answers of lost inputs.
+            reason: the reason, for the answers of lost inputs.
             is_closing: whether the shutdown of the worker ended it, so that no input is to blame.
         """
         lost, at = [], time.monotonic()
@@ -526,7 +526,7 @@ class Requests:
         settlement: Settlement,
         result: Result = Result.GIVEN_BACK,
     ) -> None:
-        """End an input, or make the child that holds it stop it."""
+        """Settle an input: end it, or order the child that holds it to stop it."""
         child, at = settled.child, time.monotonic()
         to = State.ENDED if child is None else State.STOPPING
         self.table.move(settled, to, at, settlement=settlement, result=result)
@@ -558,24 +558,24 @@ def _result(report: frames.ReportFields) -> Result:
 
 
 class PoisonCounter:
-    """Counts the children that died while an input was in flight, to find and give up poison.
+    """Counts, for each suspect, the children that died while it ran alone, to find poison inputs.
 
     All workers share the counts through the Redis of the broker or of the result backend. Without
-    one, each worker counts for itself.
+    such a Redis, each worker counts for itself.
 
     Args:
-        most: deaths while alone after which an input is given up.
+        most: number of deaths, each while an input runs alone, after which it is given up.
         shared: the counts of all workers; ``None`` without a Redis.
     """
 
     def __init__(self, most: int, shared: poison_counts.Shared | None = None) -> None:
-        #: Task id -> children known to have died while it ran alone.
+        #: Number of children known to have died while an input ran alone, by task id.
         self.suspects: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._most = most
         self._shared = shared
 
     def record(self, inputs: Iterable[PoolRequest]) -> None:
-        """Count the death of a child for its inputs; only one that ran alone is to blame."""
+        """Count the death of a child for its inputs: 1 for an input that ran alone, else 0."""
         for lost in inputs:
             task_id, deaths = lost.task_id, int(lost.runs_alone)
             self._remember(task_id, self.suspects.get(task_id, 0) + deaths)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds beyond the limits of its exit hooks that a leaving child gets.
+#: Additional seconds for a leaving child, after the limits of its exit hooks.
 _LEAVE_MARGIN = 10.0
 #: Maximum number of inputs named in one log line.
 _NAMED = 5
@@ -37,7 +37,7 @@ class Supervisor:
     """The replicas, the children that fill them, and the inputs that the children hold.
 
     Args:
-        pool: Celery's view of the pool; it is told when the number of free slots changes.
+        pool: Celery's view of the pool; we call it when the number of free slots changes.
         first: the first frame for each child, without the number of its replica.
         dead_letters: keeps messages that are given up; ``None`` if the settings disable it.
     """
@@ -62,9 +62,9 @@ class Supervisor:
         self._children: dict[ChildProcess, replica.Replica] = {}
         #: Processes that were killed or are about to end, and are not reaped yet.
         self._dying: list[subprocess.Popen[bytes]] = []
-        #: No further child starts.
+        #: Whether the worker closes; then no further child starts.
         self._is_closing = False
-        # Reentrant, because signal handlers of Celery call the pool in the middle of anything.
+        # Reentrant: a signal handler of Celery may interrupt a method here, and call the pool.
         self.lock = threading.RLock()
         #: Actions that a signal handler requested during a move.
         self._late: list[Callable[[], None]] = []
@@ -100,7 +100,7 @@ class Supervisor:
         self, args: requests.TaskArgs, service: str, options: requests.Options
     ) -> requests.PoolRequest:
         with self.lock:
-            # What raises here costs a message: the handler of a signal settles none meanwhile.
+            # An exception here loses the message: a signal handler must postpone its own changes.
             self.requests.table.is_moving = True
             try:
                 new = self.requests.submit(args, service, options)
@@ -118,12 +118,12 @@ class Supervisor:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether the handler of a signal asks, in the middle of a move or of ``submit``."""
+        """Whether the caller is a signal handler that has interrupted a move or ``submit``."""
         with self.lock:
             return self.requests.table.is_moving
 
     def _after_move(self, act: Callable[[], None]) -> None:
-        """Run ``act`` now, or in the next ``poll`` if a move is interrupted."""
+        """Run ``act`` now, or in the next ``poll`` if the caller has interrupted a move."""
         with self.lock:
             if self.requests.table.is_moving:
                 self._late.append(act)
@@ -142,7 +142,7 @@ class Supervisor:
     # -- the event loop --
 
     def poll(self, timeout: float = 0.0) -> None:
-        """Process the reports of children; wait up to ``timeout`` seconds for some."""
+        """Process the reports of children; wait up to ``timeout`` seconds for the first one."""
         if self.is_interrupted:
             return
         events = self.sockets.wait(timeout)
@@ -159,7 +159,7 @@ class Supervisor:
             self.requests.enforce_limits(time.monotonic())
 
     def tick(self) -> None:
-        """Enforce deadlines, reap, and start missing children; once a second, after ``poll``."""
+        """Enforce deadlines, reap and start children; once a second, after ``poll``."""
         with self.lock:
             now = time.monotonic()
             for child in self.children():
@@ -179,7 +179,7 @@ class Supervisor:
             for service in self._probes.unready():
                 self.requests.give_back(service)
             self._send_waiting()
-            # A measuring replica takes no inputs, so that only one idle replica measures at a time.
+            # A measuring replica takes no inputs: let only one idle replica measure at a time.
             ready = [child for child in self._children if child.state.is_ready]
             idle = [child for child in ready if not child.requests]
             if self.requests.table.queue or self._is_closing:
@@ -205,7 +205,7 @@ class Supervisor:
         return next((child.outage for child in self._children if child.outage), "")
 
     def children(self) -> list[ChildProcess]:
-        """Return a copy of the live children, which may start and end during a loop over them."""
+        """Return the live children as a copy, because they start and end during loops over it."""
         return list(self._children)
 
     def ready_by_service(self) -> dict[str, int]:
@@ -217,7 +217,7 @@ class Supervisor:
     # -- what children report --
 
     def _receive(self, child: ChildProcess) -> bool:
-        """Process a child's reports; return whether there were any and the child is still here."""
+        """Process a child's reports; return whether there were any and the child still lives."""
         has_reported = False
         try:
             for report in child.receive():
@@ -277,7 +277,7 @@ class Supervisor:
                 self.replace(child)
 
     def input_ended(self, child: ChildProcess) -> None:
-        """Let a child that released an input leave, or replace it if it is worn."""
+        """After a child released an input, let it leave if it drains; replace it if it is worn."""
         if child.state.current is replica.State.DRAINING:
             self._leave_when_idle(child)
         elif child.state.is_up:
@@ -296,7 +296,7 @@ class Supervisor:
         is_next = state.current is replica.State.BENCHMARKING
         if not (is_next and self.scores.is_measured(child, now)):
             return
-        # Nothing is left to prove: the child takes its place in the replica.
+        # The child is READY: it takes its place in the replica.
         state.measured(now)
         filled = self._children[child]
         filled.last_error = ""
@@ -351,7 +351,7 @@ class Supervisor:
         return child
 
     def replace(self, child: ChildProcess) -> None:
-        """Start a successor, which takes over when it is READY; the child serves until then."""
+        """Start a child's successor, which takes over when READY; the child serves until then."""
         if child not in self._children:
             return
         if child.state.current is replica.State.DRAINING:
@@ -372,7 +372,7 @@ class Supervisor:
         self.sockets.wake()
 
     def _drain(self, child: ChildProcess | None) -> None:
-        """Send the child no new inputs, and let it leave when it holds none."""
+        """Send the child no new inputs, and let it leave when it is empty."""
         if child is None or child not in self._children:
             return
         current, now = child.state.current, time.monotonic()
@@ -433,7 +433,7 @@ class Supervisor:
     # -- the end of the worker --
 
     def close(self) -> None:
-        """Accept no new inputs, and start no further child."""
+        """Release the waiting inputs, and start no further child."""
         with self.lock:
             self._is_closing = True
             self.forget_waiting()

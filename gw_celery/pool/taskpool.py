@@ -38,7 +38,7 @@ signals.listen()
 
 logger = logging.getLogger(__name__)
 
-#: Seconds beyond the limits of exit hooks that children get; more than the supervisor's margin.
+#: Additional seconds for leaving children, after their exit hooks; above the supervisor's margin.
 _LEAVE_MARGIN = 15.0
 _TICK = 1.0
 _SHUT_DOWN = "Worker exited prematurely: the worker shut down."
@@ -67,7 +67,7 @@ class TaskPool(BasePool):
         **options: object,
     ) -> None:
         super().__init__(limit, **options)
-        #: What the worker serves. Embedded workers send no ``worker_init``, which decides it.
+        #: What the worker serves. ``worker_init`` decides it, which embedded workers do not send.
         self.plan = signals.plan() or worker_plan.Plan(
             registries=(), served=(), settings=conf.read(self.app.conf), pool=worker_plan.GPU_POOL
         )
@@ -75,9 +75,9 @@ class TaskPool(BasePool):
         self.max_tasks = maxtasksperchild
         #: Resident bytes after which a child is replaced.
         self.max_bytes = (max_memory_per_child or 0) * 1024 or None
-        #: Opens and closes the worker's queues; its bootstep attaches itself to it.
+        #: Opens and closes the worker's queues; a bootstep attaches it to the consumer.
         self.gate: gate.Gate | None = None
-        #: A stop was requested while a request was being moved.
+        #: Whether a stop was requested while a request was moved.
         self._stop_is_due = False
         #: Time of the last tick of beat, by kind.
         self._ticked: dict[str, float] = {}
@@ -96,8 +96,8 @@ class TaskPool(BasePool):
         self._revoked = 0
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
-        #: Our autoscaler, if there is one. The pool starts and ends it: Celery starts an autoscaler
-        #: only on a transport without an event loop, and does not report the end.
+        #: Our autoscaler, if there is one. The pool starts and ends it: Celery does so only on a
+        #: transport without an event loop.
         self.autoscaler: autoscale.Autoscaler | None = None
         #: The last observation and decision of the autoscaler.
         self.scaling: Scaling | None = None
@@ -108,9 +108,9 @@ class TaskPool(BasePool):
 
     @property
     def num_processes(self) -> int:
-        """The slots that were asked for, at least 1, because Celery reads 0 as "without limit".
+        """The requested slots, at least 1, because Celery reads 0 as "without limit".
 
-        Slots that are READY do not count: Celery's autoscaler would add more while a replica loads.
+        With the READY slots instead, Celery's autoscaler would add more while a replica loads.
         """
         return max(1, self.limit)
 
@@ -129,7 +129,7 @@ class TaskPool(BasePool):
         self._resize(self.limit + n)
 
     def refusal(self, slots: int) -> str | None:
-        """Return why this worker cannot have so many slots; ``None`` if it can."""
+        """Return why this worker cannot have that many slots; ``None`` if it can."""
         allotment = self.plan.allotment
         return None if allotment is None else allotment.refusal(self._replicas_for(slots))
 
@@ -138,7 +138,7 @@ class TaskPool(BasePool):
         self._resize(self.limit - n)
 
     def restart(self, number: int | None = None) -> None:
-        """Replace the child of one replica, or of all (``None``), and start drained ones."""
+        """Replace the child of one replica, or of all (``None``), and start those on hold."""
         self.supervisor.restart(number)
 
     def hold(self, number: int | None) -> None:
@@ -195,10 +195,10 @@ class TaskPool(BasePool):
             self.autoscaler.begin()
 
     def register_with_event_loop(self, hub: Hub) -> None:
-        """Connect to the hub, at every start of the consumer, which resets the hub."""
+        """Connect to the hub at every start of the consumer, because each start resets the hub."""
         self._hub = hub
         hub.add_reader(self.supervisor.sockets.fileno(), self._on_readable)
-        # Revocations arrive between two turns of the hub.
+        # Revocations arrive between two turns of the hub: check for them in each turn.
         hub.on_tick.add(self._withdraw)
         # After a lost connection, Celery 5.7 has cancelled our timers, and 5.6 all timers.
         for timer in (self._tick_timer, self._limit_timer):
@@ -226,14 +226,14 @@ class TaskPool(BasePool):
         return self.supervisor.submit(args, key, options)
 
     def terminate_job(self, pid: int, signal: object = None) -> None:
-        """Do nothing: the pid is a replica's. Celery calls ``PoolRequest.terminate`` next."""
+        """Do nothing: the pid is a whole child's. Celery calls ``PoolRequest.terminate`` next."""
 
     def flush(self) -> None:
         """Release inputs that have not started: the broker is lost, or the worker shuts down."""
         self.supervisor.forget_waiting()
 
     def on_close(self) -> None:
-        # Not in ``on_stop``: in the handler of a signal it would wait for what is interrupted.
+        # ``on_stop`` may run in a signal handler, where this would wait for the interrupted code.
         if self.autoscaler is not None:
             self.autoscaler.end()
         self.supervisor.close()
@@ -340,7 +340,7 @@ class TaskPool(BasePool):
         self.supervisor.sockets.wake()
 
     def _wait(self, is_done: Callable[[], bool], timeout: float) -> bool:
-        """Drive the pool until ``is_done()``, because the hub stops before a worker does."""
+        """Drive the pool until ``is_done()``, because the hub of a stopping worker stands still."""
         end = time.monotonic() + timeout
         hub = get_event_loop()
         while not is_done() and time.monotonic() < end:
@@ -441,7 +441,7 @@ class TaskPool(BasePool):
 
 @contextlib.contextmanager
 def _surviving() -> Iterator[None]:
-    """Log an exception of ours, which would otherwise end the worker's loop."""
+    """Log an exception of our code, which would otherwise end the worker's loop."""
     try:
         yield
     except Exception:
@@ -449,7 +449,7 @@ def _surviving() -> Iterator[None]:
 
 
 def _queues(app: Celery, plan: worker_plan.Plan) -> dict[str, list[str]]:
-    """Return the queues of each service; those of plain tasks are together."""
+    """Return the queues of each service; those of plain tasks share one key."""
     queues: dict[str, list[str]] = {key: [] for key in plan.slots}
     for name in plan.queues or app.amqp.queues.consume_from:
         queues[plan.service_queues.get(name, services.PLAIN)].append(name)

@@ -1,7 +1,7 @@
 """Runs Celery's tracer, unmodified, for the inputs of a child.
 
-The tracer of an asynchronous body runs in a greenlet on the loop. The tracer of a synchronous body,
-or with hooks and receivers that may block, runs in a thread. Its outcome is reported to the parent.
+The tracer of an asynchronous body runs in a greenlet on the loop. It runs in a thread if the body
+is synchronous, or if hooks or receivers may block. The child reports the outcome to the parent.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Report: TypeAlias = tuple[Any, ...]
 
 logger = logging.getLogger(__name__)
 
-#: Size in bytes from which a body is decoded in a thread.
+#: A body with more bytes than this is decoded in a thread.
 _LARGE = 64 * 1024
 _LONGEST_TEXT = 4096
 _LONGEST_TRACEBACK = 64 * 1024
@@ -97,25 +97,25 @@ class Input:
     _: dataclasses.KW_ONLY
     #: The headers of its message.
     request: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    #: It was in flight when a child died, and must not share a batch.
+    #: Whether it was in flight when a child died; then it must not share a batch.
     runs_alone: bool = False
-    #: It may wait for other inputs, to begin in a batch.
+    #: Whether it may wait for other inputs before it begins in a batch.
     gathers: bool = False
-    #: Time after which its answer is not wanted, unless it has begun.
+    #: Time after which the input must not begin.
     expires: dt.datetime | None = None
     #: Seconds that it may wait before it begins.
     max_queue_time: float | None = None
-    #: It is acknowledged at its start, and must be on record before.
+    #: Whether it is acknowledged at its start; then a record of it must be written before.
     acks_early: bool = False
-    #: Writes that record; ``None`` if it is not needed, or already written.
+    #: Writes that record; ``None`` if there is nothing to write.
     record: Callable[[], Awaitable[None]] | None = None
-    #: The exception that replaces its body.
+    #: The exception that is raised instead of running the body.
     rejection: Exception | None = None
-    #: The parent was told of its start.
+    #: Whether its start was reported to the parent.
     has_begun: bool = False
-    #: Its message was decoded, and Celery's tracer has started.
+    #: Whether its message was decoded, and Celery's tracer has started.
     is_traced: bool = False
-    #: Why a write of its tracer to the result backend was given up.
+    #: The reason why its tracer gave up a write to the result backend.
     store_error: Exception | None = None
     #: The asyncio task that runs the tracer; ``None`` in a thread.
     task: asyncio.Task[Any] | None = None
@@ -177,7 +177,7 @@ class Input:
     # -- the body --
 
     def run_body(self, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run the body, in which exceptions from outside may be raised."""
+        """Run the body; exceptions from outside are raised only while it runs."""
         try:
             self._enter_body()
             with body.Contained():  # also for the project's plain tasks
@@ -260,7 +260,7 @@ def prepare(app: Any, hostname: str) -> None:
 
 
 def open_body(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a task's ``run`` so that limits reach it; a nested call belongs to its caller."""
+    """Wrap a task's ``run`` so that limits reach it; a nested call is part of its caller."""
 
     @functools.wraps(run)
     def opened(*args: Any, **kwargs: Any) -> Any:
@@ -273,14 +273,14 @@ def open_body(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class ReplicaInputs:
-    """The inputs of this replica, on its loop; the methods follow the way of an input.
+    """The inputs of this replica, on its loop; an input passes the methods in their order.
 
     Args:
         app: the Celery app, prepared by ``prepare``.
         link: the connection to the parent.
         threads: maximum number of synchronous bodies that run at a time.
         around: calls a function, with the setup that a thread needs.
-        records: records of early acknowledged inputs; ``None`` if there are none.
+        records: writes the records of early acknowledged inputs; ``None``: no input needs one.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class ReplicaInputs:
     ) -> None:
         """Start an input: report it now, and run it in the next turn of the loop.
 
-        An input that waits for a batch, or for its early acknowledgement's record, is reported
+        An input that waits for a batch, or for the record of its early acknowledgement, is reported
         later.
 
         Args:
@@ -425,7 +425,7 @@ def failure(number: int, exc: BaseException, traceback: str) -> Report:
 def _escaped(input: Input, exc: BaseException) -> Report:
     """Return the report of an exception that the tracer did not catch.
 
-    The tracer stores what a body raises, so that such an exception is a failed store.
+    The tracer stores what a body raises; an exception that leaves the tracer is a failed store.
     """
     if isinstance(exc, execution.Stopped | asyncio.CancelledError):
         return frames.Report.GONE, input.number

@@ -38,13 +38,13 @@ class Joining(Protocol):
     def runs_alone(self) -> bool: ...
 
     def record_early_ack(self) -> Awaitable[None] | None:
-        """Record the early acknowledgement before the start; return ``None`` if not needed."""
+        """Return the write of the record that an early acknowledgement needs, or ``None``."""
 
     def begin(self) -> bool:
-        """Start the input; return whether it still wants to run."""
+        """Report the start of the input; return whether its answer is still wanted."""
 
 
-#: Keys of the services in which the running body holds a slot.
+#: Keys of the services of which the running body holds a slot.
 held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
     "gw_held", default=frozenset()
 )
@@ -65,7 +65,7 @@ class Clock:
         self, when: float, callback: Callable[[], object], context: contextvars.Context
     ) -> Any:
         """Call ``callback`` at the time ``when``; return a handle with a method ``cancel``."""
-        # Use the delay, because the loop's clock may have another start.
+        # Use the delay, because the loop's clock may start from another time.
         delay = max(0.0, when - self.now())
         return asyncio.get_running_loop().call_later(delay, callback, context=context)
 
@@ -74,16 +74,16 @@ class Clock:
 class BatchItem(batching.Waiting):
     #: The body, bound to the instance that the inputs of a batch share.
     fn: Callable[..., Any]
-    #: Entered while the call runs, which may outlive all its inputs.
+    #: Makes a context manager for the call; the call may outlive all its inputs.
     using: Callable[[], AbstractContextManager[Any]]
-    #: Every parameter of the body, by name.
+    #: The input's values of all parameters, by name.
     arguments: Mapping[str, Any]
     joining: Joining | None
     #: Whether the input failed, and its answer or exception.
     outcome: asyncio.Future[tuple[bool, Any]]
 
     def begin(self) -> bool:
-        """Join a call; return whether the input still wants to run."""
+        """Join a call; return whether the answer of the input is still wanted."""
         return not self.outcome.done() and (self.joining is None or self.joining.begin())
 
     def settle(self, is_failure: bool, value: Any) -> None:
@@ -97,7 +97,7 @@ class Batchers:
 
     #: Calls a function, with the setup that a thread needs.
     around: Callable[..., Any] = operator.call
-    #: Sends the reported starts of inputs, before the body can harm the process.
+    #: Sends the reports of starts at once, because the body may kill the process.
     tell: Callable[[], None] = lambda: None
     #: Called with the name of a task whose abandoned call does not end.
     on_stuck: Callable[[str], None] = lambda name: None
@@ -107,7 +107,7 @@ class Batchers:
     clock: Clock = dataclasses.field(default_factory=Clock)
     #: The context of the calls, which belong to no single input.
     context: contextvars.Context = dataclasses.field(default_factory=contextvars.copy_context)
-    #: Whether the replica drains: inputs do not wait for others.
+    #: Whether the replica drains; inputs then do not wait for others.
     is_draining: bool = False
 
     def __post_init__(self) -> None:
@@ -163,18 +163,18 @@ class Batcher:
     ) -> Any:
         """Return the answer to one input, from a call that it shares with others.
 
-        A caller that stops waiting removes its input from a waiting batch, or drops its part of the
-        answer. One input never interrupts a running call.
+        When a caller stops waiting, its input leaves the waiting batch, or its answer is dropped. A
+        single input never interrupts a running call.
 
         Args:
             fn: the body, bound to the instance that the inputs share.
             args: the caller's positional arguments, one value per list of the body.
             kwargs: the caller's keyword arguments.
             key: inputs with different keys never share a call; the user's ``key=`` divides further.
-            using: entered while the call runs, which may outlive all its inputs.
+            using: makes a context manager for the call; the call may outlive all its inputs.
 
         Raises:
-            Exception: the exception in place of this answer, or raised for this input. A ``Retry``
+            Exception: returned in place of this answer, or raised by the body. A ``Retry``
                 becomes what ``retry()`` of the input's task raises.
         """
         joined = joining.get()
@@ -215,7 +215,7 @@ class Batcher:
                 f"key= of {self._method.task_name} returned {own!r:.100}, which cannot be hashed; "
                 f"return a str, a number, or a tuple of them"
             ) from None
-        # 1, 1.0 and True are equal, but are three keys.
+        # 1, 1.0 and True are equal in Python, but must be three keys.
         return key, type(own), own
 
     def _cost(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -236,7 +236,7 @@ class Batcher:
     # -- forming --
 
     def form_soon(self) -> None:
-        """Form batches after the inputs that this turn of the loop still brings."""
+        """Form batches in the loop's next turn, with the inputs that this turn still brings."""
         if not self._is_forming:
             self._is_forming = True
             asyncio.get_running_loop().call_soon(self._form, context=self._host.context)
@@ -267,7 +267,7 @@ class Batcher:
         self.form_soon()
 
     def _give_up_deserted(self) -> None:
-        """Abandon calls without waiting inputs, because they occupy the method."""
+        """Abandon calls for which no input waits any more, because they occupy the method."""
         for task, items in self._running.items():
             if items and all(item.outcome.done() for item in items):
                 self._running[task] = []
@@ -298,7 +298,7 @@ class Batcher:
                     await asyncio.gather(*filter(None, records))
                     part = [item for item in first if item.begin()]
                     parts = await self._answered(part, flush) + rest + parts[1:]
-        except Exception as exc:  # an error of ours must still answer the inputs
+        except Exception as exc:  # the inputs need answers after an error of ours, too
             logger.exception(
                 "pid %d: a batch of task %s failed: report this bug",
                 *(os.getpid(), self._method.task_name),
@@ -309,7 +309,7 @@ class Batcher:
     async def _answered(
         self, part: list[BatchItem], flush: batching.Flush
     ) -> list[list[BatchItem]]:
-        """Call the body for ``part``; return the parts to call it for again."""
+        """Call the body for ``part``; return the parts that need another call."""
         if not part:
             return []
         try:
@@ -352,7 +352,7 @@ class Batcher:
         """Split a failed call to isolate the input at fault; return the parts to try."""
         if all(item.outcome.done() for item in part):
             return []
-        # By name, without importing torch.
+        # Compare the name, to avoid an import of torch.
         is_memory = any(cls.__name__ == "OutOfMemoryError" for cls in type(exc).__mro__)
         if is_memory:
             _free_memory(exc)
@@ -427,7 +427,7 @@ def of_one_input(
 
 
 def only_answer(method: services.Method, answer: Any) -> Any:
-    """Return the single answer of such a call, or raise the exception in its place."""
+    """Return the answer of a call for one input, or raise the exception in its place."""
     if method.batched is None:
         return answer
     (entry,) = _entries(method, 1, answer)

@@ -1,7 +1,7 @@
 """The runtime of one process: its loop, entered contexts and loaded instances.
 
 A process has at most one ``LocalRuntime``. A worker's process, eager mode or ``gw_celery.testing``
-creates it; a web process never does.
+creates it; a web process that only sends calls never does.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class LocalRuntime:
         self._is_blocked = False
 
     def start(self) -> None:
-        """Start the loop, and make Celery's current task follow bodies onto it."""
+        """Start the loop; Celery's current task is then correct in bodies that run on it."""
         task_context.install()
         self._host.start()
 
@@ -85,7 +85,7 @@ class LocalRuntime:
         served: Sequence[services.Service],
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Enter what ``served`` needs and is not entered yet; block until this is complete.
+        """Enter the contexts and instances that ``served`` still needs; block until this is done.
 
         Contexts belong to an App and are entered when one of its services is served.
 
@@ -95,7 +95,7 @@ class LocalRuntime:
             check: called a few times per second; its exceptions end the load.
 
         Raises:
-            StartupError: with every cause; what had entered is exited first.
+            StartupError: if one fails; it has every cause, and the entered ones are exited first.
         """
         coroutine = self.grow(registries, served)
         if self.is_on_loop():
@@ -126,7 +126,7 @@ class LocalRuntime:
     def stop(self) -> None:
         """Exit everything and end the loop; errors are logged, and waits are bounded.
 
-        Entering units are cancelled. If a load blocks the loop, nothing can be exited.
+        Loads in progress are cancelled. If a load blocks the loop, nothing can be exited.
         """
         if self._is_blocked:
             self._host.stop(timeout=0.0)
@@ -134,7 +134,7 @@ class LocalRuntime:
         bound = self.settings.exit_timeout
         future = asyncio.run_coroutine_threadsafe(self.leave(), self.loop)
         try:
-            # Each unit has its own limit; the margin lets the loop report them.
+            # Each context and instance has its own limit; the margin lets the loop log a late one.
             future.result(2 * bound + 5)
         except TimeoutError:
             logger.error(
@@ -164,10 +164,10 @@ class LocalRuntime:
         """Return whether a body that awaits ``task`` can get the answer here, without a message.
 
         Its service must be loaded, and the caller must not hold a slot of it. A batched method
-        takes no slot, so that a body may await one of its own service.
+        takes no slot; therefore a body may await a batched method of its own service.
 
         Raises:
-            UsageError: if a batch would wait for another one of its service, which waits for it.
+            UsageError: if a batch would wait for a batch of its service that waits for the first.
         """
         key = task.gw_service.key
         if not (self.is_on_loop() and self.serves(key)):
@@ -189,8 +189,8 @@ class LocalRuntime:
         if method.is_async or (method.batched and self.batchers):
             return self._wait_within_limits(task, self._answer(task, values, args, kwargs))
         owner = self.instances[service.key]
-        # What its thread and the loop tell each other, for limits may end the wait at any moment:
-        # the instance that the input uses, and ``None`` once it has ended. The second gives back.
+        # A limit may end the input while the loop still loads. The loop appends the instance, and
+        # the thread appends ``None`` at the end: the second of the two gives the instance back.
         taken: list[instances.Loaded | None] = []
 
         async def load() -> None:
@@ -221,9 +221,9 @@ class LocalRuntime:
     ) -> Any:
         """Run the body of ``task`` inside the body that awaits it, and return its answer.
 
-        Celery's wrappers around ``run`` are synchronous and need its tracer, which does not take
-        part. Of them, only the conversion of pydantic models changes what the caller gets; it is
-        done here.
+        Celery's wrappers around ``run`` are synchronous, and need its tracer, which we do not use.
+        Only one wrapper changes what the caller gets: the conversion of pydantic models. This
+        method does it instead.
         """
         task.check_arguments(args, kwargs)
         service, method = _declared(task)
@@ -251,8 +251,8 @@ class LocalRuntime:
                 loaded = owner.take(values)
                 if loaded is None:
                     if (joining := batcher.joining.get()) is not None:
-                        # Report the start before the input joins a batch: limits then bound the
-                        # wait, and a load can kill the process.
+                        # Report the start before the load: limits then bound the wait, and the
+                        # parent knows the input if the load kills the process.
                         joining.begin()
                     loaded = await owner.load(values)
                 fn = getattr(loaded.view(values), method.name)
@@ -264,7 +264,7 @@ class LocalRuntime:
             if method.is_async:
                 with body.Contained():
                     answer = await fn(*args, **kwargs)
-            else:  # a thread, so that it does not block the loop
+            else:  # in a thread, because the body would block the loop
                 answer = await asyncio.to_thread(body.call, fn, *args, **kwargs)
             return batcher.only_answer(method, answer)
         finally:
@@ -286,9 +286,9 @@ class LocalRuntime:
     async def call_eagerly(self, task: Any, send: Callable[[], Any]) -> Any:
         """Return ``send()``, an eager call of ``task``, without blocking the caller's loop.
 
-        Concurrent bodies need separate stacks of Celery's. Gathering inputs may outnumber the
-        threads, and need each other: they wait in greenlets on the loop of the process, as in a
-        replica.
+        Each concurrent body needs its own stacks of Celery's tasks and requests. Inputs of a batch
+        wait for each other, and may outnumber the threads. Such inputs therefore wait in greenlets
+        on the loop of the process, as in a replica.
         """
         parent = _state.get_current_task()
         request = None if parent is None else parent.request_stack.top
@@ -315,7 +315,7 @@ class LocalRuntime:
     async def grow(
         self, registries: Iterable[registry.Registry], served: Sequence[services.Service]
     ) -> None:
-        """Enter like ``enter``, but from the loop; nothing detects a load that blocks it."""
+        """Do what ``enter`` does, on the loop; a load that blocks the loop is not detected."""
         keys = {service.key for service in served}
         async with self._growing:
             made = {
@@ -349,7 +349,7 @@ class LocalRuntime:
             self._served |= keys
 
     async def leave(self) -> None:
-        """Exit all instances in parallel, then all contexts; cancel entering units first."""
+        """Cancel loads in progress; then exit all instances in parallel, then all contexts."""
         for life in self._entering:
             life.abandon()
         async with self._growing:  # an interrupted growth exits what it entered

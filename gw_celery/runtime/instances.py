@@ -1,8 +1,8 @@
 """The loaded instances of a class task in one process, by the parameters that shaped them.
 
-The parameters that ``on_enter`` reads shape the loaded state. An instance suits a call if these
-have the call's values. The call gets all other parameters through a view, which is a second object
-over the same state with its own parameter values.
+The parameters that ``on_enter`` reads shape the loaded state. A call can use an instance if both
+have the same values of these parameters. The call gets its other parameters through a view, which
+is a second object over the same state, with its own parameter values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gw_celery.types import ParameterValues
 
 logger = logging.getLogger(__name__)
 
-#: Attribute of a view: the instance whose state it shares; ``None`` on that instance.
+#: Attribute of a view: the instance whose state it shares; ``None`` on the instance itself.
 _SHARED = "_gw_shared"
 
 
@@ -47,7 +47,7 @@ class Loaded:
     def __post_init__(self) -> None:
         self._instance = self.life.value.result()
         self._reads: frozenset[str] = getattr(self._instance, parameters.READS)
-        #: Canonical text of the values that were read; as Python values, 1 and True are equal.
+        #: Canonical text of the values that were read, because 1 and True are equal in Python.
         self.text = self._text(self.values)
 
     def suits(self, values: ParameterValues) -> bool:
@@ -59,12 +59,12 @@ class Loaded:
     def batch_key(self, values: ParameterValues) -> tuple[Loaded, str]:
         """Return the key that inputs must share to run in one call.
 
-        It has the instance and every parameter, because a body may read any of them.
+        It consists of the instance and all parameters, because a body may read any of them.
         """
         return self, parameters.canonical(values)
 
     def view(self, values: ParameterValues) -> Any:
-        """Return the object for a call with ``values``: shared state, own parameters."""
+        """Return the object for a call: it shares the state, and has its own ``values``."""
         view: Any = object.__new__(type(self._instance))
         view.__dict__ = self._instance.__dict__
         object.__setattr__(view, _SHARED, self._instance)
@@ -86,7 +86,7 @@ class Instances:
         self._building = asyncio.Lock()
         self._builds: dict[str, asyncio.Task[None]] = {}
         self._awaited: dict[object, ParameterValues] = {}
-        # A neutral context: an instance outlives the calls that it was built for.
+        # A neutral context: an instance outlives the calls for which it was built.
         self._context = contextvars.copy_context()
         # Called when an instance may have become idle, while a build waits for that.
         self._on_idle: Callable[[], object] = lambda: None
@@ -94,7 +94,7 @@ class Instances:
     def enter_default(self) -> lifecycle.Entered | None:
         """Begin to enter the instance with default parameters; ``None`` if a parameter is required.
 
-        The caller passes it to ``adopt`` once it has entered.
+        When the instance has entered, the caller passes the result to ``adopt``.
         """
         if any(parameter.is_required for parameter in self._service.parameters.values()):
             return None
@@ -104,7 +104,7 @@ class Instances:
         self._add(Loaded(life=life, values=self._defaults, is_pinned=True))
 
     def take(self, values: ParameterValues) -> Loaded | None:
-        """Return a suitable instance and count its use, without waiting; from any thread."""
+        """Return a suitable instance and count its use, without waiting; safe from any thread."""
         with self._lock:
             for loaded in self._loaded:
                 if not loaded.is_drained and loaded.suits(values):
@@ -125,7 +125,7 @@ class Instances:
             return chosen
 
     def give_back(self, loaded: Loaded) -> None:
-        """End one use of an instance; from any thread."""
+        """End one use of an instance; safe from any thread."""
         with self._lock:
             loaded.in_use -= 1
             self._on_idle()
@@ -141,23 +141,23 @@ class Instances:
             self.give_back(loaded)
 
     async def load(self, values: ParameterValues) -> Loaded:
-        """Return a suitable instance and count its use, entering one when there is none.
+        """Return a suitable instance and count its use; build one if there is none.
 
-        On the loop. Concurrent first uses build it once. A build that fails raises in all that wait
-        for it, and is not kept; one whose callers give up goes on for the next, once it has begun.
+        Call this on the loop. Concurrent calls with equal values share one build. If it fails, they
+        all raise, and the next call builds again. A begun build continues if its callers give up.
 
         Raises:
             UsageError: if ``gw_max_instances`` leaves no room beside the default instance.
         """
         key, token = parameters.canonical(values), object()
-        self._awaited[token] = values  # keeps what is built for this call until it takes that
+        self._awaited[token] = values  # keeps the built instance until this call takes it
         try:
             while (loaded := self.take(values)) is None:
                 if key not in self._builds:
                     build = asyncio.get_running_loop().create_task(
                         self._build(key, values), context=self._context.copy()
                     )
-                    # Retrieved here: callers that gave up have not done so.
+                    # Retrieve the exception, because callers that gave up never do.
                     build.add_done_callback(lambda task: task.cancelled() or task.exception())
                     self._builds[key] = build
                 await asyncio.shield(self._builds[key])
@@ -237,10 +237,10 @@ class Instances:
                     loaded.is_drained = False
 
     def _idle(self) -> Loaded | None:
-        """Return the least recently used idle instance, after draining it.
+        """Return the least recently used idle instance, marked as drained.
 
-        If all are busy, it drains the least recently used one, because overlapping calls could
-        otherwise exclude other values for ever.
+        If all are busy, mark the least recently used one, because overlapping calls could otherwise
+        keep it busy, and exclude calls with other values, for ever.
         """
         with self._lock:
             unpinned = [loaded for loaded in self._loaded if not loaded.is_pinned]
@@ -268,10 +268,10 @@ class Instances:
 async def _entered(
     service: services.Service, view_class: type, values: ParameterValues
 ) -> AsyncIterator[Any]:
-    """Enter an instance, record what its state depends on, and exit it."""
+    """Enter an instance, record the parameters that shape its state, and exit it."""
     reads: set[str] = set()
     instance: Any = object.__new__(view_class)
-    # None instead of itself: a cycle would delay the release of memory until a garbage collection.
+    # None instead of the instance: a cycle would delay the release of memory until a collection.
     object.__setattr__(instance, _SHARED, None)
     # A copy, because a body may change a list that the caller gave, and exit hooks read it.
     object.__setattr__(instance, parameters.VALUES, copy.deepcopy(dict(values)))
@@ -290,7 +290,7 @@ async def _entered(
     for name in service.exit_hooks:
         try:
             await _run_hook(instance, name)
-        except Exception:  # the remaining hooks run all the same
+        except Exception:  # the remaining hooks must still run
             logger.exception(
                 "pid %d: the exit hook %s.%s failed", os.getpid(), type(instance).__qualname__, name
             )

@@ -16,9 +16,9 @@ from gw_celery.client import execution
 from gw_celery.runtime import batcher
 from gw_celery.runtime import in_process as runtime_in_process
 
-#: Seconds by which a sum of floats may differ from the time that it stands for.
+#: Tolerance in seconds for the rounding error of a sum of durations.
 _TOLERANCE = 1e-9
-#: Seconds of real time between two checks whether a timer is set.
+#: Seconds of real time between two checks for a timer.
 _INTERVAL = 0.001
 #: Seconds of real time that the loop of another thread may take for its next two turns.
 _LONGEST_TURNS = 10.0
@@ -28,9 +28,9 @@ _LONGEST_TURNS = 10.0
 def in_process(app: App, *, clock: batcher.Clock | None = None) -> Iterator[None]:
     """Serve everything that ``app`` declares in this process until the block ends.
 
-    Contexts and ``on_enter`` hooks are entered now. They are exited when the outermost block ends,
-    if several Apps are served. Inside, ``.delay()``, ``.remote()``, ``await`` and canvas run the
-    bodies here, through the same serializer. Inputs of batched methods gather as in a replica.
+    Contexts and ``on_enter`` hooks are entered when the block begins, and exited when the outermost
+    such block ends. Inside, ``.delay()``, ``.remote()``, ``await`` and canvas run the bodies here,
+    through the same serializer. Inputs of batched methods gather as in a replica.
 
     Args:
         app: the App to serve.
@@ -38,7 +38,7 @@ def in_process(app: App, *, clock: batcher.Clock | None = None) -> Iterator[None
             control it.
 
     Raises:
-        StartupError: if a context or hook fails, with every cause.
+        StartupError: if a context or hook fails; it has every cause.
     """
     conf = app.celery.conf
     is_outermost = execution.current() is None
@@ -68,7 +68,7 @@ class _Timer:
 
 
 class FakeClock(batcher.Clock):
-    """A clock for batches that stands still until ``advance``.
+    """A clock for batches that moves only by ``advance``.
 
     Any thread may use it; each timer runs on the loop that set it.
     """
@@ -79,20 +79,20 @@ class FakeClock(batcher.Clock):
         self._changing = threading.Lock()
 
     def now(self) -> float:
-        """Return the seconds by which the clock was advanced in all."""
+        """Return the sum of all advances in seconds."""
         return self._now
 
     def advance(self, seconds: float) -> None:
         """Move the clock; the timers that are due run in the next turn of their loops.
 
-        Calls that were handed to such a loop before, such as those of a ``gather``, begin before
-        the clock moves. The sizes of batches therefore do not depend on the speed of the machine.
+        A call that the loop of another thread has received, such as one of a ``gather``, begins
+        before the clock moves. The speed of the machine therefore cannot change the batches.
 
         Args:
             seconds: seconds to add, 0 or more.
 
         Raises:
-            CallTimeout: when something blocks that loop.
+            CallTimeout: if something blocks that loop for 10 seconds.
         """
         if not seconds >= 0:
             raise errors.UsageError(f"advance({seconds!r}): time goes forwards: give 0 or more")
@@ -124,7 +124,7 @@ class FakeClock(batcher.Clock):
             The seconds until the first timer is due.
 
         Raises:
-            CallTimeout: when nothing does after ``timeout`` seconds of real time.
+            CallTimeout: if no timer is set after ``timeout`` seconds of real time.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -167,7 +167,7 @@ class FakeClock(batcher.Clock):
         return timer
 
     def _reaches(self, when: float) -> bool:
-        """Return whether it is ``when``; correct a clock that is short by a rounding error."""
+        """Return whether the clock has reached ``when``; correct the clock's rounding error."""
         if when > self._now + _TOLERANCE:
             return False
         self._now = max(self._now, when)

@@ -1,4 +1,4 @@
-"""Starts real processes for a test, above all ``celery worker``, and manages connections."""
+"""Starts real processes for a test, mainly workers, and closes the connections of its apps."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def eventually(ask: Callable[[], T], timeout: float = 10.0, interval: float = 0.
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process runs. A zombie counts as ended: not every init reaps orphans.
+    """Return whether a process runs. A zombie counts as ended: some init processes never reap.
 
     Args:
         pid: process id.
@@ -121,8 +121,8 @@ class Process:
             times: required number of occurrences.
 
         Raises:
-            AssertionError: if ``text`` is missing after ``timeout`` seconds, or at the end of the
-                process.
+            AssertionError: if ``text`` is missing after ``timeout`` seconds, or when the process
+                ends.
         """
 
         def is_logged() -> bool:
@@ -147,7 +147,7 @@ class Process:
             self._popen.send_signal(number)
 
     def wait_exit(self, timeout: float = STOP_TIMEOUT) -> int:
-        """Wait for the end of the process, and return its exit code; negative after a signal.
+        """Wait for the end of the process, and return its exit code, negative after a signal.
 
         Args:
             timeout: maximum seconds to wait.
@@ -163,7 +163,7 @@ class Process:
             ) from None
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> int:
-        """Send TERM, then KILL after a timeout; send KILL to the descendants that remain.
+        """Send TERM, and KILL if the process runs on; then send KILL to the live descendants.
 
         Args:
             timeout: seconds to wait after TERM.
@@ -178,7 +178,7 @@ class Process:
         except subprocess.TimeoutExpired:
             self.kill()
         for descendant in self._descendants:
-            # psutil compares start times, so that a reused pid is safe.
+            # psutil compares start times, so that a process with a reused pid is safe.
             if descendant.is_running():
                 descendant.kill()
         if self in running:
@@ -198,8 +198,8 @@ class Process:
 class Worker(Process):
     """A running ``celery -A app worker`` that a test can inspect and wait for.
 
-    It can import what this process can import. It gets a unique node name. It gets the URLs through
-    ``CELERY_BROKER_URL`` and ``CELERY_RESULT_BACKEND``, which override those of the app.
+    The worker can import what this process can import, and has a unique node name. The variables
+    ``CELERY_BROKER_URL`` and ``CELERY_RESULT_BACKEND`` give it the URLs instead of the app's.
 
     Args:
         app: the argument of ``celery -A``.
@@ -241,7 +241,7 @@ class Worker(Process):
         )
 
     def wait_answer(self, timeout: float = READY_TIMEOUT) -> None:
-        """Wait until the worker answers a ping, which does not depend on what it has loaded.
+        """Wait until the worker answers a ping, which does not require READY replicas.
 
         Args:
             timeout: maximum seconds to wait.
@@ -258,7 +258,7 @@ class Worker(Process):
             timeout: maximum seconds to wait.
 
         Raises:
-            AssertionError: if it ends, cannot load, or is not ready in time.
+            AssertionError: if it ends, fails to load, or is not ready in time.
         """
 
         def is_ready(stats: dict[str, Any] | None) -> bool:
@@ -276,7 +276,7 @@ class Worker(Process):
         self._wait("stats", is_ready, timeout)
 
     def replicas(self) -> list[dict[str, Any]]:
-        """Return the replicas from ``inspect stats`` (up to a second old); none on other pools."""
+        """Return the replicas of ``inspect stats``, up to a second old; empty on other pools."""
         stats = self._ask("stats") or {}
         replicas: list[dict[str, Any]] = stats.get("pool", {}).get("gw_replicas") or []
         return replicas
@@ -288,7 +288,7 @@ class Worker(Process):
 
     def _ask(self, command: str) -> Any:
         """Inspect this worker only; return ``None`` if it does not answer."""
-        # An app publishes commands to the URLs in the environment, even if it is given others.
+        # An app publishes commands to the URLs in the environment, even if it has other URLs.
         urls = conf.talking_to(self.broker_url, self.result_url)
         with urls, Celery(set_as_current=False) as app:
             inspect = app.control.inspect([self.node], timeout=_ANSWER, limit=1)
@@ -305,9 +305,9 @@ def worker(
     command: Sequence[str] = ("worker",),
     timeout: float = READY_TIMEOUT,
 ) -> Iterator[Worker]:
-    """Run a worker, ready to serve, until the block ends; this process's apps use its server.
+    """Run a worker until the block ends, and make this process's apps use the worker's server.
 
-    An exception in the block gets the end of the worker's log as a note.
+    The block begins when the worker is ready; an exception in it gets the end of the log as a note.
 
     Args:
         app: the argument of ``celery -A``.
@@ -375,7 +375,7 @@ def close_results(app: Any) -> None:
         connection.close()
     elif consumer is not None:
         consumer.stop()
-        # A result that is garbage collected later unsubscribes, over a new connection if needed.
+        # Otherwise, a result that is collected later would open a new connection to unsubscribe.
         consumer._pubsub = None
     if (client := vars(backend).get("client") if backend else None) is not None:
         client.connection_pool.disconnect()

@@ -2,7 +2,7 @@
 
 Keys and messages are kombu's. During a backlog, a script takes many messages at once. Otherwise
 ``Watch`` waits until a message arrives, and leaves it in its list. The acknowledgements of one turn
-of the loop share a round trip. A channel keeps one client, where kombu creates one per command.
+of the loop share a round trip. A channel keeps one client; kombu's creates one for each command.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 #: Any, because kombu publishes no types.
 redis: Any = kombu_redis
 
-#: Takes messages, and records each as unacknowledged in the same step. kombu records a message
-#: after taking it, so that a worker that is killed in between loses it. KEYS: the hash of
+#: Takes messages, and records each as unacknowledged in the same step. kombu takes a message before
+#: it records it, and a worker that is killed in between loses the message. KEYS: the hash of
 #: unacknowledged messages, their index, then the lists. ARGV: maximum messages, maximum bytes,
 #: number of lists that take turns, the queue of each list. Answer: queue, tag and message for each
-#: message; the tag is "" if none was found. A record has the form that kombu restores from:
-#: message, exchange, routing key. The tag is searched near the end of the message, where kombu
-#: writes it: parsing megabytes would delay all clients. Quotes inside strings are escaped, so that
-#: no text can look like a tag.
+#: message; the tag is "" if none was found. A record has the form from which kombu restores a
+#: message: message, exchange, routing key. The script looks for the tag near the end, where kombu
+#: writes it: parsing megabytes would delay all clients. Quotes inside strings are escaped, so no
+#: text can look like a tag.
 SCRIPT = """
 local most, largest, width = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local now = redis.call('TIME')[1]
@@ -71,24 +71,24 @@ for first = 3, #KEYS, width do
 end
 return taken
 """
-#: Maximum messages of one answer, and bytes: more would block Redis and the worker's loop.
+#: Maximum messages and bytes of one answer: more would block Redis and the worker's loop.
 MOST = 32
 LARGEST = 1024 * 1024
-#: Seconds after which an idle worker checks its lists without a notification, and the connection.
+#: Seconds after which an idle worker checks its lists and the connection without a notification.
 LOOK_AGAIN = 10.0
 
-#: Tags of messages that a closing connection could not return. Redis would withhold them from all
-#: workers until the visibility timeout.
+#: Tags of messages that a closing connection could not return; the next one returns them. Else
+#: no worker would get them before the visibility timeout.
 _left_behind: set[str] = set()
-#: Tags of acknowledged messages that Redis could not be told of.
+#: Tags of messages whose acknowledgement did not reach Redis.
 _done_behind: set[str] = set()
 
 
 class QoS(redis.QoS):
     """The messages that a worker has taken and not acknowledged.
 
-    Their age is measured by Redis's clock. With kombu, a worker whose clock jumps would restore the
-    messages that all others are running.
+    Redis's clock measures their age. In kombu the worker's clock does: after a jump of its clock, a
+    worker would restore messages that other workers still run.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -113,10 +113,10 @@ class QoS(redis.QoS):
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        """Free the prefetch slot at once; tell Redis in the loop's next turn."""
+        """Free a place in the prefetch count now; write to Redis in the loop's next turn."""
         virtual.QoS.ack(self, delivery_tag)
         if self.channel.closed:
-            if delivery_tag in _left_behind:  # the next connection will tell Redis
+            if delivery_tag in _left_behind:  # the next connection writes it
                 _left_behind.discard(delivery_tag)
                 _done_behind.add(delivery_tag)
             return
@@ -128,7 +128,7 @@ class QoS(redis.QoS):
             hub.call_soon(self.flush_acknowledged)
 
     def flush_acknowledged(self) -> None:
-        """Tell Redis about acknowledgements; after a failure, the next connection does."""
+        """Write the acknowledgements to Redis; after a failure, the next connection does."""
         tags, self._acknowledged = self._acknowledged, []
         try:
             if not self.channel.closed:
@@ -151,7 +151,7 @@ class QoS(redis.QoS):
             pipe.execute()
 
     def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
-        """Return messages that are unacknowledged for too long; one worker at once, as in kombu."""
+        """Return messages unacknowledged for too long; in one worker at a time, as in kombu."""
         self._vrestore_count += 1
         if (self._vrestore_count - 1) % (interval or 1):
             return
@@ -179,7 +179,7 @@ class QoS(redis.QoS):
 
 
 def _now(client: Any) -> float:
-    """Return Redis's time of day, or this machine's if Redis refuses to tell it."""
+    """Return Redis's time of day, or this machine's if Redis refuses the command."""
     try:
         seconds, microseconds = client.time()
     except ResponseError:
@@ -190,7 +190,7 @@ def _now(client: Any) -> float:
 class Channel(redis.Channel):
     """Takes many messages at once during a backlog; uses kombu's BRPOP on an unsuitable server.
 
-    It keeps its client, and completes what the last connection could not do.
+    It keeps its client, and completes what the last connection could not complete.
     """
 
     QoS = QoS
@@ -209,8 +209,8 @@ class Channel(redis.Channel):
     _own_client: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        #: Consumers that do not acknowledge. Celery's mingle has one, and waits for its answers
-        #: without the loop that would hear the watch.
+        #: Tags of consumers that do not acknowledge. Celery's mingle has one, and waits for answers
+        #: without the event loop that reads the watch.
         self._careless: set[str] = set()
         super().__init__(*args, **kwargs)
 
@@ -242,7 +242,7 @@ class Channel(redis.Channel):
     # -- asking --
 
     def _brpop_start(self, timeout: Any = None) -> None:
-        """Request messages: many during a backlog, else wait for one."""
+        """Request many messages during a backlog; otherwise wait for one."""
         # A lost connection may have lost an answer.
         self._asked = None
         if _left_behind or _done_behind:
@@ -327,7 +327,7 @@ class Channel(redis.Channel):
     # -- answers --
 
     def _brpop_read(self, **options: Any) -> Any:
-        """Deliver the requested messages; raise ``Empty`` without any, as kombu does."""
+        """Deliver the requested messages; raise ``Empty`` if there are none, as kombu does."""
         if self._asked == "EVALSHA":
             return self._deliver_taken(self._read_answer() or [])
         if self._asked == "EXISTS":
@@ -357,7 +357,7 @@ class Channel(redis.Channel):
         except NoScriptError:
             self._script = None  # the server has restarted
             if self._watch is not None:
-                self._watch.wake()  # what is there was found, and not taken
+                self._watch.wake()  # messages were found, but not taken
             return None
         except ResponseError as exc:
             self._do_without_script(exc)
@@ -370,7 +370,7 @@ class Channel(redis.Channel):
             getattr(self, "_flush_brpop_reauth", lambda: None)()  # kombu 5.7
 
     def _deliver_taken(self, taken: list[bytes]) -> bool:
-        # Fewer messages than requested: the lists are empty, except for new arrivals.
+        # If fewer messages than requested come, the lists were empty after them.
         is_cut = sum(map(len, taken[2::3])) >= LARGEST
         self.has_backlog = is_cut or len(taken) >= 3 * self._asked_for
         if not taken:
@@ -383,9 +383,9 @@ class Channel(redis.Channel):
                 self.connection._deliver(message, queue)
                 if (tag := message["properties"]["delivery_tag"]) in self.qos.recorded:
                     self.qos.recorded.discard(tag)
-                    self.qos.forget([tag])  # its consumer, new since then, does not acknowledge
+                    self.qos.forget([tag])  # a consumer that came meanwhile does not acknowledge
         finally:
-            # A callback raised, or a queue was closed meanwhile.
+            # Some are left if a callback raised, or if a queue was closed meanwhile.
             self._give_back([message for _, message in messages])
         return True
 
@@ -411,7 +411,7 @@ class Channel(redis.Channel):
             yield queue, message
 
     def _give_back(self, messages: list[Any]) -> None:
-        """Return undelivered messages, newest first, so that the oldest is the next again."""
+        """Return undelivered messages, newest first, so that the oldest is taken next."""
         while messages:
             tag = messages[-1]["properties"]["delivery_tag"]
             try:
@@ -436,13 +436,13 @@ class Channel(redis.Channel):
         for tag in list(_left_behind):
             try:
                 self.qos.restore_by_tag(tag)
-            except ValueError as exc:  # the record is not a message: no worker could read it
+            except ValueError as exc:  # no worker can read the record
                 logger.error("the unreadable message %s is dropped: %r", tag, exc)
                 self.qos.forget([tag])
             _left_behind.discard(tag)
 
     def close(self) -> None:
-        """Close, even without a server: a partial close would be retried without end."""
+        """Close, even if the server is away: a partial close would be retried for ever."""
         if not self.closed:
             if isinstance(self.qos, QoS):
                 _settle(self.qos.flush_acknowledged)
@@ -467,15 +467,15 @@ def _settle(what: Callable[[], Any]) -> None:
 class Watch:
     """A connection on which Redis reports changes to the lists that another connection has read.
 
-    An idle worker reads that its lists are empty, and Redis reports the first message. kombu waits
-    with BRPOP instead, which takes a message before it can be recorded, and which keeps to its list
-    of queues for a second.
+    An idle worker reads that its lists are empty; from then on, Redis reports the first message.
+    kombu waits with BRPOP instead, which takes a message before it can be recorded. For up to a
+    second, BRPOP also ignores changes of the queues.
 
     Source: Redis 6 client-side caching with two connections,
     https://redis.io/docs/latest/develop/reference/client-side-caching/
 
     Args:
-        channel: reads the lists, and is told that there may be messages.
+        channel: reads the lists; gets ``has_backlog`` when there may be messages.
         hub: the event loop of the worker.
     """
 
@@ -487,15 +487,15 @@ class Watch:
         for name, default in (("socket_timeout", 5.0), ("client_name", "gw_celery-watch")):
             if given.get(name) is None:
                 given[name] = default
-        # redis-py's own PING fails on a subscriber, whose answer differs; it would end the worker
-        # after a pause in which all slots were in use. `_probe` checks this connection instead.
+        # redis-py's own PING fails on a subscriber, whose answer differs. The error would end the
+        # worker after a pause with all slots in use. `_probe` checks this connection instead.
         given["health_check_interval"] = 0
         given.pop("max_connections", None)
         self._link = given.pop("connection_class", RedisConnection)(**given)
         self._link.connect()
         self._id = self._ask("CLIENT", "ID")
-        # In the older protocol, only a subscriber gets reports without asking; reading needs
-        # another.
+        # In the older protocol, only a subscriber gets reports unasked; the lists must be read on
+        # another connection.
         self._ask("SUBSCRIBE", "__redis__:invalidate")
         self._reader_socket: Any = None
         #: Time to read the lists again without a report; ``None``: now.
@@ -516,7 +516,7 @@ class Watch:
             self.wake()
 
     def is_due(self, now: float) -> bool:
-        """Return whether to read the lists now; then not again until something changes."""
+        """Return whether to read the lists now; if so, not again until a change or a timeout."""
         if self._look_at is not None:
             if now < self._look_at:
                 return False
@@ -525,7 +525,7 @@ class Watch:
         return True
 
     def wake(self) -> None:
-        """Make the lists be read again at the next opportunity."""
+        """Schedule another reading of the lists."""
         self._look_at = None
 
     def close(self) -> None:
@@ -575,7 +575,7 @@ class Transport(redis.Transport):
 
 
 class Connection(kombu.Connection):  # type: ignore[name-defined]
-    """A connection with our transport, under kombu's name of it, which Flower expects."""
+    """A connection with our transport; it keeps kombu's transport name for Flower."""
 
     def get_transport_cls(self) -> Any:
         found = super().get_transport_cls()
@@ -583,7 +583,7 @@ class Connection(kombu.Connection):  # type: ignore[name-defined]
 
 
 def use(connection: Any) -> Any:
-    """Return ``connection``, not yet connected, with our transport instead of kombu's."""
+    """Return an unconnected copy of a Redis connection, with our transport; others unchanged."""
     if connection.get_transport_cls() is redis.Transport:
         return Connection(**connection.info())
     return connection

@@ -38,7 +38,7 @@ _ACKNOWLEDGEMENTS = ("ack_log_error", "reject_log_error")
 def _check(message: Any, largest: int) -> None:
     """Refuse a body that is too large to decode, or is not a call.
 
-    In a child, such a call would look like a lost worker.
+    In a child, such a body would look like the loss of a worker.
     """
     size = len(message.body or b"")
     if size > largest:
@@ -68,7 +68,7 @@ class Consumer(CeleryConsumer):
     def connection_for_read(self, heartbeat: Any = None) -> Any:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         connected = self.ensure_connected(transport.use(connection))
-        # Process the reports from the time without a broker before the new connection is used.
+        # Process the reports that arrived during the outage before the new connection is used.
         self.pool.poll()
         return connected
 
@@ -91,8 +91,8 @@ class Consumer(CeleryConsumer):
             except (*self.connection_errors, MemoryError):
                 raise
             except Exception as exc:
-                # Outside the handler it would end the worker, return to the queue and end the next
-                # worker.
+                # Otherwise the exception would end this worker, and then the next one that gets the
+                # message.
                 self._reject(message, exc)
 
         return guarded
@@ -140,7 +140,7 @@ class Consumer(CeleryConsumer):
     def cancel_active_requests(self) -> None:
         """Update the active requests at a cold shutdown, before Celery cancels them.
 
-        It releases waiting inputs first: they would start in free slots and be interrupted.
+        It releases waiting inputs first: otherwise they would start in free slots, then be stopped.
         """
         self.pool.flush()
         self.pool.poll()
@@ -158,8 +158,8 @@ class Consumer(CeleryConsumer):
 def bound_compression(largest: int) -> None:
     """Make this process refuse bodies that decompress to more than ``largest`` bytes.
 
-    kombu decompresses a message before we can check it, with the decoders of a registry. Methods
-    that a project has registered itself stay unchanged.
+    kombu decompresses a message before we can check it, with the decoders of a registry. A
+    project's methods for other content types stay unchanged.
     """
     for content_type in compression.encoders():
         encoder, _ = compression.get_encoder(content_type)
@@ -193,10 +193,9 @@ def _refuse(content_type: str, body: bytes) -> bytes:
 def run_meanwhile(hub: Any) -> None:
     """Run the due timers and the queued acknowledgements of ``hub``, and nothing else.
 
-    The event loop of a stopping worker does not run while it waits for its pool. AMQP would close
-    the connection without timers, and finished inputs would be redelivered without
-    acknowledgements. Other callbacks, such as the transport's reader, would pass messages to a
-    closed pool.
+    The event loop stands still while a stopping worker waits for its pool. Without timers, AMQP
+    would close the connection. Without acknowledgements, finished inputs would be delivered again.
+    Other callbacks, such as the transport's reader, would pass messages to a closed pool.
 
     Source of the rule: the prefork pool of Celery 5.7.
     """

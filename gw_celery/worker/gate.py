@@ -1,7 +1,7 @@
 """Opens a queue only while a replica is READY for it, in the worker's parent.
 
-It also fits the prefetch count to the slots. A message that a worker takes too early waits
-where no other worker can get it. Work is wasted while results cannot be stored.
+It also fits the prefetch count to the slots: a message that a worker takes too early waits where
+no other worker can get it. While results cannot be stored, it closes all queues.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STOCK = _Terms(prefetch=None, priority=0)
 class Gate:
     """The queues of one worker, open or closed, and its prefetch count; on the consumer's thread.
 
-    Initially nothing is READY and all queues are closed: the consumer starts without queues.
+    Initially no replica is READY: all queues are closed when the consumer starts.
 
     Args:
         queues: Celery's ``app.amqp.queues``.
@@ -57,7 +57,7 @@ class Gate:
             queues.deselect(name)
         #: Queues that are closed for an ordinary reason: a full service, or an outage.
         self._quiet: set[str] = set()
-        #: Why results cannot be stored; nothing is consumed then.
+        #: The reason why results cannot be stored; until it is empty again, all queues are closed.
         self._outage = ""
         self._consumer: Any = None
         self._is_requested = False
@@ -68,12 +68,12 @@ class Gate:
         self._terms: dict[str, _Terms | None] = {}
 
     def attach(self, consumer: Any, *, is_per_queue: bool = False) -> None:
-        """Fit a starting consumer's queues and prefetch count.
+        """Set the queues and the prefetch count of a consumer that starts.
 
         Args:
             consumer: Celery's consumer.
-            is_per_queue: whether the broker counts per queue, from the start of its consumption, as
-                RabbitMQ does with quorum queues.
+            is_per_queue: whether each queue has its own prefetch count, set when its consumption
+                starts, as RabbitMQ does with quorum queues.
         """
         self._consumer = consumer
         self._is_requested = False
@@ -81,19 +81,19 @@ class Gate:
         self._is_per_queue = is_per_queue
         self._terms.clear()
         if is_per_queue:
-            # Otherwise consuming the first queue would also start the others with its count.
+            # Otherwise ``consume`` for the first queue would start all with its prefetch count.
             for name in self._open:
                 consumer.task_consumer.cancel_by_queue(self._queues[name].name)
         self.apply()
 
     def detach(self) -> None:
-        """Forget a consumer that lost its connection; the next one reads the selection."""
+        """Forget a consumer that lost its connection; the next one reads Celery's queue list."""
         self._consumer = None
 
     def request(self) -> None:
         """Schedule ``apply`` for the moment when Celery talks to the broker.
 
-        A caller may be in the middle of the delivery of a message.
+        This may be called during the delivery of a message; ``apply`` must wait for its end.
         """
         if self._consumer is None:
             self.apply()
@@ -127,7 +127,7 @@ class Gate:
         self.apply()  # it closes queues without a READY replica
 
     def remove(self, name: str) -> None:
-        """Keep a queue closed that ``cancel_consumer`` closed."""
+        """Stop managing a queue that ``cancel_consumer`` closed."""
         self._wanted.discard(name)
         self._open.discard(name)
         self._terms.pop(name, None)
@@ -139,7 +139,7 @@ class Gate:
         return tuple(sorted(self._wanted - self._open))
 
     def _open_or_close(self, name: str, worker: snapshot.Worker) -> None:
-        """Close the queue of a full service only if it shares the prefetch count with others."""
+        """Open or close a queue; a full service's closes only if it shares the prefetch count."""
         service = self._services[name]
         slots = worker.ready_slots.get(service, 0)
         waiting = worker.waiting_inputs.get(service, 0)
@@ -181,7 +181,7 @@ class Gate:
         return not self._is_per_queue and len(self._followed()) > 1
 
     def _fit_consumers(self, worker: snapshot.Worker) -> None:
-        """Consume the open queues that are not consumed yet, or on other terms."""
+        """Consume the open queues that are not consumed yet, or are consumed on other terms."""
         if (task_consumer := self._task_consumer()) is None:
             return
         for name in sorted(self._open):
@@ -212,7 +212,7 @@ class Gate:
     def _fit_prefetch(self, worker: snapshot.Worker) -> None:
         """Set the prefetch count to the number of slots and of inputs that wait here.
 
-        Waiting inputs use up the credit of other services, which may have free slots.
+        Otherwise waiting inputs would use up the count, and other services could not fill slots.
         """
         consumer = self._consumer
         if consumer is None or not consumer.qos or not consumer.initial_prefetch_count:
