@@ -178,7 +178,9 @@ def test_one_redis_for_messages_and_results_goes_away_for_longer_than_results_ar
             sent = send(app, 0.5)
             eventually(lambda: len(ledger.words(ledger_path, "began")) == 4)
             both.stop()
-            eventually(lambda: said(worker, ": unstored") == 4, 30)
+            eventually(
+                lambda: said(worker, "has no result: its outcome could not be stored") == 4, 30
+            )
             both.start()
             is_stored(both, sent)
             sent = send(app, 0.0, ["after"])

@@ -38,5 +38,5 @@ def test_one_command_measures_ours_and_prefork_and_writes_a_table_and_a_plot(tmp
         assert one["p99"] >= one["p50"] > 0
         assert min(one["worker_cpu"], one["client_cpu"], one["pss"]) > 0
     assert "GPU pool, one replica" in done.stdout
-    assert "| fast |" in (tmp_path / "table.md").read_text()
+    assert "\nfast " in (tmp_path / "table.md").read_text()
     assert (tmp_path / "peers.svg").read_text().startswith("<svg")

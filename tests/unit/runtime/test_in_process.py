@@ -213,6 +213,8 @@ def test_stopping_ends_the_thread_and_cancels_what_is_left_on_the_loop(app) -> N
     assert not thread.is_alive()
 
 
+# Celery's table of pools may have imported eventlet, which warns at every fork.
+@pytest.mark.filterwarnings("ignore:Using fork:DeprecationWarning")
 def test_a_fork_of_a_process_that_serves_has_a_loop_of_its_own(app) -> None:
     @app.remote
     async def pid():
