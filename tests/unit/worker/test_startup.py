@@ -113,7 +113,7 @@ def test_a_plain_task_that_took_the_place_of_a_service_is_refused(declared: Cele
         name = f"{__name__}.embed"
 
     declared.register_task(Plain())
-    assert "of the plain Celery task" in refusal(declared, "gpu.A100", pool="prefork")
+    assert "of the plain Celery task" in refusal(declared, "gpu.A100", pool="prefork", code=1)
 
 
 # -- pools --
