@@ -188,8 +188,12 @@ def test_an_event_loop_reads_nothing_and_learns_from_a_thread(
 
     assert asyncio.run(told()) is None, "no estimate has been read yet"
     assert eventually(lambda: asyncio.run(told())).estimate == 40.0
-    while reads(server) < 2:
+
+    def is_read_anew() -> bool:
         assert asyncio.run(told()), "what is known counts while it is read anew"
+        return reads(server) >= 2
+
+    assert eventually(is_read_anew)
 
 
 def test_a_thread_that_reads_keeps_no_other_waiting(
