@@ -16,10 +16,10 @@ import pooled
 import pytest
 import redis
 from celery import Celery
-from celery.backends.redis import RedisBackend
 
 import gw_celery as gw
 from gw_celery import testing
+from gw_celery.testing.workers import close_results
 from tests.processes import StartWorker, WorkerProcess, eventually, workers
 
 QUEUES = "cpu,celery"
@@ -82,19 +82,7 @@ def client(broker: str, result: str) -> Iterator[Celery]:
         with Celery("client", set_as_current=False) as app:
             gw.preset(app)
             yield app
-            _close_results(app.backend)
-
-
-def _close_results(backend: Any) -> None:
-    """Close what answers came through, over RPC or from Redis: the app keeps it open."""
-    consumer = getattr(backend, "result_consumer", None)
-    if (connection := getattr(consumer, "_connection", None)) is not None:
-        connection.close()
-    if isinstance(backend, RedisBackend):
-        backend.result_consumer.stop()
-        # A result that is collected later unsubscribes, over another connection if need be.
-        backend.result_consumer._pubsub = None
-        backend.client.close()
+            close_results(app)
 
 
 def ask(worker: WorkerProcess, what: str, app: Any = pooled.celery, **arguments: Any) -> Any:

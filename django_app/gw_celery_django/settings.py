@@ -10,21 +10,6 @@ import django.conf
 from gw_celery import conf, errors
 
 
-def given() -> Mapping[str, Any]:
-    """Return the project's ``GW_CELERY`` setting; an empty dict without one.
-
-    Raises:
-        ConfigurationError: if it is not a dict.
-    """
-    value = getattr(django.conf.settings, "GW_CELERY", {})
-    if not isinstance(value, Mapping):
-        raise errors.ConfigurationError(
-            f"GW_CELERY={value!r}: must be a dict of setting names, such as "
-            f'{{"start_timeout": 900}}'
-        )
-    return value
-
-
 def apply(app: Any) -> None:
     """Check ``GW_CELERY``, and copy its values into the configuration of the Celery app.
 
@@ -32,10 +17,15 @@ def apply(app: Any) -> None:
         app: the Celery app, which is changed in place.
 
     Raises:
-        ConfigurationError: for an unknown key or an invalid value, or if ``app.conf.gw_<key>`` has
-            a different value.
+        ConfigurationError: if it is not a dict, for an unknown key or an invalid value, or if
+            ``app.conf.gw_<key>`` has a different value.
     """
-    values = given()
+    values = getattr(django.conf.settings, "GW_CELERY", {})
+    if not isinstance(values, Mapping):
+        raise errors.ConfigurationError(
+            f"GW_CELERY={values!r}: must be a dict of setting names, such as "
+            f'{{"start_timeout": 900}}'
+        )
     for name, value in values.items():
         key = f"{conf.PREFIX}{name}"
         if app.conf.get(key, value) != value:

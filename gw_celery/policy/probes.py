@@ -1,7 +1,7 @@
 """The probes of one child: when to call them, what counts as a failure, and what follows.
 
 Pure: ``now`` is an argument. The worker's parent times the calls, because a child that hangs
-    cannot.
+cannot.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ def said(worker: WorkerProcess, text: str) -> int:
     return worker.log_text().count(text)
 
 
-def is_stored(results: Outage, sent: list[str]) -> None:
-    eventually(lambda: results.states(sent) == {"SUCCESS"}, 40)
+def is_stored(results: Outage, sent: list[str]) -> bool:
+    """Whether the results of all are stored before long."""
+    return eventually(lambda: results.states(sent) == {"SUCCESS"}, 40)
 
 
 def queued(app: Celery) -> int:
@@ -100,7 +101,7 @@ def test_no_message_is_taken_while_results_cannot_be_stored(
     assert len(ledger.words(ledger_path, "began")) == 4
     assert (said(worker, PAUSED), said(worker, RESUMED)) == (1, 0)
     results.start()
-    is_stored(results, sent)
+    assert is_stored(results, sent)
     assert pooling.counts(ledger_path, NAMES + LATER) == pooling.all_once(NAMES + LATER)
     assert (said(worker, PAUSED), said(worker, RESUMED)) == (1, 1)
     assert outage_told(worker, app) == ""
@@ -127,7 +128,7 @@ def test_no_refusal_is_lost_nor_holds_up_the_worker_while_it_cannot_be_stored(
     finally:
         freeze[1]()
     # One that was given back meanwhile is delivered again, and such an input is never refused.
-    eventually(lambda: results.states(sent) <= {"FAILURE", "SUCCESS"}, 60)
+    assert eventually(lambda: results.states(sent) <= {"FAILURE", "SUCCESS"}, 60)
 
 
 def test_an_input_whose_result_cannot_be_stored_is_given_back_and_runs_after_the_outage(
@@ -142,7 +143,7 @@ def test_an_input_whose_result_cannot_be_stored_is_given_back_and_runs_after_the
     paused(worker, app)
     assert len(pooling.began(ledger_path, "kept")) == 1
     results.start()
-    is_stored(results, sent)
+    assert is_stored(results, sent)
     assert len(pooling.began(ledger_path, "kept")) == 2
     assert (said(worker, PAUSED), said(worker, RESUMED)) == (1, 1)
 
@@ -161,10 +162,10 @@ def test_a_replica_that_dies_in_an_outage_leaves_no_queue_closed(
     eventually(lambda: len(pooling.began(ledger_path, "killed")) == 2, 60)
     eventually(lambda: said(worker, PAUSED) == 2, 20)
     results.start()
-    is_stored(results, sent)
+    assert is_stored(results, sent)
     eventually(lambda: said(worker, RESUMED) == 2, 20)
     sent = send(app, 0.0, ["after"])
-    is_stored(results, sent)
+    assert is_stored(results, sent)
 
 
 def test_one_redis_for_messages_and_results_goes_away_for_longer_than_results_are_kept(
@@ -182,9 +183,9 @@ def test_one_redis_for_messages_and_results_goes_away_for_longer_than_results_ar
                 lambda: said(worker, "has no result: its outcome could not be stored") == 4, 30
             )
             both.start()
-            is_stored(both, sent)
+            assert is_stored(both, sent)
             sent = send(app, 0.0, ["after"])
-            is_stored(both, sent)
+            assert is_stored(both, sent)
 
 
 def test_results_wait_for_a_result_backend_that_is_away(
@@ -202,7 +203,7 @@ def test_results_wait_for_a_result_backend_that_is_away(
             assert pooling.ask(worker, "ping", app) == {"ok": "pong"}
             eventually(lambda: max(one["lag"] for one in pooling.replicas(worker, app)) < 0.5)
             results.start()
-            is_stored(results, sent)
+            assert is_stored(results, sent)
     assert pooling.counts(ledger_path, NAMES) == pooling.all_once(NAMES)
 
 
@@ -222,5 +223,5 @@ def test_the_results_of_bodies_in_threads_wait_too(
             results.stop()
             eventually(lambda: len(ledger.words(ledger_path, "ended")) == len(bodies))
             results.start()
-            is_stored(results, sent)
+            assert is_stored(results, sent)
     assert pooling.counts(ledger_path, bodies) == pooling.all_once(bodies)

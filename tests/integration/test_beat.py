@@ -179,7 +179,7 @@ def test_a_stock_worker_can_run_them_for_the_others(
 
 def test_a_worker_with_beat_inside_ticks_for_itself(start: Start, tmp_path: Path) -> None:
     worker = start(extra_args=["-B", "-s", str(tmp_path / "schedule")])
-    eventually(lambda: age(worker) is not None, 20)
+    assert eventually(lambda: age(worker) is not None, 20)
 
 
 @pytest.mark.parametrize("late", ["", "1"])
@@ -204,10 +204,10 @@ def test_rabbitmq_brings_ticks_and_drops_those_that_were_not_taken(
 ) -> None:
     with pooling.client(rabbitmq_url, result_url) as client:
         start_beat(broker=rabbitmq_url).wait_for_log(SENT, times=4)
-        eventually(lambda: _waiting(client) in (1, 2), 20)
+        assert eventually(lambda: _waiting(client) in (1, 2), 20)
         worker = start(broker=rabbitmq_url)
         eventually(lambda: age(worker, app=client) is not None, 20)
-        eventually(lambda: len(swept(ledger_path)) >= 2, 20)
+        assert eventually(lambda: len(swept(ledger_path)) >= 2, 20)
 
 
 def _waiting(client: Celery) -> int:

@@ -72,9 +72,9 @@ def test_a_worker_that_is_frozen_leaves_an_old_file(
     worker = start_pooled(settings={"gw_heartbeat_file": str(file)}, is_loaded=False)
     eventually(lambda: file.exists() and age(file) < 3, 20)
     worker.signal(signal.SIGSTOP)
-    eventually(lambda: age(file) > 5, 20)
+    assert eventually(lambda: age(file) > 5, 20)
     worker.signal(signal.SIGCONT)
-    eventually(lambda: age(file) < 3, 20)
+    assert eventually(lambda: age(file) < 3, 20)
 
 
 def test_a_worker_whose_broker_is_away_is_alive_and_as_ready_as_it_was(tmp_path: Path) -> None:

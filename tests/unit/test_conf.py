@@ -9,7 +9,7 @@ import pytest
 from celery import Celery
 
 import gw_celery as gw
-from gw_celery import errors
+from gw_celery import conf, errors
 from tests.processes import ROOT
 from tests.unit.refusals import NOT_FINITE
 
@@ -31,8 +31,12 @@ def celery_app(**own: object) -> Celery:
     return app
 
 
-def accepted(**own: object) -> None:
-    gw.preset(celery_app(**own))
+def accepted(**own: object) -> dict[str, object]:
+    """The same settings as they are read back."""
+    app = celery_app(**own)
+    gw.preset(app)
+    settings = conf.read(app.conf)
+    return {name: getattr(settings, name) for name in own}
 
 
 def refused(**own: object) -> str:
@@ -90,12 +94,14 @@ def test_a_number_that_is_none_is_an_error(name: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", [name for name, kind in SETTINGS.items() if "float" in kind])
 def test_an_int_is_taken_for_seconds(name: str) -> None:
-    accepted(**{name: 1 if name == "target_util" else 900})
+    value = 1 if name == "target_util" else 900
+    assert accepted(**{name: value}) == {name: value}
+    assert type(accepted(**{name: value})[name]) is float
 
 
 @pytest.mark.parametrize("name", [name for name, kind in SETTINGS.items() if "None" in kind])
 def test_what_may_be_left_out_may_be_none(name: str) -> None:
-    accepted(**{name: None})
+    assert accepted(**{name: None}) == {name: None}
     assert refused(**{name: []}).endswith(" or None")
 
 
@@ -126,13 +132,16 @@ def test_what_is_out_of_its_bounds_is_an_error_that_names_them(
         {"worker_ttl": 5},
         {"health_port": 0},
         {"health_port": 65_535},
-        {"gpu_kinds": ["B200"]},
         {"gpu_kinds": ("B200", "B300")},
         {"dead_letter_queue": "dead"},
     ],
 )
 def test_what_is_within_its_bounds_is_accepted(own: dict[str, Any]) -> None:
-    accepted(**own)
+    assert accepted(**own) == own
+
+
+def test_kinds_may_be_a_list() -> None:
+    assert accepted(gpu_kinds=["B200"]) == {"gpu_kinds": ("B200",)}
 
 
 @pytest.mark.parametrize("value", ["B200", 3, [1], None, {"B200": 1}])

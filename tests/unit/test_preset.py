@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from celery import Celery
@@ -10,7 +9,12 @@ from kombu.exceptions import EncodeError
 
 import gw_celery as gw
 from gw_celery import errors
-from tests.starting import refusal, started
+from tests.unit.worker.starting import isolate, refusal, start
+
+
+@pytest.fixture(autouse=True)
+def _a_start_ends_with_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    isolate(monkeypatch)
 
 
 def bare(**own: object) -> Celery:
@@ -119,58 +123,52 @@ def test_after_the_preset_our_content_is_accepted() -> None:
     app = limited(bare(), 300)
     gw.preset(app)
 
-    with started(app, "cpu.body"):
-        assert "gw-json" in app.conf.accept_content
+    start(app, "cpu.body")
+    assert "gw-json" in app.conf.accept_content
     assert app.conf.result_serializer == "gw-json"
 
 
 @pytest.mark.parametrize("name", ["accept_content", "result_accept_content"])
-def test_content_that_is_not_accepted_is_an_error_with_the_remedy(
-    name: str, tmp_path: Path
-) -> None:
+def test_content_that_is_not_accepted_is_an_error_with_the_remedy(name: str) -> None:
     app = limited(bare(**{name: ["json"]}), 300)
     gw.preset(app)
 
-    said = refusal(app, "cpu.body", folder=tmp_path)
+    said = refusal(app, "cpu.body")
     assert f"{name}=['json'] lacks 'gw-json'" in said
     assert "call gw_celery.preset(app), or add it" in said
 
 
-def test_a_serializer_that_changes_answers_is_an_error(tmp_path: Path) -> None:
+def test_a_serializer_that_changes_answers_is_an_error() -> None:
     app = limited(bare(result_serializer="json"), 300)
     gw.preset(app)
 
-    assert "result_serializer='json'" in refusal(app, "cpu.body", folder=tmp_path)
+    assert "result_serializer='json'" in refusal(app, "cpu.body")
 
 
 def test_a_default_visibility_is_raised_over_the_longest_limit(celery_app: Celery) -> None:
-    with started(limited(celery_app, 7200), "celery"):
-        assert celery_app.conf.broker_transport_options["visibility_timeout"] > 7200
+    start(limited(celery_app, 7200), "celery")
+    assert celery_app.conf.broker_transport_options["visibility_timeout"] > 7200
 
 
 @pytest.mark.parametrize("timeout", [300, None])
 def test_a_visibility_that_is_long_enough_is_left(
     celery_app: Celery, timeout: float | None
 ) -> None:
-    with started(limited(celery_app, timeout), "celery"):
-        assert celery_app.conf.broker_transport_options["visibility_timeout"] == 3600
+    start(limited(celery_app, timeout), "celery")
+    assert celery_app.conf.broker_transport_options["visibility_timeout"] == 3600
 
 
 @pytest.mark.parametrize("value", ["100", None, True])
-def test_a_visibility_that_is_no_number_is_an_error(
-    celery_app: Celery, value: object, tmp_path: Path
-) -> None:
+def test_a_visibility_that_is_no_number_is_an_error(celery_app: Celery, value: object) -> None:
     celery_app.conf.broker_transport_options = {"visibility_timeout": value}
 
-    said = refusal(limited(celery_app, 300), "celery", folder=tmp_path)
+    said = refusal(limited(celery_app, 300), "celery")
     assert f"['visibility_timeout']={value!r}: must be seconds, a number" in said
 
 
-def test_a_visibility_of_the_users_under_a_limit_is_an_error(
-    celery_app: Celery, tmp_path: Path
-) -> None:
+def test_a_visibility_of_the_users_under_a_limit_is_an_error(celery_app: Celery) -> None:
     celery_app.conf.broker_transport_options = {"visibility_timeout": 200}
 
-    said = refusal(limited(celery_app, 300), "celery", folder=tmp_path)
+    said = refusal(limited(celery_app, 300), "celery")
     assert "['visibility_timeout']=200" in said
     assert "300 s" in said

@@ -23,20 +23,6 @@ class Panic(BaseException):
 
 
 @pytest.fixture
-def sent(celery_app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The headers of everything that ``celery_app`` publishes."""
-    published: list[dict[str, Any]] = []
-    send = celery_app.amqp.send_task_message
-
-    def note(producer: Any, name: str, message: Any, headers: Any = None, **given: Any) -> Any:
-        published.append({**message.headers, **(headers or {})})
-        return send(producer, name, message, headers=headers, **given)
-
-    monkeypatch.setattr(celery_app.amqp, "send_task_message", note)
-    return published
-
-
-@pytest.fixture
 def weigh(app: gw.App) -> Any:
     @app.remote(workload_calculator=lambda text, factor=1.0: len(text) * factor)
     async def weigh(text, factor=1.0):

@@ -39,7 +39,7 @@ def test_a_server_that_falls_silent_is_given_up_though_a_call_is_given_up_meanwh
 ) -> None:
     monkeypatch.setattr(result_sources, "ANSWER_TIMEOUT", 0.1)
 
-    async def connected_three_times() -> None:
+    async def connections() -> int:
         connected: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
 
         def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -59,5 +59,6 @@ def test_a_server_that_falls_silent_is_given_up_though_a_call_is_given_up_meanwh
         server.close()
         for writer in writers:
             writer.close()
+        return len(writers)
 
-    asyncio.run(connected_three_times())
+    assert asyncio.run(connections()) == 3

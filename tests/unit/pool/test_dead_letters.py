@@ -184,7 +184,8 @@ def test_a_dead_letter_is_tried_again_while_the_broker_is_away(
     writer.keep(request("a"), "", 3)
     eventually(lambda: queue.tries > 2)
     queue.is_away = False
-    eventually(lambda: queue.held)
+    (letter,) = eventually(lambda: queue.held)
+    assert letter["headers"]["id"] == "a"
 
 
 def test_a_full_queue_is_one_line_with_the_task_and_the_remedy(

@@ -11,7 +11,6 @@ import pytest
 import redis
 from celery import Celery
 
-from gw_celery import testing
 from gw_celery.cluster import membership, poison_counts
 from gw_celery.pool import requests
 from gw_celery.transport import find
@@ -88,12 +87,6 @@ def test_inputs_that_never_come_back_are_forgotten_oldest_first(
 
 
 # -- counts that workers share --
-
-
-@pytest.fixture
-def server(gw_broker: testing.Server) -> Iterator[redis.Redis]:
-    with redis.Redis(unix_socket_path=str(gw_broker.socket)) as client:
-        yield client
 
 
 class Worker:

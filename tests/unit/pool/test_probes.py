@@ -157,8 +157,9 @@ def test_what_waits_for_a_service_that_no_child_is_ready_for_goes_to_other_worke
         child.answer_probe()
     probes = {0: 1, 1: 1}
     for failing in (one, other):
-        asked = len(failing.probed)
+        asked, end = len(failing.probed), harness.now + 60.0
         while len(failing.probed) == asked:
+            assert harness.now < end
             harness.advance(0.1)
             for child in (one, other):
                 if child is not failing and len(child.probed) > probes[child.number]:
@@ -215,6 +216,7 @@ def test_replicas_are_not_all_asked_at_once(probed: Callable[..., Harness]) -> N
     harness = probed(on(LIVENESS), replicas=8)
     began, asked = harness.now, dict[int, float]()
     while len(asked) < 8:
+        assert harness.now < began + 60.0
         harness.advance(0.1)
         for child in harness.children:
             if child.probed:

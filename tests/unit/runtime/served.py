@@ -21,16 +21,18 @@ def app_of_its_own(**settings: Any) -> gw.App:
     return gw.App("unit", celery=made)
 
 
-def on_loop(app: gw.App, test: Callable[[], Awaitable[Any]], clock: FakeClock | None = None) -> Any:
-    """Serve ``app``, and return what ``test()`` does as the body of a task on the same loop."""
+def on_loop(
+    app: gw.App, scenario: Callable[[], Awaitable[Any]], clock: FakeClock | None = None
+) -> Any:
+    """Serve ``app``, and return what ``scenario()`` does as the body of a task on the same loop."""
 
     @app.remote
-    async def scenario() -> Any:
+    async def bounded() -> Any:
         async with asyncio.timeout(LONG):
-            return await test()
+            return await scenario()
 
     with in_process(app, clock=clock):
-        return scenario.local()
+        return bounded.local()
 
 
 class Owner:
@@ -68,14 +70,14 @@ class Holding:
 
 
 def serving(
-    cls: type, test: Callable[[Owner], Awaitable[Any]], most: int = 3, **given: float
+    cls: type, scenario: Callable[[Owner], Awaitable[Any]], most: int = 3, **given: float
 ) -> Any:
-    """Serve ``cls`` with ``gw_max_instances=most``, and return what ``test`` does on its loop."""
+    """Serve ``cls`` with ``gw_max_instances=most``; returns what ``scenario`` does on its loop."""
     settings = {f"gw_{name}": value for name, value in {"exit_timeout": LONG, **given}.items()}
     app = app_of_its_own(gw_max_instances=most, **settings)
     facts = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     owner = Owner(app.cls(type(cls.__name__, (cls,), facts)))
-    return on_loop(app, lambda: test(owner))
+    return on_loop(app, lambda: scenario(owner))
 
 
 class Model:

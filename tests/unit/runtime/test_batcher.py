@@ -24,20 +24,20 @@ Submit = Callable[..., Awaitable[Any]]
 
 
 def gathering(
-    test: Callable[[Submit], Awaitable[None]],
+    scenario: Callable[[Submit], Awaitable[None]],
     body: Callable[..., Any],
     *,
     clock: FakeClock | None = None,
     **bounds: Any,
 ) -> None:
-    """Run ``test`` where ``body`` is served, with a function that submits one input to it."""
+    """Run ``scenario`` where ``body`` is served, with a function that submits one input to it."""
     app = app_of_its_own()
 
     async def fn(xs: list[int], scale: int = 1) -> list[Any]:
         return await body(xs, scale)
 
     submit: Any = app.remote(gw.concurrent(max_inputs=1000)(gw.batched(**bounds)(fn)))
-    on_loop(app, lambda: test(submit), clock)
+    on_loop(app, lambda: scenario(submit), clock)
 
 
 class Calls:
@@ -77,10 +77,10 @@ def raising_for(*bad: int, exc: type[Exception] = ValueError) -> Callable[[list[
 def test_inputs_of_one_turn_of_the_loop_share_a_call_without_a_wait() -> None:
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         assert await asyncio.gather(*(submit(x) for x in range(5))) == [0, 10, 20, 30, 40]
 
-    gathering(test, calls, max_batch_size=8, wait_ms=0)
+    gathering(scenario, calls, max_batch_size=8, wait_ms=0)
     assert calls.seen == [[0, 1, 2, 3, 4]]
     (batch,) = calls.batches
     assert batch is not None
@@ -90,7 +90,7 @@ def test_inputs_of_one_turn_of_the_loop_share_a_call_without_a_wait() -> None:
 def test_a_batch_is_due_once_its_oldest_input_has_waited_for_long_enough() -> None:
     calls, clock = Calls(), FakeClock()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         first = asyncio.ensure_future(submit(1))
         assert await clock.armed() == pytest.approx(0.03)
         clock.advance(0.02)
@@ -102,7 +102,7 @@ def test_a_batch_is_due_once_its_oldest_input_has_waited_for_long_enough() -> No
         clock.advance(0.01)
         assert await asyncio.wait_for(asyncio.gather(first, second), 10) == [10, 20]
 
-    gathering(test, calls, clock=clock, max_batch_size=8, wait_ms=30)
+    gathering(scenario, calls, clock=clock, max_batch_size=8, wait_ms=30)
     assert calls.seen == [[1, 2]]
     (batch,) = calls.batches
     assert batch is not None
@@ -112,10 +112,10 @@ def test_a_batch_is_due_once_its_oldest_input_has_waited_for_long_enough() -> No
 def test_a_single_input_waits_in_real_time_no_longer_than_it_may() -> None:
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         assert await submit(1) == 10
 
-    gathering(test, calls, max_batch_size=8, wait_ms=30)
+    gathering(scenario, calls, max_batch_size=8, wait_ms=30)
     (batch,) = calls.batches
     assert batch is not None
     assert batch.waited[0] >= 0.03
@@ -124,17 +124,17 @@ def test_a_single_input_waits_in_real_time_no_longer_than_it_may() -> None:
 def test_a_full_batch_waits_for_nothing() -> None:
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         await asyncio.wait_for(asyncio.gather(*(submit(x) for x in range(4))), 10)
 
-    gathering(test, calls, max_batch_size=2, wait_ms=600_000)
+    gathering(scenario, calls, max_batch_size=2, wait_ms=600_000)
     assert calls.seen == [[0, 1], [2, 3]]
 
 
 def test_while_a_call_runs_inputs_gather_for_the_next() -> None:
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         calls.open.clear()
         first = asyncio.ensure_future(submit(0))
         await calls.entered.wait()
@@ -144,14 +144,14 @@ def test_while_a_call_runs_inputs_gather_for_the_next() -> None:
         calls.open.set()
         assert await asyncio.gather(first, *late) == [0, 10, 20, 30]
 
-    gathering(test, calls, max_batch_size=8, wait_ms=0)
+    gathering(scenario, calls, max_batch_size=8, wait_ms=0)
     assert calls.seen == [[0], [1, 2, 3]]
 
 
 def test_as_many_calls_run_at_a_time_as_declared() -> None:
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         calls.open.clear()
         waiting = [asyncio.ensure_future(submit(x)) for x in range(6)]
         for _ in range(10):
@@ -160,7 +160,7 @@ def test_as_many_calls_run_at_a_time_as_declared() -> None:
         calls.open.set()
         await asyncio.gather(*waiting)
 
-    gathering(test, calls, max_batch_size=2, max_running_batches=2)
+    gathering(scenario, calls, max_batch_size=2, max_running_batches=2)
     assert calls.seen == [[0, 1], [2, 3], [4, 5]]
 
 
@@ -187,32 +187,32 @@ def test_inputs_of_different_parameters_never_share_a_call(key: Any) -> None:
     given: list[dict[str, Any]] = [{}, {"threshold": 0.5}, {"threshold": 1}, {"threshold": 1.0}]
     given += [{"name": "large"}, {"name": "large", "threshold": 1.0}]
 
-    async def test() -> Any:
+    async def scenario() -> Any:
         return await asyncio.gather(*(Model(**one).predict(x) for x, one in enumerate(given)))
 
     values = [({"name": "small", "threshold": 0.5} | one).values() for one in given]
-    assert on_loop(app, test) == [tuple(one) for one in values]
+    assert on_loop(app, scenario) == [tuple(one) for one in values]
     assert sorted(calls) == [[0, 1], [2, 3], [4], [5]]
 
 
 def test_a_key_that_cannot_be_hashed_fails_its_input_and_says_so() -> None:
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         with pytest.raises(errors.UsageError, match=r"key= of .* returned \[1\]"):
             await submit(1)
 
-    gathering(test, calls, max_batch_size=8, key=lambda x: [x])
+    gathering(scenario, calls, max_batch_size=8, key=lambda x: [x])
     assert calls.seen == []
 
 
 def test_the_cost_bounds_a_call() -> None:
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         await asyncio.gather(*(submit(x) for x in (3, 3, 3, 9)))
 
-    gathering(test, calls, max_batch_size=8, size_fn=lambda x, scale=1: x, max_batch_cost=7)
+    gathering(scenario, calls, max_batch_size=8, size_fn=lambda x, scale=1: x, max_batch_cost=7)
     assert calls.seen == [[3, 3], [3], [9]]
 
 
@@ -225,20 +225,20 @@ def test_a_cost_may_be_any_kind_of_whole_number() -> None:
 
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         await asyncio.gather(*(submit(x) for x in range(3)))
 
-    gathering(test, calls, max_batch_size=8, size_fn=lambda x: Int64(), max_batch_cost=8)
+    gathering(scenario, calls, max_batch_size=8, size_fn=lambda x: Int64(), max_batch_cost=8)
     assert calls.seen == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize("cost", [1.5, True, -1, "3", None])
 def test_a_cost_that_is_no_number_of_units_fails_its_input(cost: Any) -> None:
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         with pytest.raises(errors.UsageError, match="size_fn of"):
             await submit(1)
 
-    gathering(test, Calls(), max_batch_size=8, size_fn=lambda x: cost, max_batch_cost=7)
+    gathering(scenario, Calls(), max_batch_size=8, size_fn=lambda x: cost, max_batch_cost=7)
 
 
 def test_defaults_are_applied_and_every_parameter_is_a_list() -> None:
@@ -248,10 +248,10 @@ def test_defaults_are_applied_and_every_parameter_is_a_list() -> None:
         got.append((xs, scale))
         return xs
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         await asyncio.gather(submit(1), submit(2, scale=5))
 
-    gathering(test, body, max_batch_size=8)
+    gathering(scenario, body, max_batch_size=8)
     assert got == [([1, 2], [1, 5])]
 
 
@@ -259,35 +259,35 @@ def test_defaults_are_applied_and_every_parameter_is_a_list() -> None:
 
 
 def test_what_is_no_exception_in_the_answer_fails_its_input_all_the_same() -> None:
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         with pytest.raises(errors.BodyExited, match="answer with an Exception"):
             await submit(1)
 
-    gathering(test, Calls(lambda xs: [SystemExit(3)]), max_batch_size=8)
+    gathering(scenario, Calls(lambda xs: [SystemExit(3)]), max_batch_size=8)
 
 
 def test_the_one_bad_input_of_64_fails_with_its_own_error() -> None:
     calls = Calls(raising_for(37))
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         answers = await asyncio.gather(*(submit(x) for x in range(64)), return_exceptions=True)
         (failed,) = [one for one in answers if isinstance(one, Exception)]
         assert (type(failed), str(failed)) == (ValueError, "bad [37]")
         assert answers[37] is failed
         assert [x for x in answers if x is not failed] == [x * 10 for x in range(64) if x != 37]
 
-    gathering(test, calls, max_batch_size=64)
+    gathering(scenario, calls, max_batch_size=64)
     assert len(calls.seen) == 1 + 2 * 6
 
 
 def test_a_method_that_does_not_isolate_fails_all_inputs_of_the_call() -> None:
     calls = Calls(raising_for(1))
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         answers = await asyncio.gather(*(submit(x) for x in range(4)), return_exceptions=True)
         assert [str(one) for one in answers] == ["bad [1]"] * 4
 
-    gathering(test, calls, max_batch_size=8, on_error="fail")
+    gathering(scenario, calls, max_batch_size=8, on_error="fail")
     assert len(calls.seen) == 1
 
 
@@ -305,12 +305,12 @@ def test_a_call_that_runs_out_of_memory_is_halved_and_the_method_takes_less_from
 
     calls = Calls(answer)
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         for _ in range(2):
             answers = await asyncio.gather(*(submit(x) for x in range(16)))
             assert answers == [x * 10 for x in range(16)]
 
-    gathering(test, calls, max_batch_size=16, on_error="fail")
+    gathering(scenario, calls, max_batch_size=16, on_error="fail")
     assert [len(xs) for xs in calls.seen] == [16, 8, *[4] * 8]
     assert "its batches have 4 inputs at most" in caplog.text
 
@@ -318,12 +318,12 @@ def test_a_call_that_runs_out_of_memory_is_halved_and_the_method_takes_less_from
 def test_an_input_that_alone_is_too_large_fails_and_bounds_nothing() -> None:
     calls = Calls(raising_for(3, exc=OutOfMemoryError))
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         with pytest.raises(OutOfMemoryError, match="bad"):
             await submit(3)
         await asyncio.gather(*(submit(x) for x in range(3)))
 
-    gathering(test, calls, max_batch_size=4)
+    gathering(scenario, calls, max_batch_size=4)
     assert calls.seen == [[3], [0, 1, 2]]
 
 
@@ -349,10 +349,10 @@ def test_the_frames_of_a_call_that_ran_out_of_memory_let_go_of_their_tensors() -
                 raise OutOfMemoryError from exc
         return xs
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         assert await asyncio.gather(submit(1), submit(2)) == [1, 2]
 
-    gathering(test, body, max_batch_size=2)
+    gathering(scenario, body, max_batch_size=2)
     assert seen == [[1, 2], [1], [2]]
 
 
@@ -372,13 +372,13 @@ def test_an_answer_that_is_no_list_of_the_same_length_fails_every_input(
 ) -> None:
     calls = Calls(answer)
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         answers = await asyncio.gather(*(submit(x) for x in range(3)), return_exceptions=True)
         for one in answers:
             assert isinstance(one, errors.UsageError)
             assert f"got 3 inputs and answered with a {said}" in str(one)
 
-    gathering(test, calls, max_batch_size=8)
+    gathering(scenario, calls, max_batch_size=8)
     assert len(calls.seen) == 1
 
 
@@ -386,11 +386,11 @@ def test_a_body_that_exits_fails_its_inputs_and_not_the_process() -> None:
     def leave(xs: list[int]) -> None:
         raise SystemExit(3)
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         with pytest.raises(errors.BodyExited, match="would end its process"):
             await submit(1)
 
-    gathering(test, Calls(leave), max_batch_size=8)
+    gathering(scenario, Calls(leave), max_batch_size=8)
 
 
 def test_a_body_that_cancels_its_own_task_fails_its_inputs_and_the_next_are_served() -> None:
@@ -402,12 +402,12 @@ def test_a_body_that_cancels_its_own_task_fails_its_inputs_and_the_next_are_serv
             await asyncio.Event().wait()
         return xs
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         with pytest.raises(errors.BodyExited, match="cancelled its own task"):
             await asyncio.wait_for(submit(1), 10)
         assert await asyncio.wait_for(submit(2), 10) == 2
 
-    gathering(test, body, max_batch_size=8)
+    gathering(scenario, body, max_batch_size=8)
 
 
 # -- inputs whose callers have given up --
@@ -416,7 +416,7 @@ def test_a_body_that_cancels_its_own_task_fails_its_inputs_and_the_next_are_serv
 def test_one_that_gives_up_before_the_call_is_not_in_it() -> None:
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         calls.open.clear()
         first = asyncio.ensure_future(submit(0))
         await calls.entered.wait()
@@ -427,14 +427,14 @@ def test_one_that_gives_up_before_the_call_is_not_in_it() -> None:
         assert await first == 0
         assert await staying == 20
 
-    gathering(test, calls, max_batch_size=8)
+    gathering(scenario, calls, max_batch_size=8)
     assert calls.seen == [[0], [2]]
 
 
 def test_one_that_gives_up_during_the_call_harms_no_other() -> None:
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         calls.open.clear()
         leaving, staying = (asyncio.ensure_future(submit(x)) for x in (1, 2))
         await calls.entered.wait()
@@ -444,14 +444,14 @@ def test_one_that_gives_up_during_the_call_harms_no_other() -> None:
         calls.open.set()
         assert await staying == 20
 
-    gathering(test, calls, max_batch_size=8)
+    gathering(scenario, calls, max_batch_size=8)
     assert calls.seen == [[1, 2]]
 
 
 def test_a_call_that_no_input_waits_for_is_cancelled_and_the_next_are_served() -> None:
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         calls.open.clear()
         leaving = [asyncio.ensure_future(submit(x)) for x in (1, 2)]
         await calls.entered.wait()
@@ -464,7 +464,7 @@ def test_a_call_that_no_input_waits_for_is_cancelled_and_the_next_are_served() -
         calls.open.set()
         assert await after == 30
 
-    gathering(test, calls, max_batch_size=8)
+    gathering(scenario, calls, max_batch_size=8)
     assert calls.seen == [[1, 2], [3]]
 
 
@@ -506,7 +506,7 @@ def test_an_instance_is_in_use_until_its_call_is_over_though_no_input_waits_any_
         async def name_of(self) -> str:
             return self.loaded
 
-    async def test() -> None:
+    async def scenario() -> None:
         leaving = asyncio.ensure_future(Model(name="a").predict(1))
         await entered.wait()
         leaving.cancel()
@@ -519,7 +519,7 @@ def test_an_instance_is_in_use_until_its_call_is_over_though_no_input_waits_any_
         assert await other == "b"
         assert log == ["a ran", "a left"]
 
-    on_loop(app, test)
+    on_loop(app, scenario)
 
 
 def test_a_stop_iteration_in_a_thread_fails_its_input_and_the_next_are_served() -> None:
@@ -534,12 +534,12 @@ def test_a_stop_iteration_in_a_thread_fails_its_input_and_the_next_are_served() 
                 raise StopIteration
             return xs
 
-    async def test() -> None:
+    async def scenario() -> None:
         with pytest.raises(gw.BodyExited, match="StopIteration"):
             await Model().body(1)
         assert await Model().body(2) == 2
 
-    on_loop(app, test)
+    on_loop(app, scenario)
 
 
 def test_the_body_belongs_to_no_input() -> None:
@@ -550,22 +550,22 @@ def test_the_body_belongs_to_no_input() -> None:
         seen.append(caller.get())
         return xs
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         caller.set("an input")
         await submit(1)
 
-    gathering(test, body, max_batch_size=8)
+    gathering(scenario, body, max_batch_size=8)
     assert seen == ["unset"]
 
 
 def test_only_the_body_knows_of_its_batch() -> None:
     calls = Calls()
 
-    async def test(submit: Submit) -> None:
+    async def scenario(submit: Submit) -> None:
         await submit(1)
         assert gw.current_batch() is None
 
-    gathering(test, calls, max_batch_size=8)
+    gathering(scenario, calls, max_batch_size=8)
     assert calls.batches[0] is not None
 
 

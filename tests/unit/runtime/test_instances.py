@@ -10,11 +10,6 @@ import gw_celery as gw
 from tests.unit.runtime.served import Model, Owner, serving
 
 
-@pytest.fixture(autouse=True)
-def _forgotten() -> None:
-    Model.forget()
-
-
 def test_a_call_parameter_costs_nothing() -> None:
     async def main(owner: Owner) -> None:
         for tenths in range(1, 10):

@@ -16,11 +16,6 @@ import gw_celery as gw
 from tests.unit.runtime.served import Model, Owner, serving
 
 
-@pytest.fixture(autouse=True)
-def _forgotten() -> None:
-    Model.forget()
-
-
 async def everything_else() -> None:
     """Let each task that can go on do so, until all wait for something that this test has to do."""
     for _ in range(50):

@@ -40,7 +40,7 @@ def test_an_input_is_on_record_before_it_begins_and_may_be_withdrawn() -> None:
         await go.wait()
         return [2 * x for x in xs]
 
-    async def test() -> None:
+    async def scenario() -> None:
         def submit(x: int, joining: Any) -> asyncio.Future[int]:
             batcher.joining.set(joining)
             return asyncio.ensure_future(double(x))
@@ -56,6 +56,6 @@ def test_an_input_is_on_record_before_it_begins_and_may_be_withdrawn() -> None:
         assert await asyncio.gather(first, staying) == [0, 2]
         leaving.cancel()
 
-    on_loop(app, test)
+    on_loop(app, scenario)
     assert seen == [[0], [1]]
     assert said == ["recorded", "begun"]

@@ -128,11 +128,11 @@ def start(
     return worker
 
 
-def refusal(app: Celery, *queues: str, **options: Any) -> str:
-    """Why such a worker does not start; asserts that it does not."""
+def refusal(app: Celery, *queues: str, code: int = 78, **options: Any) -> str:
+    """Why such a worker does not start; asserts that it does not, and its exit code."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "worker.log")
         with pytest.raises(SystemExit) as caught:
             start(app, *queues, logfile=str(log), **options)
-        assert caught.value.code != 0
+        assert caught.value.code == code
         return log.read_text()

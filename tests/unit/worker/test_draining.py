@@ -69,13 +69,6 @@ class Stopping:
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    made = Hub()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def stopping(hub: Hub) -> Iterator[Stopping]:
     with consuming() as worker:
         yield Stopping(worker, hub)

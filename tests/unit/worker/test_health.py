@@ -259,6 +259,19 @@ def scrape(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], bytes]], N
     return install
 
 
+@pytest.fixture
+def goes_on(scrape: Callable[[Callable[[], bytes]], None]) -> threading.Event:
+    """Have scrapes hang until the event is set."""
+    goes_on = threading.Event()
+
+    def hang() -> bytes:
+        goes_on.wait(30)
+        return b""
+
+    scrape(hang)
+    return goes_on
+
+
 def test_an_answer_that_fails_is_an_error_and_the_others_come(
     ready: Probed,
     scrape: Callable[[Callable[[], bytes]], None],
@@ -280,16 +293,7 @@ def test_a_long_answer_comes_whole(
     assert len(ready.fetch("/metrics")[2]) == 5_000_000
 
 
-def test_answers_that_do_not_end_hold_up_no_other(
-    ready: Probed, scrape: Callable[[Callable[[], bytes]], None]
-) -> None:
-    goes_on = threading.Event()
-
-    def hang() -> bytes:
-        goes_on.wait(30)
-        return b""
-
-    scrape(hang)
+def test_answers_that_do_not_end_hold_up_no_other(ready: Probed, goes_on: threading.Event) -> None:
     with ready.silent_clients(32) as hanging:
         for client in hanging:
             client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
@@ -301,15 +305,8 @@ def test_answers_that_do_not_end_hold_up_no_other(
 
 
 def test_threads_whose_answers_do_not_end_are_bounded(
-    ready: Probed, scrape: Callable[[Callable[[], bytes]], None]
+    ready: Probed, goes_on: threading.Event
 ) -> None:
-    goes_on = threading.Event()
-
-    def hang() -> bytes:
-        goes_on.wait(30)
-        return b""
-
-    scrape(hang)
     with contextlib.ExitStack() as stack:
         for _ in range(150):
             (client,) = stack.enter_context(ready.silent_clients(1))

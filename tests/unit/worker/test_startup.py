@@ -113,7 +113,7 @@ def test_a_plain_task_that_took_the_place_of_a_service_is_refused(declared: Cele
         name = f"{__name__}.embed"
 
     declared.register_task(Plain())
-    assert "of the plain Celery task" in refusal(declared, "gpu.A100", pool="prefork")
+    assert "of the plain Celery task" in refusal(declared, "gpu.A100", pool="prefork", code=1)
 
 
 # -- pools --
@@ -139,18 +139,15 @@ def test_a_pool_is_known_by_its_alias_and_by_its_class(declared: Celery, alias: 
 
 @pytest.fixture
 def torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Have this process have imported a torch whose CUDA answers so."""
+    """Have this process have imported a torch whose CUDA answers so, and have a device open."""
 
-    def install(**answers: bool) -> None:
+    def install(device: str | None = None, **answers: bool) -> None:
         cuda = types.SimpleNamespace(**{name: lambda it=it: it for name, it in answers.items()})
         monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+        if device is not None:  # one descriptor stands for a device of the GPU's driver
+            monkeypatch.setattr(os, "readlink", lambda path: device)
 
     return install
-
-
-def open_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Have one descriptor of this process stand for a device of the GPU's driver."""
-    monkeypatch.setattr(os, "readlink", lambda path: device)
 
 
 @pytest.mark.parametrize("answer", ["is_initialized", "_is_in_bad_fork"])
@@ -167,13 +164,9 @@ def test_prefork_is_refused_where_cuda_is_up_and_services_are_served(
 
 @pytest.mark.parametrize("answers", [{}, {"is_initialized": False}])
 def test_prefork_is_refused_where_the_device_of_cuda_is_open(
-    declared: Celery,
-    torch: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    answers: dict[str, bool],
+    declared: Celery, torch: Callable[..., None], answers: dict[str, bool]
 ) -> None:
-    torch(**answers)
-    open_device(monkeypatch, "/dev/nvidia-uvm")
+    torch("/dev/nvidia-uvm", **answers)
     assert "/dev/nvidia-uvm is open" in refusal(declared, "gpu.A100", pool="prefork")
 
 
@@ -181,13 +174,9 @@ def test_prefork_is_refused_where_the_device_of_cuda_is_open(
     "answers", [{}, {"is_initialized": False}, {"is_initialized": False, "_is_in_bad_fork": False}]
 )
 def test_a_process_without_cuda_or_with_nvml_alone_may_fork(
-    declared: Celery,
-    torch: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    answers: dict[str, bool],
+    declared: Celery, torch: Callable[..., None], answers: dict[str, bool]
 ) -> None:
-    torch(**answers)
-    open_device(monkeypatch, "/dev/nvidia0")
+    torch("/dev/nvidia0", **answers)
     assert start(declared, "gpu.A100", pool="prefork").serves
 
 
