@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import kombu.serialization
 from billiard.einfo import ExceptionWithTraceback
@@ -37,8 +37,6 @@ from gw_celery.runtime import (
 )
 
 T = TypeVar("T")
-#: A report for the parent: its kind, then its content.
-Report: TypeAlias = tuple[Any, ...]
 
 logger = logging.getLogger(__name__)
 
@@ -363,7 +361,8 @@ class ReplicaInputs:
             input.begin()  # for an input that failed before its start
         self._link.report(*report)
 
-    async def _outcome(self, input: Input, *content: Any) -> Report:
+    async def _outcome(self, input: Input, *content: Any) -> tuple[Any, ...]:
+        """Run the input, and return the report for the parent: its kind, then its content."""
         arguments = await self._decoded(*content)
         if input.acks_early and self._records is not None:
             input.record = functools.partial(self._records.begin, input, arguments)
@@ -414,7 +413,7 @@ class ReplicaInputs:
 # -- reports of failures --
 
 
-def failure(number: int, exc: BaseException, traceback: str) -> Report:
+def failure(number: int, exc: BaseException, traceback: str) -> tuple[Any, ...]:
     """Return the report of a failure that the tracer has stored, or that the worker handles."""
     outcomes = (outcome for kind, outcome in _OUTCOMES.items() if isinstance(exc, kind))
     shown = exc.exc if isinstance(exc, Retry) and exc.exc is not None else exc
@@ -422,7 +421,7 @@ def failure(number: int, exc: BaseException, traceback: str) -> Report:
     return _error(number, outcome, exc, safe_repr(shown), traceback)
 
 
-def _escaped(input: Input, exc: BaseException) -> Report:
+def _escaped(input: Input, exc: BaseException) -> tuple[Any, ...]:
     """Return the report of an exception that the tracer did not catch.
 
     The tracer stores what a body raises; an exception that leaves the tracer is a failed store.
@@ -442,7 +441,7 @@ def _escaped(input: Input, exc: BaseException) -> Report:
 
 def _error(
     number: int, outcome: frames.Outcome, exc: BaseException, text: str, traceback: str = ""
-) -> Report:
+) -> tuple[Any, ...]:
     # Subclasses, such as numpy's, have the same meaning: the process is out of memory.
     kind = MemoryError if isinstance(exc, MemoryError) else type(exc)
     # The original message, because the texts of Reject and Retry have a prefix.
