@@ -1,7 +1,7 @@
 """Runs Celery's tracer, unmodified, for the inputs of a child.
 
-The tracer of an asynchronous body runs in a greenlet on the loop. It runs in a thread if the body
-is synchronous, or if hooks or receivers may block. The child reports the outcome to the parent.
+The tracer of an asynchronous or batched body runs in a greenlet on the loop, unless hooks or
+receivers may block. Any other tracer runs in a thread. The child reports the outcome to the parent.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _OUTCOMES: dict[type[Exception], frames.Outcome] = {
 #: The input whose tracer runs in this context.
 current: contextvars.ContextVar[Input | None] = contextvars.ContextVar("gw_input", default=None)
 
-#: All inputs in this process, by number.
+#: The inputs of the parent in this process, by number; those of benchmarks are not in it.
 in_flight: dict[int, Input] = {}
 
 
