@@ -323,8 +323,8 @@ class ReplicaInputs:
         service, method = getattr(task, "gw_service", None), getattr(task, "gw_method", None)
         gathers = method is not None and method.batched is not None
         expires: dt.datetime | None = None
-        if gathers and (given := request.get("expires")):  # read as Celery does in the parent
-            expires = maybe_make_aware(maybe_iso8601(given), self._app.timezone)
+        if gathers and (written := request.get("expires")):  # read as Celery does in the parent
+            expires = maybe_make_aware(maybe_iso8601(written), self._app.timezone)
         input = Input(
             number,
             name,
