@@ -1,4 +1,4 @@
-"""Sends calls and receives their answers in one watcher thread, in any process that calls."""
+"""Sends calls and receives their answers in threads of the process that calls."""
 
 from __future__ import annotations
 

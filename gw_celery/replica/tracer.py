@@ -1,7 +1,7 @@
 """Runs Celery's tracer, unmodified, for the inputs of a child.
 
-The tracer of an asynchronous body runs in a greenlet on the loop. It runs in a thread if the body
-is synchronous, or if hooks or receivers may block. The child reports the outcome to the parent.
+The tracer of an asynchronous or batched body runs in a greenlet on the loop, unless hooks or
+receivers may block. Any other tracer runs in a thread. The child reports the outcome to the parent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import kombu.serialization
 from billiard.einfo import ExceptionWithTraceback
@@ -37,8 +37,6 @@ from gw_celery.runtime import (
 )
 
 T = TypeVar("T")
-#: A report for the parent: its kind, then its content.
-Report: TypeAlias = tuple[Any, ...]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +53,7 @@ _OUTCOMES: dict[type[Exception], frames.Outcome] = {
 #: The input whose tracer runs in this context.
 current: contextvars.ContextVar[Input | None] = contextvars.ContextVar("gw_input", default=None)
 
-#: All inputs in this process, by number.
+#: The inputs of the parent in this process, by number; those of benchmarks are not in it.
 in_flight: dict[int, Input] = {}
 
 
@@ -325,8 +323,8 @@ class ReplicaInputs:
         service, method = getattr(task, "gw_service", None), getattr(task, "gw_method", None)
         gathers = method is not None and method.batched is not None
         expires: dt.datetime | None = None
-        if gathers and (given := request.get("expires")):  # read as Celery does in the parent
-            expires = maybe_make_aware(maybe_iso8601(given), self._app.timezone)
+        if gathers and (written := request.get("expires")):  # read as Celery does in the parent
+            expires = maybe_make_aware(maybe_iso8601(written), self._app.timezone)
         input = Input(
             number,
             name,
@@ -363,7 +361,8 @@ class ReplicaInputs:
             input.begin()  # for an input that failed before its start
         self._link.report(*report)
 
-    async def _outcome(self, input: Input, *content: Any) -> Report:
+    async def _outcome(self, input: Input, *content: Any) -> tuple[Any, ...]:
+        """Run the input, and return the report for the parent: its kind, then its content."""
         arguments = await self._decoded(*content)
         if input.acks_early and self._records is not None:
             input.record = functools.partial(self._records.begin, input, arguments)
@@ -414,7 +413,7 @@ class ReplicaInputs:
 # -- reports of failures --
 
 
-def failure(number: int, exc: BaseException, traceback: str) -> Report:
+def failure(number: int, exc: BaseException, traceback: str) -> tuple[Any, ...]:
     """Return the report of a failure that the tracer has stored, or that the worker handles."""
     outcomes = (outcome for kind, outcome in _OUTCOMES.items() if isinstance(exc, kind))
     shown = exc.exc if isinstance(exc, Retry) and exc.exc is not None else exc
@@ -422,7 +421,7 @@ def failure(number: int, exc: BaseException, traceback: str) -> Report:
     return _error(number, outcome, exc, safe_repr(shown), traceback)
 
 
-def _escaped(input: Input, exc: BaseException) -> Report:
+def _escaped(input: Input, exc: BaseException) -> tuple[Any, ...]:
     """Return the report of an exception that the tracer did not catch.
 
     The tracer stores what a body raises; an exception that leaves the tracer is a failed store.
@@ -442,7 +441,7 @@ def _escaped(input: Input, exc: BaseException) -> Report:
 
 def _error(
     number: int, outcome: frames.Outcome, exc: BaseException, text: str, traceback: str = ""
-) -> Report:
+) -> tuple[Any, ...]:
     # Subclasses, such as numpy's, have the same meaning: the process is out of memory.
     kind = MemoryError if isinstance(exc, MemoryError) else type(exc)
     # The original message, because the texts of Reject and Retry have a prefix.

@@ -442,10 +442,10 @@ def _cut(items: list[BatchItem], size: int) -> list[list[BatchItem]]:
 
 def _free_memory(exc: Exception) -> None:
     """Release the tensors of the failed call, and torch's cache."""
-    held: BaseException | None = exc
-    while held is not None:
-        traceback.clear_frames(held.__traceback__)
-        held = held.__context__
+    raised: BaseException | None = exc
+    while raised is not None:
+        traceback.clear_frames(raised.__traceback__)
+        raised = raised.__context__
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

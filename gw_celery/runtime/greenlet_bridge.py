@@ -82,11 +82,6 @@ def can_park() -> bool:
     return isinstance(current, _Stepping) and current.parent is not None
 
 
-def would_block_loop() -> bool:
-    """Return whether the caller runs on an event loop, outside such a greenlet."""
-    return not can_park() and asyncio._get_running_loop() is not None
-
-
 async def step(
     fn: Callable[[], T], take_interrupt: Callable[[], BaseException | None] = lambda: None
 ) -> T:
@@ -285,7 +280,7 @@ class _Producers:
         self._offload = offload
 
     def acquire(self, *args: Any, **kwargs: Any) -> Any:
-        if would_block_loop():
+        if not can_park() and asyncio._get_running_loop() is not None:
             return self._blocking.acquire(*args, **kwargs)
         return self._offload(self._pool.acquire, *args, **kwargs)
 

@@ -256,9 +256,10 @@ class LocalRuntime:
                         joining.begin()
                     loaded = await owner.load(values)
                 fn = getattr(loaded.view(values), method.name)
-                key, using = loaded.batch_key(values), functools.partial(owner.using, loaded)
             if method.batched is not None and self.batchers is not None:
                 gathering = self.batchers.of(service, method)
+                if owner is not None and loaded is not None:
+                    key, using = loaded.batch_key(values), functools.partial(owner.using, loaded)
                 return await gathering.submit(fn, args, kwargs, key=key, using=using)
             args, kwargs = batcher.of_one_input(method, args, kwargs)
             if method.is_async:

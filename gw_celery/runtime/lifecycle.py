@@ -20,7 +20,6 @@ from gw_celery import errors
 logger = logging.getLogger(__name__)
 
 EX_FAILURE = 1
-EX_CONFIG = 78
 
 
 class Entered:
@@ -126,7 +125,7 @@ def fatal_errors(report: Callable[[str], None] = lambda reason: None) -> Iterato
         else:  # Celery has not set up logging yet
             sys.stderr.write(f"gw_celery: {type(exc).__name__}: {exc}\n")
         report(str(exc))
-        code = EX_CONFIG if isinstance(exc, errors.ConfigurationError) else EX_FAILURE
+        code = os.EX_CONFIG if isinstance(exc, errors.ConfigurationError) else EX_FAILURE
         raise SystemExit(code) from exc
 
 

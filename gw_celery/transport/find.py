@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from kombu.utils.encoding import bytes_to_str
+
 if TYPE_CHECKING:
     import redis.asyncio
 
@@ -56,9 +58,8 @@ def redis_of(app: Any, timeout: float) -> SharedRedis | None:
 
 def results_prefix(backend: Any) -> str:
     """Return the prefix of a Redis backend's keys, for keys beside its results."""
-    key = backend.task_keyprefix
-    written = key.decode() if isinstance(key, bytes) else str(key)
-    return written.removesuffix(type(backend).task_keyprefix)
+    key: str = bytes_to_str(backend.task_keyprefix)
+    return key.removesuffix(type(backend).task_keyprefix)
 
 
 class SharedRedis:

@@ -482,16 +482,16 @@ class Watch:
     def __init__(self, channel: Channel, hub: Any) -> None:
         self._channel = channel
         self._hub = hub
-        given = {**channel._connparams(), "protocol": 2, "decode_responses": False}
+        options = {**channel._connparams(), "protocol": 2, "decode_responses": False}
         # The name shows the purpose of the connection in `CLIENT LIST`.
         for name, default in (("socket_timeout", 5.0), ("client_name", "gw_celery-watch")):
-            if given.get(name) is None:
-                given[name] = default
+            if options.get(name) is None:
+                options[name] = default
         # redis-py's own PING fails on a subscriber, whose answer differs. The error would end the
         # worker after a pause with all slots in use. `_probe` checks this connection instead.
-        given["health_check_interval"] = 0
-        given.pop("max_connections", None)
-        self._link = given.pop("connection_class", RedisConnection)(**given)
+        options["health_check_interval"] = 0
+        options.pop("max_connections", None)
+        self._link = options.pop("connection_class", RedisConnection)(**options)
         self._link.connect()
         self._id = self._ask("CLIENT", "ID")
         # In the older protocol, only a subscriber gets reports unasked; the lists must be read on
@@ -578,8 +578,8 @@ class Connection(kombu.Connection):  # type: ignore[name-defined]
     """A connection with our transport; it keeps kombu's transport name for Flower."""
 
     def get_transport_cls(self) -> Any:
-        found = super().get_transport_cls()
-        return Transport if found is redis.Transport else found
+        transport = super().get_transport_cls()
+        return Transport if transport is redis.Transport else transport
 
 
 def use(connection: Any) -> Any:
