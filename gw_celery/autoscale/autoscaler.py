@@ -109,7 +109,7 @@ class Autoscaler(autoscale.Autoscaler):
         self._hub = get_event_loop()
         reading = self.pool.cluster.latest()
         if reading is None:
-            target = self._clamped(self.pool.snapshot().desired)
+            target = self._clamped(self.pool.desired_replicas)
             why = "nothing is known of the broker or the other workers: the size is kept"
             self._follow(target, why, {}, target, 1)
         elif reading is not self._judged:
@@ -136,7 +136,7 @@ class Autoscaler(autoscale.Autoscaler):
             )
         with self.mutex:
             self._set_bounds(most, least)
-            self._resize(self._clamped(self.pool.snapshot().desired), "its bounds were changed")
+            self._resize(self._clamped(self.pool.desired_replicas), "its bounds were changed")
         return self.max_concurrency, self.min_concurrency
 
     def force_scale_up(self, n: int) -> None:
@@ -145,7 +145,7 @@ class Autoscaler(autoscale.Autoscaler):
         Replicas without work go later.
         """
         with self.mutex:
-            wanted = self.pool.snapshot().desired + self._replicas(n)
+            wanted = self.pool.desired_replicas + self._replicas(n)
             self._set_bounds(max(self._most, wanted), self._least)
             self._decider.hold(time.monotonic(), wanted)
             self._resize(wanted, "an operator asked for more")
@@ -156,7 +156,7 @@ class Autoscaler(autoscale.Autoscaler):
         Replicas that the load needs come back later.
         """
         with self.mutex:
-            wanted = max(0, self.pool.snapshot().desired - self._replicas(n))
+            wanted = max(0, self.pool.desired_replicas - self._replicas(n))
             self._set_bounds(self._most, min(self._least, wanted))
             # Forget recent needs, which would restart replicas that still drain.
             self._decider = scaling.Decider(self._rules, self._least, self._most)
@@ -274,7 +274,7 @@ class Autoscaler(autoscale.Autoscaler):
             least=self._least,
             most=self._most,
             desired=target,
-            actual=self.pool.snapshot().desired,
+            actual=self.pool.desired_replicas,
             total=total,
             workers=workers,
             why=why,
@@ -284,12 +284,12 @@ class Autoscaler(autoscale.Autoscaler):
         self._resize(target, why)
 
     def _resize(self, replicas: int, why: str) -> None:
-        worker = self.pool.snapshot()
+        actual = self.pool.desired_replicas
         self.pool.cluster.at_zero(is_at_zero=replicas == 0)
-        if replicas == worker.desired:
+        if replicas == actual:
             return
-        logger.info("the pool goes from %d to %d replicas: %s", worker.desired, replicas, why)
-        slots = replicas * self._unit - worker.desired_slots
+        logger.info("the pool goes from %d to %d replicas: %s", actual, replicas, why)
+        slots = replicas * self._unit - self.pool.limit
         if slots > 0:
             self.pool.grow(slots)
         else:

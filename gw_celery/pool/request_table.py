@@ -146,29 +146,24 @@ class RequestTable:
             child: the child that takes it, for SENT.
 
         Raises:
-            ValueError: if ``to`` cannot follow, or the request would be settled twice, or end
-                unsettled.
+            ValueError: if ``to`` cannot follow, or the request is settled twice or ends unsettled.
         """
         was_moving, self.is_moving = self.is_moving, True
         try:
-            before = request.state
+            before, settled = request.state, request.settlement
             if to not in NEXT_STATES[before] or (child is None) is (to is State.SENT):
                 raise ValueError(f"{request.name}[{request.task_id}] goes from {before} to {to}")
-            is_settled = request.settlement is not None
-            if (settlement is not None) is (is_settled or to not in _SETTLED):
-                was = request.settlement
+            if (settlement is not None) is (settled is not None or to not in _SETTLED):
                 raise ValueError(
-                    f"{request.name}[{request.task_id}] is {was} and gets {settlement}"
+                    f"{request.name}[{request.task_id}] is {settled} and gets {settlement}"
                 )
 
             if before is not None:
                 del self._by_state[before][request.number]
             if to is not State.ENDED:
                 self._by_state[to][request.number] = request
-            request.state, request.settlement = to, settlement or request.settlement
-            has_arrived = before is not None or to is not State.ENDED  # an invalid message has not
-            if request.is_work and has_arrived:
-                self._count(request, before, at, result if settlement else None)
+            request.state, request.settlement = to, settlement or settled
+            self._count(request, before, at, result if settlement else None)
 
             if before is State.WAITING:
                 self.queue.remove(request)
@@ -194,7 +189,10 @@ class RequestTable:
     def _count(
         self, request: PoolRequest, before: State | None, at: float, result: Result | None
     ) -> None:
-        counters, to = self.counters[request.service], request.state
+        to = request.state
+        if not request.is_work or (before is None and to is State.ENDED):
+            return  # a task of beat, or an invalid message
+        counters = self.counters[request.service]
         if before is None:
             counters.arrive(request.workload)
         elif result is not None:

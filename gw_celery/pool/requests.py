@@ -390,7 +390,7 @@ class Requests:
         if kind == frames.Report.ACCEPT:
             is_new = held.state is State.SENT
             if is_new and not (held.gathers and self._settle_withdrawn(held)):
-                self.table.move(held, State.RUNNING, time.monotonic())
+                self.table.move(held, State.RUNNING, now)
                 if held.settlement is None:  # a signal handler may have stopped it
                     held.tell_accepted(child.pid, min(report[2], now))
             return
@@ -402,7 +402,7 @@ class Requests:
         self.table.move(
             held,
             State.ENDED,
-            time.monotonic(),
+            now,
             settlement=None if is_late else Settlement.ANSWERED,
             result=_result(report),
         )

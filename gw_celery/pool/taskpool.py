@@ -289,7 +289,7 @@ class TaskPool(BasePool):
         """Return the current state of the worker; safe from any thread."""
         pool = self.supervisor
         with pool.lock:
-            slots, now = self.plan.slots, time.monotonic()
+            slots, now = pool.slots, time.monotonic()
             ready, table = pool.ready_by_service(), pool.requests.table
             return Worker(
                 hostname=self.hostname,

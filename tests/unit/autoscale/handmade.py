@@ -28,7 +28,7 @@ class Pool(taskpool.TaskPool):
     def __init__(self, app: Celery, name: str, limit: int = 5) -> None:
         self.options = {"initargs": (app, name)}
         self.cluster = membership.Membership(app, name, QUEUES, {}, None)
-        self.limit = limit
+        self.limit, self._slots_per_replica = limit, sum(SLOTS.values())
         self.supervisor: Any = self
         self.held: dict[str, snapshot.Counters] = {}
         self.known_scores: dict[str, float | None] = {"model": 10.0}
