@@ -14,8 +14,8 @@ from celery import Celery, Task
 from celery.app.amqp import AMQP
 from kombu.messaging import Producer
 
-from gw_celery import errors
-from gw_celery.client import calls, execution, queue_time
+from gw_celery import conf, errors
+from gw_celery.client import calls, execution
 from gw_celery.declare import check, markers, parameters, services
 from gw_celery.protocol import headers
 from gw_celery.types import AnyFunction
@@ -83,7 +83,7 @@ class CallMethods:
         calls.require_may_block(f"{self._gw_task.name}.remote()")
         bound = self._gw_timeout
         if bound is None:
-            bound = queue_time.settings_of(self._gw_task.app).call_timeout
+            bound = conf.read(self._gw_task.app.conf).call_timeout
         return calls.block(self._gw_spawned(args, kwargs)._value(bound))
 
     async def aremote(self, *args: Any, **kwargs: Any) -> Any:
