@@ -373,7 +373,7 @@ def close_results(app: Any) -> None:
     consumer = getattr(backend, "result_consumer", None)
     if (connection := getattr(consumer, "_connection", None)) is not None:
         connection.close()
-    elif consumer is not None:
+    elif getattr(consumer, "_pubsub", None) is not None:
         consumer.stop()
         # Otherwise, a result that is collected later would open a new connection to unsubscribe.
         consumer._pubsub = None
