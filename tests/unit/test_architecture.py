@@ -37,7 +37,7 @@ APART = {("worker", "replica"), ("replica", "worker")}
 PURE = ("policy", "pool.replica", "pool.request_table")
 IMPURE = {"asyncio", "redis", "socket", "subprocess", "threading", "time"}
 #: Lines of gw_celery/. Raised only by name, in a commit that says why.
-BUDGET = 20_450
+BUDGET = 20_500
 #: Our modules behind `import gw_celery`, a declaration and one `.delay()`.
 WEB_MODULES = 45
 

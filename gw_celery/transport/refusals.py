@@ -1,0 +1,39 @@
+"""Decides whether a Redis cannot serve for now, so that its client waits instead of failing.
+
+A lost connection, a time-out and the refusals below have one meaning for a worker: it keeps what it
+has, takes nothing new, and tries again.
+"""
+
+from __future__ import annotations
+
+import re
+
+#: First words of error replies that end without any change in this process. ``BUSY`` is a script
+#: that runs for too long; ``NOPERM`` is an access rule, which an operator sets.
+CODES = (
+    *("READONLY", "OOM", "MISCONF", "NOPERM", "LOADING", "BUSY", "CLUSTERDOWN", "TRYAGAIN"),
+    *("MASTERDOWN", "NOREPLICAS"),
+)
+#: Redis 6 puts the code of an error inside a script after the place of the call.
+_IN_TEXT = re.compile(rf"^(?:{'|'.join(CODES)})\b|: -(?:{'|'.join(CODES)})\b")
+
+
+def is_refusal(exc: BaseException) -> bool:
+    """Return whether ``exc`` is the answer of a Redis that refuses a command for now."""
+    from redis import exceptions as known
+
+    # redis-py removes the code from the text where it has a class for it; redis-py 5 has fewer.
+    classes = ("BusyLoadingError", "ClusterDownError", "MasterDownError", "NoPermissionError")
+    classes += ("OutOfMemoryError", "ReadOnlyError", "TryAgainError")
+    if isinstance(exc, tuple(getattr(known, name) for name in classes if hasattr(known, name))):
+        return True
+    return isinstance(exc, known.ResponseError) and _IN_TEXT.search(str(exc)) is not None
+
+
+def is_outage(exc: BaseException) -> bool:
+    """Return whether ``exc`` means that Redis is unreachable, silent, or refuses for now."""
+    from redis import exceptions as known
+
+    if isinstance(exc, known.AuthenticationError | known.AuthorizationError):
+        return False
+    return isinstance(exc, OSError | known.ConnectionError | known.TimeoutError) or is_refusal(exc)
