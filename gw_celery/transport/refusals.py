@@ -23,8 +23,10 @@ def is_refusal(exc: BaseException) -> bool:
     from redis import exceptions as known
 
     # redis-py removes the code from the text where it has a class for it; redis-py 5 has fewer.
-    classes = ("BusyLoadingError", "ClusterDownError", "MasterDownError", "NoPermissionError")
-    classes += ("OutOfMemoryError", "ReadOnlyError", "TryAgainError")
+    classes = (
+        *("BusyLoadingError", "ClusterDownError", "MasterDownError", "NoPermissionError"),
+        *("OutOfMemoryError", "ReadOnlyError", "TryAgainError"),
+    )
     if isinstance(exc, tuple(getattr(known, name) for name in classes if hasattr(known, name))):
         return True
     return isinstance(exc, known.ResponseError) and _IN_TEXT.search(str(exc)) is not None
