@@ -136,6 +136,8 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
     lines = [f"{worker}: {answer['waiting']} waiting; consumes {consumed}; closed: {closed}"]
     if answer.get("outage"):  # older workers have no such key
         lines.append(f"  consuming is paused, results cannot be stored: {answer['outage']}")
+    if answer.get("broker_outage"):
+        lines.append(f"  consuming is paused: {answer['broker_outage']}")
     if scaling := answer.get("scaling"):
         lines.append(
             f"  autoscaler: {scaling['actual']} replicas, {scaling['desired']} wanted, "

@@ -61,9 +61,8 @@ class Settings:
     dead_letter_queue: str | None = "gw.dead"
     #: Maximum number of messages in that queue.
     max_dead_letters: int = 1000
-    #: Time without a heartbeat after which a worker with the GPU pool counts as lost, at least 5;
-    #: ``None``: never.
-    worker_ttl: float | None = 15.0
+    #: Time without a heartbeat after which a worker with the GPU pool counts as lost, at least 5.
+    worker_ttl: float = 15.0
     #: Replicas of a worker with the GPU pool; ``None``: as many as its slots need.
     replicas: int | None = None
     #: Minimum load, in workload per second, for which the autoscaler keeps replicas of each

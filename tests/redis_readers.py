@@ -19,13 +19,13 @@ from kombu import Connection, Consumer, Queue
 from kombu.asynchronous import Hub
 
 # -- what is known of the inside: a new layout changes these lines and no others --
-from gw_celery.transport import transport
+from gw_celery.transport import holds, transport
 from tests.processes import eventually
 
 
 def connect(url: str, **options: Any) -> Any:
     """Return a connection of kombu as the consumer of a worker has it; not connected yet."""
-    return transport.use(Connection(url, **options))
+    return transport.use(Connection(url, **options), holds.Holds("reader", 15.0))
 
 
 @contextmanager

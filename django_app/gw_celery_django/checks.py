@@ -8,7 +8,7 @@ from typing import Any
 from celery import current_app
 from django.core import checks
 
-from gw_celery import errors, signals
+from gw_celery import errors
 from gw_celery.client import preset
 from gw_celery_django import settings
 
@@ -21,7 +21,6 @@ def register_all() -> None:
     checks.register(check_settings, "gw_celery")
     checks.register(check_celery_app, "gw_celery")
     checks.register(check_content, "gw_celery")
-    checks.register(check_visibility, "gw_celery")
     checks.register(check_backend, "gw_celery")
 
 
@@ -49,15 +48,6 @@ def check_content(**_: Any) -> Sequence[checks.CheckMessage]:
     if check_settings():
         return []  # the Celery app is not preset because of them
     return _errors("gw_celery.E003", lambda: preset.require_content(current_app))
-
-
-def check_visibility(**_: Any) -> Sequence[checks.CheckMessage]:
-    """Check that Redis does not redeliver a message while its task may still run (E004)."""
-    if check_settings():
-        return []  # the limits cannot be read
-    return _errors(
-        "gw_celery.E004", lambda: preset.require_visibility(current_app, signals.registries())
-    )
 
 
 def check_backend(**_: Any) -> Sequence[checks.CheckMessage]:

@@ -16,8 +16,8 @@ _DEFAULT_VISIBILITY = 3600
 def preset(app: Any) -> None:
     """Set the Celery options that our tasks need, wherever the user kept Celery's default.
 
-    It sets the accepted content, the result serializer, how soon Redis returns lost messages, and
-    broker retries at start-up. It is safe in every process. In Django the app config calls it.
+    It sets the accepted content, the result serializer, and broker retries at start-up. It is safe
+    in every process. In Django the app config calls it.
 
     Args:
         app: the Celery app, which is changed in place.
@@ -35,12 +35,6 @@ def preset(app: Any) -> None:
     for name, value in defaults.items():
         if not conf.is_set(app.conf, name):
             app.conf[name] = value
-    app.conf.broker_transport_options = {
-        "visibility_timeout": _DEFAULT_VISIBILITY,
-        "unacked_restore_interval": 5,
-        "unacked_restore_throttle": 1,
-        **(app.conf.broker_transport_options or {}),
-    }
 
 
 def configure_codec(settings: conf.Settings) -> None:
@@ -69,7 +63,9 @@ def require_content(app: Any) -> None:
 
 
 def require_visibility(app: Any, registries: Sequence[registry.Registry]) -> None:
-    """Check the time after which Redis redelivers a message; raise a default that is too short.
+    """Check the time after which Redis redelivers a message of a pool of Celery's own.
+
+    A default that is too short is raised.
 
     Raises:
         ConfigurationError: if the user's value is not a number, or a task may run longer: it would

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import collections
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from billiard.exceptions import WorkerLostError
 from celery.app.task import Context
 
-from gw_celery import background_thread, codec
+from gw_celery import codec
 from gw_celery.transport import find
 
 logger = logging.getLogger(__name__)
@@ -29,8 +28,6 @@ _OF_REQUEST = (
 _OF_BODY = ("errbacks", "chord", "chain")
 #: Maximum number of ended inputs that wait for the thread.
 _MOST_ENDED = 10_000
-#: Seconds before retrying a failure that could not be stored.
-_AGAIN = 5.0
 
 #: Moves one record from one worker to another, atomically.
 _TAKE_OVER = """
@@ -83,8 +80,8 @@ def read(record: bytes) -> dict[str, Any]:
     return kept
 
 
-class LostInputs(background_thread.BackgroundThread):
-    """Stores the failures in a separate thread, so that a slow result backend delays no heartbeat.
+class EarlyAcks:
+    """The records of one worker, and of the lost workers that it answers for.
 
     Args:
         app: the Celery app, with a Redis result backend.
@@ -92,56 +89,27 @@ class LostInputs(background_thread.BackgroundThread):
     """
 
     def __init__(self, app: Any, start: str) -> None:
-        super().__init__(
-            "gw-lost-inputs", "inputs of lost workers cannot be answered", period=math.inf
-        )
         self._app = app
         self._own = start
-        #: Lost worker -> whether its inputs were taken over; only once, because it may wake up.
-        self._lost: dict[str, bool] = {}
         self._ended: collections.deque[int] = collections.deque(maxlen=_MOST_ENDED)
-        #: Lost workers without any remaining inputs.
-        self.answered: collections.deque[str] = collections.deque()
-
-    def take(self, incarnation: str) -> None:
-        """Store the failures of a lost worker, in the thread."""
-        self._lost.setdefault(incarnation, False)
-        self.start()
-        self.wake()
 
     def forget(self, numbers: list[int]) -> None:
-        """Remove the records of inputs whose child died, because Celery has answered them."""
+        """Schedule the removal of records of inputs that Celery has answered."""
         self._ended.extend(numbers)
-        self.start()
-        self.wake()
 
     def has_own(self) -> bool:
         backend = self._app.backend
         return bool(backend.client.exists(records_key(backend, self._own)))
 
-    def run_round(self) -> None:
-        self.period = _AGAIN  # changed below after success
-        self.leave()
-        lost = list(self._lost)
-        for incarnation in lost:
-            if not self._lost[incarnation]:
-                self._take_over(start_of(incarnation))
-                self._lost[incarnation] = True
-        if lost and not self._answer_all():
-            return
-        for incarnation in lost:
-            del self._lost[incarnation]
-            self.answered.append(incarnation)
-        self.period = math.inf
-
-    def leave(self) -> None:
+    def remove_ended(self) -> None:
         backend, ended = self._app.backend, list(self._ended)
         if ended:
             backend.client.hdel(records_key(backend, self._own), *ended)
         for _ in ended:
             self._ended.popleft()
 
-    def _take_over(self, lost: str) -> None:
+    def take_over(self, lost: str) -> None:
+        """Move the records of a lost worker to this one; ``lost`` is its start id."""
         backend = self._app.backend
         keys = [records_key(backend, start) for start in (lost, self._own)]
         numbers = [number.decode() for number in backend.client.hkeys(keys[0])]
@@ -155,7 +123,7 @@ class LostInputs(background_thread.BackgroundThread):
                 *(lost.rpartition(":")[0], len(numbers)),
             )
 
-    def _answer_all(self) -> bool:
+    def answer_all(self) -> bool:
         """Store the failures of all inputs that were taken over; return whether none is left."""
         backend = self._app.backend
         mine = records_key(backend, self._own)

@@ -7,21 +7,18 @@ and connection. No key lifetime decides this: after a long outage, all workers w
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from typing import Any
 
-from redis import exceptions
-
-from gw_celery.cluster import early_acks
-from gw_celery.transport import find
+from gw_celery.cluster import early_acks, lost_workers
+from gw_celery.transport import find, holds
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for which a tombstone is kept.
-TOMBSTONE = 7 * 86_400
-#: Seconds after which the keys of an unused project expire.
+#: Seconds after which the records of an unused project expire.
 FORGET = 7 * 86_400
+#: Seconds for which the tombstone of a worker that has left is kept.
+_LEFT = 60
 
 #: Writes a heartbeat and the worker's record. Returns the time and the silent workers, or the
 #: worker that declared this one lost. KEYS: alive, own tombstone, records; ARGV: own name, ttl, own
@@ -57,14 +54,6 @@ _DECLARED, _WAS_DECLARED = 1, 2
 _LONGEST_GAP = 1 / 3
 _LARGEST_SHIFT = 1 / 10
 
-# Linux's CLOCK_BOOTTIME continues while the machine sleeps.
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def now() -> float:
-    """Return the seconds of a clock that is never set."""
-    return time.clock_gettime(_CLOCK)
-
 
 class Trust:
     """Decides whether a worker may declare others lost, or may have been away itself.
@@ -81,7 +70,7 @@ class Trust:
         """Record a successful heartbeat; return whether silent workers may be declared lost now.
 
         Args:
-            own: the time of sending, by ``now``.
+            own: the time of sending, by ``holds.now``.
             server: the time of arrival, by Redis's clock.
         """
         has_gap = own - self._last > self._ttl * _LONGEST_GAP
@@ -97,20 +86,12 @@ class Beats:
 
     Args:
         shared: the Redis that all workers share.
-        start: start id of this worker.
-        ttl: seconds without a heartbeat after which a worker is silent.
-        lost: stores the failures of lost workers; ``None`` if there are none to store.
-        may_declare: whether silent workers are declared lost.
+        held: has this worker's name, and learns of its heartbeats.
+        lost: answers for lost workers.
     """
 
     def __init__(
-        self,
-        shared: find.SharedRedis,
-        start: str,
-        ttl: float,
-        lost: early_acks.LostInputs | None,
-        *,
-        may_declare: bool,
+        self, shared: find.SharedRedis, held: holds.Holds, lost: lost_workers.LostWorkers
     ) -> None:
         #: Sorted set: incarnations, by the time of their last heartbeat.
         self.alive = shared.key("alive")
@@ -119,107 +100,76 @@ class Beats:
         #: Incarnation -> last heartbeat, of workers that are silent for more than a ttl.
         self.silent: dict[str, bytes] = {}
         self._shared = shared
-        self._start = start
-        self._life = 0
-        self._ttl = ttl
+        self._held = held
+        self._ttl = held.ttl
         self._lost = lost
-        self._may_declare = may_declare
-        self._trust = Trust(ttl)
+        self._trust = Trust(held.ttl)
         #: Hash of the heartbeat's script on this connection.
         self.script = ""
-        self._has_scripts = True
         self._sent_at = 0.0
-
-    @property
-    def incarnation(self) -> str:
-        """This worker's name in Redis; it changes after the worker was declared lost."""
-        return f"{self._start}.{self._life}"
 
     def ask(self, client: Any, pipe: Any, record: str) -> None:
         """Write a heartbeat, with the worker's record, into a pipeline of ``client``."""
-        if self._has_scripts and not self.script:
-            try:
-                self.script = client.script_load(BEAT)
-            except Exception as exc:
-                self._do_without_scripts(exc)
-        self._sent_at = now()
-        if self._has_scripts:
-            keys = self._keys(self.incarnation)
-            pipe.evalsha(self.script, len(keys), *keys, self.incarnation, self._ttl, record)
+        if not self.script:
+            self.script = client.script_load(BEAT)
+        self._sent_at = holds.now()
+        own = self._held.incarnation
+        keys = self._keys(own)
+        pipe.evalsha(self.script, len(keys), *keys, own, self._ttl, record)
 
-    def follow(self, client: Any, answers: Iterator[Any], record: str) -> bool:
+    def follow(self, client: Any, answers: Iterator[Any]) -> bool:
         """Process the answer to a heartbeat; return False if this worker was declared lost."""
-        answer = next(answers) if self._has_scripts else None
+        answer = next(answers)
         if isinstance(answer, Exception):
-            self._do_without_scripts(answer)
-            answer = None
-        if answer is None:
-            answer = self._beat_without_script(client, record)
+            raise answer
         if answer[0] == b"dead":
             self._begin_anew(answer[1].decode())
             return False
+        if isinstance(self._shared, find.BrokerRedis):
+            self._held.fresh_until = self._sent_at + self._ttl
         server, listed = float(answer[0]), [*answer[1], *answer[2]]
         is_trusted = self._trust.beat(self._sent_at, server)
         self.silent = dict(zip(map(bytes.decode, listed[::2]), listed[1::2], strict=True))
         # First, so that these workers are not handled again.
-        while self._lost is not None and self._lost.answered:
+        while self._lost.answered:
             answered = self._lost.answered.popleft()
             client.zrem(self.alive, answered)
             self.silent.pop(answered, None)
-        if is_trusted and self._may_declare:
+        if is_trusted:
             for incarnation, beat in self.silent.items():
                 is_late = abs(server - float(beat)) > 2 * self._ttl
                 self._declare(client, incarnation, beat, is_late=is_late)
         return True
 
-    def leave(self, pipe: Any) -> None:
-        """Remove this worker from the records, so that others do not count on it."""
-        pipe.hdel(self.records, self.incarnation)
-        if self._lost is None or not self._lost.has_own():
-            pipe.zrem(self.alive, self.incarnation)
+    def leave(self, client: Any) -> None:
+        """Give back what this worker still holds, and remove it from the records.
+
+        Its heartbeat stays where something is left, so that another worker answers for that.
+        """
+        own, prefix = self._held.incarnation, self._shared.prefix
+        client.hdel(self.records, own)
+        # A command to take messages that is still on its way takes none.
+        client.set(holds.tombstone(prefix, own), own, ex=_LEFT)
+        held_in = holds.key(prefix, own)
+        if done := holds.grouped(self._held.acknowledged).get(own):
+            client.hdel(held_in, *done)
+        given = holds.give_back(client, held_in, holds.numbers_of(client, held_in))
+        if given:
+            logger.info("%d unfinished messages are back in their queues", given)
+        if self._lost.early is None or not self._lost.early.has_own():
+            client.zrem(self.alive, own)
 
     def _keys(self, incarnation: str) -> tuple[str, str, str]:
         """Return the keys of the scripts; the second is the tombstone."""
-        return (self.alive, self._shared.key("dead", incarnation), self.records)
-
-    def _beat_without_script(self, client: Any, record: str) -> list[Any]:
-        """Do the same as ``BEAT`` with single commands."""
-        alive, tombstone, records = self._keys(self.incarnation)
-        if (declarer := client.get(tombstone)) is not None:
-            return [b"dead", declarer]
-        seconds, microseconds = client.time()
-        server = seconds + microseconds / 1e6
-        with client.pipeline(transaction=False) as pipe:
-            pipe.zadd(alive, {self.incarnation: f"{server:.3f}"})
-            pipe.hset(records, self.incarnation, record)
-            pipe.zrangebyscore(alive, "-inf", f"({server - self._ttl:.3f}", withscores=True)
-            pipe.zrangebyscore(alive, f"({server + self._ttl:.3f}", "+inf", withscores=True)
-            *_, old, ahead = pipe.execute()
-        flat = [[part for pair in listed for part in pair] for listed in (old, ahead)]
-        return [f"{server:.3f}", *flat]
-
-    def _do_without_scripts(self, exc: Exception) -> None:
-        """Continue where access rules, a cluster or a renamed command prevent scripts."""
-        refused = (exceptions.NoPermissionError, exceptions.ClusterCrossSlotError)
-        texts = ("CROSSSLOT", "unknown command")  # redis-py 5 has a class for neither
-        if not isinstance(exc, refused) and not str(exc).startswith(texts):
-            raise exc
-        self._has_scripts = self._may_declare = False
-        logger.warning(
-            "Redis refuses scripts: %s. Until its restart this worker declares no other one lost: "
-            "allow SCRIPT LOAD, EVALSHA and EVAL, then restart the worker",
-            exc,
-        )
+        return (self.alive, holds.tombstone(self._shared.prefix, incarnation), self.records)
 
     def _begin_anew(self, declarer: str) -> None:
-        self._life += 1
+        self._held.begin_anew()
         self._trust = Trust(self._ttl)
         logger.error(
             "%s has declared this worker lost: this worker was frozen or could not reach Redis for "
-            "over %.0f s. Its acknowledged inputs are answered as failed. It continues as %s",
-            declarer,
-            self._ttl,
-            self.incarnation,
+            "over %.0f s. Its inputs run elsewhere and are stopped here. It continues as %s",
+            *(declarer, self._ttl, self._held.incarnation),
         )
 
     def _declare(self, client: Any, incarnation: str, beat: bytes, *, is_late: bool) -> None:
@@ -229,7 +179,7 @@ class Beats:
         if this one is lost.
         """
         keys = self._keys(incarnation)
-        arguments = (incarnation, beat, self.incarnation, TOMBSTONE)
+        arguments = (incarnation, beat, self._held.incarnation, lost_workers.TOMBSTONE)
         result = client.eval(DECLARE, len(keys), *keys, *arguments)
         if result == _DECLARED:
             logger.warning(
@@ -238,10 +188,8 @@ class Beats:
             )
         elif result != _WAS_DECLARED or not is_late:
             return
-        if self._lost is None or (result == _WAS_DECLARED and self._goes_on(client, incarnation)):
-            client.zrem(self.alive, incarnation)
-        else:
-            self._lost.take(incarnation)
+        goes_on = result == _WAS_DECLARED and self._goes_on(client, incarnation)
+        self._lost.take(incarnation, goes_on=goes_on)
 
     def _goes_on(self, client: Any, incarnation: str) -> bool:
         """Return whether a worker that was declared lost continues and runs its inputs."""

@@ -15,13 +15,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from celery.backends.redis import RedisBackend
-
 from gw_celery import background_thread
-from gw_celery.cluster import early_acks, liveness, poison_counts, queue_lengths
+from gw_celery.cluster import liveness, lost_workers, poison_counts, queue_lengths
 from gw_celery.policy import queue_time
 from gw_celery.protocol import snapshot, worker_record
-from gw_celery.transport import find
+from gw_celery.transport import find, holds
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +39,9 @@ _ROUNDS = 5
 _STALE = 5.0
 #: Seconds after which workers that start together have read each other's records.
 _MEETING = 2.5
-#: The ttl after which other workers are ignored if none may be declared lost.
-_TTL = 15.0
+#: Time without a turn of the worker's loop after which its heartbeats stop: the minimum in seconds,
+#: and the number of ttls.
+_FROZEN, _FROZEN_TTLS = 60.0, 4
 #: Shares of the ttl that Redis and RabbitMQ may take to answer. A broker that hangs may cost three
 #: waits, and these must not delay the heartbeats for too long.
 _REDIS_PART, _RABBITMQ_PART = 1 / 3, 1 / 6
@@ -69,7 +68,7 @@ class Membership(background_thread.BackgroundThread):
         queues: the queues of each service.
         limited: the queues with published waits, each with its services and their slots per
             replica.
-        ttl: seconds without a heartbeat after which a worker is lost; ``None`` disables this.
+        ttl: seconds without a heartbeat after which a worker is lost.
         wake: makes the pool read ``counts.answers`` soon, in its own thread.
     """
 
@@ -79,32 +78,29 @@ class Membership(background_thread.BackgroundThread):
         hostname: str,
         queues: Mapping[str, Sequence[str]],
         limited: Mapping[str, Mapping[str, int]],
-        ttl: float | None,
+        ttl: float,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(
             "gw-cluster", "this worker and the others cannot exchange records", period=_BEAT
         )
-        #: Identifies this start of the worker; its early acknowledged inputs are recorded under it.
-        self.start_id = f"{hostname}:{uuid.uuid4().hex[:16]}"
+        #: The messages that this worker holds, and its name in Redis.
+        self.holds = holds.Holds(f"{hostname}:{uuid.uuid4().hex[:16]}", ttl)
         self.queues = queues
         self.counts: poison_counts.Shared | None = None
-        self.lost: early_acks.LostInputs | None = None
-        # Backends derived from Redis (Sentinel) lack the pipelines that write the records of early
-        # acknowledged inputs.
-        if ttl is not None and type(app.backend) is RedisBackend:
-            self.lost = early_acks.LostInputs(app, self.start_id)
-        may_declare, ttl = ttl is not None, ttl or _TTL
+        self.lost: lost_workers.LostWorkers | None = None
         wait = min(_LONGEST_WAIT, ttl * _REDIS_PART)
         #: Maximum seconds of a hanging round: one answer and one connection.
         self._longest_hang = 2 * wait
+        self._longest_turn = max(_FROZEN, _FROZEN_TTLS * ttl)
+        self._turned_at = math.inf
+        self._wake_pool = wake
         self._beats: liveness.Beats | None = None
         self._shared = find.redis_of(app, wait)
         if self._shared is not None:
             self.counts = poison_counts.Shared(self, wake)
-            self._beats = liveness.Beats(
-                self._shared, self.start_id, ttl, self.lost, may_declare=may_declare
-            )
+            self.lost = lost_workers.LostWorkers(app, self.holds.start, wait)
+            self._beats = liveness.Beats(self._shared, self.holds, self.lost)
         self._declared: queue_lengths.DeclaredLengths | None = None
         with app.connection_for_read() as connection:
             if find.is_rabbitmq(connection):
@@ -142,6 +138,17 @@ class Membership(background_thread.BackgroundThread):
         silent = self._beats.silent if self._beats is not None else ()
         return tuple(other for other in self._known if other.incarnation not in silent)
 
+    @property
+    def has_holds(self) -> bool:
+        """Whether the broker is a Redis, on which messages are held beyond a connection."""
+        return isinstance(self._shared, find.BrokerRedis)
+
+    @property
+    def early_start(self) -> str | None:
+        """The id for the records of early acknowledged inputs; ``None`` if none can be written."""
+        has_records = self.lost is not None and self.lost.early is not None
+        return self.holds.start if has_records else None
+
     # -- in the thread of the worker's loop --
 
     def begin(self) -> None:
@@ -170,6 +177,7 @@ class Membership(background_thread.BackgroundThread):
 
     def observe(self, worker: snapshot.Worker) -> None:
         """Update this worker's record, for the next round; once a second."""
+        self._turned_at = time.monotonic()
         self._own_loads = self._loads.observe(worker)
         self.tell(worker, self._size)
 
@@ -246,14 +254,18 @@ class Membership(background_thread.BackgroundThread):
             with self._shared.client().pipeline(transaction=False) as pipe:
                 if self.counts is not None:
                     self.counts.ask_redis(pipe, self._shared.key("deaths", ""))
-                self._beats.leave(pipe)
                 pipe.execute(raise_on_error=False)
+            self._beats.leave(self._shared.client())
         finally:
             self._shared.close()
 
     def _exchange(
         self, shared: find.SharedRedis, beats: liveness.Beats, now: float, *, is_look: bool
     ) -> None:
+        if now - self._turned_at > self._longest_turn:
+            raise TimeoutError(
+                f"the worker's event loop has not turned for {now - self._turned_at:.0f} s"
+            )
         client = shared.client()
         is_beat = now >= self._next_beat
         has_records = is_beat and now >= self._next_records
@@ -274,8 +286,7 @@ class Membership(background_thread.BackgroundThread):
             self._write(pipe, shared)
             if now >= self._next_expiry:
                 self._next_expiry = now + _EXPIRY
-                for key in (beats.records, beats.alive):
-                    pipe.expire(key, liveness.FORGET)
+                pipe.expire(beats.records, liveness.FORGET)
             answers = iter(pipe.execute(raise_on_error=False))
         if self.counts is not None:
             self.counts.answer(answers)
@@ -286,9 +297,10 @@ class Membership(background_thread.BackgroundThread):
             }
         if is_beat:
             self._next_beat = now + _DUE * _BEAT
-            if not beats.follow(client, answers, record):
+            if not beats.follow(client, answers):
                 self._next_beat = 0.0
                 self.wake()
+                self._wake_pool()
         if has_records:
             written, alive = _checked(answers), _checked(answers)
             if gone := written.keys() - set(alive):

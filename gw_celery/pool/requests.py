@@ -22,6 +22,7 @@ from gw_celery.cluster import poison_counts
 from gw_celery.pool import request_table
 from gw_celery.pool.request_table import Limit, Result, Settlement, State
 from gw_celery.protocol import frames, headers
+from gw_celery.transport import holds
 
 if TYPE_CHECKING:
     from gw_celery.pool import dead_letters, supervisor
@@ -37,6 +38,8 @@ CallbackName = Literal["accept_callback", "callback", "error_callback", "timeout
 
 #: Maximum number of remembered suspects; it bounds the memory for those that never come back.
 _MOST_SUSPECTS = 100_000
+#: Number of lost workers with the same input after which it runs alone: it may be the reason.
+_MOST_DELIVERIES = 3
 #: Seconds that a redelivered input waits for the counts of other workers.
 _MAX_CHECK = 2.0
 #: The type name that a child reports for an input that has waited too long.
@@ -113,6 +116,13 @@ class PoolRequest:
         delivery = self.request.get("delivery_info")
         is_again = isinstance(delivery, Mapping) and delivery.get("redelivered")
         return bool(is_again or self.request.get("x-delivery-count"))
+
+    @property
+    def hold(self) -> str | None:
+        """The name of its hold on a Redis broker; ``None`` on other brokers."""
+        properties = self.request.get("properties")
+        tag = properties.get("delivery_tag") if isinstance(properties, Mapping) else None
+        return tag if isinstance(tag, str) and holds.parts(tag) else None
 
     @property
     def message(self) -> Message | None:
@@ -361,7 +371,8 @@ class Requests:
             self._settle(checked, Settlement.ANSWERED)
             self._give_up_poison(checked, "seen by another worker")
             return
-        checked.runs_alone = checked.task_id in self._poison.suspects
+        lost = headers.finite(checked.request.get(headers.DELIVERIES)) or 0
+        checked.runs_alone = checked.task_id in self._poison.suspects or lost >= _MOST_DELIVERIES
         self.table.move(checked, State.WAITING, time.monotonic())
 
     def send(self, ready: Sequence[ChildProcess]) -> None:
@@ -432,6 +443,27 @@ class Requests:
         for sent in self.table.of(State.SENT):
             if sent.gathers:
                 self._settle_withdrawn(sent)
+
+    def holds(self) -> list[str]:
+        """Return the names of the holds of all inputs and their later deliveries."""
+        here = self.table.of(State.CHECKING, State.WAITING, State.SENT, State.RUNNING)
+        unsettled = [request for request in here if request.settlement is None]
+        deliveries = [one for request in unsettled for one in (request, *request.deliveries)]
+        return [one.hold for one in deliveries if one.hold is not None]
+
+    def keep_reserved(self) -> None:
+        """Register waiting inputs with Celery again, which forgets them with a connection."""
+        for waiting in self.table.of(State.WAITING, State.CHECKING, State.SENT):
+            if waiting._celery_request is not None:
+                worker_state.task_reserved(waiting._celery_request)
+
+    def abandon(self) -> None:
+        """Stop all inputs, because this worker was declared lost, and they run elsewhere."""
+        for here in self.table.of(State.CHECKING, State.WAITING, State.SENT, State.RUNNING):
+            if here.settlement is None:
+                self._settle(here, Settlement.RETURNED)
+                for delivery in (here, *here.deliveries):
+                    worker_state.task_ready(delivery._celery_request)
 
     def forget_waiting(self) -> None:
         """Release all inputs that have not started, for redelivery."""

@@ -116,6 +116,15 @@ class Supervisor:
         """Release all inputs that have not started, for redelivery."""
         self._after_move(self.requests.forget_waiting)
 
+    def keep_or_abandon(self) -> None:
+        """React to a lost connection of a broker with holds: the pool keeps what it has.
+
+        If this worker was declared lost meanwhile, it stops all, because it runs elsewhere.
+        """
+        held = self.pool.cluster.holds
+        is_lost, held.is_lost = held.is_lost, False
+        self._after_move(self.requests.abandon if is_lost else self.requests.keep_reserved)
+
     @property
     def is_interrupted(self) -> bool:
         """Whether the caller is a signal handler that has interrupted a move or ``submit``."""
@@ -133,7 +142,8 @@ class Supervisor:
 
     def _send_waiting(self) -> None:
         queue = self.requests.table.queue
-        if queue and not self.outage():
+        # An input that another worker may have been given must not start.
+        if queue and self.pool.cluster.holds.is_fresh and not self.outage():
             self.requests.send([child for child in self._children if child.state.is_ready])
         if len(queue) != self._waiting:
             self._waiting = len(queue)

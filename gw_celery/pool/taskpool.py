@@ -164,7 +164,7 @@ class TaskPool(BasePool):
         )
         first = {
             "version": frames.version(),
-            "worker": self.cluster.start_id if self.cluster.lost else None,
+            "worker": self.cluster.early_start,
             "app": origin.find(app),
             "changes": origin.changes(app),
             "hostname": hostname,
@@ -184,6 +184,7 @@ class TaskPool(BasePool):
                 self.bands = speed_bands.Bands(queues.values())
             self.gate = gate.Gate(app.amqp.queues, queues, self)
             worker_plan.log_notices(app, self.plan)
+        self.cluster.holds.in_use = self.supervisor.requests.holds
         self._resize(self.limit)
         self.supervisor.tick()
         self.observe()
@@ -229,8 +230,11 @@ class TaskPool(BasePool):
         """Do nothing: the pid is a whole child's. Celery calls ``PoolRequest.terminate`` next."""
 
     def flush(self) -> None:
-        """Release inputs that have not started: the broker is lost, or the worker shuts down."""
-        self.supervisor.forget_waiting()
+        """React to a lost broker: keep what is held; release what the broker delivers again."""
+        if self.cluster.has_holds:
+            self.supervisor.keep_or_abandon()
+        else:
+            self.supervisor.forget_waiting()
 
     def on_close(self) -> None:
         # ``on_stop`` may run in a signal handler, where this would wait for the interrupted code.
@@ -307,6 +311,7 @@ class TaskPool(BasePool):
                 waiting_inputs=table.queue.by_service(),
                 tallies=table.tallies(),
                 outage=pool.outage(),
+                broker_outage=self.cluster.holds.outage,
                 scores=pool.scores.as_snapshot(now),
                 scaling=self.scaling,
             )
@@ -359,6 +364,9 @@ class TaskPool(BasePool):
         with _surviving():
             self.supervisor.poll()
         self._arm()
+        if self.cluster.holds.is_lost and self._state == self.RUN:
+            # Celery then forgets what it has reserved, and calls ``flush``.
+            raise ConnectionError("this worker was declared lost: it connects again")
 
     def _withdraw(self) -> None:
         """Take revoked inputs out of the batches that they wait for."""

@@ -15,6 +15,8 @@ WORKLOAD = "gw-workload"
 ENQUEUED = "gw-enqueued"
 #: Marks a dead letter that was sent again: its earlier deaths do not count.
 REQUEUED = "gw-requeued"
+#: Number of workers that were declared lost while they held the message.
+DELIVERIES = "gw-deliveries"
 
 #: The workload of an input without a valid header.
 DEFAULT_WORKLOAD = 1.0

@@ -208,6 +208,8 @@ class Worker:
     bands: dict[str, str] = dataclasses.field(default_factory=dict)
     #: Why results cannot be stored, and nothing is consumed; "" otherwise.
     outage: str = ""
+    #: Why the broker gives no messages, or no input may start; "" otherwise.
+    broker_outage: str = ""
     #: Observation and decision of the autoscaler; ``None`` for a worker of a fixed size.
     scaling: Scaling | None = None
     #: Scores by service.

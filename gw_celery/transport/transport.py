@@ -1,18 +1,21 @@
 """kombu's Redis transport with faster and safer delivery, for the consumer of our pool's worker.
 
-Keys and messages are kombu's. During a backlog, a script takes many messages at once. Otherwise
-``Watch`` waits until a message arrives, and leaves it in its list. The acknowledgements of one turn
-of the loop share a round trip. A channel keeps one client; kombu's creates one for each command.
+Queues and messages are kombu's. A script takes many messages at once, and holds them for this
+worker (see ``holds``). ``Watch`` reports new messages without taking them. The acknowledgements of
+one turn of the loop share a round trip with the next command. A channel keeps one client; kombu's
+creates one for each command.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from queue import Empty
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import kombu
 from kombu.asynchronous import get_event_loop
@@ -20,205 +23,150 @@ from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
-from redis import Connection as RedisConnection
+from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import InvalidResponse, NoScriptError, ResponseError
+from redis.exceptions import InvalidResponse, NoPermissionError, NoScriptError, ResponseError
+
+from gw_celery.transport import holds, refusals
 
 logger = logging.getLogger(__name__)
 
 #: Any, because kombu publishes no types.
 redis: Any = kombu_redis
 
-#: Takes messages, and records each as unacknowledged in the same step. kombu takes a message before
-#: it records it, and a worker that is killed in between loses the message. KEYS: the hash of
-#: unacknowledged messages, their index, then the lists. ARGV: maximum messages, maximum bytes,
-#: number of lists that take turns, the queue of each list. Answer: queue, tag and message for each
-#: message; the tag is "" if none was found. A record has the form from which kombu restores a
-#: message: message, exchange, routing key. The script looks for the tag near the end, where kombu
-#: writes it: parsing megabytes would delay all clients. Quotes inside strings are escaped, so no
-#: text can look like a tag.
-SCRIPT = """
-local most, largest, width = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local now = redis.call('TIME')[1]
-local taken, count, size = {}, 0, 0
-local function tag_of(item)
-  local found = string.match(string.sub(item, -4096), '.*"delivery_tag": ?"([^"]+)"')
-  if found then return found end
-  local is_json, message = pcall(cjson.decode, item)
-  local properties = is_json and type(message) == 'table' and message.properties
-  local tag = type(properties) == 'table' and properties.delivery_tag
-  return type(tag) == 'string' and tag or ''
-end
-for first = 3, #KEYS, width do
-  local found = true
-  while found and count < most and size < largest do
-    found = false
-    for at = first, first + width - 1 do
-      local item = count < most and size < largest and redis.call('RPOP', KEYS[at])
-      if item then
-        found, count, size = true, count + 1, size + #item
-        local queue, tag = ARGV[1 + at], tag_of(item)
-        if tag ~= '' then
-          redis.call('HSET', KEYS[1], tag, '[' .. item .. ', "", ' .. cjson.encode(queue) .. ']')
-          redis.call('ZADD', KEYS[2], now, tag)
-        end
-        table.insert(taken, queue)
-        table.insert(taken, tag)
-        table.insert(taken, item)
-      end
-    end
-  end
-end
-return taken
-"""
 #: Maximum messages and bytes of one answer: more would block Redis and the worker's loop.
 MOST = 32
 LARGEST = 1024 * 1024
 #: Seconds after which an idle worker checks its lists and the connection without a notification.
 LOOK_AGAIN = 10.0
 
-#: Tags of messages that a closing connection could not return; the next one returns them. Else
-#: no worker would get them before the visibility timeout.
-_left_behind: set[str] = set()
-#: Tags of messages whose acknowledgement did not reach Redis.
-_done_behind: set[str] = set()
+#: Seconds after which a Redis that refused a command is asked again.
+PAUSE = 1.0
 
 
 class QoS(redis.QoS):
     """The messages that a worker has taken and not acknowledged.
 
-    Redis's clock measures their age. In kombu the worker's clock does: after a jump of its clock, a
-    worker would restore messages that other workers still run.
+    The delivery tag of each is the name of its hold. Holds outlive the connection: a new channel
+    begins with those whose inputs the pool has.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._acknowledged: list[str] = []
-        #: Tags that the script has recorded as unacknowledged.
-        self.recorded: set[str] = set()
+        self._delivered.update(dict.fromkeys(self.channel.holds.in_use()))
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Record a message that was taken, unless the script has recorded it."""
-        if delivery_tag in self.recorded:
-            self.recorded.discard(delivery_tag)
-        else:
-            delivery = message.delivery_info
-            record = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])
-            with self.channel.conn_or_acquire() as client:
-                now = _now(client)
-                pipe = client.pipeline(transaction=False)
-                pipe.hset(self.unacked_key, delivery_tag, record)
-                pipe.zadd(self.unacked_index_key, {delivery_tag: now})
-                pipe.execute()
+        """Hold a message; one that kombu took without the script is recorded first."""
+        if holds.parts(delivery_tag) is None:
+            delivery_tag = self.channel.hold(message)
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        """Free a place in the prefetch count now; write to Redis in the loop's next turn."""
+        """Free a place in the prefetch count now; the channel writes to Redis soon."""
         virtual.QoS.ack(self, delivery_tag)
-        if self.channel.closed:
-            if delivery_tag in _left_behind:  # the next connection writes it
-                _left_behind.discard(delivery_tag)
-                _done_behind.add(delivery_tag)
-            return
-        self._acknowledged.append(delivery_tag)
-        hub = get_event_loop()
-        if hub is None:
-            self.flush_acknowledged()
-        elif len(self._acknowledged) == 1:
-            hub.call_soon(self.flush_acknowledged)
+        held = self.channel.holds
+        held.acknowledged.append(delivery_tag)
+        # After a lost connection, the message comes from another channel than the present one.
+        if (channel := held.channel) is not None:
+            if channel is not self.channel and delivery_tag in channel.qos._delivered:
+                virtual.QoS.ack(channel.qos, delivery_tag)
+            channel.schedule_flush()
 
-    def flush_acknowledged(self) -> None:
-        """Write the acknowledgements to Redis; after a failure, the next connection does."""
-        tags, self._acknowledged = self._acknowledged, []
-        try:
-            if not self.channel.closed:
-                self.forget(tags)
-        except Exception:
-            _done_behind.update(tags)
-            raise
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """Drop a message, or put it behind all others of its queue."""
+        if requeue:
+            virtual.QoS.ack(self, delivery_tag)
+            self.channel.give_back([delivery_tag], "LPUSH")
+        else:
+            self.ack(delivery_tag)
 
-    #: ``worker.consumer.run_meanwhile`` reads it: a stopping worker still runs this callback.
-    flush_acknowledged.is_acknowledgement = True  # type: ignore[attr-defined]
-
-    def forget(self, tags: Collection[str]) -> None:
-        """Delete the records of acknowledged messages from Redis."""
-        if not tags:
-            return
-        with self.channel.conn_or_acquire() as client:
-            pipe = client.pipeline(transaction=False)
-            pipe.zrem(self.unacked_index_key, *tags)
-            pipe.hdel(self.unacked_key, *tags)
-            pipe.execute()
+    def restore_unacked_once(self, stderr: Any = None) -> None:
+        """Return nothing: the holds outlive the channel, and ``cluster`` returns the last ones."""
+        self._on_collect.cancel()
 
     def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
-        """Return messages unacknowledged for too long; in one worker at a time, as in kombu."""
+        """Return what workers with other pools have left unacknowledged for too long.
+
+        One worker does it at a time, as in kombu. Redis's clock measures the age: after a jump of
+        its own clock, a worker would return messages that others still run.
+        """
         self._vrestore_count += 1
         if (self._vrestore_count - 1) % (interval or 1):
             return
         with (
             self.channel.conn_or_acquire() as client,
-            contextlib.suppress(redis.MutexHeld),
+            contextlib.suppress(redis.MutexHeld, ResponseError),
             redis.Mutex(client, self.unacked_mutex_key, self.unacked_mutex_expire),
         ):
-            last = _now(client) - self.visibility_timeout
+            seconds, microseconds = client.time()
+            last = seconds + microseconds / 1e6 - self.visibility_timeout
             page = (start, num) if num else ()
             for tag in client.zrevrangebyscore(self.unacked_index_key, last, 0, *page) or []:
                 self.restore_by_tag(tag, client)
 
-    def restore_unacked(self, client: Any = None) -> None:
-        """Return all messages; after a failure, the next connection returns the rest."""
-        tags = list(self._delivered)
-        try:
-            with self.channel.conn_or_acquire(client) as client:
-                while tags:
-                    self.restore_by_tag(tags[-1], client=client)
-                    tags.pop()
-        finally:
-            _left_behind.update(tags)
-        self._delivered.clear()
 
+class _Taking(NamedTuple):
+    """A command that takes messages, whose answer is pending."""
 
-def _now(client: Any) -> float:
-    """Return Redis's time of day, or this machine's if Redis refuses the command."""
-    try:
-        seconds, microseconds = client.time()
-    except ResponseError:
-        return time.time()
-    return float(seconds) + float(microseconds) / 1e6
+    incarnation: str
+    #: Number of the first hold.
+    first: int
+    #: Maximum number of messages.
+    most: int
+    #: The queue of each list.
+    queues: list[str]
 
 
 class Channel(redis.Channel):
-    """Takes many messages at once during a backlog; uses kombu's BRPOP on an unsuitable server.
+    """Takes many messages at once during a backlog; waits without taking any otherwise.
 
-    It keeps its client, and completes what the last connection could not complete.
+    A server that refuses commands for now is asked again every second.
     """
 
     QoS = QoS
 
     #: Whether there may be messages: the last answer had one, or Redis reported a change.
     has_backlog = False
-    #: Our command whose answer is pending.
+    #: The command whose answer is pending, after the answers to some acknowledgements.
     _asked: str | None = None
-    #: Number of messages requested.
-    _asked_for = 0
+    _taking: _Taking | None = None
+    #: Acknowledged holds that were sent with the pending command, by incarnation.
+    _sent: Mapping[str, list[str]] = MappingProxyType({})
     #: Hash of the script on the server.
     _script: str | None = None
-    _may_script = True
     _watch: Watch | None = None
     _may_watch = True
     _own_client: Any = None
+    _plain_client: Any = None
+    _is_flush_due = False
+    #: Time before which nothing is asked, because Redis refused a command.
+    _paused_until = 0.0
+    #: Time of the next search for holds that this process does not know.
+    _check_at = 0.0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, connection: Any, **kwargs: Any) -> None:
+        self.holds: holds.Holds = connection.client.holds
+        #: Keys of queues that are not lists.
+        self._broken: set[str] = set()
         #: Tags of consumers that do not acknowledge. Celery's mingle has one, and waits for answers
         #: without the event loop that reads the watch.
         self._careless: set[str] = set()
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(connection, **kwargs)
+            # The consumer's start writes: a server that refuses that for now is unreachable.
+            self.plain_client.set(f"{self.global_keyprefix}gw:check", "", px=1000)
+        except ResponseError as exc:
+            if not refusals.is_refusal(exc):
+                raise
+            raise RedisConnectionError(f"Redis refuses commands for now: {exc!r}") from exc
 
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any
     ) -> Any:
         if no_ack:
             self._careless.add(consumer_tag)
+        else:
+            self.holds.channel = self
         return super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
 
     def basic_cancel(self, consumer_tag: str) -> Any:
@@ -233,6 +181,13 @@ class Channel(redis.Channel):
             kept = self._own_client = super()._create_client()
         return kept
 
+    @property
+    def plain_client(self) -> Any:
+        """A client for whole commands; unlike kombu's, it adds no prefix to keys."""
+        if self._plain_client is None or self._plain_client.connection_pool is not self.pool:
+            self._plain_client = Redis(connection_pool=self.pool)
+        return self._plain_client
+
     def _update_queue_cycle(self) -> None:
         """Check the lists again after a queue was added or removed."""
         super()._update_queue_cycle()
@@ -243,62 +198,73 @@ class Channel(redis.Channel):
 
     def _brpop_start(self, timeout: Any = None) -> None:
         """Request many messages during a backlog; otherwise wait for one."""
-        # A lost connection may have lost an answer.
-        self._asked = None
-        if _left_behind or _done_behind:
-            self._settle_behind()
-        queues = self.active_queues
-        if not (queues and self._can_record()):
+        self._restore_sent()  # a lost connection may have lost an answer
+        if self.holds.channel is not self or self._careless or not self.active_queues:
             super()._brpop_start(timeout)
-        elif self.has_backlog:
+            return
+        at = time.monotonic()
+        if at < self._paused_until or not self.holds.is_fresh:
+            return
+        try:
+            self._ask_next(at, timeout)
+        except ResponseError as exc:
+            self.pause(exc)
+
+    def _ask_next(self, at: float, timeout: Any) -> None:
+        if at >= self._check_at:
+            self._give_back_unknown()
+            self._check_at = at + self.holds.ttl
+        queues = self.active_queues
+        if self.has_backlog:
             self._ask_for_messages(self._queue_cycle.consume(len(queues)))
+        elif self.holds.acknowledged:
+            self._ask(None)
         elif (watch := self._following()) is None:
             super()._brpop_start(timeout)
-        elif watch.is_due(time.monotonic()):
+        elif watch.is_due(at):
             self._ask("EXISTS", *(key for _, key in self._lists(queues)))
 
     def _lists(self, queues: list[str]) -> list[tuple[str, str]]:
         """Return each list with its queue, highest priority first."""
-        steps = self.priority_steps
-        return [(queue, self._q_for_pri(queue, step)) for step in steps for queue in queues]
+        prefix, steps = self.global_keyprefix, self.priority_steps
+        listed = ((queue, self._q_for_pri(queue, step)) for step in steps for queue in queues)
+        return [(queue, f"{prefix}{key}") for queue, key in listed]
 
     def _ask_for_messages(self, queues: list[str]) -> None:
+        if self._script is None:
+            self._script = self.plain_client.script_load(holds.TAKE)
         lists = self._lists(queues)
         # Strategies other than round-robin empty one queue after the other.
         width = len(queues) if self.queue_order_strategy == "round_robin" else 1
-        keys = [self.unacked_key, self.unacked_index_key, *(key for _, key in lists)]
-        if "can_consume" in vars(self.qos):  # Celery decides (worker_disable_prefetch)
-            self._asked_for = 1
-        else:
+        most = 1
+        if "can_consume" not in vars(self.qos):  # otherwise Celery decides: worker_disable_prefetch
             free: int | None = self.qos.can_consume_max_estimate()
-            self._asked_for = MOST if free is None else max(1, min(MOST, free))
-        limits = (self._asked_for, LARGEST, width)
-        self._ask(
-            "EVALSHA", self._script, len(keys), *keys, *limits, *(queue for queue, _ in lists)
-        )
+            most = MOST if free is None else max(1, min(MOST, free))
+        incarnation, first = self.holds.incarnation, self.holds.allot(most)
+        keys = [self._held_in(incarnation), holds.tombstone(self.global_keyprefix, incarnation)]
+        keys += [key for _, key in lists]
+        self._taking = _Taking(incarnation, first, most, [queue for queue, _ in lists])
+        self._ask("EVALSHA", self._script, len(keys), *keys, first, most, LARGEST, width)
 
-    def _ask(self, command: str, *args: Any) -> None:
-        self._asked = command
-        self._in_poll = self.client.connection
+    def _ask(self, command: str | None, *args: Any) -> None:
+        """Send the waiting acknowledgements and one command (``None``: no other one)."""
+        self._sent = holds.grouped(self.holds.acknowledged)
+        self.holds.acknowledged.clear()
+        commands = [
+            self._forgetting(incarnation, named) for incarnation, named in self._sent.items()
+        ]
+        if command is not None:
+            commands.append((command, *args))
+        self._asked = command or "HDEL"
+        connection = self._in_poll = self.client.connection
         self._brpop_sent_at = time.monotonic()
-        self.client.connection.send_command(command, *args)
+        connection.send_packed_command(connection.pack_commands(commands))
 
-    def _can_record(self) -> bool:
-        """Return whether the script can take and record messages on this server."""
-        if not isinstance(self.qos, QoS) or self._careless or self.global_keyprefix:
-            return False
-        if self._script is None and self._may_script:
-            try:
-                self._script = self._create_client().script_load(SCRIPT)
-            except ResponseError as exc:
-                self._do_without_script(exc)
-        return self._script is not None
+    def _held_in(self, incarnation: str) -> str:
+        return holds.key(self.global_keyprefix, incarnation)
 
-    def _do_without_script(self, exc: ResponseError) -> None:
-        self._may_script, self._script = False, None
-        logger.warning(
-            "Redis refuses scripts: %s. Messages come one by one: allow SCRIPT LOAD, EVALSHA", exc
-        )
+    def _forgetting(self, incarnation: str, numbers: list[str]) -> tuple[str, ...]:
+        return ("HDEL", self._held_in(incarnation), *numbers)
 
     def _following(self) -> Watch | None:
         """Return the watch for new messages; ``None`` if the server or loop does not allow one."""
@@ -310,8 +276,10 @@ class Channel(redis.Channel):
                 self._watch = Watch(self, hub)
             self._watch.follow(self.client.connection)
         except ResponseError as exc:
-            self._may_watch = False
             self._close_watch()
+            if refusals.is_refusal(exc) and not isinstance(exc, NoPermissionError):
+                raise
+            self._may_watch = False
             logger.warning(
                 "Redis refuses CLIENT TRACKING: %s. Allow it: a worker that is killed as it takes "
                 "the first message after a pause may lose it",
@@ -324,16 +292,28 @@ class Channel(redis.Channel):
         if watch is not None:
             watch.close()
 
+    def pause(self, exc: ResponseError) -> None:
+        """Ask nothing for a second, because Redis refused a command."""
+        self._paused_until = time.monotonic() + PAUSE
+        self.has_backlog = True
+        self.holds.refuse(exc)
+
     # -- answers --
 
     def _brpop_read(self, **options: Any) -> Any:
         """Deliver the requested messages; raise ``Empty`` if there are none, as kombu does."""
-        if self._asked == "EVALSHA":
-            return self._deliver_taken(self._read_answer() or [])
-        if self._asked == "EXISTS":
-            if self._read_answer():
-                self.has_backlog = True
-            raise Empty
+        if self._asked is None:
+            return self._read_brpop(**options)
+        asked, answer = self._asked, self._read_answer()
+        if self.holds.acknowledged:
+            self.schedule_flush()
+        if asked == "EVALSHA" and answer is not None:
+            return self._deliver_taken(answer)
+        if asked == "EXISTS" and answer:
+            self.has_backlog = True
+        raise Empty
+
+    def _read_brpop(self, **options: Any) -> Any:
         try:
             answer = super()._brpop_read(**options)
         except Empty:
@@ -350,107 +330,187 @@ class Channel(redis.Channel):
         return answer
 
     def _read_answer(self) -> Any:
-        """Return the pending answer; ``None`` if the server refused."""
-        asked, self._asked = self._asked, None
+        """Return the answer to the pending command; ``None`` if the server refused."""
+        connection = self.client.connection
+        count = len(self._sent) + (self._asked != "HDEL")
         try:
-            return self.client.parse_response(self.client.connection, asked)
-        except NoScriptError:
-            self._script = None  # the server has restarted
-            if self._watch is not None:
-                self._watch.wake()  # messages were found, but not taken
-            return None
-        except ResponseError as exc:
-            self._do_without_script(exc)
-            return None
+            answers = [_read(connection) for _ in range(count)]
         except self.connection_errors:
-            self.client.connection.disconnect()
+            self._restore_sent()
+            connection.disconnect()
             raise
         finally:
             self._in_poll = None
             getattr(self, "_flush_brpop_reauth", lambda: None)()  # kombu 5.7
+        refused = next((one for one in answers if isinstance(one, ResponseError)), None)
+        if refused is not None:
+            self._restore_sent()
+            self._follow_refusal(refused)
+            return None
+        self._asked, self._sent = None, {}
+        self.holds.serve()
+        return answers[-1]
 
-    def _deliver_taken(self, taken: list[bytes]) -> bool:
+    def _follow_refusal(self, exc: ResponseError) -> None:
+        if isinstance(exc, NoScriptError):
+            self._script = None  # the server has restarted
+            if self._watch is not None:
+                self._watch.wake()  # messages were found, but not taken
+            return
+        if not str(exc).startswith("GWDEAD"):  # the thread of the heartbeats learns of it
+            self.pause(exc)
+        self._paused_until = time.monotonic() + PAUSE
+
+    def _restore_sent(self) -> None:
+        """Keep acknowledgements that may not have reached Redis; they can be repeated."""
+        sent, self._sent, self._asked = self._sent, {}, None
+        for incarnation, numbers in sent.items():
+            self.holds.acknowledged += [holds.name(incarnation, int(one)) for one in numbers]
+
+    def _deliver_taken(self, answer: list[Any]) -> bool:
+        taking, taken = self._taking, list(zip(answer[::2], answer[1::2], strict=True))
+        assert taking is not None
+        self._note_broken(taking, [(-index, text) for index, text in taken if index < 0])
+        taken = [(index, item) for index, item in taken if index > 0]
         # If fewer messages than requested come, the lists were empty after them.
-        is_cut = sum(map(len, taken[2::3])) >= LARGEST
-        self.has_backlog = is_cut or len(taken) >= 3 * self._asked_for
+        is_cut = sum(len(item) for _, item in taken) >= LARGEST
+        self.has_backlog = is_cut or len(taken) >= taking.most
         if not taken:
             raise Empty
-        messages = list(self._messages(taken))
+        messages = list(self._messages(taking, taken))
         try:
             while messages and messages[0][0] in self.connection._callbacks:
                 queue, message = messages.pop(0)
                 self._queue_cycle.rotate(queue)
                 self.connection._deliver(message, queue)
-                if (tag := message["properties"]["delivery_tag"]) in self.qos.recorded:
-                    self.qos.recorded.discard(tag)
-                    self.qos.forget([tag])  # a consumer that came meanwhile does not acknowledge
+                tag = message["properties"]["delivery_tag"]
+                if tag not in self.qos._delivered:
+                    # A consumer that came meanwhile does not acknowledge.
+                    self.holds.acknowledged.append(tag)
         finally:
             # Some are left if a callback raised, or if a queue was closed meanwhile.
-            self._give_back([message for _, message in messages])
+            self.give_back([left["properties"]["delivery_tag"] for _, left in messages])
         return True
 
-    def _messages(self, taken: list[bytes]) -> Iterator[tuple[str, Any]]:
+    def _note_broken(self, taking: _Taking, broken: list[tuple[int, bytes]]) -> None:
+        """Log each key of another type once; the other queues are served."""
+        found = {taking.queues[index - 1]: bytes_to_str(text) for index, text in broken}
+        for queue in found.keys() - self._broken:
+            logger.error(
+                "the queue %s cannot be read: its key in Redis is not a list (%s). Delete or "
+                "rename what wrote this key",
+                *(queue, found[queue]),
+            )
+        self._broken = set(found)
+
+    def _messages(
+        self, taking: _Taking, taken: list[tuple[int, bytes]]
+    ) -> Iterator[tuple[str, Any]]:
         """Yield the queue and content of each message; log and drop what is not a message."""
-        for name, found, text in zip(taken[::3], taken[1::3], taken[2::3], strict=True):
-            queue, tag = bytes_to_str(name), bytes_to_str(found)
+        for number, (index, text) in enumerate(taken, taking.first):
+            queue, tag = taking.queues[index - 1], holds.name(taking.incarnation, number)
             try:
                 message = loads(bytes_to_str(text))
-                own = redis.Channel.Message(message, channel=self).delivery_tag
-                if not isinstance(own, str):
-                    raise TypeError(f"its delivery_tag is {own!r}")
+                message["properties"]["delivery_tag"] = tag
+                redis.Channel.Message(message, channel=self)
             except Exception as exc:
                 logger.critical(
                     "an unreadable message in %s is dropped: %r: %.200r", queue, exc, text[:200]
                 )
-                self.qos.forget([tag] if tag else [])
+                self.holds.acknowledged.append(tag)
                 continue
-            if tag == own:
-                self.qos.recorded.add(tag)
-            elif tag:
-                self.qos.forget([tag])
             yield queue, message
 
-    def _give_back(self, messages: list[Any]) -> None:
-        """Return undelivered messages, newest first, so that the oldest is taken next."""
-        while messages:
-            tag = messages[-1]["properties"]["delivery_tag"]
-            try:
-                if tag in self.qos.recorded:
-                    self.qos.restore_by_tag(tag)
-                else:
-                    self.connection._reject_inbound_message(messages[-1])
-            except self.connection_errors:
-                _left_behind.update(message["properties"]["delivery_tag"] for message in messages)
+    # -- what is held --
+
+    def hold(self, message: Any) -> str:
+        """Hold a message that kombu took by itself, under a new name, and return that."""
+        incarnation, number = self.holds.incarnation, self.holds.allot(1)
+        delivery = message.delivery_info
+        queues = self._lookup(delivery["exchange"], delivery["routing_key"])
+        priority = self._get_message_priority(message._raw, reverse=True)
+        listed = f"{self.global_keyprefix}{self._q_for_pri(queues[0], priority)}"
+        record = f"{listed}\n{dumps(message._raw)}"
+        self.plain_client.hset(self._held_in(incarnation), number, record)
+        tag = message.delivery_tag = holds.name(incarnation, number)
+        message.properties["delivery_tag"] = tag
+        return tag
+
+    def give_back(self, tags: list[str], command: str = "RPUSH") -> None:
+        """Return messages to their queues; after an error, the next search finds them."""
+        for incarnation, numbers in holds.grouped(tags).items():
+            found = map(int, numbers)
+            holds.give_back(self.plain_client, self._held_in(incarnation), found, command=command)
+
+    def _give_back_unknown(self) -> None:
+        """Return the messages of holds that this process does not know.
+
+        Redis has taken them, but its answer was lost; or Celery forgot them with a connection; or
+        a failover of Redis has undone their acknowledgement.
+        """
+        held_in = self._held_in(self.holds.incarnation)
+        known = {*self.qos._delivered, *self.holds.in_use(), *self.holds.acknowledged}
+        listed = itertools.chain.from_iterable(holds.grouped(known).values())
+        unknown = set(holds.numbers_of(self.plain_client, held_in)) - set(map(int, listed))
+        if unknown:
+            given = holds.give_back(self.plain_client, held_in, unknown)
+            logger.info("%d messages that this worker did not start are given back", given)
+
+    def schedule_flush(self) -> None:
+        hub = get_event_loop()
+        if hub is None:
+            self.flush_acknowledged()
+        elif not self._is_flush_due:
+            self._is_flush_due = True
+            hub.call_soon(self.flush_acknowledged)
+
+    def flush_acknowledged(self) -> None:
+        """Write the acknowledgements to Redis, unless the answer to a command is awaited.
+
+        That answer sends them on. A stopping worker consumes no queue, and awaits no answer.
+        """
+        self._is_flush_due = False
+        if self._asked is not None and self.active_queues:
+            return
+        groups = holds.grouped(self.holds.acknowledged)
+        self.holds.acknowledged.clear()
+        try:
+            with self.plain_client.pipeline(transaction=False) as pipe:
+                for incarnation, numbers in groups.items():
+                    pipe.hdel(self._held_in(incarnation), *numbers)
+                pipe.execute()
+        except BaseException as exc:
+            for incarnation, numbers in groups.items():
+                self.holds.acknowledged += [holds.name(incarnation, int(one)) for one in numbers]
+            if not isinstance(exc, ResponseError):
                 raise
-            self.qos.recorded.discard(tag)
-            messages.pop()
+            self.pause(exc)
+
+    #: ``worker.consumer.run_meanwhile`` reads it: a stopping worker still runs this callback.
+    flush_acknowledged.is_acknowledgement = True  # type: ignore[attr-defined]
 
     # -- ends of connections --
-
-    def _settle_behind(self) -> None:
-        """Complete the acknowledgements and returns of the last connection."""
-        if not isinstance(self.qos, QoS):
-            return
-        self.qos.forget(_done_behind)
-        _done_behind.clear()
-        for tag in list(_left_behind):
-            try:
-                self.qos.restore_by_tag(tag)
-            except ValueError as exc:  # no worker can read the record
-                logger.error("the unreadable message %s is dropped: %r", tag, exc)
-                self.qos.forget([tag])
-            _left_behind.discard(tag)
 
     def close(self) -> None:
         """Close, even if the server is away: a partial close would be retried for ever."""
         if not self.closed:
-            if isinstance(self.qos, QoS):
-                _settle(self.qos.flush_acknowledged)
-            if self._in_poll:
-                _settle(self._brpop_read)
-                self._in_poll = None
+            if self.holds.channel is self:
+                if self._in_poll:
+                    _settle(self._brpop_read)
+                    self._in_poll = None
+                self._restore_sent()
+                _settle(self.flush_acknowledged)
+                self.holds.channel = None
             self._close_watch()
         super().close()
+
+
+def _read(connection: Any) -> Any:
+    """Return the next answer, also if it is an error: the answers after it must be read."""
+    try:
+        return connection.read_response()
+    except ResponseError as exc:
+        return exc
 
 
 def _settle(what: Callable[[], Any]) -> None:
@@ -482,7 +542,8 @@ class Watch:
     def __init__(self, channel: Channel, hub: Any) -> None:
         self._channel = channel
         self._hub = hub
-        options = {**channel._connparams(), "protocol": 2, "decode_responses": False}
+        pool = channel.pool
+        options = {**pool.connection_kwargs, "protocol": 2, "decode_responses": False}
         # The name shows the purpose of the connection in `CLIENT LIST`.
         for name, default in (("socket_timeout", 5.0), ("client_name", "gw_celery-watch")):
             if options.get(name) is None:
@@ -490,8 +551,7 @@ class Watch:
         # redis-py's own PING fails on a subscriber, whose answer differs. The error would end the
         # worker after a pause with all slots in use. `_probe` checks this connection instead.
         options["health_check_interval"] = 0
-        options.pop("max_connections", None)
-        self._link = options.pop("connection_class", RedisConnection)(**options)
+        self._link = pool.connection_class(**options)
         self._link.connect()
         self._id = self._ask("CLIENT", "ID")
         # In the older protocol, only a subscriber gets reports unasked; the lists must be read on
@@ -555,6 +615,8 @@ class Watch:
         except (OSError, RedisConnectionError):
             self.close()
             raise
+        except ResponseError as exc:
+            self._channel.pause(exc)
         except InvalidResponse as exc:
             # Redis 7.0 reports FLUSHDB, of any database, in the wrong protocol. Celery reconnects
             # after a ConnectionError; any other exception would end the worker.
@@ -568,22 +630,45 @@ class Watch:
         return self._link.read_response()
 
 
+class SentinelChannel(Channel, redis.SentinelChannel):
+    """The same on the master that Sentinel names."""
+
+
 class Transport(redis.Transport):
     """The transport of the consumer in a worker with the GPU pool."""
 
     Channel = Channel
 
 
+class SentinelTransport(redis.SentinelTransport):
+    """The same for URLs of Sentinel."""
+
+    Channel = SentinelChannel
+
+
+_OURS = {redis.Transport: Transport, redis.SentinelTransport: SentinelTransport}
+
+
 class Connection(kombu.Connection):  # type: ignore[name-defined]
     """A connection with our transport; it keeps kombu's transport name for Flower."""
 
+    #: The holds of the worker that consumes over this connection.
+    holds: holds.Holds
+
     def get_transport_cls(self) -> Any:
         transport = super().get_transport_cls()
-        return Transport if transport is redis.Transport else transport
+        return _OURS.get(transport, transport)
+
+    def clone(self, **kwargs: Any) -> Any:
+        cloned = super().clone(**kwargs)
+        cloned.holds = self.holds
+        return cloned
 
 
-def use(connection: Any) -> Any:
+def use(connection: Any, held: holds.Holds) -> Any:
     """Return an unconnected copy of a Redis connection, with our transport; others unchanged."""
-    if connection.get_transport_cls() is redis.Transport:
-        return Connection(**connection.info())
-    return connection
+    if connection.get_transport_cls() not in _OURS:
+        return connection
+    ours = Connection(**connection.info())
+    ours.holds = held
+    return ours

@@ -67,7 +67,7 @@ class Consumer(CeleryConsumer):
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
-        connected = self.ensure_connected(transport.use(connection))
+        connected = self.ensure_connected(transport.use(connection, self.pool.cluster.holds))
         # Process the reports that arrived during the outage before the new connection is used.
         self.pool.poll()
         return connected
@@ -142,7 +142,7 @@ class Consumer(CeleryConsumer):
 
         It releases waiting inputs first: otherwise they would start in free slots, then be stopped.
         """
-        self.pool.flush()
+        self.pool.supervisor.forget_waiting()
         self.pool.poll()
         super().cancel_active_requests()
 

@@ -63,7 +63,8 @@ def is_ready(worker: snapshot.Worker) -> Verdict:
     served = [key for key in worker.ready_slots if key != services.PLAIN] or [services.PLAIN]
     missing = [key for key in served if not worker.ready_slots.get(key)]
     why = [f"no replica is ready for {key or 'plain tasks'}" for key in missing]
-    return Verdict(is_ok=not missing, why=(*why, *([worker.outage] if worker.outage else [])))
+    why += [outage for outage in (worker.outage, worker.broker_outage) if outage]
+    return Verdict(is_ok=not missing, why=tuple(why))
 
 
 def why_not(replica: snapshot.Replica) -> str:

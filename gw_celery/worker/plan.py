@@ -129,7 +129,8 @@ def log_notices(app: Any, plan: Plan) -> None:
         logger.warning(
             "these declarations have no effect on the %s pool: %s", plan.pool, "; ".join(features)
         )
-    _log_unlimited(app, plan)
+    if not is_ours:
+        _log_unlimited(app, plan)
 
 
 def _log_unlimited(app: Any, plan: Plan) -> None:

@@ -65,7 +65,6 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> Plan:
     settings = conf.read(app.conf)
     preset.configure_codec(settings)
     registries = [declared for declared in registries if _belongs(declared, app)]
-    preset.require_visibility(app, registries)
     typed: WorkerOptions | None = worker.options.pop(OPTIONS, None)
     if typed is not None and not typed.names_queues:
         queues.select(_families_for(typed.gpu, registries, settings))
@@ -186,6 +185,8 @@ def _prepare_to_serve(worker: Any, plan: Plan) -> None:
     if pool == "prefork" and getattr(worker, "pool_start_method", "fork") == "fork":
         serving.refuse_cuda()
     preset.require_content(app)
+    if pool != GPU_POOL:
+        preset.require_visibility(app, plan.registries)
     # Prefork kills a replacement child that is not up within this time (default 4 s).
     app.conf.worker_proc_alive_timeout = max(
         app.conf.worker_proc_alive_timeout, plan.settings.start_timeout + 30
@@ -215,6 +216,10 @@ def _prepare_gpu_pool(worker: Any, plan: Plan, typed: WorkerOptions | None) -> P
         # Celery's own autoscaler starts a replica for every few waiting messages.
         worker.autoscaler_cls = "gw_celery.autoscale:Autoscaler"
     worker.consumer_cls = consumer.Consumer
+    with worker.app.connection_for_read() as connection:
+        if find.redis_transport(connection) is not None:
+            # An error that Redis answers, such as BUSY, must not end the worker.
+            worker.app.conf.broker_channel_error_retry = True
     worker.app.steps["consumer"].add(gate.GateStep)
     if plan.probes or any(plan.benchmarked.values()):
         _consume_ticks(worker.app)

@@ -1,0 +1,123 @@
+"""What the worker that declares another one lost does for it: in a thread of the worker's parent.
+
+The messages that the lost worker held go back to their queues, and its early acknowledged inputs
+are answered as failed. If this worker is lost in turn, another one continues.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import math
+from typing import Any
+
+from celery.backends.redis import RedisBackend
+
+from gw_celery import background_thread
+from gw_celery.cluster import early_acks
+from gw_celery.transport import find, holds
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for which a tombstone is kept.
+TOMBSTONE = 7 * 86_400
+#: Seconds before what failed is tried again.
+_AGAIN = 5.0
+
+
+class LostWorkers(background_thread.BackgroundThread):
+    """Does this in a separate thread, so that a slow server delays no heartbeat.
+
+    Args:
+        app: the Celery app.
+        start: start id of this worker.
+        timeout: seconds that each answer of the broker may take.
+    """
+
+    def __init__(self, app: Any, start: str, timeout: float) -> None:
+        super().__init__(
+            "gw-lost-workers", "the inputs of lost workers cannot be given back", period=math.inf
+        )
+        self._app = app
+        self._broker = _broker(app, timeout)
+        #: ``None`` with another result backend. Those derived from Redis (Sentinel) lack the
+        #: pipelines that write the records.
+        self.early: early_acks.EarlyAcks | None = None
+        if type(app.backend) is RedisBackend:
+            self.early = early_acks.EarlyAcks(app, start)
+        #: Lost worker -> whether its early acknowledged inputs were taken over; only once, because
+        #: it may wake up.
+        self._lost: dict[str, bool] = {}
+        #: Lost workers of which nothing is left.
+        self.answered: collections.deque[str] = collections.deque()
+
+    def take(self, incarnation: str, *, goes_on: bool) -> None:
+        """Answer for a lost worker, in the thread.
+
+        Args:
+            incarnation: its name.
+            goes_on: whether it runs its early acknowledged inputs under its next name.
+        """
+        self._lost.setdefault(incarnation, goes_on)
+        self.start()
+        self.wake()
+
+    def forget(self, numbers: list[int]) -> None:
+        """Remove the early records of inputs whose child died, because Celery has answered them."""
+        if self.early is not None:
+            self.early.forget(numbers)
+            self.start()
+            self.wake()
+
+    def run_round(self) -> None:
+        self.period = _AGAIN  # changed below after success
+        self.leave()
+        lost, early = list(self._lost), self.early
+        for incarnation in lost:
+            fence(self._app, incarnation)
+            if early is not None and not self._lost[incarnation]:
+                early.take_over(early_acks.start_of(incarnation))
+            self._lost[incarnation] = True
+            self._give_back(incarnation)
+        if early is not None and lost and not early.answer_all():
+            return
+        for incarnation in lost:
+            del self._lost[incarnation]
+            self.answered.append(incarnation)
+        self.period = math.inf
+
+    def leave(self) -> None:
+        if self.early is not None:
+            self.early.remove_ended()
+
+    def _give_back(self, incarnation: str) -> None:
+        if self._broker is None:
+            return
+        try:
+            count = reclaim(self._broker, incarnation)
+        except Exception:
+            self._broker.close()
+            raise
+        if count:
+            logger.warning(
+                "worker %s is lost with %d unfinished messages: they are back in their queues",
+                *(early_acks.start_of(incarnation).rpartition(":")[0], count),
+            )
+
+
+def _broker(app: Any, timeout: float) -> find.BrokerRedis | None:
+    shared = find.redis_of(app, timeout)
+    return shared if isinstance(shared, find.BrokerRedis) else None
+
+
+def fence(app: Any, incarnation: str) -> None:
+    """Make the results' Redis refuse what the lost worker stores from now on."""
+    if isinstance(app.backend, RedisBackend):
+        key = holds.tombstone(find.results_prefix(app.backend), incarnation)
+        app.backend.client.set(key, "", ex=TOMBSTONE)
+
+
+def reclaim(broker: find.BrokerRedis, incarnation: str) -> int:
+    """Return the messages of a lost worker to their queues; return their number."""
+    client, held_in = broker.client(), holds.key(broker.prefix, incarnation)
+    return holds.give_back(client, held_in, holds.numbers_of(client, held_in), is_lost=True)
