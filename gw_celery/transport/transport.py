@@ -148,6 +148,8 @@ class Channel(redis.Channel):
         self.holds: holds.Holds = connection.client.holds
         #: Keys of queues that are not lists.
         self._broken: set[str] = set()
+        #: Arguments of bindings that Redis refused.
+        self._unbound: list[tuple[Any, ...]] = []
         #: Tags of consumers that do not acknowledge. Celery's mingle has one, and waits for answers
         #: without the event loop that reads the watch.
         self._careless: set[str] = set()
@@ -172,6 +174,25 @@ class Channel(redis.Channel):
     def basic_cancel(self, consumer_tag: str) -> Any:
         self._careless.discard(consumer_tag)
         return super().basic_cancel(consumer_tag)
+
+    def _queue_bind(self, *args: Any) -> None:
+        """Bind a queue, later if Redis refuses it now."""
+        try:
+            super()._queue_bind(*args)
+        except ResponseError as exc:
+            if not refusals.is_refusal(exc):
+                raise
+            self._unbound.append(args)
+            self.pause(exc)
+
+    def _size(self, queue: str) -> int:
+        """Return the length of a queue; 0 if Redis refuses to answer now."""
+        try:
+            return int(super()._size(queue))
+        except ResponseError as exc:
+            if not refusals.is_refusal(exc):
+                raise
+            return 0
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:
@@ -211,6 +232,9 @@ class Channel(redis.Channel):
             self.pause(exc)
 
     def _ask_next(self, at: float, timeout: Any) -> None:
+        while self._unbound:
+            super()._queue_bind(*self._unbound[-1])
+            self._unbound.pop()
         if at >= self._check_at:
             self._give_back_unknown()
             self._check_at = at + self.holds.ttl

@@ -77,6 +77,21 @@ class Consumer(CeleryConsumer):
         with self.pool.health.connecting():
             return super().ensure_connected(conn)
 
+    def call_soon_ack(self, p: Any, *args: Any, **kwargs: Any) -> Any:
+        """Acknowledge at once on a broker with holds: a lost connection drops what waits here.
+
+        The transport writes the acknowledgement later, if need be over the next connection.
+        """
+        if self.pool.cluster.has_holds:
+            return p(*args, **kwargs)
+        return super().call_soon_ack(p, *args, **kwargs)
+
+    def call_soon(self, p: Any, *args: Any, **kwargs: Any) -> Any:
+        """Do the same on Celery 5.6, which has one method for both."""
+        if self.pool.cluster.has_holds and _is_message_s(p):
+            return p(*args, **kwargs)
+        return super().call_soon(p, *args, **kwargs)
+
     def _update_prefetch_count(self, index: int = 0) -> None:
         """Do nothing: the gate sets the prefetch count from the READY slots."""
 
@@ -218,5 +233,10 @@ def _is_acknowledgement(callback: Any) -> bool:
     fun = getattr(callback, "fun", None)
     if getattr(fun, "is_acknowledgement", False):
         return True
+    return _is_message_s(fun)
+
+
+def _is_message_s(fun: Any) -> bool:
+    """Return whether ``fun`` acknowledges or rejects a message."""
     owner = getattr(fun, "__self__", None)
     return isinstance(owner, Message) and getattr(fun, "__name__", "") in _ACKNOWLEDGEMENTS
