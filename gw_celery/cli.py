@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gw_celery import conf
+from gw_celery.cluster import held
 from gw_celery.pool import dead_letters
 from gw_celery.worker import command as worker_command
 from gw_celery.worker import commands
@@ -101,6 +102,30 @@ def dead(ctx: click.Context, requeue: str | None, as_json: bool) -> None:
             f"  {row['id']}  {row['task']}  queue {row['queue']}  {row['deaths']} deaths  "
             f"since {row['since']}  by {row['worker']}"
         )
+
+
+@gw.command()
+@click.option("--reclaim", is_flag=True, help="Give back the messages of lost workers.")
+@click.pass_context
+def holds(ctx: click.Context, /, reclaim: bool) -> None:
+    """List the messages that workers hold on a Redis broker.
+
+    With --reclaim, watch the heartbeats for one gw_worker_ttl, and give the messages of lost
+    workers back to their queues. This needs no worker.
+    """
+    app = ctx.obj.app
+    ttl = conf.read(app.conf).worker_ttl
+    holders = held.holders(app, ttl)
+    if holders is None:
+        raise click.ClickException("the broker is not a Redis, so that no worker holds messages")
+    if reclaim:
+        click.echo(f"watching the heartbeats for {ttl:.0f} s", err=True)
+        for name, count in holders.reclaim().items():
+            click.echo(f"{name}: {count} messages are back in their queues")
+    for one in holders.listed():
+        state = "has no heartbeat" if one.silent is None else f"heard {one.silent:.0f} s ago"
+        state = "is lost" if one.is_lost else state
+        click.echo(f"{one.incarnation}: {one.messages} messages; {state}")
 
 
 def _steer(ctx: click.Context, command: str, replica: int | None, **reach: Any) -> None:

@@ -55,6 +55,18 @@ _LONGEST_GAP = 1 / 3
 _LARGEST_SHIFT = 1 / 10
 
 
+def declare(shared: find.SharedRedis, incarnation: str, beat: bytes, declarer: str) -> int:
+    """Declare a worker lost if ``beat`` is still its last heartbeat; see ``DECLARE``."""
+    keys = _keys(shared, incarnation)
+    arguments = (incarnation, beat, declarer, lost_workers.TOMBSTONE)
+    return int(shared.client().eval(DECLARE, len(keys), *keys, *arguments))
+
+
+def _keys(shared: find.SharedRedis, incarnation: str) -> tuple[str, str, str]:
+    tombstone = holds.tombstone(shared.prefix, incarnation)
+    return (shared.key("alive"), tombstone, shared.key("records"))
+
+
 class Trust:
     """Decides whether a worker may declare others lost, or may have been away itself.
 
@@ -63,7 +75,8 @@ class Trust:
 
     def __init__(self, ttl: float) -> None:
         self._ttl = ttl
-        self._since: float | None = None
+        #: Time of the heartbeat after the last gap.
+        self.since: float | None = None
         self._last = self._offset = 0.0
 
     def beat(self, own: float, server: float) -> bool:
@@ -75,10 +88,10 @@ class Trust:
         """
         has_gap = own - self._last > self._ttl * _LONGEST_GAP
         has_shift = abs(server - own - self._offset) > self._ttl * _LARGEST_SHIFT
-        if self._since is None or has_gap or has_shift:
-            self._since, self._offset = own, server - own
+        if self.since is None or has_gap or has_shift:
+            self.since, self._offset = own, server - own
         self._last = own
-        return own - self._since > self._ttl
+        return own - self.since > self._ttl
 
 
 class Beats:
@@ -114,7 +127,7 @@ class Beats:
             self.script = client.script_load(BEAT)
         self._sent_at = holds.now()
         own = self._held.incarnation
-        keys = self._keys(own)
+        keys = _keys(self._shared, own)
         pipe.evalsha(self.script, len(keys), *keys, own, self._ttl, record)
 
     def follow(self, client: Any, answers: Iterator[Any]) -> bool:
@@ -159,10 +172,6 @@ class Beats:
         if self._lost.early is None or not self._lost.early.has_own():
             client.zrem(self.alive, own)
 
-    def _keys(self, incarnation: str) -> tuple[str, str, str]:
-        """Return the keys of the scripts; the second is the tombstone."""
-        return (self.alive, holds.tombstone(self._shared.prefix, incarnation), self.records)
-
     def _begin_anew(self, declarer: str) -> None:
         self._held.begin_anew()
         self._trust = Trust(self._ttl)
@@ -178,9 +187,7 @@ class Beats:
         Its entry among the heartbeats stays until all is done, so that another worker can continue
         if this one is lost.
         """
-        keys = self._keys(incarnation)
-        arguments = (incarnation, beat, self._held.incarnation, lost_workers.TOMBSTONE)
-        result = client.eval(DECLARE, len(keys), *keys, *arguments)
+        result = declare(self._shared, incarnation, beat, self._held.incarnation)
         if result == _DECLARED:
             logger.warning(
                 "worker %s is lost: it has not been seen for %.0f s (setting gw_worker_ttl)",

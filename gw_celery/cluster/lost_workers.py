@@ -62,6 +62,11 @@ class LostWorkers(background_thread.BackgroundThread):
         self.start()
         self.wake()
 
+    def answer(self, incarnations: list[str]) -> None:
+        """Answer for lost workers now, in the caller's thread."""
+        self._lost.update(dict.fromkeys(incarnations, False))
+        self.run_round()
+
     def forget(self, numbers: list[int]) -> None:
         """Remove the early records of inputs whose child died, because Celery has answered them."""
         if self.early is not None:

@@ -27,6 +27,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import InvalidResponse, NoPermissionError, NoScriptError, ResponseError
 
+from gw_celery import errors
 from gw_celery.transport import holds, refusals
 
 logger = logging.getLogger(__name__)
@@ -155,12 +156,20 @@ class Channel(redis.Channel):
         self._careless: set[str] = set()
         try:
             super().__init__(connection, **kwargs)
+            self._refuse_cluster()
             # The consumer's start writes: a server that refuses that for now is unreachable.
             self.plain_client.set(f"{self.global_keyprefix}gw:check", "", px=1000)
         except ResponseError as exc:
             if not refusals.is_refusal(exc):
                 raise
             raise RedisConnectionError(f"Redis refuses commands for now: {exc!r}") from exc
+
+    def _refuse_cluster(self) -> None:
+        if self.plain_client.info("cluster").get("cluster_enabled"):
+            raise errors.ConfigurationError(
+                "the broker is a node of a Redis Cluster: kombu and the scripts of this transport "
+                "need all keys on one server. Use a Redis without cluster mode, or Sentinel"
+            )
 
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any
