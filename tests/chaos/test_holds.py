@@ -225,13 +225,13 @@ def test_an_operator_gives_back_what_lost_workers_held_where_only_stock_workers_
     ledger_path: Path,
 ) -> None:
     victim = start()
-    names = [f"n{number}" for number in range(20)]
-    sent = [pooled.four.delay(name, 1.0) for name in names]
-    eventually(lambda: holds(server, victim) > 4, 20)
+    names = [f"n{number}" for number in range(8)]
+    sent = [pooled.four.delay(name, 12.0) for name in names]
+    eventually(lambda: holds(server, victim) == 8, 20)
     assert f"{victim.node}:" in celery_gw(redis_server, "holds")
     assert "are back" not in celery_gw(redis_server, "holds", "--reclaim")  # it lives
     signal_all(victim, signal.SIGKILL)
     pooling.start(start_worker, ledger_path, pool="prefork", is_loaded=False)
     assert "messages are back in their queues" in celery_gw(redis_server, "holds", "--reclaim")
-    assert {one.get(timeout=60) for one in sent} == set(names)
+    assert {one.get(timeout=90) for one in sent} == set(names)
     assert celery_gw(redis_server, "holds") == ""
