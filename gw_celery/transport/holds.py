@@ -43,7 +43,11 @@ for start = 3, #KEYS, width do
         table.insert(taken, 2 - at)
         table.insert(taken, item.err)
       elseif item then
-        redis.call('HSET', KEYS[1], first + count, KEYS[at] .. '\\n' .. item)
+        local held = redis.pcall('HSET', KEYS[1], first + count, KEYS[at] .. '\\n' .. item)
+        if type(held) == 'table' then  -- an access rule refuses it
+          redis.call('RPUSH', KEYS[at], item)
+          return held
+        end
         found, count, size = true, count + 1, size + #item
         table.insert(taken, at - 2)
         table.insert(taken, item)
@@ -57,6 +61,7 @@ return taken
 #: command. It pushes first: if the server refuses that, nothing has changed.
 GIVE = """
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('HDEL', KEYS[1], '')  -- if an access rule refuses this, nothing has changed yet
 redis.call(ARGV[3], KEYS[2], ARGV[2])
 return redis.call('HDEL', KEYS[1], ARGV[1])
 """
@@ -187,8 +192,11 @@ def give_back(
 
     Returns:
         The number of messages.
+
+    Raises:
+        ResponseError: if Redis refused one of them; all others are returned.
     """
-    given, waiting = 0, sorted(numbers, reverse=True)
+    given, errors, waiting = 0, [], sorted(numbers, reverse=True)
     while waiting:
         page, waiting = waiting[:_PAGE], waiting[_PAGE:]
         with client.pipeline(transaction=False) as pipe:
@@ -197,7 +205,13 @@ def give_back(
                     listed, _, message = held.partition(b"\n")
                     again = _again(message, is_lost=is_lost)
                     pipe.eval(GIVE, 2, held_in, listed, number, again, command)
-            given += sum(pipe.execute())
+            for answer in pipe.execute(raise_on_error=False):
+                if isinstance(answer, Exception):
+                    errors.append(answer)
+                else:
+                    given += answer
+    if errors:
+        raise errors[0]
     return given
 
 

@@ -14,8 +14,9 @@ CODES = (
     *("READONLY", "OOM", "MISCONF", "NOPERM", "LOADING", "BUSY", "CLUSTERDOWN", "TRYAGAIN"),
     *("MASTERDOWN", "NOREPLICAS"),
 )
-#: Redis 6 puts the code of an error inside a script after the place of the call.
-_IN_TEXT = re.compile(rf"^(?:{'|'.join(CODES)})\b|: -(?:{'|'.join(CODES)})\b")
+#: Redis 6 puts the code of an error inside a script after the place of the call; redis-py puts that
+#: of an error in a pipeline after the command.
+_IN_TEXT = re.compile(rf"^(?:{'|'.join(CODES)})\b|: -?(?:{'|'.join(CODES)})\b")
 
 
 def is_refusal(exc: BaseException) -> bool:

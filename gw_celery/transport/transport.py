@@ -22,7 +22,7 @@ from kombu.asynchronous import get_event_loop
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import dumps, loads
+from kombu.utils.json import loads
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import InvalidResponse, NoPermissionError, NoScriptError, ResponseError
@@ -57,14 +57,14 @@ class QoS(redis.QoS):
         self._delivered.update(dict.fromkeys(self.channel.holds.in_use()))
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """Hold a message; one that kombu took without the script is recorded first."""
-        if holds.parts(delivery_tag) is None:
-            delivery_tag = self.channel.hold(message)
+        """Count a message; the channel has its hold. Redis keeps nothing of a fanout exchange."""
         virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
         """Free a place in the prefetch count now; the channel writes to Redis soon."""
         virtual.QoS.ack(self, delivery_tag)
+        if holds.parts(delivery_tag) is None:
+            return
         held = self.channel.holds
         held.acknowledged.append(delivery_tag)
         # After a lost connection, the message comes from another channel than the present one.
@@ -75,7 +75,7 @@ class QoS(redis.QoS):
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Drop a message, or put it behind all others of its queue."""
-        if requeue:
+        if requeue and holds.parts(delivery_tag) is not None:
             virtual.QoS.ack(self, delivery_tag)
             self.channel.give_back([delivery_tag], "LPUSH")
         else:
@@ -102,7 +102,9 @@ class QoS(redis.QoS):
             seconds, microseconds = client.time()
             last = seconds + microseconds / 1e6 - self.visibility_timeout
             page = (start, num) if num else ()
-            for tag in client.zrevrangebyscore(self.unacked_index_key, last, 0, *page) or []:
+            index = f"{self.channel.global_keyprefix}{self.unacked_index_key}"
+            found = self.channel.plain_client.zrevrangebyscore(index, last, 0, *page)
+            for tag in found or []:
                 self.restore_by_tag(tag, client)
 
 
@@ -147,13 +149,13 @@ class Channel(redis.Channel):
 
     def __init__(self, connection: Any, **kwargs: Any) -> None:
         self.holds: holds.Holds = connection.client.holds
-        #: Keys of queues that are not lists.
+        #: Queues whose keys are not lists.
         self._broken: set[str] = set()
         #: Arguments of bindings that Redis refused.
         self._unbound: list[tuple[Any, ...]] = []
-        #: Tags of consumers that do not acknowledge. Celery's mingle has one, and waits for answers
-        #: without the event loop that reads the watch.
-        self._careless: set[str] = set()
+        #: Tag -> queue, of consumers that do not acknowledge. Celery's mingle has one, and waits for
+        #: answers without the event loop that reads the watch.
+        self._careless: dict[str, str] = {}
         try:
             super().__init__(connection, **kwargs)
             self._refuse_cluster()
@@ -174,14 +176,14 @@ class Channel(redis.Channel):
     def basic_consume(
         self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any
     ) -> Any:
-        if no_ack:
-            self._careless.add(consumer_tag)
+        if no_ack or not self.ack_emulation:
+            self._careless[consumer_tag] = queue
         else:
             self.holds.channel = self
         return super().basic_consume(queue, no_ack, callback, consumer_tag, **kwargs)
 
     def basic_cancel(self, consumer_tag: str) -> Any:
-        self._careless.discard(consumer_tag)
+        self._careless.pop(consumer_tag, None)
         return super().basic_cancel(consumer_tag)
 
     def _queue_bind(self, *args: Any) -> None:
@@ -229,11 +231,13 @@ class Channel(redis.Channel):
     def _brpop_start(self, timeout: Any = None) -> None:
         """Request many messages during a backlog; otherwise wait for one."""
         self._restore_sent()  # a lost connection may have lost an answer
+        at = time.monotonic()
+        if at < self._paused_until:
+            return
         if self.holds.channel is not self or self._careless or not self.active_queues:
             super()._brpop_start(timeout)
             return
-        at = time.monotonic()
-        if at < self._paused_until or not self.holds.is_fresh:
+        if not self.holds.is_fresh:
             return
         try:
             self._ask_next(at, timeout)
@@ -245,8 +249,9 @@ class Channel(redis.Channel):
             super()._queue_bind(*self._unbound[-1])
             self._unbound.pop()
         if at >= self._check_at:
-            self._give_back_unknown()
+            # Set before: a message that cannot go back must not stop the others.
             self._check_at = at + self.holds.ttl
+            self._give_back_unknown()
         queues = self.active_queues
         if self.has_backlog:
             self._ask_for_messages(self._queue_cycle.consume(len(queues)))
@@ -329,6 +334,8 @@ class Channel(redis.Channel):
         """Ask nothing for a second, because Redis refused a command."""
         self._paused_until = time.monotonic() + PAUSE
         self.has_backlog = True
+        if refusals.is_refusal(exc):
+            self._check_at = 0.0  # some messages may not have been given back
         self.holds.refuse(exc)
 
     # -- answers --
@@ -341,26 +348,50 @@ class Channel(redis.Channel):
         if self.holds.acknowledged:
             self.schedule_flush()
         if asked == "EVALSHA" and answer is not None:
-            return self._deliver_taken(answer)
+            assert self._taking is not None
+            return self._deliver_taken(self._taking, answer)
         if asked == "EXISTS" and answer:
             self.has_backlog = True
         raise Empty
 
     def _read_brpop(self, **options: Any) -> Any:
+        """Deliver the message of kombu's own command, held first if its consumer acknowledges."""
+        client = self.client
         try:
-            answer = super()._brpop_read(**options)
-        except Empty:
-            self.has_backlog = False
-            raise
+            answer = client.parse_response(client.connection, "BRPOP", **options)
         except self.connection_errors:
+            client.connection.disconnect()
             raise
-        except Exception as exc:
-            # The message is taken already, and the exception would end the worker. kombu cannot
-            # restore it.
-            logger.critical("an unreadable message is dropped: %r", exc, exc_info=True)
-            answer = True
-        self.has_backlog = True
-        return answer
+        except ResponseError as exc:
+            if refusals.is_refusal(exc):
+                self.pause(exc)
+            # Else a key is not a list: the script reports it, and serves the other queues.
+            self.has_backlog = True
+            self._paused_until = time.monotonic() + PAUSE
+            raise Empty from exc
+        finally:
+            self._end_poll()
+        self.holds.serve()
+        if not answer:
+            self.has_backlog = False
+            raise Empty
+        key, item = answer
+        queue = bytes_to_str(key).rsplit(self.sep, 1)[0]
+        taking = _Taking(self.holds.incarnation, self.holds.allot(1), 1, [queue])
+        if queue not in self._careless.values():
+            self._hold(taking, f"{self.global_keyprefix}{bytes_to_str(key)}\n".encode() + item)
+        return self._deliver_taken(taking, [1, item])
+
+    def _hold(self, taking: _Taking, record: bytes) -> None:
+        """Hold a message; if Redis refuses that, it is delivered, and lost with this process."""
+        try:
+            self.plain_client.hset(self._held_in(taking.incarnation), str(taking.first), record)
+        except ResponseError as exc:
+            self.pause(exc)
+
+    def _end_poll(self) -> None:
+        self._in_poll = None
+        getattr(self, "_flush_brpop_reauth", lambda: None)()  # kombu 5.7
 
     def _read_answer(self) -> Any:
         """Return the answer to the pending command; ``None`` if the server refused."""
@@ -373,16 +404,16 @@ class Channel(redis.Channel):
             connection.disconnect()
             raise
         finally:
-            self._in_poll = None
-            getattr(self, "_flush_brpop_reauth", lambda: None)()  # kombu 5.7
+            self._end_poll()
         refused = next((one for one in answers if isinstance(one, ResponseError)), None)
-        if refused is not None:
-            self._restore_sent()
-            self._follow_refusal(refused)
-            return None
-        self._asked, self._sent = None, {}
-        self.holds.serve()
-        return answers[-1]
+        if refused is None:
+            self._asked, self._sent = None, {}
+            self.holds.serve()
+            return answers[-1]
+        self._restore_sent()
+        self._follow_refusal(refused)
+        # Acknowledgements alone may be refused: then messages have been taken.
+        return None if isinstance(answers[-1], ResponseError) else answers[-1]
 
     def _follow_refusal(self, exc: ResponseError) -> None:
         if isinstance(exc, NoScriptError):
@@ -396,13 +427,14 @@ class Channel(redis.Channel):
 
     def _restore_sent(self) -> None:
         """Keep acknowledgements that may not have reached Redis; they can be repeated."""
+        if self._asked == "EVALSHA":
+            self._check_at = 0.0  # messages may have been taken
         sent, self._sent, self._asked = self._sent, {}, None
         for incarnation, numbers in sent.items():
             self.holds.acknowledged += [holds.name(incarnation, int(one)) for one in numbers]
 
-    def _deliver_taken(self, answer: list[Any]) -> bool:
-        taking, taken = self._taking, list(zip(answer[::2], answer[1::2], strict=True))
-        assert taking is not None
+    def _deliver_taken(self, taking: _Taking, answer: list[Any]) -> bool:
+        taken = list(zip(answer[::2], answer[1::2], strict=True))
         self._note_broken(taking, [(-index, text) for index, text in taken if index < 0])
         taken = [(index, item) for index, item in taken if index > 0]
         # If fewer messages than requested come, the lists were empty after them.
@@ -426,7 +458,7 @@ class Channel(redis.Channel):
         return True
 
     def _note_broken(self, taking: _Taking, broken: list[tuple[int, bytes]]) -> None:
-        """Log each key of another type once; the other queues are served."""
+        """Log each queue once whose key has another type; the other queues are served."""
         found = {taking.queues[index - 1]: bytes_to_str(text) for index, text in broken}
         for queue in found.keys() - self._broken:
             logger.error(
@@ -434,7 +466,7 @@ class Channel(redis.Channel):
                 "rename what wrote this key",
                 *(queue, found[queue]),
             )
-        self._broken = set(found)
+        self._broken |= found.keys()
 
     def _messages(
         self, taking: _Taking, taken: list[tuple[int, bytes]]
@@ -456,24 +488,14 @@ class Channel(redis.Channel):
 
     # -- what is held --
 
-    def hold(self, message: Any) -> str:
-        """Hold a message that kombu took by itself, under a new name, and return that."""
-        incarnation, number = self.holds.incarnation, self.holds.allot(1)
-        delivery = message.delivery_info
-        queues = self._lookup(delivery["exchange"], delivery["routing_key"])
-        priority = self._get_message_priority(message._raw, reverse=True)
-        listed = f"{self.global_keyprefix}{self._q_for_pri(queues[0], priority)}"
-        record = f"{listed}\n{dumps(message._raw)}"
-        self.plain_client.hset(self._held_in(incarnation), number, record)
-        tag = message.delivery_tag = holds.name(incarnation, number)
-        message.properties["delivery_tag"] = tag
-        return tag
-
     def give_back(self, tags: list[str], command: str = "RPUSH") -> None:
         """Return messages to their queues; after an error, the next search finds them."""
-        for incarnation, numbers in holds.grouped(tags).items():
-            found = map(int, numbers)
-            holds.give_back(self.plain_client, self._held_in(incarnation), found, command=command)
+        try:
+            for incarnation, numbers in holds.grouped(tags).items():
+                held_in, found = self._held_in(incarnation), map(int, numbers)
+                holds.give_back(self.plain_client, held_in, found, command=command)
+        except ResponseError as exc:
+            self.pause(exc)
 
     def _give_back_unknown(self) -> None:
         """Return the messages of holds that this process does not know.
@@ -503,7 +525,7 @@ class Channel(redis.Channel):
         That answer sends them on. A stopping worker consumes no queue, and awaits no answer.
         """
         self._is_flush_due = False
-        if self._asked is not None and self.active_queues:
+        if self.closed or (self._asked is not None and self.active_queues):
             return
         groups = holds.grouped(self.holds.acknowledged)
         self.holds.acknowledged.clear()
@@ -527,11 +549,11 @@ class Channel(redis.Channel):
     def close(self) -> None:
         """Close, even if the server is away: a partial close would be retried for ever."""
         if not self.closed:
+            if self._in_poll:
+                _settle(self._brpop_read)
+                self._in_poll = None
+            self._restore_sent()
             if self.holds.channel is self:
-                if self._in_poll:
-                    _settle(self._brpop_read)
-                    self._in_poll = None
-                self._restore_sent()
                 _settle(self.flush_acknowledged)
                 self.holds.channel = None
             self._close_watch()
