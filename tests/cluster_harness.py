@@ -3,8 +3,8 @@
 What a worker tells the others, and learns of them, is driven here as its pool drives it, without
 the pool: ``Project.add`` makes a worker, ``after`` lets seconds pass in all of them but those that
 are frozen. A test looks at what is in Redis (docs/cluster.md has the keys), at what is logged, and
-at what a ``Member`` knows. ``Answerer`` stores the failures of what lost workers left, and
-``leave_record`` writes what a replica has written of an input.
+at what a ``Member`` knows. ``Answerer`` does what is left to do for lost workers, ``hold`` and
+``leave_record`` write what one of them had taken from the broker and begun.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import redis
 from celery import Celery
 
 # -- what is known of the inside: a new layout changes these lines and no others --
-from gw_celery.cluster import early_acks, liveness, membership, queue_lengths
+from gw_celery.cluster import early_acks, liveness, lost_workers, membership, queue_lengths
 from gw_celery.protocol import snapshot
 from gw_celery.protocol.worker_record import Size
-from gw_celery.transport import find
+from gw_celery.transport import find, holds
 
 
 def _stop_clocks(patch: pytest.MonkeyPatch, now: Callable[[], float]) -> None:
     for module in (membership, queue_lengths):
         patch.setattr(module, "time", types.SimpleNamespace(monotonic=now))
-    patch.setattr(liveness, "now", now)
+    patch.setattr(holds, "now", now)
     beat = liveness.BEAT.replace("redis.call('TIME')", f"{{redis.call('GET', '{CLOCK}'), '0'}}")
     assert beat != liveness.BEAT
     patch.setattr(liveness, "BEAT", beat)
@@ -75,22 +75,46 @@ def leave_record(
     app.backend.client.hset(early_acks.records_key(app.backend, start), str(number), record)
 
 
+def hold(
+    client: redis.Redis, incarnation: str, most: int, queue: str = "celery", first: int = 1
+) -> list[bytes]:
+    """Take messages from a queue as a worker does, which then holds them, and return them."""
+    keys = (f"gw:hold:{incarnation}", f"gw:dead:{incarnation}", queue, f"{queue}\x06\x163")
+    taken: Any = client.eval(holds.TAKE, len(keys), *keys, str(first), str(most), "1000000", "2")
+    return list(taken[1::2])
+
+
+@contextlib.contextmanager
+def pages_of(size: int) -> Iterator[None]:
+    """Have messages given back in smaller groups."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(holds, "_PAGE", size)
+        yield
+
+
 class Answerer:
-    """What stores the failures of lost workers' inputs in the worker ``start``, driven by hand."""
+    """What does the rest for lost workers in the worker ``start``, driven by hand."""
 
     def __init__(self, app: Celery, start: str) -> None:
-        self._inside = early_acks.LostInputs(app, start)
+        self._inside = lost_workers.LostWorkers(app, start, 5.0)
         self.start = start
 
     def take_over(self, lost: str) -> None:
-        """Take over what a lost worker left, and be killed before any of it is answered."""
-        self._inside._take_over(lost)
+        """Take over what a lost worker began, and be killed before any of it is answered."""
+        assert self._inside.early is not None
+        self._inside.early.take_over(lost)
 
-    def answer(self, incarnation: str) -> bool:
-        """Answer for a lost worker, in this thread; whether nothing is left."""
-        self._inside._lost.setdefault(incarnation, False)
+    def answer(self, *incarnations: str) -> bool:
+        """Answer for lost workers, in this thread; whether nothing is left of all."""
+        for incarnation in incarnations:
+            self._inside._lost.setdefault(incarnation, False)
         self._inside.run_round()
-        return incarnation in self._inside.answered
+        return set(incarnations) <= set(self._inside.answered)
+
+    @property
+    def done(self) -> list[str]:
+        """The lost workers of which nothing is left."""
+        return list(self._inside.answered)
 
     @property
     def tries_again(self) -> bool:
@@ -121,29 +145,41 @@ class Member:
     """One worker among the others."""
 
     def __init__(
-        self, app: Celery, name: str, queues: Mapping[str, list[str]], limited: Any, ttl: Any
+        self, app: Celery, name: str, queues: Mapping[str, list[str]], limited: Any, ttl: float
     ) -> None:
         self.name = name
+        #: Why its last exchange failed.
+        self.error: Exception | None = None
         self._inside = membership.Membership(app, name, queues, limited, ttl)
         self.close = self._inside.close
         self.leave = self._inside.leave
         self.begin = self._inside.begin
         self.at_zero = self._inside.at_zero
         self.read_others = self._inside.read_others
+        self.waits_for_broker = self._inside.expect_no_turn
 
     @property
     def incarnation(self) -> str:
-        assert self._inside._beats is not None
-        return self._inside._beats.incarnation
+        return self._inside.holds.incarnation
 
     @property
     def start(self) -> str:
         """The start of the worker; ``incarnation`` is another after it was declared lost."""
-        return self._inside.start_id
+        return self._inside.holds.start
 
     @property
-    def answers_for_others(self) -> bool:
-        return self._inside.lost is not None
+    def outage(self) -> str:
+        """Why none of its inputs may start."""
+        return self._inside.holds.outage
+
+    def acknowledge(self, number: int) -> None:
+        """Have an input answered, which is not told to Redis yet."""
+        self._inside.holds.acknowledged.append(holds.name(self.incarnation, number))
+
+    @property
+    def records_early(self) -> bool:
+        """Whether inputs that are acknowledged as they begin are answered if it is lost."""
+        return self._inside.early_start is not None
 
     @property
     def has_thread(self) -> bool:
@@ -193,8 +229,11 @@ class Member:
         )
 
     def run_round(self) -> None:
-        with contextlib.suppress(Exception):
+        self.error = None
+        try:
             self._inside.run_round()
+        except Exception as exc:
+            self.error = exc
 
     def hang(self, patch: pytest.MonkeyPatch, wait: Callable[[], None]) -> None:
         """Have its exchange with Redis take as long as ``wait``, and fail."""
@@ -220,7 +259,7 @@ class Project:
         ttl: of each worker.
     """
 
-    def __init__(self, app: Celery, client: redis.Redis | None, ttl: float | None = 15.0) -> None:
+    def __init__(self, app: Celery, client: redis.Redis | None, ttl: float = 15.0) -> None:
         self.app, self._client, self.ttl = app, client, ttl
         self.workers: dict[str, Member] = {}
         self.now, self.shift, self.is_away = 1000.0, 0.0, False
@@ -248,8 +287,6 @@ class Project:
     def without_scripts(self, *, is_cluster: bool) -> Iterator[None]:
         """Have Redis refuse scripts: an access list does, or it is a cluster."""
         with pytest.MonkeyPatch.context() as patch:
-            # The clock was replaced in the scripts.
-            patch.setattr(redis.Redis, "time", lambda _: (int(1e9 + self.now + self.shift), 0))
             if is_cluster:
                 _refuse_scripts(patch)
                 yield

@@ -136,6 +136,8 @@ class Beats:
         if isinstance(answer, Exception):
             raise answer
         if answer[0] == b"dead":
+            # Others look once more for what it held without knowing of the tombstone.
+            client.zadd(self.alive, {self._held.incarnation: 0})
             self._begin_anew(answer[1].decode())
             return False
         if isinstance(self._shared, find.BrokerRedis):
@@ -162,7 +164,7 @@ class Beats:
         own, prefix = self._held.incarnation, self._shared.prefix
         client.hdel(self.records, own)
         # A command to take messages that is still on its way takes none.
-        client.set(holds.tombstone(prefix, own), own, ex=_LEFT)
+        client.set(holds.tombstone(prefix, own), own, ex=_LEFT, nx=True)
         held_in = holds.key(prefix, own)
         if done := holds.grouped(self._held.acknowledged).get(own):
             client.hdel(held_in, *done)

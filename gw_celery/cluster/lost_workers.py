@@ -77,36 +77,42 @@ class LostWorkers(background_thread.BackgroundThread):
     def run_round(self) -> None:
         self.period = _AGAIN  # changed below after success
         self.leave()
-        lost, early = list(self._lost), self.early
-        for incarnation in lost:
-            fence(self._app, incarnation)
-            if early is not None and not self._lost[incarnation]:
-                early.take_over(early_acks.start_of(incarnation))
-            self._lost[incarnation] = True
-            self._give_back(incarnation)
-        if early is not None and lost and not early.answer_all():
-            return
-        for incarnation in lost:
+        given, failure = [], None
+        for incarnation in list(self._lost):
+            try:
+                self._give_back(incarnation)
+                given.append(incarnation)
+            except Exception as exc:
+                failure = exc  # the other lost workers do not wait for this one
+        is_answered = not self._lost or self.early is None or self.early.answer_all()
+        for incarnation in given if is_answered else ():
             del self._lost[incarnation]
             self.answered.append(incarnation)
-        self.period = math.inf
+        if failure is not None:
+            raise failure
+        if is_answered:
+            self.period = math.inf
 
     def leave(self) -> None:
         if self.early is not None:
             self.early.remove_ended()
 
     def _give_back(self, incarnation: str) -> None:
+        fence(self._app, incarnation)
+        start = early_acks.start_of(incarnation)
+        if self.early is not None and not self._lost[incarnation]:
+            self.early.take_over(start)
+        self._lost[incarnation] = True
         if self._broker is None:
             return
         try:
             count = reclaim(self._broker, incarnation)
-        except Exception:
+        finally:
             self._broker.close()
-            raise
         if count:
             logger.warning(
                 "worker %s is lost with %d unfinished messages: they are back in their queues",
-                *(early_acks.start_of(incarnation).rpartition(":")[0], count),
+                *(start.rpartition(":")[0], count),
             )
 
 
@@ -119,7 +125,8 @@ def fence(app: Any, incarnation: str) -> None:
     """Make the results' Redis refuse what the lost worker stores from now on."""
     if isinstance(app.backend, RedisBackend):
         key = holds.tombstone(find.results_prefix(app.backend), incarnation)
-        app.backend.client.set(key, "", ex=TOMBSTONE)
+        # On the broker's own Redis, the tombstone exists and names its declarer.
+        app.backend.client.set(key, "", ex=TOMBSTONE, nx=True)
 
 
 def reclaim(broker: find.BrokerRedis, incarnation: str) -> int:

@@ -181,6 +181,10 @@ class Membership(background_thread.BackgroundThread):
         self._own_loads = self._loads.observe(worker)
         self.tell(worker, self._size)
 
+    def expect_no_turn(self) -> None:
+        """Note that the loop waits for the broker, and is not frozen, until ``observe``."""
+        self._turned_at = math.inf
+
     def tell(
         self, worker: snapshot.Worker, size: worker_record.Size | None
     ) -> worker_record.WorkerRecord:

@@ -194,9 +194,10 @@ def give_back(
         The number of messages.
 
     Raises:
-        ResponseError: if Redis refused one of them; all others are returned.
+        ResponseError: if Redis refuses some, such as for a queue that is no list; the others are
+            returned.
     """
-    given, errors, waiting = 0, [], sorted(numbers, reverse=True)
+    answers, waiting = [], sorted(numbers, reverse=True)
     while waiting:
         page, waiting = waiting[:_PAGE], waiting[_PAGE:]
         with client.pipeline(transaction=False) as pipe:
@@ -205,14 +206,11 @@ def give_back(
                     listed, _, message = held.partition(b"\n")
                     again = _again(message, is_lost=is_lost)
                     pipe.eval(GIVE, 2, held_in, listed, number, again, command)
-            for answer in pipe.execute(raise_on_error=False):
-                if isinstance(answer, Exception):
-                    errors.append(answer)
-                else:
-                    given += answer
-    if errors:
-        raise errors[0]
-    return given
+            answers += pipe.execute(raise_on_error=False)
+    for refusal in answers:
+        if isinstance(refusal, Exception):
+            raise refusal
+    return sum(answers)
 
 
 def _again(message: bytes, *, is_lost: bool) -> bytes | str:
@@ -224,9 +222,9 @@ def _again(message: bytes, *, is_lost: bool) -> bytes | str:
         found["redelivered"] = True
         if is_lost:
             found[headers.DELIVERIES] = int(found.get(headers.DELIVERIES) or 0) + 1
-    except (ValueError, TypeError, KeyError, AttributeError):
+        again: str = dumps(payload)
+    except Exception:
         return message
-    again: str = dumps(payload)
     return again
 
 

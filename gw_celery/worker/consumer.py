@@ -74,6 +74,7 @@ class Consumer(CeleryConsumer):
 
     def ensure_connected(self, conn: Any) -> Any:
         # This retries while the broker is unreachable, and blocks the loop meanwhile.
+        self.pool.cluster.expect_no_turn()
         with self.pool.health.connecting():
             return super().ensure_connected(conn)
 

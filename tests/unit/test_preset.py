@@ -11,6 +11,9 @@ import gw_celery as gw
 from gw_celery import errors
 from tests.unit.worker.starting import isolate, refusal, start
 
+#: Celery's own pools that serve our tasks: on Redis, their messages are kombu's to redeliver.
+STOCK = ("prefork", "solo")
+
 
 @pytest.fixture(autouse=True)
 def _a_start_ends_with_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,11 +43,6 @@ def test_it_fills_in_what_the_user_left_at_celerys_default() -> None:
     assert app.conf.accept_content == ["gw-json", "json"]
     assert app.conf.result_serializer == "gw-json"
     assert app.conf.broker_connection_retry_on_startup is True
-    assert app.conf.broker_transport_options == {
-        "visibility_timeout": 3600,
-        "unacked_restore_interval": 5,
-        "unacked_restore_throttle": 1,
-    }
 
 
 def test_it_keeps_what_the_user_set() -> None:
@@ -53,12 +51,10 @@ def test_it_keeps_what_the_user_set() -> None:
         "result_serializer": "json",
         "broker_connection_retry_on_startup": False,
     }
-    app = bare(**own, broker_transport_options={"unacked_restore_interval": 9, "x": 1})
+    app = bare(**own)
     gw.preset(app)
 
     assert {name: app.conf[name] for name in own} == own
-    assert app.conf.broker_transport_options["unacked_restore_interval"] == 9
-    assert app.conf.broker_transport_options["x"] == 1
 
 
 def test_it_changes_nothing_that_only_workers_need() -> None:
@@ -71,6 +67,7 @@ def test_it_changes_nothing_that_only_workers_need() -> None:
         "task_acks_late",
         "task_serializer",
         "worker_cancel_long_running_tasks_on_connection_loss",
+        "broker_transport_options",
     ):
         assert app.conf[name] == before.conf[name]
 
@@ -83,10 +80,10 @@ def test_it_refuses_unknown_settings() -> None:
 def test_it_can_be_called_twice() -> None:
     app = bare()
     gw.preset(app)
-    before = dict(app.conf.broker_transport_options), list(app.conf.accept_content)
+    before = list(app.conf.accept_content)
     gw.preset(app)
 
-    assert before == (app.conf.broker_transport_options, app.conf.accept_content)
+    assert before == app.conf.accept_content
 
 
 @pytest.fixture
@@ -145,8 +142,11 @@ def test_a_serializer_that_changes_answers_is_an_error() -> None:
     assert "result_serializer='json'" in refusal(app, "cpu.body")
 
 
-def test_a_default_visibility_is_raised_over_the_longest_limit(celery_app: Celery) -> None:
-    start(limited(celery_app, 7200), "celery")
+@pytest.mark.parametrize("pool", STOCK)
+def test_a_default_visibility_is_raised_over_the_longest_limit(
+    celery_app: Celery, pool: str
+) -> None:
+    start(limited(celery_app, 7200), "cpu.body", pool=pool)
     assert celery_app.conf.broker_transport_options["visibility_timeout"] > 7200
 
 
@@ -154,21 +154,32 @@ def test_a_default_visibility_is_raised_over_the_longest_limit(celery_app: Celer
 def test_a_visibility_that_is_long_enough_is_left(
     celery_app: Celery, timeout: float | None
 ) -> None:
-    start(limited(celery_app, timeout), "celery")
-    assert celery_app.conf.broker_transport_options["visibility_timeout"] == 3600
+    start(limited(celery_app, timeout), "cpu.body", pool="prefork")
+    assert "visibility_timeout" not in celery_app.conf.broker_transport_options
 
 
 @pytest.mark.parametrize("value", ["100", None, True])
 def test_a_visibility_that_is_no_number_is_an_error(celery_app: Celery, value: object) -> None:
     celery_app.conf.broker_transport_options = {"visibility_timeout": value}
 
-    said = refusal(limited(celery_app, 300), "celery")
+    said = refusal(limited(celery_app, 300), "cpu.body", pool="prefork")
     assert f"['visibility_timeout']={value!r}: must be seconds, a number" in said
 
 
-def test_a_visibility_of_the_users_under_a_limit_is_an_error(celery_app: Celery) -> None:
+@pytest.mark.parametrize("pool", STOCK)
+def test_a_visibility_of_the_users_under_a_limit_is_an_error(celery_app: Celery, pool: str) -> None:
     celery_app.conf.broker_transport_options = {"visibility_timeout": 200}
 
-    said = refusal(limited(celery_app, 300), "celery")
+    said = refusal(limited(celery_app, 300), "cpu.body", pool=pool)
     assert "['visibility_timeout']=200" in said
     assert "300 s" in said
+
+
+@pytest.mark.parametrize("options", [{}, {"visibility_timeout": 200}])
+def test_on_the_gpu_pool_no_limit_depends_on_the_visibility(
+    celery_app: Celery, options: dict[str, object]
+) -> None:
+    celery_app.conf.broker_transport_options = options
+
+    start(limited(celery_app, 7200), "cpu.body")
+    assert celery_app.conf.broker_transport_options == options

@@ -153,14 +153,6 @@ django.setup()
 """
 
 
-def test_a_visibility_under_a_limit_is_an_error(project) -> None:
-    settings = 'CELERY_BROKER_TRANSPORT_OPTIONS = {"visibility_timeout": 60}'
-    ((code, message, _),) = project("said()", settings, DECLARED)
-
-    assert code == "gw_celery.E004"
-    assert "7200 s" in message
-
-
 @pytest.mark.parametrize(
     ("backend", "expected"),
     [

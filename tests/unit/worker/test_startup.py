@@ -543,6 +543,26 @@ def test_a_worker_for_the_cpu_does_not_look_at_the_gpus(
     assert start(placed, "celery", typed=Typed("CPU", names_queues=False)).consumed == [CPU]
 
 
+# -- what Celery does at an error that Redis answers --
+
+
+@pytest.mark.parametrize(
+    ("pool", "url", "is_retried"),
+    [
+        (GPU_POOL, "redis://localhost", True),
+        (GPU_POOL, "sentinel://localhost", True),
+        (GPU_POOL, "memory://", False),
+        ("prefork", "redis://localhost", False),
+    ],
+)
+def test_an_error_that_redis_answers_ends_no_gpu_worker(
+    declared: Celery, pool: str, url: str, is_retried: bool
+) -> None:
+    declared.conf.broker_url = url
+    start(declared, "celery", pool=pool)
+    assert declared.conf.broker_channel_error_retry is is_retried
+
+
 # -- what its log says once --
 
 
@@ -608,6 +628,19 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             pass
 
     return begin
+
+
+@pytest.mark.parametrize(("pool", "is_said"), [("solo", True), (GPU_POOL, False)])
+def test_the_gpu_pool_needs_no_limit_on_redis(
+    endless: Celery,
+    begun: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+    pool: str,
+    is_said: bool,
+) -> None:
+    endless.conf.broker_url = "redis://localhost:1"
+    begun(lambda: start(endless, "gpu", pool=pool), pool)
+    assert ("tasks without a time limit" in caplog.text) is is_said
 
 
 @pytest.mark.parametrize(("pool", "is_said"), [("prefork", True), (GPU_POOL, False)])
