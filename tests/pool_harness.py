@@ -638,8 +638,10 @@ class Harness:
         self._hub.meanwhile = lambda: self._turn_while_stopping(meanwhile)
         state.should_terminate = True if cold else None
         try:
-            self.pool.flush()
+            if cold:  # the handler of the signal does it, before the worker closes its pool
+                self.pool.flush()
             self.pool.close()
+            self.pool.flush()
             self.pool.stop()
         finally:
             state.should_terminate = None

@@ -181,30 +181,44 @@ class PoolRequest:
         except Exception:  # an unreachable broker delivers it again by itself
             logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
 
+    def interrupt(self, reason: str) -> None:
+        """Return it to the broker, because its worker ends; fail it if it was acknowledged."""
+        if not self.can_be_rejected:
+            self.tell_lost(reason)
+        elif self._celery_request.acknowledged:
+            worker_state.task_ready(self._celery_request)
+            self._fail_as_stopped()
+        else:
+            self.reject()
+
     def fail_when_acknowledged_early(self) -> None:
-        """Store a failure for an early acknowledged input that a shutdown interrupted.
+        """Store a failure for an early acknowledged input that a cold shutdown interrupted.
 
         Celery's cold shutdown would store a retry that never happens.
         """
         request = self._celery_request
         if getattr(request, "_already_cancelled", False) and not request.task.acks_late:
-            stopped = errors.WorkerStopped(
-                f"{self.name}[{self.task_id}] was running when its worker shut down, and had been "
-                f"acknowledged: send it again. With acks_late=True the broker gives such an input "
-                f"to another worker"
+            self._fail_as_stopped()
+
+    def _fail_as_stopped(self) -> None:
+        request = self._celery_request
+        stopped = errors.WorkerStopped(
+            f"{self.name}[{self.task_id}] was running when its worker shut down, and had been "
+            f"acknowledged: send it again. With acks_late=True the broker gives such an input "
+            f"to another worker"
+        )
+        try:
+            request.task.backend.mark_as_failure(
+                self.task_id,
+                stopped,
+                request=request._context,
+                store_result=request.store_errors,
             )
-            try:
-                request.task.backend.mark_as_failure(
-                    self.task_id,
-                    stopped,
-                    request=request._context,
-                    store_result=request.store_errors,
-                )
-            except Exception:  # an unreachable backend must not stop the shutdown
-                logger.exception(
-                    "the failure of task %s[%s] could not be stored: %s",
-                    *(self.name, self.task_id, stopped),
-                )
+        except Exception:  # an unreachable backend must not stop the shutdown
+            logger.exception(
+                "the failure of task %s[%s] could not be stored: %s",
+                *(self.name, self.task_id, stopped),
+            )
 
     # -- calls to Celery --
 
@@ -240,7 +254,10 @@ class PoolRequest:
             self._answer("callback", (0, report[2], report[3]))
             return
         if report[0] != frames.Report.ERROR:
-            self.tell_lost("The replica dropped the input unanswered.")
+            if self.accepted_at is None and self.can_be_rejected:
+                self.reject()
+            else:
+                self.tell_lost("The replica dropped the input unanswered.")
             return
         _, _, outcome, type_name, text, message, traceback, requeue = report
         stand_in = Reported(type_name, text, message, traceback)
@@ -310,9 +327,8 @@ class Requests:
         self._dead_letters = dead_letters
         self._numbers = itertools.count(1)
 
-    def in_flight(self) -> int:
-        """Return the number of unsettled inputs in children."""
-        return self.table.count(State.SENT, State.RUNNING)
+    def unsettled(self) -> int:
+        return self.table.count(State.CHECKING, State.WAITING, State.SENT, State.RUNNING)
 
     def held(self) -> int:
         """Return the number of inputs in children, settled or not."""
@@ -476,10 +492,30 @@ class Requests:
 
         A suspect stays: other workers may not know that it kills children.
         """
-        for waiting in self.table.queue.of(service):
-            if waiting.settlement is None and waiting.can_be_rejected:
+        self._give_back([one for one in self.table.queue.of(service) if one.can_be_rejected])
+
+    def give_back_all(self) -> None:
+        """Return the waiting inputs of all services, because the worker ends."""
+        self._give_back(self.table.of(State.WAITING, State.CHECKING))
+
+    def _give_back(self, listed: Iterable[PoolRequest]) -> None:
+        for waiting in listed:
+            if waiting.settlement is None:
                 self._settle(waiting, Settlement.RETURNED)
-                waiting.reject()
+                if waiting.can_be_rejected:
+                    waiting.reject()
+
+    def drop_unbegun(self) -> None:
+        """Make the children drop what has not begun; the broker gets what they report as gone."""
+        for sent in self.table.of(State.SENT):
+            if sent.child is not None:
+                sent.child.send((frames.Order.DROP, sent.number))
+
+    def interrupt(self, child: ChildProcess, reason: str) -> None:
+        """Give back the unanswered inputs of a child that was killed because the worker ends."""
+        for held in child.unsettled:
+            self._settle(held, Settlement.ANSWERED)
+            held.interrupt(reason)
 
     def give_up_unbegun(self) -> None:
         """Release the inputs that have not begun, and all limits, because the worker ends now."""
@@ -527,8 +563,6 @@ class Requests:
             if has_begun or (held.losses > self._settings.max_deaths and not is_closing):
                 self.table.move(held, State.ENDED, at, settlement=Settlement.ANSWERED)
                 lost.append(held)
-            elif is_closing:
-                self.table.move(held, State.ENDED, at, settlement=Settlement.RETURNED)
             else:
                 self.table.move(held, State.WAITING, at)
         lost.reverse()

@@ -143,7 +143,7 @@ class Supervisor:
     def _send_waiting(self) -> None:
         queue = self.requests.table.queue
         # An input that another worker may have been given must not start.
-        if queue and self.pool.cluster.holds.is_fresh and not self.outage():
+        if queue and self.pool.cluster.holds.is_fresh and not (self.outage() or self._is_closing):
             self.requests.send([child for child in self._children if child.state.is_ready])
         if len(queue) != self._waiting:
             self._waiting = len(queue)
@@ -443,10 +443,15 @@ class Supervisor:
     # -- the end of the worker --
 
     def close(self) -> None:
-        """Release the waiting inputs, and start no further child."""
+        """Start no further input and no further child."""
         with self.lock:
-            self._is_closing = True
-            self.forget_waiting()
+            if not self._is_closing:
+                self._is_closing = True
+                self._after_move(self.requests.drop_unbegun)
+
+    def give_back(self) -> None:
+        """Return the inputs without a slot to the broker."""
+        self._after_move(self.requests.give_back_all)
 
     def give_up_unbegun(self) -> None:
         """Release inputs that have not begun, after reading the last reports."""
@@ -460,9 +465,19 @@ class Supervisor:
             for child in self.children():
                 self._drain(child)
 
+    def interrupt(self, reason: str) -> None:
+        """Kill the children with unanswered inputs, which return to the broker or fail."""
+        with self.lock:
+            self.poll()  # some are answered by now
+            for child in self.children():
+                if child.unsettled:
+                    child.process.kill()
+                    self.requests.interrupt(child, reason)
+                    self.end(child, reason)
+
     def kill(self, reason: str) -> None:
-        """Kill every child; its inputs return to the broker, or fail with ``reason``."""
         with self.lock:
             self._is_closing = True
+            self.interrupt(reason)
             for child in self.children():
                 self.end(child, reason)

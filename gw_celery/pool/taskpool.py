@@ -77,7 +77,8 @@ class TaskPool(BasePool):
         self.max_bytes = (max_memory_per_child or 0) * 1024 or None
         #: Opens and closes the worker's queues; a bootstep attaches it to the consumer.
         self.gate: gate.Gate | None = None
-        #: Whether a stop was requested while a request was moved.
+        self._is_stopping = False
+        #: Whether a cold shutdown began while a request was moved, or while the pool stops.
         self._stop_is_due = False
         #: Time of the last tick of beat, by kind.
         self._ticked: dict[str, float] = {}
@@ -230,7 +231,12 @@ class TaskPool(BasePool):
         """Do nothing: the pid is a whole child's. Celery calls ``PoolRequest.terminate`` next."""
 
     def flush(self) -> None:
-        """React to a lost broker: keep what is held; release what the broker delivers again."""
+        """React to a lost broker: keep what is held; release what the broker delivers again.
+
+        Celery calls this in a warm shutdown, too, in which ``on_stop`` gives them back.
+        """
+        if self._state != self.RUN:
+            return
         if self.cluster.has_holds:
             self.supervisor.keep_or_abandon()
         else:
@@ -243,32 +249,52 @@ class TaskPool(BasePool):
         self.supervisor.close()
 
     def on_stop(self) -> None:
-        """Wait for all inputs in flight, then let the children leave."""
+        """Give back what has not begun, wait for the rest, then let the children leave."""
         if self._is_over.is_set():
             return
-        if self.supervisor.is_interrupted:  # called by the signal handler of a cold shutdown
+        if self._is_stopping or self.supervisor.is_interrupted:
+            # Called by the signal handler of a cold shutdown: the interrupted code goes on first.
             self._stop_is_due = True
             return
-        settings = self.plan.settings
+        settings, self._is_stopping = self.plan.settings, True
         self.supervisor.close()
+        self.supervisor.give_back()
+        if not state.should_terminate:
+            grace = 2 * settings.exit_timeout + _LEAVE_MARGIN
+            self._end_inputs("gw_shutdown_timeout", settings.shutdown_timeout, grace)
         if state.should_terminate:
+            self._stop_is_due = False
             self.supervisor.give_up_unbegun()
-            bound = grace = settings.cancel_timeout
-            setting = "gw_cancel_timeout"
-        else:
-            bound, grace = settings.shutdown_timeout, 2 * settings.exit_timeout + _LEAVE_MARGIN
-            setting = "gw_shutdown_timeout"
-        if not self._wait(lambda: not self.supervisor.requests.in_flight(), bound):
-            logger.error(
-                "%d inputs run %.0f s after the stop began: their children are killed (setting %s)",
-                *(self.supervisor.requests.in_flight(), bound, setting),
-            )
-            self.supervisor.kill(_SHUT_DOWN)
-        # Inputs that were returned, or answered at a limit, may still be in children for a moment.
-        self._wait(lambda: not self.supervisor.requests.held(), settings.cancel_timeout)
-        self.supervisor.leave()
-        self._wait(lambda: not self.supervisor.children(), grace)
+            self._end_inputs("gw_cancel_timeout", settings.cancel_timeout, settings.cancel_timeout)
         self._finish()
+
+    def _end_inputs(self, setting: str, bound: float, grace: float) -> None:
+        """Wait for all inputs, then for the children; return early if the shutdown becomes cold.
+
+        Args:
+            setting: the setting that has ``bound``.
+            bound: seconds after which inputs that still run are given back.
+            grace: seconds that the children then have to leave.
+        """
+        inputs = self.supervisor.requests
+        logger.info(
+            "%d inputs have %.0f s to end (setting %s); those that have not begun go back to the "
+            "broker",
+            *(inputs.unsettled(), bound, setting),
+        )
+        if not self._wait(lambda: not inputs.unsettled(), bound) and not self._stop_is_due:
+            logger.warning(
+                "%d inputs still run %.0f s after the stop began (setting %s): they are given "
+                "back, or fail if they were acknowledged, and their children are killed",
+                *(inputs.unsettled(), bound, setting),
+            )
+            self.supervisor.interrupt(_SHUT_DOWN)
+        end = time.monotonic() + grace
+        # Inputs that were returned, or answered at a limit, may still be in children for a moment.
+        self._wait(lambda: not inputs.held(), self.plan.settings.cancel_timeout)
+        if not self._stop_is_due:
+            self.supervisor.leave()
+            self._wait(lambda: not self.supervisor.children(), end - time.monotonic())
 
     def on_terminate(self) -> None:
         if self._stop_is_due:
@@ -348,7 +374,8 @@ class TaskPool(BasePool):
         """Drive the pool until ``is_done()``, because the hub of a stopping worker stands still."""
         end = time.monotonic() + timeout
         hub = get_event_loop()
-        while not is_done() and time.monotonic() < end:
+        while not (is_done() or self._stop_is_due) and time.monotonic() < end:
+            self.supervisor.give_back()
             if self._thread is not None:
                 self._is_over.wait(0.02)
                 continue

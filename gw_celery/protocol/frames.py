@@ -46,6 +46,8 @@ class Order(enum.IntEnum):
     #: Benchmark one task: (number of the order, task name, seconds allowed, whether the child has
     #: been READY before).
     BENCHMARK = 8
+    #: Drop one input if it has not begun; it is then reported as GONE.
+    DROP = 9
 
 
 class Report(enum.StrEnum):

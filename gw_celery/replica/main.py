@@ -203,6 +203,7 @@ class Services:
             frames.Order.RUN_ALONE: functools.partial(inputs.start, runs_alone=True),
             frames.Order.SOFT: inputs.limit,
             frames.Order.STOP: inputs.stop,
+            frames.Order.DROP: inputs.drop,
             frames.Order.DRAIN: batchers.drain,
             frames.Order.BENCHMARK: self._benchmarks.start,
             frames.Order.PROBE: self._probes.start,

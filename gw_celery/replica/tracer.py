@@ -129,6 +129,11 @@ class Input:
 
     # -- the start --
 
+    @property
+    def was_dropped(self) -> bool:
+        """Whether it was stopped before its start, so that another worker may run it."""
+        return self._is_stopped and not self.has_begun
+
     def record_early_ack(self) -> Awaitable[None] | None:
         """Return the write of the record that an early acknowledgement needs, once."""
         record, self.record = self.record, None
@@ -357,7 +362,9 @@ class ReplicaInputs:
             input.request = {}
         if input.acks_early and self._records is not None:
             self._records.end(input)
-        if report[0] != frames.Report.GONE:
+        if input.was_dropped:  # the tracer reports what it makes of a stop
+            report = frames.Report.GONE, input.number
+        elif report[0] != frames.Report.GONE:
             input.begin()  # for an input that failed before its start
         self._link.report(*report)
 
@@ -407,6 +414,10 @@ class ReplicaInputs:
 
     def stop(self, number: int) -> None:
         if (input := in_flight.get(number)) is not None:
+            input.stop()
+
+    def drop(self, number: int) -> None:
+        if (input := in_flight.get(number)) is not None and not input.has_begun:
             input.stop()
 
 

@@ -6,16 +6,20 @@ It also bounds decompression, and sends acknowledgements while a worker stops.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import functools
 import logging
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from queue import Empty
 from typing import Any
 
 from celery.app.task import Context
 from celery.worker.consumer import Consumer as CeleryConsumer
+from celery.worker.request import Request
 from kombu import compression
+from kombu.common import ignore_errors
 from kombu.message import Message
 
 from gw_celery import conf, errors
@@ -152,6 +156,33 @@ class Consumer(CeleryConsumer):
                 "the failure of task %s[%s] could not be stored: %s",
                 *(request.task, request.id, exc),
             )
+
+    def stop(self) -> None:
+        """Stop consuming, and give back what has not reached the pool, for other workers."""
+        if self.task_consumer is not None:
+            # First, because a message that is given back could come here again.
+            ignore_errors(self, self.task_consumer.cancel)
+            ignore_errors(self, self._give_back_pending)
+        for held in self._held_back():
+            held.reject(requeue=True)
+        super().stop()
+
+    def _give_back_pending(self) -> None:
+        """Read the answer that Redis owes: kombu returns its messages, as no queue is consumed."""
+        channel = self.task_consumer.channel
+        if getattr(channel, "_in_poll", None):
+            with contextlib.suppress(Empty):
+                channel._brpop_read()
+
+    def _held_back(self) -> Iterator[Request]:
+        """Yield the inputs that wait here for their ETA, or for a rate limit."""
+        for scheduled in self.timer.schedule.queue:
+            waiting = next(iter(scheduled.entry.args), None)
+            if isinstance(waiting, Request):
+                self.timer.cancel(scheduled.entry)
+                yield waiting
+        for bucket in filter(None, self.task_buckets.values()):
+            yield from (waiting for waiting, _ in bucket.contents)
 
     def cancel_active_requests(self) -> None:
         """Update the active requests at a cold shutdown, before Celery cancels them.

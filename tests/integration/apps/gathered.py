@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import ledger
+import resting
 from celery import Celery
 from celery.exceptions import Ignore, Reject, Retry
 
@@ -104,6 +105,19 @@ class Busy:
     async def rest(self, names: list[str], seconds: float = 0.0) -> list[str]:
         _called("rest", names)
         await asyncio.sleep(max(seconds))  # type: ignore[type-var]
+        return _answered(names)
+
+
+@app.cls(gpu=CPU)
+class Kept:
+    """One batch at a time; one with the input "kept" rests until a test releases it."""
+
+    @gw.method()
+    @gw.batched(max_batch_size=64)
+    async def answer(self, names: list[str]) -> list[str]:
+        _called("answer", names)
+        if "kept" in names:
+            await resting.until_released()
         return _answered(names)
 
 

@@ -94,6 +94,17 @@ async def single(name: str, seconds: float = 0.0) -> str:
 
 @app.remote(gpu=CPU)
 @gw.concurrent(max_inputs=4)
+async def kept(name: str, is_kept: bool = False) -> str:
+    """Answer; or first rest until a test releases it."""
+    ledger.write("began", name)
+    if is_kept:
+        await resting.until_released()
+    ledger.write("ended", name)
+    return name
+
+
+@app.remote(gpu=CPU)
+@gw.concurrent(max_inputs=4)
 async def four(name: str, seconds: float = 0.0) -> str:
     """Rest, four at a time in one child."""
     return await resting.rest(name, seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import ledger
 from celery.exceptions import SoftTimeLimitExceeded
@@ -20,3 +21,9 @@ async def rest(name: str, seconds: float) -> str:
         raise
     ledger.write("ended", name)
     return name
+
+
+async def until_released() -> None:
+    """Rest until a test writes "go" into the ledger."""
+    while not ledger.words(ledger.Path(os.environ["LEDGER"]), "go"):  # noqa: ASYNC110 - a file
+        await asyncio.sleep(0.05)

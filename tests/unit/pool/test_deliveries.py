@@ -206,7 +206,7 @@ def test_a_shutdown_blames_no_input(start_pool: StartPool) -> None:
     suspect = begun(harness, task_id="suspect", is_redelivered=True)
     assert harness.child(0).alone == ["suspect"]
     harness.stop()
-    assert suspect.heard == ["accepted", "WorkerLostError"]
+    assert suspect.heard == ["accepted", "given back"]
 
 
 # -- what is kept of those that are given up --

@@ -483,7 +483,8 @@ def test_a_warm_stop_waits_for_what_runs_and_lets_the_children_leave(harness: Ha
 
     harness.stop(meanwhile=meanwhile)
     assert request.heard == other.heard == ["accepted", "done"]
-    assert [one.heard for one in waiting] == [[], []], "the broker has them still"
+    assert [one.heard for one in waiting] == [["given back"]] * 2
+    assert child.runs == [request.id, other.id]
     assert not any(turns[:20])
     assert child.exit_code == 0
 
@@ -494,8 +495,7 @@ def test_a_cold_stop_kills_what_does_not_end_in_time(start_pool: StartPool) -> N
     child.hangs = True
     before = harness.now
     harness.stop(cold=True)
-    assert (child.exit_code, request.heard) == (-9, ["accepted", "WorkerLostError"])
-    assert "the worker shut down" in str(request.answer)
+    assert (child.exit_code, request.heard) == (-9, ["accepted", "given back"])
     assert harness.now - before < 10.0
 
 
@@ -504,5 +504,54 @@ def test_a_warm_stop_kills_what_runs_for_longer_than_it_may(start_pool: StartPoo
     request, child = running(harness)
     before = harness.now
     harness.stop()
-    assert (child.exit_code, request.heard) == (-9, ["accepted", "WorkerLostError"])
+    assert (child.exit_code, request.heard) == (-9, ["accepted", "given back"])
     assert 2.0 < harness.now - before < 5.0
+
+
+def test_a_warm_stop_at_its_deadline_lets_an_idle_child_leave(start_pool: StartPool) -> None:
+    harness = start_pool({"work": 1}, replicas=2, shutdown_timeout=1.0, cancel_timeout=1.0)
+    request, child = running(harness)
+    (idle,) = {harness.child(0), harness.child(1)} - {child}
+    harness.stop()
+    assert request.heard == ["accepted", "given back"]
+    assert (child.exit_code, idle.exit_code) == (-9, 0), "it runs its exit hooks"
+
+
+def test_a_warm_stop_gives_back_at_once_what_has_not_begun(start_pool: StartPool) -> None:
+    harness = start_pool({"work": 1, "batch": 2})
+    begun, waiting, *gathering = map(harness.submit, ("work", "work", "batch", "batch"))
+    child = harness.child(0)
+    child.accept(begun)
+    turns: list[list[list[str]]] = []
+
+    def meanwhile() -> None:
+        if not turns:  # the first may begin before it reads the order to drop it
+            child.accept(gathering[0])
+            child.gone(gathering[1])
+        turns.append([request.heard[:] for request in (waiting, *gathering)])
+        if len(turns) == 5:
+            child.done(begun)
+            child.done(gathering[0])
+
+    harness.stop(meanwhile=meanwhile)
+    assert turns[1] == [["given back"], ["accepted"], ["given back"]]
+    assert (begun.heard, gathering[0].heard) == (["accepted", "done"],) * 2
+
+
+@pytest.mark.parametrize("how", ["checked", "late", "returned by a dead child"])
+def test_what_comes_to_a_pool_that_stops_is_given_back(start_pool: StartPool, how: str) -> None:
+    harness = start_pool({"work": 1, "batch": 1})
+    begun, child = running(harness)
+    sent = harness.submit("batch") if how == "returned by a dead child" else None
+    turns = 0
+
+    def meanwhile() -> None:
+        nonlocal turns, sent
+        turns += 1
+        if turns == 2:
+            sent = sent or harness.submit(is_redelivered=how == "checked")
+            child.die() if how == "returned by a dead child" else child.done(begun)
+
+    harness.stop(meanwhile=meanwhile)
+    assert sent is not None
+    assert sent.heard == ["given back"]

@@ -376,8 +376,8 @@ def test_an_input_that_expires_while_it_gathers_never_runs(batched: Any, body: B
     expired = child.run(task, 2, expires=expires.isoformat())
     child.settle()
     body.go.set()
-    assert child.outcome(expired) == UNANSWERED
-    assert child.told(expired) == [Report.EXPIRED, Report.ERROR]
+    assert child.outcome(expired) == (Report.GONE,)
+    assert child.told(expired) == [Report.EXPIRED, Report.GONE]
     assert got == [1]
 
 
@@ -389,6 +389,28 @@ def test_an_input_that_gathers_can_be_interrupted(batched: Any, body: Body, how:
     waiting = child.run(task, 2)
     child.settle()
     interrupt(child, waiting, how)
-    assert child.outcome(waiting) == (FAILED_SOFT if how == "soft" else UNANSWERED)
+    assert child.outcome(waiting) == (FAILED_SOFT if how == "soft" else (Report.GONE,))
     body.go.set()
     assert got == [1]
+
+
+def test_a_child_drops_what_gathers_and_nothing_that_has_begun(batched: Any, body: Body) -> None:
+    child, task, got = batched
+    begun = child.run(task, 1)
+    assert body.waits.wait(DEADLINE)
+    gathering = [child.run(task, 2), child.run(task, 3)]
+    child.settle()
+    child.send_together(*((Order.DROP, number) for number in (begun, *gathering)))
+    assert [child.outcome(number) for number in gathering] == [(Report.GONE,)] * 2
+    body.go.set()
+    assert child.outcome(begun) == (Report.DONE, "1")
+    assert child.outcome(child.run(task, 4)) == (Report.DONE, "4")
+    assert got == [1, 4]
+
+
+def test_a_child_drops_no_input_that_shares_no_batch(child: Child, task: str, body: Body) -> None:
+    number = child.run(task)
+    child.send(Order.DROP, number)
+    assert body.waits.wait(DEADLINE)
+    body.go.set()
+    assert child.outcome(number)[0] == Report.DONE

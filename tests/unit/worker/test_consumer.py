@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import redis
 from kombu import Message
 
 from gw_celery import errors
+from tests import redis_readers
+from tests.processes import eventually
 from tests.unit.worker.consuming import Consuming, consuming
 
 
@@ -221,3 +224,18 @@ def test_a_body_that_was_refused_while_it_was_decompressed_is_rejected_and_told(
     made.on_decode_error(message(channel, task="proj.embed", id="id-1"), refusal)
     assert channel.settled == [("rejected", 7, False)]
     assert stored == {"id-1": refusal}
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_a_worker_that_stops_leaves_no_message_on_its_way(
+    made: Any, server: redis.Redis, redis_url: str, more: int
+) -> None:
+    redis_readers.send(redis_url, range(2 + more))
+    with redis_readers.reading(redis_url, prefetch=2) as reader:
+        for message in reader.read(2):
+            message.ack()
+        reader.ask()
+        eventually(lambda: server.llen("q") == 0)
+        made.task_consumer = reader.consumer
+        made.stop()
+        assert (len(reader.messages), server.llen("q")) == (2, more)
