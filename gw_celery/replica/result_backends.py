@@ -23,7 +23,7 @@ from gw_celery import errors
 from gw_celery.client import execution
 from gw_celery.cluster import early_acks
 from gw_celery.protocol import frames
-from gw_celery.replica import tracer
+from gw_celery.replica import outcomes, tracer
 from gw_celery.runtime import greenlet_bridge, loop
 from gw_celery.transport import find
 
@@ -93,7 +93,7 @@ def off_loop(
 
         return write
 
-    made = type(base.__name__, (base,), {name: moved(name) for name in names})
+    made = type(base.__name__, (outcomes.Outcomes, base), {name: moved(name) for name in names})
     return made
 
 
