@@ -225,8 +225,8 @@ class Watcher:
         from gw_celery.client import result_sources
 
         # Create it on this thread: Celery gives each thread a result backend of its own.
-        reader = functools.partial(Publisher, 1, "gw-results")
-        source = result_sources.of(app, self.settings.poll_interval, reader)
+        start_reader = functools.partial(Publisher, 1, "gw-results")
+        source = result_sources.of(app, self.settings.poll_interval, start_reader)
         self._publisher = Publisher(self.settings.publish_threads)
         is_up.set_result((asyncio.get_running_loop(), source))
         await self._closing.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,7 @@ UNPREPARED: Mapping[str, Any] = {
     "ignore_result": True,
     "headers": {"ignore_result": False},
 }
+
 
 class Reader(Protocol):
     """A thread that makes blocking calls, one at a time."""
@@ -225,17 +227,22 @@ class PolledSource(Source):
     )
     away = (Exception,)
 
-    def __init__(self, app: Any, interval: float, reader: Reader) -> None:
+    def __init__(self, app: Any, interval: float, start_reader: Callable[[], Reader]) -> None:
         # The app's own backend may be shared by all threads.
         super().__init__(app._get_backend(), interval)
         # Celery rebuilds errors while it reads a record, and turns unknown classes into a plain
         # ``Exception``, which hides them.
         self._backend.exception_to_python = lambda stored: stored
         self._app = app
-        self._reader = reader
+        self._start_reader = start_reader
+
+    @functools.cached_property
+    def _reader(self) -> Reader:
+        return self._start_reader()
 
     def close(self) -> None:
-        self._reader.close(0.0)
+        if "_reader" in vars(self):
+            self._reader.close(0.0)
 
     async def _follow(self) -> None:
         while self.waiting:
@@ -287,16 +294,16 @@ def _close_outdated() -> None:
         db.close_old_connections()
 
 
-def of(app: Any, interval: float, reader: Callable[[], Reader]) -> Source:
+def of(app: Any, interval: float, start_reader: Callable[[], Reader]) -> Source:
     """Return the source for ``app``.
 
     Args:
         app: the Celery app.
         interval: the polling interval in seconds.
-        reader: starts the thread that reads from a polled backend.
+        start_reader: starts the thread that reads from a polled backend.
     """
     # A replica has a subclass of RedisBackend. A Sentinel backend must first look up its server.
     if isinstance(app.backend, RedisBackend) and not isinstance(app.backend, SentinelBackend):
         return RedisSource(app.backend)
     source = RpcSource if isinstance(app.backend, RPCBackend) else PolledSource
-    return source(app, interval, reader())
+    return source(app, interval, start_reader)
