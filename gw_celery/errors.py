@@ -10,6 +10,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
+#: Maximum characters of each part of an ``OutcomeNotStored``.
+_LONGEST_PART = 400
+
 
 class GWCeleryError(Exception):
     """The base class of every exception that gw_celery raises."""
@@ -96,6 +99,32 @@ class MessageTooLarge(UnreadableMessage):
         return (
             f"the body has {self.size} bytes and a worker takes {self.largest}: send large data by "
             f"reference, or raise the setting gw_max_payload_bytes"
+        )
+
+
+class OutcomeNotStored(GWCeleryError):
+    """Stored in place of an outcome that cannot be stored.
+
+    Attributes:
+        type_name: name of the class of the exception that was to be stored.
+        reason: why it was refused.
+        text: the beginning of its message.
+    """
+
+    def __init__(self, type_name: str, reason: str, text: str) -> None:
+        type_name, reason, text = (
+            part if len(part) <= _LONGEST_PART else f"{part[: _LONGEST_PART - 3]}..."
+            for part in (type_name, reason, text)
+        )
+        super().__init__(type_name, reason, text)
+        self.type_name = type_name
+        self.reason = reason
+        self.text = text
+
+    def __str__(self) -> str:
+        return (
+            f"the task ended with {self.type_name}, which could not be stored ({self.reason}); its "
+            f"message begins with: {self.text}"
         )
 
 

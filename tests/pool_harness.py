@@ -149,14 +149,19 @@ class Request:
     """Stands for Celery's request, whose bound methods are the callbacks of an input.
 
     ``heard`` has what the pool told Celery, in order: ``"accepted"``, ``"done"``, ``"failed"``,
-    ``"soft limit"``, ``"hard limit"``, ``"given back"``, ``"revoked"``, or the name of an error's
-    class, such as ``"WorkerLostError"``.
+    ``"soft limit"``, ``"hard limit"``, ``"given back"``, ``"revoked"``, the name of an error's
+    class, such as ``"WorkerLostError"``, or ``"acknowledged"`` where the pool itself did that.
     """
 
     def __init__(self, task_id: str, *, retries: int = 0, acks_late: bool = True) -> None:
         self.id = task_id
         self.retries = retries
-        self.task = types.SimpleNamespace(acks_late=acks_late)
+        #: What the pool itself stored, by its state, and the exception that storing raises.
+        self.stored: list[tuple[str, Any]] = []
+        self.store_error: Exception | None = None
+        self.store_errors, self._context = True, None
+        backend = types.SimpleNamespace(persistent=False, store_result=self._store)
+        self.task = types.SimpleNamespace(acks_late=acks_late, backend=backend)
         self.heard: list[str] = []
         #: What came with an answer: the text of a result, or the exception.
         self.answer: Any = None
@@ -201,6 +206,16 @@ class Request:
 
     def reject(self, requeue: bool = False) -> None:
         self._hear("given back" if requeue else "rejected")
+
+    def acknowledge(self) -> None:
+        if not self.acknowledged:
+            self.acknowledged = True
+            self.heard.append("acknowledged")
+
+    def _store(self, task_id: str, result: Any, state: str, **_: Any) -> None:
+        if self.store_error is not None:
+            raise self.store_error
+        self.stored.append((state, result))
 
     def revoked(self) -> bool:
         """Whether it was revoked; Celery then has stored that and acknowledged it."""

@@ -98,3 +98,27 @@ def chromium() -> str:
         if path := shutil.which(name):
             return path
     raise Missing("no chromium on PATH: apt-get install chromium")
+
+
+@contextmanager
+def postgres_database(port: int = 5432) -> Iterator[str]:
+    """Make a database on the PostgreSQL on its standard port; drop it at the end."""
+    if not listens(port):
+        raise Missing(f"no PostgreSQL listens on 127.0.0.1:{port}")
+    try:
+        import psycopg
+    except ImportError as exc:
+        raise Missing(f"{exc}: pip install psycopg[binary]") from exc
+    name, user = f"gw_celery_{uuid4().hex[:8]}", os.environ.get("PGUSER", "postgres")
+    try:
+        server = psycopg.connect(
+            host="127.0.0.1", port=port, user=user, dbname="postgres", autocommit=True
+        )
+    except psycopg.OperationalError as exc:
+        raise Missing(f"PostgreSQL refuses {user} (PGUSER, PGPASSWORD): {exc}") from exc
+    with closing(server):
+        server.execute(f"CREATE DATABASE {name}")
+        try:
+            yield name
+        finally:
+            server.execute(f"DROP DATABASE {name} WITH (FORCE)")

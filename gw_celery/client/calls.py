@@ -117,19 +117,23 @@ class Spawned:
 
 
 class Publisher:
-    """Publishes in ``threads`` daemon threads, which begin calls in order of submission.
+    """Makes blocking calls in daemon threads, which begin them in order of submission.
 
     While a broker is unreachable, Celery's publishing blocks its thread, and a timeout could not
     interrupt a caller's thread. Threads of ``concurrent.futures`` are unsuitable: the interpreter
     waits for them at its exit, without limit.
+
+    Args:
+        threads: number of the threads.
+        name: beginning of their names.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, name: str = "gw-publish") -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._is_closed = False
         self._threads = [
-            threading.Thread(target=self._run, name=f"gw-publish-{number}", daemon=True)
+            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
             for number in range(threads)
         ]
         try:
@@ -221,10 +225,12 @@ class Watcher:
         from gw_celery.client import result_sources
 
         # Create it on this thread: Celery gives each thread a result backend of its own.
-        source = result_sources.of(app, self.settings.poll_interval)
+        start_reader = functools.partial(Publisher, 1, "gw-results")
+        source = result_sources.of(app, self.settings.poll_interval, start_reader)
         self._publisher = Publisher(self.settings.publish_threads)
         is_up.set_result((asyncio.get_running_loop(), source))
         await self._closing.wait()
+        source.close()
 
     def close(self) -> None:
         """End the watcher's threads; calls that still wait get no answer."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import kombu.exceptions
 import redis.asyncio
@@ -34,6 +36,14 @@ UNPREPARED: Mapping[str, Any] = {
     "ignore_result": True,
     "headers": {"ignore_result": False},
 }
+
+
+class Reader(Protocol):
+    """A thread that makes blocking calls, one at a time."""
+
+    def submit(self, send: Callable[[], Any]) -> Future[Any]: ...
+    def close(self, timeout: float) -> None: ...
+
 
 Record = Mapping[str, Any]
 Waiter = Future[Record]
@@ -82,6 +92,9 @@ class Source:
             waiters.remove(waiter)
         if not waiters and self.waiting.pop(task_id, None) is not None:
             self._note_change(task_id)
+
+    def close(self) -> None:
+        """Release what the source holds; it is not used any more."""
 
     async def _live(self) -> None:
         """Read while callers wait, and retry after every failure."""
@@ -203,7 +216,10 @@ class RedisSource(Source):
 
 
 class PolledSource(Source):
-    """Asks the backend for each waiting task in turn, every ``interval`` seconds."""
+    """Asks the backend for each waiting task in turn, every ``interval`` seconds.
+
+    It does so in a thread of its own: backends block, and Django's refuses to be called on a loop.
+    """
 
     unreadable: ClassVar[tuple[type[Exception], ...]] = (
         kombu.exceptions.DecodeError,
@@ -211,33 +227,53 @@ class PolledSource(Source):
     )
     away = (Exception,)
 
-    def __init__(self, app: Any, interval: float) -> None:
+    def __init__(self, app: Any, interval: float, start_reader: Callable[[], Reader]) -> None:
         # The app's own backend may be shared by all threads.
         super().__init__(app._get_backend(), interval)
         # Celery rebuilds errors while it reads a record, and turns unknown classes into a plain
         # ``Exception``, which hides them.
         self._backend.exception_to_python = lambda stored: stored
         self._app = app
+        self._start_reader = start_reader
+
+    @functools.cached_property
+    def _reader(self) -> Reader:
+        return self._start_reader()
+
+    def close(self) -> None:
+        if "_reader" in vars(self):
+            self._reader.close(0.0)
 
     async def _follow(self) -> None:
-        # The thread is the watcher's own: a backend that blocks delays only answers.
         while self.waiting:
+            await self._call(_close_outdated)
             for task_id in list(self.waiting):
-                self._reading = f"the result of {task_id}"
-                try:
-                    self._resolve(task_id, self._backend.get_task_meta, task_id)
-                except Exception:
-                    # End the round: an unreachable backend would fail for the others too. Ask for
-                    # this task last from now on: only its own record may be at fault.
-                    self.waiting[task_id] = self.waiting.pop(task_id)
-                    raise
-                await asyncio.sleep(0)
+                await self._ask(task_id)
             self._backoff.reset()
             await asyncio.sleep(self._interval)
+        await self._call(_close_outdated)
+
+    async def _ask(self, task_id: str) -> None:
+        self._reading = f"the result of {task_id}"
+        reading = self._call(lambda: self._backend.get_task_meta(task_id))
+        await asyncio.wait([reading])
+        try:
+            self._resolve(task_id, asyncio.Future.result, reading)
+        except Exception:
+            # The round ends: an unreachable backend would fail for the others too. Ask for this
+            # task last from now on: only its own record may be at fault.
+            self.waiting[task_id] = self.waiting.pop(task_id)
+            raise
+
+    def _call(self, read: Callable[[], Any]) -> asyncio.Future[Any]:
+        reading = asyncio.wrap_future(self._reader.submit(read))
+        # The caller may have stopped waiting, and then nothing else looks at a failure.
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return reading
 
 
 class RpcSource(PolledSource):
-    """Reads the reply queue of the watcher's thread, which every message names.
+    """Reads the reply queue of the watcher's backend, which every message names.
 
     Celery itself would name a queue of the sending thread, which the watcher does not read.
     """
@@ -252,10 +288,22 @@ class RpcSource(PolledSource):
         return {**UNPREPARED, "reply_to": self._backend.oid}
 
 
-def of(app: Any, interval: float) -> Source:
-    """Return the source for ``app``; ``interval`` is the polling interval in seconds."""
+def _close_outdated() -> None:
+    """Close Django's broken and old connections of this thread, as Django does for a request."""
+    if (db := sys.modules.get("django.db")) is not None:
+        db.close_old_connections()
+
+
+def of(app: Any, interval: float, start_reader: Callable[[], Reader]) -> Source:
+    """Return the source for ``app``.
+
+    Args:
+        app: the Celery app.
+        interval: the polling interval in seconds.
+        start_reader: starts the thread that reads from a polled backend.
+    """
     # A replica has a subclass of RedisBackend. A Sentinel backend must first look up its server.
     if isinstance(app.backend, RedisBackend) and not isinstance(app.backend, SentinelBackend):
         return RedisSource(app.backend)
     source = RpcSource if isinstance(app.backend, RPCBackend) else PolledSource
-    return source(app, interval)
+    return source(app, interval, start_reader)

@@ -1,4 +1,7 @@
-"""Counts of the children that each input has killed, shared by all workers in Redis.
+"""Counts of what each input has cost, shared by all workers in Redis.
+
+An input counts the children that it has killed and, under a second key, how often it was given back
+because its answer could not be stored.
 
 The thread of ``membership`` talks to Redis, so that the loop of the worker's parent never waits.
 """
@@ -22,8 +25,13 @@ redis.call('INCRBY', KEYS[1], ARGV[1])
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
 
+#: Ends the key of the second count.
+_RETURNS = ".returns"
+
 #: Writes a command for the count under a key into a pipeline.
 _Write = Callable[[Any, str], object]
+#: Number of a question, task id, deaths and returns; a count is ``None`` if it is unknown.
+Answer = tuple[int, str, int | None, int | None]
 
 
 class Shared:
@@ -42,7 +50,7 @@ class Shared:
         #: Command, task id, and the number of the pool's question; ``None`` for none.
         self._orders: collections.deque[tuple[_Write, str, int | None]] = collections.deque()
         self._asked: list[tuple[str, int | None]] = []
-        self._answers: collections.deque[tuple[int, str, int | None]] = collections.deque()
+        self._answers: collections.deque[Answer] = collections.deque()
 
     # -- in the pool's thread --
 
@@ -50,16 +58,19 @@ class Shared:
         """Count a death for an input in flight; ``deaths`` is 1 if it ran alone, else 0."""
         self._order(lambda pipe, key: pipe.eval(_COUNT, 1, key, deaths, _LIFETIME), task_id)
 
+    def record_return(self, task_id: str) -> None:
+        """Count that an input was given back because its answer could not be stored."""
+        self._order(lambda pipe, key: pipe.eval(_COUNT, 1, key + _RETURNS, 1, _LIFETIME), task_id)
+
     def ask(self, number: int, task_id: str) -> bool:
-        """Request the count of an input; return whether ``answers`` will have it."""
-        return self._order(lambda pipe, key: pipe.get(key), task_id, number)
+        """Request the counts of an input; return whether ``answers`` will have them."""
+        return self._order(lambda pipe, key: pipe.mget(key, key + _RETURNS), task_id, number)
 
     def forget(self, task_id: str) -> None:
-        """Delete the count of an input that has been answered."""
-        self._order(lambda pipe, key: pipe.delete(key), task_id)
+        """Delete the counts of an input that has been answered."""
+        self._order(lambda pipe, key: pipe.delete(key, key + _RETURNS), task_id)
 
-    def answers(self) -> Iterator[tuple[int, str, int | None]]:
-        """Yield the number, task id and count of each answer; the count is ``None`` if unknown."""
+    def answers(self) -> Iterator[Answer]:
         while self._answers:
             yield self._answers.popleft()
 
@@ -81,12 +92,11 @@ class Shared:
     def answer(self, answers: Iterator[Any]) -> None:
         asked, self._asked = self._asked, []
         for task_id, number in asked:
-            answer, count = next(answers), None
+            answer = next(answers)
             if number is None:
                 continue
-            with contextlib.suppress(TypeError, ValueError):  # also if the value is not a count
-                count = int(answer)
-            self._answers.append((number, task_id, count))
+            deaths, returns = answer if isinstance(answer, list) else (None, None)
+            self._answers.append((number, task_id, _count(deaths), _count(returns)))
             self._wake()
 
     def fail(self) -> None:
@@ -95,3 +105,9 @@ class Shared:
             _, task_id, number = self._orders.popleft()
             self._asked.append((task_id, number))
         self.answer(iter([None] * len(self._asked)))
+
+
+def _count(stored: Any) -> int | None:
+    with contextlib.suppress(TypeError, ValueError):  # also if the value is not a count
+        return int(stored)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import logging
 import time
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated, WorkerLostError
+from celery import states
 from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state as worker_state
 from celery.worker.request import Request
@@ -22,7 +24,7 @@ from gw_celery.cluster import poison_counts
 from gw_celery.pool import request_table
 from gw_celery.pool.request_table import Limit, Result, Settlement, State
 from gw_celery.protocol import frames, headers
-from gw_celery.transport import holds
+from gw_celery.transport import holds, refusals
 
 if TYPE_CHECKING:
     from gw_celery.pool import dead_letters, supervisor
@@ -36,6 +38,8 @@ TaskArgs = tuple[str, str, Mapping[str, object], bytes, str, str]
 Callback = Callable[..., object]  # type: ignore[explicit-any]  # Celery's: each has arguments of its own
 CallbackName = Literal["accept_callback", "callback", "error_callback", "timeout_callback"]
 
+#: Seconds that an input waits, by its number of returns.
+_PAUSES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 #: Maximum number of remembered suspects; it bounds the memory for those that never come back.
 _MOST_SUSPECTS = 100_000
 #: Number of lost workers with the same input after which it runs alone: it may be the reason.
@@ -91,6 +95,8 @@ class PoolRequest:
         #: Number of children that died while they held it, before its start.
         self.losses = 0
         self.arrived_at = time.monotonic()
+        #: Time at which CHECKING ends.
+        self.admit_at = 0.0
         #: Time at which it got its slot.
         self.sent_at = 0.0
         #: Time of its hard limit while it runs; infinite without one.
@@ -233,13 +239,17 @@ class PoolRequest:
     def tell_soft_limit(self) -> None:
         self._call("timeout_callback", True, self.soft_limit)
 
-    def tell_broken(self, exc: BaseException) -> None:
-        """Answer an input without an outcome with ``exc``; Celery acts on the class of ``exc``."""
+    def tell_broken(self, exc: BaseException) -> bool:
+        """Answer an input without an outcome with ``exc``; Celery acts on the class of ``exc``.
+
+        Returns:
+            Whether it is answered; if not, it was given back to the broker.
+        """
         try:
             raise exc
         except BaseException:
             einfo = ExceptionInfo()
-        self._answer("error_callback", einfo)
+        return self._answer("error_callback", einfo)
 
     def tell_lost(self, reason: str) -> None:
         self.tell_broken(WorkerLostError(f"{reason} Job: {self.number}."))
@@ -261,9 +271,7 @@ class PoolRequest:
             return
         _, _, outcome, type_name, text, message, traceback, requeue = report
         stand_in = Reported(type_name, text, message, traceback)
-        if outcome == frames.Outcome.EXIT:
-            self.tell_lost(f"Worker exited prematurely: {text}")
-        elif outcome == frames.Outcome.UNSTORED:
+        if outcome == frames.Outcome.UNSTORED:
             # The outcome is unknown, as after the loss of a child: our tasks return to the broker.
             self.tell_lost(f"The outcome could not be stored: {text}")
         elif outcome == frames.Outcome.INTERNAL:
@@ -278,31 +286,69 @@ class PoolRequest:
                 exc = Reject(message, requeue=requeue)
             self._answer("callback", (1, Einfo(exc, traceback), 0.0))  # the child has stored it
 
-    def _answer(self, name: CallbackName, *args: object) -> None:
-        for delivery in (self, *self.deliveries):
-            has_returned = delivery._call(name, *args)
-            request = delivery._celery_request
-            if has_returned or request is None:
-                continue
-            if request.task.acks_late and not request.acknowledged:
-                # The outcome could not be stored. The broker still has the message, and delivers it
-                # again.
-                delivery._requeue()
+    def _answer(self, name: CallbackName, *args: object) -> bool:
+        """Call Celery for each delivery; return whether none had to be given back."""
+        deliveries = (self, *self.deliveries)
+        failures = [delivery._call(name, *args) for delivery in deliveries]
+        settled = [
+            failed is None or delivery._settle_message(failed, is_stored=name == "callback")
+            for delivery, failed in zip(deliveries, failures, strict=True)
+        ]
+        return all(settled)
 
-    def _call(self, name: CallbackName, *args: object) -> bool:
-        """Call Celery, and return whether the callback returned."""
-        callback = self._options.get(name)
-        if callback is None:
+    def _settle_message(self, failed: Exception, *, is_stored: bool) -> bool:
+        """Store and acknowledge what a callback could not; in an outage, give the message back.
+
+        Args:
+            failed: what the callback raised.
+            is_stored: whether the child has stored the outcome.
+
+        Returns:
+            Whether it is settled; if not, the broker delivers it again.
+        """
+        request = self._celery_request
+        if request is None:
             return True
         try:
+            if refusals.is_outage(failed):
+                raise failed
+            if not is_stored:
+                _store_broken(request, failed)
+        except Exception as exc:
+            if refusals.is_outage(exc) and request.task.acks_late and not request.acknowledged:
+                self._pool.requests.note_return(self)
+                self._requeue()
+                return False
+            logger.exception("task %s[%s] has no stored outcome", self.name, self.task_id)
+        if request.task.acks_late:
+            request.acknowledge()
+        return True
+
+    def _call(self, name: CallbackName, *args: object) -> Exception | None:
+        """Call Celery, and return what the callback raised."""
+        callback = self._options.get(name)
+        if callback is None:
+            return None
+        try:
             callback(*args)
-        except Exception:
+        except Exception as exc:
             # Receivers, backends and custom requests may raise, which would end the worker.
             logger.exception(
                 "task %s[%s]: its %s raised; the worker goes on", self.name, self.task_id, name
             )
-            return False
-        return True
+            return exc
+        return None
+
+
+def _store_broken(request: Request, failed: Exception) -> None:
+    """Store a failure for a request, unless its callback had stored one before it failed."""
+    backend = request.task.backend
+    with contextlib.suppress(Exception):  # a backend that cannot be read
+        if backend.persistent and backend.get_state(request.id) in states.READY_STATES:
+            return
+    if request.store_errors:
+        broken = errors.OutcomeNotStored(type(failed).__name__, "its callback failed", str(failed))
+        backend.store_result(request.id, broken, states.FAILURE, request=request._context)
 
 
 class Requests:
@@ -356,10 +402,13 @@ class Requests:
         if not is_redelivered and new.request.get(headers.REQUEUED):
             # An operator sent it again from the dead letters: its poison count starts at 0.
             self._poison.forget(new.task_id)
-        if is_redelivered or new.task_id in self._poison.suspects:
+        if is_redelivered or self._poison.knows(new.task_id):
             self.table.move(new, State.CHECKING, time.monotonic())
-            # Ask how many children it has killed in all workers.
-            if not (is_redelivered and self._poison.ask(new.number, new.task_id)):
+            # Ask what it has done in all workers.
+            is_asked = is_redelivered and self._poison.ask(new.number, new.task_id)
+            pause = self._poison.pause(new.task_id)
+            new.admit_at = new.arrived_at + max(pause, _MAX_CHECK if is_asked else 0.0)
+            if not (is_asked or pause):
                 self._admit(new)
         else:
             self.table.move(new, State.WAITING, time.monotonic())
@@ -373,12 +422,13 @@ class Requests:
         return next(same, None)
 
     def finish_checks(self, now: float) -> None:
-        """Admit the inputs whose counts have arrived from Redis or are late."""
+        """Admit the inputs whose counts have arrived from Redis or are late, after their pauses."""
         checking = self.table.of(State.CHECKING)
         answered = set(self._poison.answers()) if checking else set()
         for checked in checking:
-            is_known = checked.number in answered or now - checked.arrived_at > _MAX_CHECK
-            if is_known and checked.settlement is None:
+            if checked.number in answered:
+                checked.admit_at = checked.arrived_at + self._poison.pause(checked.task_id)
+            if now >= checked.admit_at and checked.settlement is None:
                 self._admit(checked)
 
     def _admit(self, checked: PoolRequest) -> None:
@@ -434,11 +484,27 @@ class Requests:
             result=_result(report),
         )
         child.served += held.is_work
-        if held.runs_alone:
-            self._poison.forget(held.task_id)
-        if not is_late:
-            held.tell_report(report)
+        if kind == frames.Report.ERROR and report[2] == frames.Outcome.UNSTORED:
+            if not is_late:
+                self._return(held, report)
+        else:
+            if self._poison.knows(held.task_id):
+                self._poison.forget(held.task_id)
+            if not is_late:
+                held.tell_report(report)
         self._pool.input_ended(child)
+
+    def _return(self, ended: PoolRequest, report: frames.ReportFields) -> None:
+        """Let the broker deliver an input again, or give it up after ``gw_max_deaths`` returns."""
+        self.note_return(ended)
+        if self._poison.is_poison(ended.task_id):
+            self._give_up_poison(ended, f"its outcome could not be stored: {report[4]}")
+        else:
+            ended.tell_report(report)
+
+    def note_return(self, returned: PoolRequest) -> None:
+        """Count that an input goes back to the broker because its answer cannot be stored."""
+        self._poison.record_return(returned.task_id)
 
     # -- other ends --
 
@@ -600,16 +666,23 @@ class Requests:
             child.send((frames.Order.STOP, settled.number))
 
     def _give_up_poison(self, ended: PoolRequest, reason: str) -> None:
+        deaths = self._poison.suspects.get(ended.task_id, 0)
+        returns = self._poison.returns.get(ended.task_id, 0)
+        how = f"was running alone when its replica died, {deaths} times"
+        if returns:
+            how = f"had no answer that could be stored, {returns} times"
+            how += (
+                f", and was running alone when its replica died, {deaths} times" if deaths else ""
+            )
         poisoned = errors.PoisonedInput(
-            f"{ended.name}[{ended.task_id}] was running alone when its replica died, "
-            f"{self._settings.max_deaths} times, and is not tried again (setting gw_max_deaths). "
+            f"{ended.name}[{ended.task_id}] {how}, and is not tried again (setting gw_max_deaths). "
             f"The last time: {reason}"
         )
+        if not ended.tell_broken(poisoned):
+            return  # this answer could not be stored either: it comes back, and does not run
         if self._dead_letters is not None:
-            deaths = self._poison.suspects.get(ended.task_id, 0)
             self._dead_letters.keep(ended, str(poisoned), deaths)
         self._poison.forget(ended.task_id)
-        ended.tell_broken(poisoned)
 
 
 def _result(report: frames.ReportFields) -> Result:
@@ -618,25 +691,28 @@ def _result(report: frames.ReportFields) -> Result:
     if report[0] != frames.Report.ERROR:
         return Result.GIVEN_BACK
     _, _, outcome, type_name, *_, requeue = report
-    if outcome in (frames.Outcome.EXIT, frames.Outcome.UNSTORED) or requeue:
+    if outcome == frames.Outcome.UNSTORED or requeue:
         return Result.GIVEN_BACK
     return Result.REFUSED if type_name == _REFUSED else Result.NO_VALUE
 
 
 class PoisonCounter:
-    """Counts, for each suspect, the children that died while it ran alone, to find poison inputs.
+    """Counts, for each suspect, what it has cost, to find poison inputs.
 
-    All workers share the counts through the Redis of the broker or of the result backend. Without
-    such a Redis, each worker counts for itself.
+    That is the children that died while it ran alone, and its returns to the broker because no
+    answer could be stored. All workers share the counts through the Redis of the broker or of the
+    result backend. Without such a Redis, each worker counts for itself.
 
     Args:
-        most: number of deaths, each while an input runs alone, after which it is given up.
+        most: sum of both counts at which an input is given up.
         shared: the counts of all workers; ``None`` without a Redis.
     """
 
     def __init__(self, most: int, shared: poison_counts.Shared | None = None) -> None:
         #: Number of children known to have died while an input ran alone, by task id.
         self.suspects: collections.OrderedDict[str, int] = collections.OrderedDict()
+        #: Number of returns; such an input runs beside others.
+        self.returns: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._most = most
         self._shared = shared
 
@@ -644,9 +720,15 @@ class PoisonCounter:
         """Count the death of a child for its inputs: 1 for an input that ran alone, else 0."""
         for lost in inputs:
             task_id, deaths = lost.task_id, int(lost.runs_alone)
-            self._remember(task_id, self.suspects.get(task_id, 0) + deaths)
+            _remember(self.suspects, task_id, self.suspects.get(task_id, 0) + deaths)
             if self._shared is not None:
                 self._shared.record(task_id, deaths)
+
+    def record_return(self, task_id: str) -> None:
+        """Count that an input goes back to the broker because its answer cannot be stored."""
+        _remember(self.returns, task_id, self.returns.get(task_id, 0) + 1)
+        if self._shared is not None:
+            self._shared.record_return(task_id)
 
     def ask(self, number: int, task_id: str) -> bool:
         """Request the counts of an input from other workers; ``answers`` then yields ``number``.
@@ -658,25 +740,36 @@ class PoisonCounter:
 
     def answers(self) -> Iterator[int]:
         """Store the counts that Redis has returned, and yield the numbers of the requests."""
-        for number, task_id, count in () if self._shared is None else self._shared.answers():
-            if count is not None:
-                # A death that this worker saw may not have reached Redis yet.
-                self._remember(task_id, max(count, self.suspects.get(task_id, 0)))
+        for number, task_id, *counts in () if self._shared is None else self._shared.answers():
+            for counter, count in zip((self.suspects, self.returns), counts, strict=True):
+                if count is not None:
+                    # What this worker counted may not have reached Redis yet.
+                    _remember(counter, task_id, max(count, counter.get(task_id, 0)))
             yield number
 
     def forget(self, task_id: str) -> None:
         self.suspects.pop(task_id, None)
+        self.returns.pop(task_id, None)
         if self._shared is not None:
             self._shared.forget(task_id)
 
-    def is_poison(self, task_id: str) -> bool:
-        return self.suspects.get(task_id, 0) >= self._most
+    def knows(self, task_id: str) -> bool:
+        return task_id in self.suspects or task_id in self.returns
 
-    def _remember(self, task_id: str, count: int) -> None:
-        self.suspects[task_id] = count
-        self.suspects.move_to_end(task_id)
-        while len(self.suspects) > _MOST_SUSPECTS:
-            self.suspects.popitem(last=False)
+    def pause(self, task_id: str) -> float:
+        """Return the seconds that an input waits after its last return."""
+        returns = self.returns.get(task_id, 0)
+        return _PAUSES[min(returns, len(_PAUSES) - 1)]
+
+    def is_poison(self, task_id: str) -> bool:
+        return self.suspects.get(task_id, 0) + self.returns.get(task_id, 0) >= self._most
+
+
+def _remember(counter: collections.OrderedDict[str, int], task_id: str, count: int) -> None:
+    counter[task_id] = count
+    counter.move_to_end(task_id)
+    while len(counter) > _MOST_SUSPECTS:
+        counter.popitem(last=False)
 
 
 class Reported(errors.RemoteTaskError):

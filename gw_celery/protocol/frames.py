@@ -100,8 +100,6 @@ class Outcome(enum.StrEnum):
     INTERNAL = "internal"
     #: Its outcome could not be stored.
     UNSTORED = "unstored"
-    #: The body asked to end the process.
-    EXIT = "exit"
 
 
 class Garbage(errors.GWCeleryError):

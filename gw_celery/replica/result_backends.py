@@ -23,7 +23,7 @@ from gw_celery import errors
 from gw_celery.client import execution
 from gw_celery.cluster import early_acks
 from gw_celery.protocol import frames
-from gw_celery.replica import tracer
+from gw_celery.replica import outcomes, tracer
 from gw_celery.runtime import greenlet_bridge, loop
 from gw_celery.transport import find
 
@@ -33,11 +33,8 @@ logger = logging.getLogger(__name__)
 _PUBLISHING = ("mark_as_failure", "on_chord_part_return")
 _BLOCKING = (
     *_PUBLISHING,
-    "mark_as_done",
-    "mark_as_retry",
-    "mark_as_started",
-    "get_task_meta",
-    "store_result",
+    *("mark_as_done", "mark_as_retry", "mark_as_started", "get_task_meta", "store_result"),
+    *("apply_chord", "save_group", "restore_group", "delete_group", "forget"),
 )
 #: Exceptions that an unreachable server causes.
 _LOST = (OSError, redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
@@ -54,7 +51,7 @@ Installed: Any = None
 
 
 def install(app: Any, around: Callable[..., Any], store_timeout: float, link: tracer.Link) -> None:
-    """Make ``app`` use our result backend, before it creates its own.
+    """Make ``app`` use our result backend in place of its own.
 
     Args:
         app: the Celery app.
@@ -78,6 +75,9 @@ def install(app: Any, around: Callable[..., Any], store_timeout: float, link: tr
     # Celery 5.6 accepts nothing else.
     name = f"{__name__}:Installed"
     app.backend_cls = f"{name}+{address}" if address else name
+    # Django's system checks, or a module of the project, may have used the backend already.
+    app._backend_cache = None
+    vars(app._local).pop("backend", None)
 
 
 def off_loop(
@@ -93,7 +93,7 @@ def off_loop(
 
         return write
 
-    made = type(base.__name__, (base,), {name: moved(name) for name in names})
+    made = type(base.__name__, (outcomes.Outcomes, base), {name: moved(name) for name in names})
     return made
 
 

@@ -21,9 +21,10 @@ from typing import Any, Protocol, TypeVar
 import kombu.serialization
 from billiard.einfo import ExceptionWithTraceback
 from celery.app import trace
+from celery.app.task import Context
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.utils.time import maybe_iso8601, maybe_make_aware
-from kombu.utils.encoding import safe_repr, safe_str
+from kombu.utils.encoding import safe_str
 
 from gw_celery import conf, errors
 from gw_celery.client import execution, task_context
@@ -35,6 +36,7 @@ from gw_celery.runtime import (
     greenlet_bridge,
     loop,
 )
+from gw_celery.transport import refusals
 
 T = TypeVar("T")
 
@@ -113,6 +115,8 @@ class Input:
     has_begun: bool = False
     #: Whether its message was decoded, and Celery's tracer has started.
     is_traced: bool = False
+    #: Whether its tracer has stored its outcome, and called its callbacks and its chord.
+    is_answered: bool = False
     #: The reason why its tracer gave up a write to the result backend.
     store_error: Exception | None = None
     #: The asyncio task that runs the tracer; ``None`` in a thread.
@@ -354,7 +358,7 @@ class ReplicaInputs:
         try:
             report = await self._outcome(input, *content)
         except BaseException as exc:
-            report = _escaped(input, exc)
+            report = await self._escaped(input, exc)
         finally:
             followed.end()
             in_flight.pop(input.number, None)
@@ -408,6 +412,41 @@ class ReplicaInputs:
         input.task = asyncio.current_task()
         return await greenlet_bridge.step(run, input.take_interrupt)
 
+    async def _escaped(self, input: Input, exc: BaseException) -> tuple[Any, ...]:
+        """Return the report of an exception that the tracer did not catch.
+
+        The tracer stores what a body raises. What leaves it is a hook's exit, or a failed store. If
+        only this outcome cannot be stored, a short failure is stored.
+        """
+        if isinstance(exc, execution.Stopped | asyncio.CancelledError):
+            return frames.Report.GONE, input.number
+        if isinstance(exc, Reject):
+            return failure(input.number, exc, "")
+        is_outage = input.store_error is not None or refusals.is_outage(exc)
+        if input.is_answered or (input.is_traced and not is_outage):
+            try:
+                short = not_stored(input.task_id, exc, "it left Celery's tracer")
+                await self.call(input, functools.partial(self._store, input, short))
+                return failure(input.number, short, "")
+            except Exception as unstored:
+                exc = unstored
+        outcome = frames.Outcome.UNSTORED if input.is_traced else frames.Outcome.INTERNAL
+        what = "outcome could not be stored" if input.is_traced else "message could not be run"
+        logger.error(
+            "task %s[%s] has no result: its %s", input.name, input.task_id, what, exc_info=exc
+        )
+        return _error(input.number, outcome, exc, shown(exc, repr))
+
+    def _store(self, input: Input, short: errors.OutcomeNotStored) -> None:
+        if input.is_answered:
+            return
+        task, request = self._app.tasks.get(input.name), Context(input.request)
+        is_ignored = input.request.get("ignore_result", getattr(task, "ignore_result", False))
+        stores = not is_ignored or task is None or task.store_errors_even_if_ignored
+        self._app.backend.mark_as_failure(
+            input.task_id, short, request=request, store_result=stores
+        )
+
     def limit(self, number: int, seconds: float) -> None:
         if (input := in_flight.get(number)) is not None:
             input.limit(seconds)
@@ -427,27 +466,26 @@ class ReplicaInputs:
 def failure(number: int, exc: BaseException, traceback: str) -> tuple[Any, ...]:
     """Return the report of a failure that the tracer has stored, or that the worker handles."""
     outcomes = (outcome for kind, outcome in _OUTCOMES.items() if isinstance(exc, kind))
-    shown = exc.exc if isinstance(exc, Retry) and exc.exc is not None else exc
+    cause = exc.exc if isinstance(exc, Retry) and exc.exc is not None else exc
     outcome = next(outcomes, frames.Outcome.FAILURE)
-    return _error(number, outcome, exc, safe_repr(shown), traceback)
+    return _error(number, outcome, exc, shown(cause, repr), traceback)
 
 
-def _escaped(input: Input, exc: BaseException) -> tuple[Any, ...]:
-    """Return the report of an exception that the tracer did not catch.
+def not_stored(task_id: str, error: Any, reason: str) -> errors.OutcomeNotStored:
+    """Return the short error that is stored for ``error``, and log it."""
+    if isinstance(error, errors.OutcomeNotStored):
+        return error
+    short = errors.OutcomeNotStored(type(error).__qualname__, reason, shown(error))
+    logger.error("the outcome of input %s is cut: %s", task_id, short)
+    return short
 
-    The tracer stores what a body raises; an exception that leaves the tracer is a failed store.
-    """
-    if isinstance(exc, execution.Stopped | asyncio.CancelledError):
-        return frames.Report.GONE, input.number
-    if isinstance(exc, SystemExit | KeyboardInterrupt):
-        text = f"exitcode {exc.code}" if isinstance(exc, SystemExit) else repr(exc)
-        return _error(input.number, frames.Outcome.EXIT, exc, text)
-    if isinstance(exc, Reject):
-        return failure(input.number, exc, "")
-    outcome = frames.Outcome.UNSTORED if input.is_traced else frames.Outcome.INTERNAL
-    what = "outcome could not be stored" if input.is_traced else "message could not be run"
-    logger.error("task %s[%s] has no result: its %s", input.name, input.task_id, what, exc_info=exc)
-    return _error(input.number, outcome, exc, safe_repr(exc))
+
+def shown(value: Any, show: Callable[[Any], str] = str) -> str:
+    """Return the text of ``value``, cut; the user's own ``__str__`` may raise anything."""
+    try:
+        return frames.cut(show(value), _LONGEST_TEXT)
+    except BaseException:
+        return object.__repr__(value)
 
 
 def _error(
@@ -461,17 +499,13 @@ def _error(
         message = exc.reason
     elif isinstance(exc, Retry):
         message = exc.message or ""
-    try:
-        message = str(message)
-    except Exception:  # the user's own __str__
-        message = object.__repr__(message)
     return (
         frames.Report.ERROR,
         number,
         outcome,
         f"{kind.__module__}.{kind.__qualname__}",
         frames.cut(text, _LONGEST_TEXT),
-        frames.cut(message, _LONGEST_TEXT),
+        shown(message),
         frames.cut(traceback, _LONGEST_TRACEBACK),
         bool(getattr(exc, "requeue", False)),
     )

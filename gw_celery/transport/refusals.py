@@ -33,10 +33,16 @@ def is_refusal(exc: BaseException) -> bool:
     return isinstance(exc, known.ResponseError) and _IN_TEXT.search(str(exc)) is not None
 
 
+#: Exceptions of other servers, by the name that all database drivers, Django and kombu give them.
+_OTHERS = frozenset({"OperationalError", "InterfaceError"})
+
+
 def is_outage(exc: BaseException) -> bool:
-    """Return whether ``exc`` means that Redis is unreachable, silent, or refuses for now."""
+    """Return whether ``exc`` means that a server is unreachable, silent, or refuses for now."""
     from redis import exceptions as known
 
     if isinstance(exc, known.AuthenticationError | known.AuthorizationError):
         return False
-    return isinstance(exc, OSError | known.ConnectionError | known.TimeoutError) or is_refusal(exc)
+    if isinstance(exc, OSError | known.ConnectionError | known.TimeoutError) or is_refusal(exc):
+        return True
+    return any(kind.__name__ in _OTHERS for kind in type(exc).__mro__)

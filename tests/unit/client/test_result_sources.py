@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,6 +13,15 @@ from celery import Celery
 from gw_celery.client import result_sources
 from gw_celery.replica import result_backends
 from tests.unit.runtime.tracers import Around, Reports
+
+
+class Reader:
+    """Stands for the thread of a source that reads nothing here."""
+
+    def submit(self, send: Callable[[], Any]) -> Future[Any]:
+        raise NotImplementedError
+
+    def close(self, timeout: float) -> None: ...
 
 
 @pytest.mark.parametrize("is_replica", [False, True])
@@ -31,7 +41,7 @@ def test_redis_notifies_and_every_other_backend_is_asked(
     with Celery("proj", broker="memory://", backend=backend, set_as_current=False) as app:
         if is_replica:
             result_backends.install(app, Around(), 5, Reports())
-        assert type(result_sources.of(app, 0.5)) is expected
+        assert type(result_sources.of(app, 0.5, Reader)) is expected
 
 
 def test_a_server_that_falls_silent_is_given_up_though_a_call_is_given_up_meanwhile(
@@ -48,7 +58,7 @@ def test_a_server_that_falls_silent_is_given_up_though_a_call_is_given_up_meanwh
         server = await asyncio.start_server(accept, "127.0.0.1", 0)
         url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         with Celery("proj", broker="memory://", backend=url, set_as_current=False) as app:
-            source = result_sources.of(app, 0.5)
+            source = result_sources.of(app, 0.5, Reader)
             other: result_sources.Waiter = Future()
             source.add("1", Future())
             source.add("2", other)

@@ -48,11 +48,11 @@ class Pipe:
         self._redis = redis
         self.answers: list[Any] = []
 
-    def get(self, key: str) -> None:
-        self.answers.append(self._redis.get(key))
+    def mget(self, *keys: str) -> None:
+        self.answers.append([self._redis.get(key) for key in keys])
 
-    def delete(self, key: str) -> None:
-        self.answers.append(self._redis.delete(key))
+    def delete(self, *keys: str) -> None:
+        self.answers.append([self._redis.delete(key) for key in keys])
 
     def eval(self, script: str, keys: int, key: str, deaths: int, seconds: int) -> None:
         self._redis.incrby(key, deaths)

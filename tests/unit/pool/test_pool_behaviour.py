@@ -93,7 +93,6 @@ def test_each_service_has_slots_of_its_own(start_pool: StartPool) -> None:
     [
         (Outcome.FAILURE, "failed"),
         (Outcome.RETRY, "failed"),
-        (Outcome.EXIT, "WorkerLostError"),
         (Outcome.UNSTORED, "WorkerLostError"),
     ],
 )

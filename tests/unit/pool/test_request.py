@@ -19,7 +19,6 @@ ANSWERS: dict[str, Answer] = {
     "done": lambda harness, child, request: child.done(request),
     "error": lambda harness, child, request: child.error(request),
     "internal error": lambda _, child, request: child.error(request, outcome=Outcome.INTERNAL),
-    "exit": lambda _, child, request: child.error(request, outcome=Outcome.EXIT),
     "lost": lambda harness, child, request: child.die(),
     "terminated": lambda harness, child, request: request.handle.terminate(15),
     "hard limit": lambda harness, child, request: harness.advance(9.0),
@@ -119,14 +118,6 @@ def test_what_the_pool_itself_answers_has_a_traceback_and_can_be_pickled(
     assert kind.__name__ in request.einfo.traceback
     assert pickle.loads(pickle.dumps(request.einfo)).type is kind
     let_go(child, request)
-
-
-def test_an_exit_in_a_body_loses_its_input_only(harness: Harness) -> None:
-    child, request = begun(harness)
-    child.error(request, "x", type_name="proj.Oops", outcome=Outcome.EXIT)
-    assert isinstance(request.answer, WorkerLostError)
-    assert "Worker exited prematurely: proj.Oops('x') Job: " in str(request.answer)
-    assert child.is_alive
 
 
 def test_an_error_of_the_tracer_itself_is_no_answer_of_the_task(harness: Harness) -> None:

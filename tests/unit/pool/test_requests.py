@@ -390,7 +390,6 @@ def test_a_message_with_an_odd_workload_counts_as_one(harness: Harness, odd: obj
         (Outcome.IGNORE, False, True),
         (Outcome.REJECT, False, True),
         (Outcome.REJECT, True, False),
-        (Outcome.EXIT, False, False),
         (Outcome.UNSTORED, False, False),
     ],
 )

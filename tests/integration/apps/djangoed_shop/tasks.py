@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import asyncio
+
+from asgiref.sync import sync_to_async
+from celery import chord, shared_task
+
+import gw_celery as gw
+
+app = gw.App("shop")
+CPU = gw.Gpu("CPU")
+
+
+@app.remote(gpu=CPU)
+@gw.concurrent(max_inputs=20)
+async def count_tables(nap: float = 0.0) -> int:
+    """Ask the database from an asynchronous body, as Django's own documentation does."""
+    await asyncio.sleep(nap)
+    return await sync_to_async(_count)()
+
+
+@app.cls(gpu=CPU)
+class Counter:
+    @gw.method()
+    def count(self) -> int:
+        return _count()
+
+
+@app.remote(gpu=CPU)
+async def start_chord() -> str:
+    """Start a chord from the event loop, which Django's backend records in the database."""
+    return str(chord([count_tables.s(), count_tables.s()])(total.s()).id)
+
+
+@app.remote(gpu=CPU)
+async def fail(size: int = 0) -> None:
+    raise LookupError("nothing there" + "!" * size)
+
+
+@shared_task
+def count_tables_plainly() -> int:
+    return _count()
+
+
+@shared_task
+def total(counts: list[int]) -> int:
+    return sum(counts)
+
+
+def _count() -> int:
+    from django.db import connection
+
+    return len(connection.introspection.table_names())

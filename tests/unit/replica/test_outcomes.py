@@ -1,0 +1,189 @@
+"""Outcomes that can never be stored: each becomes, at once, a stored failure that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import celery
+import pytest
+
+import gw_celery as gw
+from gw_celery import codec
+from tests import child_harness
+from tests.child_harness import Outcome, Report
+
+#: Bytes that a document may have in these tests.
+LIMIT = 20_000
+FAILED = (Report.ERROR, Outcome.FAILURE)
+Declare = Callable[..., str]
+pytestmark = pytest.mark.filterwarnings("ignore:Exception raised outside body")
+
+
+@pytest.fixture(autouse=True)
+def small_documents(app: gw.App) -> Iterator[None]:
+    codec.configure(codec.Limits(size=LIMIT))
+    yield
+    codec.configure(codec.Limits())
+
+
+@pytest.fixture(params=["memory", "redis"])
+def backend(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The options of a child that stores in threads, or on its loop."""
+    if request.param == "memory":
+        return {}
+    return {"backend": request.getfixturevalue("result_url")}
+
+
+@pytest.fixture(params=["on the loop", "in a thread"])
+def declare(request: pytest.FixtureRequest, app: gw.App) -> Declare:
+    """Declare a task whose body raises ``exc`` or returns, and return its name."""
+
+    def make(exc: Exception | None = None, **options: Any) -> str:
+        def ends() -> str:
+            if exc is not None:
+                raise exc
+            return "value"
+
+        async def ends_on_the_loop() -> str:
+            return ends()
+
+        if request.param == "on the loop":
+            return str(app.remote(**options)(ends_on_the_loop).name)
+        return str(app.celery.task(ends, **options).name)
+
+    return make
+
+
+def failure(app: gw.App, child: child_harness.Child, number: int) -> tuple[str, str]:
+    """The class and the text of the stored failure of an input."""
+    record = app.celery.backend.get_task_meta(child.id(number))
+    assert record["status"] == "FAILURE"
+    return type(record["result"]).__name__, str(record["result"])
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+class Unshowable(Exception):
+    def __repr__(self) -> str:
+        raise KeyboardInterrupt
+
+
+class Unpicklable(Exception):
+    def __reduce__(self) -> Any:
+        raise SystemExit(4)
+
+
+@pytest.mark.parametrize(
+    ("exc", "says"),
+    [
+        (ValueError("x" * 2 * LIMIT), ["ValueError", f"{LIMIT} are allowed", "xxx"]),
+        (LookupError(*["y"] * LIMIT), ["LookupError", f"{LIMIT} are allowed", "'y'"]),
+        (Unpicklable("z"), ["SystemExit", "4"]),
+    ],
+    ids=["its text", "its arguments", "its pickling"],
+)
+def test_an_error_that_cannot_be_stored_is_stored_cut(
+    app: gw.App, declare: Declare, backend: dict[str, Any], exc: Exception, says: list[str]
+) -> None:
+    task = declare(exc)
+    with child_harness.child_of(app, **backend) as child:
+        number = child.run(task)
+        assert child.outcome(number)[:2] == FAILED
+        kind, text = failure(app, child, number)
+        assert kind == "OutcomeNotStored"
+        assert len(text) < 2000
+        assert all(part in text for part in says)
+
+
+@pytest.mark.parametrize("exc", [Unspeakable("x"), Unshowable("x")])
+def test_an_error_whose_text_raises_is_reported_without_it(
+    app: gw.App, declare: Declare, backend: dict[str, Any], exc: Exception
+) -> None:
+    task = declare(exc)
+    with child_harness.child_of(app, **backend) as child:
+        number = child.run(task)
+        assert child.outcome(number)[:2] == FAILED
+        assert app.celery.backend.get_task_meta(child.id(number))["status"] == "FAILURE"
+        assert child.outcome(child.run(task))[:2] == FAILED  # the child lives
+
+
+def test_a_retry_whose_error_cannot_be_stored_stays_a_retry(
+    app: gw.App, backend: dict[str, Any]
+) -> None:
+    """Its message has been sent: a failure would call the errbacks of a task that may succeed."""
+
+    @app.celery.task(bind=True)
+    def retries(self: Any) -> None:
+        raise self.retry(exc=ValueError("x" * 2 * LIMIT), countdown=60)
+
+    with child_harness.child_of(app, **backend) as child:
+        number = child.run(retries.name)
+        assert child.outcome(number)[:2] == (Report.ERROR, Outcome.RETRY)
+        assert app.celery.backend.get_task_meta(child.id(number))["status"] == "RETRY"
+
+
+@pytest.mark.parametrize("exc", [ValueError("short"), ValueError("x" * 2 * LIMIT)])
+@pytest.mark.parametrize("broken", [{"task": "x"}, {"task": 1}, {}, "x", None, 5])
+def test_a_broken_errback_costs_neither_the_failure_nor_the_others(
+    app: gw.App, declare: Declare, backend: dict[str, Any], exc: Exception, broken: Any
+) -> None:
+    called: list[str] = []
+
+    @app.celery.task
+    def errback(request: Any, exc: Exception, traceback: Any) -> None:
+        called.append(request.id)
+
+    task, good = declare(exc), dict(errback.s())
+    with child_harness.child_of(app, **backend) as child:
+        number = child.run(task, embed={"errbacks": [good, broken, good]})
+        assert child.outcome(number)[:2] == FAILED
+        assert called == [child.id(number)] * 2
+        kind, _ = failure(app, child, number)
+        assert kind == ("ValueError" if len(str(exc)) < LIMIT else "OutcomeNotStored")
+
+
+@pytest.mark.parametrize("exc", [ValueError("short"), None])
+@pytest.mark.parametrize("broken", [{"task": "x"}, "x", 5])
+def test_an_input_of_a_broken_chord_fails(
+    app: gw.App, declare: Declare, backend: dict[str, Any], exc: Exception | None, broken: Any
+) -> None:
+    task = declare(exc)
+    with child_harness.child_of(app, **backend) as child:
+        number = child.run(task, group="g", embed={"chord": broken})
+        kind, *content = child.outcome(number)
+        state = app.celery.backend.get_task_meta(child.id(number))["status"]
+        assert (kind, *content[:1]) == FAILED or (kind, state) == (Report.DONE, "SUCCESS")
+
+
+@pytest.mark.parametrize("raised", [SystemExit(5), ValueError("hook"), OSError("hook")])
+@pytest.mark.parametrize("hook", ["on_failure", "after_return", "before_start"])
+def test_a_hook_that_raises_does_not_make_its_input_run_again(
+    app: gw.App, declare: Declare, backend: dict[str, Any], raised: BaseException, hook: str
+) -> None:
+    called: list[str] = []
+
+    @app.celery.task
+    def errback(request: Any, exc: Exception, traceback: Any) -> None:
+        called.append(request.id)
+
+    def refuse(self: Any, *_: Any) -> None:
+        raise raised
+
+    base = type("Hooked", (celery.Task,), {hook: refuse})
+    task = declare(LookupError("body"), base=base)
+    with child_harness.child_of(app, **backend) as child:
+        number = child.run(task, embed={"errbacks": [dict(errback.s())]})
+        assert child.outcome(number)[:2] == FAILED
+        failure(app, child, number)
+        assert called == [child.id(number)]
+
+
+def test_a_task_that_only_the_parent_knows_fails(app: gw.App, backend: dict[str, Any]) -> None:
+    with child_harness.child_of(app, **backend) as child:
+        number = child.run("proj.unknown")
+        assert child.outcome(number)[:2] == FAILED
+        assert "proj.unknown" in failure(app, child, number)[1]
