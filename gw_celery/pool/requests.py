@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated, WorkerLostError
@@ -137,13 +137,19 @@ class PoolRequest:
             twin.tell_accepted(self.child.pid if self.child else 0, time.monotonic())
 
     def was_withdrawn(self) -> bool:
-        """Return whether it was revoked or has expired; Celery has then stored that."""
+        """Return whether it was revoked or has expired; Celery has then stored that.
+
+        Raises:
+            ResultsUnavailable: if so, and it cannot be stored for now.
+        """
         revoked = getattr(self._celery_request, "revoked", None)
         if revoked is None:
             return False
         try:
             if not revoked():
                 return False
+        except errors.ResultsUnavailable:
+            raise
         except Exception:
             logger.exception(
                 "task %s[%s] runs: its revocation could not be checked", self.name, self.task_id
@@ -239,6 +245,8 @@ class PoolRequest:
         elif outcome == frames.Outcome.UNSTORED:
             # The outcome is unknown, as after the loss of a child: our tasks return to the broker.
             self.tell_lost(f"The outcome could not be stored: {text}")
+        elif outcome == frames.Outcome.FENCED:
+            self.reject()
         elif outcome == frames.Outcome.INTERNAL:
             self.tell_broken(stand_in)
         else:
@@ -253,29 +261,68 @@ class PoolRequest:
 
     def _answer(self, name: CallbackName, *args: object) -> None:
         for delivery in (self, *self.deliveries):
-            has_returned = delivery._call(name, *args)
-            request = delivery._celery_request
-            if has_returned or request is None:
-                continue
-            if request.task.acks_late and not request.acknowledged:
-                # The outcome could not be stored. The broker still has the message, and delivers it
-                # again.
-                delivery._requeue()
+            # Only these store here; what a child reports, it has stored.
+            is_away = name != "callback" and self._pool.outage()
+            if is_away or not delivery.answer(name, args):
+                self._pool.requests.postpone(delivery, name, args)
 
-    def _call(self, name: CallbackName, *args: object) -> bool:
-        """Call Celery, and return whether the callback returned."""
+    def answer(self, name: CallbackName, args: Sequence[object]) -> bool:
+        """Call Celery with the outcome; return False if the result cannot be stored for now.
+
+        If it cannot be stored at all, the broker still has the message, and delivers it again.
+        """
+        exc = self._call(name, *args)
+        if isinstance(exc, errors.ResultsUnavailable):
+            return False
+        if exc is not None and self._is_returnable:
+            self._requeue()
+        return True
+
+    @property
+    def _is_returnable(self) -> bool:
+        request = self._celery_request
+        return request is not None and request.task.acks_late and not request.acknowledged
+
+    def give_up_answer(self, *, is_closing: bool) -> bool:
+        """Return the input to the broker instead; return False if the answer must still wait."""
+        if self._is_returnable:
+            self._requeue()
+            return True
+        if is_closing:
+            logger.error(
+                "task %s[%s] has no result: it was acknowledged, and the worker stops before "
+                "results can be stored",
+                *(self.name, self.task_id),
+            )
+        return is_closing
+
+    def _call(self, name: CallbackName, *args: object) -> Exception | None:
+        """Call Celery, and return what the callback raised."""
         callback = self._options.get(name)
         if callback is None:
-            return True
+            return None
         try:
             callback(*args)
-        except Exception:
+        except (errors.ResultsUnavailable, errors.DeclaredLost) as exc:
+            logger.info("task %s[%s] is not answered: %s", self.name, self.task_id, exc)
+            return exc
+        except Exception as exc:
             # Receivers, backends and custom requests may raise, which would end the worker.
             logger.exception(
                 "task %s[%s]: its %s raised; the worker goes on", self.name, self.task_id, name
             )
-            return False
-        return True
+            return exc
+        return None
+
+
+class Postponed(NamedTuple):
+    """An answer that waits until results can be stored."""
+
+    delivery: PoolRequest
+    callback: CallbackName
+    args: tuple[object, ...]
+    #: Time at which the input goes back to the broker instead.
+    until: float
 
 
 class Requests:
@@ -299,6 +346,8 @@ class Requests:
         self._poison = PoisonCounter(pool.settings.max_deaths, shared)
         self._dead_letters = dead_letters
         self._numbers = itertools.count(1)
+        #: The answers that wait for the result backend, the oldest first.
+        self.postponed: collections.deque[Postponed] = collections.deque()
 
     def in_flight(self) -> int:
         """Return the number of unsettled inputs in children."""
@@ -413,6 +462,23 @@ class Requests:
             held.tell_report(report)
         self._pool.input_ended(child)
 
+    # -- answers in an outage of the result backend --
+
+    def postpone(
+        self, delivery: PoolRequest, callback: CallbackName, args: tuple[object, ...]
+    ) -> None:
+        until = time.monotonic() + self._settings.store_timeout
+        self.postponed.append(Postponed(delivery, callback, args, until))
+
+    def answer_postponed(self, now: float, *, is_closing: bool) -> None:
+        """Give the postponed answers when results can be stored, or the inputs back in time."""
+        for _ in range(len(self.postponed)):
+            answer = self.postponed.popleft()
+            if not self._pool.outage() and answer.delivery.answer(answer.callback, answer.args):
+                continue
+            if now < answer.until or not answer.delivery.give_up_answer(is_closing=is_closing):
+                self.postponed.append(answer)
+
     # -- other ends --
 
     def stop(self, stopped: PoolRequest, signum: int) -> None:
@@ -515,7 +581,14 @@ class Requests:
 
         Celery stores the outcome during the check, and its receivers may call the pool again.
         """
-        is_withdrawn = checked.settlement is None and checked.was_withdrawn()
+        try:
+            is_withdrawn = checked.settlement is None and checked.was_withdrawn()
+        except (
+            errors.ResultsUnavailable
+        ):  # it must not run: the broker delivers it after the outage
+            self._settle(checked, Settlement.RETURNED)
+            checked.reject()
+            return True
         if is_withdrawn and checked.settlement is None:
             self._settle(checked, Settlement.ANSWERED)
         return checked.settlement is not None

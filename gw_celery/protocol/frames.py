@@ -98,6 +98,8 @@ class Outcome(enum.StrEnum):
     INTERNAL = "internal"
     #: Its outcome could not be stored.
     UNSTORED = "unstored"
+    #: Its outcome was refused, because this worker was declared lost.
+    FENCED = "fenced"
     #: The body asked to end the process.
     EXIT = "exit"
 
