@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -40,3 +42,42 @@ def outage(directory: Path) -> Iterator[Outage]:
         yield made
     finally:
         made.stop()
+
+
+#: Ways in which a server that is there refuses to store.
+REFUSALS = ("READONLY", "OOM", "NOPERM", "BUSY")
+
+
+@contextmanager
+def refusing(address: Path | str, kind: str) -> Iterator[None]:
+    """Have the server at a Unix socket refuse to write in one of ``REFUSALS``."""
+    with redis.Redis(unix_socket_path=str(address)) as client:
+        if kind == "READONLY":
+            client.replicaof("127.0.0.1", "1")
+            yield
+            client.replicaof("NO", "ONE")
+        elif kind == "OOM":
+            client.config_set("maxmemory", 1)
+            yield
+            client.config_set("maxmemory", 0)
+        elif kind == "NOPERM":
+            client.acl_setuser("default", enabled=True, commands=["-evalsha", "-eval"])
+            yield
+            client.acl_setuser("default", enabled=True, categories=["+@all"])
+        elif kind == "BUSY":
+            client.config_set("lua-time-limit", 1)
+            endless = threading.Thread(target=_run_endlessly, args=(address,))
+            endless.start()
+            yield
+            client.script_kill()
+            endless.join()
+        else:
+            raise ValueError(kind)
+
+
+def _run_endlessly(address: Path | str) -> None:
+    with (
+        redis.Redis(unix_socket_path=str(address)) as client,
+        contextlib.suppress(redis.ResponseError),  # it was killed
+    ):
+        client.eval("while true do end", 0)
