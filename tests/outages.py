@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +14,7 @@ from pathlib import Path
 import redis
 
 from gw_celery import testing
+from tests.processes import eventually
 
 
 class Outage:
@@ -27,6 +30,23 @@ class Outage:
 
     def start(self) -> None:
         self.server = self._running.enter_context(testing.server(self._directory))
+
+    @contextmanager
+    def being(self, kind: str) -> Iterator[None]:
+        """Have the server be ``down``, ``frozen``, or refuse in one of ``REFUSALS``."""
+        if kind == "down":
+            self.stop()
+            yield
+            self.start()
+        elif kind == "frozen":
+            os.kill(self.server.pid, signal.SIGSTOP)
+            try:
+                yield
+            finally:
+                os.kill(self.server.pid, signal.SIGCONT)
+        else:
+            with refusing(self.server.socket, kind):
+                yield
 
     def states(self, sent: list[str]) -> set[str]:
         """What is stored; an ``AsyncResult`` would subscribe, and fail with its server."""
@@ -68,11 +88,19 @@ def refusing(address: Path | str, kind: str) -> Iterator[None]:
             client.config_set("lua-time-limit", 1)
             endless = threading.Thread(target=_run_endlessly, args=(address,))
             endless.start()
+            eventually(lambda: _is_busy(client))
             yield
             client.script_kill()
             endless.join()
         else:
             raise ValueError(kind)
+
+
+def _is_busy(client: redis.Redis) -> bool:
+    try:
+        return not client.ping()
+    except redis.ResponseError:
+        return True
 
 
 def _run_endlessly(address: Path | str) -> None:
