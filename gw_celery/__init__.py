@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gw_celery.app import App
-from gw_celery.client.execution import current_batch
+from gw_celery.client.execution import current_batch, hold_id
 from gw_celery.client.preset import preset
 from gw_celery.codec import register_type
 from gw_celery.declare.gpu import Gpu
@@ -54,6 +54,7 @@ __all__ = [
     "batched",
     "concurrent",
     "current_batch",
+    "hold_id",
     "method",
     "on_enter",
     "on_exit",

@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
+from celery.exceptions import Reject
+
 #: Maximum characters of each part of an ``OutcomeNotStored``.
 _LONGEST_PART = 400
 
@@ -168,6 +170,23 @@ class QueueTimeExceeded(GWCeleryError):
 
 class WorkerStopped(GWCeleryError):
     """Stored as the answer to an early acknowledged input that a shutdown interrupted."""
+
+
+class DeclaredLost(GWCeleryError, Reject):
+    """Raised if an outcome is refused because its worker was declared lost.
+
+    Another worker runs the input. As a ``Reject``, it leaves Celery's tracer without errbacks.
+    """
+
+    def __init__(self, task_id: object, hold: str | None) -> None:
+        super().__init__(
+            f"this worker was declared lost while it had the message of input {task_id} (hold "
+            f"{hold}), and another worker runs it"
+        )
+
+
+class ResultsUnavailable(GWCeleryError):
+    """Raised in a worker while its result backend is away, or refuses to store."""
 
 
 class ContextLookupError(GWCeleryError, KeyError):

@@ -37,6 +37,7 @@ import gw_celery as gw
 from gw_celery import conf
 
 # -- what is known of the inside: a new layout changes these lines and no others --
+from gw_celery.cluster import fence
 from gw_celery.protocol import frames
 from gw_celery.replica import main, result_backends, tracer
 from gw_celery.runtime import django_connections
@@ -281,7 +282,7 @@ def child_of(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main.gw_celery_signals, "registries", lambda: (app.registry,))
         patch.setattr(main, "CLOSE_TIMEOUT", 0.2)
-        patch.setattr(result_backends, "PAUSE", 0.02)
+        patch.setattr(fence, "PAUSE", 0.02)
         child = Child(app, celery_app, backend, worker)
         connect = find.async_client
 

@@ -8,7 +8,10 @@ import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from celery import _state
+
 from gw_celery import types
+from gw_celery.protocol import headers
 
 
 class Runtime(Protocol):
@@ -53,6 +56,20 @@ def current_batch() -> types.Batch | None:
         other bodies, on Celery's own pools, and in eager mode.
     """
     return batch.get()
+
+
+def hold_id() -> str | None:
+    """Return the name of the hold of the running input's message, a token for its side effects.
+
+    Each delivery of an input by a Redis broker to the GPU pool has a hold of its own, so that two
+    runs of an input have different names.
+
+    Returns:
+        ``"<incarnation of the worker>/<number>"``. ``None`` outside an input, in the body of a
+        batch, in eager mode, on other brokers, and on Celery's own pools.
+    """
+    task = _state.get_current_task()
+    return None if task is None else headers.hold_of(task.request)
 
 
 def install(runtime: Runtime | None) -> None:

@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated, WorkerLostError
@@ -153,13 +153,19 @@ class PoolRequest:
             twin.tell_accepted(self.child.pid if self.child else 0, time.monotonic())
 
     def was_withdrawn(self) -> bool:
-        """Return whether it was revoked or has expired; Celery has then stored that."""
+        """Return whether it was revoked or has expired; Celery has then stored that.
+
+        Raises:
+            ResultsUnavailable: if so, and it cannot be stored for now.
+        """
         revoked = getattr(self._celery_request, "revoked", None)
         if revoked is None:
             return False
         try:
             if not revoked():
                 return False
+        except errors.ResultsUnavailable:
+            raise
         except Exception:
             logger.exception(
                 "task %s[%s] runs: its revocation could not be checked", self.name, self.task_id
@@ -274,6 +280,8 @@ class PoolRequest:
         if outcome == frames.Outcome.UNSTORED:
             # The outcome is unknown, as after the loss of a child: our tasks return to the broker.
             self.tell_lost(f"The outcome could not be stored: {text}")
+        elif outcome == frames.Outcome.FENCED:
+            self.reject()
         elif outcome == frames.Outcome.INTERNAL:
             self.tell_broken(stand_in)
         else:
@@ -287,42 +295,60 @@ class PoolRequest:
             self._answer("callback", (1, Einfo(exc, traceback), 0.0))  # the child has stored it
 
     def _answer(self, name: CallbackName, *args: object) -> bool:
-        """Call Celery for each delivery; return whether none had to be given back."""
-        deliveries = (self, *self.deliveries)
-        failures = [delivery._call(name, *args) for delivery in deliveries]
-        settled = [
-            failed is None or delivery._settle_message(failed, is_stored=name == "callback")
-            for delivery, failed in zip(deliveries, failures, strict=True)
-        ]
-        return all(settled)
+        """Call Celery for each delivery; return False if one must wait for the result backend."""
+        is_answered = True
+        for delivery in (self, *self.deliveries):
+            # Only these store here; what a child reports, it has stored.
+            is_away = name != "callback" and self._pool.outage()
+            if is_away or not delivery.answer(name, args):
+                self._pool.requests.postpone(delivery, name, args)
+                is_answered = False
+        return is_answered
 
-    def _settle_message(self, failed: Exception, *, is_stored: bool) -> bool:
-        """Store and acknowledge what a callback could not; in an outage, give the message back.
+    def answer(self, name: CallbackName, args: Sequence[object]) -> bool:
+        """Call Celery with the outcome; return False if the result cannot be stored for now.
 
-        Args:
-            failed: what the callback raised.
-            is_stored: whether the child has stored the outcome.
-
-        Returns:
-            Whether it is settled; if not, the broker delivers it again.
+        An outcome that can never be stored becomes a stored failure, and is acknowledged.
         """
+        failed = self._call(name, *args)
         request = self._celery_request
-        if request is None:
+        if failed is None or request is None:
+            return True
+        if isinstance(failed, errors.DeclaredLost):
+            if self._is_returnable:
+                self._requeue()
             return True
         try:
-            if refusals.is_outage(failed):
+            if _can_wait(failed):
                 raise failed
-            if not is_stored:
+            if name != "callback":
                 _store_broken(request, failed)
         except Exception as exc:
-            if refusals.is_outage(exc) and request.task.acks_late and not request.acknowledged:
-                self._pool.requests.note_return(self)
-                self._requeue()
+            if _can_wait(exc):
                 return False
             logger.exception("task %s[%s] has no stored outcome", self.name, self.task_id)
         if request.task.acks_late:
             request.acknowledge()
         return True
+
+    @property
+    def _is_returnable(self) -> bool:
+        request = self._celery_request
+        return request is not None and request.task.acks_late and not request.acknowledged
+
+    def give_up_answer(self, *, is_closing: bool) -> bool:
+        """Return the input to the broker instead; return False if the answer must still wait."""
+        if self._is_returnable:
+            self._pool.requests.note_return(self)
+            self._requeue()
+            return True
+        if is_closing:
+            logger.error(
+                "task %s[%s] has no result: it was acknowledged, and the worker stops before "
+                "results can be stored",
+                *(self.name, self.task_id),
+            )
+        return is_closing
 
     def _call(self, name: CallbackName, *args: object) -> Exception | None:
         """Call Celery, and return what the callback raised."""
@@ -331,6 +357,9 @@ class PoolRequest:
             return None
         try:
             callback(*args)
+        except (errors.ResultsUnavailable, errors.DeclaredLost) as exc:
+            logger.info("task %s[%s] is not answered: %s", self.name, self.task_id, exc)
+            return exc
         except Exception as exc:
             # Receivers, backends and custom requests may raise, which would end the worker.
             logger.exception(
@@ -338,6 +367,11 @@ class PoolRequest:
             )
             return exc
         return None
+
+
+def _can_wait(exc: Exception) -> bool:
+    """Return whether ``exc`` means that an outcome can be stored later."""
+    return isinstance(exc, errors.ResultsUnavailable) or refusals.is_outage(exc)
 
 
 def _store_broken(request: Request, failed: Exception) -> None:
@@ -349,6 +383,16 @@ def _store_broken(request: Request, failed: Exception) -> None:
     if request.store_errors:
         broken = errors.OutcomeNotStored(type(failed).__name__, "its callback failed", str(failed))
         backend.store_result(request.id, broken, states.FAILURE, request=request._context)
+
+
+class Postponed(NamedTuple):
+    """An answer that waits until results can be stored."""
+
+    delivery: PoolRequest
+    callback: CallbackName
+    args: tuple[object, ...]
+    #: Time at which the input goes back to the broker instead.
+    until: float
 
 
 class Requests:
@@ -372,6 +416,8 @@ class Requests:
         self._poison = PoisonCounter(pool.settings.max_deaths, shared)
         self._dead_letters = dead_letters
         self._numbers = itertools.count(1)
+        #: The answers that wait for the result backend, the oldest first.
+        self.postponed: collections.deque[Postponed] = collections.deque()
 
     def unsettled(self) -> int:
         return self.table.count(State.CHECKING, State.WAITING, State.SENT, State.RUNNING)
@@ -505,6 +551,23 @@ class Requests:
     def note_return(self, returned: PoolRequest) -> None:
         """Count that an input goes back to the broker because its answer cannot be stored."""
         self._poison.record_return(returned.task_id)
+
+    # -- answers in an outage of the result backend --
+
+    def postpone(
+        self, delivery: PoolRequest, callback: CallbackName, args: tuple[object, ...]
+    ) -> None:
+        until = time.monotonic() + self._settings.store_timeout
+        self.postponed.append(Postponed(delivery, callback, args, until))
+
+    def answer_postponed(self, now: float, *, is_closing: bool) -> None:
+        """Give the postponed answers when results can be stored, or the inputs back in time."""
+        for _ in range(len(self.postponed)):
+            answer = self.postponed.popleft()
+            if not self._pool.outage() and answer.delivery.answer(answer.callback, answer.args):
+                continue
+            if now < answer.until or not answer.delivery.give_up_answer(is_closing=is_closing):
+                self.postponed.append(answer)
 
     # -- other ends --
 
@@ -647,7 +710,14 @@ class Requests:
 
         Celery stores the outcome during the check, and its receivers may call the pool again.
         """
-        is_withdrawn = checked.settlement is None and checked.was_withdrawn()
+        try:
+            is_withdrawn = checked.settlement is None and checked.was_withdrawn()
+        except (
+            errors.ResultsUnavailable
+        ):  # it must not run: the broker delivers it after the outage
+            self._settle(checked, Settlement.RETURNED)
+            checked.reject()
+            return True
         if is_withdrawn and checked.settlement is None:
             self._settle(checked, Settlement.ANSWERED)
         return checked.settlement is not None

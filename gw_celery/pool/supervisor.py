@@ -7,12 +7,14 @@ no event loop. ``poll`` reads the children's reports, and ``tick`` then enforces
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from gw_celery.cluster import fence
 from gw_celery.pool import child_process, probes, replica, requests, scores
 from gw_celery.pool.child_process import ChildProcess
 from gw_celery.protocol import frames
@@ -70,6 +72,10 @@ class Supervisor:
         self._late: list[Callable[[], None]] = []
         #: Number of inputs without a slot at the last check.
         self._waiting = 0
+        #: Whether this process can store results; ``None`` if it cannot know.
+        self.results = fence.results_of(pool.app)
+        #: The outage of the result backend at the last check.
+        self._outage = ""
 
     # -- decisions of operators and of the autoscaler --
 
@@ -188,6 +194,10 @@ class Supervisor:
             self._probes.call_due(now)
             for service in self._probes.unready():
                 self.requests.give_back(service)
+            self.requests.answer_postponed(now, is_closing=self._is_closing)
+            if (outage := self.outage()) != self._outage:
+                self._outage = outage
+                self.pool.slots_changed()
             self._send_waiting()
             # A measuring replica takes no inputs: let only one idle replica measure at a time.
             ready = [child for child in self._children if child.state.is_ready]
@@ -211,8 +221,9 @@ class Supervisor:
         return min(self.requests.table.limits.next_at(), self._probes.next_at)
 
     def outage(self) -> str:
-        """Return why a live child cannot store results; ``""`` while all can."""
-        return next((child.outage for child in self._children if child.outage), "")
+        """Return why a live child, or this process, cannot store results; ``""`` while all can."""
+        own = "" if self.results is None else self.results.reason
+        return own or next((child.outage for child in self._children if child.outage), "")
 
     def children(self) -> list[ChildProcess]:
         """Return the live children as a copy, because they start and end during loops over it."""
@@ -458,6 +469,11 @@ class Supervisor:
         with self.lock:
             self.poll()
             self.requests.give_up_unbegun()
+
+    def give_up_answers(self) -> None:
+        """Return the inputs whose answers wait for the result backend to the broker."""
+        with self.lock:
+            self.requests.answer_postponed(math.inf, is_closing=True)
 
     def leave(self) -> None:
         """Make every child run its exit hooks and end."""

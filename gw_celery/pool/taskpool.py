@@ -22,7 +22,7 @@ from celery.worker import autoscale, state
 from kombu.asynchronous import Hub, get_event_loop
 from kombu.asynchronous.timer import Entry
 
-from gw_celery import conf, signals
+from gw_celery import conf, errors, signals
 from gw_celery.cluster import membership
 from gw_celery.declare import services
 from gw_celery.policy import speed_bands
@@ -228,7 +228,14 @@ class TaskPool(BasePool):
         return self.supervisor.submit(args, key, options)
 
     def terminate_job(self, pid: int, signal: object = None) -> None:
-        """Do nothing: the pid is a whole child's. Celery calls ``PoolRequest.terminate`` next."""
+        """Do nothing: the pid is a whole child's. Celery calls ``PoolRequest.terminate`` next.
+
+        Raises:
+            ResultsUnavailable: if Celery could not store that the input was terminated, and would
+                fail halfway: the caller of the command gets the reason.
+        """
+        if reason := self.supervisor.outage():
+            raise errors.ResultsUnavailable(f"{reason}; terminate it again after the outage")
 
     def flush(self) -> None:
         """React to a lost broker: keep what is held; release what the broker delivers again.
@@ -292,6 +299,8 @@ class TaskPool(BasePool):
         end = time.monotonic() + grace
         # Inputs that were returned, or answered at a limit, may still be in children for a moment.
         self._wait(lambda: not inputs.held(), self.plan.settings.cancel_timeout)
+        self._wait(lambda: not inputs.postponed, min(bound, self.plan.settings.store_timeout))
+        self.supervisor.give_up_answers()
         if not self._stop_is_due:
             self.supervisor.leave()
             self._wait(lambda: not self.supervisor.children(), end - time.monotonic())
@@ -443,7 +452,7 @@ class TaskPool(BasePool):
             self._hub.remove_reader(self.supervisor.sockets.fileno())
         self.supervisor.sockets.close()
         self.health.close()
-        for thread in (self._dead, self.cluster):
+        for thread in (self._dead, self.cluster, self.supervisor.results):
             if thread is not None:
                 thread.close()
 

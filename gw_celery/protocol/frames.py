@@ -100,6 +100,8 @@ class Outcome(enum.StrEnum):
     INTERNAL = "internal"
     #: Its outcome could not be stored.
     UNSTORED = "unstored"
+    #: Its outcome was refused, because this worker was declared lost.
+    FENCED = "fenced"
 
 
 class Garbage(errors.GWCeleryError):

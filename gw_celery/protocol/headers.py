@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,10 @@ DELIVERIES = "gw-deliveries"
 DEFAULT_WORKLOAD = 1.0
 #: Maximum workload; a larger one is ignored, because sums would lose precision or overflow.
 MOST_WORKLOAD = 1e12
+
+#: The name of a hold, in the place of the delivery tag: the incarnation of the worker that took the
+#: message, and a number.
+_HOLD = re.compile(r"[^/]+/[0-9]+")
 
 
 def finite(value: object) -> float | None:
@@ -58,3 +63,18 @@ def waited(request: Mapping[str, Any], now: float) -> float:
     """
     since = finite(request.get(ENQUEUED))
     return 0.0 if since is None else max(0.0, now - since)
+
+
+def hold_of(request: Any) -> str | None:
+    """Return the name of the hold of an input's message; ``None`` if its broker has no holds.
+
+    Args:
+        request: the mapping of the request, or Celery's ``Context`` of it.
+    """
+    properties = None if request is None else request.get("properties")
+    tag = properties.get("delivery_tag") if isinstance(properties, Mapping) else None
+    return tag if isinstance(tag, str) and _HOLD.fullmatch(tag) else None
+
+
+def incarnation_of(hold: str) -> str:
+    return hold.partition("/")[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 from celery import states
 
+from gw_celery import errors
 from gw_celery.replica import tracer
 from gw_celery.transport import refusals
 
@@ -77,7 +78,9 @@ class Outcomes:
 
 def _is_final(state: str, refused: Exception) -> bool:
     """Return whether a refused outcome is an error that will never be stored."""
-    return state in states.EXCEPTION_STATES and not refusals.is_outage(refused)
+    if refusals.is_outage(refused) or isinstance(refused, errors.DeclaredLost):
+        return False
+    return state in states.EXCEPTION_STATES
 
 
 def _note_answer(task_id: str) -> None:

@@ -14,18 +14,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import redis.asyncio
-import redis.exceptions
-from celery.app import backends
 from celery.backends.redis import RedisBackend
-from celery.exceptions import BackendStoreError
+from redis.exceptions import NoScriptError
 
-from gw_celery import errors
+from gw_celery import background_thread, errors
 from gw_celery.client import execution
-from gw_celery.cluster import early_acks
+from gw_celery.cluster import early_acks, fence
 from gw_celery.protocol import frames
 from gw_celery.replica import outcomes, tracer
 from gw_celery.runtime import greenlet_bridge, loop
-from gw_celery.transport import find
+from gw_celery.transport import find, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +34,15 @@ _BLOCKING = (
     *("mark_as_done", "mark_as_retry", "mark_as_started", "get_task_meta", "store_result"),
     *("apply_chord", "save_group", "restore_group", "delete_group", "forget"),
 )
-#: Exceptions that an unreachable server causes.
-_LOST = (OSError, redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
-#: Seconds between two attempts to reach such a server.
-PAUSE = 1.0
+#: Commands that begin an exchange: those that are sent together end together.
+_FIRST = ("get", "store", "hdel")
+#: Commands that a server answers which refuses to write.
+_READS = ("get", "exists")
 #: Seconds that a result may wait for others, while other inputs are in flight.
 _LINGER = 0.005
 #: Seconds after which a silent server counts as lost.
 _SOCKET_TIMEOUT = 5.0
 _LONGEST_REASON = 200
-
-#: The backend class of this process; Celery imports it by this name.
-Installed: Any = None
 
 
 def install(app: Any, around: Callable[..., Any], store_timeout: float, link: tracer.Link) -> None:
@@ -56,28 +51,19 @@ def install(app: Any, around: Callable[..., Any], store_timeout: float, link: tr
     Args:
         app: the Celery app.
         around: calls a function, with the setup that a thread needs.
-        store_timeout: seconds for which a write to an unreachable Redis is retried.
+        store_timeout: seconds for which a write to a Redis that is away is retried.
         link: the connection to the parent, which gets reports of outages.
     """
-    global Installed
-    url = app.backend_cls or app.conf.result_backend
-    if not isinstance(url, str):
-        return
-    base, address = backends.by_url(url, app.loader)
-    threads = greenlet_bridge.Offload("store", 16, around)
-    if base is not RedisBackend:
-        Installed = off_loop(base, threads)
-    else:
-        Installed = grouped(off_loop(base, threads, _PUBLISHING), store_timeout, link)
+
+    def derive(base: Any) -> Any:
+        threads, fenced = greenlet_bridge.Offload("store", 16, around), fence.fenced(base)
+        if base is not RedisBackend:
+            return off_loop(fenced, threads, (*_BLOCKING, "require_alive"))
         # One client for all threads, which redis-py supports.
         app.conf.result_backend_thread_safe = True
-    # A name instead of the class: Celery reads the server's address from the same string, and
-    # Celery 5.6 accepts nothing else.
-    name = f"{__name__}:Installed"
-    app.backend_cls = f"{name}+{address}" if address else name
-    # Django's system checks, or a module of the project, may have used the backend already.
-    app._backend_cache = None
-    vars(app._local).pop("backend", None)
+        return grouped(off_loop(fenced, threads, _PUBLISHING), store_timeout, link)
+
+    fence.install(app, derive)
 
 
 def off_loop(
@@ -114,13 +100,16 @@ def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:
             if not _reaches_loop():
                 named = policy if expires is None else {"expires": expires, **policy}
                 return super().set(key, value, **named)  # Celery 5.6 has no `expires`
-            if isinstance(value, str) and len(value) > self._MAX_STR_VALUE_SIZE:
-                # The server would close the connection, and all commands on it would fail.
-                raise BackendStoreError(
-                    f"a result of {len(value)} characters is too large: Redis takes "
-                    f"{self._MAX_STR_VALUE_SIZE}; return a reference to the data"
-                )
+            self.require_room(value)
             return self._run("set", key, value, self.expires if expires is None else expires)
+
+        def run_script(self, *arguments: Any) -> Any:
+            if _reaches_loop():
+                return self._run("store", *arguments)
+            return super().run_script(*arguments)
+
+        def exists(self, key: str) -> Any:
+            return self._run("exists", key) if _reaches_loop() else super().exists(key)
 
         def _run(self, *command: Any) -> Any:
             """Run a command, unless an earlier one of the same tracer was given up.
@@ -130,7 +119,8 @@ def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:
             broker.
             """
             input = tracer.current.get()
-            if input is not None and input.phase is tracer.Phase.BODY:
+            is_body = input is not None and input.phase is tracer.Phase.BODY
+            if is_body and command[0] != "exists":  # asked by Celery's retry, not by the body
                 input = None
             if input is not None and input.store_error is not None:
                 raise input.store_error
@@ -139,8 +129,8 @@ def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:
                 if greenlet_bridge.can_park() or serving is None:
                     return greenlet_bridge.drive(coroutine)
                 return asyncio.run_coroutine_threadsafe(coroutine, serving.loop).result()
-            except _LOST as exc:
-                if input is not None:
+            except Exception as exc:
+                if input is not None and refusals.is_outage(exc):
                     input.store_error = exc
                 raise
 
@@ -151,10 +141,14 @@ def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:
         @functools.cached_property
         def _writer(self) -> Writer:
             client = find.async_client(self, socket_timeout=_SOCKET_TIMEOUT)
-            return Writer(client, store_timeout, link)
+            return Writer(client, store_timeout, link, fence.probe_of(self))
 
     Grouped.__name__ = base.__name__
     return Grouped
+
+
+#: A command, and the future of its answer.
+_Waiting = tuple[tuple[Any, ...], "asyncio.Future[Any]"]
 
 
 def _reaches_loop() -> bool:
@@ -171,33 +165,41 @@ class Writer:
     Commands that arrive while a pipeline is in progress form the next one: many inputs in flight
     share a round trip, and a single one never waits. Answers keep the order of the commands.
 
-    An outage begins with a command that was lost with the connection. It ends when the server
-    answers anything: a retried command or, if all were given up, a PING.
+    An outage begins with a command that was lost with the connection, or that the server refused
+    for now. It ends when the server writes: a retried command or, if all were given up, a probe.
 
     Args:
         client: a client that only this writer uses.
-        store_timeout: seconds for which commands are retried while the server is unreachable.
+        store_timeout: seconds for which commands are retried during an outage.
         link: the connection to the parent, which gets the reason of an outage, and ``""`` at its
             end.
+        probe: arguments of a "store" that has no effect.
     """
 
     def __init__(
-        self, client: redis.asyncio.Redis, store_timeout: float, link: tracer.Link
+        self,
+        client: redis.asyncio.Redis,
+        store_timeout: float,
+        link: tracer.Link,
+        probe: tuple[Any, ...],
     ) -> None:
         self._client = client
         self._store_timeout = store_timeout
         self._link = link
+        self._probe = ("store", *probe)
         self._is_away = False
-        self._pending: list[tuple[tuple[Any, ...], asyncio.Future[Any]]] = []
+        self._log = background_thread.Outage(logger, f"pid {os.getpid()}: results cannot be stored")
+        self._pending: list[_Waiting] = []
         self._task: asyncio.Task[None] | None = None
 
     async def run(self, *command: Any) -> Any:
         """Return the answer to ``("get", key)`` or ``("set", key, value, lifetime)``.
 
-        ``("hset", key, field, value)`` and ``("hdel", key, field)`` are supported too.
+        ``("store", <arguments of the fence's script>)``, ``("exists", key)``, ``("hset", key,
+        field, value)`` and ``("hdel", key, field)`` are supported too.
 
         Raises:
-            redis.exceptions.ConnectionError: if the server was unreachable for ``store_timeout``.
+            redis.exceptions.RedisError: the reason, if the server was away for ``store_timeout``.
         """
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending.append((command, answer))
@@ -209,71 +211,86 @@ class Writer:
         try:
             while self._pending or self._is_away:
                 if not self._pending:
-                    await self._ping()
+                    await asyncio.sleep(fence.PAUSE)
+                    unread: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+                    unread.cancel()
+                    await self._attempt([(self._probe, unread)])
                     continue
-                # Storing a result begins with a get: results read together are written together.
-                starts = all(command[0] in ("get", "hdel") for command, _ in self._pending)
+                starts = all(command[0] in _FIRST for command, _ in self._pending)
                 if starts and len(tracer.in_flight) > 1:
                     await asyncio.sleep(_LINGER)
                 group, self._pending = self._pending, []
-                answers: list[Any]
-                try:
-                    answers = await self._execute([command for command, _ in group])
-                except Exception as exc:
-                    answers = [exc] * len(group)
-                for (_, waiting), answer in zip(group, answers, strict=True):
-                    if waiting.done():
-                        continue
-                    if isinstance(answer, Exception):
-                        waiting.set_exception(answer)
-                    else:
-                        waiting.set_result(answer)
+                await self._execute(group)
         finally:
             self._task = None
 
-    async def _ping(self) -> None:
-        """Check whether the server is back, because no command is left that would show it."""
-        await asyncio.sleep(PAUSE)
-        try:
-            await self._client.ping()
-        except _LOST:
-            return
-        except Exception as exc:  # an error is an answer too
-            logger.debug("the result backend answers: %r", exc)
-        self._note_outage("")
-
-    def _note_outage(self, reason: str) -> None:
-        """Report the reason of an outage, or with ``""`` its end."""
-        if bool(reason) != self._is_away:
-            self._is_away = bool(reason)
-            self._link.report(frames.Report.OUTAGE, reason[:_LONGEST_REASON])
-
-    async def _execute(self, commands: list[tuple[Any, ...]]) -> list[Any]:
-        """Send commands together, and retry while the server is unreachable."""
+    async def _execute(self, group: list[_Waiting]) -> None:
+        """Send commands together, and retry those that an outage affects."""
         now = asyncio.get_running_loop().time
         end = now() + self._store_timeout
-        while True:
-            try:
-                answers = await self._pipeline(commands)
-            except _LOST as lost:
-                self._note_outage(f"{type(lost).__name__}: {lost}")
-                if now() >= end:
-                    raise
-                logger.warning(
-                    "pid %d: %d commands wait for the result backend: %r; next try in %.0f s",
-                    *(os.getpid(), len(commands), lost, PAUSE),
-                )
-                await asyncio.sleep(PAUSE)
+        while (refused := await self._attempt(group)) and now() < end:
+            group = [waiting for waiting, _ in refused]
+            await asyncio.sleep(fence.PAUSE)
+        for (_, waiting), reason in refused:
+            if not waiting.done():
+                waiting.set_exception(reason)
+
+    async def _attempt(self, group: list[_Waiting]) -> list[tuple[_Waiting, Exception]]:
+        """Send commands once, resolve the answered ones, and return the others with the reason."""
+        commands = [command for command, _ in group]
+        answers: list[Any]
+        try:
+            answers = await self._pipeline(commands)
+        except Exception as exc:
+            answers = [exc] * len(group)
+        refused, has_written = [], False
+        for (command, waiting), answer in zip(group, answers, strict=True):
+            if isinstance(answer, Exception) and refusals.is_outage(answer):
+                refused.append(((command, waiting), answer))
+                continue
+            has_written |= command[0] not in _READS
+            if waiting.done():
+                continue
+            if isinstance(answer, Exception):
+                waiting.set_exception(answer)
             else:
-                self._note_outage("")
-                return answers
+                waiting.set_result(answer)
+        if refused:
+            self._note_outage(refused[0][1])
+        elif has_written:
+            self._note_outage(None)
+        return refused
+
+    def _note_outage(self, reason: Exception | None) -> None:
+        """Log and report the beginning of an outage, or with ``None`` its end."""
+        if (reason is not None) == self._is_away:
+            return
+        self._is_away = reason is not None
+        text = ""
+        if reason is None:
+            self._log.end()
+        else:
+            self._log.begin(reason)
+            text = f"{type(reason).__name__}: {reason}"
+        self._link.report(frames.Report.OUTAGE, text[:_LONGEST_REASON])
 
     async def _pipeline(self, commands: list[tuple[Any, ...]]) -> list[Any]:
+        answers = await self._send(commands)
+        if any(isinstance(answer, NoScriptError) for answer in answers):
+            # A restarted server has forgotten the script, and learns it with EVAL. Those that were
+            # stored are stored again, which changes nothing.
+            answers = await self._send(commands, is_new=True)
+        return answers
+
+    async def _send(self, commands: list[tuple[Any, ...]], *, is_new: bool = False) -> list[Any]:
         async with self._client.pipeline(transaction=False) as pipe:
             for name, *arguments in commands:
                 if name == "set":
                     key, value, lifetime = arguments
                     pipe.set(key, value, ex=lifetime or None)
+                elif name == "store":
+                    run = pipe.eval if is_new else pipe.evalsha
+                    run(fence.STORE if is_new else fence.SHA, *arguments)
                 else:
                     getattr(pipe, name)(*arguments)
             for name, *arguments in commands:

@@ -52,6 +52,9 @@ _OUTCOMES: dict[type[Exception], frames.Outcome] = {
     Ignore: frames.Outcome.IGNORE,
 }
 
+#: Parts of a request that Celery's tracer publishes when the body has ended.
+_ANNOUNCED = ("callbacks", "errbacks", "chain", "chord")
+
 #: The input whose tracer runs in this context.
 current: contextvars.ContextVar[Input | None] = contextvars.ContextVar("gw_input", default=None)
 
@@ -262,21 +265,54 @@ def prepare(app: Any, hostname: str) -> None:
     """Build the tracer of every task, with a body that limits can reach."""
     for name, task in app.tasks.items():
         task_context.follow_requests(task)
-        task.run = open_body(task.run)
+        task.run = open_body(task.run, app)
+        task.retry, task.replace = _fenced(task.retry, app), _fenced(task.replace, app)
         task.__trace__ = trace.build_tracer(name, task, app.loader, hostname, app=app)
 
 
-def open_body(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a task's ``run`` so that limits reach it; a nested call is part of its caller."""
+def open_body(run: Callable[..., Any], app: Any) -> Callable[..., Any]:
+    """Wrap a task's ``run`` so that limits reach it; a nested call is part of its caller.
+
+    Celery's tracer publishes callbacks before it stores: check before that whether it may.
+    """
+
+    def announce(input: Input) -> None:
+        if any(input.request.get(name) for name in _ANNOUNCED):
+            _require_alive(app, input)
 
     @functools.wraps(run)
     def opened(*args: Any, **kwargs: Any) -> Any:
         input = current.get()
         if input is None or input.phase is not Phase.BEFORE:
             return run(*args, **kwargs)
-        return input.run_body(run, args, kwargs)
+        try:
+            answer = input.run_body(run, args, kwargs)
+        except Exception:
+            announce(input)
+            raise
+        announce(input)
+        return answer
 
     return opened
+
+
+def _fenced(publish: Callable[..., Any], app: Any) -> Callable[..., Any]:
+    """Wrap a method of a task that publishes the input again, or another in its place."""
+
+    @functools.wraps(publish)
+    def fenced(*args: Any, **kwargs: Any) -> Any:
+        if (input := current.get()) is not None:
+            _require_alive(app, input)
+        return publish(*args, **kwargs)
+
+    return fenced
+
+
+def _require_alive(app: Any, input: Input) -> None:
+    """Raise ``DeclaredLost`` if this worker was declared lost while it had the input."""
+    if headers.hold_of(input.request) is not None:
+        # A backend object of the project has no such method.
+        getattr(app.backend, "require_alive", lambda request: None)(input.request)
 
 
 class ReplicaInputs:
@@ -390,6 +426,8 @@ class ReplicaInputs:
             exc = answer.exception
             if isinstance(exc, ExceptionWithTraceback):  # billiard's wrapper for pickling
                 exc = exc.exc
+            if isinstance(exc, errors.DeclaredLost):  # raised in the body
+                raise exc
             return failure(input.number, exc, safe_str(answer.traceback))
         text = frames.cut(str(answer), _LONGEST_TEXT)
         return frames.Report.DONE, input.number, text, float(runtime or 0.0)
@@ -420,6 +458,9 @@ class ReplicaInputs:
         """
         if isinstance(exc, execution.Stopped | asyncio.CancelledError):
             return frames.Report.GONE, input.number
+        if isinstance(exc, errors.DeclaredLost):
+            logger.warning("task %s[%s] is dropped: %s", input.name, input.task_id, exc.reason)
+            return _error(input.number, frames.Outcome.FENCED, exc, "")
         if isinstance(exc, Reject):
             return failure(input.number, exc, "")
         is_outage = input.store_error is not None or refusals.is_outage(exc)

@@ -134,11 +134,20 @@ class BrokerRedis(SharedRedis):
 
 class ResultsRedis(SharedRedis):
     def _connect(self) -> Any:
-        backend = self._app.backend
-        options = {**backend.connparams, **self._timeouts}
-        if "path" in options:  # a Unix socket
-            del options["socket_connect_timeout"]
-        return backend._create_client(**options)
+        return results_client(self._app.backend, self._timeouts["socket_timeout"])
+
+
+def results_client(backend: Any, timeout: float) -> Any:
+    """Return a new client for the server of a Redis result backend.
+
+    Args:
+        backend: the result backend.
+        timeout: seconds that a connection and each answer may take.
+    """
+    options = {**backend.connparams, "socket_timeout": timeout, "socket_connect_timeout": timeout}
+    if "path" in options:  # a Unix socket
+        del options["socket_connect_timeout"]
+    return backend._create_client(**options)
 
 
 def async_client(backend: Any, *, socket_timeout: float | None) -> redis.asyncio.Redis:

@@ -153,8 +153,8 @@ class Channel(redis.Channel):
         self._broken: set[str] = set()
         #: Arguments of bindings that Redis refused.
         self._unbound: list[tuple[Any, ...]] = []
-        #: Tag -> queue, of consumers that do not acknowledge. Celery's mingle has one, and waits for
-        #: answers without the event loop that reads the watch.
+        #: Tag -> queue, of consumers that do not acknowledge. Celery's mingle has one, and waits
+        #: for answers without the event loop that reads the watch.
         self._careless: dict[str, str] = {}
         try:
             super().__init__(connection, **kwargs)

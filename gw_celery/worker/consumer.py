@@ -110,6 +110,11 @@ class Consumer(CeleryConsumer):
                 handle(message)
             except (*self.connection_errors, MemoryError):
                 raise
+            except (errors.ResultsUnavailable, errors.DeclaredLost) as exc:
+                # It was revoked or has expired, and that cannot be stored.
+                logger.info("the message of task %s is given back: %s", message.headers["id"], exc)
+                message.reject_log_error(logger, self.connection_errors, requeue=True)
+                self.pool.slots_changed()  # the queues close at once, or it would come again
             except Exception as exc:
                 # Otherwise the exception would end this worker, and then the next one that gets the
                 # message.

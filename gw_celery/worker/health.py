@@ -52,19 +52,19 @@ class Reply(NamedTuple):
 
 
 def is_ready(worker: snapshot.Worker) -> Verdict:
-    """Check whether a replica takes inputs of each service that the worker serves.
+    """Check whether a replica takes inputs of each service, and results can be stored.
 
     A worker that needs no replica now is ready: it starts one when work arrives.
     """
     if worker.is_stopping:
         return Verdict(is_ok=False, why=("the worker stops",))
+    outage = [f"results cannot be stored: {worker.outage}"] if worker.outage else []
     if worker.desired == 0:
-        return Verdict(is_ok=True, why=("no replica is wanted now",))
+        return Verdict(is_ok=not outage, why=(*outage, "no replica is wanted now"))
     served = [key for key in worker.ready_slots if key != services.PLAIN] or [services.PLAIN]
     missing = [key for key in served if not worker.ready_slots.get(key)]
     why = [f"no replica is ready for {key or 'plain tasks'}" for key in missing]
-    why += [outage for outage in (worker.outage, worker.broker_outage) if outage]
-    return Verdict(is_ok=not missing, why=tuple(why))
+    return Verdict(is_ok=not (missing or outage), why=(*why, *outage))
 
 
 def why_not(replica: snapshot.Replica) -> str:

@@ -18,6 +18,7 @@ from celery import concurrency
 
 from gw_celery import conf, errors
 from gw_celery.client import beat_tasks, preset, task
+from gw_celery.cluster import fence
 from gw_celery.declare import gpu, registry
 from gw_celery.gpus import allocation, devices
 from gw_celery.runtime import lifecycle
@@ -208,6 +209,7 @@ def _prepare_gpu_pool(worker: Any, plan: Plan, typed: WorkerOptions | None) -> P
         there = devices.find(plan.settings.gpu_kinds)
         plan = dataclasses.replace(plan, allotment=allocation.allot(needs, there))
     plan = dataclasses.replace(plan, has_declared_bounds=_fit(worker, plan, typed))
+    fence.install_in_parent(worker.app)
     commands.guard_size()
     commands.install()
     # The gate owns the prefetch count, and sets it at every connection.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from celery import Celery
 
 from tests import pooling
-from tests.outages import Outage, outage
+from tests.outages import REFUSALS, Outage, outage
 from tests.processes import StartWorker, WorkerProcess, eventually
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
@@ -157,15 +159,171 @@ def test_a_replica_that_dies_in_an_outage_leaves_no_queue_closed(
     results.stop()
     paused(worker, app)
     os.kill(pooling.began(ledger_path, "killed")[0], signal.SIGKILL)
-    eventually(lambda: said(worker, RESUMED) == 1, 20)
-    # The new one knows of no outage: it takes what there is, and pauses for itself.
-    eventually(lambda: len(pooling.began(ledger_path, "killed")) == 2, 60)
-    eventually(lambda: said(worker, PAUSED) == 2, 20)
+    # The worker itself cannot store either: the new replica takes nothing in vain.
+    eventually(lambda: worker.log_text().count("is ready\n") == 2, 40)
+    eventually(lambda: outage_told(worker, app), 20)
+    assert len(pooling.began(ledger_path, "killed")) == 1
     results.start()
     assert is_stored(results, sent)
-    eventually(lambda: said(worker, RESUMED) == 2, 20)
+    assert len(pooling.began(ledger_path, "killed")) == 2
+    eventually(lambda: said(worker, RESUMED) == said(worker, PAUSED), 20)
     sent = send(app, 0.0, ["after"])
     assert is_stored(results, sent)
+
+
+MANY = [f"many{number}" for number in range(30)]
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_server_that_refuses_for_now_costs_no_input_and_no_body(
+    start_pooled: Callable[..., WorkerProcess],
+    results: Outage,
+    app: Celery,
+    ledger_path: Path,
+    kind: str,
+) -> None:
+    worker = start_pooled()
+    sent = send(app, 0.3, MANY)
+    eventually(lambda: len(ledger.words(ledger_path, "began")) >= 4)
+    with results.being(kind):
+        paused(worker, app)
+        stopped = time.monotonic()
+        eventually(lambda: pooling.ask(worker, "ping", app) and time.monotonic() - stopped > 3.0)
+    assert is_stored(results, sent)
+    assert pooling.counts(ledger_path, MANY) == pooling.all_once(MANY)
+    assert worker.exit_code is None
+    assert (said(worker, PAUSED), said(worker, RESUMED)) == (1, 1)
+    assert said(worker, "results cannot be stored: ") == 1
+
+
+def test_a_refusal_for_longer_than_results_are_kept_costs_a_body_for_each_slot(
+    start_pooled: Callable[..., WorkerProcess], results: Outage, app: Celery, ledger_path: Path
+) -> None:
+    worker = start_pooled(settings={"gw_store_timeout": 1.0})
+    sent = send(app, 0.3, MANY)
+    eventually(lambda: len(ledger.words(ledger_path, "began")) >= 4)
+    with results.being("READONLY"):
+        paused(worker, app)
+        eventually(lambda: said(worker, "its outcome could not be stored") >= 1, 20)
+        stopped = time.monotonic()
+        eventually(lambda: pooling.ask(worker, "ping", app) and time.monotonic() - stopped > 3.0)
+    assert is_stored(results, sent)
+    assert len(ledger.words(ledger_path, "began")) <= len(MANY) + 4
+    assert said(worker, "its outcome could not be stored") <= 4
+
+
+# -- what the worker itself stores --
+
+
+def status_of(results: Outage, task_id: str) -> str:
+    return next(iter(results.states([task_id])))
+
+
+def hit_the_limit(app: Celery) -> str:
+    options: dict[str, Any] = {"queue": "cpu.four", "time_limit": 2}
+    return app.send_task("pooled.four", ("limited", 60.0), **options).id
+
+
+def be_lost(app: Celery) -> str:
+    """Run where the death of the child is the input's own: acknowledged, and not given back."""
+    return app.send_task("pooled.early", ("limited", 60.0), queue="cpu.early").id
+
+
+def be_lost_late(app: Celery) -> str:
+    return app.send_task("pooled.unforgiven", ("limited", 60.0), queue="cpu.unforgiven").id
+
+
+@pytest.mark.parametrize("kind", ["READONLY", "OOM", "down", "frozen"])
+@pytest.mark.parametrize("start", [hit_the_limit, be_lost, be_lost_late])
+def test_an_outcome_that_the_worker_stores_waits_for_the_results_too(
+    start_pooled: Callable[..., WorkerProcess],
+    results: Outage,
+    app: Celery,
+    ledger_path: Path,
+    start: Callable[[Celery], str],
+    kind: str,
+) -> None:
+    # Nothing else is stored: this process is the first that hears of the outage.
+    worker = start_pooled(settings={"gw_worker_ttl": None})
+    task_id = start(app)
+    (pid,) = eventually(lambda: pooling.began(ledger_path, "limited"))
+    with results.being(kind):
+        if start is not hit_the_limit:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: outage_told(worker, app), 30)
+        for _ in range(3):
+            began = time.monotonic()
+            assert pooling.ask(worker, "ping", app) == {"ok": "pong"}
+            assert time.monotonic() - began < 5.0
+    eventually(lambda: status_of(results, task_id) == "FAILURE", 40)
+    assert len(pooling.began(ledger_path, "limited")) == 1
+    assert is_stored(results, send(app, 0.0, ["after"]))
+    assert worker.exit_code is None
+
+
+def test_an_input_whose_limit_cannot_be_stored_goes_back_to_the_broker(
+    start_pooled: Callable[..., WorkerProcess], results: Outage, app: Celery, ledger_path: Path
+) -> None:
+    worker = start_pooled(settings={"gw_store_timeout": 1.0})
+    task_id = hit_the_limit(app)
+    eventually(lambda: pooling.began(ledger_path, "limited"))
+    with results.being("READONLY"):
+        eventually(lambda: queued(app) == 1, 30)
+        paused(worker, app)
+        assert len(pooling.began(ledger_path, "limited")) == 1
+    eventually(lambda: status_of(results, task_id) == "FAILURE", 40)
+    assert len(pooling.began(ledger_path, "limited")) == 2
+
+
+@pytest.mark.parametrize("kind", ["READONLY", "down"])
+@pytest.mark.parametrize("is_expired", [False, True])
+def test_an_input_that_must_not_run_waits_for_the_results(
+    start_pooled: Callable[..., WorkerProcess],
+    results: Outage,
+    app: Celery,
+    ledger_path: Path,
+    kind: str,
+    is_expired: bool,
+) -> None:
+    worker = start_pooled()
+    task_id = uuid.uuid4().hex
+    options: dict[str, Any] = {"queue": "cpu.four", "task_id": task_id}
+    if is_expired:
+        options["expires"] = datetime.now(UTC) - timedelta(seconds=60)
+    else:
+        app.control.revoke(task_id, destination=[worker.node])
+        eventually(lambda: task_id in (pooling.ask(worker, "revoked", app) or ()))
+    with results.being(kind):
+        app.send_task("pooled.four", ("never", 0.0), **options)
+        paused(worker, app)
+        assert pooling.ask(worker, "ping", app) == {"ok": "pong"}
+        eventually(lambda: queued(app) == 1, 20)
+    eventually(lambda: status_of(results, task_id) == "REVOKED", 40)
+    assert pooling.began(ledger_path, "never") == []
+    assert is_stored(results, send(app, 0.0, ["after"]))
+    assert said(worker, "is given back: ") < 10
+
+
+def test_a_terminate_in_an_outage_is_refused_and_can_be_repeated(
+    start_pooled: Callable[..., WorkerProcess], results: Outage, app: Celery, ledger_path: Path
+) -> None:
+    worker = start_pooled()
+    (running,) = send(app, 60.0, ["running"])
+    (ended,) = send(app, 1.0, ["ended"])
+    eventually(lambda: len(ledger.words(ledger_path, "began")) == 2)
+    options: dict[str, Any] = {"reply": True, "destination": [worker.node], "timeout": 15}
+
+    def terminate() -> Any:
+        (answer,) = app.control.terminate(running, signal="SIGTERM", **options)
+        return answer[worker.node]
+
+    with results.being("READONLY"):
+        paused(worker, app)
+        assert "terminate it again after the outage" in str(terminate())
+    assert is_stored(results, [ended])
+    eventually(lambda: not outage_told(worker, app), 20)
+    terminate()
+    eventually(lambda: status_of(results, running) == "REVOKED", 20)
 
 
 def test_one_redis_for_messages_and_results_goes_away_for_longer_than_results_are_kept(

@@ -193,9 +193,15 @@ def test_a_worker_that_stops_is_alive_and_takes_nothing(ready: Probed) -> None:
     assert heard[-1] == ((503, ["the worker stops"]), 200)
 
 
-def test_a_result_backend_that_is_away_is_told_and_no_failure(ready: Probed) -> None:
-    ready.sees(outage="Redis does not answer")
-    assert ready.ask("/readyz") == (200, ["Redis does not answer"])
+@pytest.mark.parametrize("desired", [1, 0])
+def test_a_worker_that_cannot_store_results_is_not_ready(ready: Probed, desired: int) -> None:
+    ready.sees(outage="Redis does not answer", desired=desired)
+    status, why = ready.ask("/readyz")
+    assert status == 503
+    assert "results cannot be stored: Redis does not answer" in why
+    assert ready.ask("/livez")[0] == 200
+    ready.sees(outage="", desired=desired)
+    assert ready.ask("/readyz")[0] == 200
 
 
 def test_a_loop_that_does_not_turn_is_dead_unless_it_waits_for_the_broker(
