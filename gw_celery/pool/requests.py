@@ -14,7 +14,6 @@ from billiard.exceptions import Terminated, WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state as worker_state
 from celery.worker.request import Request
-from kombu.message import Message
 
 from gw_celery import errors
 from gw_celery.client import beat_tasks
@@ -22,6 +21,7 @@ from gw_celery.cluster import poison_counts
 from gw_celery.pool import request_table
 from gw_celery.pool.request_table import Limit, Result, Settlement, State
 from gw_celery.protocol import frames, headers
+from gw_celery.worker.undecoded import Undecoded
 
 if TYPE_CHECKING:
     from gw_celery.pool import dead_letters, supervisor
@@ -115,7 +115,7 @@ class PoolRequest:
         return bool(is_again or self.request.get("x-delivery-count"))
 
     @property
-    def message(self) -> Message | None:
+    def message(self) -> Undecoded | None:
         return getattr(self._celery_request, "message", None)
 
     @property
@@ -162,12 +162,12 @@ class PoolRequest:
     def reject(self) -> None:
         """Make the broker deliver it again, to a worker that is ready for it."""
         for delivery in (self, *self.deliveries):
-            delivery._requeue()
+            delivery._reject(requeue=True)
             worker_state.task_ready(delivery._celery_request)
 
-    def _requeue(self) -> None:
+    def _reject(self, *, requeue: bool) -> None:
         try:
-            self._celery_request.reject(requeue=True)
+            self._celery_request.reject(requeue=requeue)
         except Exception:  # an unreachable broker delivers it again by itself
             logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
 
@@ -241,6 +241,8 @@ class PoolRequest:
             self.tell_lost(f"The outcome could not be stored: {text}")
         elif outcome == frames.Outcome.INTERNAL:
             self.tell_broken(stand_in)
+        elif outcome == frames.Outcome.UNREADABLE:
+            self._refuse(errors.UnreadableMessage(message))
         else:
             exc: Exception = stand_in
             if outcome == frames.Outcome.RETRY:
@@ -251,6 +253,15 @@ class PoolRequest:
                 exc = Reject(message, requeue=requeue)
             self._answer("callback", (1, Einfo(exc, traceback), 0.0))  # the child has stored it
 
+    def _refuse(self, exc: errors.UnreadableMessage) -> None:
+        logger.critical(
+            "task %s[%s] is rejected, because its child cannot read the message: %s",
+            *(self.name, self.task_id, exc),
+        )
+        for delivery in (self, *self.deliveries):
+            delivery._reject(requeue=False)
+        self.tell_broken(exc)
+
     def _answer(self, name: CallbackName, *args: object) -> None:
         for delivery in (self, *self.deliveries):
             has_returned = delivery._call(name, *args)
@@ -260,7 +271,7 @@ class PoolRequest:
             if request.task.acks_late and not request.acknowledged:
                 # The outcome could not be stored. The broker still has the message, and delivers it
                 # again.
-                delivery._requeue()
+                delivery._reject(requeue=True)
 
     def _call(self, name: CallbackName, *args: object) -> bool:
         """Call Celery, and return whether the callback returned."""
@@ -393,6 +404,10 @@ class Requests:
                 self.table.move(held, State.RUNNING, now)
                 if held.settlement is None:  # a signal handler may have stopped it
                     held.tell_accepted(child.pid, min(report[2], now))
+            return
+        if kind == frames.Report.LINKS:
+            if (message := held.message) is not None:
+                message.learn_links(report[2])
             return
         if kind == frames.Report.EXPIRED:
             self._settle_withdrawn(held)
