@@ -100,6 +100,8 @@ class Settings:
     poll_interval: float = 0.5
     #: Maximum size of a gw-json document, and of the decompressed body of a message.
     max_payload_bytes: int = 64 * 1024 * 1024
+    #: Maximum number of values of a gw-json document, and of a message in JSON.
+    max_payload_values: int = 2_000_000
     #: Maximum nesting of a gw-json document.
     max_payload_depth: int = 100
 

@@ -38,8 +38,14 @@ def preset(app: Any) -> None:
 
 
 def configure_codec(settings: conf.Settings) -> None:
-    """Apply the size and depth limits of gw-json from the settings."""
-    codec.configure(codec.Limits(depth=settings.max_payload_depth, size=settings.max_payload_bytes))
+    """Apply the limits of gw-json from the settings."""
+    codec.configure(
+        codec.Limits(
+            depth=settings.max_payload_depth,
+            size=settings.max_payload_bytes,
+            values=settings.max_payload_values,
+        )
+    )
 
 
 def require_content(app: Any) -> None:

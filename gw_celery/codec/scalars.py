@@ -12,6 +12,7 @@ import datetime as dt
 import decimal
 import functools
 import math
+import sys
 import uuid
 import zoneinfo
 from collections.abc import Callable
@@ -25,6 +26,11 @@ Moment = TypeVar("Moment", dt.datetime, dt.time)
 #: Python refuses to convert longer ints to and from decimal digits (by default above 4300 digits,
 #: at the strictest above 640), but not to hexadecimal digits.
 _DECIMAL_BITS = 2048
+
+#: Maximum number of decimal digits, Python's own default for ints: the time in which Python
+#: compares an int with a Decimal of the same hash grows with the square of their length.
+_MOST_DIGITS = 4300
+_MOST_BITS = 14_284
 
 _MICROSECONDS_OF_A_MINUTE = 60_000_000
 _MICROSECOND = dt.timedelta(microseconds=1)
@@ -61,6 +67,48 @@ def expect(cls: type[T], payload: object) -> T:
 
 def _reader(kind: type[T], convert: Callable[[T], object]) -> Callable[[object], object]:
     return lambda payload: convert(expect(kind, payload))
+
+
+def bounds_ints() -> bool:
+    """Return whether Python itself refuses JSON ints of more than the maximum length."""
+    return 0 < sys.get_int_max_str_digits() <= _MOST_DIGITS
+
+
+def parse_int(digits: str) -> int:
+    """Return an int of JSON text, where Python does not bound its length."""
+    return int(_check_length(digits))
+
+
+def _check_length(digits: str) -> str:
+    if len(digits) > _MOST_DIGITS:
+        raise errors.SerializationError(
+            f"a number has {len(digits)} digits where {_MOST_DIGITS} are allowed: send it as text"
+        )
+    return digits
+
+
+def _check_bits(value: int) -> int:
+    if value.bit_length() > _MOST_BITS:
+        raise errors.SerializationError(
+            f"an int has {value.bit_length()} bits where {_MOST_BITS} are allowed: send it as bytes"
+        )
+    return value
+
+
+def _write_int(value: int) -> str:
+    return hex(_check_bits(value))
+
+
+def _read_int(digits: str) -> int:
+    return _check_bits(int(_check_length(digits), 16))
+
+
+def _write_decimal(value: decimal.Decimal) -> str:
+    return _check_length(str(value))
+
+
+def _read_decimal(digits: str) -> decimal.Decimal:
+    return decimal.Decimal(_check_length(digits))
 
 
 def _to_base64(value: bytes) -> str:
@@ -147,13 +195,13 @@ def _zone_keys() -> frozenset[str]:
 
 SCALARS = (
     Scalar(str, "~str", _write_text, _reader(str, _read_text)),
-    Scalar(int, "~int", hex, _reader(str, lambda digits: int(digits, 16))),
+    Scalar(int, "~int", _write_int, _reader(str, _read_int)),
     Scalar(float, "~float", repr, _reader(str, float)),
     Scalar(bytes, "~bytes", _to_base64, _reader(str, _from_base64)),
     Scalar(dt.datetime, "~datetime", _write_moment, _moment_reader(dt.datetime)),
     Scalar(dt.date, "~date", dt.date.isoformat, _reader(str, dt.date.fromisoformat)),
     Scalar(dt.time, "~time", _write_moment, _moment_reader(dt.time)),
     Scalar(dt.timedelta, "~timedelta", _microseconds, _read_timedelta),
-    Scalar(decimal.Decimal, "~decimal", str, _reader(str, decimal.Decimal)),
+    Scalar(decimal.Decimal, "~decimal", _write_decimal, _reader(str, _read_decimal)),
     Scalar(uuid.UUID, "~uuid", str, _reader(str, uuid.UUID)),
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import re
 import reprlib
 from collections.abc import Callable, Collection
 from typing import Any
@@ -36,6 +37,10 @@ _SCALAR_OF = {scalar.marker: scalar for scalar in scalars.SCALARS}
 _PAIRS = "~dict"
 #: Maximum number of members of a set, or keys of a dict, with the same hash.
 _MOST_OF_ONE_HASH = 128
+#: The same if long numbers may be compared with Decimals, which is slow.
+_MOST_SLOW_OF_ONE_HASH = 16
+#: Number of characters of a long number.
+_LONG = 100
 #: Types with salted hashes: a sender cannot choose many values of one hash.
 _SALTED: frozenset[type] = frozenset({str, bytes})
 _OBJECT = "~obj"
@@ -57,10 +62,13 @@ class Limits:
     Attributes:
         depth: maximum nesting of values.
         size: maximum bytes of the text, checked before parsing.
+        values: maximum number of JSON values in the text, checked before parsing. An empty list or
+            dict counts twice.
     """
 
     depth: int = 100
     size: int = 64 * 1024 * 1024
+    values: int = 2_000_000
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -74,6 +82,7 @@ class Codec:
 
     def __init__(self, registry: types.TypeRegistry, limits: Limits) -> None:
         self._size = limits.size
+        self._values = limits.values
         self._depth = limits.depth
         self._writer = Writer(registry, limits.depth, is_careful=False)
         self._careful_writer = Writer(registry, limits.depth, is_careful=True)
@@ -91,6 +100,7 @@ class Codec:
         except RecursionError:
             raise errors.SerializationError(_BEYOND_THE_STACK) from None
         self._check_size(size)
+        self._check_values(text)
         return text
 
     def loads(self, data: str | bytes | bytearray | memoryview) -> object:
@@ -101,13 +111,8 @@ class Codec:
                 here, or exceeds the limits.
         """
         try:
-            if isinstance(data, str):
-                size = len(data) if data.isascii() else len(data.encode(errors="surrogatepass"))
-            else:
-                size = data.nbytes if isinstance(data, memoryview) else len(data)
-            self._check_size(size)
-            text = data if isinstance(data, str) else str(data, "utf-8")
-            node = _parse(text)
+            text = self.checked(data)
+            node = _parser().decode(text)
             # The parsed value is the answer if the text has no marker (whose ``~`` may be escaped)
             # and is too short to be too deep. Searching a long text saves no time.
             if len(text) > 2 * self._depth or '"~' in text or '"\\u007' in text:
@@ -122,9 +127,26 @@ class Codec:
                 f"the text is not JSON ({error}): it was cut, or not written by gw-json"
             ) from error
 
+    def checked(self, data: str | bytes | bytearray | memoryview) -> str:
+        """Return the text of any JSON document within the limits of size and values.
+
+        Raises:
+            SerializationError: if it exceeds them.
+            UnicodeDecodeError: if it is not text.
+        """
+        if isinstance(data, str):
+            size = len(data) if data.isascii() else len(data.encode(errors="surrogatepass"))
+        else:
+            size = data.nbytes if isinstance(data, memoryview) else len(data)
+        self._check_size(size)
+        text = data if isinstance(data, str) else str(data, "utf-8")
+        self._check_values(text)
+        return text
+
     def _text(self, value: object) -> tuple[str, int]:
+        writer = self._writer if scalars.bounds_ints() else self._careful_writer
         try:
-            return _sized(_render(self._writer.write(value)))
+            return _sized(_render(writer.write(value)))
         except errors.SerializationError:
             raise
         except ValueError:
@@ -136,6 +158,16 @@ class Codec:
             raise errors.SerializationError(
                 f"the document has {size} bytes where {self._size} are allowed: "
                 "send a reference to the data, or raise the limit on both sides"
+            )
+
+    def _check_values(self, text: str) -> None:
+        # Strings are left out only if their commas and brackets can matter: that takes longer.
+        if len(text) < self._values or _values(text) <= self._values:
+            return
+        if (values := _values(_STRING.sub("", text))) > self._values:
+            raise errors.SerializationError(
+                f"the document has {values} values where {self._values} are allowed: send many "
+                "numbers as bytes, or raise gw_max_payload_values on both sides"
             )
 
 
@@ -160,6 +192,16 @@ def loads(data: str | bytes | bytearray | memoryview) -> object:
         SerializationError: as ``Codec.loads``.
     """
     return _codec.loads(data)
+
+
+def checked(data: str | bytes) -> str:
+    """Return JSON text of any serializer, within the limits of this process.
+
+    Raises:
+        SerializationError: as ``Codec.checked``.
+        UnicodeDecodeError: as ``Codec.checked``.
+    """
+    return _codec.checked(data)
 
 
 def register() -> None:
@@ -334,20 +376,34 @@ def _check_hashes(cls: type, keys: Collection[object]) -> None:
     Each such key is compared with all before it. Any sender can choose such numbers, and tuples and
     objects that hold them; 64 MB of them would take a day.
     """
-    if len(keys) <= _MOST_OF_ONE_HASH or cls is tuple or _SALTED.issuperset(map(type, keys)):
+    few = _MOST_SLOW_OF_ONE_HASH
+    if len(keys) <= few or cls is tuple or _SALTED.issuperset(map(type, keys)):
         return
-    if len(keys) - len(set(map(hash, keys))) < _MOST_OF_ONE_HASH:
+    if len(keys) - len(set(map(hash, keys))) < few:
         return
-    most = max(collections.Counter(map(hash, keys)).values())
-    if most > _MOST_OF_ONE_HASH:
+    counts = collections.Counter(map(hash, keys))
+    # Also numbers inside tuples and objects show in these texts.
+    texts = [repr(key) for key in keys if counts[hash(key)] > few]
+    is_slow = any("Decimal(" in text for text in texts) and max(map(len, texts)) > _LONG
+    limit = few if is_slow else _MOST_OF_ONE_HASH
+    most = max(counts.values())
+    if most > limit:
         raise errors.SerializationError(
             f"{most} keys of a {cls.__name__} of {len(keys)} have the same hash, over the limit of "
-            f"{_MOST_OF_ONE_HASH}: send a list instead"
+            f"{limit}: send a list instead"
         )
 
 
 def _too_deep(limit: int, remedy: str) -> errors.SerializationError:
     return errors.SerializationError(f"the value is nested deeper than {limit} levels, {remedy}")
+
+
+def _values(text: str) -> int:
+    return 1 + text.count(",") + text.count("[") + text.count("{")
+
+
+def _parser() -> json.JSONDecoder:
+    return _decoder if scalars.bounds_ints() else _careful_decoder
 
 
 def _refuse_constant(name: str) -> object:
@@ -363,7 +419,9 @@ def _sized(text: str) -> tuple[str, int]:
 _render = json.JSONEncoder(
     ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")
 ).encode
-_parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+_careful_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=scalars.parse_int)
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _BEYOND_THE_STACK = (
     "the value is nested deeper than the stack of this thread allows: send it flatter"
 )

@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import inspect
+import itertools
+import operator
 import reprlib
 import sys
 import typing
@@ -189,20 +192,30 @@ class Members:
         self.cls = cls
 
     def take(self, value: enum.Enum) -> object:
-        return value.name if value.name in self.cls.__members__ else value.value
+        if value.name in self.cls.__members__:
+            return value.name
+        return self._declared(value.value)
 
     def build(self, payload: object) -> object:
         if issubclass(self.cls, enum.Flag) and type(payload) is int:
-            made = self.cls(payload)
-            # Some Python versions ignore an unknown bit, and a class can request that.
-            if made.value != payload:
-                raise _misfit(self.cls, f"has no member for some of the bits {payload:#b}")
-            return made
+            return self.cls(self._declared(payload))
         name = scalars.expect(str, payload)
         if name not in self.cls.__members__:
             known = ", ".join(self.cls.__members__)
             raise _misfit(self.cls, f"has no member {reprlib.repr(name)}, only {known}")
         return self.cls.__members__[name]
+
+    def _declared(self, bits: int) -> int:
+        """Return the value of a Flag, which may have only bits that its members declare.
+
+        A class can request to keep or ignore others. Python keeps each value for ever.
+        """
+        known = functools.reduce(
+            operator.or_, (flag.value for flag in self.cls.__members__.values())
+        )
+        if bits < 0 or bits & ~known:
+            raise _misfit(self.cls, f"has no member for some of the bits {f'{bits:#b}':.80}")
+        return bits
 
 
 class Fields:
@@ -284,10 +297,14 @@ def shape_of(cls: type) -> Shape:
     """Choose how to write instances of ``cls`` without the user's functions.
 
     Raises:
-        DeclarationError: if every shape would lose some data of its instances.
+        DeclarationError: if every shape would lose some data of its instances, or a message could
+            run methods that the class has for another purpose.
     """
     if issubclass(cls, enum.Enum):
         return Members(cls)
+    if (hook := next(_hooks(cls), None)) is not None:
+        rule = f"has {hook}, which a message could then run"
+        raise errors.DeclarationError("cls", cls, f"{rule}; pass encode= and decode=")
     if issubclass(cls, Exception):
         return Raised(cls)
     if any(_is_native(base) for base in cls.__mro__ if base is not object):
@@ -305,6 +322,19 @@ def shape_of(cls: type) -> Shape:
 
 class _Empty:
     """The layout of an instance that has only a ``__dict__``."""
+
+
+def _hooks(cls: type) -> Iterator[str]:
+    """Yield the methods of the user's that run when an instance is built, changed or dropped."""
+    for base in itertools.filterfalse(_is_native, cls.__mro__):
+        params = vars(base).get("__dataclass_params__")
+        for name in ("__del__", "__setattr__", "__setstate__"):
+            # A frozen dataclass can only have the ``__setattr__`` that ``dataclass`` made.
+            is_made = name == "__setattr__" and params is not None and params.frozen
+            method = vars(base).get(name)
+            is_made = is_made or getattr(method, "__module__", "") == dataclasses.__name__
+            if method is not None and not is_made:
+                yield name
 
 
 def _is_native(cls: type) -> bool:
@@ -326,12 +356,12 @@ def _misfit(cls: type, fact: str) -> errors.SerializationError:
 
 
 def register_annotations(function: Callable[..., object], into: TypeRegistry = registry) -> None:
-    """Register the dataclasses, Enums and plain classes in the annotations of ``function``.
+    """Register the dataclasses and Enums in the annotations of ``function``.
 
     It looks inside generics (``list[Doc]``, ``Doc | None``, ``Annotated[Doc, ...]``), and into the
-    annotated fields of classes that it finds. It silently skips unresolvable annotations, classes
-    of the standard library or of frameworks, and classes that need ``encode`` and ``decode``. A
-    call that sends one raises an error.
+    annotated fields of classes that it finds. It silently skips unresolvable annotations, other
+    classes, those of the standard library or of frameworks, and classes that need ``encode`` and
+    ``decode``. A call that sends one raises an error.
 
     Args:
         function: the function.
@@ -346,12 +376,14 @@ def register_annotations(function: Callable[..., object], into: TypeRegistry = r
 
 def _register(cls: type, into: TypeRegistry, seen: set[type]) -> None:
     packages = [base.__module__.partition(".")[0] for base in cls.__mro__]
-    is_data = packages[0] not in sys.stdlib_module_names and _FOREIGN.isdisjoint(packages)
-    if cls in seen or not (is_data or issubclass(cls, enum.Enum)):
+    is_users = packages[0] not in sys.stdlib_module_names and _FOREIGN.isdisjoint(packages)
+    is_enum = issubclass(cls, enum.Enum)
+    if cls in seen or not (is_users or is_enum):
         return
     seen.add(cls)
-    # A registered class keeps its name.
-    if into.written_as(cls) is None:
+    # Other classes may do more than hold data. A registered class keeps its name.
+    is_data = is_enum or "__dataclass_fields__" in vars(cls)
+    if is_data and into.written_as(cls) is None:
         with contextlib.suppress(errors.DeclarationError):
             into.register(cls)
     for base in cls.__mro__:

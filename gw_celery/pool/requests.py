@@ -16,7 +16,6 @@ from celery import states
 from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state as worker_state
 from celery.worker.request import Request
-from kombu.message import Message
 
 from gw_celery import errors
 from gw_celery.client import beat_tasks
@@ -25,6 +24,7 @@ from gw_celery.pool import request_table
 from gw_celery.pool.request_table import Limit, Result, Settlement, State
 from gw_celery.protocol import frames, headers
 from gw_celery.transport import holds, refusals
+from gw_celery.worker.undecoded import Undecoded
 
 if TYPE_CHECKING:
     from gw_celery.pool import dead_letters, supervisor
@@ -131,7 +131,7 @@ class PoolRequest:
         return tag if isinstance(tag, str) and holds.parts(tag) else None
 
     @property
-    def message(self) -> Message | None:
+    def message(self) -> Undecoded | None:
         return getattr(self._celery_request, "message", None)
 
     @property
@@ -184,12 +184,12 @@ class PoolRequest:
     def reject(self) -> None:
         """Make the broker deliver it again, to a worker that is ready for it."""
         for delivery in (self, *self.deliveries):
-            delivery._requeue()
+            delivery._reject(requeue=True)
             worker_state.task_ready(delivery._celery_request)
 
-    def _requeue(self) -> None:
+    def _reject(self, *, requeue: bool) -> None:
         try:
-            self._celery_request.reject(requeue=True)
+            self._celery_request.reject(requeue=requeue)
         except Exception:  # an unreachable broker delivers it again by itself
             logger.exception("task %s[%s] could not be given back", self.name, self.task_id)
 
@@ -284,6 +284,8 @@ class PoolRequest:
             self.reject()
         elif outcome == frames.Outcome.INTERNAL:
             self.tell_broken(stand_in)
+        elif outcome == frames.Outcome.UNREADABLE:
+            self._refuse(errors.UnreadableMessage(message))
         else:
             exc: Exception = stand_in
             if outcome == frames.Outcome.RETRY:
@@ -305,6 +307,15 @@ class PoolRequest:
                 is_answered = False
         return is_answered
 
+    def _refuse(self, exc: errors.UnreadableMessage) -> None:
+        logger.critical(
+            "task %s[%s] is rejected, because its child cannot read the message: %s",
+            *(self.name, self.task_id, exc),
+        )
+        for delivery in (self, *self.deliveries):
+            delivery._reject(requeue=False)
+        self.tell_broken(exc)
+
     def answer(self, name: CallbackName, args: Sequence[object]) -> bool:
         """Call Celery with the outcome; return False if the result cannot be stored for now.
 
@@ -316,7 +327,7 @@ class PoolRequest:
             return True
         if isinstance(failed, errors.DeclaredLost):
             if self._is_returnable:
-                self._requeue()
+                self._reject(requeue=True)
             return True
         try:
             if _can_wait(failed):
@@ -340,7 +351,7 @@ class PoolRequest:
         """Return the input to the broker instead; return False if the answer must still wait."""
         if self._is_returnable:
             self._pool.requests.note_return(self)
-            self._requeue()
+            self._reject(requeue=True)
             return True
         if is_closing:
             logger.error(
@@ -516,6 +527,10 @@ class Requests:
                 self.table.move(held, State.RUNNING, now)
                 if held.settlement is None:  # a signal handler may have stopped it
                     held.tell_accepted(child.pid, min(report[2], now))
+            return
+        if kind == frames.Report.LINKS:
+            if (message := held.message) is not None:
+                message.learn_links(report[2])
             return
         if kind == frames.Report.EXPIRED:
             self._settle_withdrawn(held)

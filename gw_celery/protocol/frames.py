@@ -80,6 +80,9 @@ class Report(enum.StrEnum):
     STUCK = "stuck", str
     #: Number of an input that expired while it gathered; a report of its end follows.
     EXPIRED = "expired", int
+    #: Number of an input, and what Celery needs of its body in the parent, as gw-json: callbacks,
+    #: errbacks, chain and chord; also the arguments for ``retry_on_worker_lost``.
+    LINKS = "links", int, str
     #: Number of an input that ended without an answer.
     GONE = "gone", int
     #: Lag in seconds, resident bytes.
@@ -98,6 +101,8 @@ class Outcome(enum.StrEnum):
     REJECT = "reject"
     #: It could not be run, and nothing is stored.
     INTERNAL = "internal"
+    #: The same, because its body is not a call.
+    UNREADABLE = "unreadable"
     #: Its outcome could not be stored.
     UNSTORED = "unstored"
     #: Its outcome was refused, because this worker was declared lost.

@@ -13,6 +13,7 @@ import datetime as dt
 import enum
 import functools
 import logging
+import reprlib
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -26,7 +27,7 @@ from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.utils.time import maybe_iso8601, maybe_make_aware
 from kombu.utils.encoding import safe_str
 
-from gw_celery import conf, errors
+from gw_celery import codec, conf, errors
 from gw_celery.client import execution, task_context
 from gw_celery.protocol import frames, headers
 from gw_celery.runtime import (
@@ -42,6 +43,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_LINKS = 1024 * 1024
+#: The content types whose links the parent reads itself.
+_JSON = (codec.CONTENT_TYPE, "application/json")
 #: A body with more bytes than this is decoded in a thread.
 _LARGE = 64 * 1024
 _LONGEST_TEXT = 4096
@@ -366,7 +370,7 @@ class ReplicaInputs:
         """
         task = self._app.tasks.get(name)
         service, method = getattr(task, "gw_service", None), getattr(task, "gw_method", None)
-        gathers = method is not None and method.batched is not None
+        gathers = method is not None and method.batched is not None and not runs_alone
         expires: dt.datetime | None = None
         if gathers and (written := request.get("expires")):  # read as Celery does in the parent
             expires = maybe_make_aware(maybe_iso8601(written), self._app.timezone)
@@ -411,6 +415,9 @@ class ReplicaInputs:
     async def _outcome(self, input: Input, *content: Any) -> tuple[Any, ...]:
         """Run the input, and return the report for the parent: its kind, then its content."""
         arguments = await self._decoded(*content)
+        if (needed := self._needed_by_parent(input, arguments, content[1])) is not None:
+            self._report_links(input, needed)
+            await asyncio.sleep(0)  # send it before the body may end the process
         if input.acks_early and self._records is not None:
             input.record = functools.partial(self._records.begin, input, arguments)
         # The report of the start makes the parent acknowledge the message: write the record before.
@@ -432,13 +439,32 @@ class ReplicaInputs:
         text = frames.cut(str(answer), _LONGEST_TEXT)
         return frames.Report.DONE, input.number, text, float(runtime or 0.0)
 
+    def _needed_by_parent(self, input: Input, arguments: Any, content_type: Any) -> Any:
+        """Return what Celery may need in the parent, which cannot read it in the body."""
+        args, kwargs, links = arguments
+        # Celery 5.7 sends such a task again when its child dies.
+        if getattr(self._app.tasks.get(input.name), "retry_on_worker_lost", False):
+            return {**(links or {}), "args": args, "kwargs": kwargs}
+        is_unread = content_type and content_type not in _JSON
+        return links if is_unread and any((links or {}).values()) else None
+
+    def _report_links(self, input: Input, needed: Any) -> None:
+        try:
+            text = codec.dumps(needed)
+            if len(text) > _LONGEST_LINKS:
+                raise errors.SerializationError(f"they have over {_LONGEST_LINKS} characters")
+            self._link.report(frames.Report.LINKS, input.number, text)
+        except errors.SerializationError as exc:
+            logger.warning(
+                "task %s[%s]: its worker gets no links, for errbacks, chords and retries of a call "
+                "that it ends itself: %s",
+                *(input.name, input.task_id, exc),
+            )
+
     async def _decoded(self, body: Any, content_type: Any, content_encoding: Any) -> Any:
         if not content_type:
-            return body
-        accept = trace._localized[1]
-        load = functools.partial(
-            kombu.serialization.loads, body, content_type, content_encoding, accept=accept
-        )
+            return _checked(body)
+        load = functools.partial(_decode, body, content_type, content_encoding)
         return load() if len(body) <= _LARGE else await self._threads.run(load)
 
     async def call(self, input: Input, run: Callable[[], T]) -> T:
@@ -463,6 +489,8 @@ class ReplicaInputs:
             return _error(input.number, frames.Outcome.FENCED, exc, "")
         if isinstance(exc, Reject):
             return failure(input.number, exc, "")
+        if isinstance(exc, errors.UnreadableMessage) and not input.is_traced:
+            return _error(input.number, frames.Outcome.UNREADABLE, exc, shown(exc, repr))
         is_outage = input.store_error is not None or refusals.is_outage(exc)
         if input.is_answered or (input.is_traced and not is_outage):
             try:
@@ -499,6 +527,42 @@ class ReplicaInputs:
     def drop(self, number: int) -> None:
         if (input := in_flight.get(number)) is not None and not input.has_begun:
             input.stop()
+
+
+# -- bodies --
+
+
+def _decode(body: Any, content_type: str, content_encoding: Any) -> Any:
+    """Return the arguments, keyword arguments and links of a call.
+
+    Raises:
+        UnreadableMessage: if the body is none.
+    """
+    try:
+        if content_type == "application/json":
+            codec.checked(body)
+        call = kombu.serialization.loads(
+            body, content_type, content_encoding, accept=trace._localized[1]
+        )
+    except MemoryError:
+        raise
+    except Exception as exc:
+        raise errors.UnreadableMessage(f"the body cannot be decoded: {exc}") from exc
+    return _checked(call)
+
+
+def _checked(call: Any) -> Any:
+    shape = tuple(map(type, call)) if isinstance(call, list | tuple) else ()
+    if len(shape) != 3 or not (
+        issubclass(shape[0], list | tuple)
+        and issubclass(shape[1], dict)
+        and issubclass(shape[2], dict | None)
+    ):
+        raise errors.UnreadableMessage(
+            f"the body is {reprlib.repr(call)}: a call is [arguments, keyword arguments, options], "
+            "a list and two mappings; correct what sends it"
+        )
+    return call
 
 
 # -- reports of failures --

@@ -24,6 +24,7 @@ from kombu.message import Message
 
 from gw_celery import conf, errors
 from gw_celery.transport import transport
+from gw_celery.worker import undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +41,13 @@ _ACKNOWLEDGEMENTS = ("ack_log_error", "reject_log_error")
 
 
 def _check(message: Any, largest: int) -> None:
-    """Refuse a body that is too large to decode, or is not a call.
-
-    In a child, such a body would look like the loss of a worker.
-    """
+    """Refuse a body that is too large to decode, or that Celery would have to decode here."""
     size = len(message.body or b"")
     if size > largest:
         raise errors.MessageTooLarge(size, largest)
-    try:
-        args, kwargs, embed = message.payload
-    except Exception:
-        # Celery's own handler reports such a body, and knows the versions of its protocol.
-        return
-    if isinstance(message.payload, list | tuple) and not (
-        isinstance(args, list | tuple)
-        and isinstance(kwargs, dict)
-        and isinstance(embed, dict | None)
-    ):
+    if not isinstance(message.headers, dict) or "task" not in message.headers:
         raise errors.UnreadableMessage(
-            f"the body is {message.payload!r:.200}: a call is [arguments, keyword arguments, "
-            "options], a list and two mappings; correct what sends it"
+            "its headers name no task: send it with task_protocol=2, Celery's default"
         )
 
 
@@ -104,7 +92,8 @@ class Consumer(CeleryConsumer):
         handle = super().create_task_handler(*args, **kwargs)
         largest = conf.read(self.app.conf).max_payload_bytes
 
-        def guarded(message: Any) -> None:
+        def guarded(delivered: Any) -> None:
+            message = undecoded.Undecoded(delivered)
             try:
                 _check(message, largest)
                 handle(message)
@@ -113,7 +102,7 @@ class Consumer(CeleryConsumer):
             except (errors.ResultsUnavailable, errors.DeclaredLost) as exc:
                 # It was revoked or has expired, and that cannot be stored.
                 logger.info("the message of task %s is given back: %s", message.headers["id"], exc)
-                message.reject_log_error(logger, self.connection_errors, requeue=True)
+                delivered.reject_log_error(logger, self.connection_errors, requeue=True)
                 self.pool.slots_changed()  # the queues close at once, or it would come again
             except Exception as exc:
                 # Otherwise the exception would end this worker, and then the next one that gets the

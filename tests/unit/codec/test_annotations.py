@@ -14,7 +14,7 @@ import pydantic
 import pytest
 from django.db import models as django_models
 
-from gw_celery import codec
+from gw_celery import codec, errors
 
 if TYPE_CHECKING:
     from nowhere import Hidden
@@ -94,8 +94,8 @@ def a_keyword(*rest: int, x: Plain = None, **more: str): ...
      a_quoted_one, a_keyword],
 )  # fmt: skip
 def test_a_class_is_found_wherever_an_annotation_names_it(function):
-    # Leaf and Kind are found in the annotations of Plain.
-    assert registered(function) == {Plain, Leaf, Kind}
+    # They are found in the annotations of Plain, which is no dataclass.
+    assert registered(function) == {Leaf, Kind}
 
 
 def test_fields_are_followed_and_a_class_that_names_itself_ends():
@@ -119,13 +119,71 @@ def test_a_generic_class_of_the_user_and_its_argument_are_found():
 def test_a_typed_dict_is_followed_and_is_no_class_to_register():
     def f(x: Options): ...
 
-    assert registered(f) == {Plain, Leaf, Kind}
+    assert registered(f) == {Leaf, Kind}
 
 
-def test_enums_of_a_framework_and_exceptions_of_the_user_are_found():
-    def f(x: Choice) -> Rejected: ...
+def test_enums_of_a_framework_are_found_and_exceptions_and_plain_classes_are_not():
+    def f(x: Choice, y: Plain) -> Rejected: ...
 
-    assert registered(f) == {Choice, Rejected}
+    assert registered(f) == {Choice, Kind, Leaf}
+
+
+@dataclasses.dataclass
+class Deleting:
+    path: str
+
+    def __del__(self):
+        pytest.fail(f"deletes {self.path}")
+
+
+@dataclasses.dataclass
+class Restoring:
+    path: str
+
+    def __setstate__(self, state):
+        pytest.fail(f"restores {state}")
+
+
+@dataclasses.dataclass
+class Heir(Deleting):
+    more: int = 0
+
+
+class Writing:
+    def __setattr__(self, name, value):
+        pytest.fail(f"writes {name}")
+
+
+class Failed(Exception):
+    def __setattr__(self, name, value):
+        pytest.fail(f"writes {name}")
+
+
+@pytest.mark.parametrize("cls", [Deleting, Restoring, Heir, Writing, Failed])
+def test_a_message_cannot_run_what_a_class_does_when_it_is_changed_or_dropped(cls):
+    def f(x: cls, y: list[Kind]): ...
+
+    f.__annotations__["x"] = cls
+    registry = codec.TypeRegistry()
+    codec.register_annotations(f, registry)
+    assert registry.written_as(Kind) is not None
+    assert registry.written_as(cls) is None
+    with pytest.raises(errors.DeclarationError, match=r"a message could then run; pass encode="):
+        registry.register(cls)
+    registry.register(cls, name="own", encode=lambda _: None, decode=lambda _: None)
+    assert registry.called("own@1").cls is cls
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    path: str
+
+
+def test_what_dataclass_itself_adds_to_a_frozen_class_is_no_reason_to_refuse_it():
+    registry = codec.TypeRegistry()
+    registry.register(Frozen)
+    own = codec.Codec(registry, codec.Limits())
+    assert own.loads(own.dumps(Frozen("a"))) == Frozen("a")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +202,7 @@ def test_what_is_not_plain_data_of_the_user_is_left_alone(annotation):
 
 
 def test_the_function_inside_a_decorator_of_another_module_counts():
-    assert registered(contextlib.contextmanager(a_list)) == {Plain, Leaf, Kind}
+    assert registered(contextlib.contextmanager(a_list)) == {Leaf, Kind}
 
 
 def test_a_method_is_a_function_too():

@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 
-from gw_celery import errors
+from gw_celery import codec, errors
 from tests.unit.codec import models
 
 DOCUMENTS = 10_000
@@ -144,6 +144,44 @@ def test_keys_that_were_made_to_have_one_hash_are_refused(flood):
     said = rf"(4000|3999) keys of a {flood.split()[0]} of 4000 have the same hash, over the limit"
     with pytest.raises(errors.SerializationError, match=said):
         models.knowing.loads(json.dumps(FLOODS[flood]))
+
+
+LONG = 10**4200
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda n: n, lambda n: (n,), models.Positive], ids=["bare", "tuple", "object"]
+)
+def test_long_numbers_and_decimals_that_were_made_to_have_one_hash_are_refused(wrapped):
+    """Each comparison of these takes longer than reading both numbers."""
+    keys = [wrapped(LONG + n * MODULUS) for n in range(16)]
+    keys += [wrapped(decimal.Decimal(LONG + n * MODULUS)) for n in range(16, 32)]
+    document = {"~set": [json.loads(models.knowing.dumps(key)) for key in keys]}
+    with pytest.raises(
+        errors.SerializationError, match=r"32 keys of a set .* over the limit of 16"
+    ):
+        models.knowing.loads(json.dumps(document))
+
+
+VALUES = codec.Codec(models.registry, codec.Limits(values=1000))
+
+
+@pytest.mark.parametrize("piece", ["{}", "[]", "0", '{"a":0}', '{"~set":[]}', '"[,{"'])
+def test_a_document_of_too_many_values_is_refused_before_it_is_parsed(piece, monkeypatch):
+    monkeypatch.setattr(json.JSONDecoder, "decode", lambda *_: pytest.fail("parsed"))
+    with pytest.raises(errors.SerializationError, match=r"has .* values where 1000 are allowed"):
+        VALUES.loads("[" + ",".join([piece] * 1001) + "]")
+
+
+@pytest.mark.parametrize("text", ["[{,:" * 2000, '\\"[,{' * 2000, ',"\\' * 2000, "é," * 2000])
+def test_text_is_one_value_whatever_is_in_it(text):
+    assert VALUES.loads(VALUES.dumps([text, {text: text}])) == [text, {text: text}]
+
+
+def test_a_document_of_too_many_values_is_not_written():
+    assert VALUES.loads(VALUES.dumps([0] * 999)) == [0] * 999
+    with pytest.raises(errors.SerializationError, match="has 1002 values where 1000 are allowed"):
+        VALUES.dumps([0] * 1001)
 
 
 def test_a_tuple_and_a_list_have_no_keys():

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import decimal
 import json
 import re
+import sys
 import zoneinfo
 
 import pytest
@@ -52,7 +54,7 @@ def test_the_document_of_a_value_is_this_one(value, document):
 @pytest.mark.parametrize(
     "value",
     [
-        0.1, -0.0, 5e-324, float("inf"), 2**53 + 1, 10**4000, -(10**5000), True, 1,
+        0.1, -0.0, 5e-324, float("inf"), 2**53 + 1, 10**4000, -(10**4299), True, 1,
         "\ud800", "\ud83d\ude00", "😀", "\x00\x7f\u2028", "",
     ],
     ids=lambda value: type(value).__name__,
@@ -60,6 +62,45 @@ def test_the_document_of_a_value_is_this_one(value, document):
 def test_numbers_and_strings_at_the_edge_come_back_exactly(value):
     assert same(models.there_and_back(value), value)
     assert same(models.there_and_back([value, {"k": value}]), [value, {"k": value}])
+
+
+LONG = "9" * 4301
+LONG_NUMBERS = [10**4300, -(1 << 14_400), decimal.Decimal(LONG), decimal.Decimal(f"-{LONG}E-9")]
+
+
+@pytest.fixture(params=[0, 640, 4300, 100_000])
+def _digits_of_python(request):
+    """What the user lets Python convert: any length, or at most so many digits."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(request.param)
+    yield
+    sys.set_int_max_str_digits(before)
+
+
+@pytest.mark.usefixtures("_digits_of_python")
+@pytest.mark.parametrize(
+    "place", [lambda n: n, lambda n: [{"k": n}], lambda n: {n}, lambda n: {n: 1}]
+)
+@pytest.mark.parametrize("number", range(len(LONG_NUMBERS)))
+def test_a_number_of_more_digits_than_allowed_is_not_written(number, place):
+    with pytest.raises(errors.SerializationError, match=r"where (4300|14284) are allowed"):
+        models.knowing.dumps(place(LONG_NUMBERS[number]))
+
+
+@pytest.mark.usefixtures("_digits_of_python")
+@pytest.mark.parametrize(
+    "text",
+    [
+        LONG, f"[-{LONG}]", f'{{"~dict":[[{LONG},1]]}}', f'{{"~int":"0x{LONG}"}}',
+        f'{{"~int":"0x{"f" * 3572}"}}', f'{{"~decimal":"{LONG}"}}', f'{{"~decimal":"-0.{LONG}E9"}}',
+        f'{{"~set":[{{"~decimal":"1"}},{{"~int":"0x{"0" * 5000}1"}}]}}', f'{{"~timedelta":{LONG}}}',
+        f'{{"~obj":["tests.unit.codec.models.Bits@1",{LONG}]}}',
+    ],
+    ids=lambda text: text[:30],
+)  # fmt: skip
+def test_a_number_of_more_digits_than_allowed_is_not_read(text):
+    with pytest.raises(errors.SerializationError):
+        models.knowing.loads(text)
 
 
 def test_a_named_zone_comes_back_as_the_zone_and_not_as_its_offset():

@@ -113,11 +113,25 @@ def test_a_combination_of_flags_comes_back():
         ("Loose@1", 64, "Loose has no member for some of the bits 0b1000000"),
         ("Loose@1", 65, "Loose has no member for some of the bits 0b1000001"),
         ("Access@1", True, "bool where str"),
+        ("Bits@1", 4, "Bits has no member for some of the bits 0b100"),
+        ("Bits@1", 2**64 + 1, "Bits has no member for some of the bits 0b1"),
+        ("Bits@1", -1, "Bits has no member for some of the bits -0b1"),
+        ("Access@1", -3, "Access has no member for some of the bits -0b11"),
     ],
 )
 def test_what_is_no_member_is_refused(name, payload, fact):
     with pytest.raises(errors.SerializationError, match=re.escape(fact)):
         loads(f"{PREFIX}.{name}", payload)
+
+
+def test_flags_of_messages_leave_nothing_behind():
+    before = len(models.Bits._value2member_map_)
+    for bits in range(4, 200):
+        with pytest.raises(errors.SerializationError):
+            loads(f"{PREFIX}.Bits@1", bits)
+    assert len(models.Bits._value2member_map_) == before
+    with pytest.raises(errors.SerializationError, match="has no member for some of the bits 0b101"):
+        models.knowing.dumps(models.Bits(5))
 
 
 def test_a_plain_object_comes_back_without_a_call_of_its_constructor(monkeypatch):
