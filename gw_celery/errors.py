@@ -2,13 +2,18 @@
 
 The developer causes a ``DeclarationError`` or a ``ConfigurationError``, which appear before
 anything runs. The others occur while calls are made and served. Each message states the fact, the
-value and the remedy.
+value and the remedy. Functions at the end bound what is stored, logged, sent and shown of an error.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+
+#: Maximum characters of the text of an error, wherever it is stored, logged or sent.
+LONGEST_TEXT = 1000
+#: Maximum characters of a traceback; each of its lines is a text.
+LONGEST_TRACEBACK = 64 * 1024
 
 
 class GWCeleryError(Exception):
@@ -208,3 +213,39 @@ def near_miss(
     """
     near = difflib.get_close_matches(written, known, n=1, cutoff=cutoff)
     return f"did you mean {form.format(near[0])}?" if near else None
+
+
+def cut(text: str, longest: int = LONGEST_TEXT) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def text_of(exc: BaseException | str) -> str:
+    """Return the text of an error, cut; also if the user's own ``__str__`` raises."""
+    try:
+        return cut(str(exc))
+    except (Exception, SystemExit):
+        return cut(object.__repr__(exc))
+
+
+def titled(exc: BaseException) -> str:
+    """Return the class name and the text of an error, cut."""
+    return cut(f"{type(exc).__name__}: {text_of(exc)}".rstrip(": "))
+
+
+def cut_traceback(text: str) -> str:
+    """Cut each line of a traceback, and leave out its middle if it is too long."""
+    lines = "\n".join(map(cut, text[: 2 * LONGEST_TRACEBACK].splitlines()))
+    return cut(lines, LONGEST_TRACEBACK)
+
+
+def printable(text: str, longest: int = LONGEST_TEXT) -> str:
+    """Return one line for a terminal or a log: cut, with control characters escaped.
+
+    Otherwise a text of somebody else could forge lines, or control the terminal.
+    """
+    shown = cut(text, longest)
+    if shown.isprintable():
+        return shown
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown
+    )

@@ -6,6 +6,7 @@ It also bounds decompression, and sends acknowledgements while a worker stops.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import functools
 import logging
 import lzma
@@ -19,7 +20,7 @@ from kombu import compression
 from kombu.message import Message
 
 from gw_celery import conf, errors
-from gw_celery.transport import transport
+from gw_celery.transport import find, transport
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +147,41 @@ class Consumer(CeleryConsumer):
         self.pool.poll()
         super().cancel_active_requests()
 
+    def call_soon(self, callback: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
+        """Schedule a callback; its exception would end the worker's loop, and is logged instead."""
+        if isinstance(getattr(callback, "__self__", None), Message):
+            # An acknowledgement of Celery 5.6, which logs its errors itself.
+            return super().call_soon(callback, *args, **kwargs)
+        return super().call_soon(self._call_deferred, callback, *args, **kwargs)
+
+    def _call_deferred(self, callback: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        try:
+            callback(*args, **kwargs)
+        except Exception as exc:
+            is_lost = isinstance(exc, self.connection_errors)
+            name = getattr(callback, "__name__", repr(callback))
+            if args or not is_lost:  # the gate has no arguments, and is applied to each connection
+                logger.exception("the command %s with %r failed; the worker goes on", name, args)
+            if is_lost:
+                raise  # Celery connects again
+            if isinstance(exc, self.channel_errors) and find.is_rabbitmq(self.conninfo):
+                # The broker closed the channel, and with it all consumers.
+                raise ConnectionResetError(f"{name} made RabbitMQ close the channel") from exc
+
     def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
-        super().add_task_queue(queue, *args, **options)
-        self.pool.gate.add(queue)
+        is_new = queue not in self.app.amqp.queues
+        try:
+            super().add_task_queue(queue, *args, **options)
+            self.pool.gate.add(queue)
+        except Exception:
+            # Otherwise each new connection would fail with it, and a corrected command, too.
+            self.pool.gate.remove(queue)
+            self.app.amqp.queues.deselect(queue)
+            with contextlib.suppress(Exception):  # the channel may be closed
+                self.task_consumer.cancel_by_queue(queue)
+            if is_new:
+                self.app.amqp.queues.pop(queue, None)
+            raise
 
     def cancel_task_queue(self, queue: str) -> None:
         super().cancel_task_queue(queue)

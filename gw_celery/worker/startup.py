@@ -209,6 +209,7 @@ def _prepare_gpu_pool(worker: Any, plan: Plan, typed: WorkerOptions | None) -> P
     plan = dataclasses.replace(plan, has_declared_bounds=_fit(worker, plan, typed))
     commands.guard_size()
     commands.install()
+    commands.check_arguments()
     # The gate owns the prefetch count, and sets it at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     if not conf.is_set(worker.app.conf, "worker_autoscaler"):
@@ -286,7 +287,7 @@ def _require_lengths(worker: Any, least: int) -> None:
 
 
 def _require_room(plan: Plan, replicas: int) -> None:
-    if plan.allotment and (why := plan.allotment.refusal(replicas)) is not None:
+    if (why := plan.refusal(replicas)) is not None:
         raise errors.ConfigurationError(why)
 
 
