@@ -8,12 +8,14 @@ value and the remedy. Functions at the end bound what is stored, logged, sent an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 #: Maximum characters of the text of an error, wherever it is stored, logged or sent.
 LONGEST_TEXT = 1000
 #: Maximum characters of a traceback; each of its lines is a text.
 LONGEST_TRACEBACK = 64 * 1024
+_MOST_ARGUMENTS = 100
 
 
 class GWCeleryError(Exception):
@@ -219,12 +221,20 @@ def cut(text: str, longest: int = LONGEST_TEXT) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-def text_of(exc: BaseException | str) -> str:
-    """Return the text of an error, cut; also if the user's own ``__str__`` raises."""
+def text_of(value: object) -> str:
+    """Return the text of a value, often an error, cut; also if its ``__str__`` raises."""
+    return cut(_described(str, value))
+
+
+def repr_of(value: object) -> str:
+    return cut(_described(repr, value))
+
+
+def _described(describe: Callable[[object], str], value: object) -> str:
     try:
-        return cut(str(exc))
+        return describe(value)
     except (Exception, SystemExit):
-        return cut(object.__repr__(exc))
+        return object.__repr__(value)
 
 
 def titled(exc: BaseException) -> str:
@@ -232,8 +242,16 @@ def titled(exc: BaseException) -> str:
     return cut(f"{type(exc).__name__}: {text_of(exc)}".rstrip(": "))
 
 
+def cut_arguments(arguments: Sequence[Any]) -> list[Any]:
+    """Return the arguments of an exception, each cut; an object that is too long becomes text."""
+    kept = arguments[:_MOST_ARGUMENTS]
+    texts = [value if isinstance(value, str) else _described(repr, value) for value in kept]
+    pairs = zip(kept, texts, strict=True)
+    return [value if len(text) <= LONGEST_TEXT else cut(text) for value, text in pairs]
+
+
 def cut_traceback(text: str) -> str:
-    """Cut each line of a traceback, and leave out its middle if it is too long."""
+    """Cut a traceback, and each line of it."""
     lines = "\n".join(map(cut, text[: 2 * LONGEST_TRACEBACK].splitlines()))
     return cut(lines, LONGEST_TRACEBACK)
 

@@ -93,8 +93,28 @@ def off_loop(
 
         return write
 
-    made = type(base.__name__, (base,), {name: moved(name) for name in names})
+    made = type(base.__name__, (bounded(base),), {name: moved(name) for name in names})
     return made
+
+
+def bounded(base: Any) -> type:
+    """Return a subclass of ``base`` that cuts the texts of the errors that it stores."""
+
+    class Bounded(base):
+        def prepare_exception(self, exc: Any, serializer: Any = None) -> Any:
+            prepared = super().prepare_exception(exc, serializer)
+            if isinstance(prepared, dict):  # a serializer such as pickle gets the exception
+                prepared["exc_message"] = errors.cut_arguments(prepared["exc_message"])
+            return prepared
+
+        def store_result(
+            self, task_id: str, result: Any, state: str, traceback: Any = None, **kwargs: Any
+        ) -> Any:
+            if isinstance(traceback, str):
+                traceback = errors.cut_traceback(traceback)
+            return super().store_result(task_id, result, state, traceback, **kwargs)
+
+    return Bounded
 
 
 def grouped(base: Any, store_timeout: float, link: tracer.Link) -> type:

@@ -42,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 #: A body with more bytes than this is decoded in a thread.
 _LARGE = 64 * 1024
-_LONGEST_TEXT = 4096
-_LONGEST_TRACEBACK = 64 * 1024
 _OUTCOMES: dict[type[Exception], frames.Outcome] = {
     Retry: frames.Outcome.RETRY,
     Reject: frames.Outcome.REJECT,
@@ -380,7 +378,7 @@ class ReplicaInputs:
             if isinstance(exc, ExceptionWithTraceback):  # billiard's wrapper for pickling
                 exc = exc.exc
             return failure(input.number, exc, safe_str(answer.traceback))
-        text = frames.cut(str(answer), _LONGEST_TEXT)
+        text = errors.cut(str(answer))
         return frames.Report.DONE, input.number, text, float(runtime or 0.0)
 
     async def _decoded(self, body: Any, content_type: Any, content_encoding: Any) -> Any:
@@ -450,17 +448,13 @@ def _error(
         message = exc.reason
     elif isinstance(exc, Retry):
         message = exc.message or ""
-    try:
-        message = str(message)
-    except Exception:  # the user's own __str__
-        message = object.__repr__(message)
     return (
         frames.Report.ERROR,
         number,
         outcome,
         f"{kind.__module__}.{kind.__qualname__}",
-        frames.cut(text, _LONGEST_TEXT),
-        frames.cut(message, _LONGEST_TEXT),
-        frames.cut(traceback, _LONGEST_TRACEBACK),
+        errors.cut(text),
+        errors.text_of(message),
+        errors.cut_traceback(traceback),
         bool(getattr(exc, "requeue", False)),
     )

@@ -20,7 +20,7 @@ from gw_celery import conf, errors
 from gw_celery.client import beat_tasks, preset, task
 from gw_celery.declare import gpu, registry
 from gw_celery.gpus import allocation, devices
-from gw_celery.runtime import lifecycle
+from gw_celery.runtime import lifecycle, log_records
 from gw_celery.transport import find
 from gw_celery.worker import commands, consumer, gate, serving
 from gw_celery.worker.plan import GPU_POOL, OPTIONS, Plan, WorkerOptions
@@ -86,6 +86,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> Plan:
     if served:
         _prepare_to_serve(worker, plan)
     if served or pool == GPU_POOL:
+        log_records.install()
         consumer.bound_compression(settings.max_payload_bytes)
     if pool == GPU_POOL:
         return _prepare_gpu_pool(worker, plan, typed)
