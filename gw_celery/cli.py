@@ -7,11 +7,14 @@ from typing import Any
 
 import click
 
-from gw_celery import conf
+from gw_celery import conf, errors
 from gw_celery.cluster import held
 from gw_celery.pool import dead_letters
 from gw_celery.worker import command as worker_command
 from gw_celery.worker import commands
+
+#: Maximum characters of a printed line, such as the queues of a worker.
+_LONGEST_LINE = 10_000
 
 # Every ``celery`` command imports this plugin; without this call, ``inspect`` refuses ours.
 commands.describe()
@@ -47,7 +50,8 @@ def status(ctx: click.Context, /, as_json: bool, **reach: Any) -> None:
         click.echo(json.dumps(answers, indent=2, sort_keys=True))
     else:
         for worker in sorted(answers):
-            click.echo(_table(worker, answers[worker]))
+            for line in _table(worker, answers[worker]):
+                _show(line)
     if not answers:
         raise click.ClickException(
             f"no worker with the GPU pool answered within {reach['timeout']:g} s: start one, "
@@ -89,16 +93,17 @@ def dead(ctx: click.Context, requeue: str | None, as_json: bool) -> None:
         if requeue is not None:
             if (message := queue.requeue(requeue)) is None:
                 raise click.ClickException(f"no message of task {requeue} is in the queue {name}")
-            sent = f"{message.headers.get('task')}[{requeue}]"
-            click.echo(f"{sent} is in its queue again, with no deaths")
+            _show(f"{message.headers['task']}[{requeue}] is in its queue again, with no deaths")
             return
         rows = [dead_letters.summary(message) for message in queue.read()]
+    if queue.unreadable:
+        _show(f"{queue.unreadable} entries of {name} are skipped: no dead letters", is_error=True)
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        click.echo(json.dumps(rows, indent=2, default=str))
         return
-    click.echo(f"{name}: {len(rows)} dead letters")
+    _show(f"{name}: {len(rows)} dead letters")
     for row in rows:
-        click.echo(
+        _show(
             f"  {row['id']}  {row['task']}  queue {row['queue']}  {row['deaths']} deaths  "
             f"since {row['since']}  by {row['worker']}"
         )
@@ -131,7 +136,7 @@ def holds(ctx: click.Context, /, reclaim: bool) -> None:
 def _steer(ctx: click.Context, command: str, replica: int | None, **reach: Any) -> None:
     answers = _answers(ctx, command, {"replica": replica}, **reach)
     for worker, answer in sorted(answers.items()):
-        click.echo(f"{worker}: {answer.get('ok') or answer.get('error')}")
+        _show(f"{worker}: {answer.get('ok') or answer.get('error')}")
     if not answers or any("error" in answer for answer in answers.values()):
         raise click.ClickException("a worker refused" if answers else "no worker answered")
 
@@ -152,9 +157,14 @@ def _answers(
     return {worker: answer for worker, answer in answers if answer != unknown}
 
 
-def _table(worker: str, answer: dict[str, Any]) -> str:
+def _show(line: str, *, is_error: bool = False) -> None:
+    """Print one line, whose values come from others."""
+    click.echo(errors.printable(line, _LONGEST_LINE), err=is_error)
+
+
+def _table(worker: str, answer: dict[str, Any]) -> list[str]:
     if "error" in answer:
-        return f"{worker}: {answer['error']}"
+        return [f"{worker}: {answer['error']}"]
     consumed, closed = (
         ", ".join(answer[f"{state}_queues"]) or "nothing" for state in ("open", "closed")
     )
@@ -181,7 +191,7 @@ def _table(worker: str, answer: dict[str, Any]) -> str:
         if score["value"] is not None:
             lines.append(f"  {service or 'plain tasks'}: {_scored(score)}")
             lines += [f"    {_benchmarked(benchmark)}" for benchmark in score["benchmarks"]]
-    return "\n".join(lines)
+    return lines
 
 
 def _probed(probe: dict[str, Any]) -> str:

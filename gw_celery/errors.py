@@ -2,16 +2,22 @@
 
 The developer causes a ``DeclarationError`` or a ``ConfigurationError``, which appear before
 anything runs. The others occur while calls are made and served. Each message states the fact, the
-value and the remedy.
+value and the remedy. Functions at the end bound what is stored, logged, sent and shown of an error.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from celery.exceptions import Reject
 
+#: Maximum characters of the text of an error, wherever it is stored, logged or sent.
+LONGEST_TEXT = 1000
+#: Maximum characters of a traceback; each of its lines is a text.
+LONGEST_TRACEBACK = 64 * 1024
+_MOST_ARGUMENTS = 100
 #: Maximum characters of each part of an ``OutcomeNotStored``.
 _LONGEST_PART = 400
 
@@ -114,10 +120,7 @@ class OutcomeNotStored(GWCeleryError):
     """
 
     def __init__(self, type_name: str, reason: str, text: str) -> None:
-        type_name, reason, text = (
-            part if len(part) <= _LONGEST_PART else f"{part[: _LONGEST_PART - 3]}..."
-            for part in (type_name, reason, text)
-        )
+        type_name, reason, text = (cut(part, _LONGEST_PART) for part in (type_name, reason, text))
         super().__init__(type_name, reason, text)
         self.type_name = type_name
         self.reason = reason
@@ -256,3 +259,55 @@ def near_miss(
     """
     near = difflib.get_close_matches(written, known, n=1, cutoff=cutoff)
     return f"did you mean {form.format(near[0])}?" if near else None
+
+
+def cut(text: str, longest: int = LONGEST_TEXT) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def text_of(value: object) -> str:
+    """Return the text of a value, often an error, cut; also if its ``__str__`` raises."""
+    return cut(_described(str, value))
+
+
+def repr_of(value: object) -> str:
+    return cut(_described(repr, value))
+
+
+def _described(describe: Callable[[object], str], value: object) -> str:
+    try:
+        return describe(value)
+    except (Exception, SystemExit):
+        return object.__repr__(value)
+
+
+def titled(exc: BaseException) -> str:
+    """Return the class name and the text of an error, cut."""
+    return cut(f"{type(exc).__name__}: {text_of(exc)}".rstrip(": "))
+
+
+def cut_arguments(arguments: Sequence[Any]) -> list[Any]:
+    """Return the arguments of an exception, each cut; an object that is too long becomes text."""
+    kept = arguments[:_MOST_ARGUMENTS]
+    texts = [value if isinstance(value, str) else _described(repr, value) for value in kept]
+    pairs = zip(kept, texts, strict=True)
+    return [value if len(text) <= LONGEST_TEXT else cut(text) for value, text in pairs]
+
+
+def cut_traceback(text: str) -> str:
+    """Cut a traceback, and each line of it."""
+    lines = "\n".join(map(cut, text[: 2 * LONGEST_TRACEBACK].splitlines()))
+    return cut(lines, LONGEST_TRACEBACK)
+
+
+def printable(text: str, longest: int = LONGEST_TEXT) -> str:
+    """Return one line for a terminal or a log: cut, with control characters escaped.
+
+    Otherwise a text of somebody else could forge lines, or control the terminal.
+    """
+    shown = cut(text, longest)
+    if shown.isprintable():
+        return shown
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown
+    )

@@ -16,8 +16,8 @@ from gw_celery import errors
 from gw_celery.declare import gpu
 from gw_celery.gpus import devices
 
-#: Maximum number of replicas: a tiny ``memory_gb`` must not cause millions.
-_MOST = 1024
+#: Maximum number of replicas: a tiny ``memory_gb``, or a typing error, must not cause millions.
+MOST = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def allot(needs: Sequence[Need], machine: devices.Machine) -> Allotment:
     Raises:
         ConfigurationError: if no replica fits.
     """
-    shares = tuple(itertools.islice(_shares(needs, machine.devices), _MOST))
+    shares = tuple(itertools.islice(_shares(needs, machine.devices), MOST))
     if not shares:
         raise errors.ConfigurationError(
             f"a replica needs {' and '.join(map(str, needs))}, and this machine has {machine}. "

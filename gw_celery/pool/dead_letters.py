@@ -18,10 +18,9 @@ from typing import Any
 
 from amqp.exceptions import MessageNacked
 from kombu import compression
-from kombu.entity import Queue
 from kombu.utils import json
 
-from gw_celery import background_thread, conf
+from gw_celery import background_thread, conf, errors
 from gw_celery.pool import requests
 from gw_celery.protocol import headers
 from gw_celery.transport import find
@@ -41,8 +40,6 @@ _PROPERTIES = {
     *("app_id", "cluster_id", "correlation_id", "delivery_mode"),
     *("message_id", "reply_to", "timestamp", "type"),
 }
-#: Maximum characters of a reason: brokers limit the headers of a message.
-_MAX_REASON = 1000
 #: Maximum dead letters that wait for the broker.
 _MAX_WAITING = 100
 #: Seconds between two attempts to write.
@@ -81,7 +78,7 @@ def to_dead_letter(
     """
     delivery = message.delivery_info or {}
     facts = {
-        "reason": reason[:_MAX_REASON],
+        "reason": errors.cut(reason),
         "since": since,
         "worker": worker,
         "deaths": deaths,
@@ -110,6 +107,14 @@ def summary(letter: Any) -> dict[str, Any]:
         "queue": letter.headers.get(f"{_ADDED}routing-key"),
         **{name: letter.headers.get(_ADDED + name) for name in facts},
     }
+
+
+def _is_letter(message: Any) -> bool:
+    """Return whether a message has what ``to_dead_letter`` adds, by which it is sent again."""
+    if message is None or message.errors or not isinstance(message.headers, dict):
+        return False
+    names = ("id", "task", f"{_ADDED}exchange", f"{_ADDED}routing-key")
+    return all(isinstance(message.headers.get(name), str) for name in names)
 
 
 def _fields(message: Any, sent_headers: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +151,8 @@ class DeadLetterQueue:
         self._connection = connection
         self._name = str(settings.dead_letter_queue)
         self._limit = settings.max_dead_letters
+        #: Entries that were skipped, because they are not dead letters.
+        self.unreadable = 0
 
     def add(self, letter: dict[str, Any]) -> bool:
         """Add a dead letter; return False if the queue is full."""
@@ -167,12 +174,12 @@ class DeadLetterQueue:
 
     def read(self) -> Iterator[Any]:
         """Yield the dead letters as kombu delivers them, oldest first, without removing them."""
-        return (letter for letter, _ in self._stored())
+        return (letter for letter, _ in self._letters())
 
     def requeue(self, task_id: str) -> Any | None:
         """Move a dead letter back to its original queue; return None if it does not exist."""
-        for letter, stored in self._stored():
-            if letter.headers.get("id") == task_id:
+        for letter, stored in self._letters():
+            if letter.headers["id"] == task_id:
                 names = (f"{_ADDED}exchange", f"{_ADDED}routing-key")
                 exchange, key = (letter.headers.get(name) or "" for name in names)
                 if self._move(stored, to_message(letter), exchange, key):
@@ -192,12 +199,22 @@ class DeadLetterQueue:
         stored.ack()
         return True
 
-    def _stored(self) -> Iterator[tuple[Any, Any]]:
+    def _letters(self) -> Iterator[tuple[Any, Any]]:
         """Yield each dead letter, and the handle of it that ``_move`` needs."""
+        for letter, stored in self._stored():
+            if _is_letter(letter):
+                yield letter, stored
+            else:
+                self.unreadable += 1
+
+    def _stored(self) -> Iterator[tuple[Any, Any]]:
+        """Yield each entry and its handle; ``None`` for an entry that is not a message."""
         with self._channel() as channel:
-            queue: Any = Queue(self._name, channel=channel)
+            # kombu's ``Queue.get`` would raise for a body that it cannot decompress.
+            to_python = getattr(channel, "message_to_python", lambda message: message)
             with contextlib.suppress(*self._connection.channel_errors):  # the queue does not exist
-                while (letter := queue.get(no_ack=False)) is not None:
+                while (message := channel.basic_get(self._name, no_ack=False)) is not None:
+                    letter = to_python(message)
                     yield letter, letter
 
     def _publish(self, channel: Any, fields: dict[str, Any], exchange: str, key: str) -> None:
@@ -225,7 +242,10 @@ class RedisQueue(DeadLetterQueue):
         for end in itertools.count(1, _PAGE):  # from the tail, which additions do not shift
             page = self._run(_READ, [], 1 - end - _PAGE, -end)
             for raw in reversed(page):
-                yield channel.Message(json.loads(raw), channel=channel), raw
+                try:
+                    yield channel.Message(json.loads(raw), channel=channel), raw
+                except Exception:  # anything may lie in a list
+                    yield None, raw
             if len(page) < _PAGE:
                 return
 

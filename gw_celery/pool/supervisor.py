@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from gw_celery import errors
 from gw_celery.cluster import fence
 from gw_celery.pool import child_process, probes, replica, requests, scores
 from gw_celery.pool.child_process import ChildProcess
@@ -273,7 +274,7 @@ class Supervisor:
                 self.scores.follow(child, report[1], report[2], now)
             except scores.Failed as exc:  # it leaves, and counts as a failed start
                 logger.error("%r is not ready: %s", child, exc)
-                child.reason = str(exc)
+                child.reason = errors.text_of(exc)
                 self._tell_to_leave(child)
             else:
                 self.advance(child, now)
@@ -283,7 +284,7 @@ class Supervisor:
             logger.error("%r is replaced: a stopped call of task %s did not end", child, report[1])
             self.replace(child)
         elif kind == frames.Report.FAILED:
-            child.reason = report[1]
+            child.reason = errors.cut(report[1])
         elif kind == frames.Report.OUTAGE:
             child.outage = report[1]
             self.pool.slots_changed()
@@ -362,7 +363,7 @@ class Supervisor:
             child = ChildProcess(filled.number, state, self.slots, filled.devices, self.sockets)
         except OSError as exc:
             wait = filled.start_failed(now)
-            filled.last_error = f"cannot start a process: {exc}"
+            filled.last_error = f"cannot start a process: {errors.text_of(exc)}"
             logger.error(
                 "replica %d %s; next try in %.0f s", filled.number, filled.last_error, wait
             )

@@ -120,6 +120,11 @@ class TaskPool(BasePool):
         return self._replicas_for(self.limit)
 
     @property
+    def most_slots(self) -> int:
+        """The slots of as many replicas as this worker can have."""
+        return self.plan.most_replicas * self._slots_per_replica
+
+    @property
     def hostname(self) -> str:
         return str(self.options["initargs"][1])
 
@@ -131,8 +136,7 @@ class TaskPool(BasePool):
 
     def refusal(self, slots: int) -> str | None:
         """Return why this worker cannot have that many slots; ``None`` if it can."""
-        allotment = self.plan.allotment
-        return None if allotment is None else allotment.refusal(self._replicas_for(slots))
+        return self.plan.refusal(self._replicas_for(slots))
 
     def shrink(self, n: int = 1) -> None:
         """Remove ``n`` slots, in whole replicas, by draining; no input is interrupted."""
@@ -457,13 +461,11 @@ class TaskPool(BasePool):
                 thread.close()
 
     def _resize(self, slots: int) -> None:
-        if (allotment := self.plan.allotment) is not None:
-            slots = min(slots, allotment.most * self._slots_per_replica)
-        self.limit = max(0, slots)
+        self.limit = max(0, min(slots, self.most_slots))
         self.supervisor.resize(self.desired_replicas)
 
     def _replicas_for(self, slots: int) -> int:
-        return math.ceil(slots / self._slots_per_replica)
+        return -(-slots // self._slots_per_replica)
 
     def slots_changed(self) -> None:
         """React to a change in the number of slots or of waiting inputs."""

@@ -130,10 +130,6 @@ def unpack_orders(payload: bytes) -> list[OrderFields]:
     return orders
 
 
-def cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else text[: longest - 3] + "..."
-
-
 def pack_reports(reports: Iterable[Sequence[Any]]) -> bytes:
     payload = json.dumps(list(reports), separators=(",", ":")).encode()
     return _LENGTH.pack(len(payload)) + payload

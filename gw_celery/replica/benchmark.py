@@ -21,7 +21,7 @@ from typing import Any
 from celery import _state
 from celery.app.task import Context
 
-from gw_celery import conf
+from gw_celery import conf, errors
 from gw_celery.client import execution, task_context
 from gw_celery.declare import services
 from gw_celery.policy import scores
@@ -31,8 +31,6 @@ from gw_celery.runtime import batcher, loop
 
 logger = logging.getLogger(__name__)
 
-#: Maximum characters of a reported failure.
-_LONGEST = 1000
 #: Seconds for stopping, in addition to the time that inputs may take to end.
 _MARGIN = 1.0
 
@@ -76,12 +74,12 @@ class Benchmarks:
             score = await self._measure(name, within, is_again)
             answer = {"score": dataclasses.asdict(score)}
         except scores.NoScore as exc:
-            answer = {"failure": str(exc)}
+            answer = {"failure": errors.text_of(exc)}
         except Exception as exc:  # an error of ours must not leave the parent waiting
             logger.exception(
                 "pid %d: the benchmark of task %s failed: report this bug", os.getpid(), name
             )
-            answer = {"failure": f"{type(exc).__name__}: {exc}"}
+            answer = {"failure": errors.titled(exc)}
         self._link.report(frames.Report.MEASURED, number, json.dumps(answer))
 
     async def _measure(self, name: str, within: float, is_again: bool) -> snapshot.TaskScore:
@@ -188,7 +186,7 @@ class _Measurement:
         try:
             await self._inputs.call(call.input, lambda: self._call_body(call))
         except (Exception, execution.Stopped) as exc:
-            call.failure = call.failure or f"{type(exc).__name__}: {exc}"[:_LONGEST]
+            call.failure = call.failure or errors.titled(exc)
             if not self._has_logged:
                 self._has_logged = True
                 logger.warning(
@@ -234,7 +232,7 @@ class _Measurement:
         try:
             sample = generator()
         except BaseException as exc:  # this thread gets no interruptions from outside
-            raise scores.NoScore(f"{name} raised {type(exc).__name__}: {exc}") from exc
+            raise scores.NoScore(f"{name} raised {errors.titled(exc)}") from exc
         if not isinstance(sample, Mapping):
             raise scores.NoScore(
                 f"{name} returned {sample!r:.100}: it must return a dict of parameter names"

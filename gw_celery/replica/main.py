@@ -33,6 +33,7 @@ from gw_celery.runtime import (
     greenlet_bridge,
     in_process,
     lifecycle,
+    log_records,
     loop,
 )
 
@@ -42,8 +43,6 @@ logger = logging.getLogger(__name__)
 _BEAT = 1.0
 #: Seconds that the end of a child waits for the broker to accept the last messages.
 CLOSE_TIMEOUT = 2.0
-#: Maximum characters of the reason sent to the parent; the log has all of it.
-_LONGEST_REASON = 4096
 
 
 def run(channel: socket.socket, setup: dict[str, Any]) -> int:
@@ -63,6 +62,7 @@ def run(channel: socket.socket, setup: dict[str, Any]) -> int:
 def load(setup: dict[str, Any], link: ParentLink) -> Any:
     """Import the app, and set this process up as Celery's own pools do with theirs."""
     hostname = setup["hostname"]
+    log_records.install()
     _state._set_task_join_will_block(True)
     multiprocessing.current_process().name = f"replica-{setup['number']}"
     app = find_app(setup["app"])
@@ -286,4 +286,4 @@ def _failure(exc: BaseException) -> tuple[frames.Report, str]:
     lifecycle.log_causes(exc)
     if not isinstance(exc, errors.StartupError):
         logger.error("pid %d: %s failed to load", os.getpid(), "the app", exc_info=exc)
-    return frames.Report.FAILED, f"{type(exc).__name__}: {exc}"[:_LONGEST_REASON]
+    return frames.Report.FAILED, errors.titled(exc)

@@ -19,19 +19,27 @@ logger = logging.getLogger(__name__)
 
 
 class Outcomes:
-    """The part of a result backend that stores a short error for one that is refused."""
+    """The part of a result backend that cuts errors, and stores a short one for one refused."""
+
+    def prepare_exception(self, exc: Any, serializer: Any = None) -> Any:
+        prepared = super().prepare_exception(exc, serializer)  # type: ignore[misc]
+        if isinstance(prepared, dict):  # a serializer such as pickle gets the exception
+            prepared["exc_message"] = errors.cut_arguments(prepared["exc_message"])
+        return prepared
 
     def store_result(
         self, task_id: str, result: Any, state: str, traceback: Any = None, **more: Any
     ) -> Any:
         """Store an outcome; if an error cannot be stored, store a short one that says so."""
+        if isinstance(traceback, str):
+            traceback = errors.cut_traceback(traceback)
         store: Any = super().store_result  # type: ignore[misc]
         try:
             return store(task_id, result, state, traceback=traceback, **more)
         except Exception as refused:
             if not _is_final(state, refused):
                 raise  # the tracer fails the task
-            short = tracer.not_stored(task_id, result, tracer.shown(refused))
+            short = tracer.not_stored(task_id, result, errors.text_of(refused))
         return store(task_id, short, state, traceback=None, **more)
 
     def mark_as_done(self, task_id: str, *args: Any, **options: Any) -> Any:
@@ -50,7 +58,7 @@ class Outcomes:
         except Exception as refused:
             if not _is_final(state, refused):
                 raise
-            short = tracer.not_stored(request.id, result, tracer.shown(refused))
+            short = tracer.not_stored(request.id, result, errors.text_of(refused))
         try:
             return tell(request, state, short, **more)
         except Exception as refused:
@@ -92,5 +100,5 @@ def _note_answer(task_id: str) -> None:
 def _log_untold(what: str, request: Any, refused: Exception) -> None:
     logger.error(
         "task %s[%s] has a broken %s, which is not called: %s",
-        *(request.task, request.id, what, tracer.shown(refused)),
+        *(request.task, request.id, what, errors.text_of(refused)),
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 from kombu.utils.encoding import safe_repr
 
+from gw_celery import errors
 from gw_celery.declare import services
 from gw_celery.protocol import frames
 from gw_celery.replica import tracer
@@ -69,9 +70,9 @@ class Probes:
                 is_boolean = str(getattr(answer, "dtype", "")).removeprefix("torch.") == "bool"
                 is_ok = answer is not False and (not is_boolean or bool(answer))
         except Exception as exc:
-            is_ok, detail = False, f"{type(exc).__name__}: {exc}".rstrip(": ")
+            is_ok, detail = False, errors.titled(exc)
         seconds = time.monotonic() - began
-        text = frames.cut(" ".join(detail.split()), _LONGEST_DETAIL)
+        text = errors.cut(" ".join(detail.split()), _LONGEST_DETAIL)
         self._link.report(frames.Report.PROBED, number, is_ok, text, seconds)
 
     async def _call(self, service: services.Service, name: str) -> Any:

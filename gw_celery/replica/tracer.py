@@ -48,8 +48,6 @@ _LONGEST_LINKS = 1024 * 1024
 _JSON = (codec.CONTENT_TYPE, "application/json")
 #: A body with more bytes than this is decoded in a thread.
 _LARGE = 64 * 1024
-_LONGEST_TEXT = 4096
-_LONGEST_TRACEBACK = 64 * 1024
 _OUTCOMES: dict[type[Exception], frames.Outcome] = {
     Retry: frames.Outcome.RETRY,
     Reject: frames.Outcome.REJECT,
@@ -436,7 +434,7 @@ class ReplicaInputs:
             if isinstance(exc, errors.DeclaredLost):  # raised in the body
                 raise exc
             return failure(input.number, exc, safe_str(answer.traceback))
-        text = frames.cut(str(answer), _LONGEST_TEXT)
+        text = errors.cut(str(answer))
         return frames.Report.DONE, input.number, text, float(runtime or 0.0)
 
     def _needed_by_parent(self, input: Input, arguments: Any, content_type: Any) -> Any:
@@ -490,7 +488,7 @@ class ReplicaInputs:
         if isinstance(exc, Reject):
             return failure(input.number, exc, "")
         if isinstance(exc, errors.UnreadableMessage) and not input.is_traced:
-            return _error(input.number, frames.Outcome.UNREADABLE, exc, shown(exc, repr))
+            return _error(input.number, frames.Outcome.UNREADABLE, exc, errors.repr_of(exc))
         is_outage = input.store_error is not None or refusals.is_outage(exc)
         if input.is_answered or (input.is_traced and not is_outage):
             try:
@@ -504,7 +502,7 @@ class ReplicaInputs:
         logger.error(
             "task %s[%s] has no result: its %s", input.name, input.task_id, what, exc_info=exc
         )
-        return _error(input.number, outcome, exc, shown(exc, repr))
+        return _error(input.number, outcome, exc, errors.repr_of(exc))
 
     def _store(self, input: Input, short: errors.OutcomeNotStored) -> None:
         if input.is_answered:
@@ -573,24 +571,16 @@ def failure(number: int, exc: BaseException, traceback: str) -> tuple[Any, ...]:
     outcomes = (outcome for kind, outcome in _OUTCOMES.items() if isinstance(exc, kind))
     cause = exc.exc if isinstance(exc, Retry) and exc.exc is not None else exc
     outcome = next(outcomes, frames.Outcome.FAILURE)
-    return _error(number, outcome, exc, shown(cause, repr), traceback)
+    return _error(number, outcome, exc, errors.repr_of(cause), traceback)
 
 
 def not_stored(task_id: str, error: Any, reason: str) -> errors.OutcomeNotStored:
     """Return the short error that is stored for ``error``, and log it."""
     if isinstance(error, errors.OutcomeNotStored):
         return error
-    short = errors.OutcomeNotStored(type(error).__qualname__, reason, shown(error))
+    short = errors.OutcomeNotStored(type(error).__qualname__, reason, errors.text_of(error))
     logger.error("the outcome of input %s is cut: %s", task_id, short)
     return short
-
-
-def shown(value: Any, show: Callable[[Any], str] = str) -> str:
-    """Return the text of ``value``, cut; the user's own ``__str__`` may raise anything."""
-    try:
-        return frames.cut(show(value), _LONGEST_TEXT)
-    except BaseException:
-        return object.__repr__(value)
 
 
 def _error(
@@ -609,8 +599,8 @@ def _error(
         number,
         outcome,
         f"{kind.__module__}.{kind.__qualname__}",
-        frames.cut(text, _LONGEST_TEXT),
-        shown(message),
-        frames.cut(traceback, _LONGEST_TRACEBACK),
+        errors.cut(text),
+        errors.text_of(message),
+        errors.cut_traceback(traceback),
         bool(getattr(exc, "requeue", False)),
     )

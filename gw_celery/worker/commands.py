@@ -1,21 +1,125 @@
 """Remote-control commands in the worker's parent: ours, and guards of Celery's own.
 
-Celery's commands answer "ok" and act later, so that a guard must refuse before they run.
+Celery's commands answer "ok" and act later, so that a guard must refuse before they run. Everybody
+who reaches the broker can send a command with any arguments.
 """
 
 from __future__ import annotations
 
 import builtins
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from celery import platforms
+from celery.utils.time import rate
 from celery.worker import control
 
+from gw_celery import errors
 from gw_celery.declare import gpu
+from gw_celery.protocol import headers
 
 if TYPE_CHECKING:
     from gw_celery.worker.plan import Plan
+
+#: Maximum bytes of the name of a queue or exchange, by AMQP.
+_LONGEST_NAME = 255
+
+
+class _Rule(NamedTuple):
+    """The values that an argument may have."""
+
+    accepts: Callable[[Any], bool]
+    #: Description of them.
+    what: str
+
+
+def _optional(rule: _Rule) -> _Rule:
+    return _Rule(lambda value: value is None or rule.accepts(value), f"{rule.what}, or null")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_name(value: Any) -> bool:
+    # A lone surrogate cannot be encoded, and no broker has such a name.
+    is_short = isinstance(value, str) and len(value) <= _LONGEST_NAME
+    return is_short and 0 < len(value.encode(errors="replace")) <= _LONGEST_NAME
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_text, value))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_count(value) and value > 0
+
+
+def _is_amount(value: Any) -> bool:
+    number = headers.finite(value)
+    return number is not None and number >= 0
+
+
+def _is_rate(value: Any) -> bool:
+    try:
+        return _is_amount(rate(value) if isinstance(value, str) else value)
+    except (ValueError, KeyError):
+        return False
+
+
+def _is_signal(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.isupper() and bool(platforms.signals.supported(value))
+    return _is_positive(value) and value < platforms.signals.signum("SIGRTMAX")
+
+
+def _is_revocations(value: Any) -> bool:
+    """Return whether these are revoked ids, as Celery 5.7 or, with times, 5.6 sends them."""
+    times = value.values() if isinstance(value, dict) else ()
+    return all(map(_is_amount, times)) if times else isinstance(value, dict) or _is_texts(value)
+
+
+def _is_stamps(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_text(stamp) or _is_texts(stamp) for stamp in value.values())
+    return _is_texts(value) and all("=" in stamp for stamp in value)
+
+
+_TEXT = _optional(_Rule(_is_text, "text"))
+_NAME = _Rule(_is_name, f"a name of 1 to {_LONGEST_NAME} bytes")
+_TEXTS = _optional(_Rule(_is_texts, "a list of texts"))
+_IDS = _optional(_Rule(lambda value: _is_text(value) or _is_texts(value), "an id or a list of ids"))
+_FLAG = _optional(_Rule(lambda value: isinstance(value, bool), "true or false"))
+_COUNT = _optional(_Rule(_is_count, "an int, 0 at least"))
+_AMOUNT = _optional(_Rule(_is_amount, "a number, 0 at least"))
+_MAPPING = _optional(_Rule(lambda value: isinstance(value, dict), "a mapping"))
+_RATE = _Rule(_is_rate, 'a number from 0, or text such as "10/m"')
+#: The arguments of Celery's commands, each of which has one meaning in all of them.
+_RULES = {
+    "queue": _NAME,
+    **dict.fromkeys(("exchange", "routing_key", "exchange_type", "alias"), _optional(_NAME)),
+    **dict.fromkeys(("queue_arguments", "binding_arguments", "consumer_arguments"), _MAPPING),
+    **dict.fromkeys(("durable", "exclusive", "auto_delete", "no_ack", "no_declare"), _FLAG),
+    **dict.fromkeys(("expires", "message_ttl", "soft", "hard"), _AMOUNT),
+    **dict.fromkeys(("max_length", "max_length_bytes", "max_priority", "max", "min"), _COUNT),
+    **dict.fromkeys(("num", "max_depth", "samples"), _COUNT),
+    **dict.fromkeys(("terminate", "reload", "builtins", "with_defaults", "safe"), _FLAG),
+    **dict.fromkeys(("task_id", "ids"), _IDS),
+    **dict.fromkeys(("msg", "type", "id", "topic", "from_node"), _TEXT),
+    **dict.fromkeys(("modules", "taskinfoitems"), _TEXTS),
+    "n": _Rule(_is_positive, "an int, 1 at least"),
+    "task_name": _Rule(_is_text, "text"),
+    "rate_limit": _optional(_RATE),
+    "signal": _optional(_Rule(_is_signal, "the name or the number of a signal")),
+    "headers": _Rule(_is_stamps, 'a mapping of stamps, or a list of "key=value"'),
+    "revoked": _optional(_Rule(_is_revocations, "a list of ids")),
+}
 
 
 def install() -> None:
@@ -41,6 +145,36 @@ def describe() -> None:
     install()
     for name in control.Panel.data.keys() - carried_out.keys():
         del control.Panel.data[name]
+
+
+class _Checked:
+    """A command whose arguments are checked before it runs."""
+
+    def __init__(self, command: Callable[..., Any]) -> None:
+        self._command = command
+        self._declared = inspect.signature(command).parameters
+
+    def __call__(self, state: Any, **arguments: Any) -> Any:
+        if (why := self._refusal(arguments)) is not None:
+            return control.nok(errors.printable(why))
+        return self._command(state, **arguments)
+
+    def _refusal(self, arguments: Mapping[str, Any]) -> str | None:
+        for name, value in arguments.items():
+            if (rule := _RULES.get(name)) is not None and not rule.accepts(value):
+                return f"{name}={errors.cut(repr(value), 100)}: must be {rule.what}"
+            if rule is None and name not in self._declared:
+                return f"{name}: unknown argument"
+        return None
+
+
+def check_arguments() -> None:
+    """Check the arguments of all registered commands, except the project's own ones."""
+    for name, command in control.Panel.data.items():
+        module = getattr(command, "__module__", None) or ""
+        is_known = module.startswith(("celery.", "gw_celery."))
+        if is_known and not isinstance(command, _Checked):
+            control.Panel.data[name] = _Checked(command)
 
 
 def gw_status(state: Any) -> dict[str, Any]:
@@ -93,7 +227,8 @@ def _applied(
     what: str, steer: Callable[[int | None], None], state: Any, replica: int | None
 ) -> Any:
     numbers = [seen.number for seen in state.consumer.pool.snapshot().replicas]
-    if replica is not None and replica not in numbers:
+    # Python takes True for 1.
+    if replica is not None and (type(replica) is not int or replica not in numbers):
         return control.nok(f"there is no replica {replica!r}: this worker has {_listed(numbers)}")
     steer(replica)
     return control.ok(f"{what}: {'all replicas' if replica is None else f'replica {replica}'}")
@@ -118,7 +253,7 @@ def guard_queues(plan: Plan) -> None:
 
 
 def guard_size() -> None:
-    """Make ``pool_grow`` and ``autoscale`` refuse more replicas than the devices allow.
+    """Make ``pool_grow`` and ``autoscale`` refuse more replicas than this worker can have.
 
     With our autoscaler, ``pool_grow`` and ``pool_shrink`` widen its bounds, as in Celery 4.
     """
@@ -145,8 +280,6 @@ def _guard_resize(original: Callable[..., Any], how: str, *, sign: int) -> None:
         force = getattr(state.consumer.controller.autoscaler, how, None)
         if force is None:  # no autoscaler, or Celery's own
             return original(state, n, **options)
-        if n < 1:
-            return control.nok(f"{n} slots: give 1 or more")
         force(n)
         return control.ok(f"now {pool.limit} slots")
 

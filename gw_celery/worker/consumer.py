@@ -23,7 +23,7 @@ from kombu.common import ignore_errors
 from kombu.message import Message
 
 from gw_celery import conf, errors
-from gw_celery.transport import transport
+from gw_celery.transport import find, transport
 from gw_celery.worker import undecoded
 
 logger = logging.getLogger(__name__)
@@ -78,12 +78,6 @@ class Consumer(CeleryConsumer):
         if self.pool.cluster.has_holds:
             return p(*args, **kwargs)
         return super().call_soon_ack(p, *args, **kwargs)
-
-    def call_soon(self, p: Any, *args: Any, **kwargs: Any) -> Any:
-        """Do the same on Celery 5.6, which has one method for both."""
-        if self.pool.cluster.has_holds and _is_message_s(p):
-            return p(*args, **kwargs)
-        return super().call_soon(p, *args, **kwargs)
 
     def _update_prefetch_count(self, index: int = 0) -> None:
         """Do nothing: the gate sets the prefetch count from the READY slots."""
@@ -143,6 +137,7 @@ class Consumer(CeleryConsumer):
         )
         request.reply_to = message.properties.get("reply_to")
         request.correlation_id = message.properties.get("correlation_id")
+        exc.args = tuple(errors.cut_arguments(exc.args))
         try:
             self.app.backend.mark_as_failure(headers["id"], exc, request=request)
         except Exception:
@@ -187,9 +182,42 @@ class Consumer(CeleryConsumer):
         self.pool.poll()
         super().cancel_active_requests()
 
+    def call_soon(self, callback: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
+        """Schedule a callback; its exception would end the worker's loop, and is logged instead."""
+        if _is_message_s(callback):  # Celery 5.6 has this one method for acknowledgements, too
+            if self.pool.cluster.has_holds:
+                return callback(*args, **kwargs)
+            return super().call_soon(callback, *args, **kwargs)
+        return super().call_soon(self._call_deferred, callback, *args, **kwargs)
+
+    def _call_deferred(self, callback: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+        try:
+            callback(*args, **kwargs)
+        except Exception as exc:
+            is_lost = isinstance(exc, self.connection_errors)
+            name = getattr(callback, "__name__", repr(callback))
+            if args or not is_lost:  # the gate has no arguments, and is applied to each connection
+                logger.exception("the command %s with %r failed; the worker goes on", name, args)
+            if is_lost:
+                raise  # Celery connects again
+            if isinstance(exc, self.channel_errors) and find.is_rabbitmq(self.conninfo):
+                # The broker closed the channel, and with it all consumers.
+                raise ConnectionResetError(f"{name} made RabbitMQ close the channel") from exc
+
     def add_task_queue(self, queue: str, *args: Any, **options: Any) -> None:
-        super().add_task_queue(queue, *args, **options)
-        self.pool.gate.add(queue)
+        is_new = queue not in self.app.amqp.queues
+        try:
+            super().add_task_queue(queue, *args, **options)
+            self.pool.gate.add(queue)
+        except Exception:
+            # Otherwise each new connection would fail with it, and a corrected command, too.
+            self.pool.gate.remove(queue)
+            self.app.amqp.queues.deselect(queue)
+            with contextlib.suppress(Exception):  # the channel may be closed
+                self.task_consumer.cancel_by_queue(queue)
+            if is_new:
+                self.app.amqp.queues.pop(queue, None)
+            raise
 
     def cancel_task_queue(self, queue: str) -> None:
         super().cancel_task_queue(queue)

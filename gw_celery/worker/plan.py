@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from gw_celery import conf
 from gw_celery.declare import gpu, probes, registry, services
+from gw_celery.gpus import allocation
 from gw_celery.transport import find
 
 if TYPE_CHECKING:
-    from gw_celery.gpus import allocation
     from gw_celery.worker import serving
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,18 @@ class Plan:
     def slots(self) -> dict[str, int]:
         """Maximum inputs in flight per service in one replica; key ``""`` is plain tasks."""
         return {service.key: service.max_inputs for service in self.served} | {services.PLAIN: 1}
+
+    @property
+    def most_replicas(self) -> int:
+        return allocation.MOST if self.allotment is None else self.allotment.most
+
+    def refusal(self, replicas: int) -> str | None:
+        """Return why this worker cannot have that many replicas; ``None`` if it can."""
+        if self.allotment is not None:
+            return self.allotment.refusal(replicas)
+        if replicas <= allocation.MOST:
+            return None
+        return f"{replicas} replicas were asked for, and a worker has {allocation.MOST} at most"
 
     @property
     def queue_times(self) -> dict[str, float]:

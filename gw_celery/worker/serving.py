@@ -97,7 +97,7 @@ class Pipes:
 
     def report(self, reason: str) -> None:
         """Tell the worker why this child cannot serve, shortened to fit one write."""
-        os.write(self._writer, (json.dumps([os.getpid(), reason[:2000]]) + "\n").encode())
+        os.write(self._writer, (json.dumps([os.getpid(), errors.cut(reason)]) + "\n").encode())
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when a child has reported a failure."""

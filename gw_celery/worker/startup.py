@@ -21,7 +21,7 @@ from gw_celery.client import beat_tasks, preset, task
 from gw_celery.cluster import fence
 from gw_celery.declare import gpu, registry
 from gw_celery.gpus import allocation, devices
-from gw_celery.runtime import lifecycle
+from gw_celery.runtime import lifecycle, log_records
 from gw_celery.transport import find
 from gw_celery.worker import commands, consumer, gate, serving
 from gw_celery.worker.plan import GPU_POOL, OPTIONS, Plan, WorkerOptions
@@ -86,6 +86,7 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> Plan:
     if served:
         _prepare_to_serve(worker, plan)
     if served or pool == GPU_POOL:
+        log_records.install()
         consumer.bound_compression(settings.max_payload_bytes)
     if pool == GPU_POOL:
         return _prepare_gpu_pool(worker, plan, typed)
@@ -212,6 +213,7 @@ def _prepare_gpu_pool(worker: Any, plan: Plan, typed: WorkerOptions | None) -> P
     fence.install_in_parent(worker.app)
     commands.guard_size()
     commands.install()
+    commands.check_arguments()
     # The gate owns the prefetch count, and sets it at every connection.
     worker.app.conf.worker_enable_prefetch_count_reduction = False
     if not conf.is_set(worker.app.conf, "worker_autoscaler"):
@@ -293,7 +295,7 @@ def _require_lengths(worker: Any, least: int) -> None:
 
 
 def _require_room(plan: Plan, replicas: int) -> None:
-    if plan.allotment and (why := plan.allotment.refusal(replicas)) is not None:
+    if (why := plan.refusal(replicas)) is not None:
         raise errors.ConfigurationError(why)
 
 

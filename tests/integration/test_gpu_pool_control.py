@@ -149,3 +149,30 @@ def test_a_worker_wide_limit_holds_for_tasks_without_one(start_pooled: StartPool
     sent: Any = pooled.celery.tasks["pooled.plain_rest"].delay("plain", 1.5)
     with pytest.raises(SoftTimeLimitExceeded):
         sent.get(timeout=20)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"queue": {"not": "a name"}},
+        {"queue": "odd", "consumer_arguments": [1]},
+        {"queue": "odd", "exchange_type": "nonsense"},  # found out after the answer
+        {"queue": "odd", "queue_arguments": {"x-expires": "soon"}, "expires": 1e300},
+    ],
+)
+def test_a_command_that_cannot_be_carried_out_ends_no_worker(
+    start_pooled: StartPooled, arguments: dict[str, Any]
+) -> None:
+    worker = start_pooled()
+    pooling.tell(worker, "add_consumer", **arguments)
+    broadcast = pooled.celery.control.broadcast  # a worker that connects again may not hear it
+    broadcast("cancel_consumer", {"queue": arguments["queue"]}, reply=True)
+    assert pooled.add.delay(1).get(timeout=20) == 2
+    eventually(lambda: broadcast("add_consumer", {"queue": "correct"}, reply=True), 20)
+    sent = pooled.plain.apply_async((1,), queue="correct")
+    assert sent.get(timeout=20) == 2, worker.log_tail()
+    assert pooled.add.delay(2).get(timeout=20) == 3
+    if "exchange_type" in arguments:
+        assert "the command add_task_queue with ('odd', None, 'nonsense', None)" in (
+            worker.log_text()
+        )

@@ -191,3 +191,18 @@ def test_canvas_with_results_in_files(
         total = app.signature("pooled.total", queue="cpu.total")
         parts = [part(x) for x in range(20)]
         assert chord(parts, total, app=app)().get(timeout=30) == sum(range(1, 21))
+
+
+@pytest.mark.parametrize("result", ["redis"], indirect=True)
+@pytest.mark.parametrize("arguments", [{"durable": False}, {"exchange_type": "nonsense"}])
+def test_a_queue_that_rabbitmq_refuses_ends_no_worker_and_stops_no_other_queue(
+    worker: WorkerProcess, client: Celery, send: Send, arguments: dict[str, Any]
+) -> None:
+    with client.connection_for_write() as connection:
+        connection.default_channel.queue_declare("odd", durable=True, auto_delete=False)
+    told = {"queue": "odd", **arguments}
+    client.control.broadcast("add_consumer", told, reply=True, timeout=5)
+    eventually(lambda: "the command add_task_queue" in worker.log_text(), 20)
+    assert send("add", 1).get(timeout=20) == 2, worker.log_tail()
+    client.control.add_consumer("correct", reply=True)
+    assert send("plain", 1, queue="correct").get(timeout=20) == 2, worker.log_tail()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 import threading
 import zlib
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from celery import Celery
 from gw_celery import conf
 from gw_celery.pool import dead_letters
 from tests.processes import eventually
+from tests.unit.test_cli import gw
 
 SETTINGS = conf.Settings(max_dead_letters=2, store_timeout=30.0)
 FACTS: dict[str, Any] = {
@@ -251,3 +254,65 @@ def sizes(connection: Any) -> list[int]:
     channel = connection.default_channel
     lists = [channel._q_for_pri("gpu.embed", step) for step in channel.priority_steps]
     return [channel.client.llen(name) for name in lists]
+
+
+# -- what else may lie in the queue --
+
+GARBAGE = [
+    b"garbage",
+    b"\xff\xfe\x00",
+    b"[]",
+    b"null",
+    b'"text"',
+    b"[" * 100_000,
+    b'{"headers": 5, "body": "", "properties": {"delivery_tag": "1"}}',
+    b'{"headers": {"id": {}, "task": []}, "body": "", "properties": {"delivery_tag": "1"}}',
+]
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def operator(request: pytest.FixtureRequest) -> Iterator[Celery]:
+    """An app on each kind of broker, with a dead letter between entries that are none."""
+    url = request.getfixturevalue(f"{request.param}_url")
+    with Celery("dead", broker=url, set_as_current=False) as app:
+        with dead_letters.connect(app) as connection:
+            queue = dead_letters.queue_of(app, connection, conf.read(app.conf))
+            add_garbage(connection)
+            odd = {"id": "a\x1b[2J", "task": "proj.embed\nforged", "gw-dead-worker": "w"}
+            for sent in (message(), message(headers=odd)):
+                queue.add(dead_letters.to_dead_letter(sent, **FACTS))
+            add_garbage(connection)
+        yield app
+
+
+def add_garbage(connection: Any) -> None:
+    """Write into the queue what is no dead letter, in the forms that its broker allows."""
+    channel = connection.default_channel
+    if connection.transport.driver_type == "redis":
+        channel.client.lpush("gw.dead", *GARBAGE)
+        return
+    channel.queue_declare(
+        "gw.dead",
+        durable=True,
+        auto_delete=False,
+        passive=False,
+        arguments={"x-max-length": 1000, "x-overflow": "reject-publish"},
+    )
+    for about in ({}, {"id": {}, "task": 1}, {"compression": "bzip2"}, {"compression": "none"}):
+        sent = channel.prepare_message(b"\xff\x00", headers={"id": "b", "task": "c", **about})
+        channel.basic_publish(sent, exchange="", routing_key="gw.dead")
+
+
+def test_entries_that_are_no_dead_letters_are_counted_and_skipped(operator: Celery) -> None:
+    result = gw("dead", operator)
+    assert result.exit_code == 0, result.exception
+    assert "gw.dead: 2 dead letters" in result.output
+    assert re.search(r"\d+ entries of gw.dead are skipped", result.output)
+    assert json.loads(gw("dead --json", operator).stdout)[0]["id"] == "a"
+    assert "\x1b" not in result.output
+    assert "a\\x1b[2J  proj.embed\\nforged" in result.output
+    assert gw("dead --requeue a", operator).exit_code == 0
+    again = gw("dead", operator)
+    assert "gw.dead: 1 dead letters" in again.output
+    assert "entries of gw.dead are skipped" in again.output, "what is not ours stays"
+    assert gw("dead --requeue b", operator).exit_code == 1

@@ -185,11 +185,103 @@ def test_our_autoscaler_lets_an_operator_resize_the_pool(
 ) -> None:
     pool, scaler = harness.pool, Scaler(harness.pool)
     assert tell(pool, command, scaler, n=3) == {"ok": f"now {slots} slots"}
-    assert tell(pool, command, scaler, n=-3) == {"error": "-3 slots: give 1 or more"}
-    assert "not supported with autoscale" in tell(pool, command, object(), n=0)["error"]
+    assert tell(pool, command, scaler, n=-3) == {"error": "n=-3: must be an int, 1 at least"}
+    assert "not supported with autoscale" in tell(pool, command, object(), n=1)["error"]
     assert pool.num_processes == slots
 
 
 def test_without_an_autoscaler_celerys_own_commands_resize_the_pool(harness: Harness) -> None:
     assert "ok" in tell(harness.pool, "pool_grow", n=3)
     assert harness.pool.num_processes == 12
+
+
+@pytest.mark.parametrize("command", ["pool_grow", "pool_shrink"])
+@pytest.mark.parametrize("slots", [0, 1.0, True, "1", None, [1], {"n": 1}])
+def test_a_size_that_is_no_number_of_slots_is_refused(
+    harness: Harness, command: str, slots: Any
+) -> None:
+    for scaler in (None, Scaler(harness.pool)):
+        answer = tell(harness.pool, command, scaler, n=slots)
+        assert answer == {"error": f"n={slots!r}: must be an int, 1 at least"}
+    assert harness.pool.num_processes == 9
+
+
+@pytest.mark.parametrize("slots", [1024 * 3, 1_000_000_000, 10**4000])
+def test_a_worker_without_gpus_has_a_bound_too(harness: Harness, slots: int) -> None:
+    for scaler in (None, Scaler(harness.pool)):
+        for command, arguments in (("pool_grow", {"n": slots}), ("autoscale", {"max": slots + 3})):
+            error = tell(harness.pool, command, scaler, **arguments)["error"]
+            assert "replicas were asked for" in error or len(error) == 1000
+            assert "1024 at most" in error or len(error) == 1000
+    harness.pool.grow(slots)  # an autoscaler of the project may ask for it
+    assert harness.pool.num_processes == 1024 * 3
+    harness.pool.shrink(1023 * 3)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("autoscale", {"max": "2"}),
+        ("autoscale", {"max": 2.0, "min": 1}),
+        ("autoscale", {"max": 2, "min": True}),
+        ("autoscale", {"max": 2, "min": -1}),
+        ("cancel_consumer", {"queue": {"a": 1}}),
+        ("cancel_consumer", {"queue": ["a"]}),
+        ("cancel_consumer", {"queue": ""}),
+        ("cancel_consumer", {"queue": None}),
+        ("add_consumer", {"queue": 7}),
+        ("add_consumer", {"queue": "x" * 256}),
+        ("add_consumer", {"queue": "\u00e9" * 128}),
+        ("add_consumer", {"queue": "q", "exchange": {}}),
+        ("add_consumer", {"queue": "q", "routing_key": 1}),
+        ("add_consumer", {"queue": "q", "consumer_arguments": 5}),
+        ("add_consumer", {"queue": "q", "durable": "no"}),
+        ("add_consumer", {"queue": "q", "max_priority": -1}),
+        ("add_consumer", {"queue": "q", "bindings": ["x"]}),
+        ("rate_limit", {"task_name": ["plain"], "rate_limit": 1}),
+        ("rate_limit", {"task_name": "plain", "rate_limit": "inf/s"}),
+        ("rate_limit", {"task_name": "plain", "rate_limit": "nan"}),
+        ("rate_limit", {"task_name": "plain", "rate_limit": "-1/m"}),
+        ("rate_limit", {"task_name": "plain", "rate_limit": "1/year"}),
+        ("rate_limit", {"task_name": "plain", "rate_limit": -2}),
+        ("rate_limit", {"task_name": "plain", "rate_limit": True}),
+        ("rate_limit", {"task_name": "plain", "rate_limit": {"a": 1}}),
+        ("time_limit", {"task_name": "plain", "soft": "5"}),
+        ("time_limit", {"task_name": "plain", "hard": -1}),
+        ("time_limit", {"task_name": "plain", "hard": float("inf")}),
+        ("time_limit", {"task_name": {}, "hard": 1}),
+        ("revoke", {"task_id": {"a": 1}}),
+        ("revoke", {"task_id": ["a", 1]}),
+        ("revoke", {"task_id": "a", "terminate": "yes"}),
+        ("revoke", {"task_id": "a", "terminate": True, "signal": "NOTHING"}),
+        ("revoke", {"task_id": "a", "terminate": True, "signal": 1000}),
+        ("terminate", {"task_id": "a", "signal": []}),
+        ("revoke_by_stamped_headers", {"headers": {"a": [{}]}}),
+        ("revoke_by_stamped_headers", {"headers": ["a"]}),
+        ("query_task", {"ids": 5}),
+        ("pool_restart", {"modules": "os"}),
+        ("shutdown", {"msg": {}}),
+        ("hello", {"from_node": "w", "revoked": {"a": float("nan")}}),
+        ("hello", {"from_node": "w", "revoked": [[]]}),
+        ("gw_drain", {"replica": 0, "all": True}),
+        ("gw_restart", {"replica": True}),
+        ("gw_drain", {"replica": 0.0}),
+    ],
+)
+def test_arguments_of_a_wrong_type_or_range_are_refused_before_the_command_runs(
+    harness: Harness, command: str, arguments: dict[str, Any]
+) -> None:
+    controller = SimpleNamespace(autoscaler=Scaler(harness.pool))
+    # It has nothing that a command could reach but the pool.
+    consumer = SimpleNamespace(pool=harness.pool, controller=controller)
+    state = SimpleNamespace(consumer=consumer, hostname="harness@test", app=harness.app)
+    answer = Panel.data[command](state, **arguments)
+    assert list(answer) == ["error"]
+    assert any(reason in answer["error"] for reason in ("must be", "unknown", "there is no"))
+    assert not any(child.is_draining for child in harness.children)
+
+
+def test_a_command_of_the_project_gets_what_was_sent(harness: Harness) -> None:
+    del harness
+    Panel.data["own"] = lambda state, n, **others: (n, others)
+    assert Panel.data["own"](None, n="many", queue={}) == ("many", {"queue": {}})
