@@ -22,6 +22,7 @@ def register_all() -> None:
     checks.register(check_celery_app, "gw_celery")
     checks.register(check_content, "gw_celery")
     checks.register(check_visibility, "gw_celery")
+    checks.register(check_tls, "gw_celery")
     checks.register(check_backend, "gw_celery")
 
 
@@ -58,6 +59,13 @@ def check_visibility(**_: Any) -> Sequence[checks.CheckMessage]:
     return _errors(
         "gw_celery.E004", lambda: preset.require_visibility(current_app, signals.registries())
     )
+
+
+def check_tls(**_: Any) -> Sequence[checks.CheckMessage]:
+    """Check that TLS connections verify the broker and the result backend (E005)."""
+    if check_settings():
+        return []  # they say whether this is allowed
+    return _errors("gw_celery.E005", lambda: preset.require_verified_tls(current_app))
 
 
 def check_backend(**_: Any) -> Sequence[checks.CheckMessage]:

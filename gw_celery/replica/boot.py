@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,6 +21,8 @@ _OF_THE_GROUP = (signal.SIGINT, signal.SIGTERM)
 
 def main(argv: list[str]) -> None:
     """Serve until the parent orders the end, or is gone."""
+    # A core file would hold inputs and models.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _ignore_the_terminal()
     channel = socket.socket(fileno=int(argv[1]))
     os.set_inheritable(channel.fileno(), False)
