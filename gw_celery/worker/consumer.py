@@ -15,6 +15,7 @@ from typing import Any
 
 from celery.app.task import Context
 from celery.worker.consumer import Consumer as CeleryConsumer
+from celery.worker.request import Request
 from kombu import compression
 from kombu.message import Message
 
@@ -153,6 +154,15 @@ class Consumer(CeleryConsumer):
     def cancel_task_queue(self, queue: str) -> None:
         super().cancel_task_queue(queue)
         self.pool.gate.remove(queue)
+
+
+class ServingRequest(Request):
+    """Celery's request of a task of ours, on all pools."""
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """Return what ``inspect`` shows, and so Flower: arguments only with ``show_values``."""
+        shown: dict[str, Any] = super().info(safe or not conf.read(self.app.conf).show_values)
+        return shown
 
 
 def bound_compression(largest: int) -> None:
