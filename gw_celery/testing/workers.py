@@ -370,7 +370,7 @@ def close_all() -> None:
 def close_results(app: Any) -> None:
     """Close the connections of this thread's result backend (RPC or Redis)."""
     backend = getattr(app._local, "backend", None)
-    consumer = getattr(backend, "result_consumer", None)
+    consumer: Any = getattr(backend, "result_consumer", None)
     if (connection := getattr(consumer, "_connection", None)) is not None:
         connection.close()
     elif getattr(consumer, "_pubsub", None) is not None:
