@@ -104,6 +104,10 @@ class Settings:
     max_payload_values: int = 2_000_000
     #: Maximum nesting of a gw-json document.
     max_payload_depth: int = 100
+    #: Whether logs, events and ``inspect`` show the arguments and results of tasks.
+    show_values: bool = False
+    #: Whether TLS connections may leave the certificate of the broker or backend unverified.
+    insecure: bool = False
 
 
 def read(conf: Mapping[str, Any]) -> Settings:
@@ -216,9 +220,9 @@ def _typed(label: str, value: Any, expected: Any, bounds: tuple[float, float, st
         is_number = isinstance(value, int | kind) and not isinstance(value, bool)
         if is_number and least <= value <= most and math.isfinite(value):
             return kind(value)
-    elif kind is str:
-        allowed = "str"
-        if isinstance(value, str):
+    elif kind in (str, bool):
+        allowed = kind.__name__
+        if isinstance(value, kind):
             return value
     else:
         allowed = "tuple"

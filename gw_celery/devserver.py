@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -128,8 +128,8 @@ def start(
     The owner is the calling thread, because Linux signals a child when its parent's thread ends.
 
     Args:
-        data_dir: folder of the data and the log; it is created if missing. Only one server at a
-            time can use it.
+        data_dir: folder of the data and the log; it is created if missing, and becomes private to
+            this user. Only one server at a time can use it.
         timeout: seconds that the server may take to load its data and answer.
         program: path of the server program; default: ``GW_CELERY_SERVER``, else a search.
 
@@ -138,8 +138,8 @@ def start(
 
     Raises:
         ServerNotFound: if no server program is found.
-        ServerFailed: if ``data_dir`` cannot be created, another server uses it, or the server does
-            not answer in time.
+        ServerFailed: if ``data_dir`` cannot be created, it or a file in it belongs to another user
+            or is a link, another server uses it, or the server does not answer in time.
     """
     command = find_program(program)
     folder = Path(data_dir).resolve()
@@ -148,7 +148,7 @@ def start(
         path = socket_path(folder)
         path.unlink(missing_ok=True)  # unused, because this process holds the lock
         launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
-        with (folder / "server.log").open("ab") as log:
+        with _open(folder / "server.log", "ab") as log:
             process = subprocess.Popen(
                 [*launcher, command, *OPTIONS, "--unixsocket", str(path), "--dir", str(folder)],
                 stdin=subprocess.DEVNULL,
@@ -172,7 +172,7 @@ def start(
             lines = server.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
             first = f"the embedded server {what}; the end of {server.log}:"
             raise errors.ServerFailed("\n  ".join((first, *lines)))
-        (folder / LOCK).write_text(f"server {server.pid} of process {os.getpid()}")
+        _note(lock, f"server {server.pid} of process {os.getpid()}")
         on_error.pop_all()
     return server
 
@@ -248,17 +248,17 @@ def _take(data_dir: Path) -> IO[str]:
     """Create and lock ``data_dir``; the server inherits the lock and holds it until it ends."""
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_private(data_dir)
+        lock = _open(path := data_dir / LOCK, "a")
     except OSError as error:
         raise errors.ServerFailed(
             f"{data_dir} cannot be the server's folder ({error.strerror}): choose another data_dir"
         ) from error
-    path = data_dir / LOCK
-    lock = path.open("a")
     began = time.monotonic()
     while True:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.write_text(f"a server that process {os.getpid()} is starting")
+            _note(lock, f"a server that process {os.getpid()} is starting")
             return lock
         holder = path.read_text() or "a server that is being started"
         owner = re.search(r"process (\d+)", holder)
@@ -269,6 +269,39 @@ def _take(data_dir: Path) -> IO[str]:
                 f"{holder} already uses {data_dir}: stop it first, or choose another data_dir"
             )
         time.sleep(0.02)
+
+
+def _make_private(data_dir: Path) -> None:
+    """Close ``data_dir`` to other users, and refuse what another user could have put there.
+
+    Others could read the append-only file, or replace it or the log by a link to a file of ours.
+    """
+    data_dir.chmod(_require_own(data_dir) & 0o700)
+    for pattern in ("server.*", "*.rdb", "appendonly*", "appendonlydir/*"):
+        for path in data_dir.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # of a server that is ending
+                _require_own(path)
+
+
+def _require_own(path: Path) -> int:
+    """Return the mode of a file or folder of this user."""
+    state = path.lstat()
+    if stat.S_ISLNK(state.st_mode) or state.st_uid != os.getuid():
+        raise errors.ServerFailed(
+            f"{path} is a link, or belongs to another user: remove it, or choose another data_dir"
+        )
+    return state.st_mode
+
+
+def _open(path: Path, mode: str) -> IO[Any]:
+    """Open a file for this user alone, without following a link."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600))
+
+
+def _note(lock: IO[str], text: str) -> None:
+    lock.truncate(0)
+    lock.write(text)
+    lock.flush()
 
 
 def main(argv: list[str] | None = None) -> int:

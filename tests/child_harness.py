@@ -114,6 +114,7 @@ class Child:
 
     def start(self) -> None:
         self._app.backend_cls = self._backend
+        self._app.conf.gw_show_values = True  # ``outcome`` has the text of an answer
         link = _Link()
         around = django_connections.around(self._app)
         store_timeout = conf.read(self._app.conf).store_timeout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -176,11 +177,23 @@ def all_once(names: Iterable[str], **but: int) -> dict[str, int]:
 
 
 @contextmanager
-def events(kind: str, app: Any = pooled.celery) -> Iterator[list[str]]:
-    """The ids of the tasks that workers send events of this kind about, as they come."""
-    seen: list[str] = []
+def events(
+    kind: str, app: Any = pooled.celery, noted: Callable[[Any], Any] = operator.itemgetter("uuid")
+) -> Iterator[list[Any]]:
+    """The ids of the tasks that workers send events of this kind about, as they come.
+
+    Args:
+        kind: of the events; ``"*"``: of all.
+        app: whose workers they are.
+        noted: what is kept of an event, instead of its task's id.
+    """
+    seen: list[Any] = []
     listens, is_over = threading.Event(), threading.Event()
-    listener = threading.Thread(target=_listen, args=(app, kind, seen, listens, is_over), name=kind)
+    handlers = {
+        kind: lambda event: seen.append(noted(event)),
+        _HEARD: lambda event: listens.set(),
+    }
+    listener = threading.Thread(target=_listen, args=(app, handlers, listens, is_over), name=kind)
     listener.start()
     assert listens.wait(10)
     try:
@@ -190,14 +203,8 @@ def events(kind: str, app: Any = pooled.celery) -> Iterator[list[str]]:
         listener.join()
 
 
-def _listen(
-    app: Any, kind: str, seen: list[str], listens: threading.Event, is_over: threading.Event
-) -> None:
+def _listen(app: Any, handlers: Any, listens: threading.Event, is_over: threading.Event) -> None:
     with app.connection_for_read() as connection:
-        handlers = {
-            kind: lambda event: seen.append(event["uuid"]),
-            _HEARD: lambda event: listens.set(),
-        }
         receiver = app.events.Receiver(connection, handlers=handlers)
         with (
             receiver.consumer_context() as (established, _, _),

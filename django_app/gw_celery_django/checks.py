@@ -21,6 +21,7 @@ def register_all() -> None:
     checks.register(check_settings, "gw_celery")
     checks.register(check_celery_app, "gw_celery")
     checks.register(check_content, "gw_celery")
+    checks.register(check_tls, "gw_celery")
     checks.register(check_backend, "gw_celery")
 
 
@@ -48,6 +49,13 @@ def check_content(**_: Any) -> Sequence[checks.CheckMessage]:
     if check_settings():
         return []  # the Celery app is not preset because of them
     return _errors("gw_celery.E003", lambda: preset.require_content(current_app))
+
+
+def check_tls(**_: Any) -> Sequence[checks.CheckMessage]:
+    """Check that TLS connections verify the broker and the result backend (E004)."""
+    if check_settings():
+        return []  # they say whether this is allowed
+    return _errors("gw_celery.E004", lambda: preset.require_verified_tls(current_app))
 
 
 def check_backend(**_: Any) -> Sequence[checks.CheckMessage]:

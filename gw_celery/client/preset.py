@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ssl
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gw_celery import codec, conf, errors
 from gw_celery.declare import registry
+from gw_celery.transport import find
 
 #: Seconds added to the longest time limit before Redis redelivers a message.
 _MARGIN = 600
@@ -95,3 +97,45 @@ def require_visibility(app: Any, registries: Sequence[registry.Registry]) -> Non
             f"time limit, {longest:.0f} s: a running task would be delivered again; raise it"
         )
     app.conf.broker_transport_options = {**options, "visibility_timeout": longest + _MARGIN}
+
+
+def require_verified_tls(app: Any) -> None:
+    """Check that each TLS connection to the broker and the result backend verifies its server.
+
+    Raises:
+        ConfigurationError: if one does not, and the setting ``insecure`` does not allow it.
+    """
+    if conf.read(app.conf).insecure:
+        return
+    for setting, url, why in _unverified(app):
+        raise errors.ConfigurationError(
+            f"{setting}: {url} {why}, so that others on the network could read and change "
+            f"messages: set ssl_cert_reqs=required with ssl_ca_certs, or allow it with "
+            f"gw_insecure=True"
+        )
+
+
+def _unverified(app: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield the setting, the URL and the fault of connections that do not verify their server."""
+    for connection in (app.connection_for_write(), app.connection_for_read()):
+        for url in connection.alt or [None]:
+            if url is not None:
+                connection.switch(url)
+            if why := _fault(connection.ssl, find.redis_transport(connection) is not None):
+                yield "broker", connection.as_uri(), why
+    if why := _fault(getattr(app.backend, "connparams", None), is_redis=True):
+        yield "result_backend", app.backend.as_uri(), why
+
+
+def _fault(options: Any, is_redis: bool) -> str:
+    """Return what is wrong with the TLS options of a connection; ``""`` if nothing is."""
+    if not isinstance(options, Mapping):  # kombu's Redis transport ignores broker_use_ssl=True
+        return "would not be encrypted (broker_use_ssl=True)" if options and is_redis else ""
+    name = "ssl_cert_reqs" if is_redis else "cert_reqs"
+    # redis-py takes None for "none".
+    nothing = (ssl.CERT_NONE, "none", "CERT_NONE", *([None] if is_redis else []))
+    if options.get(name, ssl.CERT_REQUIRED) in nothing:
+        return f"does not verify the server's certificate ({name}=none)"
+    if not options.get("ssl_check_hostname", True):
+        return "accepts the certificate of any host (ssl_check_hostname=false)"
+    return ""

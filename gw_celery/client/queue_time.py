@@ -60,7 +60,7 @@ def prepared(task: Any, args: Any, kwargs: Any, options: dict[str, Any]) -> dict
     Raises:
         QueueTimeExceeded: if the input would wait longer than it may.
     """
-    limit = task.gw_service.placement.max_queue_time or _settings_of(task.app).max_queue_time
+    limit = task.gw_service.placement.max_queue_time or settings_of(task.app).max_queue_time
     ours = {}
     if limit is not None:
         _require_room(task, options, limit)
@@ -138,7 +138,7 @@ def _require_room(task: Any, options: dict[str, Any], limit: float) -> None:
         raise errors.QueueTimeExceeded(task.name, queue, limit, estimate)
 
 
-def _settings_of(app: Any) -> conf.Settings:
+def settings_of(app: Any) -> conf.Settings:
     if app not in _settings:  # reading the settings takes as long as sending a call
         _settings[app] = conf.read(app.conf)
     return _settings[app]

@@ -7,7 +7,7 @@ import functools
 import os
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import celery
@@ -37,12 +37,18 @@ class ServingTask(bound.CallMethods, Task):
     acks_late = True
     reject_on_worker_lost = True
     serializer = codec.NAME
+    Request = "gw_celery.worker.consumer:ServingRequest"
     # Celery logs an expected exception in one line; we log nothing for it.
     throws = (errors.QueueTimeExceeded,)
 
     gw_service: services.Service
     gw_method: services.Method
     gw_registry: registry.Registry
+
+    @property
+    def resultrepr_maxsize(self) -> int:
+        """The length to which Celery's log lines and events cut a result; 0 hides it."""
+        return Task.resultrepr_maxsize if queue_time.settings_of(self.app).show_values else 0
 
     @classmethod
     def on_bound(cls, app: Any) -> None:
@@ -114,11 +120,32 @@ class ServingTask(bound.CallMethods, Task):
         if not self._is_routed(options, args, kwargs):
             options["queue"] = self.gw_service.queue
         options = queue_time.prepared(self, args, kwargs, options)
+        if not queue_time.settings_of(self.app).show_values:
+            options = {**_counted(argsrepr=args, kwargsrepr=kwargs), **options}
         send = super().apply_async
         if self.app.conf.task_always_eager:
             with _own_join_flag():
                 return send(args, kwargs, *positional, **options)
         return send(args, kwargs, *positional, **options)
+
+    def signature_from_request(
+        self, request: Any = None, args: Any = None, kwargs: Any = None, **options: Any
+    ) -> Any:
+        """Return the signature of a retry, which shows the same of unchanged arguments."""
+        request = request or self.request
+        for name, values in (("argsrepr", args), ("kwargsrepr", kwargs)):
+            if values is None and (shown := request.get(name)):
+                options.setdefault(name, shown)
+        return super().signature_from_request(request, args, kwargs, **options)
+
+    def retry(self, *args: Any, **options: Any) -> Any:
+        """Send the task again; Celery's error after the last attempt would name the arguments."""
+        try:
+            return super().retry(*args, **options)
+        except self.MaxRetriesExceededError as exc:
+            if not queue_time.settings_of(self.app).show_values:
+                exc.args = (f"Can't retry {self.name}[{self.request.id}]: its retries are used up",)
+            raise
 
     def AsyncResult(self, task_id: str, **kwargs: Any) -> results.Result:  # noqa: N802
         return results.Result(
@@ -133,6 +160,14 @@ class ServingTask(bound.CallMethods, Task):
             return False
         # A route may set other options only, such as a priority.
         return _names_queue(router.lookup_route(self.name, args, kwargs, options, self) or {})
+
+
+def _counted(**given: Any) -> dict[str, str]:
+    """Return what stands for arguments in headers, and so in logs, events and Flower."""
+    counts = {name: len(values) for name, values in given.items() if isinstance(values, Sized)}
+    return {
+        name: f"<{count} argument{'s' * (count > 1)}>" for name, count in counts.items() if count
+    }
 
 
 def _names_queue(options: Mapping[str, Any]) -> bool:

@@ -283,6 +283,10 @@ class Supervisor:
         elif kind == frames.Report.STUCK:
             logger.error("%r is replaced: a stopped call of task %s did not end", child, report[1])
             self.replace(child)
+        elif kind == frames.Report.UNFIT:
+            # Kill it, as after a failed liveness probe.
+            child.is_ill, child.reason = True, report[1]
+            self.end(child, f"Worker exited prematurely: {report[1]}.")
         elif kind == frames.Report.FAILED:
             child.reason = errors.cut(report[1])
         elif kind == frames.Report.OUTAGE:

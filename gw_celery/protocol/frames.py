@@ -87,6 +87,8 @@ class Report(enum.StrEnum):
     GONE = "gone", int
     #: Lag in seconds, resident bytes.
     BEAT = "beat", float, int
+    #: The reason why this process cannot run inputs any more.
+    UNFIT = "unfit", str
     #: The reason why results cannot be stored; "" at the end of the outage.
     OUTAGE = "outage", str
 

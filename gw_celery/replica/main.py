@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
 import multiprocessing
 import os
 import pickle
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -41,6 +43,10 @@ logger = logging.getLogger(__name__)
 
 #: Seconds between two heartbeats.
 _BEAT = 1.0
+#: Consecutive checks without free file descriptors that make a child unfit.
+_FAILURES = 3
+#: Pairs of file descriptors that an input may need.
+_SPARE = 4
 #: Seconds that the end of a child waits for the broker to accept the last messages.
 CLOSE_TIMEOUT = 2.0
 
@@ -135,10 +141,35 @@ class ParentLink(asyncio.Protocol):
         lag = max(0.0, now - (self._beat_at or now))
         self._beat_at = now + _BEAT
         resident_bytes = 0
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             resident_bytes = int(psutil.Process().memory_info().rss)
         self.report(frames.Report.BEAT, lag, resident_bytes)
         asyncio.get_running_loop().call_later(_BEAT, self.beat)
+
+    def check_files(self, failures: int = 0) -> None:
+        """Report that this process cannot open files any more; check repeatedly from now on."""
+        failures = 0 if _can_open_files() else failures + 1
+        if failures == _FAILURES:
+            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            reason = (
+                f"its inputs have used up its {most} file descriptors: close what they open, or "
+                f"raise the limit (ulimit -n)"
+            )
+            self.report(frames.Report.UNFIT, reason)
+        wait = _BEAT / _FAILURES if failures else _BEAT
+        asyncio.get_running_loop().call_later(wait, self.check_files, failures)
+
+
+def _can_open_files() -> bool:
+    """Return whether an input could open a connection and a few files."""
+    try:
+        with contextlib.ExitStack() as opened:
+            for _ in range(_SPARE):
+                for end in socket.socketpair():
+                    opened.enter_context(end)
+    except OSError as exc:
+        return exc.errno != errno.EMFILE  # a limit of the whole system is not this child's fault
+    return True
 
 
 async def _serve(channel: socket.socket, link: ParentLink, app: Any, setup: dict[str, Any]) -> int:
@@ -154,6 +185,7 @@ async def _serve(channel: socket.socket, link: ParentLink, app: Any, setup: dict
     if has_entered:
         link.report(frames.Report.ENTERED)
         link.beat()
+        link.check_files()
         inputs = tracer.in_flight
         loop.Watchdog(
             loop.Host(running),

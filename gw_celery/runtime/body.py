@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -31,14 +32,18 @@ _LONGEST_WAIT = 10_000_000
 class Contained:
     """Runs a body, and replaces anything but an ``Exception`` with ``BodyExited``.
 
-    It lets pass what ends the process, and what asyncio interrupts a body with. It is a class
-    because a generator's contextlib frames would show in the task's traceback.
+    It lets pass what ends the process, and what asyncio interrupts a body with. A fork that leaves
+    the body ends here: its parent alone stores an outcome. It is a class because a generator's
+    contextlib frames would show in the task's traceback.
     """
 
     def __enter__(self) -> None:
         self._task = _current_task()
+        self._pid = os.getpid()
 
     def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> None:
+        if os.getpid() != self._pid:
+            os._exit(0 if exc is None else 1)
         if exc is None or isinstance(exc, Exception | execution.Stopped):
             return
         if self._is_from_outside(exc):

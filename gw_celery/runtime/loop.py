@@ -17,6 +17,7 @@ import sysconfig
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -43,6 +44,7 @@ class Host:
         if hosted is None:
             self._thread = threading.Thread(target=self._run, name="gw-loop", daemon=True)
         self._is_stopping = False
+        _hosts.add(self)
 
     def start(self) -> None:
         if not self._thread.is_alive():
@@ -69,6 +71,16 @@ class Host:
         frame = sys._current_frames().get(self._thread.ident or 0)
         return traceback.extract_stack(frame) if frame else traceback.StackSummary()
 
+    def end_in_fork(self) -> None:
+        """In a fork: end the process when the callback that forked awaits or returns.
+
+        Otherwise the fork would run every input of the loop a second time.
+        """
+        if self.is_current() and self.loop.is_running():
+            for handle in getattr(self.loop, "_ready", ()):  # asyncio has no public way
+                handle.cancel()
+            self.loop.call_soon(os._exit, 0)
+
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         try:
@@ -87,6 +99,17 @@ class Host:
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         finally:
             self.loop.close()
+
+
+_hosts: weakref.WeakSet[Host] = weakref.WeakSet()
+
+
+def _end_fork() -> None:
+    for host in _hosts:
+        host.end_in_fork()
+
+
+os.register_at_fork(after_in_child=_end_fork)
 
 
 class Tasks:

@@ -224,6 +224,15 @@ class Consumer(CeleryConsumer):
         self.pool.gate.remove(queue)
 
 
+class ServingRequest(Request):
+    """Celery's request of a task of ours, on all pools."""
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """Return what ``inspect`` shows, and so Flower: arguments only with ``show_values``."""
+        shown: dict[str, Any] = super().info(safe or not conf.read(self.app.conf).show_values)
+        return shown
+
+
 def bound_compression(largest: int) -> None:
     """Make this process refuse bodies that decompress to more than ``largest`` bytes.
 

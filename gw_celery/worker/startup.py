@@ -58,14 +58,16 @@ def prepare(worker: Any, registries: Sequence[registry.Registry]) -> Plan:
     """Expand families, check the configuration, and return what ``worker`` serves.
 
     Raises:
-        ConfigurationError: for settings that contradict each other or the pool, a missing GPU, or
-            CUDA initialized in a process that the pool would fork.
+        ConfigurationError: for settings that contradict each other or the pool, TLS that does not
+            verify its server, a missing GPU, or CUDA initialized in a process that the pool would
+            fork.
         DeclarationError: for a service and a plain task of the same name.
     """
     app, queues = worker.app, worker.app.amqp.queues
     settings = conf.read(app.conf)
     preset.configure_codec(settings)
     registries = [declared for declared in registries if _belongs(declared, app)]
+    preset.require_verified_tls(app)
     typed: WorkerOptions | None = worker.options.pop(OPTIONS, None)
     if typed is not None and not typed.names_queues:
         queues.select(_families_for(typed.gpu, registries, settings))

@@ -444,6 +444,44 @@ def test_a_symbolic_link_in_place_of_the_socket_folder_is_refused(
     taken.unlink()
 
 
+@pytest.mark.parametrize("mode", [0o777, 0o755, 0o1770])
+def test_a_data_folder_that_others_may_enter_is_closed_to_them(tmp_path: Path, mode: int) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    folder.chmod(mode)
+    with testing.server(folder) as server:
+        assert folder.stat().st_mode & 0o7777 == 0o700
+        assert server.log.stat().st_mode & 0o077 == 0
+
+
+def not_own(path: Path, folder: Path) -> None:
+    """The server refuses ``folder`` because of ``path``."""
+    why = f"{path} is a link, or belongs to another user: remove it"
+    with pytest.raises(errors.ServerFailed, match=re.escape(why)), testing.server(folder):
+        pass
+
+
+@pytest.mark.parametrize(
+    "name", ["server.log", "server.lock", "appendonlydir", "appendonlydir/appendonly.aof.manifest"]
+)
+def test_a_link_in_a_data_folder_is_refused_and_not_followed(tmp_path: Path, name: str) -> None:
+    folder, aim = tmp_path / "data", tmp_path / "aim"
+    aim.write_text("mine")
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to(aim)
+    not_own(folder / name, folder)
+    assert aim.read_text() == "mine"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("name", ["", "server.log", "appendonlydir"])
+def test_a_data_folder_with_something_of_another_user_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "data"
+    (folder / name).mkdir(parents=True)
+    os.chown(folder / name, 65534, 65534)
+    not_own(folder / name, folder)
+
+
 @pytest.mark.parametrize("below", ["", "deeper/still"])
 def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path, below: str) -> None:
     taken = tmp_path / "taken"

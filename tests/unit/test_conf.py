@@ -118,6 +118,8 @@ def test_what_may_be_left_out_may_be_none(name: str) -> None:
         ({"max_instances": 3.0}, "max_instances=3.0: must be int over 0"),
         ({"health_host": 7}, "health_host=7: must be str"),
         ({"dead_letter_queue": 7}, "dead_letter_queue=7: must be str or None"),
+        ({"insecure": "no"}, "insecure='no': must be bool"),
+        ({"show_values": 1}, "show_values=1: must be bool"),
     ],
 )
 def test_what_is_out_of_its_bounds_is_an_error_that_names_them(
@@ -135,6 +137,7 @@ def test_what_is_out_of_its_bounds_is_an_error_that_names_them(
         {"health_port": 65_535},
         {"gpu_kinds": ("B200", "B300")},
         {"dead_letter_queue": "dead"},
+        {"insecure": True},
     ],
 )
 def test_what_is_within_its_bounds_is_accepted(own: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 
@@ -28,8 +29,8 @@ def test_the_readme_is_at_most_100_lines() -> None:
 
 
 def _value(text: str) -> object:
-    if text in ("()", "None"):
-        return () if text == "()" else None
+    if text in ("()", "None", "False"):
+        return ast.literal_eval(text)
     product = 1.0
     for factor in text.split("*"):
         try:

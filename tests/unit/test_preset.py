@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator
 
 import pytest
@@ -21,8 +22,8 @@ def _a_start_ends_with_its_test(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bare(**own: object) -> Celery:
-    app = Celery("bare", broker="memory://", set_as_current=False)
-    app.conf.update(own)
+    app = Celery("bare", set_as_current=False)
+    app.conf.update({"broker_url": "memory://", **own})
     return app
 
 
@@ -183,3 +184,55 @@ def test_on_the_gpu_pool_no_limit_depends_on_the_visibility(
 
     start(limited(celery_app, 7200), "cpu.body")
     assert celery_app.conf.broker_transport_options == options
+
+
+OPEN = {"ssl_cert_reqs": ssl.CERT_NONE}
+VERIFIED = "rediss://:secret@far?ssl_cert_reqs=required"
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"broker_url": "rediss://:secret@far?ssl_cert_reqs=none"}, "ssl_cert_reqs=none"),
+        ({"broker_url": "rediss://:secret@far"}, "ssl_cert_reqs=none"),
+        (
+            {"broker_url": "redis://far", "broker_use_ssl": {"ssl_cert_reqs": None}},
+            "ssl_cert_reqs=none",
+        ),
+        ({"broker_url": f"{VERIFIED}&ssl_check_hostname=false"}, "ssl_check_hostname=false"),
+        ({"broker_url": "redis://far", "broker_use_ssl": OPEN}, "ssl_cert_reqs=none"),
+        ({"broker_url": "rediss://far", "broker_use_ssl": True}, "would not be encrypted"),
+        ({"broker_url": f"{VERIFIED};rediss://far?ssl_cert_reqs=none"}, "ssl_cert_reqs=none"),
+        ({"broker_url": VERIFIED, "broker_read_url": "rediss://far"}, "ssl_cert_reqs=none"),
+        (
+            {"broker_url": "amqps://far", "broker_use_ssl": {"cert_reqs": ssl.CERT_NONE}},
+            "(cert_reqs=none)",
+        ),
+        ({"result_backend": "rediss://:secret@far?ssl_cert_reqs=none"}, "result_backend: rediss"),
+        ({"result_backend": "redis://far", "redis_backend_use_ssl": OPEN}, "result_backend: redis"),
+    ],
+)
+def test_tls_that_verifies_no_server_is_an_error_unless_it_is_allowed(
+    own: dict[str, object], said: str
+) -> None:
+    reason = refusal(limited(bare(**own), 300), "celery")
+    assert said in reason
+    assert "gw_insecure=True" in reason
+    assert "secret" not in reason
+
+    start(limited(bare(**own, gw_insecure=True), 300), "celery")
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"broker_url": VERIFIED, "result_backend": VERIFIED},
+        {"broker_url": "redis://far", "result_backend": "redis://far"},
+        {"broker_url": "redis://far", "broker_use_ssl": {"ssl_ca_certs": "ca.pem"}},
+        {"broker_url": "amqps://far", "broker_use_ssl": True},
+        {"broker_url": "amqp://far", "result_backend": "rpc://"},
+        {},
+    ],
+)
+def test_tls_that_verifies_its_server_and_no_tls_are_accepted(own: dict[str, object]) -> None:
+    start(limited(bare(**own), 300), "celery")

@@ -154,6 +154,19 @@ django.setup()
 
 
 @pytest.mark.parametrize(
+    "setting", ["CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "CELERY_BROKER_READ_URL"]
+)
+def test_tls_that_verifies_no_server_is_an_error_unless_it_is_allowed(project, setting) -> None:
+    settings = f'{setting} = "rediss://far?ssl_cert_reqs=none"'
+    found = [(code, message) for code, message, _ in project("said()", settings)]
+    assert [code for code, _ in found if code == "gw_celery.E004"]
+    assert "far" in dict(found)["gw_celery.E004"]
+
+    allowed = project("said()", f'{settings}\nGW_CELERY = {{"insecure": True}}')
+    assert "gw_celery.E004" not in [code for code, _, _ in allowed]
+
+
+@pytest.mark.parametrize(
     ("backend", "expected"),
     [
         ("None", "no result backend"),
