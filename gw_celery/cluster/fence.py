@@ -25,7 +25,7 @@ from kombu.utils.encoding import bytes_to_str
 
 from gw_celery import background_thread, codec, errors
 from gw_celery.protocol import headers
-from gw_celery.transport import find, refusals
+from gw_celery.transport import find, holds, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,26 @@ def fenced(base: Any) -> Any:
     return _in_one_script(base) if issubclass(base, RedisBackend) else _after_a_check(base)
 
 
+def close_to(app: Any, incarnation: str, lifetime: int) -> None:
+    """Make the results' Redis refuse what a lost worker stores, for ``lifetime`` seconds."""
+    if isinstance(app.backend, RedisBackend):
+        key = holds.tombstone(find.results_prefix(app.backend), incarnation)
+        # On the broker's own Redis, the tombstone exists and names its declarer.
+        app.backend.client.set(key, "", ex=lifetime, nx=True)
+
+
+def is_grouped(backend: Any) -> bool:
+    """Return whether children group what they write to this backend into pipelines.
+
+    They do not for a backend derived from Redis, such as Sentinel, or for another one.
+    """
+    return getattr(backend, "gw_base", type(backend)) is RedisBackend
+
+
 def _in_one_script(base: Any) -> Any:
     class Fenced(base):
+        gw_base = base
+
         def _store_result(
             self,
             task_id: Any,
@@ -152,7 +170,7 @@ def _in_one_script(base: Any) -> Any:
                 raise errors.DeclaredLost(request.get("id"), hold)
 
         def _tomb(self, hold: str) -> str:
-            return f"{find.results_prefix(self)}gw:dead:{headers.incarnation_of(hold)}"
+            return holds.tombstone(find.results_prefix(self), headers.incarnation_of(hold))
 
         def run_script(self, *arguments: Any) -> Any:
             """Run ``STORE``; a restarted server has forgotten it, and learns it with EVAL."""
@@ -163,10 +181,6 @@ def _in_one_script(base: Any) -> Any:
 
         def exists(self, key: str) -> Any:
             return self.client.exists(key)
-
-        def probe(self) -> None:
-            """Raise if the server is away, or refuses to write, for now."""
-            self.run_script(*probe_of(self))
 
     Fenced.__name__ = base.__name__
     return Fenced
@@ -191,8 +205,11 @@ def _after_a_check(base: Any) -> Any:
 
         def _is_dead(self, incarnation: str) -> bool:
             broker = self._broker
+            if broker is None:
+                return False
             try:
-                return bool(broker and broker.client().exists(broker.key("dead", incarnation)))
+                tombstone = holds.tombstone(broker.prefix, incarnation)
+                return bool(broker.client().exists(tombstone))
             except Exception as exc:  # a broker that is away must not hold up the results
                 logger.debug("it is unknown whether this worker was declared lost: %r", exc)
                 broker.close()
@@ -225,6 +242,7 @@ def _in_parent(base: Any, results: Results) -> Any:
             return results.call(super().run_script, *arguments)
 
         def probe(self) -> None:
+            """Raise if the server is away, or refuses to write, for now."""
             super().run_script(*probe_of(self))
 
     InParent.__name__ = base.__name__
