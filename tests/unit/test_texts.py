@@ -76,7 +76,7 @@ def test_a_shown_text_is_one_printable_line(odd: str) -> None:
 
 
 @pytest.fixture
-def log() -> Iterator[Callable[[str], str]]:
+def log() -> Iterator[Callable[[], str]]:
     """Return what handlers write of a logger's records, with the records bounded."""
     stream, made = io.StringIO(), logging.getLogRecordFactory()
     handler = logging.StreamHandler(stream)
@@ -84,7 +84,7 @@ def log() -> Iterator[Callable[[str], str]]:
     log_records.install()  # once more changes nothing
     root = logging.getLogger()
     root.addHandler(handler)
-    yield lambda: stream.getvalue()
+    yield stream.getvalue
     root.removeHandler(handler)
     logging.setLogRecordFactory(made)
 
@@ -97,7 +97,7 @@ def log() -> Iterator[Callable[[str], str]]:
         lambda logger, odd: logger.error("task %s is odd", odd),
         lambda logger, odd: logger.error("task %(id)s is odd", {"id": odd}),
         lambda logger, odd: logger.error("task %r is odd", ValueError(odd)),
-        lambda logger, odd: logger.error(f"task {odd} is odd"),
+        lambda logger, odd: logger.error("".join(("task ", odd, " is odd"))),
         lambda logger, odd: logger.error("odd", exc_info=ValueError(odd)),
     ],
     ids=["argument", "mapping", "object", "message", "traceback"],
