@@ -2,7 +2,8 @@
 
 The hold of a message names the incarnation of the worker that took it. When other workers declare
 this incarnation lost, they set its tombstone, and the input runs again elsewhere. What the lost
-worker stores after that, for example when it was frozen and wakes up, is refused.
+worker stores after that, for example when it was frozen and wakes up, is refused. The texts of
+errors that a worker stores are cut here, too.
 """
 
 from __future__ import annotations
@@ -97,7 +98,26 @@ def fenced(base: Any) -> Any:
     Redis checks that in the same script that stores. For another backend we ask the broker's Redis
     before the store, so that a worker that is frozen between the two still stores.
     """
-    return _in_one_script(base) if issubclass(base, RedisBackend) else _after_a_check(base)
+    made = _in_one_script(base) if issubclass(base, RedisBackend) else _after_a_check(base)
+    return type(base.__name__, (_Bounded, made), {})
+
+
+class _Bounded:
+    """The part of a worker's result backend that cuts the texts of the errors that it stores."""
+
+    def prepare_exception(self, exc: Any, serializer: Any = None) -> Any:
+        prepared = super().prepare_exception(exc, serializer)  # type: ignore[misc]
+        if isinstance(prepared, dict):  # a serializer such as pickle gets the exception
+            prepared["exc_message"] = errors.cut_arguments(prepared["exc_message"])
+        return prepared
+
+    def store_result(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, **more: Any
+    ) -> Any:
+        if isinstance(traceback, str):
+            traceback = errors.cut_traceback(traceback)
+        store: Any = super().store_result  # type: ignore[misc]
+        return store(task_id, result, state, traceback=traceback, **more)
 
 
 def close_to(app: Any, incarnation: str, lifetime: int) -> None:
@@ -182,7 +202,6 @@ def _in_one_script(base: Any) -> Any:
         def exists(self, key: str) -> Any:
             return self.client.exists(key)
 
-    Fenced.__name__ = base.__name__
     return Fenced
 
 
@@ -219,7 +238,6 @@ def _after_a_check(base: Any) -> Any:
         def _broker(self) -> Any:
             return find.redis_of(self.app, _CHECK_TIMEOUT)
 
-    Checked.__name__ = base.__name__
     return Checked
 
 

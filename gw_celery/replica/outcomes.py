@@ -19,20 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 class Outcomes:
-    """The part of a result backend that cuts errors, and stores a short one for one refused."""
-
-    def prepare_exception(self, exc: Any, serializer: Any = None) -> Any:
-        prepared = super().prepare_exception(exc, serializer)  # type: ignore[misc]
-        if isinstance(prepared, dict):  # a serializer such as pickle gets the exception
-            prepared["exc_message"] = errors.cut_arguments(prepared["exc_message"])
-        return prepared
+    """The part of a result backend that stores a short error for one that is refused."""
 
     def store_result(
         self, task_id: str, result: Any, state: str, traceback: Any = None, **more: Any
     ) -> Any:
         """Store an outcome; if an error cannot be stored, store a short one that says so."""
-        if isinstance(traceback, str):
-            traceback = errors.cut_traceback(traceback)
         store: Any = super().store_result  # type: ignore[misc]
         try:
             return store(task_id, result, state, traceback=traceback, **more)

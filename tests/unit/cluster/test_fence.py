@@ -142,6 +142,21 @@ def test_a_message_for_no_task_fails(backend: str, result_url: str) -> None:
     assert app.AsyncResult("unknown").state == "FAILURE"
 
 
+@pytest.mark.parametrize("backend", ["redis", "memory"])
+@pytest.mark.parametrize(
+    "exc",
+    [NotRegistered("x" * 100_000), WorkerLostError(["x" * 100_000]), KeyError(*"x" * 100_000)],
+)
+def test_an_error_is_cut_where_it_is_stored(backend: str, exc: Exception, result_url: str) -> None:
+    app = worker_of(result_url if backend == "redis" else "cache+memory://")
+    app.backend.mark_as_failure("long", exc, traceback="line\n" * 100_000)
+    stored = app.backend.get(app.backend.get_key_for_task("long"))
+    assert len(stored) < 1.2 * errors.LONGEST_TRACEBACK + 25 * errors.LONGEST_TEXT
+    meta = app.backend.get_task_meta("long")
+    assert type(meta["result"]).__name__ == type(exc).__name__
+    assert len(str(meta["result"].args)) < 2 * errors.LONGEST_TEXT
+
+
 @pytest.mark.parametrize(
     ("backend", "has_records"),
     [
