@@ -293,7 +293,7 @@ class Results(background_thread.BackgroundThread):
         except Exception as exc:
             if not refusals.is_outage(exc):
                 raise
-            self.reason = f"{type(exc).__name__}: {exc}"
+            self.reason = errors.titled(exc)
             self.start()
             self.wake()
             raise errors.ResultsUnavailable(self.reason) from exc

@@ -507,8 +507,6 @@ class ReplicaInputs:
         return _error(input.number, outcome, exc, errors.repr_of(exc))
 
     def _store(self, input: Input, short: errors.OutcomeNotStored) -> None:
-        if input.is_answered:
-            return
         task, request = self._app.tasks.get(input.name), Context(input.request)
         is_ignored = input.request.get("ignore_result", getattr(task, "ignore_result", False))
         stores = not is_ignored or task is None or task.store_errors_even_if_ignored

@@ -216,6 +216,24 @@ def test_a_hook_that_raises_does_not_make_its_input_run_again(
         assert called == [child.id(number)]
 
 
+@pytest.mark.parametrize("hook", ["on_failure", "after_return"])
+@pytest.mark.parametrize("raised", [SystemExit(5), ValueError("hook"), MemoryError("hook")])
+def test_a_hook_that_raises_changes_neither_the_stored_error_nor_the_part_of_a_chord(
+    app: gw.App, declare: Declare, result_url: str, raised: BaseException, hook: str
+) -> None:
+    def refuse(self: Any, *_: Any) -> None:
+        raise raised
+
+    task = declare(LookupError("body"), base=type("Hooked", (celery.Task,), {hook: refuse}))
+    chord = {"task": "unit.other", "args": [], "kwargs": {}, "options": {}, "chord_size": 5}
+    with child_harness.child_of(app, backend=result_url) as child:
+        number = child.run(task, group="g", group_index=0, embed={"chord": chord})
+        assert child.outcome(number)[:2] == FAILED
+        assert failure(app, child, number)[0] == "LookupError"
+        backend: Any = app.celery.backend
+        assert backend.client.zcard(backend.get_key_for_group("g", ".j")) == 1
+
+
 class OutOfMemory(MemoryError):
     """As numpy raises it."""
 
