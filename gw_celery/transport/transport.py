@@ -62,24 +62,33 @@ class QoS(redis.QoS):
 
     def ack(self, delivery_tag: str) -> None:
         """Free a place in the prefetch count now; the channel writes to Redis soon."""
-        virtual.QoS.ack(self, delivery_tag)
+        channel = self._free(delivery_tag)
         if holds.parts(delivery_tag) is None:
             return
-        held = self.channel.holds
-        held.acknowledged.append(delivery_tag)
-        # After a lost connection, the message comes from another channel than the present one.
-        if (channel := held.channel) is not None:
-            if channel is not self.channel and delivery_tag in channel.qos._delivered:
-                virtual.QoS.ack(channel.qos, delivery_tag)
+        self.channel.holds.acknowledged.append(delivery_tag)
+        if channel is not None:
             channel.schedule_flush()
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Drop a message, or put it behind all others of its queue."""
-        if requeue and holds.parts(delivery_tag) is not None:
-            virtual.QoS.ack(self, delivery_tag)
-            self.channel.give_back([delivery_tag], "LPUSH")
-        else:
+        if not requeue or holds.parts(delivery_tag) is None:
             self.ack(delivery_tag)
+        elif (channel := self._free(delivery_tag)) is not None:
+            channel.give_back([delivery_tag], "LPUSH")
+        # Without a connection, the next one finds a hold that the pool does not know.
+
+    def _free(self, delivery_tag: str) -> Channel | None:
+        """Free a place in the prefetch count; return the channel that writes about the message.
+
+        After a lost connection, this is another one than the channel that brought the message.
+        """
+        virtual.QoS.ack(self, delivery_tag)
+        channel: Channel | None = self.channel.holds.channel
+        if channel is None:
+            return None if self.channel.closed else self.channel
+        if channel is not self.channel and delivery_tag in channel.qos._delivered:
+            virtual.QoS.ack(channel.qos, delivery_tag)
+        return channel
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """Return nothing: the holds outlive the channel, and ``cluster`` returns the last ones."""
@@ -504,7 +513,8 @@ class Channel(redis.Channel):
         a failover of Redis has undone their acknowledgement.
         """
         held_in = self._held_in(self.holds.incarnation)
-        known = {*self.qos._delivered, *self.holds.in_use(), *self.holds.acknowledged}
+        delivered = self.qos._delivered.keys() - self.qos._dirty  # without what was given back
+        known = {*delivered, *self.holds.in_use(), *self.holds.acknowledged}
         listed = itertools.chain.from_iterable(holds.grouped(known).values())
         unknown = set(holds.numbers_of(self.plain_client, held_in)) - set(map(int, listed))
         if unknown:
