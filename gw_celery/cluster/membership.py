@@ -318,20 +318,24 @@ class Membership(background_thread.BackgroundThread):
         self, lists: Mapping[str, Sequence[str]], answers: Iterator[Any]
     ) -> dict[str, queue_lengths.Length]:
         """Return the length of each queue, without its keys that are not lists."""
-        lengths, broken = {}, set()
+        lengths, broken = {}, {}
         for queue, keys in lists.items():
             total = 0
             for key in keys:
                 if isinstance(answer := next(answers), int):
                     total += answer
                 elif refusals.is_wrong_type(answer):
-                    broken.add(key)
+                    broken[key] = queue
                 else:
                     raise answer
             lengths[queue] = queue_lengths.Length(total)
-        for key in sorted(broken - self._broken):
-            logger.error("the key %s is not a list: no worker can read this queue; delete it", key)
-        self._broken = broken
+        for key in broken.keys() - self._broken:
+            logger.error(
+                "the queue %s cannot be read: the key %s in Redis is not a list. Delete or rename "
+                "this key",
+                *(broken[key], key),
+            )
+        self._broken = set(broken)
         return lengths
 
     # -- records --
