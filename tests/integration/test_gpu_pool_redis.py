@@ -172,6 +172,51 @@ def test_what_is_no_message_ends_no_worker(
     assert worker.log_text().count("Connected to redis") == 1
 
 
+#: Writes a key of another type; the first is for keys that must not be hashes.
+WRONG = (
+    lambda client, key: client.hset(key, "x", "y"),
+    lambda client, key: client.set(key, "x"),
+)
+
+
+@pytest.mark.parametrize("when", ["before its start", "while it runs"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "cpu.add",
+        "_kombu.binding.celery",
+        "_kombu.binding.celery.pidbox",
+        "gw:alive",
+        "gw:records",
+    ],
+)
+def test_a_key_of_another_type_ends_no_worker_and_stops_no_other_queue(
+    start_pooled: StartPooled, server: redis.Redis, key: str, when: str
+) -> None:
+    def write() -> None:
+        server.delete(key)
+        WRONG[key == "gw:records"](server, key)
+
+    if when == "before its start":
+        write()
+    worker = start_pooled(is_loaded=False, settings={"gw_worker_ttl": 5.0})
+    if when == "while it runs":
+        assert pooled.four.delay("first").get(timeout=30) == "first"
+        write()
+    sent = [pooled.four.delay(f"n{number}", 0.5) for number in range(40)]
+    assert [one.get(timeout=30) for one in sent] == [f"n{number}" for number in range(40)]
+    if key.startswith("cpu."):
+        eventually(lambda: f"the key {key} in Redis is" in worker.log_text(), 20)
+    elif key.startswith("gw:"):
+        eventually(lambda: f"the key {key} in Redis was a " in worker.log_text(), 20)
+    elif (
+        when == "before its start" and "reply" not in key
+    ):  # without mingle, none waits for replies
+        assert f"the key {key} in Redis is not a set" in worker.log_text()
+    assert worker.exit_code is None
+    assert worker.stop() == 0
+
+
 def test_a_server_that_is_restarted_forgets_the_script_and_is_told_again(
     start_pooled: StartPooled, tmp_path: Path, ledger_path: Path
 ) -> None:
