@@ -252,8 +252,14 @@ def stock(url: str, **options: Any) -> Iterator[Any]:
         yield connection.default_channel
 
 
-def send(url: str, numbers: Any, queue: str = "q", **options: Any) -> None:
-    with Connection(url) as connection:
+def send(
+    url: str,
+    numbers: Any,
+    queue: str = "q",
+    transport_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    with Connection(url, transport_options=transport_options or {}) as connection:
         producer = connection.Producer(serializer="json")
         for number in numbers:
             producer.publish({"n": number}, routing_key=queue, **options)
