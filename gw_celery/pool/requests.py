@@ -23,7 +23,7 @@ from gw_celery.cluster import poison_counts
 from gw_celery.pool import request_table
 from gw_celery.pool.request_table import Limit, Result, Settlement, State
 from gw_celery.protocol import frames, headers
-from gw_celery.transport import holds, refusals
+from gw_celery.transport import refusals
 from gw_celery.worker.undecoded import Undecoded
 
 if TYPE_CHECKING:
@@ -126,9 +126,7 @@ class PoolRequest:
     @property
     def hold(self) -> str | None:
         """The name of its hold on a Redis broker; ``None`` on other brokers."""
-        properties = self.request.get("properties")
-        tag = properties.get("delivery_tag") if isinstance(properties, Mapping) else None
-        return tag if isinstance(tag, str) and holds.parts(tag) else None
+        return headers.hold_of(self.request)
 
     @property
     def message(self) -> Undecoded | None:

@@ -137,7 +137,6 @@ class Consumer(CeleryConsumer):
         )
         request.reply_to = message.properties.get("reply_to")
         request.correlation_id = message.properties.get("correlation_id")
-        exc.args = tuple(errors.cut_arguments(exc.args))
         try:
             self.app.backend.mark_as_failure(headers["id"], exc, request=request)
         except Exception:
