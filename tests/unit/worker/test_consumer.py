@@ -53,8 +53,8 @@ def made(worker: Consuming) -> Any:
 def asked(worker: Consuming, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the consumer has the pool do."""
     calls: list[str] = []
-    for name in ("poll", "flush"):
-        monkeypatch.setattr(worker.pool, name, lambda name=name: calls.append(name))
+    for owner, name in ((worker.pool, "poll"), (worker.pool.supervisor, "forget_waiting")):
+        monkeypatch.setattr(owner, name, lambda name=name: calls.append(name))
     return calls
 
 
@@ -70,7 +70,7 @@ def test_a_cold_shutdown_starts_nothing_in_the_slots_that_are_free_by_then(
     made: Any, asked: list[str]
 ) -> None:
     made.cancel_active_requests()
-    assert asked == ["flush", "poll"]
+    assert asked == ["forget_waiting", "poll"]
 
 
 def message(channel: Channel, **headers: Any) -> Message:
