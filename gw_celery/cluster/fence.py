@@ -73,12 +73,20 @@ def install(app: Any, derive: Callable[[Any], Any]) -> None:
         return
     base, address = backends.by_url(url, app.loader)
     name = f"Backend{next(_numbers)}"
-    globals()[name] = derive(base)
+    globals()[name] = derived = derive(base)
+    derived.gw_base = base
     # A name instead of the class: Celery 5.6 accepts nothing else.
     app.backend_cls = f"{__name__}:{name}" + (f"+{address}" if address else "")
     # Django's system checks, or a module of the project, may have used the backend already.
     app._backend_cache = None
     vars(app._local).pop("backend", None)
+
+
+def base_of(app: Any) -> type:
+    """Return the class of an app's result backend, without what ``install`` added."""
+    made = type(app.backend)
+    base: type = getattr(made, "gw_base", made)
+    return base
 
 
 def install_in_parent(app: Any) -> None:

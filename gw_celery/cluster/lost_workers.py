@@ -14,7 +14,7 @@ from typing import Any
 from celery.backends.redis import RedisBackend
 
 from gw_celery import background_thread
-from gw_celery.cluster import early_acks
+from gw_celery.cluster import early_acks, fence
 from gw_celery.transport import find, holds
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class LostWorkers(background_thread.BackgroundThread):
         #: ``None`` with another result backend. Those derived from Redis (Sentinel) lack the
         #: pipelines that write the records.
         self.early: early_acks.EarlyAcks | None = None
-        if type(app.backend) is RedisBackend:
+        if fence.base_of(app) is RedisBackend:
             self.early = early_acks.EarlyAcks(app, start)
         #: Lost worker -> whether its early acknowledged inputs were taken over; only once, because
         #: it may wake up.
@@ -98,7 +98,7 @@ class LostWorkers(background_thread.BackgroundThread):
             self.early.remove_ended()
 
     def _give_back(self, incarnation: str) -> None:
-        fence(self._app, incarnation)
+        leave_tombstone(self._app, incarnation)
         start = early_acks.start_of(incarnation)
         if self.early is not None and not self._lost[incarnation]:
             self.early.take_over(start)
@@ -121,7 +121,7 @@ def _broker(app: Any, timeout: float) -> find.BrokerRedis | None:
     return shared if isinstance(shared, find.BrokerRedis) else None
 
 
-def fence(app: Any, incarnation: str) -> None:
+def leave_tombstone(app: Any, incarnation: str) -> None:
     """Make the results' Redis refuse what the lost worker stores from now on."""
     if isinstance(app.backend, RedisBackend):
         key = holds.tombstone(find.results_prefix(app.backend), incarnation)

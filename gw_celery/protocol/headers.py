@@ -26,7 +26,7 @@ MOST_WORKLOAD = 1e12
 
 #: The name of a hold, in the place of the delivery tag: the incarnation of the worker that took the
 #: message, and a number.
-_HOLD = re.compile(r"[^/]+/[0-9]+")
+_HOLD = re.compile(r".+\.[0-9]+/[0-9]+")
 
 
 def finite(value: object) -> float | None:
@@ -77,4 +77,4 @@ def hold_of(request: Any) -> str | None:
 
 
 def incarnation_of(hold: str) -> str:
-    return hold.partition("/")[0]
+    return hold.rpartition("/")[0]
