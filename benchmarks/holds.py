@@ -226,9 +226,7 @@ def refusals(folder: Path, _: Server, options: argparse.Namespace) -> None:
             place = folder / f"{kind}{len(list(folder.iterdir()))}"
             place.mkdir()
             with contextlib.ExitStack() as stack:
-                two = [
-                    stack.enter_context(devserver.running(place / name)) for name in ("b", "r")
-                ]
+                two = [stack.enter_context(devserver.running(place / name)) for name in ("b", "r")]
                 servers = two[0], two[1]
                 _refuse_one(place, servers, kind, where, options)
 
@@ -285,9 +283,7 @@ def main() -> None:
     options.rounds = options.rounds or {"kills": 50, "freezes": 20, "refusals": 1}[options.what]
     options.ttl = options.ttl or (5.0 if options.what == "freezes" else 15.0)
     with tempfile.TemporaryDirectory() as name, devserver.running(Path(name)) as server:
-        holds_app.celery.conf.update(
-            broker_url=server.broker_url, result_backend=server.result_url
-        )
+        holds_app.celery.conf.update(broker_url=server.broker_url, result_backend=server.result_url)
         measure = {"kills": kills, "freezes": freezes, "refusals": refusals}[options.what]
         folder = Path(name) / "run"
         folder.mkdir()

@@ -74,7 +74,8 @@ def install(app: Any, derive: Callable[[Any], Any]) -> None:
         return
     base, address = backends.by_url(url, app.loader)
     name = f"Backend{next(_numbers)}"
-    globals()[name] = derive(base)
+    globals()[name] = derived = derive(base)
+    derived.gw_base = base
     # A name instead of the class: Celery 5.6 accepts nothing else.
     app.backend_cls = f"{__name__}:{name}" + (f"+{address}" if address else "")
     # Django's system checks, or a module of the project, may have used the backend already.
