@@ -72,7 +72,8 @@ def install(app: Any, derive: Callable[[Any], Any]) -> None:
     url = app.backend_cls or app.conf.result_backend
     if not isinstance(url, str):
         return
-    base, address = backends.by_url(url, app.loader)
+    named, address = backends.by_url(url, app.loader)
+    base = getattr(named, "gw_base", named)  # a second worker in this process
     name = f"Backend{next(_numbers)}"
     globals()[name] = derived = derive(base)
     derived.gw_base = base
