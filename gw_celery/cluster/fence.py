@@ -72,9 +72,11 @@ def install(app: Any, derive: Callable[[Any], Any]) -> None:
     url = app.backend_cls or app.conf.result_backend
     if not isinstance(url, str):
         return
-    base, address = backends.by_url(url, app.loader)
+    named, address = backends.by_url(url, app.loader)
+    base = getattr(named, "gw_base", named)  # a second worker in this process
     name = f"Backend{next(_numbers)}"
-    globals()[name] = derive(base)
+    globals()[name] = derived = derive(base)
+    derived.gw_base = base
     # A name instead of the class: Celery 5.6 accepts nothing else.
     app.backend_cls = f"{__name__}:{name}" + (f"+{address}" if address else "")
     # Django's system checks, or a module of the project, may have used the backend already.

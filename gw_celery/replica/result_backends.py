@@ -322,8 +322,15 @@ class EarlyAckRecords:
                 *(input.name, input.task_id, exc),
             )
             record = early_acks.write(input.request, None)
+        write = ("hset", self._key, str(input.number), record)
         try:
-            await self._backend.command("hset", self._key, str(input.number), record)
+            try:
+                await self._backend.command(*write)
+            except Exception as exc:
+                if not refusals.is_wrong_type(exc):
+                    raise
+                await self._backend.command("delete", self._key)  # it is ours
+                await self._backend.command(*write)
         except Exception as exc:
             logger.warning(
                 "task %s[%s] starts without a record, and has no answer if its worker is lost: %r",

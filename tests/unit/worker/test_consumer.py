@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -154,6 +155,30 @@ def test_a_message_that_would_end_the_worker_is_rejected_and_told(
     assert "task proj.embed[id-1]" in record.message
     assert repr(exc) in record.message
     assert "b'body'" in record.message
+
+
+class OperationalError(Exception):
+    """As database drivers and Django name it."""
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        errors.ResultsUnavailable("away"),
+        errors.DeclaredLost("id-1", "w.0/7"),
+        OperationalError("locked"),
+    ],
+)
+def test_a_revoked_message_waits_before_it_is_given_back(
+    made: Any, channel: Channel, exc: Exception
+) -> None:
+    handle = handling(made, raising(exc))
+    handle(message(channel, task="proj.embed", id="id-1"))
+    assert channel.settled == []
+    (scheduled,) = made.timer.schedule.queue
+    assert scheduled.eta - time.monotonic() > 0.5
+    scheduled.entry()
+    assert channel.settled == [("rejected", 7, True)]
 
 
 def test_the_next_message_is_taken_after_a_bad_one(made: Any, channel: Channel) -> None:
