@@ -108,9 +108,7 @@ class Answerer:
 
     def answer(self, *incarnations: str) -> bool:
         """Answer for lost workers, in this thread; whether nothing is left of all."""
-        for incarnation in incarnations:
-            self._inside._lost.setdefault(incarnation, False)
-        self._inside.run_round()
+        self._inside.answer(dict.fromkeys(incarnations, False))
         return set(incarnations) <= set(self._inside.answered)
 
     @property

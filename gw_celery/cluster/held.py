@@ -12,7 +12,7 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from gw_celery.cluster import liveness, lost_workers
+from gw_celery.cluster import early_acks, liveness, lost_workers
 from gw_celery.transport import find, holds, refusals
 
 #: Seconds that each answer of Redis may take.
@@ -78,13 +78,16 @@ class Holders:
         before = self._watch()
         _, after = self._beats()
         given = {}
+        beating = {early_acks.start_of(name) for name in after if after[name] != before.get(name)}
         for held in self.listed():
             name = held.incarnation
             beat = before.get(name)
-            if held.is_lost or (beat == after.get(name) and self._declare(name, beat)):
+            is_silent = beat == after.get(name)
+            # Without any heartbeat, it was lost with data of Redis.
+            if held.is_lost or (is_silent and self._declare(name, beat or b"")):
                 given[name] = held.messages
         answering = lost_workers.LostWorkers(self._app, f"gw-holds:{uuid.uuid4().hex}", _TIMEOUT)
-        answering.answer(list(given))
+        answering.answer({name: early_acks.start_of(name) in beating for name in given})
         for name in answering.answered:
             self._broker.client().zrem(self._alive, name)
         return given
@@ -102,10 +105,7 @@ class Holders:
                 return before
             time.sleep(_PERIOD)
 
-    def _declare(self, incarnation: str, beat: bytes | None) -> bool:
-        client, key = self._broker.client(), holds.tombstone(self._broker.prefix, incarnation)
-        if beat is None:  # its heartbeat was lost with data of Redis
-            return bool(client.set(key, "gw holds", ex=lost_workers.TOMBSTONE, nx=True))
+    def _declare(self, incarnation: str, beat: bytes) -> bool:
         return liveness.declare(self._broker, incarnation, beat, "gw holds") > 0
 
     def _beats(self) -> tuple[float, dict[str, bytes]]:

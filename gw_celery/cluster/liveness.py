@@ -42,10 +42,11 @@ return {
 """
 #: Declares a worker lost and deletes its record, unless it has beaten since its heartbeat was read.
 #: Returns 1 if this call declared it, 2 if it was declared before, else 0. KEYS: alive, its
-#: tombstone, records; ARGV: its name, the heartbeat, the own name, lifetime of the tombstone.
+#: tombstone, records; ARGV: its name, the heartbeat ('' for none), the own name, lifetime of the
+#: tombstone.
 DECLARE = """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 2 end
-if redis.call('ZSCORE', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+if (redis.call('ZSCORE', KEYS[1], ARGV[1]) or '') ~= ARGV[2] then return 0 end
 redis.call('SET', KEYS[2], ARGV[3], 'EX', ARGV[4])
 redis.call('HDEL', KEYS[3], ARGV[1])
 return 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from gw_celery import background_thread
@@ -59,9 +60,9 @@ class LostWorkers(background_thread.BackgroundThread):
         self.start()
         self.wake()
 
-    def answer(self, incarnations: list[str]) -> None:
-        """Answer for lost workers now, in the caller's thread."""
-        self._lost.update(dict.fromkeys(incarnations, False))
+    def answer(self, lost: Mapping[str, bool]) -> None:
+        """Answer for lost workers now, in the caller's thread; see ``take`` for each."""
+        self._lost = {**lost, **self._lost}
         self.run_round()
 
     def forget(self, numbers: list[int]) -> None:
