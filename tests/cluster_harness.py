@@ -2,8 +2,8 @@
 
 What a worker tells the others, and learns of them, is driven here as its pool drives it, without
 the pool: ``Project.add`` makes a worker, ``after`` lets seconds pass in all of them but those that
-are frozen, or stuck in their loop. A test looks at what is in Redis (docs/cluster.md has the keys),
-at what is logged, and at what a ``Member`` knows. ``Answerer`` does what is left to do for lost workers, ``hold`` and
+are frozen, or stuck in their loop. A test looks at what is in Redis (docs/cluster.md has the keys), at what is logged, and
+at what a ``Member`` knows. ``Answerer`` does what is left to do for lost workers, ``hold`` and
 ``leave_record`` write what one of them had taken from the broker and begun.
 """
 
