@@ -2,9 +2,9 @@
 
 What a worker tells the others, and learns of them, is driven here as its pool drives it, without
 the pool: ``Project.add`` makes a worker, ``after`` lets seconds pass in all of them but those that
-are frozen, or stuck in their loop. A test looks at what is in Redis (docs/cluster.md has the keys), at what is logged, and
-at what a ``Member`` knows. ``Answerer`` does what is left to do for lost workers, ``hold`` and
-``leave_record`` write what one of them had taken from the broker and begun.
+are frozen, or stuck in their loop. A test looks at what is in Redis (docs/cluster.md has the keys),
+at what is logged, and at what a ``Member`` knows. ``Answerer`` does what is left to do for lost
+workers, ``hold`` and ``leave_record`` write what one of them had taken from the broker and begun.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ import redis
 from celery import Celery
 
 # -- what is known of the inside: a new layout changes these lines and no others --
-from gw_celery.cluster import early_acks, liveness, lost_workers, membership, queue_lengths
+from gw_celery.cluster import (
+    early_acks,
+    held,
+    liveness,
+    lost_workers,
+    membership,
+    poison_counts,
+    queue_lengths,
+)
 from gw_celery.protocol import snapshot
 from gw_celery.protocol.worker_record import Size
 from gw_celery.transport import find, holds
@@ -117,6 +125,38 @@ class Answerer:
         """Have records of one's own removed, and end; whether that worked."""
         self._inside.forget(numbers)
         return self._inside.close()
+
+
+class Counts:
+    """The counts of poison inputs, as the pool of one worker asks for them."""
+
+    def __init__(self, inside: poison_counts.Shared) -> None:
+        self._inside = inside
+
+    def record(self, task_id: str, *, is_return: bool) -> None:
+        if is_return:
+            self._inside.record_return(task_id)
+        else:
+            self._inside.record(task_id, 1)
+
+    def asked(self, task_id: str, after: Callable[[int], None]) -> tuple[Any, Any]:
+        """Return what Redis has counted of an input: deaths and returns; ``None``: unknown."""
+        self._inside.ask(1, task_id)
+        after(1)
+        ((_, _, deaths, returns),) = self._inside.answers()
+        return deaths, returns
+
+
+def counts_of(member: Member) -> Counts:
+    assert member._inside.counts is not None
+    return Counts(member._inside.counts)
+
+
+def holders(app: Celery, ttl: float) -> held.Holders:
+    """Return what an operator's command asks about holds."""
+    made = held.holders(app, ttl)
+    assert made is not None
+    return made
 
 
 def total(lengths: Mapping[str, tuple[int, int | None]], queues: list[str]) -> tuple[Any, Any]:

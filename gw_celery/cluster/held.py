@@ -10,8 +10,10 @@ import time
 import uuid
 from typing import Any
 
+from redis.exceptions import ResponseError
+
 from gw_celery.cluster import early_acks, liveness, lost_workers
-from gw_celery.transport import find, holds
+from gw_celery.transport import find, holds, refusals
 
 #: Seconds that each answer of Redis may take.
 _TIMEOUT = 5.0
@@ -51,11 +53,14 @@ class Holders:
         server, beats = self._beats()
         found = []
         for key in client.scan_iter(match=f"{_literal(prefix)}*"):
-            incarnation = key.decode().removeprefix(prefix)
+            try:
+                incarnation = key.decode().removeprefix(prefix)
+            except UnicodeDecodeError:
+                continue  # no worker has this name
             beat = beats.get(incarnation)
             held = Held(
                 incarnation=incarnation,
-                messages=client.hlen(key),
+                messages=_length(client, key),
                 silent=None if beat is None else max(0.0, server - float(beat)),
                 is_lost=bool(client.exists(holds.tombstone(self._broker.prefix, incarnation))),
             )
@@ -110,7 +115,18 @@ class Holders:
         # A script returns each time as the text that the script of a declaration compares.
         flat = client.eval(_BEATS, 1, self._alive)
         pairs = zip(flat[::2], flat[1::2], strict=True)
-        return seconds + microseconds / 1e6, {name.decode(): beat for name, beat in pairs}
+        return seconds + microseconds / 1e6, {
+            name.decode(errors="replace"): beat for name, beat in pairs
+        }
+
+
+def _length(client: Any, key: bytes) -> int:
+    try:
+        return int(client.hlen(key))
+    except ResponseError as exc:
+        if not refusals.is_wrong_type(exc):
+            raise
+        return 0  # giving it back deletes this key
 
 
 def holders(app: Any, ttl: float) -> Holders | None:

@@ -12,8 +12,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from celery.backends.redis import RedisBackend
-
 from gw_celery import background_thread
 from gw_celery.cluster import early_acks, fence
 from gw_celery.transport import find, holds
@@ -41,10 +39,9 @@ class LostWorkers(background_thread.BackgroundThread):
         )
         self._app = app
         self._broker = _broker(app, timeout)
-        #: ``None`` with another result backend. Those derived from Redis (Sentinel) lack the
-        #: pipelines that write the records.
+        #: ``None`` with a result backend that lacks the pipelines that write the records.
         self.early: early_acks.EarlyAcks | None = None
-        if fence.base_of(app) is RedisBackend:
+        if fence.is_grouped(app.backend):
             self.early = early_acks.EarlyAcks(app, start)
         #: Lost worker -> whether its early acknowledged inputs were taken over; only once, because
         #: it may wake up.
@@ -99,7 +96,7 @@ class LostWorkers(background_thread.BackgroundThread):
             self.early.remove_ended()
 
     def _give_back(self, incarnation: str) -> None:
-        leave_tombstone(self._app, incarnation)
+        fence.close_to(self._app, incarnation, TOMBSTONE)
         start = early_acks.start_of(incarnation)
         if self.early is not None and not self._lost[incarnation]:
             self.early.take_over(start)
@@ -120,14 +117,6 @@ class LostWorkers(background_thread.BackgroundThread):
 def _broker(app: Any, timeout: float) -> find.BrokerRedis | None:
     shared = find.redis_of(app, timeout)
     return shared if isinstance(shared, find.BrokerRedis) else None
-
-
-def leave_tombstone(app: Any, incarnation: str) -> None:
-    """Make the results' Redis refuse what the lost worker stores from now on."""
-    if isinstance(app.backend, RedisBackend):
-        key = holds.tombstone(find.results_prefix(app.backend), incarnation)
-        # On the broker's own Redis, the tombstone exists and names its declarer.
-        app.backend.client.set(key, "", ex=TOMBSTONE, nx=True)
 
 
 def reclaim(broker: find.BrokerRedis, incarnation: str) -> int:

@@ -25,16 +25,18 @@ def client(gw_broker: Server) -> Iterator[redis.Redis]:
 @pytest.fixture
 def project(gw_broker: Server, client: redis.Redis) -> Iterator[Project]:
     urls = {"broker": gw_broker.broker_url, "backend": gw_broker.result_url}
-    with Celery("cluster", set_as_current=False, **urls) as app:
-        with Project(app, client).running() as project:
-            for name in ("a@h", "b@h"):
-                project.add(name)
-            project.after(2)
-            yield project
+    with (
+        Celery("cluster", set_as_current=False, **urls) as app,
+        Project(app, client).running() as project,
+    ):
+        for name in ("a@h", "b@h"):
+            project.add(name)
+        project.after(2)
+        yield project
 
 
 @pytest.fixture
-def holders(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[held.Holders]:
+def holders(project: Project, monkeypatch: pytest.MonkeyPatch) -> held.Holders:
     """While it sleeps, the others live on."""
 
     def sleep(seconds: float) -> None:
@@ -46,7 +48,7 @@ def holders(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[held.
     monkeypatch.setattr(
         redis.Redis, "time", lambda client: (int(client.get("test:now").split(b".")[0]), 0)
     )
-    yield holders
+    return holders
 
 
 def take(project: Project, incarnation: str, *ids: str) -> None:

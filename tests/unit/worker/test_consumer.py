@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,8 +53,8 @@ def made(worker: Consuming) -> Any:
 def asked(worker: Consuming, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the consumer has the pool do."""
     calls: list[str] = []
-    for name in ("poll", "flush"):
-        monkeypatch.setattr(worker.pool, name, lambda name=name: calls.append(name))
+    for owner, name in ((worker.pool, "poll"), (worker.pool.supervisor, "forget_waiting")):
+        monkeypatch.setattr(owner, name, lambda name=name: calls.append(name))
     return calls
 
 
@@ -69,7 +70,7 @@ def test_a_cold_shutdown_starts_nothing_in_the_slots_that_are_free_by_then(
     made: Any, asked: list[str]
 ) -> None:
     made.cancel_active_requests()
-    assert asked == ["flush", "poll"]
+    assert asked == ["forget_waiting", "poll"]
 
 
 def message(channel: Channel, **headers: Any) -> Message:
@@ -115,6 +116,30 @@ def test_a_message_that_would_end_the_worker_is_rejected_and_told(
     assert "task proj.embed[id-1]" in record.message
     assert repr(exc) in record.message
     assert "b'body'" in record.message
+
+
+class OperationalError(Exception):
+    """As database drivers and Django name it."""
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        errors.ResultsUnavailable("away"),
+        errors.DeclaredLost("id-1", "w.0/7"),
+        OperationalError("locked"),
+    ],
+)
+def test_a_revoked_message_waits_before_it_is_given_back(
+    made: Any, channel: Channel, exc: Exception
+) -> None:
+    handle = handling(made, raising(exc))
+    handle(message(channel, task="proj.embed", id="id-1"))
+    assert channel.settled == []
+    (scheduled,) = made.timer.schedule.queue
+    assert scheduled.eta - time.monotonic() > 0.5
+    scheduled.entry()
+    assert channel.settled == [("rejected", 7, True)]
 
 
 def test_the_next_message_is_taken_after_a_bad_one(made: Any, channel: Channel) -> None:
