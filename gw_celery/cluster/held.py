@@ -81,10 +81,8 @@ class Holders:
         beating = {early_acks.start_of(name) for name in after if after[name] != before.get(name)}
         for held in self.listed():
             name = held.incarnation
-            beat = before.get(name)
-            is_silent = beat == after.get(name)
             # Without any heartbeat, it was lost with data of Redis.
-            if held.is_lost or (is_silent and self._declare(name, beat or b"")):
+            if held.is_lost or self._declare(name, before.get(name, b"")):
                 given[name] = held.messages
         answering = lost_workers.LostWorkers(self._app, f"gw-holds:{uuid.uuid4().hex}", _TIMEOUT)
         answering.answer({name: early_acks.start_of(name) in beating for name in given})
