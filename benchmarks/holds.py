@@ -95,14 +95,14 @@ def kills(folder: Path, server: Server, options: argparse.Namespace) -> None:
     control, ledger, ttl = holds_app.celery.control, Ledger(folder), options.ttl
     survivor = Worker("survivor", folder, (server, server), ttl)
     wait(lambda: survivor.said("ready."), 30, "the survivor is ready")
-    control.cancel_consumer("cpu", destination=[survivor.node], reply=True)
+    control.cancel_consumer("cpu.once", destination=[survivor.node], reply=True)
     ready, delays, own = time.monotonic(), [], []
     for turn in range(options.rounds):
         victim = Worker(f"victim{turn}", folder, (server, server), ttl)
         sent = [holds_app.once.delay(f"{turn}-{number}", 600.0) for number in range(2 * SLOTS)]
         wait(lambda: held(server, victim.node) == len(sent), 30, "the victim holds all")
         wait(lambda: len(ledger.lines(f"B {turn}-")) == SLOTS, 30, "64 run")
-        control.add_consumer("cpu", destination=[survivor.node], reply=True)
+        control.add_consumer("cpu.once", destination=[survivor.node], reply=True)
         busy = [holds_app.once.delay(f"s{turn}-{number}", 3.0) for number in range(16)]
         wait(lambda: len(ledger.lines(f"B s{turn}-")) == 16, 30, "the survivor's own run")
         wait(lambda: time.monotonic() > ready + ttl, ttl, "the survivor trusts its clock")
@@ -113,7 +113,7 @@ def kills(folder: Path, server: Server, options: argparse.Namespace) -> None:
         ends = [float(line[3]) - killed for line in ledger.lines(f"E {turn}-")]
         delays += [ends]
         own += [one.get(timeout=30) for one in busy]
-        control.cancel_consumer("cpu", destination=[survivor.node], reply=True)
+        control.cancel_consumer("cpu.once", destination=[survivor.node], reply=True)
         print(f"  {turn + 1}: first {min(ends):.1f} s, last {max(ends):.1f} s", flush=True)
     survivor.process.terminate()
     survivor.process.wait(60)

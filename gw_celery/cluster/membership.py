@@ -331,8 +331,8 @@ class Membership(background_thread.BackgroundThread):
             lengths[queue] = queue_lengths.Length(total)
         for key in broken.keys() - self._broken:
             logger.error(
-                "the queue %s cannot be read: the key %s in Redis is not a list. Delete or rename "
-                "this key",
+                "the length of queue %s is unknown: the key %s in Redis is not a list. Delete or "
+                "rename this key",
                 *(broken[key], key),
             )
         self._broken = set(broken)

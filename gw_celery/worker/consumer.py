@@ -37,6 +37,8 @@ _BOUNDED: dict[str, Callable[[], Any]] = {
 }
 #: kombu's optional methods, for which no bound can be set.
 _REFUSED = ("application/x-brotli", "application/zstd")
+#: Reply code with which RabbitMQ closes the channel of an unanswered message.
+_PRECONDITION_FAILED = 406
 #: Seconds before a message is given back that must not run.
 _PAUSE = 1.0
 _ACKNOWLEDGEMENTS = ("ack_log_error", "reject_log_error")
@@ -58,6 +60,26 @@ class Consumer(CeleryConsumer):
 
     Only workers with the GPU pool use it.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        loop: Callable[..., Any] = self.loop  # type: ignore[has-type]
+        self.loop = functools.partial(self._run_loop, loop)
+
+    def _run_loop(self, loop: Callable[..., Any], *args: Any) -> None:
+        """Run Celery's loop; a channel closed by RabbitMQ's consumer_timeout ends no worker."""
+        try:
+            loop(*args)
+        except self.channel_errors as exc:
+            if getattr(exc, "code", None) != _PRECONDITION_FAILED or "timed out" not in str(exc):
+                raise
+            logger.error(
+                "an input ran for over RabbitMQ's consumer_timeout, so that all inputs of this "
+                "worker are delivered again and may run twice: set consumer_timeout over the "
+                "longest time limit: %s",
+                exc,
+            )
+            raise ConnectionResetError("RabbitMQ closed the channel") from exc
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
         connection = self.app.connection_for_read(heartbeat=heartbeat)

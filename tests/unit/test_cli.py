@@ -107,11 +107,22 @@ def test_a_worker_is_shown_with_its_queues_and_replicas(typed: Typed) -> None:
     ]
 
 
-def test_a_worker_that_cannot_store_results_says_why_it_takes_nothing(typed: Typed) -> None:
-    away = worker(outage="ConnectionError(refused)")
-    assert typed("status", {"a@host": away}).output.splitlines() == [
+@pytest.mark.parametrize(
+    ("outage", "shown"),
+    [
+        (
+            {"outage": "ConnectionError(refused)"},
+            ", results cannot be stored: ConnectionError(refused)",
+        ),
+        ({"broker_outage": "ReadOnlyError: no"}, ": ReadOnlyError: no"),
+    ],
+)
+def test_a_worker_in_an_outage_says_why_it_takes_nothing(
+    typed: Typed, outage: dict[str, str], shown: str
+) -> None:
+    assert typed("status", {"a@host": worker(**outage)}).output.splitlines() == [
         "a@host: 0 waiting; consumes nothing; closed: nothing",
-        "  consuming is paused, results cannot be stored: ConnectionError(refused)",
+        f"  consuming is paused{shown}",
     ]
 
 

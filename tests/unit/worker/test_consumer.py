@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import amqp
 import pytest
 import redis
+from celery.worker import loops
 from kombu import Message
 
 from gw_celery import errors
@@ -71,6 +73,43 @@ def test_a_cold_shutdown_starts_nothing_in_the_slots_that_are_free_by_then(
 ) -> None:
     made.cancel_active_requests()
     assert asked == ["forget_waiting", "poll"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out. Timeout value used:"
+        " 1800000 ms. This timeout value can be configured, see consumers doc guide to learn more",
+        "PRECONDITION_FAILED - consumer ack timed out on channel 1",  # RabbitMQ 3.8
+    ],
+)
+def test_an_input_that_outlasts_rabbitmqs_consumer_timeout_costs_the_connection_only(
+    worker: Consuming, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    refused = amqp.exceptions.PreconditionFailed(text, (0, 0))
+    monkeypatch.setattr(loops, "synloop", raising(refused))
+    made = worker.make()
+    assert issubclass(ConnectionResetError, amqp.Connection.connection_errors)
+    with pytest.raises(ConnectionResetError) as raised:
+        made.loop(*made.loop_args())
+    assert raised.value.__cause__ is refused
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert "consumer_timeout" in record.message
+    assert text in record.message
+
+
+def test_another_failed_precondition_is_celerys_to_handle(
+    worker: Consuming, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'cpu.embed'"
+    monkeypatch.setattr(
+        loops, "synloop", raising(amqp.exceptions.PreconditionFailed(text, (50, 10)))
+    )
+    made = worker.make()
+    with pytest.raises(amqp.exceptions.PreconditionFailed):
+        made.loop(*made.loop_args())
+    assert not caplog.records
 
 
 def message(channel: Channel, **headers: Any) -> Message:
