@@ -40,7 +40,7 @@ on_each_broker = pytest.mark.parametrize("broker", ["rabbitmq", "redis"], indire
 @pytest.fixture
 def start(start_worker: StartWorker, ledger_path: Path, broker: str) -> Start:
     def start_one(**options: Any) -> WorkerProcess:
-        settings = {"gw_worker_ttl": TTL, "task_track_started": True}
+        settings = {"gw_worker_ttl": TTL} | options.pop("settings", {})
         return pooling.start(start_worker, ledger_path, broker=broker, settings=settings, **options)
 
     return start_one
@@ -83,7 +83,7 @@ def test_a_killed_workers_early_inputs_fail_and_its_late_ones_run_again(
     start: Start, client: Celery, ledger_path: Path, results: redis.Redis, shared: redis.Redis
 ) -> None:
     other = start(queues="celery")  # serves none of what the victim runs
-    victim = start()
+    victim = start(settings={"task_track_started": True})
     errback = client.signature("pooled.note", kwargs={"name": "told"}, queue="celery")
     early = [send(client, "early", f"e{n}", 600.0, link_error=errback) for n in range(3)]
     late = [send(client, "four", f"l{n}", 10.0) for n in range(3)]

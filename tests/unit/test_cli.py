@@ -8,8 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery import Celery
 from click.testing import CliRunner, Result
 from kombu import pidbox
+
+from gw_celery.cluster import held
 
 
 def gw(line: str, app: Any) -> Result:
@@ -280,3 +283,19 @@ def test_the_autoscaler_says_how_many_it_wants_and_why(typed: Typed) -> None:
     assert (
         "  autoscaler: 2 replicas, 3 wanted, 1 to 4: embed needs 2.50" in result.output.splitlines()
     )
+
+
+@pytest.mark.parametrize("options", ["", " --reclaim"])
+def test_a_name_in_redis_cannot_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    name = "odd\x9b2J@h:1.0"
+    entry = held.Held(incarnation=name, messages=3, silent=None, is_lost=False)
+    holders = SimpleNamespace(listed=lambda: [entry], reclaim=lambda: {name: 3})
+    monkeypatch.setattr(held, "holders", lambda app, ttl: holders)
+    with Celery("shop", broker="memory://", set_as_current=False) as app:
+        shown = gw(f"holds{options}", app)
+    assert shown.exit_code == 0
+    assert "\x9b" not in shown.output
+    assert "@h:1.0: 3 messages; has no heartbeat" in shown.output
+    assert ("3 messages are back in their queues" in shown.output) == bool(options)
