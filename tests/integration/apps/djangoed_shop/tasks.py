@@ -27,14 +27,16 @@ class Counter:
 
 
 @app.remote(gpu=CPU)
-async def start_chord() -> str:
-    """Start a chord from the event loop, which Django's backend records in the database."""
-    return str(chord([count_tables.s(), count_tables.s()])(total.s()).id)
+async def start_chord(in_thread: bool) -> str:
+    """Start a chord, which Django's backend records in the database, from a thread or the loop."""
+    start = chord([count_tables.s(), count_tables.s()])
+    result = await sync_to_async(start)(total.s()) if in_thread else start(total.s())
+    return str(result.id)
 
 
 @app.remote(gpu=CPU)
-async def fail(size: int = 0) -> None:
-    raise LookupError("nothing there" + "!" * size)
+async def fail(char: int) -> None:
+    raise LookupError(f"nothing there{chr(char)}")
 
 
 @shared_task

@@ -11,6 +11,7 @@ from django.http import HttpRequest, JsonResponse
 from django.urls import path
 
 from djangoed_shop import tasks
+from gw_celery.errors import RemoteTaskError
 
 TIMEOUT = 20.0
 
@@ -60,14 +61,18 @@ async def delay_in_async(request: HttpRequest) -> JsonResponse:
 
 async def awaits_failure(request: HttpRequest) -> JsonResponse:
     try:
-        await tasks.fail(int(request.GET.get("size", 0)))
+        await tasks.fail(int(request.GET["char"]))
     except Exception as exc:
         return JsonResponse({"answer": [type(exc).__name__, str(exc)[:300]]})
     raise AssertionError("it has an answer")
 
 
 async def awaits_chord(request: HttpRequest) -> JsonResponse:
-    result = tasks.total.AsyncResult(await tasks.start_chord())
+    try:
+        chord_id = await tasks.start_chord(bool(request.GET["thread"]))
+    except RemoteTaskError as exc:
+        return JsonResponse({"answer": str(exc)})
+    result = tasks.total.AsyncResult(chord_id)
     return JsonResponse({"answer": await sync_to_async(result.get)(TIMEOUT)})
 
 
@@ -82,7 +87,10 @@ def main() -> dict[str, Any]:
     """Ask each view as a WSGI server and as an ASGI server asks it."""
     from django.test import AsyncClient, Client
 
-    paths = [f"/{view.__name__}/" for view in VIEWS] + ["/awaits_failure/?size=100000"]
+    paths = [f"/{view.__name__}/" for view in VIEWS[:-2]]
+    paths += [f"/awaits_chord/?thread={thread}" for thread in ("yes", "")]
+    # A lone surrogate, which no database takes, makes the traceback an outcome that is refused.
+    paths += [f"/awaits_failure/?char={char}" for char in (ord("!"), 0xD800)]
 
     async def ask_asynchronously() -> dict[str, Any]:
         return {path: (await AsyncClient().get(path)).json()["answer"] for path in paths}
