@@ -81,9 +81,14 @@ def install(app: Any, derive: Callable[[Any], Any]) -> None:
     vars(app._local).pop("backend", None)
 
 
-def install_in_parent(app: Any) -> None:
-    """Fence what the parent of a pool stores; it must not wait for a Redis that is away."""
-    install(app, lambda base: _in_parent(fenced(base), Results(app)))
+def install_in_parent(app: Any, around: Callable[..., Any]) -> None:
+    """Fence what the parent of a pool stores; it must not wait for a Redis that is away.
+
+    Args:
+        app: the Celery app.
+        around: calls a function with fresh connections to the databases of the project.
+    """
+    install(app, lambda base: _in_parent(fenced(base), Results(app), around))
 
 
 def results_of(app: Any) -> Results | None:
@@ -206,10 +211,10 @@ def _after_a_check(base: Any) -> Any:
     return Checked
 
 
-def _in_parent(base: Any, results: Results) -> Any:
+def _in_parent(base: Any, results: Results, around: Callable[..., Any]) -> Any:
     """Return a subclass of a fenced backend that raises at once while its Redis is away."""
     if not issubclass(base, RedisBackend):
-        return base
+        return _connected(base, around)
 
     class InParent(base):
         gw_results = results
@@ -226,6 +231,26 @@ def _in_parent(base: Any, results: Results) -> Any:
 
         def probe(self) -> None:
             super().run_script(*probe_of(self))
+
+    InParent.__name__ = base.__name__
+    return InParent
+
+
+def _connected(base: Any, around: Callable[..., Any]) -> Any:
+    """Return a subclass of a backend that never uses an old connection to a database.
+
+    Django keeps a connection that its server has ended, and every later store would fail.
+    """
+
+    class InParent(base):
+        def store_result(self, *args: Any, **kwargs: Any) -> Any:
+            return around(super().store_result, *args, **kwargs)
+
+        def on_chord_part_return(self, *args: Any, **kwargs: Any) -> Any:
+            return around(super().on_chord_part_return, *args, **kwargs)
+
+        def get_task_meta(self, *args: Any, **kwargs: Any) -> Any:
+            return around(super().get_task_meta, *args, **kwargs)
 
     InParent.__name__ = base.__name__
     return InParent

@@ -21,7 +21,7 @@ from gw_celery.client import beat_tasks, preset, task
 from gw_celery.cluster import fence
 from gw_celery.declare import gpu, registry
 from gw_celery.gpus import allocation, devices
-from gw_celery.runtime import lifecycle, log_records
+from gw_celery.runtime import django_connections, lifecycle, log_records
 from gw_celery.transport import find
 from gw_celery.worker import commands, consumer, gate, serving
 from gw_celery.worker.plan import GPU_POOL, OPTIONS, Plan, WorkerOptions
@@ -212,7 +212,7 @@ def _prepare_gpu_pool(worker: Any, plan: Plan, typed: WorkerOptions | None) -> P
         there = devices.find(plan.settings.gpu_kinds)
         plan = dataclasses.replace(plan, allotment=allocation.allot(needs, there))
     plan = dataclasses.replace(plan, has_declared_bounds=_fit(worker, plan, typed))
-    fence.install_in_parent(worker.app)
+    fence.install_in_parent(worker.app, django_connections.around(worker.app))
     commands.guard_size()
     commands.install()
     commands.check_arguments()

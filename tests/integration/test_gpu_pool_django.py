@@ -39,7 +39,7 @@ def run(database: str, *module: str, **env: str) -> str:
         env=environment(settings),
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=60,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -76,3 +76,14 @@ def test_every_way_to_call_is_answered_through_the_projects_database(
             assert "SynchronousOnlyOperation" not in worker.log_text()
         assert set(answers.values()) == {TABLES}, answers
     assert "WorkerLostError" not in worker.log_text()
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("pool", ["gw_celery.pool:TaskPool"], indirect=True)
+def test_the_parent_stores_a_failure_after_it_lost_its_connection(
+    worker: WorkerProcess, database: str, redis_url: str
+) -> None:
+    module = ("djangoed_shop.views", "/awaits_limits/")
+    said = json.loads(run(database, *module, CELERY_BROKER_URL=redis_url))
+    assert said == dict.fromkeys(("wsgi", "asgi"), {"/awaits_limits/": ["TimeLimitExceeded"] * 2})
+    assert "OperationalError" not in worker.log_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ def worker_of(result_url: str) -> Any:
     @app.task(name="unit.task", acks_late=True)
     def task() -> None: ...
 
-    fence.install_in_parent(app)
+    fence.install_in_parent(app, operator.call)
     return app
 
 

@@ -32,4 +32,4 @@ os.environ.pop("CELERY_RESULT_BACKEND", None)
 CELERY_RESULT_BACKEND = "django-db"
 CELERY_RESULT_EXTENDED = True
 CELERY_WORKER_POOL = os.environ.get("WORKER_POOL", "gw_celery.pool:TaskPool")
-GW_CELERY = {"poll_interval": 0.1, "max_payload_bytes": 100_000}
+GW_CELERY = {"poll_interval": 0.1, "call_timeout": 20.0, "max_payload_bytes": 100_000}

@@ -53,3 +53,13 @@ def _count() -> int:
     from django.db import connection
 
     return len(connection.introspection.table_names())
+
+
+def cut_connections() -> None:
+    """Make the database end all other connections, as its restart does."""
+    from django.db import connection
+
+    if connection.vendor == "postgresql":
+        others = "FROM pg_stat_activity WHERE datname = current_database()"
+        with connection.cursor() as cursor:
+            cursor.execute(f"SELECT pg_terminate_backend(pid) {others} AND pid <> pg_backend_pid()")

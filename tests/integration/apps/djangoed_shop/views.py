@@ -1,9 +1,10 @@
-"""A view for each way to call; ``python -m djangoed_shop.views`` prints what each answers."""
+"""A view for each way to call; ``python -m djangoed_shop.views [PATH ...]`` prints their answers."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from typing import Any
 
 from asgiref.sync import sync_to_async
@@ -76,21 +77,36 @@ async def awaits_chord(request: HttpRequest) -> JsonResponse:
     return JsonResponse({"answer": await sync_to_async(result.get)(TIMEOUT)})
 
 
+async def awaits_limits(request: HttpRequest) -> JsonResponse:
+    """Exceed a limit, which the worker's parent stores, before and after all lost the database."""
+    limited = tasks.count_tables.options(time_limit=0.5, timeout=TIMEOUT)
+    answers = []
+    for _ in range(2):
+        (exc,) = await asyncio.gather(limited(60.0), return_exceptions=True)
+        answers.append(type(exc).__name__)
+        await sync_to_async(tasks.cut_connections)()
+    return JsonResponse({"answer": answers})
+
+
 VIEWS = (
     *(delay_get, remote, spawn_get, plain, awaits, awaits_thread, awaits_many, aremote),
-    *(awaits_spawned, delay_in_async, awaits_failure, awaits_chord),
+    *(awaits_spawned, delay_in_async),
 )
-urlpatterns = [path(f"{view.__name__}/", view) for view in VIEWS]
+MORE = (awaits_failure, awaits_chord, awaits_limits)
+urlpatterns = [path(f"{view.__name__}/", view) for view in (*VIEWS, *MORE)]
 
 
-def main() -> dict[str, Any]:
-    """Ask each view as a WSGI server and as an ASGI server asks it."""
+#: A lone surrogate, which no database takes, makes the traceback an outcome that is refused.
+PATHS = [
+    *(f"/{view.__name__}/" for view in VIEWS),
+    *(f"/awaits_chord/?thread={thread}" for thread in ("yes", "")),
+    *(f"/awaits_failure/?char={char}" for char in (ord("!"), 0xD800)),
+]
+
+
+def main(paths: list[str]) -> dict[str, Any]:
+    """Ask each path as a WSGI server and as an ASGI server asks it."""
     from django.test import AsyncClient, Client
-
-    paths = [f"/{view.__name__}/" for view in VIEWS[:-2]]
-    paths += [f"/awaits_chord/?thread={thread}" for thread in ("yes", "")]
-    # A lone surrogate, which no database takes, makes the traceback an outcome that is refused.
-    paths += [f"/awaits_failure/?char={char}" for char in (ord("!"), 0xD800)]
 
     async def ask_asynchronously() -> dict[str, Any]:
         return {path: (await AsyncClient().get(path)).json()["answer"] for path in paths}
@@ -105,4 +121,4 @@ if __name__ == "__main__":
     import django
 
     django.setup()
-    print(json.dumps(main()))
+    print(json.dumps(main(sys.argv[1:] or PATHS)))
