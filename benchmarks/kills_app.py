@@ -11,16 +11,7 @@ import gw_celery as gw
 
 celery = Celery("kills", set_as_current=False)
 gw.preset(celery)
-celery.conf.update(
-    worker_pool="gw_celery.pool:TaskPool",
-    gw_replicas=2,
-    # What a killed worker held comes back after this time, which must be over the time limit.
-    broker_transport_options={
-        "visibility_timeout": 20,
-        "unacked_restore_interval": 5,
-        "unacked_restore_throttle": 1,
-    },
-)
+celery.conf.update(worker_pool="gw_celery.pool:TaskPool", gw_replicas=2)
 app = gw.App("kills", celery)
 
 

@@ -126,11 +126,11 @@ def holds(ctx: click.Context, /, reclaim: bool) -> None:
     if reclaim:
         click.echo(f"watching the heartbeats for {ttl:.0f} s", err=True)
         for name, count in holders.reclaim().items():
-            click.echo(f"{name}: {count} messages are back in their queues")
+            _show(f"{name}: {count} messages are back in their queues")
     for one in holders.listed():
         state = "has no heartbeat" if one.silent is None else f"heard {one.silent:.0f} s ago"
         state = "is lost" if one.is_lost else state
-        click.echo(f"{one.incarnation}: {one.messages} messages; {state}")
+        _show(f"{one.incarnation}: {one.messages} messages; {state}")
 
 
 def _steer(ctx: click.Context, command: str, replica: int | None, **reach: Any) -> None:

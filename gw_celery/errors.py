@@ -277,7 +277,7 @@ def repr_of(value: object) -> str:
 def _described(describe: Callable[[object], str], value: object) -> str:
     try:
         return describe(value)
-    except (Exception, SystemExit):
+    except BaseException:  # such as the panic of a library in Rust
         return object.__repr__(value)
 
 

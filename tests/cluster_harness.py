@@ -2,9 +2,9 @@
 
 What a worker tells the others, and learns of them, is driven here as its pool drives it, without
 the pool: ``Project.add`` makes a worker, ``after`` lets seconds pass in all of them but those that
-are frozen. A test looks at what is in Redis (docs/cluster.md has the keys), at what is logged, and
-at what a ``Member`` knows. ``Answerer`` does what is left to do for lost workers, ``hold`` and
-``leave_record`` write what one of them had taken from the broker and begun.
+are frozen, or stuck in their loop. A test looks at what is in Redis (docs/cluster.md has the keys),
+at what is logged, and at what a ``Member`` knows. ``Answerer`` does what is left to do for lost
+workers, ``hold`` and ``leave_record`` write what one of them had taken from the broker and begun.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ import redis
 from celery import Celery
 
 # -- what is known of the inside: a new layout changes these lines and no others --
-from gw_celery.cluster import early_acks, liveness, lost_workers, membership, queue_lengths
+from gw_celery.cluster import (
+    early_acks,
+    held,
+    liveness,
+    lost_workers,
+    membership,
+    poison_counts,
+    queue_lengths,
+)
 from gw_celery.protocol import snapshot
 from gw_celery.protocol.worker_record import Size
 from gw_celery.transport import find, holds
@@ -34,12 +42,6 @@ def _stop_clocks(patch: pytest.MonkeyPatch, now: Callable[[], float]) -> None:
     beat = liveness.BEAT.replace("redis.call('TIME')", f"{{redis.call('GET', '{CLOCK}'), '0'}}")
     assert beat != liveness.BEAT
     patch.setattr(liveness, "BEAT", beat)
-
-
-def _refuse_scripts(patch: pytest.MonkeyPatch) -> None:
-    """Answer as a Redis Cluster, in which the keys of a script must lie together."""
-    why = "CROSSSLOT Keys in request do not hash to the same slot"
-    patch.setattr(liveness, "BEAT", f"return redis.error_reply('{why}')")
 
 
 def _break_connections(patch: pytest.MonkeyPatch, is_away: Callable[[], bool]) -> None:
@@ -106,9 +108,7 @@ class Answerer:
 
     def answer(self, *incarnations: str) -> bool:
         """Answer for lost workers, in this thread; whether nothing is left of all."""
-        for incarnation in incarnations:
-            self._inside._lost.setdefault(incarnation, False)
-        self._inside.run_round()
+        self._inside.answer(dict.fromkeys(incarnations, False))
         return set(incarnations) <= set(self._inside.answered)
 
     @property
@@ -125,6 +125,38 @@ class Answerer:
         """Have records of one's own removed, and end; whether that worked."""
         self._inside.forget(numbers)
         return self._inside.close()
+
+
+class Counts:
+    """The counts of poison inputs, as the pool of one worker asks for them."""
+
+    def __init__(self, inside: poison_counts.Shared) -> None:
+        self._inside = inside
+
+    def record(self, task_id: str, *, is_return: bool) -> None:
+        if is_return:
+            self._inside.record_return(task_id)
+        else:
+            self._inside.record(task_id, 1)
+
+    def asked(self, task_id: str, after: Callable[[int], None]) -> tuple[Any, Any]:
+        """Return what Redis has counted of an input: deaths and returns; ``None``: unknown."""
+        self._inside.ask(1, task_id)
+        after(1)
+        ((_, _, deaths, returns),) = self._inside.answers()
+        return deaths, returns
+
+
+def counts_of(member: Member) -> Counts:
+    assert member._inside.counts is not None
+    return Counts(member._inside.counts)
+
+
+def holders(app: Celery, ttl: float) -> held.Holders:
+    """Return what an operator's command asks about holds."""
+    made = held.holders(app, ttl)
+    assert made is not None
+    return made
 
 
 def total(lengths: Mapping[str, tuple[int, int | None]], queues: list[str]) -> tuple[Any, Any]:
@@ -154,6 +186,7 @@ class Member:
         self.close = self._inside.close
         self.leave = self._inside.leave
         self.begin = self._inside.begin
+        self._told = snapshot.Worker(hostname=name)
         self.at_zero = self._inside.at_zero
         self.read_others = self._inside.read_others
         self.waits_for_broker = self._inside.expect_no_turn
@@ -203,9 +236,13 @@ class Member:
         is_scaled: bool = True,
     ) -> None:
         """Have the others know of slots that are READY, of the score and the work of ``model``."""
-        told = _snapshot(self.name, slots, score, waiting)
-        self._inside.observe(told)
-        self._inside.tell(told, Size(capacity=4) if is_scaled else None)
+        self._told = _snapshot(self.name, slots, score, waiting)
+        self.turn()
+        self._inside.tell(self._told, Size(capacity=4) if is_scaled else None)
+
+    def turn(self) -> None:
+        """Have the loop of the worker turn, as it does once a second."""
+        self._inside.observe(self._told)
 
     def follow(self, on_read: Callable[[], None], *, starts: bool = False) -> None:
         """Do as an autoscaler does as it begins; the thread runs only where a test ``starts`` it.
@@ -283,20 +320,6 @@ class Project:
         self.on_clock()
         return self.now
 
-    @contextlib.contextmanager
-    def without_scripts(self, *, is_cluster: bool) -> Iterator[None]:
-        """Have Redis refuse scripts: an access list does, or it is a cluster."""
-        with pytest.MonkeyPatch.context() as patch:
-            if is_cluster:
-                _refuse_scripts(patch)
-                yield
-                return
-            self.client.execute_command("ACL", "SETUSER", "default", "-@scripting")
-            try:
-                yield
-            finally:
-                self.client.execute_command("ACL", "SETUSER", "default", "+@scripting")
-
     def add(
         self,
         name: str,
@@ -318,12 +341,23 @@ class Project:
             member.read_others()
         return member
 
-    def after(self, seconds: int = 1, frozen: Collection[str] = ()) -> None:
+    def after(
+        self, seconds: int = 1, frozen: Collection[str] = (), stuck: Collection[str] = ()
+    ) -> None:
+        """Let seconds pass.
+
+        Args:
+            frozen: workers that stand still.
+            stuck: workers whose loop stands still.
+        """
         for _ in range(seconds):
             self.now += 1.0
             if self._client is not None:
-                self._client.set(CLOCK, 1e9 + self.now + self.shift)
+                with contextlib.suppress(redis.RedisError):  # it refuses, and answers no beat
+                    self._client.set(CLOCK, 1e9 + self.now + self.shift)
             for name, worker in self.workers.items():
+                if name not in {*frozen, *stuck}:
+                    worker.turn()
                 if name not in frozen:
                     worker.run_round()
 

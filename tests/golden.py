@@ -99,7 +99,13 @@ def normal_key(key: str) -> str:
 
 
 def stored_shape(value: bytes) -> Any:
-    """Return the shape of what is stored as ``value``: of its JSON, or what kind of text it is."""
+    """Return the shape of what is stored as ``value``: of its JSON, or what kind of text it is.
+
+    A hold has a line with the name of its queue before its JSON.
+    """
+    queue, newline, message = value.partition(b"\n")
+    if newline and message.startswith(b"{"):
+        return {queue.decode(): stored_shape(message)}
     try:
         found = json.loads(value)
     except ValueError:

@@ -160,7 +160,11 @@ class Request:
         self.stored: list[tuple[str, Any]] = []
         self.store_error: Exception | None = None
         self.store_errors, self._context = True, None
-        backend = types.SimpleNamespace(persistent=False, store_result=self._store)
+        #: What Celery has stored of it.
+        self.state = "PENDING"
+        backend = types.SimpleNamespace(
+            persistent=True, store_result=self._store, get_state=lambda task_id: self.state
+        )
         self.task = types.SimpleNamespace(acks_late=acks_late, backend=backend)
         self.heard: list[str] = []
         #: What came with an answer: the text of a result, or the exception.

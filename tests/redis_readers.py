@@ -7,6 +7,7 @@ puts one on a worker's event loop.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -22,10 +23,57 @@ from kombu.asynchronous import Hub
 from gw_celery.transport import holds, transport
 from tests.processes import eventually
 
+_starts = itertools.count(1)
 
-def connect(url: str, **options: Any) -> Any:
-    """Return a connection of kombu as the consumer of a worker has it; not connected yet."""
-    return transport.use(Connection(url, **options), holds.Holds("reader", 15.0))
+
+def new_holds() -> holds.Holds:
+    """Return the holds of another worker."""
+    return holds.Holds(f"reader{next(_starts)}@host:1", 15.0)
+
+
+def connect(url: str, held_by: holds.Holds | None = None, **options: Any) -> Any:
+    """Return a connection of kombu as the consumer of a worker has it; not connected yet.
+
+    Args:
+        url: of the broker.
+        held_by: holds of a worker that connects again; without them, another worker connects.
+        options: of the connection.
+    """
+    return transport.use(Connection(url, **options), held_by or new_holds())
+
+
+def tombstone(reader: Reader) -> str:
+    """Return the key that exists once a reader's worker was declared lost."""
+    return holds.tombstone(reader.channel.global_keyprefix, reader.holds.incarnation)
+
+
+def holds_key(reader: Reader) -> str:
+    """Return the key of the holds of a reader's worker."""
+    return holds.key(reader.channel.global_keyprefix, reader.holds.incarnation)
+
+
+def held(server: redis.Redis, prefix: str = "") -> set[str]:
+    """Return the names of all holds that Redis keeps."""
+    start, keys = f"{prefix}gw:hold:", server.scan_iter(f"{prefix}gw:hold:*")
+    return {
+        f"{key.decode().removeprefix(start)}/{number.decode()}"
+        for key in keys
+        for number in server.hkeys(key)
+    }
+
+
+def reclaim(server: redis.Redis, reader: Reader) -> int:
+    """Give back what a killed worker held, as the worker that declares it lost does."""
+    key = holds_key(reader)
+    return holds.give_back(server, key, holds.numbers_of(server, key), is_lost=True)
+
+
+@contextmanager
+def asking_again(seconds: float) -> Iterator[None]:
+    """Have a Redis that refused a command asked again after this time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport, "PAUSE", seconds)
+        yield
 
 
 @contextmanager
@@ -44,6 +92,7 @@ class Reader:
 
     def __init__(self, connection: Any, queues: list[Queue], **options: Any) -> None:
         self.connection = connection
+        self.holds: holds.Holds = connection.holds
         self.channel = connection.default_channel
         self.messages: list[Any] = []
         self.queues = queues
@@ -131,10 +180,12 @@ class Worker:
 
 
 @contextmanager
-def reading(url: str, *queues: Queue | str, **options: Any) -> Iterator[Reader]:
+def reading(
+    url: str, *queues: Queue | str, held_by: holds.Holds | None = None, **options: Any
+) -> Iterator[Reader]:
     # A channel that closes waits for what it has asked: a second, by default.
     given = {"polling_interval": 0.05, **options.pop("transport_options", {})}
-    connection = connect(url, transport_options=given)
+    connection = connect(url, held_by, transport_options=given)
     named = [Queue(name) if isinstance(name, str) else name for name in queues or ("q",)]
     reader = Reader(connection, named, **options)
     try:
@@ -201,8 +252,14 @@ def stock(url: str, **options: Any) -> Iterator[Any]:
         yield connection.default_channel
 
 
-def send(url: str, numbers: Any, queue: str = "q", **options: Any) -> None:
-    with Connection(url) as connection:
+def send(
+    url: str,
+    numbers: Any,
+    queue: str = "q",
+    transport_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:
+    with Connection(url, transport_options=transport_options or {}) as connection:
         producer = connection.Producer(serializer="json")
         for number in numbers:
             producer.publish({"n": number}, routing_key=queue, **options)
@@ -214,33 +271,22 @@ def calls(server: redis.Redis, command: str) -> int:
     return int(stats.get(f"cmdstat_{command}", {}).get("calls", 0))
 
 
-def unacknowledged(server: redis.Redis) -> set[str]:
-    """The tags that are recorded, in the hash and in its index alike."""
-    tags = {tag.decode() for tag in server.hkeys("unacked")}
-    assert {tag.decode() for tag in server.zrange("unacked_index", 0, -1)} == tags
-    return tags
-
-
 def tags(reader: Reader) -> set[str]:
     return {message.delivery_tag for message in reader.messages}
 
 
 def take_with_kombu(url: str, queue: str = "q") -> list[Any]:
-    """What a stock consumer gets of everything that is overdue."""
+    """What a stock consumer gets."""
     with stock(url) as channel:
-        channel.qos.restore_visible(num=None)
         found = iter(lambda: channel.basic_get(queue, no_ack=True), None)
         return list(found)
 
 
 def described(message: Any) -> dict[str, Any]:
     properties = {key: message.properties[key] for key in ("correlation_id", "priority")}
-    headers = {key: value for key, value in message.headers.items() if key != "redelivered"}
-    return {
-        "body": bytes(message.body),
-        "headers": headers,
-        "tag": message.delivery_tag,
-    } | properties
+    counted = ("redelivered", "gw-deliveries")
+    headers = {key: value for key, value in message.headers.items() if key not in counted}
+    return {"body": bytes(message.body), "headers": headers} | properties
 
 
 def foreign(**changes: Any) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def read(record: bytes) -> dict[str, Any]:
         ValueError: if it is not a record.
     """
     kept = codec.loads(record)
-    if not isinstance(kept, dict) or not isinstance(kept.get("id"), str):
+    names = ("id", "task")
+    if not isinstance(kept, dict) or not all(isinstance(kept.get(name), str) for name in names):
         raise ValueError(f"not the record of an input: {record[:100]!r}")
     return kept
 
@@ -103,8 +104,8 @@ class EarlyAcks:
 
     def remove_ended(self) -> None:
         backend, ended = self._app.backend, list(self._ended)
-        if ended:
-            backend.client.hdel(records_key(backend, self._own), *ended)
+        if ended and find.fields(backend.client, key := records_key(backend, self._own)):
+            backend.client.hdel(key, *ended)
         for _ in ended:
             self._ended.popleft()
 
@@ -112,10 +113,12 @@ class EarlyAcks:
         """Move the records of a lost worker to this one; ``lost`` is its start id."""
         backend = self._app.backend
         keys = [records_key(backend, start) for start in (lost, self._own)]
-        numbers = [number.decode() for number in backend.client.hkeys(keys[0])]
+        numbers = find.fields(backend.client, keys[0])
+        if numbers:
+            find.remove_foreign(backend.client, keys[1], "hash")
         for number in numbers:
             # An input that the lost worker had taken over keeps the name of the worker that ran it.
-            taken = number if "/" in number else f"{lost}/{number}"
+            taken = number if b"/" in number else f"{lost}/".encode() + number
             backend.client.eval(_TAKE_OVER, 2, *keys, number, taken)
         if numbers:
             logger.error(
@@ -128,17 +131,19 @@ class EarlyAcks:
         backend = self._app.backend
         mine = records_key(backend, self._own)
         is_done = True
-        for number, record in backend.client.hgetall(mine).items():
-            lost, is_taken_over, _ = number.decode().rpartition("/")
-            if not is_taken_over:
+        for number in find.fields(backend.client, mine):
+            name = number.decode(errors="replace")
+            lost, is_taken_over, _ = name.rpartition("/")
+            record = backend.client.hget(mine, number) if is_taken_over else None
+            if record is None:
                 continue
             try:
                 self._answer(backend, record, lost.rpartition(":")[0])
             except ValueError as exc:
-                logger.error("the unreadable record %s is dropped: %s", number.decode(), exc)
+                logger.error("the unreadable record %s is dropped: %s", name, exc)
             except Exception:
                 logger.exception(
-                    "the failure of lost input %s could not be stored; tried again", number.decode()
+                    "the failure of lost input %s could not be stored; tried again", name
                 )
                 is_done = False
                 continue
@@ -161,7 +166,7 @@ class EarlyAcks:
             f"such an input to another worker"
         )
         # The same rule as in Celery's request.
-        task, ignores = self._app.tasks.get(name), kept["ignore_result"]
+        task, ignores = self._app.tasks.get(name), kept.get("ignore_result")
         if ignores is None:
             ignores = getattr(task, "ignore_result", False)
         backend.mark_as_failure(

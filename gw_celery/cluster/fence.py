@@ -2,7 +2,8 @@
 
 The hold of a message names the incarnation of the worker that took it. When other workers declare
 this incarnation lost, they set its tombstone, and the input runs again elsewhere. What the lost
-worker stores after that, for example when it was frozen and wakes up, is refused.
+worker stores after that, for example when it was frozen and wakes up, is refused. The texts of
+errors that a worker stores are cut here, too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kombu.utils.encoding import bytes_to_str
 
 from gw_celery import background_thread, codec, errors
 from gw_celery.protocol import headers
-from gw_celery.transport import find, refusals
+from gw_celery.transport import find, holds, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +72,11 @@ def install(app: Any, derive: Callable[[Any], Any]) -> None:
     url = app.backend_cls or app.conf.result_backend
     if not isinstance(url, str):
         return
-    base, address = backends.by_url(url, app.loader)
+    named, address = backends.by_url(url, app.loader)
+    base = getattr(named, "gw_base", named)  # a second worker in this process
     name = f"Backend{next(_numbers)}"
-    globals()[name] = derive(base)
+    globals()[name] = derived = derive(base)
+    derived.gw_base = base
     # A name instead of the class: Celery 5.6 accepts nothing else.
     app.backend_cls = f"{__name__}:{name}" + (f"+{address}" if address else "")
     # Django's system checks, or a module of the project, may have used the backend already.
@@ -102,11 +105,48 @@ def fenced(base: Any) -> Any:
     Redis checks that in the same script that stores. For another backend we ask the broker's Redis
     before the store, so that a worker that is frozen between the two still stores.
     """
-    return _in_one_script(base) if issubclass(base, RedisBackend) else _after_a_check(base)
+    made = _in_one_script(base) if issubclass(base, RedisBackend) else _after_a_check(base)
+    return type(base.__name__, (_Bounded, made), {})
+
+
+class _Bounded:
+    """The part of a worker's result backend that cuts the texts of the errors that it stores."""
+
+    def prepare_exception(self, exc: Any, serializer: Any = None) -> Any:
+        prepared = super().prepare_exception(exc, serializer)  # type: ignore[misc]
+        if isinstance(prepared, dict):  # a serializer such as pickle gets the exception
+            prepared["exc_message"] = errors.cut_arguments(prepared["exc_message"])
+        return prepared
+
+    def store_result(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, **more: Any
+    ) -> Any:
+        if isinstance(traceback, str):
+            traceback = errors.cut_traceback(traceback)
+        store: Any = super().store_result  # type: ignore[misc]
+        return store(task_id, result, state, traceback=traceback, **more)
+
+
+def close_to(app: Any, incarnation: str, lifetime: int) -> None:
+    """Make the results' Redis refuse what a lost worker stores, for ``lifetime`` seconds."""
+    if isinstance(app.backend, RedisBackend):
+        key = holds.tombstone(find.results_prefix(app.backend), incarnation)
+        # On the broker's own Redis, the tombstone exists and names its declarer.
+        app.backend.client.set(key, "", ex=lifetime, nx=True)
+
+
+def is_grouped(backend: Any) -> bool:
+    """Return whether children group what they write to this backend into pipelines.
+
+    They do not for a backend derived from Redis, such as Sentinel, or for another one.
+    """
+    return getattr(backend, "gw_base", type(backend)) is RedisBackend
 
 
 def _in_one_script(base: Any) -> Any:
     class Fenced(base):
+        gw_base = base
+
         def _store_result(
             self,
             task_id: Any,
@@ -157,7 +197,7 @@ def _in_one_script(base: Any) -> Any:
                 raise errors.DeclaredLost(request.get("id"), hold)
 
         def _tomb(self, hold: str) -> str:
-            return f"{find.results_prefix(self)}gw:dead:{headers.incarnation_of(hold)}"
+            return holds.tombstone(find.results_prefix(self), headers.incarnation_of(hold))
 
         def run_script(self, *arguments: Any) -> Any:
             """Run ``STORE``; a restarted server has forgotten it, and learns it with EVAL."""
@@ -169,11 +209,6 @@ def _in_one_script(base: Any) -> Any:
         def exists(self, key: str) -> Any:
             return self.client.exists(key)
 
-        def probe(self) -> None:
-            """Raise if the server is away, or refuses to write, for now."""
-            self.run_script(*probe_of(self))
-
-    Fenced.__name__ = base.__name__
     return Fenced
 
 
@@ -196,8 +231,11 @@ def _after_a_check(base: Any) -> Any:
 
         def _is_dead(self, incarnation: str) -> bool:
             broker = self._broker
+            if broker is None:
+                return False
             try:
-                return bool(broker and broker.client().exists(broker.key("dead", incarnation)))
+                tombstone = holds.tombstone(broker.prefix, incarnation)
+                return bool(broker.client().exists(tombstone))
             except Exception as exc:  # a broker that is away must not hold up the results
                 logger.debug("it is unknown whether this worker was declared lost: %r", exc)
                 broker.close()
@@ -207,7 +245,6 @@ def _after_a_check(base: Any) -> Any:
         def _broker(self) -> Any:
             return find.redis_of(self.app, _CHECK_TIMEOUT)
 
-    Checked.__name__ = base.__name__
     return Checked
 
 
@@ -230,6 +267,7 @@ def _in_parent(base: Any, results: Results, around: Callable[..., Any]) -> Any:
             return results.call(super().run_script, *arguments)
 
         def probe(self) -> None:
+            """Raise if the server is away, or refuses to write, for now."""
             super().run_script(*probe_of(self))
 
     InParent.__name__ = base.__name__
@@ -282,7 +320,7 @@ class Results(background_thread.BackgroundThread):
         except Exception as exc:
             if not refusals.is_outage(exc):
                 raise
-            self.reason = f"{type(exc).__name__}: {exc}"
+            self.reason = errors.titled(exc)
             self.start()
             self.wake()
             raise errors.ResultsUnavailable(self.reason) from exc

@@ -10,8 +10,10 @@ import time
 import uuid
 from typing import Any
 
-from gw_celery.cluster import liveness, lost_workers
-from gw_celery.transport import find, holds
+from redis.exceptions import ResponseError
+
+from gw_celery.cluster import early_acks, liveness, lost_workers
+from gw_celery.transport import find, holds, refusals
 
 #: Seconds that each answer of Redis may take.
 _TIMEOUT = 5.0
@@ -51,11 +53,14 @@ class Holders:
         server, beats = self._beats()
         found = []
         for key in client.scan_iter(match=f"{_literal(prefix)}*"):
-            incarnation = key.decode().removeprefix(prefix)
+            try:
+                incarnation = key.decode().removeprefix(prefix)
+            except UnicodeDecodeError:
+                continue  # no worker has this name
             beat = beats.get(incarnation)
             held = Held(
                 incarnation=incarnation,
-                messages=client.hlen(key),
+                messages=_length(client, key),
                 silent=None if beat is None else max(0.0, server - float(beat)),
                 is_lost=bool(client.exists(holds.tombstone(self._broker.prefix, incarnation))),
             )
@@ -73,13 +78,14 @@ class Holders:
         before = self._watch()
         _, after = self._beats()
         given = {}
+        beating = {early_acks.start_of(name) for name in after if after[name] != before.get(name)}
         for held in self.listed():
             name = held.incarnation
-            beat = before.get(name)
-            if held.is_lost or (beat == after.get(name) and self._declare(name, beat)):
+            # Without any heartbeat, it was lost with data of Redis.
+            if held.is_lost or self._declare(name, before.get(name, b"")):
                 given[name] = held.messages
         answering = lost_workers.LostWorkers(self._app, f"gw-holds:{uuid.uuid4().hex}", _TIMEOUT)
-        answering.answer(list(given))
+        answering.answer({name: early_acks.start_of(name) in beating for name in given})
         for name in answering.answered:
             self._broker.client().zrem(self._alive, name)
         return given
@@ -97,10 +103,7 @@ class Holders:
                 return before
             time.sleep(_PERIOD)
 
-    def _declare(self, incarnation: str, beat: bytes | None) -> bool:
-        client, key = self._broker.client(), holds.tombstone(self._broker.prefix, incarnation)
-        if beat is None:  # its heartbeat was lost with data of Redis
-            return bool(client.set(key, "gw holds", ex=lost_workers.TOMBSTONE, nx=True))
+    def _declare(self, incarnation: str, beat: bytes) -> bool:
         return liveness.declare(self._broker, incarnation, beat, "gw holds") > 0
 
     def _beats(self) -> tuple[float, dict[str, bytes]]:
@@ -110,7 +113,18 @@ class Holders:
         # A script returns each time as the text that the script of a declaration compares.
         flat = client.eval(_BEATS, 1, self._alive)
         pairs = zip(flat[::2], flat[1::2], strict=True)
-        return seconds + microseconds / 1e6, {name.decode(): beat for name, beat in pairs}
+        return seconds + microseconds / 1e6, {
+            name.decode(errors="replace"): beat for name, beat in pairs
+        }
+
+
+def _length(client: Any, key: bytes) -> int:
+    try:
+        return int(client.hlen(key))
+    except ResponseError as exc:
+        if not refusals.is_wrong_type(exc):
+            raise
+        return 0  # giving it back deletes this key
 
 
 def holders(app: Any, ttl: float) -> Holders | None:

@@ -24,8 +24,10 @@ _LEFT = 60
 #: worker that declared this one lost. KEYS: alive, own tombstone, records; ARGV: own name, ttl, own
 #: record. A heartbeat more than a ttl ahead was written before the clock was set back.
 BEAT = """
-local declarer = redis.call('GET', KEYS[2])
-if declarer then return {'dead', declarer} end
+if redis.call('EXISTS', KEYS[2]) == 1 then
+  local declarer = redis.pcall('GET', KEYS[2])
+  return {'dead', type(declarer) == 'string' and declarer or '?'}
+end
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
 redis.call('ZADD', KEYS[1], string.format('%.3f', now), ARGV[1])
@@ -40,10 +42,11 @@ return {
 """
 #: Declares a worker lost and deletes its record, unless it has beaten since its heartbeat was read.
 #: Returns 1 if this call declared it, 2 if it was declared before, else 0. KEYS: alive, its
-#: tombstone, records; ARGV: its name, the heartbeat, the own name, lifetime of the tombstone.
+#: tombstone, records; ARGV: its name, the heartbeat ('' for none), the own name, lifetime of the
+#: tombstone.
 DECLARE = """
 if redis.call('EXISTS', KEYS[2]) == 1 then return 2 end
-if redis.call('ZSCORE', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+if (redis.call('ZSCORE', KEYS[1], ARGV[1]) or '') ~= ARGV[2] then return 0 end
 redis.call('SET', KEYS[2], ARGV[3], 'EX', ARGV[4])
 redis.call('HDEL', KEYS[3], ARGV[1])
 return 1
@@ -138,13 +141,13 @@ class Beats:
         if answer[0] == b"dead":
             # Others look once more for what it held without knowing of the tombstone.
             client.zadd(self.alive, {self._held.incarnation: 0})
-            self._begin_anew(answer[1].decode())
+            self._begin_anew(answer[1].decode(errors="replace"))
             return False
         if isinstance(self._shared, find.BrokerRedis):
             self._held.fresh_until = self._sent_at + self._ttl
         server, listed = float(answer[0]), [*answer[1], *answer[2]]
         is_trusted = self._trust.beat(self._sent_at, server)
-        self.silent = dict(zip(map(bytes.decode, listed[::2]), listed[1::2], strict=True))
+        self.silent = self._named(client, dict(zip(listed[::2], listed[1::2], strict=True)))
         # First, so that these workers are not handled again.
         while self._lost.answered:
             answered = self._lost.answered.popleft()
@@ -156,6 +159,22 @@ class Beats:
                 self._declare(client, incarnation, beat, is_late=is_late)
         return True
 
+    def _named(self, client: Any, silent: dict[bytes, bytes]) -> dict[str, bytes]:
+        """Return silent workers by name; remove heartbeats that no worker has written."""
+        named = {}
+        for incarnation, beat in silent.items():
+            try:
+                named[incarnation.decode()] = beat
+            except UnicodeDecodeError:
+                client.zrem(self.alive, incarnation)
+                logger.error("the heartbeat %.100r is no worker's: it is deleted", incarnation)
+        return named
+
+    def remove_foreign(self, client: Any) -> None:
+        """Delete the shared keys that something else has written with another type."""
+        for key, kind in ((self.alive, "zset"), (self.records, "hash")):
+            find.remove_foreign(client, key, kind)
+
     def leave(self, client: Any) -> None:
         """Give back what this worker still holds, and remove it from the records.
 
@@ -166,9 +185,10 @@ class Beats:
         # A command to take messages that is still on its way takes none.
         client.set(holds.tombstone(prefix, own), own, ex=_LEFT, nx=True)
         held_in = holds.key(prefix, own)
+        numbers = holds.numbers_of(client, held_in)
         if done := holds.grouped(self._held.acknowledged).get(own):
             client.hdel(held_in, *done)
-        given = holds.give_back(client, held_in, holds.numbers_of(client, held_in))
+        given = holds.give_back(client, held_in, numbers)
         if given:
             logger.info("%d unfinished messages are back in their queues", given)
         if self._lost.early is None or not self._lost.early.has_own():
@@ -202,5 +222,6 @@ class Beats:
 
     def _goes_on(self, client: Any, incarnation: str) -> bool:
         """Return whether a worker that was declared lost continues and runs its inputs."""
-        beating = {name.decode() for name in client.zrange(self.alive, 0, -1)} - set(self.silent)
+        alive = client.zrange(self.alive, 0, -1)
+        beating = {name.decode(errors="replace") for name in alive} - set(self.silent)
         return early_acks.start_of(incarnation) in map(early_acks.start_of, beating)

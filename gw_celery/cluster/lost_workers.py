@@ -9,12 +9,11 @@ from __future__ import annotations
 import collections
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from celery.backends.redis import RedisBackend
-
 from gw_celery import background_thread
-from gw_celery.cluster import early_acks
+from gw_celery.cluster import early_acks, fence
 from gw_celery.transport import find, holds
 
 logger = logging.getLogger(__name__)
@@ -40,10 +39,9 @@ class LostWorkers(background_thread.BackgroundThread):
         )
         self._app = app
         self._broker = _broker(app, timeout)
-        #: ``None`` with another result backend. Those derived from Redis (Sentinel) lack the
-        #: pipelines that write the records.
+        #: ``None`` with a result backend that lacks the pipelines that write the records.
         self.early: early_acks.EarlyAcks | None = None
-        if type(app.backend) is RedisBackend:
+        if fence.is_grouped(app.backend):
             self.early = early_acks.EarlyAcks(app, start)
         #: Lost worker -> whether its early acknowledged inputs were taken over; only once, because
         #: it may wake up.
@@ -62,9 +60,9 @@ class LostWorkers(background_thread.BackgroundThread):
         self.start()
         self.wake()
 
-    def answer(self, incarnations: list[str]) -> None:
-        """Answer for lost workers now, in the caller's thread."""
-        self._lost.update(dict.fromkeys(incarnations, False))
+    def answer(self, lost: Mapping[str, bool]) -> None:
+        """Answer for lost workers now, in the caller's thread; see ``take`` for each."""
+        self._lost = {**lost, **self._lost}
         self.run_round()
 
     def forget(self, numbers: list[int]) -> None:
@@ -98,7 +96,7 @@ class LostWorkers(background_thread.BackgroundThread):
             self.early.remove_ended()
 
     def _give_back(self, incarnation: str) -> None:
-        fence(self._app, incarnation)
+        fence.close_to(self._app, incarnation, TOMBSTONE)
         start = early_acks.start_of(incarnation)
         if self.early is not None and not self._lost[incarnation]:
             self.early.take_over(start)
@@ -119,14 +117,6 @@ class LostWorkers(background_thread.BackgroundThread):
 def _broker(app: Any, timeout: float) -> find.BrokerRedis | None:
     shared = find.redis_of(app, timeout)
     return shared if isinstance(shared, find.BrokerRedis) else None
-
-
-def fence(app: Any, incarnation: str) -> None:
-    """Make the results' Redis refuse what the lost worker stores from now on."""
-    if isinstance(app.backend, RedisBackend):
-        key = holds.tombstone(find.results_prefix(app.backend), incarnation)
-        # On the broker's own Redis, the tombstone exists and names its declarer.
-        app.backend.client.set(key, "", ex=TOMBSTONE, nx=True)
 
 
 def reclaim(broker: find.BrokerRedis, incarnation: str) -> int:

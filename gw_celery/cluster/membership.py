@@ -19,7 +19,7 @@ from gw_celery import background_thread
 from gw_celery.cluster import liveness, lost_workers, poison_counts, queue_lengths
 from gw_celery.policy import queue_time
 from gw_celery.protocol import snapshot, worker_record
-from gw_celery.transport import find, holds
+from gw_celery.transport import find, holds, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,9 @@ class Membership(background_thread.BackgroundThread):
         self._reading: Reading | None = None
         self._on_read: Callable[[], None] | None = None
         self._meets_until = 0.0
+        #: Keys of queues that are not lists, and names of records that cannot be read, as reported.
+        self._broken: set[str] = set()
+        self._unreadable: set[bytes] = set()
         #: Time of the first failed round since the last success.
         self._away_since: float | None = None
         self._next_look = self._next_beat = self._next_expiry = 0.0
@@ -221,7 +224,9 @@ class Membership(background_thread.BackgroundThread):
         if self._shared is not None and self._beats is not None:
             try:
                 self._exchange(self._shared, self._beats, now, is_look=is_look)
-            except BaseException:
+            except BaseException as exc:
+                if refusals.is_wrong_type(exc):
+                    self._beats.remove_foreign(self._shared.client())
                 self._shared.close()
                 self._beats.script, self._lists = "", None
                 self._away_since = self._away_since or now
@@ -295,10 +300,7 @@ class Membership(background_thread.BackgroundThread):
         if self.counts is not None:
             self.counts.answer(answers)
         if lists:
-            self._lengths = {
-                queue: queue_lengths.Length(sum(int(_checked(answers)) for _ in keys))
-                for queue, keys in lists.items()
-            }
+            self._lengths = self._summed(lists, answers)
         if is_beat:
             self._next_beat = now + _DUE * _BEAT
             if not beats.follow(client, answers):
@@ -312,20 +314,53 @@ class Membership(background_thread.BackgroundThread):
             self._follow_records(written, alive)
             self._next_records = now + _DUE * self._records_period
 
+    def _summed(
+        self, lists: Mapping[str, Sequence[str]], answers: Iterator[Any]
+    ) -> dict[str, queue_lengths.Length]:
+        """Return the length of each queue, without its keys that are not lists."""
+        lengths, broken = {}, {}
+        for queue, keys in lists.items():
+            total = 0
+            for key in keys:
+                if isinstance(answer := next(answers), int):
+                    total += answer
+                elif refusals.is_wrong_type(answer):
+                    broken[key] = queue
+                else:
+                    raise answer
+            lengths[queue] = queue_lengths.Length(total)
+        for key in broken.keys() - self._broken:
+            logger.error(
+                "the length of queue %s is unknown: the key %s in Redis is not a list. Delete or "
+                "rename this key",
+                *(broken[key], key),
+            )
+        self._broken = set(broken)
+        return lengths
+
     # -- records --
 
     def _follow_records(self, written: Mapping[bytes, bytes], alive: Sequence[bytes]) -> None:
         # A worker that restarted under the same name is listed twice for one ttl: the entry with
         # the last heartbeat counts.
-        newest = {}
+        newest, unreadable = {}, {}
         for name in alive:
             try:
                 record = worker_record.loads(written[name], name.decode())
-                newest[record.worker] = record
             except KeyError:
                 continue  # a heartbeat without a record
             except (ValueError, TypeError, RecursionError) as exc:
-                logger.debug("the record of %r cannot be read: %s", name, exc)
+                unreadable[name] = f"it is ignored: {exc}"
+                continue
+            newest[record.worker] = record
+            if record.unreadable:
+                unreadable[name] = f"these are ignored: {', '.join(record.unreadable)}"
+        for name in unreadable.keys() - self._unreadable:
+            logger.warning(
+                "the record %s of another worker cannot be read, %.300s",
+                *(name.decode(errors="replace"), unreadable[name]),
+            )
+        self._unreadable = set(unreadable)
         newest.pop(self._record.worker, None)
         self._known = tuple(newest.values())
         self._records_period = max(_BEAT, len(alive) / _WORKERS_A_SECOND)

@@ -21,10 +21,17 @@ _LIFETIME = 86_400
 _MOST = 10_000
 #: Adds to a count. The increment is 0 if the input was in flight together with others.
 _COUNT = """
-redis.call('INCRBY', KEYS[1], ARGV[1])
+local counted = redis.pcall('INCRBY', KEYS[1], ARGV[1])
+if type(counted) == 'table' then
+  local is_foreign = string.find(counted.err, 'WRONGTYPE') or string.find(counted.err, 'integer')
+  if not is_foreign then return counted end
+  redis.call('SET', KEYS[1], ARGV[1])
+end
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
 
+#: Maximum of a count; larger ones are not ours.
+_LARGEST = 1_000_000
 #: Ends the key of the second count.
 _RETURNS = ".returns"
 
@@ -109,5 +116,6 @@ class Shared:
 
 def _count(stored: Any) -> int | None:
     with contextlib.suppress(TypeError, ValueError):  # also if the value is not a count
-        return int(stored)
+        if 0 <= (count := int(stored)) <= _LARGEST:
+            return count
     return None

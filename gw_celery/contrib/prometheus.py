@@ -113,8 +113,8 @@ def _of_worker(worker: snapshot.Worker) -> Iterator[core.Metric]:
     yield is_open
     yield core.GaugeMetricFamily(
         "gw_outage",
-        "Whether nothing is consumed because results cannot be stored.",
-        value=bool(worker.outage),
+        "Whether an outage of the broker or the result backend pauses consuming.",
+        value=bool(worker.outage or worker.broker_outage),
     )
 
 

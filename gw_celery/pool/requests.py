@@ -23,7 +23,7 @@ from gw_celery.cluster import poison_counts
 from gw_celery.pool import request_table
 from gw_celery.pool.request_table import Limit, Result, Settlement, State
 from gw_celery.protocol import frames, headers
-from gw_celery.transport import holds, refusals
+from gw_celery.transport import refusals
 from gw_celery.worker.undecoded import Undecoded
 
 if TYPE_CHECKING:
@@ -110,6 +110,10 @@ class PoolRequest:
         self.child: ChildProcess | None = None
         #: Later deliveries of the same message, which get the same answer.
         self.deliveries: list[PoolRequest] = []
+        #: Whether its loss or its return is in the counts of ``PoisonCounter``.
+        self.is_counted = False
+        #: Called once its answer is given.
+        self.on_answer: Callable[[], None] = lambda: None
         self._leader: PoolRequest | None = None
         self._options = options
         self._pool = pool
@@ -126,9 +130,7 @@ class PoolRequest:
     @property
     def hold(self) -> str | None:
         """The name of its hold on a Redis broker; ``None`` on other brokers."""
-        properties = self.request.get("properties")
-        tag = properties.get("delivery_tag") if isinstance(properties, Mapping) else None
-        return tag if isinstance(tag, str) and holds.parts(tag) else None
+        return headers.hold_of(self.request)
 
     @property
     def message(self) -> Undecoded | None:
@@ -157,6 +159,7 @@ class PoolRequest:
 
         Raises:
             ResultsUnavailable: if so, and it cannot be stored for now.
+            DeclaredLost: if so, and another worker has it now.
         """
         revoked = getattr(self._celery_request, "revoked", None)
         if revoked is None:
@@ -164,7 +167,7 @@ class PoolRequest:
         try:
             if not revoked():
                 return False
-        except errors.ResultsUnavailable:
+        except (errors.ResultsUnavailable, errors.DeclaredLost):
             raise
         except Exception:
             logger.exception(
@@ -184,8 +187,11 @@ class PoolRequest:
     def reject(self) -> None:
         """Make the broker deliver it again, to a worker that is ready for it."""
         for delivery in (self, *self.deliveries):
-            delivery._reject(requeue=True)
-            worker_state.task_ready(delivery._celery_request)
+            delivery._give_back()
+
+    def _give_back(self) -> None:
+        self._reject(requeue=True)
+        worker_state.task_ready(self._celery_request)
 
     def _reject(self, *, requeue: bool) -> None:
         try:
@@ -245,17 +251,13 @@ class PoolRequest:
     def tell_soft_limit(self) -> None:
         self._call("timeout_callback", True, self.soft_limit)
 
-    def tell_broken(self, exc: BaseException) -> bool:
-        """Answer an input without an outcome with ``exc``; Celery acts on the class of ``exc``.
-
-        Returns:
-            Whether it is answered; if not, it was given back to the broker.
-        """
+    def tell_broken(self, exc: BaseException) -> None:
+        """Answer an input without an outcome with ``exc``; Celery acts on the class of ``exc``."""
         try:
             raise exc
         except BaseException:
             einfo = ExceptionInfo()
-        return self._answer("error_callback", einfo)
+        self._answer("error_callback", einfo)
 
     def tell_lost(self, reason: str) -> None:
         self.tell_broken(WorkerLostError(f"{reason} Job: {self.number}."))
@@ -265,24 +267,13 @@ class PoolRequest:
         self._answer("timeout_callback", False, self.hard_limit)
 
     def tell_report(self, report: frames.ReportFields) -> None:
-        """Pass a child's last report about the input on to Celery."""
+        """Pass the outcome that a child reports on to Celery."""
         if report[0] == frames.Report.DONE:
             self._answer("callback", (0, report[2], report[3]))
             return
-        if report[0] != frames.Report.ERROR:
-            if self.accepted_at is None and self.can_be_rejected:
-                self.reject()
-            else:
-                self.tell_lost("The replica dropped the input unanswered.")
-            return
         _, _, outcome, type_name, text, message, traceback, requeue = report
         stand_in = Reported(type_name, text, message, traceback)
-        if outcome == frames.Outcome.UNSTORED:
-            # The outcome is unknown, as after the loss of a child: our tasks return to the broker.
-            self.tell_lost(f"The outcome could not be stored: {text}")
-        elif outcome == frames.Outcome.FENCED:
-            self.reject()
-        elif outcome == frames.Outcome.INTERNAL:
+        if outcome == frames.Outcome.INTERNAL:
             self.tell_broken(stand_in)
         elif outcome == frames.Outcome.UNREADABLE:
             self._refuse(errors.UnreadableMessage(message))
@@ -296,16 +287,9 @@ class PoolRequest:
                 exc = Reject(message, requeue=requeue)
             self._answer("callback", (1, Einfo(exc, traceback), 0.0))  # the child has stored it
 
-    def _answer(self, name: CallbackName, *args: object) -> bool:
-        """Call Celery for each delivery; return False if one must wait for the result backend."""
-        is_answered = True
+    def _answer(self, name: CallbackName, *args: object) -> None:
         for delivery in (self, *self.deliveries):
-            # Only these store here; what a child reports, it has stored.
-            is_away = name != "callback" and self._pool.outage()
-            if is_away or not delivery.answer(name, args):
-                self._pool.requests.postpone(delivery, name, args)
-                is_answered = False
-        return is_answered
+            self._pool.requests.answer(delivery, name, args)
 
     def _refuse(self, exc: errors.UnreadableMessage) -> None:
         logger.critical(
@@ -321,37 +305,31 @@ class PoolRequest:
 
         An outcome that can never be stored becomes a stored failure, and is acknowledged.
         """
-        failed = self._call(name, *args)
-        request = self._celery_request
-        if failed is None or request is None:
-            return True
-        if isinstance(failed, errors.DeclaredLost):
-            if self._is_returnable:
-                self._reject(requeue=True)
-            return True
-        try:
-            if _can_wait(failed):
-                raise failed
-            if name != "callback":
-                _store_broken(request, failed)
-        except Exception as exc:
-            if _can_wait(exc):
-                return False
-            logger.exception("task %s[%s] has no stored outcome", self.name, self.task_id)
-        if request.task.acks_late:
-            request.acknowledge()
+        failed, request = self._call(name, *args), self._celery_request
+        if failed is not None and request is not None:
+            unstored = _store_instead(request, name, failed)
+            if isinstance(unstored, errors.DeclaredLost):  # another worker has it now
+                self._give_back()
+                return True
+            if unstored is not None:
+                if _can_wait(unstored):
+                    return False
+                logger.error(
+                    "task %s[%s] has no stored outcome",
+                    *(self.name, self.task_id),
+                    exc_info=unstored,
+                )
+            if request.task.acks_late:
+                request.acknowledge()
+        self.on_answer()
         return True
-
-    @property
-    def _is_returnable(self) -> bool:
-        request = self._celery_request
-        return request is not None and request.task.acks_late and not request.acknowledged
 
     def give_up_answer(self, *, is_closing: bool) -> bool:
         """Return the input to the broker instead; return False if the answer must still wait."""
-        if self._is_returnable:
-            self._pool.requests.note_return(self)
-            self._reject(requeue=True)
+        request = self._celery_request
+        if request is not None and request.task.acks_late and not request.acknowledged:
+            self._pool.requests.note_return(self._leader or self)
+            self._give_back()
             return True
         if is_closing:
             logger.error(
@@ -385,15 +363,36 @@ def _can_wait(exc: Exception) -> bool:
     return isinstance(exc, errors.ResultsUnavailable) or refusals.is_outage(exc)
 
 
-def _store_broken(request: Request, failed: Exception) -> None:
-    """Store a failure for a request, unless its callback had stored one before it failed."""
+def _store_instead(request: Request, name: CallbackName, failed: Exception) -> Exception | None:
+    """Store a failure if a callback failed before it stored the outcome.
+
+    Returns:
+        Why the outcome is not stored; ``None`` if it is.
+    """
+    if isinstance(failed, errors.ResultsUnavailable | errors.DeclaredLost):
+        return failed
+    if name == "callback" or _is_stored(request):  # the child stores before it reports
+        return None
+    if _can_wait(failed):
+        return failed
+    broken = errors.OutcomeNotStored(type(failed).__name__, "its callback failed", str(failed))
+    try:
+        request.task.backend.store_result(
+            request.id, broken, states.FAILURE, request=request._context
+        )
+    except Exception as exc:
+        return exc
+    return None
+
+
+def _is_stored(request: Request) -> bool:
+    """Return whether nothing is left to store: a hook or an errback may fail after the store."""
     backend = request.task.backend
     with contextlib.suppress(Exception):  # a backend that cannot be read
-        if backend.persistent and backend.get_state(request.id) in states.READY_STATES:
-            return
-    if request.store_errors:
-        broken = errors.OutcomeNotStored(type(failed).__name__, "its callback failed", str(failed))
-        backend.store_result(request.id, broken, states.FAILURE, request=request._context)
+        return not request.store_errors or (
+            backend.persistent and backend.get_state(request.id) in states.READY_STATES
+        )
+    return False
 
 
 class Postponed(NamedTuple):
@@ -511,8 +510,16 @@ class Requests:
 
     # -- what a child reports --
 
-    def follow(self, child: ChildProcess, report: frames.ReportFields, now: float) -> None:
+    def follow(
+        self, child: ChildProcess, report: frames.ReportFields, now: float, *, is_closing: bool
+    ) -> None:
         """Process a child's report about an input.
+
+        Args:
+            child: the child.
+            report: its report.
+            now: the current time.
+            is_closing: whether the worker shuts down, and has made its children drop inputs.
 
         Raises:
             Garbage: if the child does not hold the input.
@@ -536,53 +543,73 @@ class Requests:
             self._settle_withdrawn(held)
             return
         # The child releases the input, with or without an answer.
-        is_late = held.settlement is not None
+        before = held.settlement
+        settlement = Settlement.ANSWERED if _has_outcome(report) else Settlement.RETURNED
         self.table.move(
             held,
             State.ENDED,
             now,
-            settlement=None if is_late else Settlement.ANSWERED,
+            settlement=None if before else settlement,
             result=_result(report),
         )
         child.served += held.is_work
-        if kind == frames.Report.ERROR and report[2] == frames.Outcome.UNSTORED:
-            if not is_late:
-                self._return(held, report)
-        else:
-            if self._poison.knows(held.task_id):
-                self._poison.forget(held.task_id)
-            if not is_late:
-                held.tell_report(report)
+        if held.settlement is Settlement.ANSWERED and self._poison.knows(held.task_id):
+            self._poison.forget(held.task_id)
+        if before is None and settlement is Settlement.ANSWERED:
+            held.tell_report(report)
+        elif before is None:
+            self._return(held, report, is_closing=is_closing)
         self._pool.input_ended(child)
 
-    def _return(self, ended: PoolRequest, report: frames.ReportFields) -> None:
+    def _return(self, ended: PoolRequest, report: frames.ReportFields, *, is_closing: bool) -> None:
         """Let the broker deliver an input again, or give it up after ``gw_max_deaths`` returns."""
+        is_gone, has_begun = report[0] == frames.Report.GONE, ended.accepted_at is not None
+        is_fenced = not is_gone and report[2] == frames.Outcome.FENCED
+        if is_fenced or (is_closing and not has_begun):  # no input is to blame
+            ended.reject()
+            return
         self.note_return(ended)
+        why = "The replica dropped the input unanswered."
+        if not is_gone:
+            why = f"The outcome could not be stored: {report[4]}"
         if self._poison.is_poison(ended.task_id):
-            self._give_up_poison(ended, f"its outcome could not be stored: {report[4]}")
+            self._give_up_poison(ended, why)
+        elif has_begun or not ended.can_be_rejected:
+            # As after the loss of a child: our tasks return to the broker.
+            ended.tell_lost(why)
         else:
-            ended.tell_report(report)
+            ended.reject()
 
     def note_return(self, returned: PoolRequest) -> None:
-        """Count that an input goes back to the broker because its answer cannot be stored."""
-        self._poison.record_return(returned.task_id)
+        """Count, once, that an input goes back to the broker without an answer."""
+        if not returned.is_counted:
+            returned.is_counted = True
+            self._poison.record_return(returned.task_id)
 
     # -- answers in an outage of the result backend --
 
-    def postpone(
+    def answer(
         self, delivery: PoolRequest, callback: CallbackName, args: tuple[object, ...]
     ) -> None:
+        """Give an answer, or keep it while results cannot be stored."""
         until = time.monotonic() + self._settings.store_timeout
-        self.postponed.append(Postponed(delivery, callback, args, until))
+        answer = Postponed(delivery, callback, args, until)
+        if not self._give(answer):
+            self.postponed.append(answer)
 
     def answer_postponed(self, now: float, *, is_closing: bool) -> None:
         """Give the postponed answers when results can be stored, or the inputs back in time."""
         for _ in range(len(self.postponed)):
             answer = self.postponed.popleft()
-            if not self._pool.outage() and answer.delivery.answer(answer.callback, answer.args):
+            if self._give(answer):
                 continue
             if now < answer.until or not answer.delivery.give_up_answer(is_closing=is_closing):
                 self.postponed.append(answer)
+
+    def _give(self, answer: Postponed) -> bool:
+        # What a child reports, it has stored; the other answers are stored here.
+        is_away = answer.callback != "callback" and self._pool.outage()
+        return not is_away and answer.delivery.answer(answer.callback, answer.args)
 
     # -- other ends --
 
@@ -605,10 +632,11 @@ class Requests:
                 self._settle_withdrawn(sent)
 
     def holds(self) -> list[str]:
-        """Return the names of the holds of all inputs and their later deliveries."""
+        """Return the names of the holds of all unanswered inputs and their later deliveries."""
         here = self.table.of(State.CHECKING, State.WAITING, State.SENT, State.RUNNING)
         unsettled = [request for request in here if request.settlement is None]
         deliveries = [one for request in unsettled for one in (request, *request.deliveries)]
+        deliveries += [answer.delivery for answer in self.postponed]
         return [one.hold for one in deliveries if one.hold is not None]
 
     def keep_reserved(self) -> None:
@@ -713,6 +741,7 @@ class Requests:
         if not (is_closing or child.is_unfit):  # the inputs did not cause its end
             self._poison.record(lost)
         for begun in lost:
+            begun.is_counted = True
             if begun.accepted_at is None:
                 begun.tell_accepted(child.pid, at)
             if not is_closing and self._poison.is_poison(begun.task_id):
@@ -727,10 +756,11 @@ class Requests:
         """
         try:
             is_withdrawn = checked.settlement is None and checked.was_withdrawn()
-        except (
-            errors.ResultsUnavailable
-        ):  # it must not run: the broker delivers it after the outage
+        except (errors.ResultsUnavailable, errors.DeclaredLost) as exc:
+            # It must not run: the broker delivers it after the outage.
             self._settle(checked, Settlement.RETURNED)
+            if isinstance(exc, errors.ResultsUnavailable):
+                self.note_return(checked)
             checked.reject()
             return True
         if is_withdrawn and checked.settlement is None:
@@ -763,22 +793,30 @@ class Requests:
             f"{ended.name}[{ended.task_id}] {how}, and is not tried again (setting gw_max_deaths). "
             f"The last time: {reason}"
         )
-        if not ended.tell_broken(poisoned):
-            return  # this answer could not be stored either: it comes back, and does not run
-        if self._dead_letters is not None:
-            self._dead_letters.keep(ended, str(poisoned), deaths)
-        self._poison.forget(ended.task_id)
+
+        def bury() -> None:
+            if self._dead_letters is not None:
+                self._dead_letters.keep(ended, str(poisoned), deaths)
+            self._poison.forget(ended.task_id)
+
+        # If this answer cannot be stored either, the input comes back, and does not run.
+        ended.on_answer = bury
+        ended.tell_broken(poisoned)
 
 
 def _result(report: frames.ReportFields) -> Result:
     if report[0] == frames.Report.DONE:
         return Result.VALUE
+    if not _has_outcome(report) or report[-1]:  # the body has rejected it, with its return
+        return Result.GIVEN_BACK
+    return Result.REFUSED if report[3] == _REFUSED else Result.NO_VALUE
+
+
+def _has_outcome(report: frames.ReportFields) -> bool:
+    """Return whether a child has stored an outcome, or leaves the answer to Celery."""
     if report[0] != frames.Report.ERROR:
-        return Result.GIVEN_BACK
-    _, _, outcome, type_name, *_, requeue = report
-    if outcome == frames.Outcome.UNSTORED or requeue:
-        return Result.GIVEN_BACK
-    return Result.REFUSED if type_name == _REFUSED else Result.NO_VALUE
+        return bool(report[0] == frames.Report.DONE)
+    return report[2] not in (frames.Outcome.UNSTORED, frames.Outcome.FENCED)
 
 
 class PoisonCounter:

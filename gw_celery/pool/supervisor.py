@@ -294,7 +294,7 @@ class Supervisor:
             self.pool.slots_changed()
         else:
             held = child.requests.get(report[1])
-            self.requests.follow(child, report, now)
+            self.requests.follow(child, report, now, is_closing=self._is_closing)
             if held and kind == frames.Report.ERROR and report[3] == "builtins.MemoryError":
                 logger.error(
                     "%r is replaced: task %s[%s] raised MemoryError in it",

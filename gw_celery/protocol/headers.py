@@ -26,7 +26,7 @@ MOST_WORKLOAD = 1e12
 
 #: The name of a hold, in the place of the delivery tag: the incarnation of the worker that took the
 #: message, and a number.
-_HOLD = re.compile(r"[^/]+/[0-9]+")
+_HOLD = re.compile(r".+/[0-9]+", re.DOTALL)
 
 
 def finite(value: object) -> float | None:
@@ -69,12 +69,13 @@ def hold_of(request: Any) -> str | None:
     """Return the name of the hold of an input's message; ``None`` if its broker has no holds.
 
     Args:
-        request: the mapping of the request, or Celery's ``Context`` of it.
+        request: the mapping of the request, or Celery's ``Context`` of it. Celery also stores
+            failures with other objects, or without any: such an input has not run.
     """
-    properties = None if request is None else request.get("properties")
+    properties = request.get("properties") if hasattr(request, "get") else None
     tag = properties.get("delivery_tag") if isinstance(properties, Mapping) else None
     return tag if isinstance(tag, str) and _HOLD.fullmatch(tag) else None
 
 
 def incarnation_of(hold: str) -> str:
-    return hold.partition("/")[0]
+    return hold.rpartition("/")[0]

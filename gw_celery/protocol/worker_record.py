@@ -16,6 +16,8 @@ from gw_celery.protocol import headers, snapshot
 VERSION = 1
 #: Maximum values; larger ones are rejected, because they could block the code that uses them.
 _LARGEST = {float: 1e18, int: 1_000_000}
+#: Fields that only the reader sets.
+_NOT_TOLD = ("incarnation", "unreadable")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,8 @@ class WorkerRecord:
     services: Mapping[str, ServiceRecord] = dataclasses.field(default_factory=dict)
     #: Loads of the queues with published waits.
     loads: Mapping[str, QueueLoad] = dataclasses.field(default_factory=dict)
+    #: The keys of ``services`` and ``loads`` that are left out, because they cannot be read.
+    unreadable: tuple[str, ...] = ()
 
     @functools.cached_property
     def serves(self) -> str:
@@ -125,7 +129,7 @@ def of(
 
 
 def loads(written: str | bytes, incarnation: str = "") -> WorkerRecord:
-    """Return a record from its JSON.
+    """Return a record from its JSON, without the services and queues that cannot be read.
 
     Args:
         written: the JSON.
@@ -137,15 +141,34 @@ def loads(written: str | bytes, incarnation: str = "") -> WorkerRecord:
     told = json.loads(written)
     if not isinstance(told, dict) or told.get("version") != VERSION:
         raise ValueError(f"not a record of version {VERSION}: {written[:100]!r}")
-    parts = {name: _read(kind, told.get(name)) for name, kind in _told(WorkerRecord).items()}
-    return WorkerRecord(incarnation=incarnation, **parts)
+    parts: dict[str, Any] = {}
+    unreadable: list[str] = []
+    for name, kind in _told(WorkerRecord).items():
+        if typing.get_origin(kind) is Mapping:
+            parts[name] = _read_all(kind.__args__[1], told.get(name), unreadable)
+        else:
+            parts[name] = _read(kind, told.get(name))
+    return WorkerRecord(incarnation=incarnation, unreadable=tuple(unreadable), **parts)
+
+
+def _read_all(kind: Any, values: Any, unreadable: list[str]) -> dict[str, Any]:
+    """Return the readable ones of ``values``; add the keys of the others to ``unreadable``."""
+    if not isinstance(values, dict):
+        raise ValueError(f"not a {kind} by name: {values!r:.100}")
+    read = {}
+    for key, value in values.items():
+        try:
+            read[key] = _read(kind, value)
+        except ValueError:
+            unreadable.append(key)
+    return read
 
 
 @functools.cache
 def _told(cls: type) -> dict[str, Any]:
     """Return the declared type of each field of a record or part."""
     hints = typing.get_type_hints(cls)
-    return {name: kind for name, kind in hints.items() if name != "incarnation"}
+    return {name: kind for name, kind in hints.items() if name not in _NOT_TOLD}
 
 
 def _read(kind: Any, value: Any) -> Any:
@@ -167,6 +190,4 @@ def _read(kind: Any, value: Any) -> Any:
         if len(value) >= len(fields):  # a later version may have more fields
             values = zip(fields.items(), value, strict=False)
             return kind(**{name: _read(each, part) for (name, each), part in values})
-    elif typing.get_origin(kind) is Mapping and isinstance(value, dict):
-        return {key: _read(kind.__args__[1], part) for key, part in value.items()}
     raise ValueError(f"not a {kind}: {value!r:.100}")

@@ -19,20 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 class Outcomes:
-    """The part of a result backend that cuts errors, and stores a short one for one refused."""
-
-    def prepare_exception(self, exc: Any, serializer: Any = None) -> Any:
-        prepared = super().prepare_exception(exc, serializer)  # type: ignore[misc]
-        if isinstance(prepared, dict):  # a serializer such as pickle gets the exception
-            prepared["exc_message"] = errors.cut_arguments(prepared["exc_message"])
-        return prepared
+    """The part of a result backend that stores a short error for one that is refused."""
 
     def store_result(
         self, task_id: str, result: Any, state: str, traceback: Any = None, **more: Any
     ) -> Any:
         """Store an outcome; if an error cannot be stored, store a short one that says so."""
-        if isinstance(traceback, str):
-            traceback = errors.cut_traceback(traceback)
         store: Any = super().store_result  # type: ignore[misc]
         try:
             return store(task_id, result, state, traceback=traceback, **more)
@@ -44,11 +36,17 @@ class Outcomes:
 
     def mark_as_done(self, task_id: str, *args: Any, **options: Any) -> Any:
         super().mark_as_done(task_id, *args, **options)  # type: ignore[misc]
-        _note_answer(task_id)
+        if (input := _input_of(task_id)) is not None:
+            input.is_answered = True
 
     def mark_as_failure(self, task_id: str, *args: Any, **options: Any) -> Any:
+        """Store a failure and tell it, unless its input has its outcome: a hook raised after it."""
+        input = _input_of(task_id)
+        if input is not None and input.is_answered:
+            return
         super().mark_as_failure(task_id, *args, **options)  # type: ignore[misc]
-        _note_answer(task_id)
+        if input is not None:
+            input.is_answered = True
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **more: Any) -> Any:
         """Pass an outcome to its chord; log a chord that takes neither it nor a short error."""
@@ -91,10 +89,10 @@ def _is_final(state: str, refused: Exception) -> bool:
     return state in states.EXCEPTION_STATES
 
 
-def _note_answer(task_id: str) -> None:
+def _input_of(task_id: str) -> tracer.Input | None:
+    """Return the input of this tracer, unless ``task_id`` is that of another one, as in a chain."""
     input = tracer.current.get()
-    if input is not None and input.task_id == task_id:
-        input.is_answered = True
+    return input if input is not None and input.task_id == task_id else None
 
 
 def _log_untold(what: str, request: Any, refused: Exception) -> None:

@@ -42,7 +42,6 @@ _READS = ("get", "exists")
 _LINGER = 0.005
 #: Seconds after which a silent server counts as lost.
 _SOCKET_TIMEOUT = 5.0
-_LONGEST_REASON = 200
 
 
 def install(app: Any, around: Callable[..., Any], store_timeout: float, link: tracer.Link) -> None:
@@ -266,13 +265,12 @@ class Writer:
         if (reason is not None) == self._is_away:
             return
         self._is_away = reason is not None
-        text = ""
         if reason is None:
             self._log.end()
         else:
             self._log.begin(reason)
-            text = f"{type(reason).__name__}: {reason}"
-        self._link.report(frames.Report.OUTAGE, text[:_LONGEST_REASON])
+        text = "" if reason is None else errors.titled(reason)
+        self._link.report(frames.Report.OUTAGE, text)
 
     async def _pipeline(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         answers = await self._send(commands)
@@ -324,8 +322,15 @@ class EarlyAckRecords:
                 *(input.name, input.task_id, exc),
             )
             record = early_acks.write(input.request, None)
+        write = ("hset", self._key, str(input.number), record)
         try:
-            await self._backend.command("hset", self._key, str(input.number), record)
+            try:
+                await self._backend.command(*write)
+            except Exception as exc:
+                if not refusals.is_wrong_type(exc):
+                    raise
+                await self._backend.command("delete", self._key)  # it is ours
+                await self._backend.command(*write)
         except Exception as exc:
             logger.warning(
                 "task %s[%s] starts without a record, and has no answer if its worker is lost: %r",

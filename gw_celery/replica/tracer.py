@@ -494,7 +494,9 @@ class ReplicaInputs:
             try:
                 short = not_stored(input.task_id, exc, "it left Celery's tracer")
                 await self.call(input, functools.partial(self._store, input, short))
-                return failure(input.number, short, "")
+                # The worker replaces a child that is out of memory.
+                told = exc if isinstance(exc, MemoryError) else short
+                return failure(input.number, told, "")
             except Exception as unstored:
                 exc = unstored
         outcome = frames.Outcome.UNSTORED if input.is_traced else frames.Outcome.INTERNAL
@@ -505,8 +507,6 @@ class ReplicaInputs:
         return _error(input.number, outcome, exc, errors.repr_of(exc))
 
     def _store(self, input: Input, short: errors.OutcomeNotStored) -> None:
-        if input.is_answered:
-            return
         task, request = self._app.tasks.get(input.name), Context(input.request)
         is_ignored = input.request.get("ignore_result", getattr(task, "ignore_result", False))
         stores = not is_ignored or task is None or task.store_errors_even_if_ignored
@@ -545,7 +545,8 @@ def _decode(body: Any, content_type: str, content_encoding: Any) -> Any:
     except MemoryError:
         raise
     except Exception as exc:
-        raise errors.UnreadableMessage(f"the body cannot be decoded: {exc}") from exc
+        reason = f"the body cannot be decoded: {errors.text_of(exc)}"
+        raise errors.UnreadableMessage(reason) from exc
     return _checked(call)
 
 

@@ -8,12 +8,17 @@ time.
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from kombu.utils.encoding import bytes_to_str
 
+from gw_celery.transport import refusals
+
 if TYPE_CHECKING:
     import redis.asyncio
+
+logger = logging.getLogger(__name__)
 
 #: Parameters of a connection that only the synchronous client accepts.
 _SYNC_ONLY = ("max_connections", "retry", "retry_on_timeout", "driver_info")
@@ -135,6 +140,34 @@ class BrokerRedis(SharedRedis):
 class ResultsRedis(SharedRedis):
     def _connect(self) -> Any:
         return results_client(self._app.backend, self._timeouts["socket_timeout"])
+
+
+def remove_foreign(client: Any, key: str, kind: str) -> None:
+    """Delete and report a key of ours that something else has written with another type.
+
+    Args:
+        client: adds no prefix to keys.
+        key: may exist only as ``kind``.
+        kind: by the names of Redis's command TYPE.
+    """
+    if (other := bytes_to_str(client.type(key))) not in (kind, "none"):
+        client.delete(key)
+        logger.error(
+            "the key %s in Redis was a %s, but only workers of gw_celery may write it, as a %s: it "
+            "is deleted. Find out what wrote it",
+            *(key, other, kind),
+        )
+
+
+def fields(client: Any, key: str) -> list[bytes]:
+    """Return the fields of a hash of ours; none if it is not a hash, which is deleted."""
+    try:
+        return list(client.hkeys(key))
+    except Exception as exc:
+        if not refusals.is_wrong_type(exc):
+            raise
+        remove_foreign(client, key, "hash")
+        return []
 
 
 def results_client(backend: Any, timeout: float) -> Any:

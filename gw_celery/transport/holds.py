@@ -15,8 +15,10 @@ from typing import Any
 
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import dumps, loads
+from redis.exceptions import ResponseError
 
 from gw_celery.protocol import headers
+from gw_celery.transport import find, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ return redis.call('HDEL', KEYS[1], ARGV[1])
 """
 #: Holds that are given back in one round trip.
 _PAGE = 500
+#: No number of a hold has as many digits.
+_DIGITS = 19
 
 # Linux's CLOCK_BOOTTIME continues while the machine sleeps.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -197,20 +201,32 @@ def give_back(
         ResponseError: if Redis refuses some, such as for a queue that is no list; the others are
             returned.
     """
-    answers, waiting = [], sorted(numbers, reverse=True)
+    refusal: Exception | None = None
+    given, waiting = 0, sorted(numbers, reverse=True)
     while waiting:
         page, waiting = waiting[:_PAGE], waiting[_PAGE:]
+        lists = []
         with client.pipeline(transaction=False) as pipe:
             for number, held in zip(page, client.hmget(held_in, page), strict=True):
-                if held is not None:
-                    listed, _, message = held.partition(b"\n")
+                listed, is_hold, message = (held or b"").partition(b"\n")
+                if is_hold:
                     again = _again(message, is_lost=is_lost)
                     pipe.eval(GIVE, 2, held_in, listed, number, again, command)
-            answers += pipe.execute(raise_on_error=False)
-    for refusal in answers:
-        if isinstance(refusal, Exception):
-            raise refusal
-    return sum(answers)
+                    lists.append(listed)
+                elif held is not None:
+                    _remove_foreign(client, held_in, number)
+            answers = pipe.execute(raise_on_error=False)
+        for listed, answer in zip(lists, answers, strict=True):
+            if not isinstance(answer, Exception):
+                given += answer
+            elif refusals.is_wrong_type(answer):
+                queue = listed.decode(errors="replace")
+                refusal = ResponseError(f"{queue} is not a list, messages wait for it: {answer}")
+            else:
+                refusal = answer
+    if refusal is not None:
+        raise refusal
+    return given
 
 
 def _again(message: bytes, *, is_lost: bool) -> bytes | str:
@@ -229,5 +245,16 @@ def _again(message: bytes, *, is_lost: bool) -> bytes | str:
 
 
 def numbers_of(client: Any, held_in: str) -> Sequence[int]:
-    """Return the numbers of all holds under a key."""
-    return [int(number) for number in client.hkeys(held_in) if number.isdigit()]
+    """Return the numbers of all holds under a key; remove what is none."""
+    numbers = []
+    for field in find.fields(client, held_in):
+        if field.isdigit() and len(field) < _DIGITS:
+            numbers.append(int(field))
+        else:
+            _remove_foreign(client, held_in, field)
+    return numbers
+
+
+def _remove_foreign(client: Any, held_in: str, field: Any) -> None:
+    client.hdel(held_in, field)
+    logger.error("the field %.100r of %s holds no message: it is deleted", field, held_in)

@@ -18,6 +18,8 @@ CODES = (
 #: of an error in a pipeline after the command.
 _IN_TEXT = re.compile(rf"^(?:{'|'.join(CODES)})\b|: -?(?:{'|'.join(CODES)})\b")
 
+_WRONG_TYPE = re.compile(r"^WRONGTYPE\b|: -?WRONGTYPE\b")
+
 
 def is_refusal(exc: BaseException) -> bool:
     """Return whether ``exc`` is the answer of a Redis that refuses a command for now."""
@@ -31,6 +33,13 @@ def is_refusal(exc: BaseException) -> bool:
     if isinstance(exc, tuple(getattr(known, name) for name in classes if hasattr(known, name))):
         return True
     return isinstance(exc, known.ResponseError) and _IN_TEXT.search(str(exc)) is not None
+
+
+def is_wrong_type(exc: BaseException) -> bool:
+    """Return whether ``exc`` means that something else has written a key with another type."""
+    from redis import exceptions as known
+
+    return isinstance(exc, known.ResponseError) and _WRONG_TYPE.search(str(exc)) is not None
 
 
 #: Exceptions of other servers, by the name that all database drivers, Django and kombu give them.

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from queue import Empty
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import InvalidResponse, NoPermissionError, NoScriptError, ResponseError
 
 from gw_celery import errors
-from gw_celery.transport import holds, refusals
+from gw_celery.transport import find, holds, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -62,24 +62,33 @@ class QoS(redis.QoS):
 
     def ack(self, delivery_tag: str) -> None:
         """Free a place in the prefetch count now; the channel writes to Redis soon."""
-        virtual.QoS.ack(self, delivery_tag)
+        channel = self._free(delivery_tag)
         if holds.parts(delivery_tag) is None:
             return
-        held = self.channel.holds
-        held.acknowledged.append(delivery_tag)
-        # After a lost connection, the message comes from another channel than the present one.
-        if (channel := held.channel) is not None:
-            if channel is not self.channel and delivery_tag in channel.qos._delivered:
-                virtual.QoS.ack(channel.qos, delivery_tag)
+        self.channel.holds.acknowledged.append(delivery_tag)
+        if channel is not None:
             channel.schedule_flush()
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Drop a message, or put it behind all others of its queue."""
-        if requeue and holds.parts(delivery_tag) is not None:
-            virtual.QoS.ack(self, delivery_tag)
-            self.channel.give_back([delivery_tag], "LPUSH")
-        else:
+        if not requeue or holds.parts(delivery_tag) is None:
             self.ack(delivery_tag)
+        elif (channel := self._free(delivery_tag)) is not None:
+            channel.give_back([delivery_tag], "LPUSH")
+        # Without a connection, the next one finds a hold that the pool does not know.
+
+    def _free(self, delivery_tag: str) -> Channel | None:
+        """Free a place in the prefetch count; return the channel that writes about the message.
+
+        After a lost connection, this is another one than the channel that brought the message.
+        """
+        virtual.QoS.ack(self, delivery_tag)
+        channel: Channel | None = self.channel.holds.channel
+        if channel is None:
+            return None if self.channel.closed else self.channel
+        if channel is not self.channel and delivery_tag in channel.qos._delivered:
+            virtual.QoS.ack(channel.qos, delivery_tag)
+        return channel
 
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """Return nothing: the holds outlive the channel, and ``cluster`` returns the last ones."""
@@ -149,7 +158,7 @@ class Channel(redis.Channel):
 
     def __init__(self, connection: Any, **kwargs: Any) -> None:
         self.holds: holds.Holds = connection.client.holds
-        #: Queues whose keys are not lists.
+        #: Queues and binding keys of another type, which were reported.
         self._broken: set[str] = set()
         #: Arguments of bindings that Redis refused.
         self._unbound: list[tuple[Any, ...]] = []
@@ -191,17 +200,30 @@ class Channel(redis.Channel):
         try:
             super()._queue_bind(*args)
         except ResponseError as exc:
+            if refusals.is_wrong_type(exc):
+                self._report_broken_binding(args[0], exc)
+                return
             if not refusals.is_refusal(exc):
                 raise
             self._unbound.append(args)
             self.pause(exc)
+
+    def _report_broken_binding(self, exchange: str, exc: ResponseError) -> None:
+        key = f"{self.global_keyprefix}{self.keyprefix_queue % (exchange,)}"
+        if key not in self._broken:
+            self._broken.add(key)
+            logger.error(
+                "the key %s in Redis is not a set (%s): its queues are served, but messages of the "
+                "exchange %s may not reach them. Delete this key, and restart the workers",
+                *(key, exc, exchange),
+            )
 
     def _size(self, queue: str) -> int:
         """Return the length of a queue; 0 if Redis refuses to answer now."""
         try:
             return int(super()._size(queue))
         except ResponseError as exc:
-            if not refusals.is_refusal(exc):
+            if not (refusals.is_refusal(exc) or refusals.is_wrong_type(exc)):
                 raise
             return 0
 
@@ -334,7 +356,7 @@ class Channel(redis.Channel):
         """Ask nothing for a second, because Redis refused a command."""
         self._paused_until = time.monotonic() + PAUSE
         self.has_backlog = True
-        if refusals.is_refusal(exc):
+        if refusals.is_refusal(exc) or refusals.is_wrong_type(exc):
             self._check_at = 0.0  # some messages may not have been given back
         self.holds.refuse(exc)
 
@@ -365,8 +387,8 @@ class Channel(redis.Channel):
         except ResponseError as exc:
             if refusals.is_refusal(exc):
                 self.pause(exc)
-            # Else a key is not a list: the script reports it, and serves the other queues.
-            self.has_backlog = True
+            self._report_broken_lists(self.active_queues)
+            self.has_backlog = True  # the script serves the other queues
             self._paused_until = time.monotonic() + PAUSE
             raise Empty from exc
         finally:
@@ -435,7 +457,8 @@ class Channel(redis.Channel):
 
     def _deliver_taken(self, taking: _Taking, answer: list[Any]) -> bool:
         taken = list(zip(answer[::2], answer[1::2], strict=True))
-        self._note_broken(taking, [(-index, text) for index, text in taken if index < 0])
+        if broken := {taking.queues[-index - 1] for index, _ in taken if index < 0}:
+            self._report_broken_lists(sorted(broken))
         taken = [(index, item) for index, item in taken if index > 0]
         # If fewer messages than requested come, the lists were empty after them.
         is_cut = sum(len(item) for _, item in taken) >= LARGEST
@@ -457,16 +480,23 @@ class Channel(redis.Channel):
             self.give_back([left["properties"]["delivery_tag"] for _, left in messages])
         return True
 
-    def _note_broken(self, taking: _Taking, broken: list[tuple[int, bytes]]) -> None:
-        """Log each queue once whose key has another type; the other queues are served."""
-        found = {taking.queues[index - 1]: bytes_to_str(text) for index, text in broken}
-        for queue in found.keys() - self._broken:
-            logger.error(
-                "the queue %s cannot be read: its key in Redis is not a list (%s). Delete or "
-                "rename what wrote this key",
-                *(queue, found[queue]),
-            )
-        self._broken |= found.keys()
+    def _report_broken_lists(self, queues: list[str]) -> None:
+        """Log each key of ``queues`` once that is not a list; the other queues are served."""
+        for queue, key in self._lists(queues):
+            if key in self._broken:
+                continue
+            try:
+                kind = bytes_to_str(self.plain_client.type(key))
+            except ResponseError as exc:
+                logger.debug("the type of %s is unknown: %r", key, exc)
+                continue
+            if kind not in ("list", "none"):
+                self._broken.add(key)
+                logger.error(
+                    "the queue %s cannot be read: the key %s in Redis is a %s, not a list. Delete "
+                    "or rename this key",
+                    *(queue, key, kind),
+                )
 
     def _messages(
         self, taking: _Taking, taken: list[tuple[int, bytes]]
@@ -492,10 +522,25 @@ class Channel(redis.Channel):
         """Return messages to their queues; after an error, the next search finds them."""
         try:
             for incarnation, numbers in holds.grouped(tags).items():
-                held_in, found = self._held_in(incarnation), map(int, numbers)
-                holds.give_back(self.plain_client, held_in, found, command=command)
+                self._give_back(self._held_in(incarnation), map(int, numbers), command)
         except ResponseError as exc:
             self.pause(exc)
+
+    def _give_back(self, held_in: str, numbers: Iterable[int], command: str = "RPUSH") -> int:
+        """Return messages to their queues, and the number of them; log a key that is not a list.
+
+        Raises:
+            ResponseError: if Redis refuses that for now.
+        """
+        try:
+            return holds.give_back(self.plain_client, held_in, numbers, command=command)
+        except ResponseError as exc:
+            if not refusals.is_wrong_type(exc):
+                raise
+            if str(exc) not in self._broken:
+                self._broken.add(str(exc))
+                logger.error("messages cannot be given back: %s", exc)
+            return 0
 
     def _give_back_unknown(self) -> None:
         """Return the messages of holds that this process does not know.
@@ -503,12 +548,16 @@ class Channel(redis.Channel):
         Redis has taken them, but its answer was lost; or Celery forgot them with a connection; or
         a failover of Redis has undone their acknowledgement.
         """
-        held_in = self._held_in(self.holds.incarnation)
-        known = {*self.qos._delivered, *self.holds.in_use(), *self.holds.acknowledged}
+        own = self.holds.incarnation
+        held_in = self._held_in(own)
+        unknown = set(holds.numbers_of(self.plain_client, held_in))
+        for incarnation in holds.grouped(self.holds.acknowledged).keys() - {own}:
+            find.fields(self.plain_client, self._held_in(incarnation))
+        delivered = self.qos._delivered.keys() - self.qos._dirty  # without what was given back
+        known = {*delivered, *self.holds.in_use(), *self.holds.acknowledged}
         listed = itertools.chain.from_iterable(holds.grouped(known).values())
-        unknown = set(holds.numbers_of(self.plain_client, held_in)) - set(map(int, listed))
-        if unknown:
-            given = holds.give_back(self.plain_client, held_in, unknown)
+        if unknown := unknown.difference(map(int, listed)):
+            given = self._give_back(held_in, unknown)
             logger.info("%d messages that this worker did not start are given back", given)
 
     def schedule_flush(self) -> None:

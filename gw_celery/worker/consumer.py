@@ -23,7 +23,7 @@ from kombu.common import ignore_errors
 from kombu.message import Message
 
 from gw_celery import conf, errors
-from gw_celery.transport import find, transport
+from gw_celery.transport import find, refusals, transport
 from gw_celery.worker import undecoded
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,10 @@ _BOUNDED: dict[str, Callable[[], Any]] = {
 }
 #: kombu's optional methods, for which no bound can be set.
 _REFUSED = ("application/x-brotli", "application/zstd")
+#: Reply code with which RabbitMQ closes the channel of an unanswered message.
+_PRECONDITION_FAILED = 406
+#: Seconds before a message is given back that must not run.
+_PAUSE = 1.0
 _ACKNOWLEDGEMENTS = ("ack_log_error", "reject_log_error")
 
 
@@ -56,6 +60,26 @@ class Consumer(CeleryConsumer):
 
     Only workers with the GPU pool use it.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        loop: Callable[..., Any] = self.loop  # type: ignore[has-type]
+        self.loop = functools.partial(self._run_loop, loop)
+
+    def _run_loop(self, loop: Callable[..., Any], *args: Any) -> None:
+        """Run Celery's loop; a channel closed by RabbitMQ's consumer_timeout ends no worker."""
+        try:
+            loop(*args)
+        except self.channel_errors as exc:
+            if getattr(exc, "code", None) != _PRECONDITION_FAILED or "timed out" not in str(exc):
+                raise
+            logger.error(
+                "an input ran for over RabbitMQ's consumer_timeout, so that all inputs of this "
+                "worker are delivered again and may run twice: set consumer_timeout over the "
+                "longest time limit: %s",
+                exc,
+            )
+            raise ConnectionResetError("RabbitMQ closed the channel") from exc
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
         connection = self.app.connection_for_read(heartbeat=heartbeat)
@@ -94,16 +118,26 @@ class Consumer(CeleryConsumer):
             except (*self.connection_errors, MemoryError):
                 raise
             except (errors.ResultsUnavailable, errors.DeclaredLost) as exc:
-                # It was revoked or has expired, and that cannot be stored.
-                logger.info("the message of task %s is given back: %s", message.headers["id"], exc)
-                delivered.reject_log_error(logger, self.connection_errors, requeue=True)
-                self.pool.slots_changed()  # the queues close at once, or it would come again
+                self._give_back_later(message, exc)
             except Exception as exc:
+                if refusals.is_outage(exc):  # of another result backend than Redis
+                    self._give_back_later(message, exc)
+                    return
                 # Otherwise the exception would end this worker, and then the next one that gets the
                 # message.
                 self._reject(message, exc)
 
         return guarded
+
+    def _give_back_later(self, message: Any, exc: Exception) -> None:
+        """Give back a message that was revoked or has expired, which cannot be stored for now.
+
+        It waits here first: it would come again and again until the queues are closed.
+        """
+        logger.info("the message of task %s is given back: %s", message.headers["id"], exc)
+        arguments = logger, self.connection_errors
+        self.timer.call_after(_PAUSE, message.reject_log_error, arguments, {"requeue": True})
+        self.pool.slots_changed()
 
     def _reject(self, message: Any, exc: Exception) -> None:
         headers = message.headers if isinstance(message.headers, dict) else {}
@@ -137,7 +171,6 @@ class Consumer(CeleryConsumer):
         )
         request.reply_to = message.properties.get("reply_to")
         request.correlation_id = message.properties.get("correlation_id")
-        exc.args = tuple(errors.cut_arguments(exc.args))
         try:
             self.app.backend.mark_as_failure(headers["id"], exc, request=request)
         except Exception:

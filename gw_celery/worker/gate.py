@@ -240,6 +240,8 @@ class GateStep(bootsteps.StartStopStep):
     def start(self, consumer: Any) -> None:
         driver = consumer.connection.transport.driver_type
         is_quorum, _ = detect_quorum_queues(consumer.app, driver)
+        # RabbitMQ may deliver while the gate consumes; Celery sets this only when its loop starts.
+        consumer.task_consumer.on_message = consumer.create_task_handler()
         consumer.pool.gate.attach(consumer, is_per_queue=is_quorum)
 
     def stop(self, consumer: Any) -> None:

@@ -8,6 +8,7 @@ without the broker, children or Django, because they must report a worker that h
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
 import importlib
 import json
@@ -52,13 +53,15 @@ class Reply(NamedTuple):
 
 
 def is_ready(worker: snapshot.Worker) -> Verdict:
-    """Check whether a replica takes inputs of each service, and results can be stored.
+    """Check whether a replica takes inputs of each service, and no outage pauses the worker.
 
     A worker that needs no replica now is ready: it starts one when work arrives.
     """
     if worker.is_stopping:
         return Verdict(is_ok=False, why=("the worker stops",))
     outage = [f"results cannot be stored: {worker.outage}"] if worker.outage else []
+    if worker.broker_outage:
+        outage.append(f"consuming is paused: {worker.broker_outage}")
     if worker.desired == 0:
         return Verdict(is_ok=not outage, why=(*outage, "no replica is wanted now"))
     served = [key for key in worker.ready_slots if key != services.PLAIN] or [services.PLAIN]
@@ -165,13 +168,22 @@ class Health(BackgroundThread):
             case "/livez":
                 return self._reply(self._is_alive())
             case "/readyz":
-                return self._reply(is_ready(self._seen))
+                return self._reply(is_ready(self._current()))
             case "/startupz":
                 why = () if self._has_started else ("no replica has been ready yet",)
                 return self._reply(Verdict(is_ok=self._has_started, why=why))
             case "/metrics":
                 return self._metrics()
         return None
+
+    def _current(self) -> snapshot.Worker:
+        """Return the last snapshot; a loop that waits for the broker makes no new one."""
+        seen, since = self._seen, self._connecting_since
+        if since is None:
+            return seen
+        silence = time.monotonic() - since
+        reason = f"no connection to the broker for {silence:.0f} s"
+        return dataclasses.replace(seen, broker_outage=reason)
 
     def _is_alive(self) -> Verdict:
         since, now = self._connecting_since, time.monotonic()
@@ -202,7 +214,7 @@ class Health(BackgroundThread):
         except errors.ConfigurationError as exc:
             body = f"{exc}\n".encode()
             return Reply(status=501, body=body, content_type="text/plain; charset=utf-8")
-        page = renderer.Page(lambda: self._seen, self._queues)
+        page = renderer.Page(self._current, self._queues)
         return Reply(body=page(), content_type=page.content_type)
 
 

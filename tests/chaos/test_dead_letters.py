@@ -164,7 +164,8 @@ def test_more_are_listed_than_are_read_at_a_time_the_oldest_first(
     worker.wait_for_log("is a dead letter in the queue gw.dead")
     with client.connection_for_write() as connection:
         for name in ids[1:]:  # as other workers write them
-            connection.Producer().publish([], routing_key="gw.dead", headers={"id": name})
+            headers = {"id": name, "task": "x", "gw-dead-exchange": "", "gw-dead-routing-key": "y"}
+            connection.Producer().publish([], routing_key="gw.dead", headers=headers)
     assert [letter["id"] for letter in lying(worker)] == ids
 
 

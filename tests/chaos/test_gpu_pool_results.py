@@ -244,7 +244,7 @@ def test_an_outcome_that_the_worker_stores_waits_for_the_results_too(
     kind: str,
 ) -> None:
     # Nothing else is stored: this process is the first that hears of the outage.
-    worker = start_pooled(settings={"gw_worker_ttl": None})
+    worker = start_pooled()
     task_id = start(app)
     (pid,) = eventually(lambda: pooling.began(ledger_path, "limited"))
     with results.being(kind):
@@ -281,11 +281,14 @@ def test_an_input_that_must_not_run_waits_for_the_results(
     start_pooled: Callable[..., WorkerProcess],
     results: Outage,
     app: Celery,
+    broker_url: str,
     ledger_path: Path,
     kind: str,
     is_expired: bool,
 ) -> None:
     worker = start_pooled()
+    # Celery sends it with a lifetime, after which RabbitMQ delivers a message to nobody.
+    is_deleted = is_expired and broker_url.startswith("amqp")
     task_id = uuid.uuid4().hex
     options: dict[str, Any] = {"queue": "cpu.four", "task_id": task_id}
     if is_expired:
@@ -297,10 +300,11 @@ def test_an_input_that_must_not_run_waits_for_the_results(
         app.send_task("pooled.four", ("never", 0.0), **options)
         paused(worker, app)
         assert pooling.ask(worker, "ping", app) == {"ok": "pong"}
-        eventually(lambda: queued(app) == 1, 20)
-    eventually(lambda: status_of(results, task_id) == "REVOKED", 40)
-    assert pooling.began(ledger_path, "never") == []
+        worker.wait_for_log(f"{task_id} is given back: ", 20)
+        eventually(lambda: queued(app) == (0 if is_deleted else 1), 20)
+    assert is_deleted or eventually(lambda: status_of(results, task_id) == "REVOKED", 40)
     assert is_stored(results, send(app, 0.0, ["after"]))
+    assert pooling.began(ledger_path, "never") == []
     assert said(worker, "is given back: ") < 10
 
 

@@ -129,5 +129,6 @@ def test_a_child_that_lacks_file_descriptors_for_a_moment_stays(worker: WorkerPr
     assert forking.Desk().opens.delay().get(timeout=20) == child
 
 
-def test_a_child_writes_no_core_file(worker: WorkerProcess) -> None:
-    assert forking.core_limit.delay().get(timeout=20) == (0, 0)
+def test_a_child_and_what_it_starts_write_no_core_file(worker: WorkerProcess) -> None:
+    assert forking.core_limits.delay().get(timeout=20) == ["0 0", "0 0"]
+    assert forking.plain_core_limit.delay().get(timeout=20) == [0, 0]

@@ -77,7 +77,7 @@ def test_a_worker_that_is_frozen_leaves_an_old_file(
     assert eventually(lambda: age(file) < 3, 20)
 
 
-def test_a_worker_whose_broker_is_away_is_alive_and_as_ready_as_it_was(tmp_path: Path) -> None:
+def test_a_worker_whose_broker_is_away_is_alive_and_not_ready(tmp_path: Path) -> None:
     file = tmp_path / "alive"
     settings = {
         "gw_health_port": 0,
@@ -94,9 +94,12 @@ def test_a_worker_whose_broker_is_away_is_alive_and_as_ready_as_it_was(tmp_path:
             status, said = ask(worker, "/livez")
             assert (status, said["ok"]) == (200, True)
             assert "connects to the broker" in said["why"][0]
-            assert ask(worker, "/readyz")[0] == 200
+            status, said = ask(worker, "/readyz")
+            assert (status, said["ok"]) == (503, False)
+            assert "no connection to the broker" in said["why"][-1]
             assert age(file) < 5
             broker.start()
+            assert eventually(lambda: statuses(worker) == [200] * 3, 20)
 
 
 def test_a_port_in_use_ends_the_worker_at_its_start_with_the_remedy(

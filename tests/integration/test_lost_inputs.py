@@ -12,6 +12,7 @@ from celery import Celery
 from celery.backends.redis import RedisBackend
 from celery.exceptions import WorkerLostError
 
+from gw_celery.cluster import fence
 from gw_celery.testing import Server
 from tests import pooling
 from tests.cluster_harness import Answerer, Project, leave_record
@@ -164,15 +165,18 @@ def test_a_worker_that_stops_while_inputs_of_it_are_on_record_will_be_answered_f
     assert not server.exists("gw:alive")
 
 
-def test_no_worker_answers_without_redis_or_where_none_is_declared_lost(
-    client: Celery, server: redis.Redis
+def test_a_pool_records_early_inputs_beside_results_in_redis(
+    client: Celery, server: redis.Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Project(client, server).add("w@h").answers_for_others
-    assert not Project(client, server, ttl=None).add("w@h").answers_for_others
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("CELERY_RESULT_BACKEND")
-        with Celery("files", backend="cache+memory://", set_as_current=False) as app:
-            assert not Project(app, server).add("w@h").answers_for_others
+    project = Project(client, server)
+    assert project.add("plain@h").records_early
+    fence.install_in_parent(client)
+    assert project.add("pool@h").records_early
+    monkeypatch.delenv("CELERY_RESULT_BACKEND")
+    for backend in ("cache+memory://", "sentinel://localhost:1"):
+        with Celery("other", broker=redis_url, backend=backend, set_as_current=False) as app:
+            fence.install_in_parent(app)
+            assert not Project(app, server).add("pool@h").records_early
 
 
 def test_what_a_lost_worker_runs_after_it_woke_up_is_not_taken_from_it(
@@ -202,4 +206,4 @@ def test_records_lie_beside_the_results_under_their_prefix(
     assert client.backend.client.keys("*gw:*") == [f"shop_{RECORDS}".encode()]
     assert answer(other(client))
     assert client.AsyncResult("a").state == "FAILURE"
-    assert client.backend.client.keys("*gw:*") == []
+    assert client.backend.client.keys("*gw:*") == [f"shop_gw:dead:{INCARNATION}".encode()]

@@ -8,8 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery import Celery
 from click.testing import CliRunner, Result
 from kombu import pidbox
+
+from gw_celery.cluster import held
 
 
 def gw(line: str, app: Any) -> Result:
@@ -107,11 +110,22 @@ def test_a_worker_is_shown_with_its_queues_and_replicas(typed: Typed) -> None:
     ]
 
 
-def test_a_worker_that_cannot_store_results_says_why_it_takes_nothing(typed: Typed) -> None:
-    away = worker(outage="ConnectionError(refused)")
-    assert typed("status", {"a@host": away}).output.splitlines() == [
+@pytest.mark.parametrize(
+    ("outage", "shown"),
+    [
+        (
+            {"outage": "ConnectionError(refused)"},
+            ", results cannot be stored: ConnectionError(refused)",
+        ),
+        ({"broker_outage": "ReadOnlyError: no"}, ": ReadOnlyError: no"),
+    ],
+)
+def test_a_worker_in_an_outage_says_why_it_takes_nothing(
+    typed: Typed, outage: dict[str, str], shown: str
+) -> None:
+    assert typed("status", {"a@host": worker(**outage)}).output.splitlines() == [
         "a@host: 0 waiting; consumes nothing; closed: nothing",
-        "  consuming is paused, results cannot be stored: ConnectionError(refused)",
+        f"  consuming is paused{shown}",
     ]
 
 
@@ -269,3 +283,19 @@ def test_the_autoscaler_says_how_many_it_wants_and_why(typed: Typed) -> None:
     assert (
         "  autoscaler: 2 replicas, 3 wanted, 1 to 4: embed needs 2.50" in result.output.splitlines()
     )
+
+
+@pytest.mark.parametrize("options", ["", " --reclaim"])
+def test_a_name_in_redis_cannot_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    name = "odd\x9b2J@h:1.0"
+    entry = held.Held(incarnation=name, messages=3, silent=None, is_lost=False)
+    holders = SimpleNamespace(listed=lambda: [entry], reclaim=lambda: {name: 3})
+    monkeypatch.setattr(held, "holders", lambda app, ttl: holders)
+    with Celery("shop", broker="memory://", set_as_current=False) as app:
+        shown = gw(f"holds{options}", app)
+    assert shown.exit_code == 0
+    assert "\x9b" not in shown.output
+    assert "@h:1.0: 3 messages; has no heartbeat" in shown.output
+    assert ("3 messages are back in their queues" in shown.output) == bool(options)

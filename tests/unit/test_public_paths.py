@@ -65,6 +65,7 @@ FRONT_DOOR = {
     "batched",
     "concurrent",
     "current_batch",
+    "hold_id",
     "method",
     "on_enter",
     "on_exit",

@@ -262,6 +262,7 @@ def test_a_benchmark_is_a_dataset_or_a_generator(app) -> None:
         assert (square.remote(3), cube.remote(3)) == (9, 27)
 
 
+@gw.register_type
 class Note:
     """A custom object with a ``__dict__``."""
 

@@ -193,6 +193,20 @@ async def eats_for_a_moment() -> int:
     return most
 
 
+_READ = "import resource; print(*resource.getrlimit(resource.RLIMIT_CORE))"
+
+
 @app.remote(gpu=CPU)
-async def core_limit() -> tuple[int, int]:
-    return resource.getrlimit(resource.RLIMIT_CORE)
+async def core_limits() -> list[str]:
+    """The limits of this process, and of a program that it starts."""
+    own = "{} {}".format(*resource.getrlimit(resource.RLIMIT_CORE))
+    program = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _READ, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await program.communicate()
+    return [own, output.decode().strip()]
+
+
+@celery.task
+def plain_core_limit() -> list[int]:
+    return list(resource.getrlimit(resource.RLIMIT_CORE))

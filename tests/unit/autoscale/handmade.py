@@ -27,7 +27,7 @@ class Pool(taskpool.TaskPool):
 
     def __init__(self, app: Celery, name: str, limit: int = 5) -> None:
         self.options = {"initargs": (app, name)}
-        self.cluster = membership.Membership(app, name, QUEUES, {}, None)
+        self.cluster = membership.Membership(app, name, QUEUES, {}, 15.0)
         self.limit, self._slots_per_replica = limit, sum(SLOTS.values())
         self.supervisor: Any = self
         self.held: dict[str, snapshot.Counters] = {}

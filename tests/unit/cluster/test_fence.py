@@ -13,11 +13,13 @@ import redis
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated, WorkerLostError
 from celery import Celery, signals
+from celery.exceptions import NotRegistered
+from celery.utils.objects import Bunch
 from celery.worker.request import Request
 from kombu.message import Message
 
 from gw_celery import errors
-from gw_celery.cluster import fence
+from gw_celery.cluster import fence, lost_workers
 from tests import outages, services
 from tests.processes import eventually
 
@@ -130,6 +132,50 @@ def test_another_backend_asks_the_broker(redis_url: str) -> None:
         app.backend.store_result("lost", 1, "SUCCESS", request=request)
     assert app.AsyncResult("lost").state == "STARTED"
     assert fence.results_of(app) is None
+
+
+@pytest.mark.parametrize("backend", ["redis", "memory"])
+def test_a_message_for_no_task_fails(backend: str, result_url: str) -> None:
+    """Celery then passes an object that is no request."""
+    app = worker_of(result_url if backend == "redis" else "cache+memory://")
+    unknown = Bunch(name="unit.unknown", chord=None, root_id=None, errbacks=None)
+    app.backend.mark_as_failure("unknown", NotRegistered("unit.unknown"), request=unknown)
+    assert app.AsyncResult("unknown").state == "FAILURE"
+
+
+@pytest.mark.parametrize("backend", ["redis", "memory"])
+@pytest.mark.parametrize(
+    "exc",
+    [NotRegistered("x" * 100_000), WorkerLostError(["x" * 100_000]), KeyError(*"x" * 100_000)],
+)
+def test_an_error_is_cut_where_it_is_stored(backend: str, exc: Exception, result_url: str) -> None:
+    app = worker_of(result_url if backend == "redis" else "cache+memory://")
+    app.backend.mark_as_failure("long", exc, traceback="line\n" * 100_000)
+    stored = app.backend.get(app.backend.get_key_for_task("long"))
+    assert len(stored) < 1.2 * errors.LONGEST_TRACEBACK + 25 * errors.LONGEST_TEXT
+    meta = app.backend.get_task_meta("long")
+    assert type(meta["result"]).__name__ == type(exc).__name__
+    assert len(str(meta["result"].args)) < 2 * errors.LONGEST_TEXT
+
+
+@pytest.mark.parametrize(
+    ("backend", "has_records"),
+    [
+        ("redis://127.0.0.1:1/0", True),
+        ("sentinel://127.0.0.1:1/0", False),
+        ("cache+memory://", False),
+    ],
+)
+@pytest.mark.parametrize("is_parent", [True, False])
+def test_early_acknowledged_inputs_have_records_where_children_can_write_them(
+    backend: str, has_records: bool, is_parent: bool
+) -> None:
+    with Celery("unit", broker="memory://", set_as_current=False) as app:
+        app.backend_cls = backend
+        if is_parent:
+            fence.install_in_parent(app)
+        lost = lost_workers.LostWorkers(app, "w@host:1", 1.0)
+        assert (lost.early is not None) == has_records
 
 
 @pytest.mark.parametrize("kind", [*outages.REFUSALS, "down", "frozen"])

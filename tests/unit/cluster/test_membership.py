@@ -15,6 +15,7 @@ import redis
 from celery import Celery
 
 from gw_celery.testing import Server, eventually
+from tests import outages
 from tests.cluster_harness import Project, leave_record
 
 TTL = 15
@@ -46,6 +47,12 @@ def three(project: Project) -> Project:
     return project
 
 
+def left(client: redis.Redis) -> list[bytes]:
+    """The keys of all workers, without their tombstones."""
+    keys: Any = client.keys("gw:*")
+    return [key for key in keys if not key.startswith(b"gw:dead:")]
+
+
 # -- what they know --
 
 
@@ -55,9 +62,11 @@ def test_workers_know_each_other_and_one_that_leaves_is_forgotten_at_once(three:
     three.after(1)
     assert three.known("a@h") == ["c@h"]
     assert len(three.alive()) == 2
-    assert three.tombstones() == set()
     three.close()
-    assert three.client.keys("gw:*") == [], "who stops leaves nothing"
+    assert left(three.client) == [], "a worker that stops leaves nothing"
+    lifetimes = [three.client.ttl(f"gw:dead:{name}") for name in three.tombstones()]
+    assert len(lifetimes) == 3
+    assert all(0 < lifetime <= 60 for lifetime in lifetimes), "for commands still on their way"
 
 
 def test_a_record_is_what_the_worker_told_last(project: Project) -> None:
@@ -127,7 +136,7 @@ def test_records_are_read_only_where_something_depends_on_them(three: Project) -
 
 def test_a_project_that_is_used_no_more_is_forgotten(three: Project) -> None:
     assert 0 < three.client.ttl("gw:records") <= 7 * 86_400
-    assert 0 < three.client.ttl("gw:alive") <= 7 * 86_400
+    assert three.client.ttl("gw:alive") == -1, "what a lost worker held is looked for by its name"
 
 
 def test_keys_begin_as_those_of_the_broker(app: Celery, client: redis.Redis) -> None:
@@ -278,28 +287,15 @@ def test_nothing_is_taken_from_a_worker_that_woke_up_because_its_declarer_left_i
         eventually(lambda: project.after(1, frozen=["b@h"]) or before not in project.alive())
         project.after(3)
         assert woken.incarnation != before
+        eventually(lambda: project.after(1) or before not in project.alive())
         leave_record(app, woken.start, 7, "running")  # by now: it was not there as it was lost
         client.zadd("gw:alive", {before: 1e9 + project.now - 3 * TTL})
-        project.after(TTL)
-        assert before not in project.alive()
+        eventually(lambda: project.after(1) or before not in project.alive())
         assert "acknowledged inputs: each" not in caplog.text
         project.workers.pop("b@h")
         project.after(TTL + 5)
         eventually(lambda: "with 1 acknowledged inputs: each" in caplog.text)
         eventually(lambda: app.AsyncResult("running").state == "FAILURE")
-
-
-def test_without_a_ttl_none_is_declared_lost_and_the_silent_do_not_count(
-    app: Celery, client: redis.Redis
-) -> None:
-    with Project(app, client, ttl=None).running() as project:
-        for name in ("a@h", "b@h"):
-            project.add(name)
-        project.after(TTL + 5)
-        project.workers.pop("b@h")
-        project.after(3 * TTL)
-        assert project.tombstones() == set()
-        assert project.known("a@h") == []
 
 
 def test_a_worker_of_the_version_before_is_neither_seen_nor_harmed(three: Project) -> None:
@@ -315,35 +311,57 @@ def test_a_worker_of_the_version_before_is_neither_seen_nor_harmed(three: Projec
     assert three.client.hlen("gw:load:gpu.A100.model") == 1
 
 
-@pytest.mark.parametrize("is_cluster", [False, True])
-def test_where_scripts_are_refused_workers_know_each_other_and_declare_none(
-    project: Project, caplog: pytest.LogCaptureFixture, is_cluster: bool
-) -> None:
-    with project.without_scripts(is_cluster=is_cluster):
-        _, two = project.add("a@h"), project.add("b@h")
-        project.after(TTL + 5)
-        assert project.known("a@h") == ["b@h"]
-        assert len([line for line in caplog.messages if "refuses scripts" in line]) == 2
-        project.after(2 * TTL, frozen=["b@h"])
-        assert project.known("a@h") == []
-        assert project.tombstones() == set()
-        before = two.incarnation
-        project.client.set(f"gw:dead:{before}", "c@h:1.0")  # by one that has scripts
-        project.after(2)
-        assert two.incarnation != before
+# -- what is refused --
 
 
-def test_a_cluster_is_known_by_its_refusal_where_the_client_has_no_class_for_it(
-    project: Project, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", outages.REFUSALS)
+def test_a_refused_beat_is_an_outage_and_no_death(
+    three: Project, gw_broker: Server, kind: str
 ) -> None:
-    parser: Any = redis._parsers.base.BaseParser  # as in redis-py before 6
-    classes = {code: cls for code, cls in parser.EXCEPTION_CLASSES.items() if code != "CROSSSLOT"}
-    monkeypatch.setattr(parser, "EXCEPTION_CLASSES", classes)
-    with project.without_scripts(is_cluster=True):
-        project.add("a@h")
-        project.add("b@h")
-        project.after(5)
-        assert project.known("a@h") == ["b@h"]
+    before = {name: worker.incarnation for name, worker in three.workers.items()}
+    with outages.refusing(gw_broker.socket, kind):
+        three.after(TTL - 1)
+        assert all(worker.error for worker in three.workers.values())
+        assert not any(worker.outage for worker in three.workers.values())
+        three.after(TTL + 1)
+        for worker in three.workers.values():
+            assert "no heartbeat has reached Redis for 30 s" in worker.outage
+    three.after(3 * TTL)
+    assert three.tombstones() == set()
+    assert {name: worker.incarnation for name, worker in three.workers.items()} == before
+    assert [(worker.error, worker.outage) for worker in three.workers.values()] == 3 * [(None, "")]
+    assert three.known("a@h") == ["b@h", "c@h"]
+
+
+def test_beats_that_are_refused_now_and_then_let_no_worker_be_declared_lost(
+    three: Project, gw_broker: Server
+) -> None:
+    killed = three.workers.pop("b@h").incarnation
+    for _ in range(4):
+        with outages.refusing(gw_broker.socket, "OOM"):
+            three.after(6)
+        three.after(TTL - 6)
+    assert three.tombstones() == set(), "others may have been refused where this one was not"
+    three.after(10)
+    assert three.tombstones() == {killed}
+
+
+def test_a_worker_whose_loop_has_stood_still_for_long_stops_beating(three: Project) -> None:
+    frozen = three.workers["b@h"]
+    before = frozen.incarnation
+    three.after(4 * TTL, stuck=["b@h"])
+    assert three.tombstones() == set()
+    three.after(TTL + 2, stuck=["b@h"])
+    assert "event loop has not turned for 77 s" in str(frozen.error)
+    assert three.tombstones() == {before}
+    three.after(2)
+    assert frozen.incarnation != before
+
+
+def test_a_worker_that_waits_for_its_broker_goes_on_beating(three: Project) -> None:
+    three.workers["b@h"].waits_for_broker()
+    three.after(10 * TTL, stuck=["b@h"])
+    assert three.tombstones() == set()
 
 
 # -- what callers are told --
@@ -493,7 +511,7 @@ def test_without_a_redis_a_worker_stands_alone_and_says_so_once(
         reading = one.reading()
         assert reading is not None
         assert (reading.lengths, reading.others, one.is_alone) == (None, None, True)
-        assert not one.answers_for_others
+        assert not one.records_early
         assert one.close()
     assert [line for line in caplog.messages if "stands alone" in line] == caplog.messages
 
@@ -540,7 +558,7 @@ def test_an_outage_is_logged_when_it_begins_and_when_it_ends(
         f"this outage is over after {caplog.messages[1].split()[5]} s: {what}",
     ]
     assert one.close()
-    assert client.keys("gw:*") == [], "it left"
+    assert left(client) == [], "it left"
 
 
 def test_what_is_closed_does_not_start(app: Celery, client: redis.Redis) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gw_celery import background_thread
+from gw_celery import background_thread, errors
 from gw_celery.cluster import membership, poison_counts
 from gw_celery.protocol import headers
 from tests.pool_harness import Harness, Request
@@ -252,6 +252,54 @@ def test_an_input_that_other_workers_saw_kill_is_kept_where_it_arrives(
     harness.submit(task_id="killer", is_redelivered=True)
     after_its_answer(harness, redis, lambda: kept.letters)
     assert kept.letters == [("killer", 3)]
+
+
+def poisoned_in_an_outage(harness: Harness) -> Request:
+    killed(harness)
+    request = begun(harness, task_id="killer", is_redelivered=True)
+    request.on_heard = lambda what: _raise(errors.ResultsUnavailable("away"))
+    harness.child(0).die()
+    return request
+
+
+def _raise(exc: Exception) -> None:
+    raise exc
+
+
+def test_a_dead_letter_waits_with_the_answer(start_pool: StartPool) -> None:
+    harness = start_pool(max_deaths=1)
+    kept = Kept(harness)
+    request = poisoned_in_an_outage(harness)
+    harness.advance(3.0)
+    assert (set(request.heard), kept.letters) == ({"accepted", "PoisonedInput"}, [])
+    request.on_heard = lambda what: None
+    harness.advance(3.0)
+    assert kept.letters == [("killer", 1)]
+    refilled(harness)
+
+
+def test_an_input_that_is_given_back_instead_is_kept_where_it_arrives(
+    start_pool: StartPool,
+) -> None:
+    harness = start_pool(max_deaths=1, store_timeout=5.0)
+    kept = Kept(harness)
+    request = poisoned_in_an_outage(harness)
+    harness.advance(7.0)
+    assert (request.heard[-1], kept.letters) == ("given back", [])
+    refilled(harness)
+    harness.submit(task_id="killer", is_redelivered=True)
+    harness.advance(4.0)
+    assert kept.letters == [("killer", 1)]
+
+
+def test_a_worker_that_was_declared_lost_keeps_no_dead_letter(start_pool: StartPool) -> None:
+    harness = start_pool(max_deaths=1)
+    kept = Kept(harness)
+    request = poisoned_in_an_outage(harness)
+    request.on_heard = lambda what: _raise(errors.DeclaredLost("killer", "w.0/1"))
+    harness.advance(3.0)
+    assert (request.heard[-1], kept.letters) == ("given back", [])
+    refilled(harness)
 
 
 def test_what_a_person_sent_again_has_no_deaths_here_until_it_is_redelivered(

@@ -115,7 +115,7 @@ def test_a_callback_of_celery_that_raises_ends_nothing(harness: Harness) -> None
     for one in (request, other):
         child.accept(one)
         child.done(one)
-    assert request.heard == ["accepted", "done", "given back"]
+    assert request.heard == ["accepted", "done", "acknowledged"]
     assert other.heard == ["accepted", "done"]
 
 

@@ -50,7 +50,7 @@ def test_a_callback_that_raises_is_logged_and_called_once(
     harness: Harness, answer: Answer, raised: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     request = harness.submit(soft=1.0, hard=8.0)
-    request.acknowledged = True
+    request.acknowledged, request.state = True, "FAILURE"
 
     def fail(what: str) -> None:
         raise raised

@@ -10,7 +10,7 @@ import pytest
 import redis.exceptions
 
 from gw_celery import errors
-from tests.pool_harness import Child, Harness, Outcome, Request
+from tests.pool_harness import Child, Harness, Outcome, Report, Request
 from tests.unit.pool.test_deliveries import SlowRedis, after_its_answer
 from tests.unit.pool.test_deliveries import redis as slow_redis  # noqa: F401
 
@@ -162,16 +162,152 @@ def test_what_celery_cannot_store_becomes_a_stored_failure_and_is_acknowledged(
         assert type(raised).__name__ in str(error)
 
 
-@pytest.mark.parametrize("raised", [KeyError("errbacks"), *AWAY])
-@pytest.mark.parametrize("how", [Outcome.INTERNAL, "hard limit"])
-def test_what_an_outage_keeps_from_being_stored_goes_back(
+@pytest.mark.parametrize("how", ["done", "hard limit", Outcome.INTERNAL])
+def test_what_fails_after_the_outcome_was_stored_runs_no_second_time(
+    harness: Harness, how: str
+) -> None:
+    child, request = begun(harness, OSError("a hook of the task"), hard=8.0)
+    request.state = "FAILURE"
+    end(harness, request, how)
+    heard = request.heard[:]
+    assert heard[-1] == "acknowledged"
+    harness.advance(100.0)
+    assert (request.heard, request.stored, child.runs) == (heard, [], [request.id])
+
+
+waiting = pytest.mark.parametrize("how", [Outcome.INTERNAL, "hard limit"])
+outages = pytest.mark.parametrize(
+    "raised", [KeyError("errbacks"), errors.ResultsUnavailable("away"), *AWAY]
+)
+
+
+@outages
+@waiting
+def test_what_an_outage_keeps_from_being_stored_is_answered_after_it(
     harness: Harness, how: str, raised: Exception
 ) -> None:
     _, request = begun(harness, raised, hard=8.0)
     request.store_error = AWAY[0]
     end(harness, request, how)
+    request.on_heard = lambda what: None
+    heard = request.heard[:]
+    assert ("acknowledged" in heard, "given back" in heard) == (False, False)
+    harness.advance(100.0)
+    assert request.heard == [*heard, heard[-1]]
+
+
+@outages
+@waiting
+def test_what_an_outage_keeps_from_being_stored_for_long_goes_back_and_counts(
+    start_pool: StartPool, how: str, raised: Exception
+) -> None:
+    harness = start_pool(store_timeout=5.0)
+    child, request = begun(harness, raised, hard=8.0, task_id="a")
+    request.store_error = AWAY[0]
+    end(harness, request, how)
+    harness.advance(3.0)
+    assert "given back" not in request.heard
+    harness.advance(4.0)
     assert request.heard[-1] == "given back"
     assert not request.acknowledged
+    again = delivered(harness)
+    harness.advance(0.5)
+    assert child.runs == ["a"]
+    harness.advance(1.0)
+    assert child.runs == ["a", "a"]
+    child.done(again)
+
+
+def test_an_outcome_that_an_outage_keeps_from_being_stored_returns_once(
+    start_pool: StartPool,
+) -> None:
+    harness = start_pool(store_timeout=5.0, max_deaths=2)
+    child, request = harness.child(0), harness.submit(task_id="a")
+    child.report([Report.OUTAGE, "away"])
+    unstored(harness, request)
+    harness.advance(7.0)
+    assert request.heard == ["accepted", "given back"]
+    child.report([Report.OUTAGE, ""])
+    request = delivered(harness)
+    harness.advance(2.0)
+    assert child.runs == ["a", "a"]
+    child.done(request)
+
+
+def test_what_a_child_drops_unanswered_returns_counted(start_pool: StartPool) -> None:
+    harness = start_pool(max_deaths=2)
+    child, request = harness.child(0), harness.submit(task_id="a")
+    child.accept(request)
+    child.gone(request)
+    assert request.heard == ["accepted", "WorkerLostError"]
+    request = delivered(harness)
+    harness.advance(0.5)
+    assert child.runs == ["a"]
+    harness.advance(1.0)
+    child.accept(request)
+    child.gone(request)
+    assert request.heard == ["accepted", "PoisonedInput"]
+
+
+def test_what_another_worker_has_now_is_dropped_with_its_counts_kept(
+    start_pool: StartPool,
+) -> None:
+    harness = start_pool(max_deaths=2)
+    child, request = harness.child(0), harness.submit(task_id="a")
+    unstored(harness, request)
+    request = delivered(harness)
+    harness.advance(2.0)
+    child.error(request, outcome=Outcome.FENCED)
+    assert request.heard == ["given back"]
+    request = delivered(harness)
+    harness.advance(2.0)
+    unstored(harness, request)
+    assert request.heard[-1] == "PoisonedInput"
+
+
+@pytest.mark.parametrize("is_stored_here", [True, False])
+def test_what_is_answered_after_the_worker_was_declared_lost_is_not_acknowledged(
+    harness: Harness, is_stored_here: bool
+) -> None:
+    lost = errors.DeclaredLost("a", "w.0/1")
+    _, request = begun(harness, lost if is_stored_here else KeyError("errbacks"))
+    request.store_error = lost
+    end(harness, request, Outcome.INTERNAL)
+    assert (request.heard[-1], request.acknowledged) == ("given back", False)
+
+
+def test_a_message_whose_answer_waits_is_still_held(harness: Harness) -> None:
+    properties = {"delivery_tag": "w.0/7"}
+    _, request = begun(harness, AWAY[0], headers={"properties": properties})
+    in_use = harness.pool.cluster.holds.in_use
+    assert in_use() == ["w.0/7"]
+    end(harness, request, Outcome.INTERNAL)
+    assert in_use() == ["w.0/7"]
+    request.on_heard = lambda what: None
+    harness.advance(2.0)
+    assert in_use() == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "pause"),
+    [(errors.ResultsUnavailable("away"), 1.0), (errors.DeclaredLost("a", "w.0/1"), 0.0)],
+)
+def test_what_must_not_run_and_cannot_be_withdrawn_goes_back(
+    harness: Harness, raised: Exception, pause: float
+) -> None:
+    first, second = harness.submit(), harness.submit()
+    request, child = harness.submit(task_id="a"), harness.child(0)
+    harness.revoke(request)
+    request.on_heard = lambda what: _raise(raised)
+    child.done(first)
+    assert request.heard == ["revoked", "given back"]
+    assert child.runs == [first.id, second.id]
+    child.done(second)
+    again = delivered(harness)
+    harness.advance(0.5)
+    assert again.heard == ([] if pause else ["revoked"])
+    harness.advance(pause)
+    assert again.heard == ["revoked"]
 
 
 def test_a_backend_that_refuses_everything_ends_nothing_and_loops_nothing(
@@ -185,17 +321,20 @@ def test_a_backend_that_refuses_everything_ends_nothing_and_loops_nothing(
 
 
 def test_what_is_given_up_in_an_outage_comes_back_and_does_not_run(start_pool: StartPool) -> None:
-    harness = start_pool(max_deaths=1)
+    harness = start_pool(max_deaths=1, store_timeout=5.0)
     child, request = begun(harness, AWAY[0])
     child.error(request, outcome=Outcome.UNSTORED)
-    assert request.heard == ["accepted", "PoisonedInput", "given back"]
-    for pause in (2.0, 4.0):
+    assert set(request.heard) == {"accepted", "PoisonedInput"}
+    harness.advance(7.0)
+    assert request.heard[-1] == "given back"
+    for pause in (1.0, 2.0):
         request = delivered(harness, request.id)
         request.on_heard = lambda what: _raise(AWAY[0])
         harness.advance(pause - 0.5)
         assert request.heard == []
-        harness.advance(2.0)
-        assert request.heard == ["PoisonedInput", "given back"]
+        harness.advance(8.0)
+        assert set(request.heard[:-1]) == {"PoisonedInput"}
+        assert request.heard[-1] == "given back"
     request = delivered(harness, request.id)
     harness.advance(20.0)
     assert request.heard == ["PoisonedInput"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from celery.utils.objects import Bunch
 
 from gw_celery.protocol import headers
 
@@ -57,3 +58,27 @@ def test_a_real_number_is_read_as_a_float(value: object, expected: float) -> Non
 )
 def test_anything_else_is_none(value: object) -> None:
     assert headers.finite(value) is None
+
+
+@pytest.mark.parametrize(
+    ("tag", "incarnation"),
+    [("w@host:1.0/7", "w@host:1.0"), ("a/b@host:1.0/12", "a/b@host:1.0"), ("w\n/1", "w\n")],
+)
+def test_the_hold_of_a_message_names_its_incarnation(tag: str, incarnation: str) -> None:
+    assert headers.hold_of({"properties": {"delivery_tag": tag}}) == tag
+    assert headers.incarnation_of(tag) == incarnation
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        *(
+            {"properties": {"delivery_tag": tag}}
+            for tag in (7, None, "", "8a-43", "/1", "w/", "w/x")
+        ),
+        *({"properties": properties} for properties in (None, "w/1", ["w/1"])),
+        *({}, None, object(), Bunch(name="unknown")),
+    ],
+)
+def test_anything_else_names_no_hold(request_: Any) -> None:
+    assert headers.hold_of(request_) is None

@@ -9,7 +9,7 @@ import celery
 import pytest
 
 import gw_celery as gw
-from gw_celery import codec
+from gw_celery import codec, errors
 from tests import child_harness
 from tests.child_harness import Outcome, Report
 
@@ -59,7 +59,15 @@ def failure(app: gw.App, child: child_harness.Child, number: int) -> tuple[str, 
     """The class and the text of the stored failure of an input."""
     record = app.celery.backend.get_task_meta(child.id(number))
     assert record["status"] == "FAILURE"
-    return type(record["result"]).__name__, str(record["result"])
+    return type(record["result"]).__name__, errors.text_of(record["result"])
+
+
+#: Each argument of an error is cut; together, these are too long for a document.
+TOO_LONG = LookupError(*["y" * 900] * 50)
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
 
 
 class Unspeakable(Exception):
@@ -72,6 +80,13 @@ class Unshowable(Exception):
         raise KeyboardInterrupt
 
 
+class Broken(Exception):
+    def __str__(self) -> str:
+        raise Panic
+
+    __repr__ = __str__
+
+
 class Unpicklable(Exception):
     def __reduce__(self) -> Any:
         raise SystemExit(4)
@@ -80,13 +95,12 @@ class Unpicklable(Exception):
 @pytest.mark.parametrize(
     ("exc", "says"),
     [
-        (ValueError("x" * 2 * LIMIT), ["ValueError", f"{LIMIT} are allowed", "xxx"]),
-        (LookupError(*["y"] * LIMIT), ["LookupError", f"{LIMIT} are allowed", "'y'"]),
+        (TOO_LONG, ["LookupError", f"{LIMIT} are allowed", "'yyy"]),
         (Unpicklable("z"), ["SystemExit", "4"]),
     ],
-    ids=["its text", "its arguments", "its pickling"],
+    ids=["its arguments", "its pickling"],
 )
-def test_an_error_that_cannot_be_stored_is_stored_cut(
+def test_for_an_error_that_cannot_be_stored_a_short_one_is_stored(
     app: gw.App, declare: Declare, backend: dict[str, Any], exc: Exception, says: list[str]
 ) -> None:
     task = declare(exc)
@@ -99,7 +113,25 @@ def test_an_error_that_cannot_be_stored_is_stored_cut(
         assert all(part in text for part in says)
 
 
-@pytest.mark.parametrize("exc", [Unspeakable("x"), Unshowable("x")])
+@pytest.mark.parametrize(
+    "exc", [ValueError("x" * 2 * LIMIT), KeyError(*["y"] * LIMIT), ValueError(["z" * 2 * LIMIT])]
+)
+def test_a_long_error_is_stored_cut(
+    app: gw.App, declare: Declare, backend: dict[str, Any], exc: Exception
+) -> None:
+    task = declare(exc)
+    with child_harness.child_of(app, **backend) as child:
+        number = child.run(task)
+        reported = child.outcome(number)
+        assert reported[:2] == FAILED
+        assert len(str(reported)) < LIMIT
+        kind, text = failure(app, child, number)
+        assert kind == type(exc).__name__
+        assert len(text) < 1100
+        assert str(exc)[:90] in text
+
+
+@pytest.mark.parametrize("exc", [Unspeakable("x"), Unshowable("x"), Broken("x")])
 def test_an_error_whose_text_raises_is_reported_without_it(
     app: gw.App, declare: Declare, backend: dict[str, Any], exc: Exception
 ) -> None:
@@ -118,7 +150,7 @@ def test_a_retry_whose_error_cannot_be_stored_stays_a_retry(
 
     @app.celery.task(bind=True)
     def retries(self: Any) -> None:
-        raise self.retry(exc=ValueError("x" * 2 * LIMIT), countdown=60)
+        raise self.retry(exc=TOO_LONG, countdown=60)
 
     with child_harness.child_of(app, **backend) as child:
         number = child.run(retries.name)
@@ -126,7 +158,7 @@ def test_a_retry_whose_error_cannot_be_stored_stays_a_retry(
         assert app.celery.backend.get_task_meta(child.id(number))["status"] == "RETRY"
 
 
-@pytest.mark.parametrize("exc", [ValueError("short"), ValueError("x" * 2 * LIMIT)])
+@pytest.mark.parametrize("exc", [ValueError("short"), TOO_LONG])
 @pytest.mark.parametrize("broken", [{"task": "x"}, {"task": 1}, {}, "x", None, 5])
 def test_a_broken_errback_costs_neither_the_failure_nor_the_others(
     app: gw.App, declare: Declare, backend: dict[str, Any], exc: Exception, broken: Any
@@ -143,7 +175,7 @@ def test_a_broken_errback_costs_neither_the_failure_nor_the_others(
         assert child.outcome(number)[:2] == FAILED
         assert called == [child.id(number)] * 2
         kind, _ = failure(app, child, number)
-        assert kind == ("ValueError" if len(str(exc)) < LIMIT else "OutcomeNotStored")
+        assert kind == ("OutcomeNotStored" if exc is TOO_LONG else "ValueError")
 
 
 @pytest.mark.parametrize("exc", [ValueError("short"), None])
@@ -159,7 +191,9 @@ def test_an_input_of_a_broken_chord_fails(
         assert (kind, *content[:1]) == FAILED or (kind, state) == (Report.DONE, "SUCCESS")
 
 
-@pytest.mark.parametrize("raised", [SystemExit(5), ValueError("hook"), OSError("hook")])
+@pytest.mark.parametrize(
+    "raised", [SystemExit(5), ValueError("hook"), OSError("hook"), Broken("hook")]
+)
 @pytest.mark.parametrize("hook", ["on_failure", "after_return", "before_start"])
 def test_a_hook_that_raises_does_not_make_its_input_run_again(
     app: gw.App, declare: Declare, backend: dict[str, Any], raised: BaseException, hook: str
@@ -180,6 +214,43 @@ def test_a_hook_that_raises_does_not_make_its_input_run_again(
         assert child.outcome(number)[:2] == FAILED
         failure(app, child, number)
         assert called == [child.id(number)]
+
+
+@pytest.mark.parametrize("hook", ["on_failure", "after_return"])
+@pytest.mark.parametrize("raised", [SystemExit(5), ValueError("hook"), MemoryError("hook")])
+def test_a_hook_that_raises_changes_neither_the_stored_error_nor_the_part_of_a_chord(
+    app: gw.App, declare: Declare, result_url: str, raised: BaseException, hook: str
+) -> None:
+    def refuse(self: Any, *_: Any) -> None:
+        raise raised
+
+    task = declare(LookupError("body"), base=type("Hooked", (celery.Task,), {hook: refuse}))
+    chord = {"task": "unit.other", "args": [], "kwargs": {}, "options": {}, "chord_size": 5}
+    with child_harness.child_of(app, backend=result_url) as child:
+        number = child.run(task, group="g", group_index=0, embed={"chord": chord})
+        assert child.outcome(number)[:2] == FAILED
+        assert failure(app, child, number)[0] == "LookupError"
+        backend: Any = app.celery.backend
+        assert backend.client.zcard(backend.get_key_for_group("g", ".j")) == 1
+
+
+class OutOfMemory(MemoryError):
+    """As numpy raises it."""
+
+
+@pytest.mark.parametrize("raised", [MemoryError("hook"), OutOfMemory("hook")])
+@pytest.mark.parametrize("hook", ["on_failure", "after_return"])
+def test_a_hook_without_memory_tells_the_worker_so(
+    app: gw.App, declare: Declare, backend: dict[str, Any], raised: BaseException, hook: str
+) -> None:
+    """The worker then replaces the child."""
+
+    def refuse(self: Any, *_: Any) -> None:
+        raise raised
+
+    task = declare(LookupError("body"), base=type("Hooked", (celery.Task,), {hook: refuse}))
+    with child_harness.child_of(app, **backend) as child:
+        assert child.outcome(child.run(task))[:3] == (*FAILED, "MemoryError")
 
 
 def test_a_task_that_only_the_parent_knows_fails(app: gw.App, backend: dict[str, Any]) -> None:

@@ -1,22 +1,28 @@
-"""What our Redis transport takes: which messages, how many, and of which servers."""
+"""Which messages our Redis transport takes, how many, and when the server refuses to give them."""
 
 from __future__ import annotations
 
-import logging
+import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import redis
 from kombu import Connection
 
+from gw_celery import testing
+from tests import outages
 from tests.processes import eventually
 from tests.redis_readers import (
+    asking_again,
     calls,
+    held,
     reading,
+    reclaim,
     send,
     tags,
     take_with_kombu,
-    unacknowledged,
+    tombstone,
 )
 
 # What is taken, in which order
@@ -89,6 +95,7 @@ def test_queue_names_of_any_characters_are_read(server: redis.Redis, redis_url: 
     with reading(redis_url, *names) as reader:
         reader.read(12)
         assert sorted(reader.numbers()) == sorted(names * 3)
+        assert reclaim(server, reader) == 12
     assert {name: len(take_with_kombu(redis_url, name)) for name in names} == dict.fromkeys(
         names, 3
     )
@@ -103,9 +110,16 @@ def test_a_prefix_of_all_keys_is_kept_to(server: redis.Redis, redis_url: str) ->
     with reading(redis_url, transport_options=options) as reader:
         reader.read_all()
         assert reader.numbers() == list(range(10))
-        assert server.hlen("mine:unacked") == 10
+        assert held(server, "mine:") == tags(reader)
+        for message in reader.messages[:4]:
+            message.ack()
+        assert len(held(server, "mine:")) == 6
+        reader.messages[9].requeue()
+        assert server.llen("mine:q") == 1
     assert server.llen("q") == 10
-    assert not server.exists("unacked")
+    keys: Any = server.keys("*gw:*")
+    assert keys
+    assert all(key.startswith(b"mine:") for key in keys)
 
 
 # How many
@@ -115,12 +129,12 @@ def test_no_more_is_taken_than_the_prefetch_count(server: redis.Redis, redis_url
     send(redis_url, range(50))
     with reading(redis_url, prefetch=5) as reader:
         reader.read_all()
-        assert (len(reader.messages), len(unacknowledged(server))) == (5, 5)
+        assert (len(reader.messages), len(held(server))) == (5, 5)
         assert server.llen("q") == 45
         for message in reader.messages[:2]:
             message.ack()
         reader.read_all()
-        assert (len(reader.messages), len(unacknowledged(server))) == (7, 5)
+        assert (len(reader.messages), len(held(server))) == (7, 5)
 
 
 def test_a_prefetch_count_that_grows_and_shrinks_is_followed(
@@ -131,12 +145,12 @@ def test_a_prefetch_count_that_grows_and_shrinks_is_followed(
         reader.read_all()
         reader.consumer.qos(prefetch_count=12)
         reader.read_all()
-        assert len(unacknowledged(server)) == 12
+        assert len(held(server)) == 12
         reader.consumer.qos(prefetch_count=3)
         for message in reader.messages[:10]:
             message.ack()
         reader.read_all()
-        assert len(unacknowledged(server)) == 3
+        assert len(held(server)) == 3
 
 
 def test_celery_s_switch_against_prefetching_is_obeyed(server: redis.Redis, redis_url: str) -> None:
@@ -145,14 +159,14 @@ def test_celery_s_switch_against_prefetching_is_obeyed(server: redis.Redis, redi
         # Celery's worker_disable_prefetch replaces the method of this one object.
         reader.channel.qos.can_consume = lambda: len(reader.messages) < 3
         reader.read_all()
-        assert len(unacknowledged(server)) == 3
+        assert len(held(server)) == 3
         assert server.llen("q") == 17
 
 
-# Servers that run no script
+# Servers that refuse
 
 
-def test_a_server_that_forgot_the_script_is_told_again(server: redis.Redis, redis_url: str) -> None:
+def test_a_server_that_forgot_the_script_gets_it_again(server: redis.Redis, redis_url: str) -> None:
     send(redis_url, range(10))
     with reading(redis_url, prefetch=5) as reader:
         reader.read(5)
@@ -166,23 +180,6 @@ def test_a_server_that_forgot_the_script_is_told_again(server: redis.Redis, redi
         assert calls(server, "rpop") > pops
 
 
-@pytest.mark.parametrize("refused", ["-@scripting", "-eval -evalsha", "-evalsha", "-script"])
-def test_a_user_that_may_run_no_script_gets_messages_one_by_one(
-    server: redis.Redis, redis_url: str, refused: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    # kombu frees its own lock with a script: somebody else has it.
-    server.set("unacked_mutex", "taken")
-    send(redis_url, range(20))
-    server.execute_command("ACL", "SETUSER", "default", *refused.split())
-    with caplog.at_level(logging.WARNING), reading(redis_url) as reader:
-        reader.read(20)
-        assert reader.numbers() == list(range(20))
-        assert unacknowledged(server) == tags(reader)
-    warnings = [one for one in caplog.records if "script" in one.getMessage()]
-    assert len(warnings) == 1
-    server.execute_command("ACL", "SETUSER", "default", "+@all")
-
-
 def test_a_full_server_loses_nothing(server: redis.Redis, redis_url: str) -> None:
     send(redis_url, range(20))
     with reading(redis_url) as reader:
@@ -190,4 +187,114 @@ def test_a_full_server_loses_nothing(server: redis.Redis, redis_url: str) -> Non
         server.config_set("maxmemory", 1)
         reader.ask()
         eventually(lambda: (reader.turn() and False) or len(reader.messages) == 20, 5, 0)
-        assert unacknowledged(server) == tags(reader)
+        assert held(server) == tags(reader)
+        reader.messages[0].ack()
+        assert len(held(server)) == 19
+
+
+@pytest.mark.parametrize("kind", ["READONLY", "NOPERM", "BUSY"])
+def test_a_server_that_refuses_pauses_the_consumer_and_loses_nothing(
+    server: redis.Redis,
+    redis_server: testing.Server,
+    redis_url: str,
+    kind: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    send(redis_url, range(20))
+    with asking_again(0.05), reading(redis_url) as reader:
+        reader.read(1)
+        with outages.refusing(redis_server.socket, kind):
+            reader.ask()
+            # An answer that was on its way may still come.
+            eventually(lambda: (reader.turn() and False) or reader.holds.outage, 5, 0)
+            reader.messages[0].ack()
+            taken = len(reader.read_all())
+        reader.read(20)
+        assert reader.numbers() == list(range(20))
+        assert reader.holds.outage == ""
+        eventually(
+            lambda: (
+                reader.turn() or held(server) == tags(reader) - {reader.messages[0].delivery_tag}
+            ),
+            5,
+            0,
+        )
+    logged = [line for line in caplog.messages if line.startswith("Redis refuses to give messages")]
+    assert len(logged) == 1
+    assert taken < 20
+
+
+@pytest.mark.parametrize("refused", ["-@scripting", "-evalsha", "-script", "-rpop", "-hset"])
+def test_a_user_without_a_command_that_takes_messages_gets_none_until_it_is_allowed(
+    server: redis.Redis, redis_url: str, refused: str
+) -> None:
+    send(redis_url, range(20))
+    with asking_again(0.05), reading(redis_url) as reader:
+        reader.read(1)
+        server.execute_command("ACL", "SETUSER", "default", refused)
+        reader.read_all()
+        assert server.llen("q") == 19
+        assert "no permissions" in reader.holds.outage or "can't run" in reader.holds.outage
+        server.execute_command("ACL", "SETUSER", "default", "+@all")
+        reader.read(20)
+        assert reader.numbers() == list(range(20))
+        assert held(server) == tags(reader)
+
+
+def test_a_worker_that_was_declared_lost_takes_nothing(server: redis.Redis, redis_url: str) -> None:
+    send(redis_url, range(20))
+    with asking_again(0.05), reading(redis_url) as reader:
+        reader.read(1)
+        server.set(tombstone(reader), "another")
+        reader.read_all()
+        assert server.llen("q") == 19
+        assert reader.holds.outage == "", "its heartbeats learn of it, and say so"
+        reader.holds.begin_anew()
+        reader.read(20)
+        assert len({tag.rpartition("/")[0] for tag in tags(reader)}) == 2
+
+
+def test_a_worker_without_heartbeats_takes_nothing(server: redis.Redis, redis_url: str) -> None:
+    send(redis_url, range(20))
+    with reading(redis_url) as reader:
+        reader.read(1)
+        reader.holds.fresh_until = 0.0
+        reader.read_all()
+        assert server.llen("q") == 19
+        assert "no heartbeat has reached Redis" in reader.holds.outage
+        reader.holds.fresh_until = math.inf
+        reader.read(20)
+        assert reader.numbers() == list(range(20))
+
+
+# Keys that are no lists
+
+WRONG = {
+    "set": lambda client, key: client.sadd(key, "x"),
+    "hash": lambda client, key: client.hset(key, "x", "y"),
+    "string": lambda client, key: client.set(key, "x"),
+    "stream": lambda client, key: client.xadd(key, {"x": "y"}),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("priority", [0, 3])
+def test_a_queue_whose_key_is_no_list_is_reported_once_and_the_others_are_served(
+    server: redis.Redis,
+    redis_url: str,
+    kind: str,
+    priority: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    WRONG[kind](server, f"bad\x06\x16{priority}" if priority else "bad")
+    send(redis_url, range(50), "good")
+    with asking_again(0.05), reading(redis_url, "bad", "good") as reader:
+        reader.read(50)
+        assert reader.numbers() == list(range(50))
+        assert held(server) == tags(reader)
+        server.delete("bad", "bad\x06\x163")
+        send(redis_url, ["mended"], "bad")
+        reader.read(51)
+    (line,) = [line for line in caplog.messages if "cannot be read" in line]
+    assert line.startswith("the queue bad cannot be read: the key bad")
+    assert f" in Redis is a {kind}, not a list" in line

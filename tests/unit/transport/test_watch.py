@@ -16,12 +16,12 @@ from tests.processes import eventually
 from tests.redis_readers import (
     Worker,
     calls,
+    held,
     looking_again,
     reading,
     send,
     silencing,
     tags,
-    unacknowledged,
 )
 
 Start = Callable[..., Worker]
@@ -51,7 +51,7 @@ def test_an_idle_worker_that_is_killed_has_taken_nothing(
     assert calls(server, "brpop") == 0
 
 
-def test_the_first_message_after_a_pause_is_recorded_as_it_is_taken(
+def test_the_first_message_after_a_pause_is_held_as_it_is_taken(
     start: Start, server: redis.Redis, redis_url: str
 ) -> None:
     worker = start()
@@ -59,7 +59,7 @@ def test_the_first_message_after_a_pause_is_recorded_as_it_is_taken(
         worker.fall_idle()
         send(redis_url, [number])
         assert worker.read(number + 1)[-1] == number
-    assert unacknowledged(server) == tags(worker.reader)
+    assert held(server) == tags(worker.reader)
     assert calls(server, "brpop") == 0
 
 

@@ -47,6 +47,14 @@ class Channel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made, name)
 
+    @property
+    def on_message(self) -> Any:
+        return self._made.on_message
+
+    @on_message.setter
+    def on_message(self, handle: Any) -> None:
+        self._made.on_message = handle
+
     def qos(self, prefetch_count: int, apply_global: bool) -> None:
         self._prefetch = prefetch_count
         self._made.qos(prefetch_count=prefetch_count, apply_global=apply_global)

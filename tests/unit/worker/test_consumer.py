@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import amqp
 import pytest
 import redis
+from celery.worker import loops
 from kombu import Message
 
 from gw_celery import errors
@@ -52,8 +55,8 @@ def made(worker: Consuming) -> Any:
 def asked(worker: Consuming, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the consumer has the pool do."""
     calls: list[str] = []
-    for name in ("poll", "flush"):
-        monkeypatch.setattr(worker.pool, name, lambda name=name: calls.append(name))
+    for owner, name in ((worker.pool, "poll"), (worker.pool.supervisor, "forget_waiting")):
+        monkeypatch.setattr(owner, name, lambda name=name: calls.append(name))
     return calls
 
 
@@ -69,7 +72,44 @@ def test_a_cold_shutdown_starts_nothing_in_the_slots_that_are_free_by_then(
     made: Any, asked: list[str]
 ) -> None:
     made.cancel_active_requests()
-    assert asked == ["flush", "poll"]
+    assert asked == ["forget_waiting", "poll"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out. Timeout value used:"
+        " 1800000 ms. This timeout value can be configured, see consumers doc guide to learn more",
+        "PRECONDITION_FAILED - consumer ack timed out on channel 1",  # RabbitMQ 3.8
+    ],
+)
+def test_an_input_that_outlasts_rabbitmqs_consumer_timeout_costs_the_connection_only(
+    worker: Consuming, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    refused = amqp.exceptions.PreconditionFailed(text, (0, 0))
+    monkeypatch.setattr(loops, "synloop", raising(refused))
+    made = worker.make()
+    assert issubclass(ConnectionResetError, amqp.Connection.connection_errors)
+    with pytest.raises(ConnectionResetError) as raised:
+        made.loop(*made.loop_args())
+    assert raised.value.__cause__ is refused
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert "consumer_timeout" in record.message
+    assert text in record.message
+
+
+def test_another_failed_precondition_is_celerys_to_handle(
+    worker: Consuming, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'cpu.embed'"
+    monkeypatch.setattr(
+        loops, "synloop", raising(amqp.exceptions.PreconditionFailed(text, (50, 10)))
+    )
+    made = worker.make()
+    with pytest.raises(amqp.exceptions.PreconditionFailed):
+        made.loop(*made.loop_args())
+    assert not caplog.records
 
 
 def message(channel: Channel, **headers: Any) -> Message:
@@ -115,6 +155,30 @@ def test_a_message_that_would_end_the_worker_is_rejected_and_told(
     assert "task proj.embed[id-1]" in record.message
     assert repr(exc) in record.message
     assert "b'body'" in record.message
+
+
+class OperationalError(Exception):
+    """As database drivers and Django name it."""
+
+
+@pytest.mark.parametrize(
+    "exc",
+    [
+        errors.ResultsUnavailable("away"),
+        errors.DeclaredLost("id-1", "w.0/7"),
+        OperationalError("locked"),
+    ],
+)
+def test_a_revoked_message_waits_before_it_is_given_back(
+    made: Any, channel: Channel, exc: Exception
+) -> None:
+    handle = handling(made, raising(exc))
+    handle(message(channel, task="proj.embed", id="id-1"))
+    assert channel.settled == []
+    (scheduled,) = made.timer.schedule.queue
+    assert scheduled.eta - time.monotonic() > 0.5
+    scheduled.entry()
+    assert channel.settled == [("rejected", 7, True)]
 
 
 def test_the_next_message_is_taken_after_a_bad_one(made: Any, channel: Channel) -> None:

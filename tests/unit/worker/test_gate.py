@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from celery.worker.consumer import Consumer
 
-from tests.unit.worker.consuming import CLASSIFY, EMBED, PLAIN, Consuming, consuming
+from tests.unit.worker.consuming import CLASSIFY, EMBED, PLAIN, Channel, Consuming, consuming
 
 ALL = {"embed": 2, "classify": 1, "plain": 1}
 NONE = dict.fromkeys(ALL, 0)
@@ -414,6 +414,27 @@ def test_a_queue_that_opens_again_has_its_priority(open_worker: Consuming) -> No
     open_worker.sees(embed=2, bands={"embed": "quick"})
     assert open_worker.channel.began == [EMBED]
     assert open_worker.channel.arguments[EMBED] == {"x-priority": 1}
+
+
+def test_a_message_that_comes_before_celerys_loop_runs_reaches_its_strategy(
+    open_worker: Consuming, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RabbitMQ delivers from the first queue while the gate consumes the next one."""
+    heard: list[Any] = []
+    consume = Channel.consume
+
+    def delivering(channel: Channel) -> None:
+        consume(channel)
+        open_worker.consumer.strategies["proj.embed"] = lambda message, *_: heard.append(message)
+        sent = {"delivery_tag": "7", "delivery_info": {}}
+        headers = {"task": "proj.embed", "id": "id-1"}
+        channel._receive_callback({"body": "[]", "headers": headers, "properties": sent})
+
+    open_worker.sees(bands={"embed": "quick"})
+    open_worker.disconnect()
+    monkeypatch.setattr(Channel, "consume", delivering)
+    open_worker.connect()
+    assert [message.headers["id"] for message in heard[:1]] == ["id-1"]
 
 
 def test_the_next_connection_has_the_priorities_too(open_worker: Consuming) -> None:

@@ -194,14 +194,25 @@ def test_a_worker_that_stops_is_alive_and_takes_nothing(ready: Probed) -> None:
 
 
 @pytest.mark.parametrize("desired", [1, 0])
-def test_a_worker_that_cannot_store_results_is_not_ready(ready: Probed, desired: int) -> None:
-    ready.sees(outage="Redis does not answer", desired=desired)
+@pytest.mark.parametrize(
+    ("outage", "reason"),
+    [
+        ({"outage": "READONLY"}, "results cannot be stored: READONLY"),
+        ({"broker_outage": "OOM"}, "consuming is paused: OOM"),
+    ],
+)
+def test_a_worker_in_an_outage_is_alive_and_not_ready(
+    ready: Probed, desired: int, outage: dict[str, str], reason: str
+) -> None:
+    ready.sees(**outage, desired=desired)
     status, why = ready.ask("/readyz")
     assert status == 503
-    assert "results cannot be stored: Redis does not answer" in why
+    assert reason in why
     assert ready.ask("/livez")[0] == 200
-    ready.sees(outage="", desired=desired)
+    assert "gw_outage 1.0" in ready.fetch("/metrics")[2].decode()
+    ready.sees(desired=desired)
     assert ready.ask("/readyz")[0] == 200
+    assert "gw_outage 0.0" in ready.fetch("/metrics")[2].decode()
 
 
 def test_a_loop_that_does_not_turn_is_dead_unless_it_waits_for_the_broker(
@@ -214,13 +225,16 @@ def test_a_loop_that_does_not_turn_is_dead_unless_it_waits_for_the_broker(
 
     def connecting(*args: Any, **options: Any) -> Any:
         ready.harness.now += 100.0
-        heard.append(ready.ask("/livez"))
+        heard.extend(ready.ask(path) for path in ("/livez", "/readyz"))
         return connect(*args, **options)
 
     monkeypatch.setattr(kombu.Connection, "ensure_connection", connecting)
     with ready.worker.make().connection_for_read():
-        assert heard == [(200, ["connects to the broker for 100 s"])]
-    assert ready.ask("/livez") == (200, [])
+        assert heard == [
+            (200, ["connects to the broker for 100 s"]),
+            (503, ["consuming is paused: no connection to the broker for 100 s"]),
+        ]
+    assert ready.ask("/livez") == ready.ask("/readyz") == (200, [])
 
 
 # -- /metrics --

@@ -14,6 +14,7 @@ from celery.worker import state
 from kombu.asynchronous import Hub
 
 import gw_celery as gw
+from gw_celery import errors
 from tests.processes import eventually
 from tests.unit.worker.starting import Worker, start
 
@@ -77,7 +78,7 @@ def test_a_worker_hears_why_its_children_cannot_load_and_stops(
     assert len(told(caplog)) == 2
     for text in told(caplog):
         assert text.startswith(f"child pid {os.getpid()} could not load")
-        assert reason in text
+        assert errors.printable(reason) in text
     assert (worker.exitcode, state.should_stop) == (1, 1)
 
 
