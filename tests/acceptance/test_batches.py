@@ -82,12 +82,11 @@ def test_an_answer_tells_of_the_models_call(web: Web, way: str) -> None:
 
 
 def test_the_texts_that_seed_sends_share_calls(project: Project) -> None:
-    logged = re.findall(
-        r"Embedding\(call=ModelCall\(batch_size=(\d+),", project.model_worker.log_text()
-    )
+    done = r"Task search\.tasks\.embed\[(\S+)\] succeeded"
+    embedded = re.findall(done, project.model_worker.log_text())
+    sizes = [project.web.succeeded(task_id)["call"]["batch_size"] for task_id in embedded]
 
-    assert max(map(int, logged)) > 1
-    assert max(map(int, logged)) <= 32
+    assert 1 < max(sizes) <= 32
 
 
 def test_texts_that_are_added_at_once_share_a_call(project: Project) -> None:

@@ -1,4 +1,4 @@
-"""A view for each way to call; ``python -m djangoed_shop.views [PATH ...]`` prints their answers."""
+"""A view for each way to call; ``python -m djangoed_shop.views [PATH ...]`` prints the answers."""
 
 from __future__ import annotations
 
