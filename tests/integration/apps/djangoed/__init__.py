@@ -1,4 +1,4 @@
-"""A Django project as docs/configuration.md says, whose results are stored in its database."""
+"""A Django project as docs/django.md says, whose results are stored in its database."""
 
 from __future__ import annotations
 
